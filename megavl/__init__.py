@@ -1,0 +1,1 @@
+"""MegaVL: 3D-parallel training of the DeepSeek-VL vision-language models on megatron-core."""

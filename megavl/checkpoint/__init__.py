@@ -1,0 +1,1 @@
+"""Commit protocol, verification, retention and restricted reading of distributed checkpoints."""

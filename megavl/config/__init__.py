@@ -1,0 +1,1 @@
+"""Recipes: frozen dataclasses, presets, YAML loading and cross-field checks."""

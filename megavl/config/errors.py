@@ -1,0 +1,49 @@
+"""Errors a user can cause, each with the exit code that every command returns for it.
+
+A message names what is wrong, where (file or dotted recipe path), the value found, and the remedy.
+"""
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that was asked to stop and saved (sysexits' EX_TEMPFAIL)."""
+
+
+class MegaVLError(ValueError):
+    """Base of every error that ends a command with one message instead of a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(MegaVLError):
+    """Wrong command line or recipe."""
+
+    exit_code = 2
+
+
+class DataError(MegaVLError):
+    """Invalid input data, shard or tokenizer."""
+
+    exit_code = 3
+
+
+class CheckpointError(MegaVLError):
+    """Missing, damaged or mismatching weights."""
+
+    exit_code = 4
+
+
+class StorageError(MegaVLError):
+    """Full, read-only or failing storage."""
+
+    exit_code = 5
+
+
+class NumericsError(MegaVLError):
+    """Too many steps in a row with a loss or gradient that is not finite."""
+
+    exit_code = 6
+
+
+class PeerError(MegaVLError):
+    """Another rank was lost, or a collective timed out."""
+
+    exit_code = 7

@@ -1,0 +1,208 @@
+"""Sizes of a DeepSeek-VL model: language model, SigLIP, SAM and adaptor.
+
+Sources: deepseek-ai/DeepSeek-VL `deepseek_vl/models/` (released code) and arXiv 2403.05525.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from megavl.config.errors import UsageError
+
+STRICT = ConfigDict(extra="forbid")
+
+
+def _require(condition: bool, path: str, message: str) -> None:
+    if not condition:
+        raise UsageError(f"{path}: {message}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DecoderConfig:
+    """LLaMA-like language model (DeepSeek-LLM): RMSNorm, rotate-half RoPE, SwiGLU, no biases, untied head."""
+
+    hidden_size: int
+    """Width H."""
+    ffn_hidden_size: int
+    """Inner width of the SwiGLU block."""
+    num_layers: int
+    """Number of decoder layers."""
+    num_attention_heads: int
+    """Attention heads; the head dimension is hidden_size / num_attention_heads."""
+    vocab_size: int
+    """Rows V of the embedding and of the head; 102400 in the released models, of which the tokenizer uses fewer."""
+    max_position_embeddings: int = 16384
+    """Longest position the exported configuration promises."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of freshly initialised weights."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "model.llm.num_attention_heads",
+            f"{self.num_attention_heads} heads do not divide model.llm.hidden_size {self.hidden_size}; "
+            "choose a divisor",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SiglipConfig:
+    """SigLIP ViT tower; exact erf GELU, no class token, final LayerNorm always applied."""
+
+    image_size: int
+    """Side of the square input, pixels."""
+    patch_size: int
+    """Side of a patch, pixels."""
+    width: int
+    """Channels."""
+    depth: int
+    """Transformer blocks that run."""
+    heads: int
+    """Attention heads."""
+    mlp_dim: int
+    """Inner width of the MLP."""
+    layer_norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size % self.patch_size == 0,
+            "model.siglip.patch_size",
+            f"{self.patch_size} does not divide model.siglip.image_size {self.image_size}; choose a divisor",
+        )
+        _require(
+            self.width % self.heads == 0,
+            "model.siglip.heads",
+            f"{self.heads} does not divide model.siglip.width {self.width}; choose a divisor",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SamConfig:
+    """SAM ViT tower with windowed and global attention, neck, HD branch and two stride-2 convolutions."""
+
+    image_size: int
+    """Side of the square input, pixels."""
+    patch_size: int
+    """Side of a patch, pixels."""
+    width: int
+    """Channels of the trunk."""
+    depth: int
+    """Transformer blocks."""
+    heads: int
+    """Attention heads."""
+    mlp_dim: int
+    """Inner width of the MLP."""
+    window_size: int
+    """Side of an attention window, patches."""
+    global_attn_indexes: tuple[int, ...]
+    """Blocks with global attention; the first one feeds the HD branch."""
+    neck_channels: int
+    """Channels of the neck; the convolutions after it have 2 x and 4 x as many."""
+    layer_norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size % self.patch_size == 0,
+            "model.sam.patch_size",
+            f"{self.patch_size} does not divide model.sam.image_size {self.image_size}; choose a divisor",
+        )
+        _require(
+            self.width % self.heads == 0,
+            "model.sam.heads",
+            f"{self.heads} does not divide model.sam.width {self.width}; choose a divisor",
+        )
+        _require(
+            bool(self.global_attn_indexes) and max(self.global_attn_indexes) < self.depth,
+            "model.sam.global_attn_indexes",
+            f"{list(self.global_attn_indexes)} must be non-empty and below model.sam.depth {self.depth}",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def output_dim(self) -> int:
+        """Channels after the two stride-2 convolutions."""
+        return 4 * self.neck_channels
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdaptorConfig:
+    """Projection of vision features to the language model's width (`aligner` in the released code)."""
+
+    kind: Literal["linear", "mlp_gelu", "low_high_hybrid_split_mlp_gelu"]
+    """`projector_type` of the released code."""
+    depth: int = 2
+    """Linear layers in sequence."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """A DeepSeek-VL model."""
+
+    preset: str
+    """Row of `megavl.config.presets.MODELS` that the other fields start from."""
+    llm: DecoderConfig
+    siglip: SiglipConfig
+    sam: SamConfig | None = None
+    """Absent in the 1.3B model."""
+    adaptor: AdaptorConfig
+    image_token_id: int = 100015
+    """Id of `<image_placeholder>`."""
+
+    def __post_init__(self) -> None:
+        hybrid = self.adaptor.kind == "low_high_hybrid_split_mlp_gelu"
+        _require(
+            hybrid == (self.sam is not None),
+            "model.adaptor.kind",
+            f"{self.adaptor.kind} {'needs' if hybrid else 'cannot take'} a model.sam tower; "
+            f"{'add one' if hybrid else 'use low_high_hybrid_split_mlp_gelu'}",
+        )
+        _require(
+            0 <= self.image_token_id < self.llm.vocab_size,
+            "model.image_token_id",
+            f"{self.image_token_id} is outside model.llm.vocab_size {self.llm.vocab_size}",
+        )
+        if self.sam is None:
+            return
+        _require(
+            self.sam.output_dim == self.siglip.width,
+            "model.sam.neck_channels",
+            f"4 x {self.sam.neck_channels} must equal model.siglip.width {self.siglip.width}",
+        )
+        _require(
+            3 * self.sam.grid == 8 * self.siglip.grid,
+            "model.sam.image_size",
+            f"the SAM grid of {self.sam.grid} patches must be 8/3 of the SigLIP grid of {self.siglip.grid}",
+        )
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that one image takes in the sequence."""
+        return self.siglip.grid**2
+
+    @property
+    def canvas_size(self) -> int:
+        """Side in pixels of the square uint8 image handed to the first stage."""
+        return self.sam.image_size if self.sam else self.siglip.image_size

@@ -1,0 +1,124 @@
+"""Shipped model sizes and image geometries, one row each.
+
+`1b` and `7b` are the released models (deepseek-ai/DeepSeek-VL); `tiny-hybrid` and `tiny-siglip` keep the exact
+topology (low-resolution grid g, high-resolution grid 8g/3, x1.5 interpolation, two stride-2 convolutions) at a size
+that trains on two CPU cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+MODELS: dict[str, dict[str, Any]] = {
+    "1b": {
+        "llm": {
+            "hidden_size": 2048,
+            "ffn_hidden_size": 5632,
+            "num_layers": 24,
+            "num_attention_heads": 16,
+            "vocab_size": 102400,
+        },
+        "siglip": {"image_size": 384, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
+        "adaptor": {"kind": "mlp_gelu", "depth": 2},
+    },
+    "7b": {
+        "llm": {
+            "hidden_size": 4096,
+            "ffn_hidden_size": 11008,
+            "num_layers": 30,
+            "num_attention_heads": 32,
+            "vocab_size": 102400,
+        },
+        "siglip": {"image_size": 384, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
+        "sam": {
+            "image_size": 1024,
+            "patch_size": 16,
+            "width": 768,
+            "depth": 12,
+            "heads": 12,
+            "mlp_dim": 3072,
+            "window_size": 14,
+            "global_attn_indexes": [2, 5, 8, 11],
+            "neck_channels": 256,
+        },
+        "adaptor": {"kind": "low_high_hybrid_split_mlp_gelu", "depth": 2},
+    },
+    "tiny-hybrid": {
+        "llm": {
+            "hidden_size": 128,
+            "ffn_hidden_size": 352,
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "vocab_size": 1024,
+            "max_position_embeddings": 4096,
+        },
+        "siglip": {"image_size": 96, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
+        "sam": {
+            "image_size": 256,
+            "patch_size": 16,
+            "width": 64,
+            "depth": 4,
+            "heads": 4,
+            "mlp_dim": 256,
+            "window_size": 7,
+            "global_attn_indexes": [1, 3],
+            "neck_channels": 16,
+        },
+        "adaptor": {"kind": "low_high_hybrid_split_mlp_gelu", "depth": 2},
+        "image_token_id": 3,
+    },
+    "tiny-siglip": {
+        "llm": {
+            "hidden_size": 128,
+            "ffn_hidden_size": 352,
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "vocab_size": 1024,
+            "max_position_embeddings": 4096,
+        },
+        "siglip": {"image_size": 96, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
+        "adaptor": {"kind": "mlp_gelu", "depth": 2},
+        "image_token_id": 3,
+    },
+}
+"""Raw `model:` mappings by preset name; a recipe's own keys are laid over them."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGeometry:
+    """How an image becomes a square canvas, by the original processor's rule (truncating resize, centred, padded)."""
+
+    canvas_size: int
+    """Side of the square uint8 canvas, pixels."""
+    low_size: int
+    """Side of the SigLIP input, pixels; equals canvas_size without SAM."""
+    patch_size: int
+    background: tuple[int, int, int]
+    """RGB of the padding: int(255 x mean)."""
+    min_size: int = 14
+    """Smallest side after the resize, pixels."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions that one image takes in the sequence."""
+        return (self.low_size // self.patch_size) ** 2
+
+
+_SIGLIP_BACKGROUND = (127, 127, 127)
+_HYBRID_BACKGROUND = (122, 116, 104)
+
+IMAGE_PRESETS: dict[str, ImageGeometry] = {
+    "siglip-384": ImageGeometry(canvas_size=384, low_size=384, patch_size=16, background=_SIGLIP_BACKGROUND),
+    "hybrid-1024": ImageGeometry(canvas_size=1024, low_size=384, patch_size=16, background=_HYBRID_BACKGROUND),
+    "tiny-hybrid": ImageGeometry(canvas_size=256, low_size=96, patch_size=16, background=_HYBRID_BACKGROUND),
+    "tiny-siglip": ImageGeometry(canvas_size=96, low_size=96, patch_size=16, background=_SIGLIP_BACKGROUND),
+}
+"""Rows of `--image-preset`."""
+
+IMAGE_PRESET_OF_MODEL = {"1b": "siglip-384", "7b": "hybrid-1024", "tiny-hybrid": "tiny-hybrid", "tiny-siglip": "tiny-siglip"}
+"""Image preset that each shipped model reads."""

@@ -1,0 +1,267 @@
+"""A recipe: everything that one training stage needs, checked across fields."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from typing_extensions import Annotated
+
+from megavl.config.errors import UsageError
+from megavl.config.model import STRICT, ModelConfig
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+TRAINABLE_PARTS = ("llm", "adaptor", "sam_downsamples", "sam_hd", "sam_neck", "sam_trunk", "siglip")
+"""Selectable groups of parameters; what each covers is stated in `megavl/model/trainable.py`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    """How the model is cut over ranks; data parallelism takes what tensor x pipeline leaves of the world."""
+
+    tensor: Positive = 1
+    """Tensor-parallel ranks."""
+    pipeline: Positive = 1
+    """Pipeline stages."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence; needs tensor > 1."""
+    layout: Literal["auto"] | tuple[NonNegative, ...] = "auto"
+    """Decoder layers per pipeline stage, or `auto`: balanced by the planner, the vision encoders counted."""
+    vision: Literal["recompute"] = "recompute"
+    """Where the encoders run: repeated on every tensor-parallel rank of the first stage (paper, section 3.3)."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients bucket by bucket during the backward pass."""
+    overlap_param_gather: bool = True
+    """Gather updated weights during the next forward pass; needs optimizer.distributed."""
+    bucket_size: Positive = 40_000_000
+    """Parameters per gradient bucket (megatron-core's own default at small data parallelism)."""
+    timeout_s: Positive = 600
+    """Seconds after which a collective that some rank never reached ends the run with code 7."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RecomputeConfig:
+    """Activation recompute of the decoder."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """`selective` recomputes `modules`; `full` recomputes whole layers, `num_layers` at a time."""
+    modules: tuple[Literal["core_attn", "mlp"], ...] = ("core_attn",)
+    """Parts that `selective` recomputes. megatron-core's `layernorm` needs Transformer Engine and is not offered."""
+    num_layers: Positive = 1
+    """Layers per recomputed block under `full`."""
+    vision: bool = False
+    """Recompute every block of a trained vision encoder in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. Defaults: paper, Table 5."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Rate at the end of `cosine`; the paper does not give it."""
+    schedule: Literal["constant", "cosine", "multistep"] = "cosine"
+    """`multistep` drops to 31.6% at 80% and to 10% at 90% of the steps (DeepSeek-LLM, arXiv 2401.02954)."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up from zero, steps."""
+    milestones: tuple[Fraction, ...] = (0.8, 0.9)
+    """Where `multistep` drops, as fractions of training.steps."""
+    factors: tuple[Fraction, ...] = (0.316, 0.1)
+    """Multiples of the peak after each milestone."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Not given in the paper; the library's default."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Applied to matrices only, never to biases and norms."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    distributed: bool = True
+    """Shard the optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceConfig:
+    """One preprocessed dataset."""
+
+    path: str
+    """Directory written by data_tools/preprocess.py, relative to the working directory."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the modality's sequences drawn from here, relative to its siblings."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """What is read, and in which proportion. Grouping, ratio and warm-up: paper, section 3.2.2."""
+
+    sources: tuple[SourceConfig, ...]
+    """Datasets; each may hold text and multimodal shards."""
+    tokenizer: str
+    """Tokenizer directory or file; its hash must be the shards'."""
+    seq_length: Positive
+    """Tokens per sequence S."""
+    multimodal_fraction: Fraction
+    """Target share of multimodal steps; 0.3 in stage 2."""
+    modality_warmup_steps: NonNegative = 0
+    """Steps over which the multimodal share rises linearly from 0 to the target."""
+    cross_document_attention: bool = False
+    """Let attention cross document borders inside a packed sequence; the paper does not say."""
+    num_workers: NonNegative = 2
+    """Loader processes per data-parallel rank that decode images."""
+    max_bad_in_row: Positive = 16
+    """Samples in a row that may fail in the loader before the run ends with code 3."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainingConfig:
+    """The stage itself."""
+
+    stage: Literal[1, 2, 3]
+    """DeepSeek-VL stage: 1 adaptor, 2 adaptor + language model, 3 adaptor + language model + SigLIP."""
+    train: tuple[str, ...] | None = None
+    """Groups of parameters that train; default: the stage's row of `megavl/model/trainable.py`."""
+    steps: Positive
+    """Optimizer steps."""
+    global_batch_size: Positive
+    """Sequences per step."""
+    micro_batch_size: Positive = 1
+    """Sequences per forward pass of one data-parallel rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16` keeps fp32 master weights and accumulates gradients in fp32."""
+    seed: NonNegative = 1234
+    """Seed of weights, data order and modality plan."""
+    max_bad_steps: Positive = 3
+    """Steps in a row with a loss or gradient that is not finite before the run ends with code 6."""
+    threads: Positive | None = None
+    """CPU threads per rank; default: cores divided by local ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """Saving and starting."""
+
+    dir: str | None = None
+    """Where checkpoints go; default: `checkpoints` in run.dir. A run resumes from the newest good one here."""
+    interval: Positive = 500
+    """Steps between saves; the last step always saves."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints that retention leaves."""
+    init: str | None = None
+    """MegaVL checkpoint whose weights (not optimizer state) a fresh run starts from."""
+    allow_random_init: bool = False
+    """Start a fresh run from random weights when no init is given; off, so that it is never an accident."""
+    allow_fresh: bool = False
+    """Start anew although checkpoint.dir holds only damaged checkpoints."""
+    skip_hash: bool = False
+    """Check sizes only when a checkpoint is opened."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Outputs of the run."""
+
+    dir: str
+    """Directory of metrics.jsonl, exit_status.json, the resolved recipe, TensorBoard files."""
+    tensorboard: bool = True
+    """Write scalars for TensorBoard where it is installed."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """One stage of training."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    optimizer: OptimizerConfig
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        _check_parallel(self)
+        _check_batch(self)
+        for part in self.training.train or ():
+            if part not in TRAINABLE_PARTS:
+                raise UsageError(f"training.train: unknown part {part!r}; choose from {', '.join(TRAINABLE_PARTS)}")
+        if len(self.optimizer.milestones) != len(self.optimizer.factors):
+            raise UsageError(
+                f"optimizer.factors: {len(self.optimizer.factors)} factors for "
+                f"{len(self.optimizer.milestones)} optimizer.milestones; give one factor per milestone"
+            )
+        if self.optimizer.warmup_steps > self.training.steps:
+            raise UsageError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds training.steps "
+                f"{self.training.steps}; shorten the warm-up or train longer"
+            )
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Directory of this run's checkpoints."""
+        return self.checkpoint.dir or f"{self.run.dir}/checkpoints"
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel ranks in a world of `world_size` processes; checks everything that depends on it."""
+        model_ranks = self.parallel.tensor * self.parallel.pipeline
+        if world_size % model_ranks:
+            raise UsageError(
+                f"parallel: {world_size} processes are no multiple of parallel.tensor {self.parallel.tensor} x "
+                f"parallel.pipeline {self.parallel.pipeline} = {model_ranks}; start a multiple of {model_ranks}"
+            )
+        ranks = world_size // model_ranks
+        window = ranks * self.training.micro_batch_size
+        if self.training.global_batch_size % window:
+            raise UsageError(
+                f"training.global_batch_size: {self.training.global_batch_size} is no multiple of "
+                f"data-parallel ranks {ranks} x training.micro_batch_size {self.training.micro_batch_size} = {window}"
+            )
+        return ranks
+
+
+def _check_parallel(recipe: Recipe) -> None:
+    parallel, llm = recipe.parallel, recipe.model.llm
+    for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
+        value = getattr(llm, name)
+        if value % parallel.tensor:
+            raise UsageError(
+                f"parallel.tensor: {parallel.tensor} does not divide model.llm.{name} {value}; choose a divisor"
+            )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        raise UsageError("parallel.sequence_parallel: true needs parallel.tensor > 1, which is 1; switch it off")
+    if parallel.layout != "auto":
+        if len(parallel.layout) != parallel.pipeline:
+            raise UsageError(
+                f"parallel.layout: {list(parallel.layout)} names {len(parallel.layout)} stages, but "
+                f"parallel.pipeline is {parallel.pipeline}; give one entry per stage"
+            )
+        if sum(parallel.layout) != llm.num_layers:
+            raise UsageError(
+                f"parallel.layout: {list(parallel.layout)} adds up to {sum(parallel.layout)} layers, but "
+                f"model.llm.num_layers is {llm.num_layers}"
+            )
+    if recipe.recompute.granularity == "full" and recipe.recompute.num_layers > llm.num_layers:
+        raise UsageError(
+            f"recompute.num_layers: {recipe.recompute.num_layers} exceeds model.llm.num_layers {llm.num_layers}"
+        )
+
+
+def _check_batch(recipe: Recipe) -> None:
+    training, data = recipe.training, recipe.data
+    tokens = training.micro_batch_size * data.seq_length
+    if recipe.parallel.sequence_parallel and tokens % recipe.parallel.tensor:
+        raise UsageError(
+            f"data.seq_length: {training.micro_batch_size} x {data.seq_length} tokens of a micro-batch are no "
+            f"multiple of parallel.tensor {recipe.parallel.tensor}, which parallel.sequence_parallel needs"
+        )
+    if data.multimodal_fraction > 0 and recipe.model.image_tokens >= data.seq_length:
+        raise UsageError(
+            f"data.seq_length: {data.seq_length} tokens cannot hold one image of {recipe.model.image_tokens} tokens"
+        )
+    if not data.sources:
+        raise UsageError("data.sources: the list is empty; name at least one preprocessed dataset")

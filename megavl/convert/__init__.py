@@ -1,0 +1,1 @@
+"""Two-way weight tables and side files of both Hugging Face formats."""

@@ -1,0 +1,1 @@
+"""Shard format, tokenizer, chat template, label mask, packing, modality plan, sampler, loader."""

@@ -1,0 +1,1 @@
+"""Prompt to tokens: preparation of inputs and decoding."""

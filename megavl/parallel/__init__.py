@@ -1,0 +1,1 @@
+"""Process groups, pipeline layout, broadcast of batches, and the CPU/gloo runtime."""

@@ -1,0 +1,1 @@
+"""Cost of every block, layer split over pipeline stages, memory and step-time estimates."""

@@ -1,0 +1,1 @@
+"""Optimizer, schedules, one step, the loop, metrics, signals."""
