@@ -133,7 +133,9 @@ def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any], *, source: str)
     try:
         return adapter.validate_python(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown key explains the missing one beside it, so it is reported first.
+        found = sorted(error.errors(), key=lambda item: item["type"] != "unexpected_keyword_argument")
+        first = found[0]
         path = ".".join(str(part) for part in first["loc"])
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UsageError):

@@ -19,6 +19,13 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 TRAINABLE_PARTS = ("llm", "adaptor", "sam_downsamples", "sam_hd", "sam_neck", "sam_trunk", "siglip")
 """Selectable groups of parameters; what each covers is stated in `megavl/model/trainable.py`."""
 
+TRAINABLE_BY_STAGE: dict[int, tuple[str, ...]] = {
+    1: ("adaptor", "sam_downsamples", "sam_hd"),
+    2: ("llm", "adaptor", "sam_downsamples", "sam_hd"),
+    3: ("llm", "adaptor", "sam_downsamples", "sam_hd", "siglip"),
+}
+"""Paper, section 3.2: the downsamples count as part of the adaptor; the HD branch has no source weights, so it trains."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ParallelConfig:
@@ -124,7 +131,7 @@ class TrainingConfig:
     stage: Literal[1, 2, 3]
     """DeepSeek-VL stage: 1 adaptor, 2 adaptor + language model, 3 adaptor + language model + SigLIP."""
     train: tuple[str, ...] | None = None
-    """Groups of parameters that train; default: the stage's row of `megavl/model/trainable.py`."""
+    """Groups of parameters that train; default: the stage's row of TRAINABLE_BY_STAGE."""
     steps: Positive
     """Optimizer steps."""
     global_batch_size: Positive
@@ -205,6 +212,11 @@ class Recipe:
     def checkpoint_dir(self) -> str:
         """Directory of this run's checkpoints."""
         return self.checkpoint.dir or f"{self.run.dir}/checkpoints"
+
+    @property
+    def trainable_parts(self) -> tuple[str, ...]:
+        """Groups of parameters that this run trains."""
+        return TRAINABLE_BY_STAGE[self.training.stage] if self.training.train is None else self.training.train
 
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel ranks in a world of `world_size` processes; checks everything that depends on it."""
