@@ -1,0 +1,108 @@
+"""Core attention over packed sequences without Transformer Engine.
+
+Legend: T tokens of the micro-batch, A attention heads of this rank, D channels per head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """Segment borders of one micro-batch, on the host for RoPE (megatron-core reads them there in every layer) and on
+    the device for the attention kernel."""
+
+    borders: tuple[int, ...] = ()
+    device_cu_seqlens: torch.Tensor | None = None
+
+
+def segments(cu_seqlens: torch.Tensor, *, device: torch.device, on_device: bool) -> Segments:
+    """Packed-sequence parameters.
+
+    Args:
+        cu_seqlens: int32 (N + 1,) on the host; ends at T.
+        device: where the model runs.
+        on_device: put every tensor there, as Transformer Engine wants.
+    """
+    borders = tuple(cu_seqlens.tolist())
+    # The true longest segment: were it T for several segments, RoPE would switch to global positions.
+    longest = max(end - start for start, end in zip(borders, borders[1:]))
+    moved = cu_seqlens.to(device, non_blocking=True)
+    cu = moved if on_device else cu_seqlens
+    return Segments(
+        qkv_format="thd",
+        cu_seqlens_q=cu,
+        cu_seqlens_kv=cu,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        borders=borders,
+        device_cu_seqlens=moved,
+    )
+
+
+class PackedAttention(nn.Module):
+    """Causal attention inside each segment; plugs into megatron-core's self-attention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query, key, value: (T, A, D), rotary embedding applied.
+            packed_seq_params: segment borders.
+
+        Returns:
+            (T, A, D).
+        """
+        assert packed_seq_params is not None, "the decoder runs on packed sequences only"
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            return self._varlen(query, key, value, packed_seq_params)
+        pieces = []
+        for start, end in zip(packed_seq_params.borders, packed_seq_params.borders[1:]):
+            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))  # (1, A, L, D)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            pieces.append(out[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    def _varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Segments) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu, longest = packed.device_cu_seqlens, packed.max_seqlen_q
+        # A window of (-1, 0) is torch's way to say causal here.
+        out: torch.Tensor = varlen_attn(q, k, v, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))
+        return out
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}

@@ -1,0 +1,126 @@
+"""DeepSeek-LLM as megatron-core's GPTModel: configuration and layer specs."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from megavl.config.model import DecoderConfig
+from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.model.attention import PackedAttention
+from megavl.model.norm import RMSNorm
+
+try:
+    from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+except ImportError:
+    HAVE_TE = False
+
+
+def use_transformer_engine() -> bool:
+    """Whether the decoder is built from Transformer Engine's modules: installed, and CUDA is there."""
+    return bool(HAVE_TE) and torch.cuda.is_available()
+
+
+def transformer_config(
+    llm: DecoderConfig,
+    *,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    layout: str | None,
+    dtype: torch.dtype,
+) -> TransformerConfig:
+    """megatron-core's configuration of the decoder.
+
+    Args:
+        llm: sizes.
+        parallel: tensor x pipeline sizes.
+        recompute: activation recompute.
+        layout: megatron-core's layout string; None when there is one stage (which would be read as virtual stages).
+        dtype: dtype of weights and of pipeline transfers.
+    """
+    full = recompute.granularity == "full"
+    return TransformerConfig(
+        num_layers=llm.num_layers,
+        hidden_size=llm.hidden_size,
+        ffn_hidden_size=llm.ffn_hidden_size,
+        num_attention_heads=llm.num_attention_heads,
+        kv_channels=llm.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=llm.rms_norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=llm.init_std,
+        # Weights drawn on the host do not depend on the tensor-parallel size.
+        use_cpu_initialization=True,
+        perform_initialization=True,
+        # Fused paths are torch.compile'd and want a C++ compiler where CUDA is absent.
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=layout,
+        sequence_parallel=parallel.sequence_parallel,
+        # Text and image batches differ widely in their number of loss tokens.
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=False,
+        recompute_granularity=None if recompute.granularity == "none" else recompute.granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=recompute.num_layers if full else None,
+        recompute_modules=list(recompute.modules) if recompute.granularity == "selective" else None,
+    )
+
+
+def build_decoder(
+    config: TransformerConfig, llm: DecoderConfig, *, pre_process: bool, post_process: bool
+) -> GPTModel:
+    """Embedding, decoder layers and head of this pipeline stage.
+
+    Args:
+        config: from `transformer_config`.
+        llm: sizes.
+        pre_process: this stage holds the embedding.
+        post_process: this stage holds the final norm and the head.
+    """
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config),
+        vocab_size=llm.vocab_size,
+        max_sequence_length=llm.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=int(llm.rope_theta),
+        # The first stage scatters after the images are in place.
+        scatter_embedding_sequence_parallel=False,
+    )
+    return model
+
+
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """A full block spec: given only a layer spec, megatron-core picks the final norm by what is installed."""
+    layer: ModuleSpec
+    if use_transformer_engine():
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

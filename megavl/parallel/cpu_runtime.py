@@ -1,0 +1,137 @@
+"""Lets stock megatron-core run without CUDA, under gloo: CUDA names are redirected to the CPU.
+
+megatron-core 0.16.1 names CUDA devices in RNG seeding, RoPE, schedules, point-to-point transfers, gradient buffers and
+optimizers. `install()` redirects them where CUDA is absent and does nothing where it is present. It must run before
+process groups and models are created. This module is the only place that patches torch; other code asks `device()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def device() -> torch.device:
+    """Device of this process: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+
+
+class _CudaNamesOnCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None and str(kwargs["device"]).startswith("cuda"):
+            kwargs = {**kwargs, "device": _CPU}
+        # megatron-core's optimizers sort parameters by the text "torch.cuda.FloatTensor".
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return "torch.cuda." + func(*args).split(".", 1)[1]
+        return func(*args, **kwargs)
+
+
+class _Inert:
+    """Stands for a CUDA stream or event; every method returns at once."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def record(self, *args: object) -> None: ...
+
+    def wait(self, *args: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, *args: object) -> None: ...
+
+    def wait_event(self, *args: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+
+def install() -> None:
+    """Redirect CUDA names to the CPU; inert where CUDA is available, and after the first call.
+
+    Raises:
+        RuntimeError: this torch no longer offers the hook that backward passes need.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _redirect_attributes()
+    mode = _CudaNamesOnCpu()
+    mode.__enter__()
+    # `backward` is itself an overridable function: the mode handles it and is therefore off while the engine runs, so
+    # recomputed forwards would see real CUDA names. Entering the mode again below that check restores it.
+    engine = torch.autograd._engine_run_backward
+
+    def run_with_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return engine(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_with_mode
+    _check_backward_hook()
+    _installed = True
+
+
+def _redirect_attributes() -> None:
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.Stream = cuda.Event = _Inert
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Inert()
+    cuda.stream = _no_stream
+    cuda.is_current_stream_capturing = lambda: False
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *args, **kwargs: self
+    rng: Any = tensor_parallel_random
+    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _no_stream(stream: object) -> Iterator[None]:
+    yield
+
+
+class _CreatesOnCudaInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> torch.Tensor:
+        return grad[0] + torch.zeros(1, device="cuda")
+
+
+def _check_backward_hook() -> None:
+    probe = torch.zeros(1, requires_grad=True)
+    try:
+        _CreatesOnCudaInBackward.apply(probe).sum().backward()
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(
+            f"torch {torch.__version__} no longer runs backward passes through torch.autograd._engine_run_backward, "
+            "which the CPU runtime hooks; use the torch version pinned by `make setup`"
+        ) from error
