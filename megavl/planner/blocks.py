@@ -1,0 +1,256 @@
+"""Parameters, FLOPs and saved activations of every block of the model, in the order in which data flows.
+
+Legend: N patches of a vision grid, W tower width, M tower MLP width, H decoder width, F its SwiGLU width, V vocabulary.
+
+A multiply-add counts as two FLOPs. Only matrix products and convolutions count; norms, softmax, activations,
+interpolation and SAM's relative-position bias (0.5% of that tower) do not, as in the usual published figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass
+
+from megavl.config.model import AdaptorConfig, DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+
+SIGLIP = frozenset({"siglip"})
+SAM_TRUNK = frozenset({"sam_trunk"})
+SAM = frozenset({"sam_trunk", "sam_neck", "sam_hd", "sam_downsamples"})
+VISION = SIGLIP | SAM | {"adaptor"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Cost of one block: of a vision block per image, of a decoder block per sequence."""
+
+    name: str
+    part: str
+    """Row of `megavl.config.recipe.TRAINABLE_PARTS` that its parameters belong to."""
+    parameters: int
+    linear: int
+    """Forward FLOPs of products with weights."""
+    attention: int = 0
+    """Forward FLOPs of products of activations (scores and values)."""
+    below: frozenset[str]
+    """Parts with weights on the way to this block's input; if one of them trains, the input needs a gradient."""
+    saved: int = 0
+    """Elements kept for the backward pass (vision blocks only; the decoder's are split over ranks in `memory.py`)."""
+    checkpoint: int | None = None
+    """Elements kept instead of `saved` when the block is recomputed in the backward pass; None: it never is."""
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of the forward pass."""
+        return self.linear + self.attention
+
+    def needs_backward(self, trainable: Set[str]) -> bool:
+        """Whether anything trains in this block or on the way to its input."""
+        return self.part in trainable or bool(self.below & trainable)
+
+    def backward(self, trainable: Set[str]) -> int:
+        """FLOPs of the backward pass: a weight gradient and an input gradient cost one forward each."""
+        products = (self.part in trainable) + bool(self.below & trainable)
+        return self.linear * products + (2 * self.attention if products else 0)
+
+
+def vision_blocks(model: ModelConfig) -> tuple[Block, ...]:
+    """Both encoders and the adaptor, per image."""
+    sam = _sam_blocks(model.sam, low_grid=model.siglip.grid) if model.sam else ()
+    return _siglip_blocks(model.siglip) + sam + _adaptor_blocks(model)
+
+
+def decoder_layer_blocks(llm: DecoderConfig, *, tokens: int, attention_span: float) -> tuple[Block, Block]:
+    """Attention and MLP of one decoder layer, for `tokens` positions.
+
+    Args:
+        attention_span: mean segment length that a token sees causally, half of it on average; S when nothing masks
+            document borders, else sum(s^2) / sum(s) over the segments.
+    """
+    width, inner = llm.hidden_size, llm.ffn_hidden_size
+    below = VISION | {"llm"}
+    attention = Block(
+        name="decoder.attention",
+        part="llm",
+        parameters=4 * width**2 + width,
+        linear=2 * tokens * 4 * width**2,
+        attention=round(2 * tokens * attention_span * width),
+        below=below,
+    )
+    mlp = Block(
+        name="decoder.mlp",
+        part="llm",
+        parameters=3 * width * inner + width,
+        linear=2 * tokens * 3 * width * inner,
+        below=below,
+    )
+    return attention, mlp
+
+
+def embedding_block(llm: DecoderConfig) -> Block:
+    """Token embedding: a look-up, no FLOPs."""
+    parameters = llm.vocab_size * llm.hidden_size
+    return Block(name="embedding", part="llm", parameters=parameters, linear=0, below=frozenset())
+
+
+def head_block(llm: DecoderConfig, *, tokens: int) -> Block:
+    """Final norm and output layer, for `tokens` positions."""
+    matrix = llm.vocab_size * llm.hidden_size
+    return Block(
+        name="head",
+        part="llm",
+        parameters=matrix + llm.hidden_size,
+        linear=2 * tokens * matrix,
+        below=VISION | {"llm"},
+    )
+
+
+def _transformer_activations(tokens: int, *, padded: int, width: int, mlp: int) -> int:
+    """Elements a pre-norm ViT block keeps: both norms' in and out, q, k, v, attention out, GELU in and out."""
+    return tokens * (4 * width + 2 * mlp) + padded * 4 * width
+
+
+def _siglip_blocks(config: SiglipConfig) -> tuple[Block, ...]:
+    tokens, width, mlp = config.grid**2, config.width, config.mlp_dim
+    patch = 3 * config.patch_size**2
+    saved = _transformer_activations(tokens, padded=tokens, width=width, mlp=mlp)
+    blocks = [
+        Block(
+            name="siglip.patch_embed",
+            part="siglip",
+            parameters=patch * width + width + tokens * width,
+            linear=2 * tokens * patch * width,
+            below=frozenset(),
+            saved=tokens * patch,
+        )
+    ]
+    for index in range(config.depth):
+        blocks.append(
+            Block(
+                name=f"siglip.blocks.{index}",
+                part="siglip",
+                parameters=4 * width**2 + 2 * width * mlp + 9 * width + mlp,
+                linear=2 * tokens * (4 * width**2 + 2 * width * mlp),
+                attention=4 * tokens**2 * width,
+                below=SIGLIP,
+                saved=saved,
+                checkpoint=tokens * width,
+            )
+        )
+    norm = Block(name="siglip.norm", part="siglip", parameters=2 * width, linear=0, below=SIGLIP, saved=tokens * width)
+    return (*blocks, norm)
+
+
+def _sam_blocks(config: SamConfig, *, low_grid: int) -> tuple[Block, ...]:
+    return (
+        _sam_patch_embed(config),
+        *(_sam_block(config, index=index) for index in range(config.depth)),
+        *_sam_neck(config, name="sam.neck", part="sam_neck", extra_parameters=0),
+        *_sam_neck(config, name="sam.neck_hd", part="sam_hd", extra_parameters=1),
+        *_sam_downsamples(config, low_grid=low_grid, source="sam_neck", name="sam.downsamples", owner=True),
+        *_sam_downsamples(config, low_grid=low_grid, source="sam_hd", name="sam.downsamples_hd", owner=False),
+    )
+
+
+def _sam_patch_embed(config: SamConfig) -> Block:
+    tokens, patch = config.grid**2, 3 * config.patch_size**2
+    return Block(
+        name="sam.patch_embed",
+        part="sam_trunk",
+        parameters=patch * config.width + config.width + tokens * config.width,
+        linear=2 * tokens * patch * config.width,
+        below=frozenset(),
+        saved=tokens * patch,
+    )
+
+
+def _sam_block(config: SamConfig, *, index: int) -> Block:
+    """Windowed blocks pad the grid to whole windows; padded positions take part in attention and its projections."""
+    tokens, width, mlp = config.grid**2, config.width, config.mlp_dim
+    side = config.grid if index in config.global_attn_indexes else config.window_size
+    windows = math.ceil(config.grid / side) ** 2
+    padded = windows * side**2
+    relative = 2 * (2 * side - 1) * (width // config.heads)
+    bias = config.heads * windows * side**4
+    return Block(
+        name=f"sam.blocks.{index}",
+        part="sam_trunk",
+        parameters=4 * width**2 + 2 * width * mlp + 9 * width + mlp + relative,
+        linear=2 * padded * 4 * width**2 + 2 * tokens * 2 * width * mlp,
+        attention=4 * windows * side**4 * width,
+        below=SAM_TRUNK,
+        saved=_transformer_activations(tokens, padded=padded, width=width, mlp=mlp) + bias,
+        checkpoint=tokens * width,
+    )
+
+
+def _sam_neck(config: SamConfig, *, name: str, part: str, extra_parameters: int) -> tuple[Block, Block]:
+    tokens, width, neck = config.grid**2, config.width, config.neck_channels
+    first = Block(
+        name=f"{name}.0",
+        part=part,
+        parameters=width * neck + 2 * neck,
+        linear=2 * tokens * width * neck,
+        below=SAM_TRUNK,
+        saved=tokens * (width + neck),
+    )
+    second = Block(
+        name=f"{name}.2",
+        part=part,
+        parameters=9 * neck**2 + 2 * neck + extra_parameters,
+        linear=2 * tokens * 9 * neck**2,
+        below=SAM_TRUNK | {part},
+        saved=2 * tokens * neck,
+    )
+    return first, second
+
+
+def _sam_downsamples(config: SamConfig, *, low_grid: int, source: str, name: str, owner: bool) -> tuple[Block, Block]:
+    """The two stride-2 convolutions, run once for each neck; their weights are counted in the pass that owns them."""
+    neck, below = config.neck_channels, SAM_TRUNK | {source}
+    first_weights, second_weights = 9 * neck * 2 * neck, 9 * 2 * neck * 4 * neck
+    first = Block(
+        name=f"{name}.0",
+        part="sam_downsamples",
+        parameters=first_weights if owner else 0,
+        linear=2 * (2 * low_grid) ** 2 * first_weights,
+        below=below,
+        saved=(4 * low_grid) ** 2 * neck,
+    )
+    second = Block(
+        name=f"{name}.1",
+        part="sam_downsamples",
+        parameters=second_weights if owner else 0,
+        linear=2 * low_grid**2 * second_weights,
+        below=below | {"sam_downsamples"},
+        saved=(2 * low_grid) ** 2 * 2 * neck,
+    )
+    return first, second
+
+
+def _adaptor_blocks(model: ModelConfig) -> tuple[Block, ...]:
+    config: AdaptorConfig = model.adaptor
+    width, out = model.siglip.width, model.llm.hidden_size
+    tokens = model.image_tokens
+
+    def linear(name: str, inputs: int, outputs: int, below: frozenset[str], *, kept: int = 1) -> Block:
+        return Block(
+            name=f"adaptor.{name}",
+            part="adaptor",
+            parameters=inputs * outputs + outputs,
+            linear=2 * tokens * inputs * outputs,
+            below=below,
+            saved=kept * tokens * inputs,
+        )
+
+    if config.kind == "linear":
+        return (linear("layers", width, out, SIGLIP),)
+    if config.kind == "mlp_gelu":
+        first = [linear("layers.0", width, out, SIGLIP)]
+        names = [f"layers.{2 * depth}" for depth in range(1, config.depth)]
+    else:
+        first = [linear("high_up_proj", width, out // 2, SAM), linear("low_up_proj", width, out // 2, SIGLIP)]
+        names = [f"layers.{2 * depth - 1}" for depth in range(1, config.depth)]
+    # A later layer keeps the input of the GELU before it too, which is as wide as its own.
+    later = [linear(name, out, out, VISION, kept=2) for name in names]
+    return (*first, *later)
