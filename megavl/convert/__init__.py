@@ -1,1 +1,1 @@
-"""Two-way weight tables and side files of both Hugging Face formats."""
+"""Weights and side files between MegaVL's flat names and the two Hugging Face formats of DeepSeek-VL."""

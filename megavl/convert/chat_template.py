@@ -1,0 +1,68 @@
+"""The chat template of the native format, in the words of the released conversation format.
+
+Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/utils/conversation.py` (template "deepseek") and
+`deepseek_vl/models/processing_vlm.py` (system prompt).
+"""
+
+from __future__ import annotations
+
+import json
+
+SYSTEM_PROMPT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+_TEMPLATE = """\
+{%- set eos = @EOS@ -%}
+{%- set image = @IMAGE@ -%}
+{%- macro body(content) -%}
+  {%- if content is string -%}
+    {{- content -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {%- if part['type'] == 'image' -%}
+        {{- image -}}
+      {%- elif part['type'] == 'text' -%}
+        {%- if not loop.first and content[loop.index0 - 1]['type'] == 'text' -%}{{- ' ' -}}{%- endif -%}
+        {{- part['text'] -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- if messages and messages[0]['role'] | lower == 'system' -%}
+  {%- set system = body(messages[0]['content']) | trim -%}
+  {%- set turns = messages[1:] -%}
+{%- else -%}
+  {%- set system = @SYSTEM@ -%}
+  {%- set turns = messages -%}
+{%- endif -%}
+{%- if system -%}{{- system + '\\n\\n' -}}{%- endif -%}
+{%- for message in turns -%}
+  {%- set text = body(message['content']) | trim -%}
+  {{- (message['role'] | capitalize) + ':' -}}
+  {%- if text -%}
+    {{- ' ' + text -}}
+    {%- if message['role'] | lower == 'assistant' -%}
+      {{- eos -}}
+    {%- elif add_generation_prompt or not loop.last -%}
+      {{- '\\n\\n' -}}
+    {%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
+"""
+
+
+def chat_template(*, eos_token: str, image_token: str) -> str:
+    """Jinja source of the template.
+
+    Every assistant answer is closed by the EOS token, the last one too, so that the template also renders training
+    text. A leading system message replaces the default prompt; an empty one removes it.
+    """
+    literals = {"@EOS@": eos_token, "@IMAGE@": image_token, "@SYSTEM@": SYSTEM_PROMPT}
+    template = _TEMPLATE
+    for mark, value in literals.items():
+        # A JSON string in ASCII is a valid Jinja literal of the same value.
+        template = template.replace(mark, json.dumps(value))
+    return template

@@ -1,0 +1,115 @@
+"""Flat weight names and shapes of a MegaVL model, computed from its sizes alone.
+
+Legend: V vocabulary rows, H decoder width, F decoder feed-forward width, W tower width, M tower MLP width,
+P patch side, g patches along one side, d channels of an attention head, C neck channels.
+"""
+
+from __future__ import annotations
+
+from megavl.config.errors import UsageError
+from megavl.config.model import AdaptorConfig, DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+
+Shape = tuple[int, ...]
+
+
+def flat_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every parameter of a one-rank model by its flat name.
+
+    Tower and adaptor names are the released repository's; decoder names are megatron-core's, with
+    `linear_qkv` in its order: rows (heads, [q, k, v], d).
+
+    Raises:
+        UsageError: the hybrid adaptor needs an even model.llm.hidden_size.
+    """
+    shapes = {f"vision.siglip.{name}": shape for name, shape in _siglip(config.siglip).items()}
+    if config.sam is not None:
+        shapes |= {f"vision.sam.{name}": shape for name, shape in _sam(config.sam).items()}
+    in_width, out_width = config.siglip.width, config.llm.hidden_size
+    adaptor = _adaptor(config.adaptor, in_width=in_width, out_width=out_width)
+    shapes |= {f"vision.adaptor.{name}": shape for name, shape in adaptor.items()}
+    return shapes | {f"language_model.{name}": shape for name, shape in _decoder(config.llm).items()}
+
+
+def _linear(name: str, out_width: int, in_width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (out_width, in_width), f"{name}.bias": (out_width,)}
+
+
+def _norm(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _patch_embed(width: int, patch: int) -> dict[str, Shape]:
+    return {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+
+
+def _block(prefix: str, *, width: int, mlp_dim: int, mlp_names: tuple[str, str]) -> dict[str, Shape]:
+    return (
+        _norm(f"{prefix}.norm1", width)
+        | _linear(f"{prefix}.attn.qkv", 3 * width, width)
+        | _linear(f"{prefix}.attn.proj", width, width)
+        | _norm(f"{prefix}.norm2", width)
+        | _linear(f"{prefix}.mlp.{mlp_names[0]}", mlp_dim, width)
+        | _linear(f"{prefix}.mlp.{mlp_names[1]}", width, mlp_dim)
+    )
+
+
+def _siglip(tower: SiglipConfig) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {"pos_embed": (1, tower.grid**2, tower.width)}
+    shapes |= _patch_embed(tower.width, tower.patch_size)
+    for index in range(tower.depth):
+        shapes |= _block(f"blocks.{index}", width=tower.width, mlp_dim=tower.mlp_dim, mlp_names=("fc1", "fc2"))
+    return shapes | _norm("norm", tower.width)
+
+
+def _sam(tower: SamConfig) -> dict[str, Shape]:
+    width, channels, head_dim = tower.width, tower.neck_channels, tower.width // tower.heads
+    shapes: dict[str, Shape] = {"pos_embed": (1, tower.grid, tower.grid, width)}
+    shapes |= _patch_embed(width, tower.patch_size)
+    for index in range(tower.depth):
+        span = tower.grid if index in tower.global_attn_indexes else tower.window_size
+        shapes |= _block(f"blocks.{index}", width=width, mlp_dim=tower.mlp_dim, mlp_names=("lin1", "lin2"))
+        shapes |= {f"blocks.{index}.attn.rel_pos_{axis}": (2 * span - 1, head_dim) for axis in "hw"}
+    for neck in ("neck", "neck_hd"):
+        shapes[f"{neck}.0.weight"] = (channels, width, 1, 1)
+        shapes |= _norm(f"{neck}.1", channels)
+        shapes[f"{neck}.2.weight"] = (channels, channels, 3, 3)
+        shapes |= _norm(f"{neck}.3", channels)
+    shapes["downsamples.0.weight"] = (2 * channels, channels, 3, 3)
+    shapes["downsamples.1.weight"] = (4 * channels, 2 * channels, 3, 3)
+    shapes["hd_alpha_downsamples"] = (1,)
+    return shapes
+
+
+def _adaptor(adaptor: AdaptorConfig, *, in_width: int, out_width: int) -> dict[str, Shape]:
+    if adaptor.kind == "linear":
+        return _linear("layers", out_width, in_width)
+    if adaptor.kind == "mlp_gelu":
+        shapes = _linear("layers.0", out_width, in_width)
+        for index in range(1, adaptor.depth):
+            shapes |= _linear(f"layers.{2 * index}", out_width, out_width)
+        return shapes
+    if out_width % 2:
+        raise UsageError(
+            f"model.llm.hidden_size: {out_width} is odd, and the hybrid adaptor gives each tower half of it; "
+            "choose an even width"
+        )
+    shapes = _linear("high_up_proj", out_width // 2, in_width) | _linear("low_up_proj", out_width // 2, in_width)
+    for index in range(1, adaptor.depth):
+        shapes |= _linear(f"layers.{2 * index - 1}", out_width, out_width)
+    return shapes
+
+
+def _decoder(llm: DecoderConfig) -> dict[str, Shape]:
+    hidden, ffn = llm.hidden_size, llm.ffn_hidden_size
+    shapes: dict[str, Shape] = {"embedding.word_embeddings.weight": (llm.vocab_size, hidden)}
+    for index in range(llm.num_layers):
+        layer = f"decoder.layers.{index}"
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.self_attention.linear_qkv.weight"] = (3 * hidden, hidden)
+        shapes[f"{layer}.self_attention.linear_proj.weight"] = (hidden, hidden)
+        shapes[f"{layer}.pre_mlp_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.mlp.linear_fc1.weight"] = (2 * ffn, hidden)
+        shapes[f"{layer}.mlp.linear_fc2.weight"] = (hidden, ffn)
+    shapes["decoder.final_layernorm.weight"] = (hidden,)
+    shapes["output_layer.weight"] = (llm.vocab_size, hidden)
+    return shapes

@@ -1,0 +1,168 @@
+"""The language model's fields of a `config.json`, the same in both formats: transformers' `LlamaConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megavl.config.errors import CheckpointError, UsageError
+from megavl.config.load import load_model_config, model_config_from_dict, to_dict
+from megavl.config.model import DecoderConfig, ModelConfig
+from megavl.config.presets import MODELS
+
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.02,
+}
+"""What an absent field means (LlamaConfig of transformers 4.38 to 5.23); the published 7B file leaves most out."""
+
+_FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+"""Fields of which MegaVL knows one value only; absent means this value."""
+
+
+class Fields:
+    """One JSON object of a configuration, read field by field with defaults and errors that name the field."""
+
+    def __init__(self, raw: Any, *, where: Path, path: str, defaults: Mapping[str, Any]) -> None:
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{where}: {path}: a JSON object is expected, found {raw!r}")
+        self._raw, self._where, self._path, self._defaults = raw, where, path, defaults
+
+    def error(self, name: str, message: str) -> CheckpointError:
+        """An error about one field."""
+        return CheckpointError(f"{self._where}: {self._path}{'.' if self._path else ''}{name}: {message}")
+
+    def get(self, name: str) -> Any:
+        """Value of a field; null and absent mean the default."""
+        value = self._raw.get(name)
+        return self._defaults.get(name) if value is None else value
+
+    def integer(self, name: str) -> int:
+        """A positive whole number."""
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self.error(name, f"a positive whole number is expected, found {value!r}")
+        return value
+
+    def number(self, name: str) -> float:
+        """A positive number."""
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise self.error(name, f"a positive number is expected, found {value!r}")
+        return float(value)
+
+    def require(self, name: str, allowed: Any) -> None:
+        """Refuse every value but one; absent and null pass."""
+        value = self._raw.get(name)
+        if value is not None and value != allowed:
+            raise self.error(name, f"MegaVL has {allowed!r} only, found {value!r}; this model cannot be represented")
+
+    def child(self, name: str, *, defaults: Mapping[str, Any]) -> Fields:
+        """A nested object; absent means an empty one."""
+        raw = self._raw.get(name)
+        path = f"{self._path}.{name}" if self._path else name
+        return Fields({} if raw is None else raw, where=self._where, path=path, defaults=defaults)
+
+
+def read_language(parent: Fields, name: str) -> dict[str, Any]:
+    """Fields of `DecoderConfig` from a `LlamaConfig` object, absent ones filled in as LlamaConfig does.
+
+    Raises:
+        CheckpointError: grouped-query attention, biases, rotary scaling or another thing that MegaVL does not have.
+    """
+    fields = parent.child(name, defaults=_DEFAULTS)
+    for key, value in _FIXED.items():
+        fields.require(key, value)
+    heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    fields.require("num_key_value_heads", heads)
+    if hidden % heads == 0:
+        fields.require("head_dim", hidden // heads)
+    return {
+        "hidden_size": hidden,
+        "ffn_hidden_size": fields.integer("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "vocab_size": fields.integer("vocab_size"),
+        "max_position_embeddings": fields.integer("max_position_embeddings"),
+        "rope_theta": _rope_theta(fields),
+        "rms_norm_eps": fields.number("rms_norm_eps"),
+        "init_std": fields.number("initializer_range"),
+    }
+
+
+def language_json(llm: DecoderConfig, *, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
+    """The `LlamaConfig` object of an export, every field written out.
+
+    `pad_token_id` stays null: padding is the EOS token, and naming it here would freeze EOS's embedding
+    (`padding_idx`) in whatever trains the export further.
+    """
+    return {
+        **_FIXED,
+        "hidden_size": llm.hidden_size,
+        "intermediate_size": llm.ffn_hidden_size,
+        "num_hidden_layers": llm.num_layers,
+        "num_attention_heads": llm.num_attention_heads,
+        "num_key_value_heads": llm.num_attention_heads,
+        "head_dim": llm.head_dim,
+        "vocab_size": llm.vocab_size,
+        "max_position_embeddings": llm.max_position_embeddings,
+        # transformers 4 ignores the newer rope_parameters; every version reads these two.
+        "rope_theta": llm.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": llm.rms_norm_eps,
+        "initializer_range": llm.init_std,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def model_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
+    """A checked `ModelConfig` whose preset is the shipped one of these sizes, or the nearest of the same topology.
+
+    Raises:
+        CheckpointError: sizes that do not fit together.
+    """
+    try:
+        config = model_config_from_dict({**raw, "preset": "7b" if raw.get("sam") else "1b"}, source=str(where))
+        return model_config_from_dict({**raw, "preset": _nearest_preset(config)}, source=str(where))
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _nearest_preset(config: ModelConfig) -> str:
+    shipped = {name: load_model_config(name) for name in MODELS}
+    alike = {name: row for name, row in shipped.items() if (row.sam is None) == (config.sam is None)}
+    for name, row in alike.items():
+        if _sizes(row) == _sizes(config):
+            return name
+    return min(alike, key=lambda name: abs(alike[name].llm.hidden_size - config.llm.hidden_size))
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    """What makes two configurations the same model; limits and token ids may differ."""
+    sizes = to_dict(config)
+    del sizes["preset"], sizes["image_token_id"], sizes["llm"]["max_position_embeddings"], sizes["llm"]["init_std"]
+    return sizes
+
+
+def _rope_theta(fields: Fields) -> float:
+    # transformers 5 writes rope_parameters; its default type is the plain rotary embedding.
+    newer = fields.child("rope_parameters", defaults={"rope_type": "default"})
+    scaling = fields.child("rope_scaling", defaults={})
+    newer.require("rope_type", "default")
+    for key in ("rope_type", "type"):
+        scaling.require(key, "default")
+    return newer.number("rope_theta") if newer.get("rope_theta") is not None else fields.number("rope_theta")

@@ -1,0 +1,207 @@
+"""Configuration files of the native format: transformers' `deepseek_vl` and `deepseek_vl_hybrid`.
+
+What is written is read alike by transformers 4.57 and 5.x. Source: transformers 4.57.6, `models/deepseek_vl*`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
+from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
+from megavl.convert.language import Fields, language_json, model_config, read_language
+from megavl.convert.tokenizer_files import TokenizerIds
+
+MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid")
+_BILINEAR, _BICUBIC = 2, 3
+_MIN_SIDE = 14
+
+_SIGLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+_SAM_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "output_channels": 256,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 1024,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+    "mlp_ratio": 4.0,
+    "window_size": 14,
+    "global_attn_indexes": [2, 5, 8, 11],
+}
+
+
+def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
+    """Sizes from a native `config.json`; absent fields mean what transformers takes them for.
+
+    Raises:
+        CheckpointError: naming the field that MegaVL cannot represent.
+    """
+    top = Fields(raw, where=where, path="", defaults={"image_token_id": 100015})
+    hybrid = raw["model_type"] == "deepseek_vl_hybrid"
+    vision = top.child("vision_config", defaults=_SIGLIP_DEFAULTS)
+    sizes: dict[str, Any] = {
+        "llm": read_language(top, "text_config"),
+        "siglip": _read_siglip(vision),
+        "adaptor": {"kind": "low_high_hybrid_split_mlp_gelu" if hybrid else "mlp_gelu", "depth": 2},
+        "image_token_id": top.get("image_token_id"),
+    }
+    if hybrid:
+        sizes["sam"] = _read_sam(top.child("high_res_vision_config", defaults=_SAM_DEFAULTS))
+    return model_config(sizes, where=where)
+
+
+def _read_siglip(fields: Fields) -> dict[str, Any]:
+    fields.require("model_type", "siglip_vision_model")
+    fields.require("num_channels", 3)
+    if fields.get("hidden_act") != "gelu":
+        raise fields.error(
+            "hidden_act",
+            f"MegaVL runs SigLIP with the exact 'gelu', found {fields.get('hidden_act')!r} (the default where the "
+            "field is absent); DeepSeek-VL was trained with 'gelu', set it if this is a DeepSeek-VL model",
+        )
+    return {
+        "image_size": fields.integer("image_size"),
+        "patch_size": fields.integer("patch_size"),
+        "width": fields.integer("hidden_size"),
+        "depth": fields.integer("num_hidden_layers"),
+        "heads": fields.integer("num_attention_heads"),
+        "mlp_dim": fields.integer("intermediate_size"),
+        "layer_norm_eps": fields.number("layer_norm_eps"),
+    }
+
+
+def _read_sam(fields: Fields) -> dict[str, Any]:
+    fixed = {"model_type": "sam_vision_model", "num_channels": 3, "hidden_act": "gelu", "qkv_bias": True}
+    for name, value in {**fixed, "use_abs_pos": True, "use_rel_pos": True}.items():
+        fields.require(name, value)
+    width = fields.integer("hidden_size")
+    # transformers ignores intermediate_size here and takes mlp_dim, else mlp_ratio.
+    has_mlp_dim = fields.get("mlp_dim") is not None
+    return {
+        "image_size": fields.integer("image_size"),
+        "patch_size": fields.integer("patch_size"),
+        "width": width,
+        "depth": fields.integer("num_hidden_layers"),
+        "heads": fields.integer("num_attention_heads"),
+        "mlp_dim": fields.integer("mlp_dim") if has_mlp_dim else int(width * fields.number("mlp_ratio")),
+        "window_size": fields.integer("window_size"),
+        "global_attn_indexes": fields.get("global_attn_indexes"),
+        "neck_channels": fields.integer("output_channels"),
+        "layer_norm_eps": fields.number("layer_norm_eps"),
+    }
+
+
+def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
+    """JSON files beside the weights, by file name; the tokenizer's own files are not among them.
+
+    Args:
+        dtype: name of the weights' type, such as `bfloat16`.
+    """
+    hybrid = config.sam is not None
+    stem = "DeepseekVLHybrid" if hybrid else "DeepseekVL"
+    model: dict[str, Any] = {
+        "architectures": [f"{stem}ForConditionalGeneration"],
+        "model_type": "deepseek_vl_hybrid" if hybrid else "deepseek_vl",
+        "image_token_id": config.image_token_id,
+        # Both levels: the top-level default is true, and a loader that trusts it would tie the two matrices.
+        "tie_word_embeddings": False,
+        "text_config": language_json(config.llm, bos_id=ids.bos, eos_id=ids.eos, dtype=dtype),
+        "vision_config": _siglip_json(config.siglip, dtype),
+        "torch_dtype": dtype,
+    }
+    if config.sam is not None:
+        model["high_res_vision_config"] = _sam_json(config.sam, dtype)
+    return {
+        "config.json": model,
+        "generation_config.json": {
+            "bos_token_id": ids.bos,
+            "eos_token_id": ids.eos,
+            "pad_token_id": ids.pad,
+        },
+        "preprocessor_config.json": _image_processor_json(config, stem),
+        "processor_config.json": {"processor_class": f"{stem}Processor", "num_image_tokens": config.image_tokens},
+    }
+
+
+def _siglip_json(tower: SiglipConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_dim,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.heads,
+        "num_channels": 3,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": tower.layer_norm_eps,
+        "attention_dropout": 0.0,
+        "vision_use_head": False,
+        "torch_dtype": dtype,
+    }
+
+
+def _sam_json(tower: SamConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "model_type": "sam_vision_model",
+        "hidden_size": tower.width,
+        "mlp_dim": tower.mlp_dim,
+        "mlp_ratio": tower.mlp_dim / tower.width,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.heads,
+        "num_channels": 3,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": tower.layer_norm_eps,
+        "attention_dropout": 0.0,
+        "qkv_bias": True,
+        "use_abs_pos": True,
+        "use_rel_pos": True,
+        "window_size": tower.window_size,
+        "global_attn_indexes": list(tower.global_attn_indexes),
+        "output_channels": tower.neck_channels,
+        "num_pos_feats": tower.neck_channels // 2,
+        "torch_dtype": dtype,
+    }
+
+
+def _image_processor_json(config: ModelConfig, stem: str) -> dict[str, Any]:
+    side = config.siglip.image_size
+    processor: dict[str, Any] = {
+        "image_processor_type": f"{stem}ImageProcessor",
+        "processor_class": f"{stem}Processor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "rescale_factor": 1 / 255,
+        "min_size": _MIN_SIDE,
+        "size": {"height": side, "width": side},
+        "resample": _BICUBIC,
+        "image_mean": list(HALF),
+        "image_std": list(HALF),
+    }
+    if config.sam is None:
+        return processor
+    high = config.sam.image_size
+    return processor | {
+        # The low-resolution image is made from the padded high-resolution one, with the bilinear filter.
+        "resample": _BILINEAR,
+        "high_res_size": {"height": high, "width": high},
+        "high_res_resample": _BICUBIC,
+        "high_res_image_mean": list(CLIP_MEAN),
+        "high_res_image_std": list(CLIP_STD),
+    }

@@ -1,0 +1,226 @@
+"""Configuration files of the original format: the deepseek-ai release (`model_type: multi_modality`).
+
+The released client looks tower sizes up by `model_name`. Towers of other sizes are written under a name that it does
+not know, so that it stops instead of building the wrong tower; their sizes stand beside the name.
+Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/{clip_encoder,siglip_vit,sam,projector}.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
+from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
+from megavl.convert.language import Fields, language_json, model_config, read_language
+from megavl.convert.tokenizer_files import IMAGE_TOKEN, TokenizerIds, image_token_id
+
+MODEL_TYPE = "multi_modality"
+_MIN_SIDE = 14
+
+_SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
+_SIGLIP = SiglipConfig(image_size=384, patch_size=16, width=1024, depth=24, heads=16, mlp_dim=4096)
+_SAM = SamConfig(
+    image_size=1024,
+    patch_size=16,
+    width=768,
+    depth=12,
+    heads=12,
+    mlp_dim=3072,
+    window_size=14,
+    global_attn_indexes=(2, 5, 8, 11),
+    neck_channels=256,
+)
+_EPS = 1e-6
+
+
+def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
+    """Sizes from an original `config.json`; absent fields mean what the released classes take them for.
+
+    The image token's id comes from the tokenizer beside the configuration.
+
+    Raises:
+        CheckpointError: naming the field that MegaVL cannot represent.
+        DataError: the tokenizer beside it has no image token.
+    """
+    top = Fields(raw, where=where, path="", defaults={})
+    vision = top.child("vision_config", defaults={})
+    tower_defaults = {"model_name": _SIGLIP_NAME, "image_size": 336, "select_layer": -2, "layer_norm_eps": _EPS}
+    params = vision.child("params", defaults=tower_defaults)
+    hybrid = vision.get("cls") == "HybridVisionTower"
+    if not hybrid and vision.get("cls") != "CLIPVisionTower":
+        raise vision.error("cls", f"expected HybridVisionTower or CLIPVisionTower, found {vision.get('cls')!r}")
+    sizes: dict[str, Any] = {"llm": read_language(top, "language_config")}
+    if hybrid:
+        if params.get("concat_type") != "tuple":
+            raise params.error(
+                "concat_type", f"MegaVL joins towers as 'tuple' only, found {params.get('concat_type')!r}"
+            )
+        sizes["sam"] = _read_sam(params.child("high_res_cfg", defaults=tower_defaults))
+        sizes["siglip"] = _read_siglip(params.child("low_res_cfg", defaults=tower_defaults))
+    else:
+        sizes["siglip"] = _read_siglip(params)
+    sizes["adaptor"] = _read_aligner(top, sizes)
+    sizes["image_token_id"] = image_token_id(where.parent)
+    return model_config(sizes, where=where)
+
+
+def _read_siglip(fields: Fields) -> dict[str, Any]:
+    if fields.get("width") is not None:
+        tower, layers = _stated_sizes(fields), fields.integer("layers")
+    elif fields.get("model_name") == _SIGLIP_NAME:
+        tower, layers = dataclasses.asdict(_SIGLIP), _SIGLIP.depth
+    else:
+        raise fields.error("model_name", f"expected {_SIGLIP_NAME}, found {fields.get('model_name')!r}")
+    select = fields.get("select_layer")
+    if isinstance(select, bool) or not isinstance(select, int):
+        raise fields.error("select_layer", f"a whole number is expected, found {select!r}")
+    depth = min(layers, select if select > 0 else layers + select + 1)
+    if depth < 1:
+        raise fields.error("select_layer", f"{select} leaves no block of {layers}")
+    return {**tower, "depth": depth, "image_size": fields.integer("image_size")}
+
+
+def _read_sam(fields: Fields) -> dict[str, Any]:
+    if fields.get("width") is None:
+        if fields.get("model_name") != _SAM_NAME:
+            raise fields.error("model_name", f"expected {_SAM_NAME}, found {fields.get('model_name')!r}")
+        return {**dataclasses.asdict(_SAM), "image_size": fields.integer("image_size")}
+    return {
+        **_stated_sizes(fields),
+        "image_size": fields.integer("image_size"),
+        "depth": fields.integer("layers"),
+        "window_size": fields.integer("window_size"),
+        "global_attn_indexes": fields.get("global_attn_indexes"),
+        "neck_channels": fields.integer("prompt_embed_dim"),
+    }
+
+
+def _stated_sizes(fields: Fields) -> dict[str, Any]:
+    return {
+        "patch_size": fields.integer("patch_size"),
+        "width": fields.integer("width"),
+        "heads": fields.integer("heads"),
+        "mlp_dim": fields.integer("mlp_dim"),
+        "layer_norm_eps": fields.number("layer_norm_eps"),
+    }
+
+
+def _read_aligner(top: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+    aligner = top.child("aligner_config", defaults={})
+    aligner.require("cls", "MlpProjector")
+    params = aligner.child("params", defaults={"depth": 1})
+    params.require("input_dim", sizes["siglip"]["width"])
+    params.require("n_embed", sizes["llm"]["hidden_size"])
+    kinds = ("low_high_hybrid_split_mlp_gelu",) if "sam" in sizes else ("mlp_gelu", "linear")
+    kind = params.get("projector_type")
+    if kind not in kinds:
+        raise params.error("projector_type", f"expected {' or '.join(kinds)} with this vision tower, found {kind!r}")
+    return {"kind": kind, "depth": params.integer("depth")}
+
+
+def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
+    """JSON files beside the weights, by file name; the tokenizer's own files are not among them.
+
+    Args:
+        dtype: name of the weights' type, such as `bfloat16`.
+    """
+    hybrid = config.sam is not None
+    aligner = {
+        "projector_type": config.adaptor.kind,
+        "depth": config.adaptor.depth,
+        "input_dim": config.siglip.width,
+        "n_embed": config.llm.hidden_size,
+    }
+    mean, std = (CLIP_MEAN, CLIP_STD) if hybrid else (HALF, HALF)
+    return {
+        "config.json": {
+            "architectures": ["MultiModalityCausalLM"],
+            "model_type": MODEL_TYPE,
+            "vision_config": {
+                "model_type": "vision",
+                "cls": "HybridVisionTower" if hybrid else "CLIPVisionTower",
+                "params": _vision_params(config),
+            },
+            "aligner_config": {"model_type": "aligner", "cls": "MlpProjector", "params": aligner},
+            "language_config": language_json(config.llm, bos_id=ids.bos, eos_id=ids.eos, dtype=dtype),
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "VLMImageProcessor",
+            "processor_class": "VLChatProcessor",
+            "image_size": config.canvas_size,
+            "min_size": _MIN_SIDE,
+            "image_mean": list(mean),
+            "image_std": list(std),
+            "background_color": [int(255 * value) for value in mean],
+            # The hybrid towers normalise their own input.
+            "do_normalize": not hybrid,
+            "rescale_factor": 1 / 255,
+        },
+        "processor_config.json": {
+            "processor_class": "VLChatProcessor",
+            "image_tag": IMAGE_TOKEN,
+            "num_image_tokens": config.image_tokens,
+            "add_special_token": False,
+            "sft_format": "deepseek",
+            "mask_prompt": True,
+            "ignore_id": -100,
+        },
+    }
+
+
+def _vision_params(config: ModelConfig) -> dict[str, Any]:
+    low = _siglip_params(config.siglip)
+    if config.sam is None:
+        return low
+    tower = {"ckpt_path": "", "output_dim": config.siglip.width}
+    return {
+        "concat_type": "tuple",
+        "high_res_cfg": {
+            **_sam_params(config.sam),
+            **tower,
+            "pixel_mean": list(CLIP_MEAN),
+            "pixel_std": list(CLIP_STD),
+        },
+        "low_res_cfg": {**low, **tower, "pixel_mean": list(HALF), "pixel_std": list(HALF)},
+    }
+
+
+def _siglip_params(tower: SiglipConfig) -> dict[str, Any]:
+    params = {"image_size": tower.image_size, "select_feature": "same"}
+    comparable = dataclasses.replace(tower, image_size=_SIGLIP.image_size, depth=_SIGLIP.depth)
+    if comparable == _SIGLIP and tower.depth <= _SIGLIP.depth:
+        return params | {"model_name": _SIGLIP_NAME, "select_layer": tower.depth - _SIGLIP.depth - 1}
+    name = f"siglip_w{tower.width}_d{tower.depth}_patch{tower.patch_size}_{tower.image_size}"
+    return params | {"model_name": name, "select_layer": -1, "layers": tower.depth} | _size_params(tower)
+
+
+def _sam_params(tower: SamConfig) -> dict[str, Any]:
+    params = {"image_size": tower.image_size, "select_feature": "same", "select_layer": -1}
+    if tower == _SAM:
+        return params | {"model_name": _SAM_NAME}
+    return (
+        params
+        | _size_params(tower)
+        | {
+            "model_name": f"sam_w{tower.width}_d{tower.depth}_downsample",
+            "layers": tower.depth,
+            "window_size": tower.window_size,
+            "global_attn_indexes": list(tower.global_attn_indexes),
+            "prompt_embed_dim": tower.neck_channels,
+            "downsample_channels": [2 * tower.neck_channels, 4 * tower.neck_channels],
+        }
+    )
+
+
+def _size_params(tower: SiglipConfig | SamConfig) -> dict[str, Any]:
+    return {
+        "patch_size": tower.patch_size,
+        "width": tower.width,
+        "heads": tower.heads,
+        "mlp_dim": tower.mlp_dim,
+        "layer_norm_eps": tower.layer_norm_eps,
+    }

@@ -1,0 +1,120 @@
+"""Writing safetensors files one row of the weight table at a time, so that memory holds one tensor, not the model.
+
+Format: eight bytes of header length, the header as JSON, then the tensors back to back
+(https://github.com/huggingface/safetensors). Files are read back through the safetensors library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from megavl.convert.flat_names import Shape
+
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that an export may have, by the name used on the command line and in `config.json`."""
+
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_STEM = "model"
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """Tensors that are made together and stand together in one file."""
+
+    shapes: dict[str, Shape]
+    dtype: torch.dtype
+    load: Callable[[], Sequence[Tensor]]
+    """The tensors in the order of `shapes`, each of type `dtype`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the row."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize
+
+
+def write_safetensors(folder: Path, rows: Iterable[OutputRow], *, max_shard_bytes: int) -> None:
+    """Write rows as `model.safetensors`, or as numbered files with an index when they exceed `max_shard_bytes`.
+
+    Every file is on disk (fsync) when this returns. A row larger than `max_shard_bytes` gets a file of its own.
+    """
+    shards = _split(rows, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(folder / f"{_STEM}.safetensors", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, shard)
+        weight_map |= {key: name for row in shard for key in row.shapes}
+    total = sum(row.nbytes for shard in shards for row in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_synced(folder / f"{_STEM}.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file and wait until it is on disk."""
+    with path.open("wb") as handle:
+        handle.write(content)
+        _sync(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the entries of a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _split(rows: Iterable[OutputRow], max_shard_bytes: int) -> list[list[OutputRow]]:
+    shards: list[list[OutputRow]] = [[]]
+    size = 0
+    for row in rows:
+        if shards[-1] and size + row.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += row.nbytes
+    return shards
+
+
+def _write_file(path: Path, rows: Sequence[OutputRow]) -> None:
+    # Wide types first, so that every tensor starts at a multiple of its element size.
+    ordered = sorted(rows, key=lambda row: -row.dtype.itemsize)
+    with path.open("wb") as handle:
+        handle.write(_header(ordered))
+        for row in ordered:
+            tensors = row.load()
+            for (name, shape), tensor in zip(row.shapes.items(), tensors, strict=True):
+                assert tuple(tensor.shape) == shape and tensor.dtype == row.dtype, f"{name}: not as announced"
+                handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        _sync(handle)
+
+
+def _header(rows: Sequence[OutputRow]) -> bytes:
+    # transformers refuses files that do not name the framework.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for row in rows:
+        for name, shape in row.shapes.items():
+            end = offset + torch.Size(shape).numel() * row.dtype.itemsize
+            header[name] = {"dtype": _CODES[row.dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _sync(handle: BinaryIO) -> None:
+    handle.flush()
+    os.fsync(handle.fileno())

@@ -1,0 +1,246 @@
+"""The weight table of each format: which tensors of a file make up which flat tensor, in both directions.
+
+Formats:
+    native: transformers' `DeepseekVLForConditionalGeneration` and `DeepseekVLHybridForConditionalGeneration`.
+    original: the deepseek-ai release (`MultiModalityCausalLM`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megavl.config.errors import UsageError
+from megavl.config.model import ModelConfig
+from megavl.convert.flat_names import Shape, flat_shapes
+from megavl.convert.transforms import Copy, DropFirstAxis, InterleaveHeads, StackRows, Transform
+
+Format = Literal["native", "original"]
+FORMATS: tuple[Format, ...] = ("native", "original")
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One flat tensor and the tensors of a file that hold it."""
+
+    flat: str
+    """Flat name."""
+    shape: Shape
+    """Shape of the flat tensor."""
+    keys: tuple[str, ...]
+    """Names in the file, in the order that the transform takes them."""
+    transform: Transform
+
+    @property
+    def key_shapes(self) -> dict[str, Shape]:
+        """Shape of each tensor in the file."""
+        return dict(zip(self.keys, self.transform.part_shapes(self.shape), strict=True))
+
+
+@dataclass(frozen=True)
+class DeadTensor:
+    """A parameter that the released classes own but never run."""
+
+    key: str
+    """Name in the original format."""
+    shape: Shape
+    fill: float
+    """Value of every element where no source gives the tensor: 1 for the scale of a norm, else 0."""
+
+    def synthesise(self, dtype: torch.dtype) -> torch.Tensor:
+        """The stand-in tensor."""
+        return torch.full(self.shape, self.fill, dtype=dtype)
+
+
+# Flat name after `vision.siglip.`, native name after NATIVE_SIGLIP; `{i}` a block, `*` weight or bias.
+_SIGLIP: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
+    ("pos_embed", ("embeddings.position_embedding.weight",), DropFirstAxis()),
+    ("patch_embed.proj.*", ("embeddings.patch_embedding.*",), Copy()),
+    ("blocks.{i}.norm1.*", ("encoder.layers.{i}.layer_norm1.*",), Copy()),
+    (
+        "blocks.{i}.attn.qkv.*",
+        tuple(f"encoder.layers.{{i}}.self_attn.{part}_proj.*" for part in "qkv"),
+        StackRows(3),
+    ),
+    ("blocks.{i}.attn.proj.*", ("encoder.layers.{i}.self_attn.out_proj.*",), Copy()),
+    ("blocks.{i}.norm2.*", ("encoder.layers.{i}.layer_norm2.*",), Copy()),
+    ("blocks.{i}.mlp.fc1.*", ("encoder.layers.{i}.mlp.fc1.*",), Copy()),
+    ("blocks.{i}.mlp.fc2.*", ("encoder.layers.{i}.mlp.fc2.*",), Copy()),
+    ("norm.*", ("post_layernorm.*",), Copy()),
+)
+
+# Flat name after `vision.sam.`, native name after `model.`.
+_SAM_TRUNK = "high_res_vision_model.vision_encoder."
+_SAM: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
+    ("pos_embed", (_SAM_TRUNK + "pos_embed",), Copy()),
+    ("patch_embed.proj.*", (_SAM_TRUNK + "patch_embed.projection.*",), Copy()),
+    ("blocks.{i}.norm1.*", (_SAM_TRUNK + "layers.{i}.layer_norm1.*",), Copy()),
+    ("blocks.{i}.attn.qkv.*", (_SAM_TRUNK + "layers.{i}.attn.qkv.*",), Copy()),
+    ("blocks.{i}.attn.proj.*", (_SAM_TRUNK + "layers.{i}.attn.proj.*",), Copy()),
+    ("blocks.{i}.attn.rel_pos_h", (_SAM_TRUNK + "layers.{i}.attn.rel_pos_h",), Copy()),
+    ("blocks.{i}.attn.rel_pos_w", (_SAM_TRUNK + "layers.{i}.attn.rel_pos_w",), Copy()),
+    ("blocks.{i}.norm2.*", (_SAM_TRUNK + "layers.{i}.layer_norm2.*",), Copy()),
+    ("blocks.{i}.mlp.lin1.*", (_SAM_TRUNK + "layers.{i}.mlp.lin1.*",), Copy()),
+    ("blocks.{i}.mlp.lin2.*", (_SAM_TRUNK + "layers.{i}.mlp.lin2.*",), Copy()),
+    ("neck.0.weight", (_SAM_TRUNK + "neck.conv1.weight",), Copy()),
+    ("neck.1.*", (_SAM_TRUNK + "neck.layer_norm1.*",), Copy()),
+    ("neck.2.weight", (_SAM_TRUNK + "neck.conv2.weight",), Copy()),
+    ("neck.3.*", (_SAM_TRUNK + "neck.layer_norm2.*",), Copy()),
+    ("neck_hd.0.weight", ("high_res_vision_neck.conv1.weight",), Copy()),
+    ("neck_hd.1.*", ("high_res_vision_neck.layer_norm1.*",), Copy()),
+    ("neck_hd.2.weight", ("high_res_vision_neck.conv2.weight",), Copy()),
+    ("neck_hd.3.*", ("high_res_vision_neck.layer_norm2.*",), Copy()),
+    ("downsamples.0.weight", ("high_res_vision_proj.conv1.weight",), Copy()),
+    ("downsamples.1.weight", ("high_res_vision_proj.conv2.weight",), Copy()),
+    ("hd_alpha_downsamples", ("high_res_vision_alpha",), Copy()),
+)
+
+# Flat name after `vision.adaptor.`, native name after `model.aligner.`.
+_MLP_ADAPTOR: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
+    ("layers.0.*", ("linear1.*",), Copy()),
+    ("layers.2.*", ("linear2.*",), Copy()),
+)
+_HYBRID_ADAPTOR: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
+    ("high_up_proj.*", ("high_res_vision_proj.*",), Copy()),
+    ("low_up_proj.*", ("vision_proj.*",), Copy()),
+    ("layers.1.*", ("proj.*",), Copy()),
+)
+
+NATIVE_SIGLIP = "model.vision_model.vision_model."
+"""Nested layout: published, and the only one that transformers 4.57 reads."""
+NATIVE_SIGLIP_FLAT = "model.vision_model."
+"""Layout that transformers 5.10 and later save when a model is built from scratch."""
+
+_ORIGINAL_SAM = "vision_model.vision_tower_high.vision_tower."
+
+
+def weight_rows(config: ModelConfig, fmt: Format) -> tuple[WeightRow, ...]:
+    """The table of one format at the sizes of `config`; every flat tensor stands in exactly one row.
+
+    Raises:
+        UsageError: the native classes cannot express the adaptor.
+    """
+    shapes = flat_shapes(config)
+    rows = list(_vision_rows(config, fmt, shapes)) + list(_decoder_rows(config, fmt, shapes))
+    assert sorted(row.flat for row in rows) == sorted(shapes), "the weight table covers every flat name once"
+    return tuple(rows)
+
+
+def key_shapes(config: ModelConfig, fmt: Format) -> dict[str, Shape]:
+    """Name and shape of every tensor that a complete file of this format holds, dead ones included."""
+    shapes = {key: shape for row in weight_rows(config, fmt) for key, shape in row.key_shapes.items()}
+    if fmt == "original":
+        shapes |= {dead.key: dead.shape for dead in dead_tensors(config)}
+    return shapes
+
+
+def dead_tensors(config: ModelConfig) -> tuple[DeadTensor, ...]:
+    """Parameters of the original format that never run: SigLIP's attention pool and, with SAM, two layer norms."""
+    width, mlp_dim, pool = config.siglip.width, config.siglip.mlp_dim, _original_siglip(config) + "attn_pool."
+    shapes: dict[str, Shape] = {
+        pool + "latent": (1, 1, width),
+        pool + "q.weight": (width, width),
+        pool + "q.bias": (width,),
+        pool + "kv.weight": (2 * width, width),
+        pool + "kv.bias": (2 * width,),
+        pool + "proj.weight": (width, width),
+        pool + "proj.bias": (width,),
+        pool + "norm.weight": (width,),
+        pool + "norm.bias": (width,),
+        pool + "mlp.fc1.weight": (mlp_dim, width),
+        pool + "mlp.fc1.bias": (mlp_dim,),
+        pool + "mlp.fc2.weight": (width, mlp_dim),
+        pool + "mlp.fc2.bias": (width,),
+    }
+    if config.sam is not None:
+        for norm in ("high_layer_norm", "low_layer_norm"):
+            shapes |= {f"vision_model.{norm}.weight": (width,), f"vision_model.{norm}.bias": (width,)}
+    return tuple(DeadTensor(key, shape, float(key.endswith("norm.weight"))) for key, shape in shapes.items())
+
+
+def native_pool_keys(config: ModelConfig) -> frozenset[str]:
+    """Attention-pool names of a native file saved with `vision_use_head: true`; the native classes never use them."""
+    tails = ["probe", "attention.in_proj_weight", "attention.in_proj_bias"]
+    tails += [
+        f"{name}.{kind}"
+        for name in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ]
+    return frozenset(f"{NATIVE_SIGLIP}head.{tail}" for tail in tails)
+
+
+def _original_siglip(config: ModelConfig) -> str:
+    return f"vision_model.vision_tower{'' if config.sam is None else '_low.vision_tower'}."
+
+
+def _vision_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> Iterator[WeightRow]:
+    if fmt == "original":
+        prefixes = {
+            "vision.siglip.": _original_siglip(config),
+            "vision.sam.": _ORIGINAL_SAM,
+            "vision.adaptor.": "aligner.",
+        }
+        for flat, original in prefixes.items():
+            for name, shape in shapes.items():
+                if name.startswith(flat):
+                    yield WeightRow(name, shape, (original + name.removeprefix(flat),), Copy())
+        return
+    _require_native_adaptor(config)
+    tables = [("vision.siglip.", NATIVE_SIGLIP, _SIGLIP, config.siglip.depth)]
+    if config.sam is None:
+        tables.append(("vision.adaptor.", "model.aligner.", _MLP_ADAPTOR, 0))
+    else:
+        tables.append(("vision.sam.", "model.", _SAM, config.sam.depth))
+        tables.append(("vision.adaptor.", "model.aligner.", _HYBRID_ADAPTOR, 0))
+    for flat, native, patterns, depth in tables:
+        for pattern, keys, transform in patterns:
+            for name, names in _expand(flat + pattern, tuple(native + key for key in keys), depth):
+                yield WeightRow(name, shapes[name], names, transform)
+
+
+def _expand(flat: str, keys: tuple[str, ...], depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for index in map(str, range(depth)) if "{i}" in flat else ("",):
+        for kind in ("weight", "bias") if "*" in flat else ("",):
+            yield _fill(flat, index, kind), tuple(_fill(key, index, kind) for key in keys)
+
+
+def _fill(pattern: str, index: str, kind: str) -> str:
+    return pattern.replace("{i}", index).replace("*", kind)
+
+
+def _require_native_adaptor(config: ModelConfig) -> None:
+    kind, depth = config.adaptor.kind, config.adaptor.depth
+    if kind == "linear" or depth != 2:
+        raise UsageError(
+            f"model.adaptor: the native format has no place for kind {kind} of depth {depth}, only for mlp_gelu and "
+            "low_high_hybrid_split_mlp_gelu of depth 2; use the original format"
+        )
+
+
+def _decoder_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> Iterator[WeightRow]:
+    heads = config.llm.num_attention_heads
+    backbone = "model.language_model." if fmt == "native" else "language_model.model."
+    head = "lm_head.weight" if fmt == "native" else "language_model.lm_head.weight"
+    layer = "language_model.decoder.layers.{i}."
+    attention, mlp = backbone + "layers.{i}.self_attn.", backbone + "layers.{i}.mlp."
+    patterns: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
+        ("language_model.embedding.word_embeddings.weight", (backbone + "embed_tokens.weight",), Copy()),
+        (layer + "input_layernorm.weight", (backbone + "layers.{i}.input_layernorm.weight",), Copy()),
+        (
+            layer + "self_attention.linear_qkv.weight",
+            tuple(f"{attention}{part}_proj.weight" for part in "qkv"),
+            InterleaveHeads(heads),
+        ),
+        (layer + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), Copy()),
+        (layer + "pre_mlp_layernorm.weight", (backbone + "layers.{i}.post_attention_layernorm.weight",), Copy()),
+        (layer + "mlp.linear_fc1.weight", (mlp + "gate_proj.weight", mlp + "up_proj.weight"), StackRows(2)),
+        (layer + "mlp.linear_fc2.weight", (mlp + "down_proj.weight",), Copy()),
+        ("language_model.decoder.final_layernorm.weight", (backbone + "norm.weight",), Copy()),
+        ("language_model.output_layer.weight", (head,), Copy()),
+    )
+    for pattern, keys, transform in patterns:
+        for name, names in _expand(pattern, keys, config.llm.num_layers):
+            yield WeightRow(name, shapes[name], names, transform)

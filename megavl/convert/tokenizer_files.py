@@ -1,0 +1,169 @@
+"""The tokenizer of an export: its special ids, its files byte for byte, and a completed `tokenizer_config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megavl.config.errors import CheckpointError, DataError
+from megavl.convert.safetensors_in import read_json
+
+IMAGE_TOKEN = "<image_placeholder>"
+"""Text of the token that stands for one position of an image."""
+
+_COPIED = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_CONFIG = "tokenizer_config.json"
+_RELEASED_NAMES = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+"""Used where no file beside tokenizer.json says which token plays which part."""
+
+
+@dataclass(frozen=True)
+class TokenizerIds:
+    """Ids of the special tokens."""
+
+    bos: int
+    eos: int
+    pad: int
+    image: int
+
+
+@dataclass(frozen=True)
+class TokenizerFolder:
+    """A folder with a `tokenizer.json`, read as data."""
+
+    folder: Path
+    tokens: dict[str, str]
+    """Texts of bos_token, eos_token and pad_token."""
+    ids: TokenizerIds
+    config: dict[str, Any]
+    """Content of its `tokenizer_config.json`; empty where there is none."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files to copy byte for byte, `tokenizer_config.json` not among them."""
+        return tuple(path for name in _COPIED if (path := self.folder / name).is_file())
+
+
+def read_tokenizer(folder: str | Path) -> TokenizerFolder:
+    """Special tokens and their ids from the files of a tokenizer folder.
+
+    Padding is the EOS token where no file names another.
+
+    Raises:
+        DataError: no tokenizer.json, a damaged file, or a special token without an id.
+    """
+    folder = Path(folder)
+    vocabulary = _vocabulary(folder)
+    config, special = _optional(folder / _CONFIG), _optional(folder / "special_tokens_map.json")
+    tokens = {}
+    for part, released in _RELEASED_NAMES.items():
+        text = _text(config.get(part)) or _text(special.get(part))
+        if text is None and _find(vocabulary, released) is None:
+            raise DataError(f"{folder / _CONFIG}: {part} is not given; add it, so that the export knows its id")
+        tokens[part] = text or released
+    tokens["pad_token"] = _text(config.get("pad_token")) or _text(special.get("pad_token")) or tokens["eos_token"]
+    bos, eos, pad = (_id(folder, vocabulary, tokens[part]) for part in ("bos_token", "eos_token", "pad_token"))
+    ids = TokenizerIds(bos=bos, eos=eos, pad=pad, image=_id(folder, vocabulary, IMAGE_TOKEN))
+    return TokenizerFolder(folder, tokens, ids, config)
+
+
+def image_token_id(folder: str | Path) -> int:
+    """Id of the image token in a tokenizer folder.
+
+    Raises:
+        DataError: no tokenizer.json, or the token is not in it.
+    """
+    return _id(Path(folder), _vocabulary(Path(folder)), IMAGE_TOKEN)
+
+
+def tokenizer_paths(folder: str | Path) -> tuple[Path, ...]:
+    """Tokenizer files of a Hugging Face folder, to be kept with a checkpoint."""
+    return tuple(path for name in (*_COPIED, _CONFIG) if (path := Path(folder) / name).is_file())
+
+
+def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "original"], max_length: int) -> bytes:
+    """`tokenizer_config.json` of an export: the source's, with what the clients need added.
+
+    The class is always LlamaTokenizerFast: the released client accepts no other, and it puts BOS first as training
+    did. Its unk_token is written even when there is none, or the class would add an `<unk>` to the vocabulary.
+    """
+    raw = tokenizer.config
+    absent: dict[str, Any] = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length,
+        "unk_token": None,
+        **tokenizer.tokens,
+    }
+    merged = {**absent, **{key: value for key, value in raw.items() if key != "auto_map"}}
+    for part, text in tokenizer.tokens.items():
+        if merged[part] is None:
+            merged[part] = text
+    merged["tokenizer_class"] = "LlamaTokenizerFast"
+    if fmt == "native":
+        extra = merged.get("extra_special_tokens")
+        merged["extra_special_tokens"] = {**(extra if isinstance(extra, dict) else {}), "image_token": IMAGE_TOKEN}
+        merged["image_token"] = IMAGE_TOKEN
+    if merged == raw:
+        return (tokenizer.folder / _CONFIG).read_bytes()
+    return (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _vocabulary(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a Hugging Face folder needs the tokenizer in this form")
+    return _readable(path)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return _readable(path) if path.is_file() else {}
+
+
+def _readable(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+
+
+def _text(token: Any) -> str | None:
+    """A token as `tokenizer_config.json` gives it: its text, or an object with the text in it."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _id(folder: Path, vocabulary: dict[str, Any], token: str) -> int:
+    found = _find(vocabulary, token)
+    if found is None:
+        raise DataError(f"{folder / 'tokenizer.json'}: token {token!r} is not in it; use the model's own tokenizer")
+    return found
+
+
+def _find(vocabulary: dict[str, Any], token: str) -> int | None:
+    found = next((value for text, value in _added(vocabulary) if text == token), None)
+    if found is None:
+        model = vocabulary.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        found = vocab.get(token) if isinstance(vocab, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _added(vocabulary: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    added = vocabulary.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict):
+            yield entry.get("content"), entry.get("id")
