@@ -6,11 +6,10 @@ Legend: T tokens of the micro-batch (micro-batch size x sequence length), N segm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Modality = Literal["text", "multimodal"]
+from megavl.data.manifest import Modality as Modality
 
 
 @dataclass(frozen=True, kw_only=True)

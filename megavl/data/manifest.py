@@ -1,0 +1,249 @@
+"""The contract between preprocessing and training: manifests of a shard and of a dataset, and their fixed-width tables.
+
+Every file is plain JSON or a plain little-endian array, so that nothing read here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megavl.config.errors import DataError
+from megavl.config.model import STRICT
+from megavl.config.presets import ImageGeometry
+
+FORMAT_VERSION = 1
+"""Raised when files of an older version can no longer be read."""
+
+Modality = Literal["text", "multimodal"]
+
+MODALITIES: tuple[Modality, Modality] = ("text", "multimodal")
+"""Modality by the number that tables store."""
+
+SAMPLE_ROW = np.dtype(
+    [
+        ("source", "<i4"),  # row of the shard manifest's sources
+        ("place", "<i8"),  # line or item in that source, from 1
+        ("first_image", "<i8"),  # sequence of the images pair
+        ("images", "<i4"),
+        ("first_span", "<i8"),  # row of NAME.spans.npy
+        ("spans", "<i4"),
+        ("modality", "u1"),
+        ("crc32", "<u4"),  # of the int32 tokens
+    ]
+)
+SPAN_ROW = np.dtype([("start", "<i4"), ("end", "<i4")])
+"""Supervised target positions of a sample, half open."""
+IMAGE_ROW = np.dtype([("width", "<i4"), ("height", "<i4"), ("format", "u1"), ("crc32", "<u4")])
+"""One stored image file; `format` is a row of `megavl.data.image.FORMATS`."""
+PACK_ROW = np.dtype(
+    [
+        ("pack", "<i8"),  # numbered through the dataset, text packs first
+        ("modality", "u1"),
+        ("shard", "<i4"),  # row of the dataset manifest's shards
+        ("sample", "<i8"),
+        ("tokens", "<i4"),
+        ("images", "<i4"),
+    ]
+)
+"""One member of a pack; members of a pack are adjacent and in sequence order."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FileEntry:
+    """A file beside the manifest."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceEntry:
+    """The stretch of an input file that a shard was made from."""
+
+    name: str
+    start: int
+    """First byte."""
+    end: int
+    """Byte after the last."""
+    sha256: str
+    """Of these bytes."""
+    places: Literal["line", "item"]
+    """What `place` counts: lines of a JSONL file, or items of a JSON array."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TokenizerEntry:
+    """The tokenizer that made the ids."""
+
+    sha256: str
+    """Of tokenizer.json, or of the SentencePiece model."""
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    image_id: int | None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GeometryEntry:
+    """What the image token count and the canvas follow from; `megavl.config.presets.ImageGeometry` and its rule."""
+
+    canvas_size: int
+    low_size: int
+    patch_size: int
+    min_size: int
+    background: tuple[int, int, int]
+    tokens: int
+    resize: str = "max(int(side / longest * canvas_size), min_size), bicubic, centred"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ShardManifest:
+    """Content of `NAME.json`; writing it commits the shard."""
+
+    format: Literal["megavl-shard"] = "megavl-shard"
+    version: int = FORMAT_VERSION
+    config_sha256: str
+    """Of the settings and inputs of the preprocessing run."""
+    name: str
+    modality: Modality
+    number: int
+    """Number of the input stretch among `count`."""
+    count: int
+    sources: tuple[SourceEntry, ...]
+    files: tuple[FileEntry, ...]
+    samples: int
+    images: int
+    """Sequences of the images pair."""
+    tokens: int
+    image_tokens: int
+    max_token: int
+    """Largest id in the shard."""
+    tokenizer: TokenizerEntry
+    seq_length: int
+    geometry: GeometryEntry
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ShardEntry:
+    """A shard as the dataset manifest lists it."""
+
+    name: str
+    sha256: str
+    """Of `NAME.json`."""
+    samples: int
+    tokens: int
+    images: int
+    """Image slots of its samples (an image used twice counts twice)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PackSettings:
+    """Limits of one packed sequence."""
+
+    packed: bool
+    """False: one sample per sequence."""
+    seq_length: int
+    max_images: int
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DatasetManifest:
+    """Content of `manifest.json`; a directory without it is not a dataset."""
+
+    format: Literal["megavl-dataset"] = "megavl-dataset"
+    version: int = FORMAT_VERSION
+    config_sha256: str
+    pack: PackSettings
+    shards: tuple[ShardEntry, ...]
+    packs: FileEntry
+    text_packs: int
+    multimodal_packs: int
+    tokenizer: TokenizerEntry
+    geometry: GeometryEntry
+    fingerprint: str
+    """sha256 over the shard manifests' hashes, the packs table's hash and the pack settings."""
+
+
+def geometry_entry(geometry: ImageGeometry) -> GeometryEntry:
+    """The manifest's form of a geometry."""
+    return GeometryEntry(**dataclasses.asdict(geometry), tokens=geometry.tokens)
+
+
+def to_json(value: Any) -> bytes:
+    """A dataclass or mapping as JSON, the same bytes for the same content."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return (json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def fingerprint(*, shards: Mapping[str, str], packs_sha256: str, settings: PackSettings) -> str:
+    """Identity of a dataset, from its shard manifests' hashes by name, its packs table and its pack settings."""
+    content = {"shards": dict(shards), "packs": packs_sha256, "settings": dataclasses.asdict(settings)}
+    return hashlib.sha256(to_json(content)).hexdigest()
+
+
+Manifest = TypeVar("Manifest", ShardManifest, DatasetManifest)
+
+
+def read_manifest(path: str | Path, *, kind: type[Manifest]) -> tuple[Manifest, str]:
+    """A manifest and its sha256.
+
+    Raises:
+        DataError: missing, not of this kind, or of another version.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: not found; preprocessing of this dataset has not finished, "
+            "so give the directory of a finished run or start data_tools/preprocess.py again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot read ({error.strerror}); give the directory of a dataset") from error
+    try:
+        content = json.loads(raw)
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: has format version {version!r}, this code reads {FORMAT_VERSION}; "
+                "preprocess the dataset again with this version"
+            )
+        return TypeAdapter(kind).validate_python(content), hashlib.sha256(raw).hexdigest()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {where}: {first['msg']}; preprocess the dataset again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); preprocess the dataset again") from error
+
+
+def read_table(path: str | Path, *, dtype: np.dtype[Any], rows: int | None = None) -> npt.NDArray[Any]:
+    """A fixed-width table.
+
+    Raises:
+        DataError: unreadable, or with other columns or another number of rows.
+    """
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot read the table ({error}); preprocess the dataset again") from error
+    if table.dtype != dtype or table.ndim != 1 or (rows is not None and len(table) != rows):
+        raise DataError(
+            f"{path}: holds {table.shape} rows of {table.dtype}, expected {'any' if rows is None else rows} rows "
+            f"of {dtype}; preprocess the dataset again"
+        )
+    result: npt.NDArray[Any] = table
+    return result

@@ -1,0 +1,120 @@
+"""One shard, opened with every rule checked: manifest, file sizes, indexes, tables."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megavl.config.errors import DataError
+from megavl.data.index_file import ReadHandles, SequenceFile
+from megavl.data.manifest import (
+    IMAGE_ROW,
+    SAMPLE_ROW,
+    SPAN_ROW,
+    FileEntry,
+    ShardManifest,
+    read_manifest,
+    read_table,
+)
+
+_BLOCK = 1 << 22
+_RESTORE = "restore the file or start data_tools/preprocess.py again with --no-resume"
+
+
+class Shard:
+    """Reader of one shard."""
+
+    def __init__(self, directory: str | Path, *, name: str, handles: ReadHandles) -> None:
+        """Open and check a shard; file hashes are left to `check_file`.
+
+        Args:
+            directory: of the dataset.
+            name: such as `text-00000`.
+            handles: where data is read through.
+
+        Raises:
+            DataError: naming the file that is missing or contradicts the manifest.
+        """
+        directory = Path(directory)
+        self.manifest, self.manifest_sha256 = read_manifest(directory / f"{name}.json", kind=ShardManifest)
+        for entry in self.manifest.files:
+            _check_size(directory, entry)
+        counts, prefix = self.manifest, directory / name
+        self.tokens = SequenceFile(f"{prefix}.tokens", dtype="int32", sequences=counts.samples, handles=handles)
+        self.samples = read_table(f"{prefix}.samples.npy", dtype=SAMPLE_ROW, rows=counts.samples)
+        self.spans = read_table(f"{prefix}.spans.npy", dtype=SPAN_ROW)
+        if counts.images:
+            self.images = SequenceFile(f"{prefix}.images", dtype="uint8", sequences=counts.images, handles=handles)
+            self.image_table = read_table(f"{prefix}.images.npy", dtype=IMAGE_ROW, rows=counts.images)
+        self._check_tables(f"{prefix}.samples.npy")
+
+    def _check_tables(self, path: str) -> None:
+        rows = self.samples
+        image_ends = rows["first_image"] + rows["images"]
+        span_ends = np.cumsum(rows["spans"], dtype=np.int64)
+        if (
+            (rows["source"].astype(np.uint32) >= len(self.manifest.sources)).any()
+            or min(rows[name].min(initial=0) for name in ("spans", "images", "first_image")) < 0
+            or image_ends.max(initial=0) > self.manifest.images
+            or not np.array_equal(rows["first_span"], span_ends - rows["spans"])
+            or span_ends.max(initial=0) != len(self.spans)
+            or (self.spans["start"] < 0).any()
+            or (self.spans["end"] > np.repeat(self.tokens.lengths, rows["spans"])).any()
+            or int(self.tokens.lengths.sum(dtype=np.int64)) != self.manifest.tokens
+        ):
+            raise DataError(f"{path}: points outside the shard's sources, spans or images; {_RESTORE}")
+
+    def spans_of(self, sample: int) -> npt.NDArray[np.void]:
+        """Supervised target positions of a sample, rows of SPAN_ROW."""
+        row = self.samples[sample]
+        return self.spans[int(row["first_span"]) : int(row["first_span"]) + int(row["spans"])]
+
+    def images_of(self, sample: int) -> range:
+        """Sequences of the images pair that a sample uses."""
+        row = self.samples[sample]
+        return range(int(row["first_image"]), int(row["first_image"]) + int(row["images"]))
+
+    def origin(self, sample: int) -> str:
+        """`file:place` of the record that a sample was made from."""
+        row = self.samples[sample]
+        return f"{self.manifest.sources[int(row['source'])].name}:{int(row['place'])}"
+
+
+def check_file(directory: str | Path, entry: FileEntry) -> None:
+    """Compare a file with what its manifest says.
+
+    Raises:
+        DataError: missing, or other size or sha256; names both.
+    """
+    path = _check_size(Path(directory), entry)
+    found = file_sha256(path)
+    if found != entry.sha256:
+        raise DataError(f"{path}: sha256 {found} is not the {entry.sha256} of its manifest; {_RESTORE}")
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read ({error.strerror}); {_RESTORE}") from error
+    return digest.hexdigest()
+
+
+def _check_size(directory: Path, entry: FileEntry) -> Path:
+    if Path(entry.name).name != entry.name:
+        raise DataError(f"{directory}: a manifest names {entry.name!r}, which is not a plain file name; {_RESTORE}")
+    path = directory / entry.name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: missing ({error.strerror}), though its manifest lists it; {_RESTORE}") from error
+    if size != entry.size:
+        raise DataError(f"{path}: has {size} bytes where its manifest says {entry.size}; {_RESTORE}")
+    return path
