@@ -1,0 +1,55 @@
+# One virtual environment in .venv, and the commands that people and CI run. `make help` lists them.
+
+PYTHON ?= python3
+# Extra package index for PyTorch, for instance one of CPU-only wheels; empty: pip's own settings.
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+# pytest processes of `make test`; the tests that start ranks use more than one core each.
+WORKERS ?= 2
+# Further pytest arguments, e.g. PYTEST_ARGS="-k layout".
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.megavl-installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check bench golden clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install everything (repeats only what changed)
+
+# PyTorch comes first and is named again in the second call, so that nothing replaces it.
+$(STAMP): setup.py pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH)
+	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[hf,board,test,dev]'
+	touch $@
+
+demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: at most 10 minutes on 2 cores
+	$(BIN)/python launch/demo.py
+
+check: $(STAMP)  ## ruff, mypy and the contract tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) tests/contract
+
+test: $(STAMP)  ## every test that is not slow: at most 12 minutes on 2 cores
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## the slow tests too
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## the benchmark drivers of launch/bench, which write launch/bench/results
+	set -e; for driver in launch/bench/*.py; do $(BIN)/python "$$driver"; done
+
+golden: $(STAMP)  ## rewrite the golden loss curves
+	$(PYTEST) tests/end_to_end --update-golden $(PYTEST_ARGS)
+
+clean:  ## remove .venv, runs and caches
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megavl data_tools launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

