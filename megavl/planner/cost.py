@@ -2,9 +2,10 @@
 
 Convention, "counted causally": a trained language model costs 6 x (body + head) + 6 x L x S x d FLOPs per token, body
 and head being their matrix parameters and the attention half of the full square; the encoders and the adaptor cost
-their forward pass, plus the backward pass of what trains. Frozen weights take no weight gradient, and no input gradient
-where nothing below them trains. Work done twice (activation recompute, encoders repeated on tensor-parallel ranks, the
-stand-in image of a text-only step) is never part of MFU.
+their forward pass, plus the backward pass of what trains. Frozen weights take no weight gradient, and no input
+gradient where nothing below them trains. What is done twice or for the sake of the implementation (activation
+recompute, encoders repeated on tensor-parallel ranks, the stand-in image of a text-only step, `Block.overhead`) is
+never part of MFU.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def step_flops(
     return decoder + head + vision
 
 
+def overhead_flops(blocks: Iterable[Block], *, trainable: frozenset[str]) -> int:
+    """Forward and backward FLOPs of `Block.overhead`, products of activations like attention."""
+    return sum(block.overhead * (3 if block.needs_backward(trainable) else 1) for block in blocks)
+
+
 def mfu(flops: float, *, seconds: float, devices: int, peak_flops: float) -> float:
     """Model FLOPs utilisation: useful `flops` of a step over what `devices` could do in its `seconds`, 0 to 1."""
     return flops / (seconds * devices * peak_flops)
@@ -93,4 +99,4 @@ def vision_recompute_flops(model: ModelConfig, *, recompute: RecomputeConfig, tr
     if not recompute.vision:
         return 0
     blocks = [block for block in vision_blocks(model) if block.checkpoint is not None]
-    return sum(block.forward for block in blocks if block.needs_backward(trainable))
+    return sum(block.forward + block.overhead for block in blocks if block.needs_backward(trainable))

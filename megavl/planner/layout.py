@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavl.config.recipe import Recipe
-from megavl.planner.blocks import decoder_layer_blocks, head_block, vision_blocks
-from megavl.planner.cost import active_parts, layer_recompute_flops, train_flops, vision_recompute_flops
+from megavl.planner.blocks import VISION, decoder_layer_blocks, head_block, vision_blocks
+from megavl.planner.cost import (
+    active_parts,
+    layer_recompute_flops,
+    overhead_flops,
+    train_flops,
+    vision_recompute_flops,
+)
 
 PACKED_IMAGES = 5
 """Images that preprocessing packs into one sequence at most, by default."""
@@ -40,17 +47,25 @@ def expected_images(recipe: Recipe) -> int:
 def stage_costs(recipe: Recipe, *, images_per_sequence: float) -> StageCosts:
     """Costs of a step with `images_per_sequence` images in every sequence; 0 is a text-only step."""
     model, tensor = recipe.model, recipe.parallel.tensor
-    trainable = active_parts(recipe.trainable_parts, images=1 if images_per_sequence else 0)
     sequences, span = recipe.training.micro_batch_size, recipe.data.seq_length
+    images = images_per_sequence * sequences or _stand_in_images(recipe)
+    trainable = active_parts(recipe.trainable_parts, images=math.ceil(images))
     tokens = sequences * span
     layer = train_flops(decoder_layer_blocks(model.llm, tokens=tokens, attention_span=span), trainable=trainable)
     layer += layer_recompute_flops(
         model, tokens=tokens, attention_span=span, recompute=recipe.recompute, trainable=trainable
     )
-    image = train_flops(vision_blocks(model), trainable=trainable)
+    encoders = vision_blocks(model)
+    image = train_flops(encoders, trainable=trainable) + overhead_flops(encoders, trainable=trainable)
     image += vision_recompute_flops(model, recompute=recipe.recompute, trainable=trainable)
     head = train_flops([head_block(model.llm, tokens=tokens)], trainable=trainable)
-    return StageCosts(layer=layer / tensor, first=image * images_per_sequence * sequences, last=head / tensor)
+    return StageCosts(layer=layer / tensor, first=image * images, last=head / tensor)
+
+
+def _stand_in_images(recipe: Recipe) -> int:
+    """Blank images that a text-only micro-batch encodes, so that overlapped gradient reduction finds every gradient."""
+    vision_trains = bool(VISION & set(recipe.trainable_parts))
+    return int(vision_trains and recipe.parallel.overlap_grad_reduce)
 
 
 def expected_costs(recipe: Recipe, *, images_per_sequence: float) -> StageCosts:

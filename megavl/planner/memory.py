@@ -5,14 +5,15 @@ s = t under sequence parallelism else 1, e bytes per element (2 for bf16, 4 for 
 
 - weights: e per parameter, frozen ones included; gradients: 4 per trained parameter (fp32 accumulation).
 - optimizer: two fp32 moments, 8 per trained parameter, and a fp32 master copy, 4 more, in bf16; divided over
-  data-parallel ranks when distributed.
-- a decoder layer keeps T x (4H/s + 4H/t + 4F/t) elements: both norms' inputs and outputs; q, k, v and the attention
-  output; gate, up, activated gate and their product. Attention also keeps T x a/t fp32 log-sums.
-- selective recompute drops the log-sums (core_attn) or the 4F (mlp); full recompute keeps one input, T x H/s, per
+  data-parallel ranks.
+- a decoder layer keeps, per token, (4 + 2e) x H/s in each of two norms (fp32 input, normalised, output), 6e x H/t in
+  attention (fused qkv, rotated q and k, output) with 4 x a/t of log-sums, and 5e x F/t in the MLP (gate and up, up
+  again, activated gate, product). The final norm keeps as much as another one.
+- selective recompute drops the log-sums (core_attn) or the 5e x F/t (mlp); full recompute keeps one input, e x H/s, per
   recompute.num_layers layers. Either way one recomputed piece is alive at a time.
-- the last stage holds T x V/t logits: e for the values, 4 for the softmax, e for their gradient, of one micro-batch.
+- the last stage holds (e + 4) x V/t per token of one micro-batch: logits and their fp32 softmax.
 - the first stage keeps what the trained part of the vision side needs, of every image, and for a moment the largest
-  frozen block; SAM's relative-position bias counts as a full score-sized tensor. Not divided over tensor ranks.
+  block that is frozen or recomputed. Not divided over tensor ranks.
 - 1F1B holds min(stages - stage, micro-batches) micro-batches of layer and vision activations.
 
 Not counted: the runtime's own memory, communication buffers, fragmentation, the data loader.
@@ -86,9 +87,7 @@ def stage_memory(
     """
     element = ELEMENT_BYTES[recipe.training.precision]
     parameters, trained = stage_parameters(recipe, stage=stage, layers=layers)
-    state = trained * (12 if recipe.training.precision == "bf16" else 8)
-    if recipe.optimizer.distributed:
-        state = math.ceil(state / data_parallel)
+    state = math.ceil(trained * (12 if recipe.training.precision == "bf16" else 8) / data_parallel)
     in_flight = min(recipe.parallel.pipeline - stage, micro_batches)
     kept, transient = _decoder_activations(recipe, layers=layers, multimodal=images_per_sequence > 0)
     activations = in_flight * kept + transient
@@ -108,11 +107,12 @@ def _decoder_activations(recipe: Recipe, *, layers: int, multimodal: bool) -> tu
     """Bytes kept per micro-batch, and bytes of the piece alive during its recompute."""
     llm, parallel, recompute = recipe.model.llm, recipe.parallel, recipe.recompute
     tokens, element = _tokens(recipe), ELEMENT_BYTES[recipe.training.precision]
-    residual = tokens * llm.hidden_size * element // (parallel.tensor if parallel.sequence_parallel else 1)
-    heads = 4 * tokens * llm.hidden_size * element // parallel.tensor
+    sequence_ranks = parallel.tensor if parallel.sequence_parallel else 1
+    norms = 2 * (4 + 2 * element) * tokens * llm.hidden_size // sequence_ranks
+    attention = 6 * element * tokens * llm.hidden_size // parallel.tensor
     sums = 4 * tokens * llm.num_attention_heads // parallel.tensor
-    inner = 4 * tokens * llm.ffn_hidden_size * element // parallel.tensor
-    layer = 4 * residual + heads + sums + inner
+    inner = 5 * element * tokens * llm.ffn_hidden_size // parallel.tensor
+    layer = norms + attention + sums + inner
     trainable = active_parts(recipe.trainable_parts, images=int(multimodal))
     if layers == 0 or not trainable:
         return 0, layer if layers else 0
@@ -120,7 +120,7 @@ def _decoder_activations(recipe: Recipe, *, layers: int, multimodal: bool) -> tu
         return layers * layer, 0
     if recompute.granularity == "full":
         block = min(recompute.num_layers, layers)
-        return math.ceil(layers / block) * residual, block * layer
+        return math.ceil(layers / block) * element * tokens * llm.hidden_size // sequence_ranks, block * layer
     dropped = sums * ("core_attn" in recompute.modules) + inner * ("mlp" in recompute.modules)
     return layers * (layer - dropped), dropped
 
@@ -145,8 +145,8 @@ def _kept_elements(block: Block, *, trainable: frozenset[str], recomputed: bool)
 
 
 def _head_activations(recipe: Recipe) -> int:
-    """Bytes of one micro-batch's logits, softmax and logits' gradient, and of the final norm's input and output."""
+    """Bytes of the final norm and of one micro-batch's logits."""
     llm, parallel = recipe.model.llm, recipe.parallel
     tokens, element = _tokens(recipe), ELEMENT_BYTES[recipe.training.precision]
-    norm = 2 * tokens * llm.hidden_size * element // (parallel.tensor if parallel.sequence_parallel else 1)
-    return norm + tokens * llm.vocab_size // parallel.tensor * (2 * element + 4)
+    norm = (4 + 2 * element) * tokens * llm.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
+    return norm + (element + 4) * tokens * llm.vocab_size // parallel.tensor
