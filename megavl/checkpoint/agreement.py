@@ -1,0 +1,82 @@
+"""Steps that end alike on all ranks: a result or an error of any rank reaches every rank, so that none waits for ever.
+
+Without an initialised process group the world is this process alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megavl.config import errors
+
+T = TypeVar("T")
+
+_Outcome = tuple[Any, "tuple[str, str] | None"]
+
+
+def rank() -> int:
+    """Global rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone and give every rank its (picklable) result.
+
+    Raises:
+        MegaVLError: the same class and text on every rank when rank 0 raised one.
+        RuntimeError: on the other ranks, when rank 0 raised anything else.
+    """
+    if not dist.is_initialized():
+        return action()
+    local: Exception | None = None
+    outcome: list[_Outcome] = [(None, None)]
+    if dist.get_rank() == 0:
+        outcome[0], local = _attempt(action)
+    dist.broadcast_object_list(outcome, src=0)
+    _raise_agreed([outcome[0][1]], local)
+    result: T = outcome[0][0]
+    return result
+
+
+def on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Run `action` on all ranks and give every rank all (picklable) results, in rank order.
+
+    Raises:
+        MegaVLError: the error of the lowest failing rank, on every rank.
+        RuntimeError: on the other ranks, when that error is of another class.
+    """
+    if not dist.is_initialized():
+        return [action()]
+    mine, local = _attempt(action)
+    outcomes: list[_Outcome] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(outcomes, mine)
+    _raise_agreed([error for _, error in outcomes], local)
+    return [value for value, _ in outcomes]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[_Outcome, Exception | None]:
+    try:
+        return (action(), None), None
+    except Exception as error:
+        return (None, (type(error).__name__, str(error))), error
+
+
+def _raise_agreed(found: list[tuple[str, str] | None], local: Exception | None) -> None:
+    failures = [(number, *error) for number, error in enumerate(found) if error is not None]
+    if not failures:
+        return
+    number, name, text = failures[0]
+    known = getattr(errors, name, None)
+    if isinstance(known, type) and issubclass(known, errors.MegaVLError):
+        raise known(text) from local
+    if local is not None:
+        raise local
+    raise RuntimeError(f"rank {number}: {name}: {text}")

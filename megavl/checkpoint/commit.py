@@ -1,0 +1,108 @@
+"""The commit protocol: a checkpoint is written under a temporary name and becomes one by a single rename."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megavl.checkpoint.directory import check, checkpoint_name, set_aside, temporary_name
+from megavl.checkpoint.durable import copy_durably, sync_directory, write_durably
+from megavl.checkpoint.manifest import MANIFEST, encode_manifest, file_record, read_manifest, remember, safe_name
+from megavl.config.errors import CheckpointError
+
+_OWN = (MANIFEST, ".metadata", "common.pt", "metadata.json")
+
+
+def make_temporary(directory: Path, iteration: int) -> Path:
+    """Create a fresh directory that a save writes into."""
+    path = directory / temporary_name(iteration)
+    path.mkdir()
+    return path
+
+
+def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
+    """Make sure that no directory has the name of the coming checkpoint; a damaged one is renamed aside.
+
+    Raises:
+        CheckpointError: a valid checkpoint has that name; it is never replaced.
+    """
+    path = directory / checkpoint_name(iteration)
+    if not path.exists():
+        return
+    try:
+        check(path, skip_hash=skip_hash)
+    except CheckpointError:
+        set_aside(path)
+        return
+    raise CheckpointError(f"{path}: a valid checkpoint of this iteration exists; use another directory or remove it")
+
+
+def add_files(temporary: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Write the files that go beside the shards.
+
+    Args:
+        temporary: directory of the save.
+        files: content or source file by name inside the checkpoint, `/` between folders.
+
+    Raises:
+        CheckpointError: a name leaves the directory or belongs to the format.
+    """
+    for name, source in files.items():
+        if not safe_name(name) or name in _OWN or name.endswith(".distcp"):
+            raise CheckpointError(f"files: {name!r} is no name for an extra file of a checkpoint")
+        target = temporary / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, bytes):
+            write_durably(target, source)
+        else:
+            copy_durably(source, target)
+
+
+def records_of(temporary: Path, paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Name, size and sha256 of files of the save."""
+    return {path.relative_to(temporary).as_posix(): file_record(path) for path in paths}
+
+
+def other_files(temporary: Path) -> list[Path]:
+    """All files of the save that are no shards."""
+    return sorted(path for path in temporary.rglob("*") if path.is_file() and path.suffix != ".distcp")
+
+
+def write_manifest(
+    temporary: Path,
+    *,
+    iteration: int,
+    world_size: int,
+    content: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write `manifest.json`, the last file, and wait until the storage has every name in the directory."""
+    aside = temporary / f"{MANIFEST}.new"
+    write_durably(aside, encode_manifest(iteration=iteration, world_size=world_size, content=content, files=records))
+    aside.rename(temporary / MANIFEST)
+    for folder in {path.parent for path in temporary.rglob("*")}:
+        sync_directory(folder)
+
+
+def publish(temporary: Path, directory: Path, iteration: int) -> Path:
+    """Rename to the final name: the commit. If the storage does not confirm it, it is taken back.
+
+    Returns:
+        The committed checkpoint.
+    """
+    final = directory / checkpoint_name(iteration)
+    temporary.rename(final)
+    try:
+        sync_directory(directory)
+    except OSError:
+        final.rename(temporary)
+        raise
+    remember(final, read_manifest(final))
+    return final
+
+
+def discard(temporary: Path) -> None:
+    """Remove what a failed save wrote; what cannot be removed is swept at the next start."""
+    shutil.rmtree(temporary, ignore_errors=True)

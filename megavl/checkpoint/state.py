@@ -1,0 +1,177 @@
+"""What a save is about to write and what a load asks for, checked on all ranks together before any file is touched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing import load as load_distributed
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    StateDict,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from megavl.checkpoint import agreement
+from megavl.checkpoint.manifest import verify
+from megavl.checkpoint.restricted import METADATA, check_backend, read_common, read_metadata
+from megavl.checkpoint.shards import RestrictedCommonLoad, RestrictedLoad
+from megavl.config.errors import CheckpointError
+
+_LISTED = 5
+"""Keys that one message lists at most."""
+
+
+def split_state(state: ShardedStateDict) -> tuple[ShardedStateDict, StateDict, int]:
+    """Separate the shards from what is equal on all ranks, and check the sharding. Collective; `state` stays as it is.
+
+    Returns:
+        Shards with factories applied, common part, and bytes that all ranks together will write.
+
+    Raises:
+        CheckpointError: the shards of all ranks do not cover every tensor exactly once.
+    """
+    sharded, common = save_preprocess(_copy_containers(state), validate_access_integrity=False)
+    entries: list[Any] = list(nested_values(sharded))
+    own = sum(
+        entry.data.nbytes
+        for entry in entries
+        if isinstance(entry, ShardedTensor) and entry.data is not None and _is_main(entry.replica_id)
+    )
+    gathered = agreement.on_every_rank(lambda: (own, [entry.without_data() for entry in entries]))
+    _check_cover([bases for _, bases in gathered], source="state")
+    return sharded, common, sum(size for size, _ in gathered)
+
+
+def load_state(
+    path: str | Path,
+    state: ShardedStateDict,
+    *,
+    strict: bool = True,
+    convert_dtype: bool = False,
+    skip_hash: bool = False,
+) -> StateDict:
+    """Load a checkpoint into `state` (any layout of ranks). Collective over an initialised process group.
+
+    Tensors that `state` holds are filled in place. Keys, shapes and types are compared on all ranks before the first
+    byte is loaded, so that a mismatch changes nothing and ends alike everywhere.
+
+    Args:
+        path: checkpoint directory.
+        state: sharded state dict of the model (prefix `model.`), and of the optimizer where wanted.
+        strict: every stored entry must be asked for. Off, whole parts that `state` does not touch (their key differs
+            in what stands before the first dot, as `optimizer.`) may stay behind; what is asked for must still exist.
+        convert_dtype: allow a tensor to be stored in another type than asked for, e.g. bf16 weights into fp32.
+        skip_hash: check sizes only, not hashes.
+
+    Returns:
+        `state` with loaded values in place of the sharded ones, and the common part of the checkpoint beside them.
+
+    Raises:
+        CheckpointError: damaged, hostile, or not what `state` asks for, naming file and key.
+    """
+    path = Path(path)
+    agreement.on_rank_zero(lambda: bool(verify(path, skip_hash=skip_hash)))
+    read: list[tuple[Metadata, StateDict]] = []
+
+    def inspect() -> list[ShardedBase]:
+        check_backend(path)
+        read.append((read_metadata(path), read_common(path)))
+        entries: list[Any] = list(nested_values(load_preprocess(state)[0]))
+        for entry in entries:
+            _check_entry(entry, read[0][0], path=path, convert_dtype=convert_dtype)
+        return [entry.without_data() for entry in entries]
+
+    asked = agreement.on_every_rank(inspect)
+    metadata, common = read[0]
+    _check_left_over(asked, metadata, path=path, strict=strict)
+    _check_cover(asked, source=str(path))
+    try:
+        loaded: StateDict = load_distributed(
+            state,
+            str(path),
+            sharded_strategy=RestrictedLoad(metadata),
+            common_strategy=RestrictedCommonLoad(common),
+            validate_access_integrity=False,
+        )
+    except CheckpointingException as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+    return loaded
+
+
+def _check_entry(entry: Any, metadata: Metadata, *, path: Path, convert_dtype: bool) -> None:
+    key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+    stored = metadata.state_dict_metadata.get(key)
+    if stored is None:
+        raise CheckpointError(f"{path / METADATA}: {key} is asked for but not in the checkpoint{_other_count(entry)}")
+    if isinstance(entry, ShardedObject) or not isinstance(stored, TensorStorageMetadata):
+        if isinstance(entry, ShardedObject) != isinstance(stored, BytesStorageMetadata):
+            raise CheckpointError(f"{path / METADATA}: {key} is stored as {type(stored).__name__}")
+        return
+    if tuple(stored.size) != tuple(entry.global_shape):
+        raise CheckpointError(
+            f"{path / METADATA}: {key} has shape {tuple(stored.size)}, the model expects {tuple(entry.global_shape)}"
+        )
+    if stored.properties.dtype != entry.dtype and not convert_dtype:
+        raise CheckpointError(
+            f"{path / METADATA}: {key} is stored as {stored.properties.dtype}, the model expects {entry.dtype}; "
+            "use the precision of the checkpoint, or allow the conversion"
+        )
+
+
+def _other_count(entry: Any) -> str:
+    if not isinstance(entry, ShardedObject):
+        return ""
+    return "; objects of one rank each need the number of ranks that saved them"
+
+
+def _check_left_over(asked: list[list[ShardedBase]], metadata: Metadata, *, path: Path, strict: bool) -> None:
+    keys = {entry.unique_key if isinstance(entry, ShardedObject) else entry.key for bases in asked for entry in bases}
+    left = sorted(set(metadata.state_dict_metadata) - keys)
+    if not strict:
+        parts = {_part(key) for key in keys}
+        left = [key for key in left if _part(key) in parts]
+    if left:
+        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+        raise CheckpointError(
+            f"{path / METADATA}: in the checkpoint but not asked for: {', '.join(left[:_LISTED])}{more}; "
+            "is the model of another configuration?"
+        )
+
+
+def _part(key: str) -> str:
+    return re.split(r"[./]", key, maxsplit=1)[0]
+
+
+def _check_cover(bases: list[list[ShardedBase]], *, source: str) -> None:
+    def check() -> None:
+        if agreement.world_size() == 1 and not bases[0]:
+            return
+        try:
+            validate_sharding_integrity(bases)
+        except (CheckpointingException, AssertionError) as error:
+            text = " ".join(str(error).split())[:400]
+            raise CheckpointError(f"{source}: the ranks do not cover every tensor exactly once: {text}") from error
+
+    agreement.on_rank_zero(check)
+
+
+def _is_main(replica: Any) -> bool:
+    return all(part == 0 for part in replica) if isinstance(replica, tuple) else replica == 0
+
+
+def _copy_containers(node: Any) -> Any:
+    """Copy nested dicts and lists, so that factories are not applied to the caller's own."""
+    if isinstance(node, dict):
+        return {key: _copy_containers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_copy_containers(value) for value in node]
+    return node
