@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import UsageError
+from megavl.config.presets import HYBRID_BACKGROUND, SIGLIP_BACKGROUND, ImageGeometry
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -206,3 +207,13 @@ class ModelConfig:
     def canvas_size(self) -> int:
         """Side in pixels of the square uint8 image handed to the first stage."""
         return self.sam.image_size if self.sam else self.siglip.image_size
+
+    @property
+    def image_geometry(self) -> ImageGeometry:
+        """How an image becomes the square uint8 canvas handed to the first stage."""
+        return ImageGeometry(
+            canvas_size=self.canvas_size,
+            low_size=self.siglip.image_size,
+            patch_size=self.siglip.patch_size,
+            background=HYBRID_BACKGROUND if self.sam else SIGLIP_BACKGROUND,
+        )

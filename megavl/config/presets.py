@@ -109,16 +109,13 @@ class ImageGeometry:
         return (self.low_size // self.patch_size) ** 2
 
 
-_SIGLIP_BACKGROUND = (127, 127, 127)
-_HYBRID_BACKGROUND = (122, 116, 104)
+SIGLIP_BACKGROUND = (127, 127, 127)
+HYBRID_BACKGROUND = (122, 116, 104)
 
 IMAGE_PRESETS: dict[str, ImageGeometry] = {
-    "siglip-384": ImageGeometry(canvas_size=384, low_size=384, patch_size=16, background=_SIGLIP_BACKGROUND),
-    "hybrid-1024": ImageGeometry(canvas_size=1024, low_size=384, patch_size=16, background=_HYBRID_BACKGROUND),
-    "tiny-hybrid": ImageGeometry(canvas_size=256, low_size=96, patch_size=16, background=_HYBRID_BACKGROUND),
-    "tiny-siglip": ImageGeometry(canvas_size=96, low_size=96, patch_size=16, background=_SIGLIP_BACKGROUND),
+    "siglip-384": ImageGeometry(canvas_size=384, low_size=384, patch_size=16, background=SIGLIP_BACKGROUND),
+    "hybrid-1024": ImageGeometry(canvas_size=1024, low_size=384, patch_size=16, background=HYBRID_BACKGROUND),
+    "tiny-hybrid": ImageGeometry(canvas_size=256, low_size=96, patch_size=16, background=HYBRID_BACKGROUND),
+    "tiny-siglip": ImageGeometry(canvas_size=96, low_size=96, patch_size=16, background=SIGLIP_BACKGROUND),
 }
 """Rows of `--image-preset`."""
-
-IMAGE_PRESET_OF_MODEL = {"1b": "siglip-384", "7b": "hybrid-1024", "tiny-hybrid": "tiny-hybrid", "tiny-siglip": "tiny-siglip"}
-"""Image preset that each shipped model reads."""

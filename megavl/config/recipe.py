@@ -44,7 +44,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = True
     """Reduce gradients bucket by bucket during the backward pass."""
     overlap_param_gather: bool = True
-    """Gather updated weights during the next forward pass; needs optimizer.distributed."""
+    """Gather updated weights during the next forward pass; needs overlap_grad_reduce."""
     bucket_size: Positive = 40_000_000
     """Parameters per gradient bucket (megatron-core's own default at small data parallelism)."""
     timeout_s: Positive = 600
@@ -88,8 +88,6 @@ class OptimizerConfig:
     """Applied to matrices only, never to biases and norms."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    distributed: bool = True
-    """Shard the optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -164,6 +162,8 @@ class CheckpointConfig:
     """Start a fresh run from random weights when no init is given; off, so that it is never an accident."""
     allow_fresh: bool = False
     """Start anew although checkpoint.dir holds only damaged checkpoints."""
+    force_resume: bool = False
+    """Resume although seed, global batch size or data differ from the checkpoint's."""
     skip_hash: bool = False
     """Check sizes only when a checkpoint is opened."""
 
@@ -246,6 +246,10 @@ def _check_parallel(recipe: Recipe) -> None:
             )
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise UsageError("parallel.sequence_parallel: true needs parallel.tensor > 1, which is 1; switch it off")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise UsageError(
+            "parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce, which is false; set both or none"
+        )
     if parallel.layout != "auto":
         if len(parallel.layout) != parallel.pipeline:
             raise UsageError(

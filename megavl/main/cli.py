@@ -1,0 +1,54 @@
+"""The `megavl` command: finds the subcommand, runs it, turns a user's mistake into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megavl.config.errors import MegaVLError, UsageError
+
+_COMMANDS = {
+    "train": "train one stage; run under torchrun or srun; resumes by itself",
+    "plan": "layers, memory, FLOPs and bubble of a layout",
+    "convert": "Hugging Face folders to MegaVL checkpoints and back",
+    "generate": "answer a prompt about images",
+    "evaluate": "score multiple-choice tasks by perplexity",
+    "inspect": "what a checkpoint holds, verified",
+}
+"""Each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 storage, 6 numerics, 7 peer lost, 75 pre-empted and saved.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    parser = argparse.ArgumentParser(prog="megavl", description="Train DeepSeek-VL with 3D parallelism.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in arguments if word in _COMMANDS), None)
+    runs = {}
+    for name, text in _COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        # Only the wanted command is imported: `plan` and `--help` need no torch.
+        if name == wanted:
+            module = importlib.import_module(f"megavl.main.{name}")
+            module.add_arguments(sub)
+            runs[name] = module.run
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(runs[parsed.command](parsed))
+    except MegaVLError as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130

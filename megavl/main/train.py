@@ -1,0 +1,77 @@
+"""`megavl train RECIPE [key.path=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError
+from megavl.config.load import load_recipe
+from megavl.train.exit_status import ExitStatus
+from megavl.train.loop import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file of one stage, e.g. launch/recipes/7b/stage2.yaml")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="laid over the recipe")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; every ending is recorded in `<run>/exit_status.json`.
+
+    An error leaves with `os._exit`: peers may be gone or waiting in a collective, and an orderly interpreter exit
+    would wait for them or abort.
+    """
+    recipe = load_recipe(arguments.recipe, overrides=arguments.overrides)
+    os.makedirs(recipe.run.dir, exist_ok=True)
+    rank = int(os.environ.get("RANK", "0"))
+    status = ExitStatus(recipe.run.dir, rank=rank)
+    try:
+        code = train(recipe, status=status)
+    except MegaVLError as error:
+        _leave(status, error.exit_code, str(error))
+    except (dist.DistError, RuntimeError) as error:
+        if not _is_communication(error):
+            _leave_with_traceback(status, error)
+        first = " ".join(str(error).split())[:300]
+        _leave(
+            status,
+            PeerError.exit_code,
+            f"rank {rank} lost a peer at step {status.step} while {status.section}: {first}",
+        )
+    except Exception as error:
+        _leave_with_traceback(status, error)
+    if rank == 0:
+        status.write(code, "pre-empted and saved" if code == EXIT_PREEMPTED else "finished")
+    return code
+
+
+def _is_communication(error: BaseException) -> bool:
+    """Whether a collective failed: gloo raises plain RuntimeErrors that name their C++ source file."""
+    text = str(error)
+    marks = ("gloo/", "Gloo", "Connection closed by peer", "Connection reset", "NCCL", "ProcessGroup", "Timed out")
+    return isinstance(error, dist.DistError) or any(mark in text for mark in marks)
+
+
+def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:
+    """A defect of MegaVL: the traceback is the message, and peers learn of it from the status."""
+    traceback.print_exc()
+    _leave(status, 1, f"{type(error).__name__}: {error}")
+
+
+def _leave(status: ExitStatus, code: int, reason: str) -> NoReturn:
+    try:
+        first = status.write(code, reason)
+    except OSError:
+        first = True
+    if first:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

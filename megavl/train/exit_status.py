@@ -1,0 +1,45 @@
+"""`<run>/exit_status.json`: the one answer to why a run ended; torchrun flattens exit codes to 1."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megavl.config.errors import EXIT_PREEMPTED, PeerError
+
+_RESUMABLE = (EXIT_PREEMPTED, PeerError.exit_code)
+
+
+class ExitStatus:
+    """Writes the status once: the first writer wins, so follow-up errors of other ranks cannot hide the cause."""
+
+    def __init__(self, run_dir: str | Path, *, rank: int) -> None:
+        self.path = Path(run_dir) / "exit_status.json"
+        self.rank = rank
+        self.step = 0
+        self.section = "start"
+
+    def clear(self) -> None:
+        """Remove the last run's status; rank 0 does this before others may write."""
+        self.path.unlink(missing_ok=True)
+
+    def write(self, code: int, reason: str) -> bool:
+        """Record how this run ended; returns whether this call was the first."""
+        row = {
+            "code": code,
+            "reason": reason,
+            "rank": self.rank,
+            "step": self.step,
+            "resumable": code in _RESUMABLE,
+        }
+        draft = self.path.with_name(f".exit_status.{self.rank}.{os.getpid()}")
+        draft.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        try:
+            # A hard link fails when the name exists, and the content is complete from the start.
+            os.link(draft, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+        return True

@@ -1,0 +1,135 @@
+"""A step's micro-batches on every rank that needs them.
+
+Legend: M micro-batches, T tokens of a micro-batch, I images of the step, C canvas side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megavl.config.errors import DataError
+from megavl.data.batch import Batch, Modality
+from megavl.model.attention import Segments, segments
+from megavl.model.decoder import use_transformer_engine
+from megavl.parallel import broadcast, cpu_runtime
+
+
+class StepSource(Protocol):
+    """What the loading rank asks for data."""
+
+    def get(self, step: int) -> list[Batch]:
+        """This data-parallel rank's micro-batches of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward pass, on the device."""
+
+    tokens: torch.Tensor
+    """int64 (1, T)."""
+    labels: torch.Tensor
+    """int64 (1, T)."""
+    loss_mask: torch.Tensor
+    """float32 (T,)."""
+    packed: Segments
+    images: torch.Tensor
+    """uint8 (I, 3, C, C); empty on inner and last stages."""
+    anchor: bool
+    """Last micro-batch of the step: gradient reduction starts there, so every gradient must exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepData:
+    """A step as this rank sees it."""
+
+    modality: Modality
+    micro_batches: tuple[MicroBatch, ...]
+    images: int
+    """Images of this data-parallel rank's share, all micro-batches."""
+    sample_ids: tuple[int, ...]
+    bad_samples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Header:
+    modality: Modality
+    borders: tuple[tuple[int, ...], ...]
+    image_counts: tuple[int, ...]
+    canvas: int
+    sample_ids: tuple[int, ...]
+    bad_samples: tuple[str, ...]
+
+
+def next_step(source: StepSource | None, step: int) -> StepData:
+    """Load a step on the source rank and share it.
+
+    Args:
+        source: on the rank for which `broadcast.is_source()` holds; None elsewhere.
+        step: 0 for the first.
+
+    Raises:
+        DataError: loading failed; the same on every rank of the model-parallel group.
+    """
+    batches: Sequence[Batch] = ()
+    header: _Header | str
+    if source is not None:
+        try:
+            batches = source.get(step)
+            header = _describe(batches)
+        except DataError as error:
+            header = str(error)
+    else:
+        header = ""
+    header = broadcast.share_object(header)
+    if isinstance(header, str):
+        raise DataError(header)
+    count, length = len(header.borders), header.borders[0][-1]
+    words = masks = images = None
+    if batches:
+        words = torch.stack([torch.stack([batch.tokens, batch.labels]) for batch in batches])
+        masks = torch.stack([batch.loss_mask for batch in batches])
+        images = torch.cat([batch.images for batch in batches])
+    words = broadcast.share_tensor(words, shape=(count, 2, length), dtype=torch.int64)
+    masks = broadcast.share_tensor(masks, shape=(count, length), dtype=torch.float32)
+    shape = (sum(header.image_counts), 3, header.canvas, header.canvas)
+    images = broadcast.share_with_first_stage(images, shape=shape, dtype=torch.uint8)
+    counts = header.image_counts if images.shape[0] else (0,) * count
+    pieces = images.split(list(counts)) if images.shape[0] else (images,) * count
+    return StepData(
+        modality=header.modality,
+        micro_batches=tuple(
+            _micro_batch(words[i], masks[i], pieces[i], header.borders[i], anchor=i == count - 1) for i in range(count)
+        ),
+        images=sum(header.image_counts),
+        sample_ids=header.sample_ids,
+        bad_samples=header.bad_samples,
+    )
+
+
+def _describe(batches: Sequence[Batch]) -> _Header:
+    return _Header(
+        modality=batches[0].modality,
+        borders=tuple(tuple(batch.cu_seqlens.tolist()) for batch in batches),
+        image_counts=tuple(batch.images.shape[0] for batch in batches),
+        canvas=batches[0].images.shape[-1],
+        sample_ids=tuple(i for batch in batches for i in batch.sample_ids),
+        bad_samples=tuple(text for batch in batches for text in batch.bad_samples),
+    )
+
+
+def _micro_batch(
+    words: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, borders: tuple[int, ...], *, anchor: bool
+) -> MicroBatch:
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    return MicroBatch(
+        tokens=words[0:1],
+        labels=words[1:2],
+        loss_mask=mask,
+        packed=segments(cu_seqlens, device=cpu_runtime.device(), on_device=use_transformer_engine()),
+        images=images,
+        anchor=anchor,
+    )

@@ -1,0 +1,323 @@
+"""One stage of training, read from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavl.config.errors import EXIT_PREEMPTED, CheckpointError, DataError, NumericsError, StorageError
+from megavl.config.load import dump_recipe
+from megavl.config.recipe import Recipe
+from megavl.data.dataset import Dataset, open_dataset
+from megavl.data.loader import StepLoader
+from megavl.data.tokenizer import Tokenizer, open_tokenizer
+from megavl.model.build import build_model
+from megavl.parallel import broadcast, groups
+from megavl.parallel.groups import Position
+from megavl.planner.cost import mfu, step_flops
+from megavl.planner.devices import find_device
+from megavl.planner.layout import layout_string, resolve_layout
+from megavl.train.exit_status import ExitStatus
+from megavl.train.feed import next_step
+from megavl.train.metrics import MetricsLog
+from megavl.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from megavl.train.schedule import learning_rate
+from megavl.train.signals import StopFlag
+from megavl.train.state import Progress, RunState
+from megavl.train.step import StepResult, prepare, train_step
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train(recipe: Recipe, *, status: ExitStatus) -> int:
+    """Run a stage to its end, to a pre-emption, or to an error.
+
+    Args:
+        recipe: checked recipe.
+        status: told the step and section, for messages about lost peers.
+
+    Returns:
+        0 when all steps are done, 75 when a signal asked to stop and the state is saved.
+    """
+    world = groups.world_size_from_env()
+    recipe.data_parallel(world)
+    _use_threads(recipe, world=world)
+    status.section = "joining the process group"
+    position = groups.start(recipe.parallel, seed=recipe.training.seed)
+    stop = StopFlag()
+    stop.install()
+    _prepare_run_dir(recipe, position=position, status=status)
+    status.section = "opening the data"
+    tokenizer, dataset = _open_data(recipe)
+    status.section = "building the model"
+    state = _build_state(recipe, dataset=dataset, tokenizer=tokenizer)
+    status.section = "loading weights"
+    progress = _start(recipe, state, position=position)
+    status.step = progress.step
+    _say(position, _opening_line(recipe, position=position, progress=progress))
+    if progress.step >= recipe.training.steps:
+        groups.stop()
+        return 0
+    stopped = _run_steps(recipe, state, dataset, progress, position=position, stop=stop, status=status)
+    groups.stop()
+    return EXIT_PREEMPTED if stopped else 0
+
+
+def _run_steps(
+    recipe: Recipe,
+    state: RunState,
+    dataset: Dataset,
+    progress: Progress,
+    *,
+    position: Position,
+    stop: StopFlag,
+    status: ExitStatus,
+) -> bool:
+    training, optimizer = recipe.training, recipe.optimizer
+    log = _open_log(recipe, progress) if position.rank == 0 else None
+    with _loader(recipe, dataset, position=position, start_step=progress.step) as source:
+        while progress.step < training.steps:
+            began = time.perf_counter()
+            step = progress.step + 1
+            status.step, status.section = step, "loading data"
+            data = next_step(source, progress.step)
+            rate = learning_rate(optimizer, step=step, steps=training.steps)
+            set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
+            status.section = "training"
+            result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised)
+            progress = Progress(step=step, bad_steps=progress.bad_steps + 1 if result.skipped else 0)
+            if log is not None:
+                seconds = time.perf_counter() - began
+                log.write(_row(recipe, result, modality=data.modality, step=step, lr=rate, seconds=seconds, at=position))
+            _report_bad(position, data.bad_samples)
+            if result.skipped:
+                _handle_bad_step(recipe, progress, result, sample_ids=data.sample_ids, position=position)
+            last = step == training.steps
+            if last or result.asked_to_stop or step % recipe.checkpoint.interval == 0:
+                status.section = "saving"
+                _save(state, progress, position=position, must=last or result.asked_to_stop)
+            if result.asked_to_stop and not last:
+                _say(position, f"stopped by a signal after step {step}; saved, start again to go on")
+                return True
+    if log is not None:
+        log.close()
+    return False
+
+
+def _use_threads(recipe: Recipe, *, world: int) -> None:
+    if torch.cuda.is_available():
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    torch.set_num_threads(recipe.training.threads or max(1, (os.cpu_count() or 1) // local))
+
+
+def _prepare_run_dir(recipe: Recipe, *, position: Position, status: ExitStatus) -> None:
+    problem = [""]
+    if position.rank == 0:
+        try:
+            Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
+            Path(recipe.checkpoint_dir).mkdir(parents=True, exist_ok=True)
+            status.clear()
+            (Path(recipe.run.dir) / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        except OSError as error:
+            problem[0] = f"run.dir: cannot write to {recipe.run.dir}: {error}; choose a writable directory"
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise StorageError(problem[0])
+
+
+def _open_data(recipe: Recipe) -> tuple[Tokenizer, Dataset]:
+    """Open the tokenizer and, on every rank, the data set: its fingerprint must be the same everywhere."""
+    tokenizer = open_tokenizer(recipe.data.tokenizer)
+    model = recipe.model
+    if tokenizer.image_id != model.image_token_id:
+        raise DataError(
+            f"{recipe.data.tokenizer}: the image token has id {tokenizer.image_id}, but model.image_token_id is "
+            f"{model.image_token_id}; use the model's tokenizer or set model.image_token_id"
+        )
+    if tokenizer.vocab_size > model.llm.vocab_size:
+        raise DataError(
+            f"{recipe.data.tokenizer}: {tokenizer.vocab_size} tokens exceed model.llm.vocab_size "
+            f"{model.llm.vocab_size}; use the model's tokenizer or a larger vocabulary"
+        )
+    dataset = open_dataset(
+        recipe.data.sources,
+        tokenizer=tokenizer,
+        seq_length=recipe.data.seq_length,
+        geometry=model.image_geometry,
+    )
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, dataset.fingerprint)
+    if len(set(found)) > 1:
+        raise DataError(f"data.sources: ranks see different data ({sorted(set(found))}); share one file system")
+    return tokenizer, dataset
+
+
+def _build_state(recipe: Recipe, *, dataset: Dataset, tokenizer: Tokenizer) -> RunState:
+    training = recipe.training
+    stage = build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        recompute=recipe.recompute,
+        layout=layout_string(resolve_layout(recipe)),
+        dtype=_DTYPES[training.precision],
+        train=recipe.trainable_parts,
+        seed=training.seed,
+    )
+    model = wrap_model(stage, parallel=recipe.parallel)
+    prepare(model)
+    optimizer = build_optimizer(model, optimizer=recipe.optimizer, bf16=training.precision == "bf16")
+    return RunState(
+        recipe,
+        model=model,
+        optimizer=optimizer,
+        fingerprint=dataset.fingerprint,
+        tokenizer_files={path.name: path for path in tokenizer.files},
+    )
+
+
+def _start(recipe: Recipe, state: RunState, *, position: Position) -> Progress:
+    """Resume, else start from other weights, else (only when told to) from random ones."""
+    progress = state.restore()
+    if progress is not None:
+        return progress
+    if recipe.checkpoint.init is not None:
+        state.start_from(recipe.checkpoint.init)
+        _say(position, f"weights from {recipe.checkpoint.init}")
+    elif not recipe.checkpoint.allow_random_init:
+        raise CheckpointError(
+            f"no checkpoint in {recipe.checkpoint_dir} and no checkpoint.init; name the weights to start from, or set "
+            "checkpoint.allow_random_init=true to train from random ones"
+        )
+    return Progress(step=0, bad_steps=0)
+
+
+@contextmanager
+def _loader(
+    recipe: Recipe, dataset: Dataset, *, position: Position, start_step: int
+) -> Iterator[StepLoader | None]:
+    if not broadcast.is_source():
+        yield None
+        return
+    data, training = recipe.data, recipe.training
+    loader = StepLoader(
+        dataset,
+        seed=training.seed,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        dp_rank=position.dp_rank,
+        dp_size=position.dp_size,
+        multimodal_fraction=data.multimodal_fraction,
+        modality_warmup_steps=data.modality_warmup_steps,
+        num_workers=data.num_workers,
+        max_bad_in_row=data.max_bad_in_row,
+        cross_document_attention=data.cross_document_attention,
+        total_steps=training.steps,
+        start_step=start_step,
+    )
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def _open_log(recipe: Recipe, progress: Progress) -> MetricsLog:
+    return MetricsLog(
+        recipe.run.dir,
+        steps=recipe.training.steps,
+        start_step=progress.step,
+        tensorboard=recipe.run.tensorboard,
+    )
+
+
+def _row(
+    recipe: Recipe, result: StepResult, *, modality: str, step: int, lr: float, seconds: float, at: Position
+) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    batch, length = recipe.training.global_batch_size, recipe.data.seq_length
+    peak = _peak_flops(recipe)
+    flops = step_flops(
+        recipe.model,
+        seq_length=length,
+        sequences=batch,
+        images=result.images,
+        trainable_parts=recipe.trainable_parts,
+    )
+    return {
+        "step": step,
+        "modality": modality,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": batch * length,
+        "loss_tokens": result.loss_tokens,
+        "images": result.images,
+        "step_time_s": round(seconds, 6),
+        "tokens_per_s": round(batch * length / seconds, 3),
+        "mfu": mfu(flops, seconds=seconds, devices=at.world_size, peak_flops=peak) if peak else None,
+        "skipped": result.skipped,
+        "consumed_samples": step * batch,
+    }
+
+
+def _peak_flops(recipe: Recipe) -> float | None:
+    """Dense peak of this device, where it is one the planner knows; MFU is left out elsewhere."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower()
+    known = next((device for device in ("h200", "h100", "a100") if device in name), None)
+    return find_device(known).peak_flops.get(recipe.training.precision) if known else None
+
+
+def _handle_bad_step(
+    recipe: Recipe, progress: Progress, result: StepResult, *, sample_ids: tuple[int, ...], position: Position
+) -> None:
+    _say(position, f"step {progress.step} skipped: loss {result.loss} or its gradient is not finite; {sample_ids=}")
+    if progress.bad_steps >= recipe.training.max_bad_steps:
+        raise NumericsError(
+            f"{progress.bad_steps} steps in a row up to {progress.step} had a loss or gradient that is not finite; "
+            f"the newest checkpoint in {recipe.checkpoint_dir} is from before them; lower optimizer.lr or check the data"
+        )
+
+
+def _report_bad(position: Position, bad: tuple[str, ...]) -> None:
+    if bad and position.tp_rank == 0 and position.first_stage:
+        for text in bad:
+            print(f"sample skipped: {text}", flush=True)
+
+
+def _save(state: RunState, progress: Progress, *, position: Position, must: bool) -> None:
+    """Save; a failing storage is survived once in a row unless this save is the run's last chance."""
+    try:
+        path = state.save(progress)
+    except StorageError as error:
+        state.failed_saves += 1
+        if must or state.failed_saves > 1:
+            raise
+        _say(position, f"warning: {error}; training goes on without this checkpoint")
+        return
+    state.failed_saves = 0
+    _say(position, f"saved {path}")
+
+
+def _opening_line(recipe: Recipe, *, position: Position, progress: Progress) -> str:
+    parallel = recipe.parallel
+    split = "+".join(str(count) for count in resolve_layout(recipe))
+    verb = f"resuming after step {progress.step}" if progress.step else "starting"
+    return (
+        f"{verb}: {recipe.model.preset}, stage {recipe.training.stage}, tp {parallel.tensor} x pp {parallel.pipeline} "
+        f"(layers {split}) x dp {position.dp_size}, {recipe.training.precision}, "
+        f"training {', '.join(recipe.trainable_parts)}"
+    )
+
+
+def _say(position: Position, text: str) -> None:
+    if position.rank == 0:
+        print(text, flush=True)

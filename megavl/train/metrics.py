@@ -1,0 +1,89 @@
+"""Two outputs a step: one aligned line for people, one JSON row for scripts; scalars for TensorBoard beside them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Rank 0's record of a run."""
+
+    def __init__(self, run_dir: str | Path, *, steps: int, start_step: int, tensorboard: bool) -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.steps = steps
+        self._started, self._start_step = time.monotonic(), start_step
+        self._discard_after(start_step)
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._board = _summary_writer(run_dir, purge_step=start_step + 1) if tensorboard else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one step's row and print its line."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        tqdm.write(self._line(row))
+        if self._board is not None:
+            for name, key in _SCALARS.items():
+                if row.get(key) is not None:
+                    self._board.add_scalar(name, row[key], row["step"])
+            self._board.add_scalar("data/multimodal", float(row["modality"] == "multimodal"), row["step"])
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        done = row["step"] - self._start_step
+        seconds = (time.monotonic() - self._started) / max(1, done) * (self.steps - row["step"])
+        norm = "skipped" if row["skipped"] else f"{row['grad_norm']:7.3f}"
+        return (
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  {row['modality']:<10}  loss {row['loss']:8.4f}  "
+            f"grad {norm}  lr {row['lr']:.2e}  {row['images']:>4} img  {row['step_time_s']:7.3f} s  "
+            f"{row['tokens_per_s']:>9,.0f} tok/s  ETA {datetime.timedelta(seconds=round(seconds))}"
+        )
+
+    def _discard_after(self, step: int) -> None:
+        """Move rows of steps that will be run again to `metrics.discarded.jsonl`, so that each step has one row."""
+        if not self.path.exists():
+            return
+        kept, discarded = [], []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                target = kept if json.loads(line)["step"] <= step else discarded
+            except (json.JSONDecodeError, KeyError, TypeError):
+                target = discarded  # cut off by a kill
+            target.append(line + "\n")
+        if not discarded:
+            return
+        with self.path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(discarded)
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text("".join(kept), encoding="utf-8")
+        draft.replace(self.path)
+
+
+_SCALARS = {
+    "train/loss": "loss",
+    "train/grad_norm": "grad_norm",
+    "train/lr": "lr",
+    "train/mfu": "mfu",
+    "data/images": "images",
+    "data/loss_tokens": "loss_tokens",
+    "time/step_s": "step_time_s",
+    "time/tokens_per_s": "tokens_per_s",
+}
+
+
+def _summary_writer(run_dir: str | Path, *, purge_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=purge_step)

@@ -1,0 +1,203 @@
+"""megatron-core's distributed optimizer with torch AdamW, made to resume and reshard exactly.
+
+Stock 0.16.1 cannot resume this pair: its load template needs state that does not exist yet, all parameters come back
+sharing one step tensor, and buckets that end in padding are saved at shifted offsets. The subclass below repairs that,
+lets a text-only step leave the vision weights alone, and skips steps whose gradient is not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megavl.config import recipe as recipes
+from megavl.config.errors import CheckpointError
+from megavl.model.vl_model import DeepseekVL
+from megavl.parallel import cpu_runtime
+
+VISION_GROUP = "vision"
+"""Name of the parameter groups that a text-only step leaves alone."""
+
+_STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
+
+
+def wrap_model(stage: DeepseekVL, *, parallel: recipes.ParallelConfig) -> DistributedDataParallel:
+    """Put the trainable weights into megatron-core's gradient buffers (fp32), sharded over data-parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+        bucket_size=parallel.bucket_size,
+        # These would start megatron-core's rerun machinery; bad steps are handled here.
+        check_for_nan_in_grad=False,
+    )
+    return DistributedDataParallel(config=stage.config, ddp_config=config, module=stage)
+
+
+def build_optimizer(
+    model: DistributedDataParallel, *, optimizer: recipes.OptimizerConfig, bf16: bool
+) -> ChainedOptimizer:
+    """AdamW over this rank's shard of the trainable weights, in named groups.
+
+    Args:
+        model: from `wrap_model`.
+        optimizer: hyper-parameters.
+        bf16: weights are bf16; the optimizer keeps fp32 master weights.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=bf16,
+        use_distributed_optimizer=True,
+        overlap_param_gather=model.ddp_config.overlap_param_gather,
+    )
+    overrides = {**get_standard_config_overrides(config), ParamKey(name="*vision.*"): {"name": VISION_GROUP}}
+    chained = get_megatron_optimizer(config, [model], config_overrides=overrides)
+    if not isinstance(chained, ChainedOptimizer):
+        chained = ChainedOptimizer([chained])
+    for part in chained.chained_optimizers:
+        assert type(part) is DistributedOptimizer, f"expected the distributed optimizer, found {type(part).__name__}"
+        # Adds methods and no constructor state, so adopting the built object is enough.
+        part.__class__ = ReshardableDistributedOptimizer
+    return chained
+
+
+def set_learning_rate(chained: ChainedOptimizer, *, lr: float, weight_decay: float) -> None:
+    """Write this step's rate into every group; decay only where the group's `wd_mult` asks for it."""
+    for group in chained.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+@contextlib.contextmanager
+def without_vision(chained: ChainedOptimizer, *, active: bool) -> Iterator[None]:
+    """Inside, a step leaves vision weights, their moments and their step count untouched."""
+    parts = chained.chained_optimizers
+    saved = [part.optimizer.param_groups for part in parts]
+    if active:
+        for part in parts:
+            kept = [group for group in part.optimizer.param_groups if group.get("name") != VISION_GROUP]
+            part.optimizer.param_groups = kept
+    try:
+        yield
+    finally:
+        for part, groups in zip(parts, saved):
+            part.optimizer.param_groups = groups
+
+
+class ReshardableDistributedOptimizer(DistributedOptimizer):
+    """Saves and loads torch AdamW under any tensor, pipeline and data-parallel size."""
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Copy gradients to the master weights; True skips the step on all ranks.
+
+        megatron-core would otherwise write NaN into every weight: a NaN norm passes its clipping unseen.
+        """
+        found_inf: bool = super().prepare_grads()
+        return found_inf or not math.isfinite(float(self.get_grad_norm()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but tensors: hyper-parameters of the groups and their step counts, equal on all ranks."""
+        groups = self.optimizer.param_groups
+        plain = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        # A rank without shards of a group, even the one that writes the common file, must hold the right step.
+        steps = torch.zeros(len(groups), dtype=torch.int64, device=cpu_runtime.device())
+        for index, group in enumerate(groups):
+            counts = [int(self.optimizer.state[p]["step"]) for p in group["params"] if "step" in self.optimizer.state[p]]
+            steps[index] = max(counts, default=0)
+        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+        for index, group in enumerate(plain):
+            group["step"] = int(steps[index])
+        return {"optimizer": {"param_groups": plain}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore hyper-parameters, step counts and (when present) fp32 weights and moments.
+
+        Raises:
+            CheckpointError: the groups are not this run's.
+        """
+        self._allocate()
+        saved = state_dict["optimizer"]["param_groups"]
+        groups = self.optimizer.param_groups
+        identity = [(g.get("name"), g["wd_mult"]) for g in groups]
+        if identity != [(g.get("name"), g["wd_mult"]) for g in saved]:
+            raise CheckpointError(
+                f"optimizer groups of the checkpoint {[(g.get('name'), g['wd_mult']) for g in saved]} are not this "
+                f"run's {identity}: other weights train now; start a fresh run with checkpoint.init"
+            )
+        for group, old in zip(groups, saved):
+            group.update({key: value for key, value in old.items() if key not in ("params", "step")})
+            for parameter in group["params"]:
+                # One tensor each: torch's AdamW advances a shared one once per parameter.
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]))
+        if "param_state" in state_dict:
+            self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """State for dist_checkpointing; on a fresh optimizer the moments are allocated first."""
+        self._allocate()
+        out: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        return out
+
+    def _allocate(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        target = {"param": main, **self.optimizer.state[main]}
+        for key in _STATE_KEYS:  # never `step`, which is not in the file
+            target[key].copy_(tensors[key])
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Gathered state in buffer coordinates.
+
+        The parent packs buckets without their end padding, and its caller then indexes with padded offsets.
+        """
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values():
+                for key in _STATE_KEYS:
+                    tensors[key] = _with_padding(tensors[key], buffer)
+        return state
+
+
+def _with_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    full, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
+    for bucket in buffer.buckets:
+        count = bucket.numel_unpadded
+        full[bucket.offset : bucket.offset + count] = packed[start : start + count]
+        start += count
+    return full
+

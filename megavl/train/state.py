@@ -1,0 +1,139 @@
+"""What a checkpoint of a run holds, and how a run starts from one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+
+from megavl.checkpoint.reader import resolve
+from megavl.checkpoint.store import CheckpointStore, read_manifest
+from megavl.config.errors import UsageError
+from megavl.config.load import dump_recipe, to_dict
+from megavl.config.recipe import Recipe
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Position of a run; with the recipe it determines everything that follows."""
+
+    step: int
+    """Optimizer steps done, skipped ones included."""
+    bad_steps: int
+    """Skipped steps in a row."""
+
+
+class RunState:
+    """Saves and restores model, optimizer and progress."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        model: DistributedDataParallel,
+        optimizer: ChainedOptimizer,
+        fingerprint: str,
+        tokenizer_files: dict[str, Path],
+    ) -> None:
+        self.recipe, self.model, self.optimizer, self.fingerprint = recipe, model, optimizer, fingerprint
+        self.tokenizer_files = tokenizer_files
+        settings = recipe.checkpoint
+        self.failed_saves = 0
+        self.store = CheckpointStore(recipe.checkpoint_dir, keep=settings.keep, skip_hash=settings.skip_hash)
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint; collective."""
+        if self.model.ddp_config.overlap_param_gather:
+            # Weights updated by the last step may still wait to be gathered.
+            self.model.start_param_sync(force_sync=True)
+        model = self.model.module.sharded_state_dict(prefix="model.")
+        optimizer = self.optimizer.sharded_state_dict(model, metadata=_metadata())
+        files: dict[str, bytes | Path] = {
+            "recipe.yaml": dump_recipe(self.recipe).encode(),
+            "model.json": _json(to_dict(self.recipe.model)),
+            **{f"tokenizer/{name}": path for name, path in self.tokenizer_files.items()},
+        }
+        state = {"model": model, "optimizer": optimizer}
+        return self.store.save(progress.step, state=state, content=self._content(progress), files=files)
+
+    def restore(self) -> Progress | None:
+        """Resume from the newest good checkpoint of this run; None when there is none yet. Collective.
+
+        Raises:
+            CheckpointError: only damaged checkpoints, or weights that do not fit.
+            UsageError: the checkpoint belongs to another seed, batch size, data set or stage.
+        """
+        path = self.store.newest(allow_fresh=self.recipe.checkpoint.allow_fresh)
+        if path is None:
+            return None
+        content = read_manifest(path)["content"]
+        self._check(path, content)
+        model = self.model.module.sharded_state_dict(prefix="model.")
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+        loaded = self.store.load(path, {"model": model, "optimizer": optimizer})
+        self.model.module.load_state_dict(_without_prefix(loaded["model"]))
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        return Progress(step=content["step"], bad_steps=content["bad_steps"])
+
+    def start_from(self, init: str) -> None:
+        """Take only the weights of another run's checkpoint. Collective."""
+        model = self.model.module.sharded_state_dict(prefix="model.")
+        loaded = self.store.load(resolve(init), {"model": model}, strict=False)
+        self.model.module.load_state_dict(_without_prefix(loaded["model"]))
+        self.optimizer.reload_model_params()
+
+    def _content(self, progress: Progress) -> dict[str, Any]:
+        training = self.recipe.training
+        return {
+            "format_version": FORMAT_VERSION,
+            "step": progress.step,
+            "bad_steps": progress.bad_steps,
+            "consumed_samples": progress.step * training.global_batch_size,
+            **self._identity(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change within a run: the order of samples and the set of trained weights follow from it."""
+        training, data = self.recipe.training, self.recipe.data
+        return {
+            "seed": training.seed,
+            "global_batch_size": training.global_batch_size,
+            "data_fingerprint": self.fingerprint,
+            "multimodal_fraction": data.multimodal_fraction,
+            "modality_warmup_steps": data.modality_warmup_steps,
+            "trainable_parts": list(self.recipe.trainable_parts),
+        }
+
+    def _check(self, path: Path, content: dict[str, Any]) -> None:
+        for key, value in self._identity().items():
+            if content.get(key) == value:
+                continue
+            if self.recipe.checkpoint.force_resume and key != "trainable_parts":
+                continue
+            raise UsageError(
+                f"{path}: {key} is {content.get(key)!r} in the checkpoint and {value!r} in the recipe; resume with the "
+                "old value, use another checkpoint.dir, or set checkpoint.force_resume=true to go on regardless"
+            )
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode()

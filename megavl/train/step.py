@@ -1,0 +1,128 @@
+"""One optimizer step through megatron-core's pipeline schedule.
+
+Legend: T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megavl.parallel import cpu_runtime
+from megavl.train.feed import MicroBatch, StepData
+from megavl.train.optimizer import without_vision
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What all ranks know after a step."""
+
+    loss: float
+    """Mean negative log-likelihood over the loss tokens of the global batch, nats."""
+    loss_tokens: int
+    grad_norm: float | None
+    """Global norm before clipping; None when the step was skipped."""
+    images: int
+    """Images of the global batch."""
+    skipped: bool
+    """Loss or gradient was not finite; no weight changed."""
+    asked_to_stop: bool
+    """Some rank received a pre-emption signal."""
+
+
+def prepare(model: DistributedDataParallel) -> None:
+    """Give megatron-core's schedule its hooks; once, after wrapping."""
+    config = model.config
+    config.no_sync_func = model.no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    if model.ddp_config.overlap_param_gather:
+        config.param_sync_func = model.start_param_sync
+
+
+def forward_backward(
+    model: DistributedDataParallel, data: StepData, *, forward_only: bool = False
+) -> tuple[float, int]:
+    """Run all micro-batches; gradients end up summed, divided by the global number of loss tokens.
+
+    Returns:
+        This rank's sum of the loss over tokens and their number: zero except on the last stage.
+    """
+    first = data.micro_batches[0]
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=iter(data.micro_batches),
+        model=[model],
+        num_microbatches=len(data.micro_batches),
+        seq_length=first.tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    sums = [report["loss"] for report in reports]
+    if not sums:
+        return 0.0, 0
+    total = torch.stack(sums).sum(0)
+    return float(total[0]), int(total[1])
+
+
+def train_step(
+    model: DistributedDataParallel, optimizer: ChainedOptimizer, data: StepData, *, stop_flag: bool
+) -> StepResult:
+    """Forward, backward, reduce, clip, update; a step with a loss or gradient that is not finite changes nothing."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss_sum, loss_tokens = forward_backward(model, data)
+    # One replica of the last stage reports the loss and one rank of the first stage the images of each data rank.
+    reports_loss = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
+    reports_images = mpu.is_pipeline_first_stage() and mpu.get_tensor_model_parallel_rank() == 0
+    totals = torch.tensor(
+        [
+            loss_sum if reports_loss else 0.0,
+            loss_tokens if reports_loss else 0,
+            data.images if reports_images else 0,
+            float(stop_flag),
+        ],
+        dtype=torch.float64,
+        device=cpu_runtime.device(),
+    )
+    dist.all_reduce(totals)
+    loss = float(totals[0]) / max(1.0, float(totals[1]))
+    updated, grad_norm = False, None
+    if torch.isfinite(totals[0]):
+        with without_vision(optimizer, active=data.modality == "text"):
+            updated, grad_norm, _ = optimizer.step()
+    return StepResult(
+        loss=loss,
+        loss_tokens=int(totals[1]),
+        grad_norm=float(grad_norm) if updated else None,
+        images=int(totals[2]),
+        skipped=not updated,
+        asked_to_stop=bool(totals[3] > 0),
+    )
+
+
+def _forward(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    out = model(
+        tokens=batch.tokens,
+        images=batch.images,
+        packed=batch.packed,
+        labels=batch.labels if mpu.is_pipeline_last_stage() else None,
+        anchor=batch.anchor,
+    )
+    return out, partial(_loss, batch.loss_mask)
+
+
+def _loss(mask: torch.Tensor, per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    total = (per_token.view(-1).float() * mask).sum()
+    tokens = mask.sum()
+    # megatron-core scales the loss in place later, so the report is a copy.
+    return total, tokens.to(torch.int), {"loss": torch.stack([total.detach().clone(), tokens])}

@@ -1,0 +1,63 @@
+"""Puts sharded tensors of all ranks together again under the names of a one-rank checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.distributed import DistributedDataParallel
+
+
+def complete_gradients(model: DistributedDataParallel) -> None:
+    """After a reduce-scatter each data-parallel rank holds its share of a bucket; fetch the others."""
+    for buffer in model.buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def gather(model: DistributedDataParallel, *, what: str) -> dict[str, torch.Tensor] | None:
+    """Global tensors on rank 0, None elsewhere.
+
+    Args:
+        model: wrapped stage.
+        what: `grad` for gradients (zeros where a weight is frozen), `weight` for weights.
+    """
+    state = model.module.sharded_state_dict(prefix="")
+    state, _ = extract_sharded_tensors_and_factories(state)
+    by_storage = {p.data_ptr(): p for p in model.module.parameters()}
+    for item in nested_values(state):
+        parameter = by_storage[item.data.data_ptr()]
+        if what == "grad":
+            found = getattr(parameter, "main_grad", None)
+            item.data = torch.zeros_like(parameter) if found is None else found.view_as(parameter)
+        item.data = item.data.detach().float().clone()
+    apply_factories(state)
+    pieces = [
+        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.view(s.local_shape if not s.prepend_axis_num else s.data.shape))
+        for s in nested_values(state)
+        if isinstance(s, ShardedTensor)
+    ]
+    box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(pieces, box, dst=0)
+    if box is None:
+        return None
+    whole: dict[str, torch.Tensor] = {}
+    for key, shape, offset, data in (piece for rank in box for piece in rank):
+        target = whole.setdefault(key, torch.full(shape, float("nan")))
+        lead = target
+        for position in offset[: len(shape) - data.dim()]:
+            lead = lead[position]
+        where = tuple(slice(o, o + n) for o, n in zip(offset[len(shape) - data.dim() :], data.shape))
+        present = lead[where]
+        if not torch.isnan(present).any():
+            assert torch.equal(present, data), f"replicas of {key} differ"
+        lead[where] = data
+    missing = [key for key, tensor in whole.items() if torch.isnan(tensor).any()]
+    assert not missing, f"no rank holds all of {missing}"
+    return whole

@@ -1,0 +1,125 @@
+"""One process of the layout comparison: runs every case whose world it belongs to.
+
+Usage: layout_worker.py RANK CASES.json OUT_DIR. Processes are reused from case to case; importing torch and
+megatron-core costs more than the cases do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavl.config.load import load_model_config
+from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.checkpoint.store import CheckpointStore
+from megavl.model.build import build_model
+from megavl.parallel import broadcast, groups
+from megavl.planner.layout import layout_string
+from megavl.train.feed import next_step
+from megavl.train.optimizer import build_optimizer, wrap_model
+from megavl.train.step import forward_backward, prepare, train_step
+from tests.distributed.gather import complete_gradients, gather
+from tests.distributed.synthetic import SyntheticSteps
+
+SEQ_LENGTH = 160
+BATCH = 4
+
+
+def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
+    """Losses, norms and gathered gradients of one layout, saved by its rank 0."""
+    parallel = ParallelConfig(
+        tensor=case["tp"],
+        pipeline=case["pp"],
+        sequence_parallel=case.get("sp", False),
+        layout=tuple(case.get("layout", "auto")) if "layout" in case else "auto",
+        # Small buckets, so that every overlap path is taken and buckets end in padding.
+        bucket_size=case.get("bucket_size", 20_000),
+        timeout_s=120,
+    )
+    position = groups.start(parallel, seed=1)
+    config = load_model_config("tiny-hybrid")
+    recompute = RecomputeConfig(**case.get("recompute", {}))
+    layout = case.get("layout") or _even(config.llm.num_layers, case["pp"])
+    model = wrap_model(
+        build_model(
+            config,
+            parallel=parallel,
+            recompute=recompute,
+            layout=layout_string(tuple(layout)),
+            dtype=torch.float32,
+            train=TRAINABLE_PARTS,
+            seed=1,
+        ),
+        parallel=parallel,
+    )
+    prepare(model)
+    optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-4), bf16=False)
+    store = CheckpointStore(checkpoint.parent)
+    loaded = store.load(checkpoint, {"model": model.module.sharded_state_dict(prefix="model.")}, strict=False)
+    model.module.load_state_dict({k.removeprefix("model."): v for k, v in loaded["model"].items()})
+    optimizer.reload_model_params()
+
+    def source(modality: str) -> SyntheticSteps | None:
+        if not broadcast.is_source():
+            return None
+        return SyntheticSteps(
+            config,
+            modality=modality,
+            seq_length=SEQ_LENGTH,
+            global_batch_size=BATCH,
+            micro_batch_size=case.get("mbs", 1),
+            dp_rank=position.dp_rank,
+            dp_size=position.dp_size,
+        )
+
+    result: dict[str, Any] = {}
+    for modality in ("text", "multimodal"):
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        forward_backward(model, next_step(source(modality), 0))
+        complete_gradients(model)
+        result[f"{modality} gradients"] = gather(model, what="grad")
+    steps = [train_step(model, optimizer, next_step(source("multimodal"), 0), stop_flag=False)]
+    before = _vision(model)
+    steps.append(train_step(model, optimizer, next_step(source("text"), 1), stop_flag=False))
+    if model.ddp_config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
+    result["vision untouched"] = all(torch.equal(a, b) for a, b in zip(before, _vision(model)))
+    steps.append(train_step(model, optimizer, next_step(source("multimodal"), 2), stop_flag=False))
+    result["losses"] = [step.loss for step in steps]
+    result["norms"] = [step.grad_norm for step in steps]
+    result["loss tokens"] = [step.loss_tokens for step in steps]
+    if position.rank == 0:
+        torch.save(result, out / f"{case['name']}.pt")
+    groups.stop()
+
+
+def _vision(model: torch.nn.Module) -> list[torch.Tensor]:
+    if model.ddp_config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
+    return [p.detach().clone() for n, p in model.module.named_parameters() if n.startswith("vision.")]
+
+
+def _even(layers: int, stages: int) -> list[int]:
+    return [layers // stages] * stages
+
+
+def main() -> None:
+    """Run all cases in order."""
+    rank, cases, out = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    for case in cases["cases"]:
+        world = case["tp"] * case["pp"] * case["dp"]
+        if rank < world:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(case["port"]))
+            run_case(case, checkpoint=Path(cases["checkpoint"]), out=out)
+
+
+if __name__ == "__main__":
+    main()

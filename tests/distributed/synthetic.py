@@ -1,0 +1,90 @@
+"""Deterministic weights and batches for tests that compare layouts; no files of real data needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megavl.config.model import ModelConfig
+from megavl.data.batch import Batch
+
+
+def random_weights(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of a model under its flat name, from a generator seeded by that name's position.
+
+    HD scalar, relative positions and biases are not left at their zero initial values, which would hide branches.
+    """
+    from megavl.convert.flat_names import flat_shapes
+
+    for index, (name, shape) in enumerate(flat_shapes(config).items()):
+        generator = torch.Generator().manual_seed(seed * 100_003 + index)
+        noise = torch.randn(shape, generator=generator)
+        is_norm = "norm" in name or (name.startswith(("vision.sam.neck.", "vision.sam.neck_hd.")) and len(shape) == 1)
+        if is_norm and name.endswith("weight"):
+            yield name, 1.0 + 0.1 * noise
+        elif name.endswith("hd_alpha_downsamples"):
+            yield name, torch.full(shape, 0.7)
+        else:
+            fan_in = max(1, noise[0].numel()) if noise.dim() > 1 else 100
+            yield name, noise * fan_in**-0.5
+
+
+class SyntheticSteps:
+    """Global batches that depend on (step, slot) alone, cut for one data-parallel rank; image counts are uneven."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        modality: str,
+        seq_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        self.config, self.modality, self.seq_length = config, modality, seq_length
+        self.micro_batch_size = micro_batch_size
+        share = global_batch_size // dp_size
+        self.slots = range(dp_rank * share, (dp_rank + 1) * share)
+
+    def get(self, step: int) -> list[Batch]:
+        """This rank's micro-batches."""
+        size = self.micro_batch_size
+        return [self._batch(step, self.slots[i : i + size]) for i in range(0, len(self.slots), size)]
+
+    def _batch(self, step: int, slots: range) -> Batch:
+        sequences = [self._sequence(step, slot) for slot in slots]
+        borders = [0]
+        for index, (_, _, _, lengths, _) in enumerate(sequences):
+            for length in lengths:
+                borders.append(borders[-1] + length)
+            assert borders[-1] == (index + 1) * self.seq_length
+        return Batch(
+            modality=self.modality,
+            tokens=torch.cat([s[0] for s in sequences]),
+            labels=torch.cat([s[1] for s in sequences]),
+            loss_mask=torch.cat([s[2] for s in sequences]),
+            cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+            images=torch.cat([s[4] for s in sequences]),
+            sample_ids=tuple(slots),
+        )
+
+    def _sequence(self, step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
+        generator = torch.Generator().manual_seed(1 + step * 1009 + slot)
+        length, image_id = self.seq_length, self.config.image_token_id
+        tokens = torch.randint(image_id + 1, self.config.llm.vocab_size, (length,), generator=generator)
+        cut = int(torch.randint(length // 3, length // 2, (1,), generator=generator))
+        pad = int(torch.randint(1, 9, (1,), generator=generator))
+        lengths = [cut, length - cut - pad, pad]
+        count = 1 + slot % 2 if self.modality == "multimodal" else 0
+        canvas = self.config.canvas_size
+        images = torch.randint(0, 256, (count, 3, canvas, canvas), generator=generator, dtype=torch.uint8)
+        for image, start in zip(range(count), (2, cut + 3)):
+            tokens[start : start + self.config.image_tokens] = image_id
+        labels = torch.roll(tokens, -1)
+        mask = (labels != image_id).float()
+        mask[cut - 1] = 0
+        mask[length - pad - 1 :] = 0
+        return tokens, torch.where(mask > 0, labels, 0), mask, lengths, images
