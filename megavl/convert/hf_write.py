@@ -148,7 +148,7 @@ def _dead_rows(
     require_exactly(given, found=passthrough, locate=lambda _: f"{source}: passthrough")
     rows = []
     for row in dead:
-        tensor = passthrough.get(row.key) or LoadedTensor(row.synthesise(fallback))
+        tensor = passthrough[row.key] if row.key in passthrough else LoadedTensor(row.synthesise(fallback))
         table_row = WeightRow(row.key, row.shape, (row.key,), Copy())
         rows.append(OutputRow({row.key: row.shape}, dtype or tensor.dtype, _loader(table_row, tensor, dtype, source)))
     return rows

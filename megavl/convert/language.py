@@ -28,6 +28,10 @@ _FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attentio
 """Fields of which MegaVL knows one value only; absent means this value."""
 
 
+MAX_LAYERS = 4096
+"""Most layers that a configuration may ask for."""
+
+
 class Fields:
     """One JSON object of a configuration, read field by field with defaults and errors that name the field."""
 
@@ -45,11 +49,11 @@ class Fields:
         value = self._raw.get(name)
         return self._defaults.get(name) if value is None else value
 
-    def integer(self, name: str) -> int:
-        """A positive whole number."""
+    def integer(self, name: str, *, limit: int = 1 << 24) -> int:
+        """A whole number from 1 to `limit`; beyond it no model is, only a file that would fill the memory."""
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self.error(name, f"a positive whole number is expected, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            raise self.error(name, f"a whole number from 1 to {limit} is expected, found {value!r}")
         return value
 
     def number(self, name: str) -> float:
@@ -88,7 +92,7 @@ def read_language(parent: Fields, name: str) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "ffn_hidden_size": fields.integer("intermediate_size"),
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.integer("num_hidden_layers", limit=MAX_LAYERS),
         "num_attention_heads": heads,
         "vocab_size": fields.integer("vocab_size"),
         "max_position_embeddings": fields.integer("max_position_embeddings"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
-from megavl.convert.language import Fields, language_json, model_config, read_language
+from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language
 from megavl.convert.tokenizer_files import TokenizerIds
 
 MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid")
@@ -74,7 +74,7 @@ def _read_siglip(fields: Fields) -> dict[str, Any]:
         "image_size": fields.integer("image_size"),
         "patch_size": fields.integer("patch_size"),
         "width": fields.integer("hidden_size"),
-        "depth": fields.integer("num_hidden_layers"),
+        "depth": fields.integer("num_hidden_layers", limit=MAX_LAYERS),
         "heads": fields.integer("num_attention_heads"),
         "mlp_dim": fields.integer("intermediate_size"),
         "layer_norm_eps": fields.number("layer_norm_eps"),
@@ -92,7 +92,7 @@ def _read_sam(fields: Fields) -> dict[str, Any]:
         "image_size": fields.integer("image_size"),
         "patch_size": fields.integer("patch_size"),
         "width": width,
-        "depth": fields.integer("num_hidden_layers"),
+        "depth": fields.integer("num_hidden_layers", limit=MAX_LAYERS),
         "heads": fields.integer("num_attention_heads"),
         "mlp_dim": fields.integer("mlp_dim") if has_mlp_dim else int(width * fields.number("mlp_ratio")),
         "window_size": fields.integer("window_size"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
-from megavl.convert.language import Fields, language_json, model_config, read_language
+from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language
 from megavl.convert.tokenizer_files import IMAGE_TOKEN, TokenizerIds, image_token_id
 
 MODEL_TYPE = "multi_modality"
@@ -68,7 +68,7 @@ def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
 
 def _read_siglip(fields: Fields) -> dict[str, Any]:
     if fields.get("width") is not None:
-        tower, layers = _stated_sizes(fields), fields.integer("layers")
+        tower, layers = _stated_sizes(fields), fields.integer("layers", limit=MAX_LAYERS)
     elif fields.get("model_name") == _SIGLIP_NAME:
         tower, layers = dataclasses.asdict(_SIGLIP), _SIGLIP.depth
     else:
@@ -90,7 +90,7 @@ def _read_sam(fields: Fields) -> dict[str, Any]:
     return {
         **_stated_sizes(fields),
         "image_size": fields.integer("image_size"),
-        "depth": fields.integer("layers"),
+        "depth": fields.integer("layers", limit=MAX_LAYERS),
         "window_size": fields.integer("window_size"),
         "global_attn_indexes": fields.get("global_attn_indexes"),
         "neck_channels": fields.integer("prompt_embed_dim"),
@@ -117,7 +117,7 @@ def _read_aligner(top: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
     kind = params.get("projector_type")
     if kind not in kinds:
         raise params.error("projector_type", f"expected {' or '.join(kinds)} with this vision tower, found {kind!r}")
-    return {"kind": kind, "depth": params.integer("depth")}
+    return {"kind": kind, "depth": params.integer("depth", limit=MAX_LAYERS)}
 
 
 def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:

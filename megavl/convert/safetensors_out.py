@@ -94,11 +94,15 @@ def _write_file(path: Path, rows: Sequence[OutputRow]) -> None:
     with path.open("wb") as handle:
         handle.write(_header(ordered))
         for row in ordered:
-            tensors = row.load()
-            for (name, shape), tensor in zip(row.shapes.items(), tensors, strict=True):
-                assert tuple(tensor.shape) == shape and tensor.dtype == row.dtype, f"{name}: not as announced"
-                handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            # A function of its own: its locals are freed before the next row is read.
+            _write_row(handle, row)
         _sync(handle)
+
+
+def _write_row(handle: BinaryIO, row: OutputRow) -> None:
+    for (name, shape), tensor in zip(row.shapes.items(), row.load(), strict=True):
+        assert tuple(tensor.shape) == shape and tensor.dtype == row.dtype, f"{name}: not as announced"
+        handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(rows: Sequence[OutputRow]) -> bytes:

@@ -23,8 +23,12 @@ _COPIED = (
     "merges.txt",
 )
 _CONFIG = "tokenizer_config.json"
-_RELEASED_NAMES = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
-"""Used where no file beside tokenizer.json says which token plays which part."""
+_USUAL_NAMES = {
+    "bos_token": ("<｜begin▁of▁sentence｜>", "<s>", "<bos>", "<|begin_of_text|>"),
+    "eos_token": ("<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
+    "pad_token": ("<pad>",),
+}
+"""Looked for where no file beside tokenizer.json names the token: the names that training looks for, in its order."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,16 @@ def read_tokenizer(folder: str | Path) -> TokenizerFolder:
     folder = Path(folder)
     vocabulary = _vocabulary(folder)
     config, special = _optional(folder / _CONFIG), _optional(folder / "special_tokens_map.json")
-    tokens = {}
-    for part, released in _RELEASED_NAMES.items():
-        text = _text(config.get(part)) or _text(special.get(part))
-        if text is None and _find(vocabulary, released) is None:
+    tokens: dict[str, str] = {}
+    for part, usual in _USUAL_NAMES.items():
+        named = _text(config.get(part)) or _text(special.get(part))
+        text = named or next((name for name in usual if _find(vocabulary, name) is not None), None)
+        if text is None and part == "pad_token":
+            text = tokens["eos_token"]
+        if text is None:
             raise DataError(f"{folder / _CONFIG}: {part} is not given; add it, so that the export knows its id")
-        tokens[part] = text or released
-    tokens["pad_token"] = _text(config.get("pad_token")) or _text(special.get("pad_token")) or tokens["eos_token"]
-    bos, eos, pad = (_id(folder, vocabulary, tokens[part]) for part in ("bos_token", "eos_token", "pad_token"))
+        tokens[part] = text
+    bos, eos, pad = (_id(folder, vocabulary, tokens[part]) for part in _USUAL_NAMES)
     ids = TokenizerIds(bos=bos, eos=eos, pad=pad, image=_id(folder, vocabulary, IMAGE_TOKEN))
     return TokenizerFolder(folder, tokens, ids, config)
 

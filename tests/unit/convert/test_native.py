@@ -1,0 +1,214 @@
+"""Native format: what transformers saved is read, and what is written runs in transformers bit for bit alike."""
+
+import hashlib
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DeepseekVLForConditionalGeneration,
+    DeepseekVLHybridForConditionalGeneration,
+)
+
+from megavl.config.load import load_model_config
+from megavl.convert.flat_names import flat_shapes
+from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config, to_flat
+from megavl.convert.hf_write import write_hf
+from megavl.convert.lazy import LoadedTensor
+from megavl.convert.verify import compare, open_flat
+
+PRESETS = ("tiny-hybrid", "tiny-siglip")
+CLASSES = {"tiny-hybrid": DeepseekVLHybridForConditionalGeneration, "tiny-siglip": DeepseekVLForConditionalGeneration}
+
+
+def view(folder):
+    config, fmt = read_config(folder)
+    return config, flat_view(open_hf_tensors(folder), config=config, fmt=fmt)
+
+
+def export(source, out, tokenizer_dir, **options):
+    config, flat = view(source)
+    return write_hf(out, config=config, flat=flat, fmt="native", tokenizer_dir=tokenizer_dir, **options)
+
+
+def load(folder, cls):
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
+
+
+def logits(model, preset):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, 1024, (2, 60), generator=generator)
+    ids[:, 5:41] = 3
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 96, 96, generator=generator)}
+    if preset == "tiny-hybrid":
+        inputs["high_res_pixel_values"] = torch.randn(2, 3, 256, 256, generator=generator)
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.fixture(scope="module")
+def exports(sources, tokenizer_dir, tmp_path_factory):
+    root = tmp_path_factory.mktemp("native")
+    return {name: export(sources[name], root / name, tokenizer_dir) for name in PRESETS}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sizes_are_read_as_the_preset(sources, preset):
+    assert read_config(sources[preset]) == (load_model_config(preset), "native")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flat_tensors_have_the_announced_names_and_shapes(sources, preset):
+    config, fmt = read_config(sources[preset])
+    flat = {name: tuple(t.shape) for name, t in to_flat(open_hf_tensors(sources[preset]), config=config, fmt=fmt)}
+    assert flat == flat_shapes(config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_export_gives_bit_equal_logits(sources, exports, preset):
+    before, after = (logits(load(folder, CLASSES[preset]), preset) for folder in (sources[preset], exports[preset]))
+    assert before.std() > 0.1
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_export_is_read_back_bitwise(sources, exports, preset):
+    assert read_config(exports[preset]) == read_config(sources[preset])
+    verdict = compare(open_flat(sources[preset]), open_flat(exports[preset]))
+    assert verdict.identical and verdict.compared == len(flat_shapes(load_model_config(preset)))
+    written, saved = (load_file(folder[preset] / "model.safetensors") for folder in (exports, sources))
+    assert written.keys() == saved.keys() and all(torch.equal(written[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_auto_classes_load_the_export_and_answer(exports, tokenizer_dir, preset):
+    model = load(exports[preset], AutoModelForImageTextToText)
+    assert type(model) is CLASSES[preset]
+    assert model.lm_head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (0, 1)
+    assert model.generation_config.pad_token_id == 2
+    processor = AutoProcessor.from_pretrained(exports[preset])
+    # No token may be added on loading: it would get an id of its own.
+    assert len(processor.tokenizer) == Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).get_vocab_size()
+    assert processor.tokenizer.image_token_id == 3
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt.endswith("natural language.\n\nUser: <image_placeholder>Which colour?\n\nAssistant:")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    inputs = processor(text=prompt, images=[picture], return_tensors="pt")
+    assert inputs["input_ids"][0, 0] == 0 and int((inputs["input_ids"] == 3).sum()) == 36
+    assert inputs["pixel_values"].shape == (1, 3, 96, 96)
+    if preset == "tiny-hybrid":
+        assert inputs["high_res_pixel_values"].shape == (1, 3, 256, 256)
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_tokenizer_is_copied_byte_for_byte(exports, tokenizer_dir):
+    digests = {
+        hashlib.sha256((folder / "tokenizer.json").read_bytes()).digest()
+        for folder in (tokenizer_dir, *exports.values())
+    }
+    assert len(digests) == 1
+
+
+def test_configuration_states_what_loaders_guess_wrongly(exports):
+    config = json.loads((exports["tiny-hybrid"] / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    assert config["tie_word_embeddings"] is False and text["tie_word_embeddings"] is False
+    assert text["rope_theta"] == 10000.0 and "rope_parameters" not in text
+    assert (vision["hidden_act"], vision["vision_use_head"], vision["layer_norm_eps"]) == ("gelu", False, 1e-6)
+    processor = json.loads((exports["tiny-hybrid"] / "preprocessor_config.json").read_text())
+    assert (processor["resample"], processor["high_res_resample"]) == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_option(sources, tokenizer_dir, tmp_path, dtype):
+    out = export(sources["tiny-siglip"], tmp_path / "out", tokenizer_dir, dtype=dtype)
+    expected = load_file(sources["tiny-siglip"] / "model.safetensors")
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(written[key], value.to(getattr(torch, dtype))) for key, value in expected.items())
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_sharded_export_loads_in_transformers(sources, tokenizer_dir, tmp_path):
+    out = export(sources["tiny-hybrid"], tmp_path / "out", tokenizer_dir, max_shard_bytes=700_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(shards) > 3 and sorted(set(index["weight_map"].values())) == shards
+    assert shards[-1] == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
+    assert all((out / shard).stat().st_size < 750_000 for shard in shards)
+    tensors = load_file(sources["tiny-hybrid"] / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
+    assert compare(open_flat(sources["tiny-hybrid"]), open_flat(out)).identical
+    load(out, AutoModelForImageTextToText)
+
+
+def test_one_flat_tensor_is_in_memory_at_a_time(sources, tokenizer_dir, tmp_path):
+    config, flat = view(sources["tiny-siglip"])
+    living = weakref.WeakSet()
+
+    class Watched:
+        def __init__(self, tensor):
+            self.shape, self.dtype, self.inner = tensor.shape, tensor.dtype, tensor
+
+        def load(self):
+            assert not living
+            tensor = self.inner.load().clone()
+            living.add(tensor)
+            return tensor
+
+    watched = {name: Watched(tensor) for name, tensor in flat.items()}
+    for fmt in ("native", "original"):
+        out = write_hf(tmp_path / fmt, config=config, flat=watched, fmt=fmt, tokenizer_dir=tokenizer_dir)
+        assert compare(flat, open_flat(out)).identical
+
+
+def test_mixed_types_are_kept_and_aligned(sources, tokenizer_dir, tmp_path):
+    config, flat = view(sources["tiny-hybrid"])
+    alpha = "vision.sam.hd_alpha_downsamples"
+    mixed = {
+        name: LoadedTensor(tensor.load().to(torch.float32 if "sam" in name else torch.bfloat16))
+        for name, tensor in flat.items()
+    }
+    mixed[alpha] = LoadedTensor(mixed[alpha].tensor.half())
+    out = write_hf(tmp_path / "out", config=config, flat=mixed, fmt="native", tokenizer_dir=tokenizer_dir)
+    again = open_flat(out)
+    assert compare(mixed, again).identical
+    assert {name: tensor.dtype for name, tensor in again.items()} == {n: t.dtype for n, t in mixed.items()}
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_flat_siglip_names_are_read_too(sources, tmp_path):
+    tensors = load_file(sources["tiny-hybrid"] / "model.safetensors")
+    renamed = {key.replace("vision_model.vision_model.", "vision_model."): value for key, value in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((sources["tiny-hybrid"] / "config.json").read_bytes())
+    assert compare(open_flat(sources["tiny-hybrid"]), open_flat(tmp_path)).identical
+
+
+def test_an_attention_pool_and_derived_buffers_are_passed_over(sources, tmp_path):
+    tensors = load_file(sources["tiny-siglip"] / "model.safetensors")
+    tensors["model.vision_model.vision_model.head.probe"] = torch.zeros(1, 1, 64)
+    tensors["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((sources["tiny-siglip"] / "config.json").read_bytes())
+    assert compare(open_flat(sources["tiny-siglip"]), open_flat(tmp_path)).identical
+
+
+def test_newer_rotary_field_is_read(sources, tmp_path):
+    config = json.loads((sources["tiny-siglip"] / "config.json").read_text())
+    config["text_config"].pop("rope_theta")
+    config["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path)[0].llm.rope_theta == 5000.0
