@@ -1,0 +1,1 @@
+"""From raw data to shards: corpus builders, preprocessing and inspection."""

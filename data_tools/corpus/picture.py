@@ -1,0 +1,88 @@
+"""What a picture family offers: pictures, their captions, and closed questions about them.
+
+A family (shapes, charts, rendered text) has named levels of difficulty. Each level lists its questions and draws
+pictures in which any answer can be demanded, so that every answer can be made equally frequent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from PIL import Image
+
+Answers = Mapping[str, str]
+"""Answer by question kind."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 30),
+    "green": (25, 150, 50),
+    "blue": (30, 60, 225),
+    "yellow": (250, 220, 25),
+    "purple": (150, 35, 185),
+    "black": (12, 12, 12),
+}
+"""Named RGB colours; far enough apart that `shade` never moves one near another."""
+
+PAPER: dict[str, tuple[int, int, int]] = {"white": (252, 252, 252), "grey": (205, 205, 205)}
+"""Neutral backgrounds, on which every colour of `COLOURS` stands out."""
+
+SIZES = ((256, 256), (240, 256), (224, 256), (256, 240), (256, 224), (272, 240))
+"""Picture sizes (width, height) in pixels; most are not square, so that padding matters."""
+
+NUMBERS = ("one", "two", "three", "four", "five")
+"""Number words from 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question with a closed list of one-word answers."""
+
+    kind: str
+    """Name by which results are grouped, such as `shape-colour`."""
+    text: str
+    """Wording, the same in training and in evaluation."""
+    values: tuple[str, ...]
+    """Every possible answer; at least four."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawn picture and what is true of it."""
+
+    image: Image.Image
+    """RGB."""
+    caption: str
+    """One sentence that names every answer."""
+    answers: Answers
+    """Answer to each question of the level."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One difficulty of a family."""
+
+    questions: tuple[Question, ...]
+    draw: Callable[[random.Random, Answers], Picture]
+    """Draws one picture in which the given answers (any subset of the questions) are true."""
+
+
+Family = Mapping[str, Level]
+"""Level by name."""
+
+
+def pick(rng: random.Random, question: Question, wanted: Answers) -> str:
+    """The wanted answer to a question, or any of its values with equal chance."""
+    return wanted[question.kind] if question.kind in wanted else rng.choice(question.values)
+
+
+def shade(rng: random.Random, colour: tuple[int, int, int], *, spread: int = 12) -> tuple[int, int, int]:
+    """A colour near the given one: each channel moves by at most `spread` of 255."""
+    red, green, blue = (min(255, max(0, channel + rng.randint(-spread, spread))) for channel in colour)
+    return red, green, blue
+
+
+def blank(rng: random.Random, colour: tuple[int, int, int]) -> Image.Image:
+    """An empty RGB picture of one of `SIZES`."""
+    return Image.new("RGB", rng.choice(SIZES), shade(rng, colour, spread=8))

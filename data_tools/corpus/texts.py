@@ -1,0 +1,224 @@
+"""Real text from any machine with Python, and more of it on Debian: documentation, licences, docstrings.
+
+Sources are read as data: Python files are parsed, never imported; compressed files are read up to a limit.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import gzip
+import hashlib
+import random
+import re
+import sysconfig
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megavl.config.errors import DataError
+
+DEBIAN = Path("/usr/share")
+"""Where Debian keeps `doc` and `common-licenses`."""
+
+LONGEST_READ = 65536
+"""Bytes read of any one documentation file."""
+LONGEST_DOCUMENT = 24000
+"""Characters of one collected document; longer ones end at a paragraph."""
+SHORTEST_DOCUMENT = 200
+"""Characters; shorter ones are dropped."""
+
+SHARES = {"licence": 0.12, "debian-doc": 0.43}
+"""Largest share of the text that a source may fill; docstrings fill the rest."""
+
+_DOC_NAME = re.compile(r"(copyright|readme|changelog|news|faq)[\w.+-]*", re.IGNORECASE)
+_NOT_TEXT = re.compile(r"\.(html?|pdf|ps|png|jpe?g|svg|css|js|xz|bz2|zip)(\.gz)?$", re.IGNORECASE)
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One collected text."""
+
+    source: str
+    """Kind and name, such as `debian-doc:bash/README`."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a function of the standard library does, in its own docstring's first line."""
+
+    name: str
+    """Dotted name, such as `shutil.copyfile`."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Text that was found, and how much of it."""
+
+    documents: list[Document]
+    summaries: list[Summary]
+    sources: dict[str, dict[str, int]]
+    """Documents and UTF-8 bytes per kind of source."""
+
+
+def collect_text(*, size: int, seed: int, debian: Path = DEBIAN, library: Path | None = None) -> Collection:
+    """Collect about `size` bytes of text; the same machine and seed give the same documents in the same order.
+
+    Args:
+        size: UTF-8 bytes to stop after.
+        seed: decides which files come first, and the order of the documents.
+        debian: folder with `doc` and `common-licenses`; may be absent.
+        library: the standard library's folder; by default that of the running Python.
+
+    Raises:
+        DataError: when no text at all is found.
+    """
+    rng = random.Random(f"text/{seed}")
+    library = library or Path(sysconfig.get_paths()["stdlib"])
+    summaries: list[Summary] = []
+    found: list[Document] = []
+    sources: dict[str, dict[str, int]] = {}
+    seen: set[bytes] = set()
+    streams = {
+        "licence": (_read_files(_licences(debian), root=debian / "common-licenses", rng=rng)),
+        "debian-doc": (_read_files(_documentation(debian), root=debian / "doc", rng=rng)),
+        "python-doc": (_read_docstrings(library, rng=rng, summaries=summaries)),
+    }
+    with tqdm(total=size, unit="B", unit_scale=True, desc="text", disable=None) as progress:
+        for kind, stream in streams.items():
+            room = min(size - _bytes(found), int(size * SHARES.get(kind, 1.0)))
+            taken = _take(stream, kind=kind, room=room, seen=seen, progress=progress)
+            found += taken
+            sources[kind] = {"documents": len(taken), "bytes": _bytes(taken)}
+    if not found:
+        raise DataError(
+            f"{debian}, {library}: no text was found; give the folder of a Debian system with --debian-root"
+        )
+    rng.shuffle(found)
+    return Collection(documents=found, summaries=summaries, sources=sources)
+
+
+def _bytes(documents: Iterable[Document]) -> int:
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def _take(
+    stream: Iterator[tuple[str, str]], *, kind: str, room: int, seen: set[bytes], progress: tqdm[None]
+) -> list[Document]:
+    """Clean documents from a stream of (name, text) until they fill `room` bytes."""
+    taken: list[Document] = []
+    for name, raw in stream:
+        if room <= 0:
+            break
+        text = _clean(raw, seen=seen)
+        if len(text) >= SHORTEST_DOCUMENT:
+            taken.append(Document(source=f"{kind}:{name}", text=text))
+            room -= len(text.encode())
+            progress.update(len(text.encode()))
+    return taken
+
+
+def _clean(raw: str, *, seen: set[bytes]) -> str:
+    """Paragraphs that were not seen before, up to the longest document."""
+    raw = raw.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n")
+    if _CONTROL.search(raw):
+        return ""
+    kept: list[str] = []
+    length = 0
+    for paragraph in re.split(r"\n\s*\n", raw):
+        paragraph = "\n".join(line.rstrip() for line in paragraph.split("\n")).strip("\n")
+        key = hashlib.sha256(" ".join(paragraph.split()).lower().encode()).digest()
+        if not paragraph or key in seen:
+            continue
+        length += len(paragraph) + 2
+        if length > LONGEST_DOCUMENT:
+            break
+        seen.add(key)
+        kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+def _licences(debian: Path) -> list[Path]:
+    folder = debian / "common-licenses"
+    return sorted(path for path in folder.glob("*") if path.is_file() and not path.is_symlink())
+
+
+def _documentation(debian: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in (debian / "doc").rglob("*")
+        if _DOC_NAME.fullmatch(path.name)
+        and not _NOT_TEXT.search(path.name)
+        and path.is_file()
+        and not path.is_symlink()
+    )
+
+
+def _read_files(paths: list[Path], *, root: Path, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Name and beginning of each readable UTF-8 file, in an order drawn from `rng`."""
+    rng.shuffle(paths)
+    for path in paths:
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                head = file.read(LONGEST_READ)
+            # An incremental decoder refuses other encodings but forgives a character cut by the limit.
+            text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+            continue
+        yield path.relative_to(root).as_posix(), text
+
+
+def _read_docstrings(library: Path, *, rng: random.Random, summaries: list[Summary]) -> Iterator[tuple[str, str]]:
+    """Name and docstrings of each module, in an order drawn from `rng`; appends to `summaries` on the way."""
+    paths = sorted(
+        path for path in library.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(library).parts)
+    )
+    rng.shuffle(paths)
+    for path in paths:
+        name = path.relative_to(library).with_suffix("").as_posix()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            continue
+        module = name.replace("/", ".").removesuffix(".__init__")
+        entries = list(_walk(tree, name=module))
+        if not any(part.startswith("_") for part in module.split(".")):
+            summaries += _summaries(entries)
+        yield f"{name}.py", "\n\n".join(f"{title}\n\n{doc}" for title, doc, _ in entries)
+
+
+def _walk(node: ast.Module | ast.ClassDef, *, name: str) -> Iterator[tuple[str, str, bool]]:
+    """Title, docstring and whether it is a public function, for a module or class and all inside it."""
+    doc = ast.get_docstring(node)
+    if doc:
+        yield name, doc, False
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _walk(child, name=f"{name}.{child.name}")
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(child)
+            if doc:
+                arguments = ", ".join(argument.arg for argument in child.args.args)
+                public = isinstance(node, ast.Module) and not child.name.startswith("_")
+                yield f"{name}.{child.name}({arguments})", doc, public
+
+
+def _summaries(entries: list[tuple[str, str, bool]]) -> Iterator[Summary]:
+    """First lines of public functions' docstrings that are one plain sentence."""
+    names = Counter(title.partition("(")[0] for title, _, _ in entries)
+    for title, doc, public in entries:
+        line = doc.split("\n\n")[0].strip()
+        name = title.partition("(")[0]
+        if public and names[name] == 1 and 20 <= len(line) <= 100 and line.endswith(".") and "\n" not in line:
+            yield Summary(name=name, text=line)

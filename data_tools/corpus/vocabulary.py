@@ -1,0 +1,146 @@
+"""A byte-level BPE tokenizer in DeepSeek's style, small enough for the tiny models.
+
+The files load in Hugging Face transformers as LlamaTokenizerFast, the class that the released models name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from data_tools.corpus.output import write_json
+from megavl.config.errors import DataError
+from megavl.data.template import SYSTEM_PROMPT
+
+PAD, BOS, EOS, IMAGE = "<｜▁pad▁｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
+SPECIAL = (PAD, BOS, EOS, IMAGE)
+"""Special tokens in the order of their ids, from 0; the tiny presets expect the image at 3."""
+
+SMALLEST = 256 + len(SPECIAL)
+"""Vocabulary without any merge: every byte and the special tokens."""
+
+REPEATS = 1000
+"""How often a phrase counts, so that each of its words becomes one token whatever the rest of the text is."""
+
+TEMPLATE = ("User:", "Assistant:", SYSTEM_PROMPT)
+"""What the conversation template adds to every conversation."""
+
+_SPLITS = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+")
+"""Borders that no token crosses, after the released tokenizer's pattern of splits."""
+
+
+def train_tokenizer(texts: Iterable[str], *, phrases: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE.
+
+    Args:
+        texts: what the merges are counted on.
+        phrases: short texts whose words, like those of the conversation template, should each become one token.
+        vocab_size: entries with bytes and special tokens; fewer come out of a very small corpus.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    weighted = [phrase for phrase in sorted({*phrases, *TEMPLATE}) for _ in range(REPEATS)]
+    tokenizer.train_from_iterator(_chain(texts, weighted), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS}:0 $A:0", pair=f"{BOS}:0 $A:0 {BOS}:1 $B:1", special_tokens=[(BOS, SPECIAL.index(BOS))]
+    )
+    return tokenizer
+
+
+def _chain(*streams: Iterable[str]) -> Iterator[str]:
+    for stream in streams:
+        yield from stream
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int = 4096) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
+
+    Args:
+        tokenizer: a trained tokenizer.
+        folder: where to write; made when absent.
+        longest: sequence length in tokens that the configuration promises.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {
+            str(index): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for index, token in enumerate(SPECIAL)
+        },
+        **special,
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {"image_token": IMAGE},
+        "image_token": IMAGE,
+        "legacy": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": longest,
+        "padding_side": "left",
+        "tokenizer_class": "LlamaTokenizerFast",
+        "unk_token": None,
+        "use_default_system_prompt": False,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", {**special, "image_token": IMAGE})
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """All text of a JSONL file of texts or captions, or of a JSON array of LLaVA conversations.
+
+    Raises:
+        DataError: naming the file, the record, and what was expected.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--input {path}: cannot be read ({error}); give a UTF-8 JSON or JSONL file") from error
+    if content.lstrip().startswith("["):
+        yield from _texts_of(_parse(content, where=str(path)), where=str(path))
+        return
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            yield from _texts_of([_parse(line, where=f"{path}:{number}")], where=f"{path}:{number}")
+
+
+def _parse(text: str, *, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); repair or remove the record") from error
+
+
+def _texts_of(records: list[Any], *, where: str) -> Iterator[str]:
+    for record in records:
+        if isinstance(record, dict) and isinstance(record.get("text"), str):
+            yield record["text"]
+        elif isinstance(record, dict) and isinstance(record.get("conversations"), list):
+            yield from (
+                str(turn["value"]).replace("<image>", "") for turn in record["conversations"] if "value" in turn
+            )
+        else:
+            raise DataError(
+                f"{where}: found {str(record)[:60]!r}; expected an object with a `text` string or `conversations` list"
+            )

@@ -1,0 +1,132 @@
+"""A mistake gives one message and the right exit code, and leaves nothing behind."""
+
+import json
+
+import pytest
+
+from data_tools import build_corpus
+from data_tools.corpus import pictures
+
+TINY = ["--samples", "3", "--heldout", "4"]
+
+
+def run(capsys, *arguments):
+    """Exit code and standard error of one command."""
+    code = build_corpus.main([str(argument) for argument in arguments])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["shapes"], "--output"),
+        (["shapes", "--output", "x", "--samples", "0"], "'0' is out of range; give a whole number from 1"),
+        (["shapes", "--output", "x", "--samples", "many"], "'many' is out of range"),
+        (["shapes", "--output", "x", "--level", "brutal"], "invalid choice: 'brutal'"),
+        (["demo", "--output", "x", "--vocab-size", "100"], "from 260"),
+        (["demo", "--output", "x", "--seed", "-1"], "'-1' is out of range"),
+    ],
+)
+def test_wrong_command_line(capsys, monkeypatch, tmp_path, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    code, message = run(capsys, *arguments)
+    assert code == 2 and expected in message and message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_folder_is_refused_and_an_earlier_result_replaced_by_force(capsys, tmp_path):
+    output = tmp_path / "out"
+    assert run(capsys, "charts", "--output", output, *TINY)[0] == 0
+    before = (output / "captions.jsonl").read_bytes()
+    code, message = run(capsys, "charts", "--output", output, *TINY, "--seed", 1)
+    assert code == 2 and f"--output {output}: the folder is not empty" in message and "--force" in message
+    assert (output / "captions.jsonl").read_bytes() == before
+    assert run(capsys, "charts", "--output", output, *TINY, "--seed", 1, "--force")[0] == 0
+    assert (output / "captions.jsonl").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_never_removes_a_folder_of_others(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    code, message = run(capsys, "charts", "--output", tmp_path / "mine", *TINY, "--force")
+    assert code == 2 and "--force replaces earlier results only" in message
+    assert (tmp_path / "mine/letter.txt").read_text() == "dear"
+
+
+def test_a_file_is_not_an_output_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, message = run(capsys, "charts", "--output", tmp_path / "file", *TINY)
+    assert code == 2 and "is not a folder" in message
+    code, message = run(capsys, "charts", "--output", tmp_path / "file/inside", *TINY)
+    assert code == 5 and "choose a writable folder" in message
+
+
+def test_nothing_is_left_of_a_build_that_fails(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures.PictureSet, "add_training", lambda self, mix, *, count: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, "charts", "--output", tmp_path / "out", *TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_different_pictures_is_an_error(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures.random, "Random", lambda seed: FixedRandom(0))
+    code, message = run(capsys, "charts", "--output", tmp_path / "out", *TINY)
+    assert code == 3 and "no new picture" in message and "--samples" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+class FixedRandom(pictures.random.Random):
+    """Draws the same picture for ever."""
+
+    def uniform(self, a, b):
+        return a
+
+    def randint(self, a, b):
+        return a
+
+    def choice(self, values):
+        return values[0]
+
+    def sample(self, values, k):
+        return list(values)[:k]
+
+    def shuffle(self, values):
+        return None
+
+
+def test_tokenizer_from_files(capsys, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "some words about words " * 50}) + "\n")
+    talks = [{"id": 1, "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "This"}]}]
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    output = tmp_path / "tokenizer"
+    command = ["tokenizer", "--output", output, "--input", tmp_path / "text.jsonl", tmp_path / "talks.json"]
+    assert run(capsys, *command, "--vocab-size", 600)[0] == 0
+    assert sorted(path.name for path in output.iterdir()) == [
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert run(capsys, *command)[0] == 2
+    assert run(capsys, *command, "--force")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        ('{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
+        ('{"words": "a"}\n', ":1: found"),
+        ("[3]", "expected an object"),
+        ("", "holds no text"),
+    ],
+)
+def test_bad_tokenizer_input(capsys, tmp_path, content, expected):
+    source = tmp_path / "input.jsonl"
+    if content is not None:
+        source.write_text(content)
+    code, message = run(capsys, "tokenizer", "--output", tmp_path / "out", "--input", source)
+    assert code == 3 and str(source) in message and expected in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
