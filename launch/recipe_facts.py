@@ -1,4 +1,4 @@
-"""Three lines that the launch scripts need to know of a recipe: run directory, checkpoint directory, ranks of one model copy.
+"""What the launch scripts ask of a recipe, a line each: run directory, checkpoint directory, ranks of one model copy.
 
 Usage: python -m launch.recipe_facts RECIPE [key.path=value ...]
 """

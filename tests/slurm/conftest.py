@@ -192,10 +192,14 @@ def _start(cluster: Cluster) -> None:
     own = os.readlink("/proc/self/ns/net")
     spaces = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
     for i in range(1, NODES + 1):
-        holder = cluster.spawn(f"vnode{i}", "unshare", *spaces, "bash", f"{state}/node.sh", f"vnode{i}", f"{SUBNET}.{i}")
+        holder = cluster.spawn(
+            f"vnode{i}", "unshare", *spaces, "bash", f"{state}/node.sh", f"vnode{i}", f"{SUBNET}.{i}"
+        )
         space = Path(f"/proc/{holder.pid}/ns/net")
         _until(lambda space=space: os.readlink(space) != own, cluster, f"network of vnode{i}")  # type: ignore[misc]
-        cluster.run("ip", "link", "add", f"{BRIDGE}-{i}", "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid))
+        cluster.run(
+            "ip", "link", "add", f"{BRIDGE}-{i}", "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid)
+        )
         cluster.run("ip", "link", "set", f"{BRIDGE}-{i}", "master", BRIDGE, "up")
 
     def ready() -> bool:

@@ -1,0 +1,153 @@
+"""Who may import whom: every import statement is read, those inside functions included."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LIBRARY = {"config", "planner", "parallel", "data", "model", "checkpoint", "convert", "generate", "evaluate"}
+# Package -> packages of megavl that it may import, its own aside.
+ARROWS = {
+    "config": set(),
+    "planner": {"config"},
+    "parallel": {"config"},
+    "data": {"config"},
+    "model": {"config", "parallel"},
+    "checkpoint": {"config"},
+    "convert": {"config"},
+    "generate": {"config", "data", "model", "parallel"},
+    "evaluate": {"config", "data", "model", "parallel", "generate"},
+    "train": LIBRARY,
+    "main": LIBRARY | {"train"},
+    "data_tools": {"config", "data"},
+    # The launch scripts start commands; only recipes are read directly.
+    "launch": {"config"},
+}
+# Third-party engine -> places that may import it; tests may import anything.
+SEAMS = {
+    "megatron": {"parallel", "model", "train", "checkpoint", "generate"},
+    "transformers": set(),
+    "torch": set(ARROWS) - {"config", "planner", "launch"},
+}
+
+
+def package_of(path: Path, root: Path) -> str:
+    """`megavl/data/x.py` -> data; `data_tools/x.py` -> data_tools; `megavl/__main__.py` -> main."""
+    parts = path.relative_to(root).parts
+    if parts[0] != "megavl":
+        return parts[0]
+    return parts[1] if len(parts) > 2 else "main"
+
+
+def module_of(path: Path, root: Path) -> str:
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything imported; `from a import b` gives a.b, of which b may be a module or not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(filter(None, [*module.split(".")[: -node.level], base]))
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__")
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield node.lineno, str(node.args[0].value)
+
+
+@pytest.fixture(scope="module")
+def found(python_files: list[Path], root: Path) -> list[tuple[Path, int, str]]:
+    """File, line and name of every import outside the tests."""
+    return [
+        (path, line, name)
+        for path in python_files
+        if path.parent != root and path.relative_to(root).parts[0] != "tests"
+        for line, name in imports(ast.parse(path.read_text()), module_of(path, root))
+    ]
+
+
+def test_every_package_has_a_row(python_files: list[Path], root: Path) -> None:
+    packages = {package_of(path, root) for path in python_files if path.parent not in (root, root / "megavl")}
+    assert packages - {"tests"} <= set(ARROWS)
+
+
+def test_arrows(found: list[tuple[Path, int, str]], root: Path) -> None:
+    wrong = []
+    for path, line, name in found:
+        package = package_of(path, root)
+        parts = name.split(".")
+        if parts[0] == "megavl":
+            target = parts[1] if len(parts) > 1 else ""
+            if target in ARROWS and target != package and target not in ARROWS[package]:
+                wrong.append(f"{path.relative_to(root)}:{line}: {package} may not import {name}")
+        elif parts[0] in ("data_tools", "launch", "tests") and parts[0] != package:
+            wrong.append(f"{path.relative_to(root)}:{line}: nobody imports {parts[0]}, found {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_engines_are_used_through_their_seams(found: list[tuple[Path, int, str]], root: Path) -> None:
+    wrong = [
+        f"{path.relative_to(root)}:{line}: {name} belongs in {sorted(SEAMS[engine]) or 'tests'}"
+        for path, line, name in found
+        if (engine := name.split(".")[0]) in SEAMS and package_of(path, root) not in SEAMS[engine]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_cycles(found: list[tuple[Path, int, str]], python_files: list[Path], root: Path) -> None:
+    modules = {module_of(path, root) for path in python_files}
+    graph: dict[str, set[str]] = {}
+    for path, _, name in found:
+        source = module_of(path, root)
+        target = name if name in modules else name.rpartition(".")[0]
+        if target in modules and target != source:
+            graph.setdefault(source, set()).add(target)
+    cycle = find_cycle(graph)
+    assert not cycle, " -> ".join(cycle)
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Names along one cycle, or nothing."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        for following in sorted(graph.get(node, ())):
+            if cycle := visit(following, [*trail, node]):
+                return cycle
+        done.add(node)
+        return []
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), [])
+
+
+def test_the_cycle_finder_finds_one() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_data_tools_start_without_torch(python_files: list[Path], root: Path) -> None:
+    modules = [module_of(path, root) for path in python_files if path.relative_to(root).parts[0] == "data_tools"]
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *modules], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

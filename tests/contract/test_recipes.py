@@ -1,0 +1,67 @@
+"""Every shipped recipe loads, and says what the paper says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megavl.config.load import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+STAGES = sorted(RECIPES.glob("*/stage*.yaml"))
+
+# Paper (arXiv 2403.05525), Table 5: rate, schedule, warm-up, steps, batch, sequence length. Stage 1's 512 text tokens
+# stand beside the 576 of one image.
+TABLE_5 = {
+    "1b/stage1": (1.0e-3, "cosine", 128, 15000, 256, 1088),
+    "1b/stage2": (3.0e-5, "multistep", 2000, 96000, 1024, 4096),
+    "1b/stage3": (2.0e-5, "cosine", 256, 10000, 256, 4096),
+    "7b/stage1": (1.0e-3, "cosine", 128, 15000, 256, 1088),
+    "7b/stage2": (4.2e-5, "multistep", 2000, 42000, 2304, 4096),
+    "7b/stage3": (2.0e-5, "cosine", 256, 10000, 256, 4096),
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(RECIPES).with_suffix(""))
+
+
+def test_every_yaml_is_a_stage_or_its_base() -> None:
+    bases = {path.parent / yaml.safe_load(path.read_text())["base"] for path in STAGES}
+    assert set(RECIPES.rglob("*.yaml")) == bases | set(STAGES)
+    assert {name_of(path) for path in STAGES} == {
+        f"{model}/stage{stage}" for model in ("1b", "7b", "tiny") for stage in (1, 2, 3)
+    }
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name_of)
+def test_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert f"stage{recipe.training.stage}" == path.stem
+    assert recipe.checkpoint.init or recipe.checkpoint.allow_random_init
+
+
+@pytest.mark.parametrize("name", TABLE_5)
+def test_table_5(name: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    optimizer, training = recipe.optimizer, recipe.training
+    assert TABLE_5[name] == (
+        optimizer.lr, optimizer.schedule, optimizer.warmup_steps,
+        training.steps, training.global_batch_size, recipe.data.seq_length,
+    )  # fmt: skip
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == ((0.9, 0.95), 0.0, 1.0)
+    assert (recipe.parallel.pipeline > 1) == (name in ("7b/stage2", "7b/stage3"))
+
+
+# Nodes of 8 GPUs: the launch scripts' defaults, and a single node where one copy of the model fits it.
+NODES = [
+    ("1b/stage1", 1), ("1b/stage1", 4), ("1b/stage2", 1), ("1b/stage2", 16), ("1b/stage3", 1), ("1b/stage3", 4),
+    ("7b/stage1", 1), ("7b/stage1", 8), ("7b/stage2", 2), ("7b/stage2", 64), ("7b/stage3", 1), ("7b/stage3", 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "nodes"), NODES)
+def test_batches_divide_over_the_nodes(name: str, nodes: int) -> None:
+    load_recipe(RECIPES / f"{name}.yaml").data_parallel(8 * nodes)

@@ -1,0 +1,299 @@
+"""The launch scripts with stand-ins for sbatch, srun and scontrol: what they start, and what becomes of a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = [f"{kind}_{size}" for kind in ("warmup", "pretrain", "sft") for size in ("1b", "7b")]
+TINY = "launch/recipes/tiny/stage1.yaml"
+TOOLS = ("bash", "basename", "cat", "dirname", "env", "grep", "mkdir", "realpath", "rm", "sed", "sleep", "tr", "touch")
+
+# Every stand-in notes how it was called. srun then ends as the test asks, after it has seen a signal where one is due.
+NOTE = '#!/bin/bash\nprintf "%q " "${0##*/}" "$@" >>"$CALLS"; echo >>"$CALLS"\n'
+STAND_INS = {
+    "sbatch": "echo Submitted batch job 41",
+    "sinfo": 'echo "$GRES"',
+    "squeue": 'echo "${JOB_STATE:-RUNNING None}"',
+    "scontrol": 'case $2 in hostnames) printf "alpha\\nbeta\\n";; esac',
+    "srun": r"""
+trap 'echo "srun got USR1" >>"$CALLS"; got=1' USR1
+trap 'echo "srun got TERM" >>"$CALLS"; got=1' TERM
+if [ -n "$AWAIT_SIGNAL" ]; then
+  touch "$CALLS.ready"
+  for _ in {1..200}; do [ -z "$got" ] || break; sleep 0.05; done
+fi
+if [ -n "$STATUS_FILE" ]; then echo "$STATUS_CONTENT" >"$STATUS_FILE"; fi
+exit "${SRUN_CODE:-0}"
+""",
+}
+
+
+@dataclass
+class Stage:
+    """A machine with chosen programs on its PATH."""
+
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def calls(self) -> list[list[str]]:
+        log = self.folder / "calls"
+        return [shlex.split(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def called(self, *start: str) -> list[list[str]]:
+        return [call for call in self.calls if call[: len(start)] == list(start)]
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        kept = {"HOME": str(self.folder), "CALLS": str(self.folder / "calls"), "PATH": str(self.folder / "bin")}
+        defaults = {"PYTHON": sys.executable, "RUN_DIR": str(self.run_dir), "RECIPE": TINY}
+        return {**kept, **defaults, **settings}
+
+    def start(self, script: str = "pretrain_7b", cwd: Path = ROOT, **settings: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(ROOT / "launch" / f"{script}.sh")],
+            cwd=cwd,
+            env=self.environment(**settings),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script: str = "pretrain_7b", cwd: Path = ROOT, **settings: str) -> tuple[int, str, str]:
+        process = self.start(script, cwd, **settings)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+
+def make_stage(folder: Path, *, slurm: bool) -> Stage:
+    programs = folder / "bin"
+    programs.mkdir()
+    for name in TOOLS:
+        for place in ("/usr/bin", "/bin"):
+            if (Path(place) / name).exists() and not (programs / name).exists():
+                (programs / name).symlink_to(Path(place) / name)
+    for name, text in STAND_INS.items() if slurm else ():
+        (programs / name).write_text(NOTE + text + "\n")
+        (programs / name).chmod(0o755)
+    return Stage(folder)
+
+
+@pytest.fixture
+def cluster_login(tmp_path: Path) -> Stage:
+    """A login node."""
+    return make_stage(tmp_path, slurm=True)
+
+
+@pytest.fixture
+def plain_machine(tmp_path: Path) -> Stage:
+    """A machine without SLURM and without GPUs."""
+    return make_stage(tmp_path, slurm=False)
+
+
+JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "x[1-2]", "GPUS_PER_NODE": "2"}
+
+
+# --- what is started --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dry_run_prints_the_commands_and_starts_nothing(cluster_login: Stage, script: str) -> None:
+    recipe = str(ROOT / "launch" / "recipes" / script[-2:] / "stage2.yaml")
+    code, out, err = cluster_login.run(script, RECIPE=recipe, DRY_RUN="1", RUN_DIR="")
+    assert code == 0, err
+    submitted, started = out.splitlines()
+    assert shlex.split(submitted)[0] == "sbatch" and f"launch/{script}.sh" in submitted
+    words = shlex.split(started)
+    nodes = int(words[words.index("-N") + 1])
+    assert int(words[words.index("-n") + 1]) == 8 * nodes
+    assert words[-4:] == ["-m", "megavl", "train", recipe]
+    assert not cluster_login.called("sbatch") and not cluster_login.called("srun")
+
+
+def test_login_node_submits_itself(cluster_login: Stage) -> None:
+    code, out, err = cluster_login.run(NODES="2", GPUS_PER_NODE="2")
+    assert (code, out) == (0, "Submitted batch job 41\n"), err
+    (call,) = cluster_login.called("sbatch")
+    assert {"--nodes=2", "--ntasks-per-node=2", "launch/pretrain_7b.sh", "--export=ALL"} <= set(call)
+    assert f"--output={cluster_login.run_dir}/slurm-%j.out" in call
+    assert not any(word.startswith("--gres") for word in call)
+
+
+def test_gpus_are_asked_for_where_the_cluster_has_some(cluster_login: Stage) -> None:
+    assert cluster_login.run(NODES="1", GPUS_PER_NODE="4", GRES="gpu:h100:8(S:0-1)")[0] == 0
+    assert "--gres=gpu:4" in cluster_login.called("sbatch")[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"EXTRA": "training.stepz=3"}, "did you mean 'steps'?"),
+        ({"RECIPE": "launch/recipes/none.yaml"}, "cannot read the recipe"),
+        ({"NODES": "1", "GPUS_PER_NODE": "3"}, "3 processes are no multiple of"),
+    ],
+)
+def test_a_mistake_ends_before_the_queue(cluster_login: Stage, settings: dict[str, str], message: str) -> None:
+    code, _, err = cluster_login.run(**settings)
+    assert code == 2
+    assert message in err and "Traceback" not in err
+    assert not cluster_login.called("sbatch")
+    assert not cluster_login.run_dir.exists()
+
+
+def test_settings_become_overrides(cluster_login: Stage) -> None:
+    settings = {"TP": "1", "PP": "2", "DATA": "/d a", "TOKENIZER": "/t", "INIT": "/i", "RUN_DIR": "/r"}
+    extra = "parallel.layout=[2,2] parallel.sequence_parallel=false  run.dir=/last"
+    code, out, err = cluster_login.run(**settings, EXTRA=extra, DRY_RUN="1", **JOB)
+    assert code == 0, err
+    words = shlex.split(out)
+    assert words[words.index("train") + 2 :] == [
+        "parallel.tensor=1",
+        "parallel.pipeline=2",
+        'data.sources=[{path: "/d a"}]',
+        "data.tokenizer=/t",
+        "checkpoint.init=/i",
+        "run.dir=/r",
+        "parallel.layout=[2,2]",
+        "parallel.sequence_parallel=false",
+        "run.dir=/last",
+    ]
+
+
+def test_relative_paths_are_the_callers(cluster_login: Stage) -> None:
+    recipe = cluster_login.folder / "own.yaml"
+    recipe.write_text((ROOT / TINY).read_text().replace("base.yaml", str(ROOT / "launch/recipes/tiny/base.yaml")))
+    code, out, err = cluster_login.run(cwd=cluster_login.folder, RECIPE="own.yaml", RUN_DIR="run", DRY_RUN="1", **JOB)
+    assert code == 0, err
+    assert shlex.split(out)[-2:] == [str(recipe), f"run.dir={cluster_login.run_dir}"]
+
+
+def test_allocation_starts_one_rank_per_gpu(cluster_login: Stage) -> None:
+    code, _, err = cluster_login.run(SLURM_CPUS_ON_NODE="8", **JOB)
+    assert code == 0, err
+    (call,) = cluster_login.called("srun")
+    expected = {"-N": "2", "-n": "4"}
+    assert {flag: call[call.index(flag) + 1] for flag in expected} == expected
+    assert {"--ntasks-per-node=2", "--kill-on-bad-exit=1", "--cpus-per-task=4"} <= set(call)
+    assert not cluster_login.called("scontrol", "requeue")
+
+
+def test_first_node_is_the_meeting_point(cluster_login: Stage) -> None:
+    _, out, _ = cluster_login.run(DRY_RUN="1", **JOB)
+    assert {"MASTER_ADDR=alpha", "MASTER_PORT=10041", "LOCAL_WORLD_SIZE=2"} <= set(shlex.split(out))
+
+
+def test_without_slurm_torchrun_starts_one_copy_of_the_model(plain_machine: Stage) -> None:
+    code, out, err = plain_machine.run(DRY_RUN="1")
+    assert code == 0, err
+    words = shlex.split(out)
+    assert {"torch.distributed.run", "--standalone", "--nproc-per-node=4", "--max-restarts=0"} <= set(words)
+    assert "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1" in words
+
+
+def test_without_slurm_two_nodes_are_refused(plain_machine: Stage) -> None:
+    code, _, err = plain_machine.run(NODES="2")
+    assert code == 2 and "needs SLURM" in err
+
+
+# --- what becomes of a job --------------------------------------------------------------------------------------------
+
+
+def status(stage: Stage, code: int) -> dict[str, str]:
+    content = {"code": code, "reason": "as the test says", "rank": 1, "step": 9, "resumable": code in (7, 75)}
+    return {"STATUS_FILE": str(stage.run_dir / "exit_status.json"), "STATUS_CONTENT": json.dumps(content)}
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_to_the_batch_shell_saves_and_requeues_once(cluster_login: Stage, name: str) -> None:
+    process = cluster_login.start(**JOB, AWAIT_SIGNAL="1", SRUN_CODE="75")
+    ready = cluster_login.folder / "calls.ready"
+    end = time.monotonic() + 30
+    while not ready.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert cluster_login.called("srun", "got") == [["srun", "got", name]]
+    assert cluster_login.called("scontrol", "requeue") == [["scontrol", "requeue", "41"]]
+
+
+def test_a_cancelled_job_is_not_requeued(cluster_login: Stage) -> None:
+    code, _, err = cluster_login.run(**JOB, SRUN_CODE="75", JOB_STATE="COMPLETING None")
+    assert code == 75 and "left alone" in err
+    assert not cluster_login.called("scontrol", "requeue")
+
+
+def test_a_job_at_its_time_limit_is_requeued(cluster_login: Stage) -> None:
+    cluster_login.run(**JOB, SRUN_CODE="75", JOB_STATE="COMPLETING TimeLimit")
+    assert cluster_login.called("scontrol", "requeue")
+
+
+@pytest.mark.parametrize("srun_code", [0, 1, 2, 3, 4, 5, 6])
+def test_other_ends_are_final(cluster_login: Stage, srun_code: int) -> None:
+    code, _, err = cluster_login.run(**JOB, SRUN_CODE=str(srun_code))
+    assert code == srun_code
+    assert not cluster_login.called("scontrol", "requeue")
+    assert srun_code == 0 or "not requeued" in err
+
+
+def test_the_runs_own_code_outranks_the_launchers(cluster_login: Stage) -> None:
+    """A wrong recipe ends rank 1 with 2, and srun kills the others: 137, which alone would be requeued."""
+    cluster_login.run_dir.mkdir()
+    code, _, _ = cluster_login.run(**JOB, SRUN_CODE="137", **status(cluster_login, 2))
+    assert code == 2
+    assert not cluster_login.called("scontrol", "requeue")
+
+
+def test_an_old_status_does_not_count(cluster_login: Stage) -> None:
+    cluster_login.run_dir.mkdir()
+    (cluster_login.run_dir / "exit_status.json").write_text('{"code": 2}\n')
+    code, _, _ = cluster_login.run(**JOB, SRUN_CODE="75")
+    assert code == 75
+
+
+@pytest.mark.parametrize("srun_code", [7, 137, 143])
+def test_crashes_are_requeued_until_there_is_no_progress(cluster_login: Stage, srun_code: int) -> None:
+    limit = {"MAX_RESTARTS": "2", "SRUN_CODE": str(srun_code)}
+    assert [cluster_login.run(**JOB, **limit)[0] for _ in range(2)] == [srun_code, srun_code]
+    # A committed checkpoint is progress; a directory without a manifest is not.
+    (cluster_login.run_dir / "checkpoints" / "iter_0000009").mkdir(parents=True)
+    checkpoint = cluster_login.run_dir / "checkpoints" / "iter_0000005"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    assert [cluster_login.run(**JOB, **limit)[0] for _ in range(2)] == [srun_code, srun_code]
+    code, _, err = cluster_login.run(**JOB, **limit)
+    assert code == 1
+    assert "2 restarts brought no checkpoint after iter_0000005; giving up" in err
+    assert len(cluster_login.called("scontrol", "requeue")) == 4
+
+
+def test_without_slurm_the_runs_own_code_is_returned(plain_machine: Stage) -> None:
+    """torchrun would make it 1: here a stand-in interpreter ends as torchrun does."""
+    stand_in = plain_machine.folder / "python"
+    stand_in.write_text(
+        f'#!/bin/bash\ncase "$*" in *recipe_facts*) exec {sys.executable} "$@";; esac\n'
+        'mkdir -p "$RUN_DIR"; echo "{\\"code\\": 75, \\"step\\": 3}" >"$RUN_DIR/exit_status.json"; exit 1\n'
+    )
+    stand_in.chmod(0o755)
+    code, _, err = plain_machine.run(PYTHON=str(stand_in))
+    assert code == 75 and "start the same command again" in err
+
+
+def test_stand_ins_do_not_leak(cluster_login: Stage) -> None:
+    """The tests above prove nothing if the real programs are reached."""
+    assert os.environ["PATH"] != cluster_login.environment()["PATH"]
+    assert {path.name for path in (cluster_login.folder / "bin").iterdir()} <= {*TOOLS, *STAND_INS}
