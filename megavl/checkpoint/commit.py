@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megavl.checkpoint.directory import check, checkpoint_name, set_aside, temporary_name
 from megavl.checkpoint.durable import copy_durably, sync_directory, write_durably
 from megavl.checkpoint.manifest import MANIFEST, encode_manifest, file_record, read_manifest, remember, safe_name
+from megavl.checkpoint.restricted import BACKEND, BACKEND_MARK, COMMON, METADATA, load_object
 from megavl.config.errors import CheckpointError
 
-_OWN = (MANIFEST, ".metadata", "common.pt", "metadata.json")
+_OWN = (MANIFEST, METADATA, COMMON, BACKEND)
 
 
 def make_temporary(directory: Path, iteration: int) -> Path:
@@ -37,6 +42,19 @@ def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
         set_aside(path)
         return
     raise CheckpointError(f"{path}: a valid checkpoint of this iteration exists; use another directory or remove it")
+
+
+def write_common(common: Mapping[str, Any], directory: Path) -> None:
+    """Write what is equal on all ranks (`common.pt`), and megatron-core's own mark (`metadata.json`)."""
+    buffer = io.BytesIO()
+    torch.save(dict(common), buffer)
+    buffer.seek(0)
+    try:
+        load_object(buffer, source=COMMON)
+    except CheckpointError as error:
+        raise TypeError(f"state: only plain values and tensors may stand outside shards: {error}") from None
+    write_durably(directory / COMMON, buffer.getvalue())
+    write_durably(directory / BACKEND, json.dumps(BACKEND_MARK).encode())
 
 
 def add_files(temporary: Path, files: Mapping[str, bytes | Path]) -> None:

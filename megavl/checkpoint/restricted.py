@@ -6,17 +6,16 @@ tensors, byte objects and `common.pt` go through torch's weights-only loader. An
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -24,8 +23,15 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megavl.config.errors import CheckpointError
 
 METADATA = ".metadata"
-COMMON = COMMON_STATE_FNAME
-BACKEND = CONFIG_FNAME
+COMMON = "common.pt"
+BACKEND = "metadata.json"
+BACKEND_MARK = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What megatron-core 0.16.1 writes into `metadata.json`, its mark of a complete checkpoint."""
 
 _NAMES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "torch": (
@@ -100,12 +106,11 @@ def check_backend(path: Path) -> None:
     """Check that the directory is of the one format this package reads (`torch_dist`, version 1)."""
     source = path / BACKEND
     try:
-        config = CheckpointingConfig(**json.loads(source.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        mark = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: not readable ({_one_line(error)})") from error
-    if config != CheckpointingConfig("torch_dist"):
-        found = f"{config.sharded_backend!r} version {config.sharded_backend_version}"
-        raise CheckpointError(f"{source}: backend {found}, this program reads 'torch_dist' version 1")
+    if mark != BACKEND_MARK:
+        raise CheckpointError(f"{source}: {str(mark)[:200]}, this program reads {BACKEND_MARK}")
 
 
 def load_object(stream: IO[bytes], *, source: str) -> Any:
@@ -129,7 +134,8 @@ def load_object(stream: IO[bytes], *, source: str) -> Any:
 
 def load_item(stream: IO[bytes], info: Any, *, source: str) -> Any:
     """Load the item at (offset, length) of an open shard file."""
-    return load_object(_create_file_view(stream, info.offset, info.length), source=source)
+    view = _create_file_view(cast(io.IOBase, stream), info.offset, info.length)
+    return load_object(cast(IO[bytes], view), source=source)
 
 
 def _check_metadata(path: Path, found: Any) -> None:

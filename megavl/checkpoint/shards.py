@@ -6,14 +6,11 @@ save (0.5 s to 3 s a save, however small). The files written here are the same; 
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
 from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
@@ -35,9 +32,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megavl.checkpoint import agreement
-from megavl.checkpoint.durable import storage_errors, write_durably
+from megavl.checkpoint.durable import storage_errors
 from megavl.checkpoint.fault import strike
-from megavl.checkpoint.restricted import BACKEND, COMMON, load_item, load_object
+from megavl.checkpoint.restricted import load_item
 from megavl.config.errors import CheckpointError, MegaVLError
 
 
@@ -61,19 +58,6 @@ def write_shards(sharded: ShardedStateDict, directory: Path, *, step: int) -> No
         )
     except CheckpointException as error:
         raise _first_failure(error) from None
-
-
-def write_common(common: StateDict, directory: Path) -> None:
-    """Write what is equal on all ranks (`common.pt`), and megatron-core's own mark (`metadata.json`). Rank 0 only."""
-    buffer = io.BytesIO()
-    torch.save(common, buffer)
-    try:
-        load_object(io.BytesIO(buffer.getbuffer()), source=COMMON)
-    except CheckpointError as error:
-        raise TypeError(f"state: only plain values and tensors may stand outside shards: {error}") from None
-    write_durably(directory / COMMON, buffer.getbuffer())
-    config = dataclasses.asdict(CheckpointingConfig("torch_dist"))
-    write_durably(directory / BACKEND, json.dumps(config).encode())
 
 
 def own_shards(directory: Path) -> list[Path]:
@@ -146,7 +130,8 @@ class _SavePlanner(MCoreSavePlanner):
         if self._resolved == 1:
             strike("mid_shard", rank=agreement.rank(), step=self._step)
         self._resolved += 1
-        return super().resolve_data(write_item)
+        data: torch.Tensor | io.BytesIO = super().resolve_data(write_item)
+        return data
 
 
 class _Writer(checkpoint.FileSystemWriter):

@@ -15,8 +15,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
     ShardedTensor,
     StateDict,
+    is_main_replica,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
@@ -39,16 +41,17 @@ def split_state(state: ShardedStateDict) -> tuple[ShardedStateDict, StateDict, i
     Raises:
         CheckpointError: the shards of all ranks do not cover every tensor exactly once.
     """
-    sharded, common = save_preprocess(_copy_containers(state), validate_access_integrity=False)
-    entries: list[Any] = list(nested_values(sharded))
-    own = sum(
-        entry.data.nbytes
-        for entry in entries
-        if isinstance(entry, ShardedTensor) and entry.data is not None and _is_main(entry.replica_id)
-    )
-    gathered = agreement.on_every_rank(lambda: (own, [entry.without_data() for entry in entries]))
+    split: list[tuple[ShardedStateDict, StateDict]] = []
+
+    def inspect() -> tuple[int, list[ShardedBase]]:
+        split.append(save_preprocess(_copy_containers(state), validate_access_integrity=False))
+        entries: list[Any] = list(nested_values(split[0][0]))
+        written = [entry for entry in entries if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id)]
+        return sum(entry.data.nbytes for entry in written), [entry.without_data() for entry in entries]
+
+    gathered = agreement.on_every_rank(inspect)
     _check_cover([bases for _, bases in gathered], source="state")
-    return sharded, common, sum(size for size, _ in gathered)
+    return *split[0], sum(size for size, _ in gathered)
 
 
 def load_state(
@@ -85,7 +88,7 @@ def load_state(
     def inspect() -> list[ShardedBase]:
         check_backend(path)
         read.append((read_metadata(path), read_common(path)))
-        entries: list[Any] = list(nested_values(load_preprocess(state)[0]))
+        entries: list[Any] = list(nested_values(extract_sharded_base(load_preprocess(state)[0])[0]))
         for entry in entries:
             _check_entry(entry, read[0][0], path=path, convert_dtype=convert_dtype)
         return [entry.without_data() for entry in entries]
@@ -162,10 +165,6 @@ def _check_cover(bases: list[list[ShardedBase]], *, source: str) -> None:
             raise CheckpointError(f"{source}: the ranks do not cover every tensor exactly once: {text}") from error
 
     agreement.on_rank_zero(check)
-
-
-def _is_main(replica: Any) -> bool:
-    return all(part == 0 for part in replica) if isinstance(replica, tuple) else replica == 0
 
 
 def _copy_containers(node: Any) -> Any:

@@ -19,7 +19,7 @@ from megavl.checkpoint.directory import checkpoint_name as checkpoint_name
 from megavl.checkpoint.durable import storage_errors
 from megavl.checkpoint.fault import strike
 from megavl.checkpoint.manifest import read_manifest as read_manifest
-from megavl.checkpoint.shards import own_shards, write_common, write_shards
+from megavl.checkpoint.shards import own_shards, write_shards
 from megavl.checkpoint.state import load_state, split_state
 from megavl.config.errors import CheckpointError, UsageError
 
@@ -175,7 +175,7 @@ class CheckpointStore:
                 strike("after_shard", rank=me, step=iteration)
                 paths = own_shards(temporary)
                 if me == 0:
-                    write_common(common, temporary)
+                    commit.write_common(common, temporary)
                     commit.add_files(temporary, files)
                     paths += commit.other_files(temporary)
                 return commit.records_of(temporary, paths)

@@ -29,7 +29,6 @@ from megavl.checkpoint.durable import storage_errors, write_durably
 from megavl.checkpoint.names import extra_state_keys, language_model_names, place_of
 from megavl.checkpoint.reader import MODEL_FILE
 from megavl.checkpoint.restricted import METADATA
-from megavl.checkpoint.shards import write_common
 from megavl.config.errors import CheckpointError
 from megavl.config.load import to_dict
 from megavl.config.model import ModelConfig
@@ -74,7 +73,7 @@ def write_model_checkpoint(
             for name, tensor in tensors:
                 shards.add(name, tensor)
             shards.finish()
-            write_common({}, temporary)
+            commit.write_common({}, temporary)
             own = {MODEL_FILE: json.dumps(to_dict(config), indent=1).encode()}
             commit.add_files(temporary, {**files, **own})
             written = [path for path in temporary.rglob("*") if path.is_file()]

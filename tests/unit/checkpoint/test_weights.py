@@ -1,0 +1,148 @@
+"""Weights: written by one process, loaded by real sharded models, read back tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavl.checkpoint.names import flat_names, is_stacked, language_model_names, place_of
+from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
+from megavl.checkpoint.store import read_manifest
+from megavl.checkpoint.writer import write_model_checkpoint
+from megavl.config.errors import CheckpointError
+from megavl.config.load import load_model_config as preset
+from tests.unit.checkpoint import states
+from tests.unit.checkpoint.ranks import results, run_ranks
+
+CONFIG = preset("tiny-hybrid")
+LLM = CONFIG.llm
+SHAPES = {
+    "embedding.word_embeddings": (LLM.vocab_size, LLM.hidden_size),
+    "output_layer": (LLM.vocab_size, LLM.hidden_size),
+    "linear_qkv": (3 * LLM.hidden_size, LLM.hidden_size),
+    "linear_proj": (LLM.hidden_size, LLM.hidden_size),
+    "linear_fc1": (2 * LLM.ffn_hidden_size, LLM.hidden_size),
+    "linear_fc2": (LLM.hidden_size, LLM.ffn_hidden_size),
+    "layernorm": (LLM.hidden_size,),
+}
+VISION = {"vision.siglip.weight": (4, 3), "vision.siglip.bias": (4,), "vision.siglip.pos_embed": (1, 2, 3)}
+
+
+def weights() -> Iterator[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    for name in language_model_names(layers=LLM.num_layers):
+        shape = next(shape for part, shape in SHAPES.items() if part in name)
+        yield name, torch.randn(shape, generator=generator)
+    for name, shape in VISION.items():
+        yield name, torch.randn(shape, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("weights") / "model"
+    files = {"tokenizer/tokenizer.json": b"{}", "passthrough.safetensors": b"x"}
+    return write_model_checkpoint(directory, config=CONFIG, tensors=weights(), files=files)
+
+
+def test_writer_and_reader_agree(written: Path) -> None:
+    assert written.name == "iter_0000000" and resolve(written.parent) == written
+    assert read_manifest(written)["content"] == {"weights_only": True}
+    assert load_model_config(written) == CONFIG
+    assert (written / "tokenizer" / "tokenizer.json").read_bytes() == b"{}"
+    found = open_model_tensors(written.parent)
+    expected = dict(weights())
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(found[name].load(), tensor), name
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_real_model_loads_strictly_and_is_read_back(written: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    directory = tmp_path / "model"
+    write_model_checkpoint(directory, config=CONFIG, tensors=weights(), files={})
+    expected = dict(weights())
+    gate, up = expected["language_model.decoder.layers.0.mlp.linear_fc1.weight"].chunk(2)
+    for part in results(run_ranks(states.reshard_real_model, tp * pp, str(directory), tp, pp)):
+        rank, stage = part["ranks"]
+        first_of_stage = f"language_model.decoder.layers.{stage * LLM.num_layers // pp}.mlp.linear_fc1.weight"
+        gate, up = (half.chunk(tp)[rank] for half in expected[first_of_stage].chunk(2))
+        assert torch.equal(torch.tensor(part["fc1"][0]), torch.cat([gate, up]))
+    found = open_model_tensors(directory)
+    assert resolve(directory).name == "iter_0000007" and set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].load(), tensor), name
+    fc1 = "language_model.decoder.layers.2.mlp.linear_fc1.weight"
+    assert torch.equal(found[fc1].load_slice(100, 500), expected[fc1][100:500])
+
+
+def test_one_layer_is_read_without_the_others(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megavl.checkpoint import reader
+
+    lengths: list[int] = []
+    load_item = reader.load_item
+
+    def counted(stream: object, info: object, *, source: str) -> object:
+        lengths.append(info.length)  # type: ignore[attr-defined]
+        return load_item(stream, info, source=source)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reader, "load_item", counted)
+    tensor = open_model_tensors(written)["language_model.decoder.layers.3.mlp.linear_fc2.weight"].load()
+    assert tensor.nbytes <= sum(lengths) < 1.1 * tensor.nbytes
+
+
+def test_views_do_not_drag_their_storage_along(tmp_path: Path) -> None:
+    large = torch.randn(1000, 1000)
+    tensors = [*weights(), ("vision.view", large[:2]), ("vision.scalar", torch.tensor(3.0)), ("vision.none", large[:0])]
+    path = write_model_checkpoint(tmp_path, config=CONFIG, tensors=tensors, files={})
+    found = open_model_tensors(path)
+    assert torch.equal(found["vision.view"].load(), large[:2])
+    assert found["vision.scalar"].load() == 3 and found["vision.none"].load().shape == (0, 1000)
+    assert sum(file.stat().st_size for file in path.glob("*.distcp")) < sum(t.nbytes for _, t in weights()) + 200_000
+
+
+def test_several_shard_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megavl.checkpoint.writer.SHARD_BYTES", 1 << 20)
+    path = write_model_checkpoint(tmp_path, config=CONFIG, tensors=weights(), files={})
+    assert len(list(path.glob("*.distcp"))) > 1
+    found = open_model_tensors(path)
+    assert all(torch.equal(found[name].load(), tensor) for name, tensor in weights())
+
+
+def test_incomplete_or_wrong_weights_leave_nothing(tmp_path: Path) -> None:
+    everything = dict(weights())
+    name = "language_model.decoder.layers.1.mlp.linear_fc1.weight"
+    beyond = name.replace("layers.1.", "layers.4.")
+    cases = {
+        "1 tensors of the language model are missing: " + name: {k: v for k, v in everything.items() if k != name},
+        "4 layers": {**everything, beyond: everything[name]},
+        "other layers have": {**everything, name: everything[name].bfloat16()},
+    }
+    for message, tensors in cases.items():
+        with pytest.raises(CheckpointError, match=message):
+            write_model_checkpoint(tmp_path / "out", config=CONFIG, tensors=tensors.items(), files={})
+        assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(CheckpointError, match="given twice"):
+        write_model_checkpoint(tmp_path / "out", config=CONFIG, tensors=[*weights(), *weights()], files={})
+    for bad in ("../x", "/x", "manifest.json", "__0_0.distcp"):
+        with pytest.raises(CheckpointError, match="no name for an extra file"):
+            write_model_checkpoint(tmp_path / "out", config=CONFIG, tensors=weights(), files={bad: b""})
+
+
+def test_weights_are_not_replaced(written: Path) -> None:
+    with pytest.raises(CheckpointError, match="valid checkpoint of this iteration"):
+        write_model_checkpoint(written.parent, config=CONFIG, tensors=weights(), files={})
+
+
+def test_names_have_an_exact_inverse() -> None:
+    flat = [*language_model_names(layers=12), *VISION, "vision.siglip.blocks.3.mlp.fc1.weight"]
+    places = {name: place_of(name) for name in flat}
+    for name, place in places.items():
+        assert is_stacked(place.key) == (place.layer is not None)
+        assert flat_names(place.key, layers=12)[place.layer or 0] == name
+    assert place_of("language_model.decoder.layers.11.input_layernorm.weight").key == (
+        "model.language_model.decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+    )
