@@ -36,18 +36,21 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         raw = _merge(raw, _parse_override(override))
     if "model" in raw:
         raw = {**raw, "model": _with_preset(raw["model"], source=str(path))}
-    return _validate(_RECIPE, raw, source=str(path))
+    recipe: Recipe = _validate(_RECIPE, raw, source=str(path))
+    return recipe
 
 
 def load_model_config(preset: str, **changes: Any) -> ModelConfig:
     """Model sizes of a preset, with `changes` (same nesting as a recipe's `model:`) laid over it."""
     raw = _with_preset(_merge({"preset": preset}, changes), source="model")
-    return _validate(_MODEL, raw, source="model")
+    config: ModelConfig = _validate(_MODEL, raw, source="model")
+    return config
 
 
 def model_config_from_dict(raw: Mapping[str, Any], *, source: str) -> ModelConfig:
     """Model sizes from a complete mapping, as `to_dict` writes it into a checkpoint."""
-    return _validate(_MODEL, dict(raw), source=source)
+    config: ModelConfig = _validate(_MODEL, dict(raw), source=source)
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def embed(
     if images.shape[0]:
         features = vision(images).flatten(0, 1)  # (I * P, H)
         x = x.masked_scatter((tokens == image_token_id).view(-1, 1, 1), features.to(x.dtype))
-    elif anchor:
+    elif anchor and any(weight.requires_grad for weight in vision.parameters()):
         x = x + 0.0 * vision(images.new_zeros(1, *images.shape[1:])).sum().to(x.dtype)
     if sequence_parallel:
         x = tensor_parallel.scatter_to_sequence_parallel_region(x)

@@ -45,10 +45,14 @@ def expected_images(recipe: Recipe) -> int:
 
 
 def stage_costs(recipe: Recipe, *, images_per_sequence: float) -> StageCosts:
-    """Costs of a step with `images_per_sequence` images in every sequence; 0 is a text-only step."""
+    """Costs of a micro-batch with `images_per_sequence` images in every sequence; 0 is text only.
+
+    The one blank image that a text-only step encodes for overlapped gradient reduction is left out: it falls on the
+    last micro-batch alone.
+    """
     model, tensor = recipe.model, recipe.parallel.tensor
     sequences, span = recipe.training.micro_batch_size, recipe.data.seq_length
-    images = images_per_sequence * sequences or _stand_in_images(recipe)
+    images = images_per_sequence * sequences
     trainable = active_parts(recipe.trainable_parts, images=math.ceil(images))
     tokens = sequences * span
     layer = train_flops(decoder_layer_blocks(model.llm, tokens=tokens, attention_span=span), trainable=trainable)
@@ -60,12 +64,6 @@ def stage_costs(recipe: Recipe, *, images_per_sequence: float) -> StageCosts:
     image += vision_recompute_flops(model, recompute=recipe.recompute, trainable=trainable)
     head = train_flops([head_block(model.llm, tokens=tokens)], trainable=trainable)
     return StageCosts(layer=layer / tensor, first=image * images, last=head / tensor)
-
-
-def _stand_in_images(recipe: Recipe) -> int:
-    """Blank images that a text-only micro-batch encodes, so that overlapped gradient reduction finds every gradient."""
-    vision_trains = bool(VISION & set(recipe.trainable_parts))
-    return int(vision_trains and recipe.parallel.overlap_grad_reduce)
 
 
 def expected_costs(recipe: Recipe, *, images_per_sequence: float) -> StageCosts:

@@ -136,22 +136,14 @@ def _prepare_run_dir(recipe: Recipe, *, position: Position, status: ExitStatus) 
 def _open_data(recipe: Recipe) -> tuple[Tokenizer, Dataset]:
     """Open the tokenizer and, on every rank, the data set: its fingerprint must be the same everywhere."""
     tokenizer = open_tokenizer(recipe.data.tokenizer)
-    model = recipe.model
-    if tokenizer.image_id != model.image_token_id:
-        raise DataError(
-            f"{recipe.data.tokenizer}: the image token has id {tokenizer.image_id}, but model.image_token_id is "
-            f"{model.image_token_id}; use the model's tokenizer or set model.image_token_id"
-        )
-    if tokenizer.vocab_size > model.llm.vocab_size:
-        raise DataError(
-            f"{recipe.data.tokenizer}: {tokenizer.vocab_size} tokens exceed model.llm.vocab_size "
-            f"{model.llm.vocab_size}; use the model's tokenizer or a larger vocabulary"
-        )
     dataset = open_dataset(
         recipe.data.sources,
         tokenizer=tokenizer,
         seq_length=recipe.data.seq_length,
-        geometry=model.image_geometry,
+        geometry=recipe.model.image_geometry,
+        vocab_size=recipe.model.llm.vocab_size,
+        image_token_id=recipe.model.image_token_id,
+        hash_share=(dist.get_rank(), dist.get_world_size()),
     )
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, dataset.fingerprint)

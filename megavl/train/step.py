@@ -116,7 +116,7 @@ def _forward(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.
         images=batch.images,
         packed=batch.packed,
         labels=batch.labels if mpu.is_pipeline_last_stage() else None,
-        anchor=batch.anchor,
+        anchor=batch.anchor and model.ddp_config.overlap_grad_reduce,
     )
     return out, partial(_loss, batch.loss_mask)
 

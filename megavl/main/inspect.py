@@ -1,0 +1,33 @@
+"""`megavl inspect CKPT`: what a checkpoint holds, verified."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from math import prod
+from pathlib import Path
+
+from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
+from megavl.checkpoint.store import read_manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint, or the directory that holds it")
+    parser.add_argument("--tensors", action="store_true", help="list every weight")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify every file's hash, then print sizes and contents."""
+    path = resolve(arguments.checkpoint)
+    manifest = read_manifest(path)
+    config, tensors = load_model_config(path), open_model_tensors(path)
+    size = sum(record["size"] for record in manifest["files"].values())
+    print(f"{path}: verified, {len(manifest['files'])} files, {size / 1e6:,.1f} MB")
+    print(f"model {config.preset}: {len(tensors)} tensors, {sum(prod(t.shape) for t in tensors.values()):,} parameters")
+    for key, value in manifest["content"].items():
+        print(f"  {key}: {json.dumps(value)}")
+    if arguments.tensors:
+        for name, tensor in tensors.items():
+            print(f"  {name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+    return 0
