@@ -1,0 +1,232 @@
+"""`make demo`: the whole product on a small scale, from raw data to answers about held-out images.
+
+Builds a corpus, preprocesses it, trains the three stages of a tiny hybrid model under TP 2 x PP 2 with a `kill -9` and
+a resume in the middle, exports to both Hugging Face formats, compares with transformers, and asks questions about
+images that training never saw. Every step is a command that a user could type; each is printed before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = "launch/recipes/tiny"
+SEQ_LENGTH = 512
+IMAGES_PER_SEQUENCE = 8
+STAGES = {
+    "stage1": ["captions.jsonl"],
+    "stage2": ["text.jsonl", "captions.jsonl", "conversations.json"],
+    "stage3": ["conversations.json"],
+}
+"""Inputs of each stage, from the corpus."""
+KILLED_STAGE, STEPS_BEYOND_SAVE = "stage2", 5
+
+
+class DemoFailed(Exception):
+    """A step of the demo ended badly."""
+
+
+def main() -> int:
+    """Run the demo and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="made anew (default: runs/demo)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    began, out = time.monotonic(), arguments.out
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    try:
+        _build_data(out, seed=arguments.seed)
+        stages, resume_bitwise = _train(out)
+        summary = {
+            "layout": {"tp": 2, "pp": 2, "dp": 1},
+            "stages": stages,
+            "resume_bitwise": resume_bitwise,
+            **_export(out),
+            "accuracy": _evaluate(out),
+        }
+    except DemoFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    _print_table(summary, path=out / "summary.json")
+    return 0 if resume_bitwise else 1
+
+
+def _build_data(out: Path, *, seed: int) -> None:
+    _python("data_tools/build_corpus.py", "demo", "--output", out / "corpus", "--seed", seed)
+    for stage, names in STAGES.items():
+        _python(
+            *("data_tools/preprocess.py", "--input", *(out / "corpus" / name for name in names)),
+            *("--output", out / "data" / stage, "--tokenizer", out / "corpus/tokenizer"),
+            *("--image-preset", "tiny-hybrid", "--seq-length", SEQ_LENGTH),
+            *("--max-images-per-sequence", IMAGES_PER_SEQUENCE, "--system-prompt", ""),
+        )
+
+
+def _train(out: Path) -> tuple[list[dict[str, Any]], bool]:
+    rows, resume_bitwise, before = [], False, None
+    for stage in STAGES:
+        command = _training_command(out, stage, init=before)
+        if stage == KILLED_STAGE:
+            _run_and_kill(command, run=out / stage)
+        _run(command)
+        if stage == KILLED_STAGE:
+            resume_bitwise = _same_losses(out / stage)
+        rows.append(_stage_row(out / stage))
+        before = out / stage / "checkpoints"
+    return rows, resume_bitwise
+
+
+def _training_command(out: Path, stage: str, *, init: Path | None) -> list[str]:
+    return _words(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "megavl", "train"),
+        f"{RECIPES}/{stage}.yaml",
+        f"data.sources=[{{path: {out}/data/{stage}}}]",
+        f"data.tokenizer={out}/corpus/tokenizer",
+        f"data.seq_length={SEQ_LENGTH}",
+        f"run.dir={out}/{stage}",
+        *([f"checkpoint.init={init}"] if init else []),
+    )
+
+
+def _run_and_kill(command: list[str], *, run: Path) -> None:
+    """Start training and kill every process of it with SIGKILL a few steps after its first save."""
+    print(f"$ {' '.join(command)}   # killed with -9 after the first save", flush=True)
+    process = subprocess.Popen(command, start_new_session=True)
+    saved = None
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            done = len(_metrics(run / "metrics.jsonl"))
+            if saved is None and list((run / "checkpoints").glob("iter_*[0-9]/manifest.json")):
+                saved = done
+            if saved is not None and done >= saved + STEPS_BEYOND_SAVE:
+                break
+    finally:
+        if process.poll() is None:
+            _kill_session(process.pid)
+    code = process.wait()
+    if code >= 0:
+        raise DemoFailed(f"training ended with code {code} before it could be killed; its message is above")
+    print(f"killed with SIGKILL after step {len(_metrics(run / 'metrics.jsonl'))}; starting again", flush=True)
+
+
+def _kill_session(leader: int) -> None:
+    """SIGKILL to the launcher and to its workers, which torchrun puts into sessions of their own."""
+    children = _descendants(leader)
+    for pid in (leader, *children):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _descendants(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def _same_losses(run: Path) -> bool:
+    """Whether the steps that ran twice, before the kill and after the resume, had bitwise the same loss."""
+    first = {row["step"]: row["loss"] for row in _metrics(run / "metrics.discarded.jsonl")}
+    second = {row["step"]: row["loss"] for row in _metrics(run / "metrics.jsonl")}
+    print(f"steps that ran twice: {sorted(first)}", flush=True)
+    return bool(first) and all(second[step] == loss for step, loss in first.items())
+
+
+def _stage_row(run: Path) -> dict[str, Any]:
+    rows = _metrics(run / "metrics.jsonl")
+    seconds = sum(row["step_time_s"] for row in rows)
+    tail = rows[-10:]
+    return {
+        "name": run.name,
+        "steps": len(rows),
+        "first_loss": rows[0]["loss"],
+        "last_loss": sum(row["loss"] for row in tail) / len(tail),
+        "tokens_per_s": round(sum(row["tokens"] for row in rows) / seconds, 1),
+    }
+
+
+def _export(out: Path) -> dict[str, Any]:
+    checkpoint, native, original = out / "stage3/checkpoints", out / "hf_native", out / "hf_original"
+    _megavl("convert", "to-hf", checkpoint, native, "--format", "native")
+    _megavl("convert", "to-hf", checkpoint, original, "--format", "original")
+    _megavl("convert", "verify", native, original)
+    report = out / "hf_parity.json"
+    _python("launch/check_hf.py", checkpoint, native, "--task", out / "corpus/eval.jsonl", "--json", report)
+    difference = json.loads(report.read_text(encoding="utf-8"))["max_rel_diff"]
+    return {"hf_native": str(native), "hf_original": str(original), "hf_max_rel_diff": difference}
+
+
+def _evaluate(out: Path) -> dict[str, Any]:
+    checkpoint, task, report = out / "stage3/checkpoints", out / "corpus/eval.jsonl", out / "accuracy.json"
+    _megavl("evaluate", checkpoint, task, "--blind", "--system", "", "--json", report)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    question = json.loads(task.read_text(encoding="utf-8").splitlines()[0])
+    image = task.parent / question["images"][0]
+    _megavl("generate", checkpoint, "--image", image, "--prompt", question["prompt"], "--system", "")
+    print(f"expected: {question['choices'][question['answer']]}", flush=True)
+    return {"image": found["accuracy"], "blind": found["blind"], "chance": found["chance"], "n": found["n"]}
+
+
+def _print_table(summary: dict[str, Any], *, path: Path) -> None:
+    layout, accuracy = summary["layout"], summary["accuracy"]
+    lines = [
+        f"layout      tensor {layout['tp']} x pipeline {layout['pp']} x data {layout['dp']}",
+        *(
+            f"{row['name']:<11} {row['steps']:>4} steps  loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}  "
+            f"{row['tokens_per_s']:,.0f} tokens/s"
+            for row in summary["stages"]
+        ),
+        f"resume      after kill -9: {'bitwise the same losses' if summary['resume_bitwise'] else 'DIFFERENT LOSSES'}",
+        f"export      {summary['hf_native']}, {summary['hf_original']}",
+        f"parity      logits of transformers differ by at most {summary['hf_max_rel_diff']:.1e} (relative)",
+        f"questions   {accuracy['n']} on held-out images: {accuracy['image']:.1%} right, with another image "
+        f"{accuracy['blind']:.1%}, chance {accuracy['chance']:.1%}",
+        f"time        {summary['seconds']:.0f} s; {path}",
+    ]
+    print("\n" + "\n".join(lines), flush=True)
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # The last line may be cut off by a kill.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def _megavl(*words: Any) -> None:
+    _python("-m", "megavl", *words)
+
+
+def _python(*words: Any) -> None:
+    _run(_words(sys.executable, *words))
+
+
+def _words(*words: Any) -> list[str]:
+    return [str(word) for word in words]
+
+
+def _run(command: Sequence[str]) -> None:
+    print(f"$ {' '.join(command)}", flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise DemoFailed(f"the command above ended with code {code}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""A run killed with SIGKILL, or asked to stop, goes on bitwise where it was; at another layout to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.tiny_run import ROOT, environment, metrics, run_training, train_command
+
+LAYOUT = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence_parallel=false", "parallel.layout=[1,3]")
+
+
+@pytest.fixture(scope="module")
+def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Rows of the uninterrupted run."""
+    run = tmp_path_factory.mktemp("reference")
+    done = run_training(dataset, run, *LAYOUT, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert {row["modality"] for row in rows} == {"text", "multimodal"}
+    assert json.loads((run / "exit_status.json").read_text())["code"] == 0
+    return rows
+
+
+def test_killed_run_resumes_bitwise(dataset: Path, reference: list[dict[str, Any]], tmp_path: Path) -> None:
+    interrupt(dataset, tmp_path, signal.SIGKILL, after=5)
+    done = run_training(dataset, tmp_path, *LAYOUT, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming after step 3" in done.stdout
+    columns = ("step", "modality", "loss", "grad_norm", "lr", "loss_tokens", "images", "consumed_samples")
+    assert [[row[key] for key in columns] for row in metrics(tmp_path)] == [
+        [row[key] for key in columns] for row in reference
+    ]
+    again = metrics(tmp_path, "metrics.discarded.jsonl")
+    assert [row["step"] for row in again][:2] == [4, 5]
+    assert all(row["loss"] == reference[row["step"] - 1]["loss"] for row in again)
+
+
+def test_signal_saves_and_another_layout_goes_on(
+    dataset: Path, reference: list[dict[str, Any]], tmp_path: Path, report_table: Any
+) -> None:
+    interrupt(dataset, tmp_path, signal.SIGTERM, after=4)
+    status = json.loads((tmp_path / "exit_status.json").read_text())
+    assert (status["code"], status["resumable"]) == (75, True), status
+    stopped = metrics(tmp_path)[-1]["step"]
+    assert 4 <= stopped < 8
+    layout = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.layout=auto", "parallel.sequence_parallel=true")
+    done = run_training(dataset, tmp_path, *layout, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming after step {stopped}" in done.stdout
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    error = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, reference, strict=True))
+    report_table(f"loss after resuming pp2 as tp2+sp: largest relative difference {error:.1e} (tolerance 1e-5)")
+    assert error <= 1e-5
+
+
+def interrupt(dataset: Path, run: Path, number: signal.Signals, *, after: int) -> None:
+    """Train until `after` steps are logged, then signal every process (SIGKILL) or the launcher (others)."""
+    command = train_command(dataset, run, *LAYOUT, processes=2)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 180
+    while len(metrics(run)) < after:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    victims = [process.pid]
+    if number == signal.SIGKILL:
+        victims += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    for pid in victims:
+        os.kill(pid, number)
+    process.communicate(timeout=120)

@@ -1,0 +1,78 @@
+"""A small real dataset and real training processes, for tests that start `megavl train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SEQ_LENGTH = 256
+
+
+def environment() -> dict[str, str]:
+    """What every child process gets: one thread each, the repository importable, no rank variables."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def build_dataset(directory: Path) -> Path:
+    """Corpus, tokenizer and packed shards with text and images; `tokenizer/` and `shards/` in `directory`."""
+    corpus = directory / "corpus"
+    _tool("build_corpus.py", "demo", "--output", corpus, "--samples", 96)
+    _tool(
+        *("preprocess.py", "--input", corpus / "text.jsonl", corpus / "captions.jsonl", "--output", directory / "shards"),
+        *("--tokenizer", corpus / "tokenizer", "--image-preset", "tiny-hybrid", "--seq-length", SEQ_LENGTH),
+        *("--max-images-per-sequence", 4, "--workers", 1),
+    )
+    return directory
+
+
+def train_command(dataset: Path, run: Path, *overrides: str, processes: int) -> list[str]:
+    """`megavl train` of the tiny recipe under torchrun."""
+    return [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *("--master-port", str(free_port()), "-m", "megavl", "train", "launch/recipes/tiny/stage2.yaml"),
+        f"data.sources=[{{path: {dataset}/shards}}]",
+        f"data.tokenizer={dataset}/corpus/tokenizer",
+        f"data.seq_length={SEQ_LENGTH}",
+        f"run.dir={run}",
+        *("run.tensorboard=false", "checkpoint.init=null", "checkpoint.allow_random_init=true"),
+        *("training.steps=8", "training.global_batch_size=4", "optimizer.warmup_steps=2", "checkpoint.interval=3"),
+        *("data.multimodal_fraction=0.5", "data.modality_warmup_steps=0"),
+        *overrides,
+    ]
+
+
+def run_training(dataset: Path, run: Path, *overrides: str, processes: int) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
+    command = train_command(dataset, run, *overrides, processes=processes)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Rows written so far; a line cut off by a kill is left out."""
+    path = run / name
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _tool(script: str, *arguments: Any) -> None:
+    command = [sys.executable, f"data_tools/{script}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
