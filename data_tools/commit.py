@@ -1,0 +1,96 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+from megavl.config.errors import StorageError
+from megavl.data.manifest import FileEntry
+
+_SUFFIX = ".tmp"
+
+
+class NewFile:
+    """A file under construction; left with an exception it disappears."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a temporary name beside `path`; it carries the process id, so that two writers never share it."""
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+        self._digest = hashlib.sha256()
+        self._size = 0
+        try:
+            self._stream = self._temporary.open("wb")
+        except OSError as error:
+            raise _storage_error(self._temporary, error) from error
+
+    def write(self, data: bytes) -> None:
+        """Append.
+
+        Raises:
+            StorageError: the storage is full or failing.
+        """
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            raise _storage_error(self._temporary, error) from error
+        self._digest.update(data)
+        self._size += len(data)
+
+    def commit(self) -> FileEntry:
+        """Make the content durable under its final name."""
+        try:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise _storage_error(self._temporary, error) from error
+        return FileEntry(name=self.path.name, size=self._size, sha256=self._digest.hexdigest())
+
+    def discard(self) -> None:
+        """Remove the temporary file, if it is still there."""
+        # A full disk also fails the last flush; the file goes anyway.
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def write_file(path: Path, data: bytes) -> FileEntry:
+    """Write a file in one go."""
+    with NewFile(path) as file:
+        file.write(data)
+        return file.commit()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise _storage_error(path, error) from error
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of killed runs."""
+    for file in path.glob(f".*{_SUFFIX}"):
+        file.unlink(missing_ok=True)
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: cannot write ({error.strerror}); free or repair the storage and start again")

@@ -1,0 +1,220 @@
+"""The last step of a run: packs over all shards, the report, and the manifest that makes it a dataset."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.commit import NewFile, sync_directory, write_file
+from data_tools.job import Job, Unit
+from data_tools.output import Output, UnitSummary
+from megavl.config.errors import DataError
+from megavl.data.index_file import ReadHandles
+from megavl.data.manifest import (
+    MODALITIES,
+    PACK_ROW,
+    DatasetManifest,
+    FileEntry,
+    Modality,
+    fingerprint,
+    geometry_entry,
+    to_json,
+)
+from megavl.data.packing import Packs, pack
+from megavl.data.shard import Shard
+from megavl.data.tokenizer import open_tokenizer
+
+_EXAMPLES = 20
+"""Rejected records that the report names per reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Lengths and image counts of all samples, in the order of shards."""
+
+    lengths: list[int]
+    images: list[int]
+    shards: list[int]
+    """Shard row of each sample."""
+    numbers: list[int]
+    """Sample number inside its shard."""
+
+
+def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str, Any]:
+    """Pack, report, and commit the dataset.
+
+    Args:
+        job: settings.
+        units: all of them, committed.
+        max_bad_frac: rejected share of the records above which there is no dataset.
+
+    Returns:
+        The report, as in `report.json`.
+
+    Raises:
+        DataError: too many records were rejected, or none is left.
+        StorageError: the output cannot be written.
+    """
+    output, directory = Output(job.output), Path(job.output)
+    output.remove_leftovers()
+    summaries = [summary for unit in units if (summary := output.read_unit(unit.number)) is not None]
+    assert len(summaries) == len(units), "finish is called when every unit is committed"
+    samples = _read_samples(summaries, directory)
+    packs = _pack(job, samples)
+    examples = _merge_rejects(output, units, directory)
+    report = build_report(job, units, summaries, samples=samples, packs=packs, examples=examples)
+    write_file(directory / "report.json", to_json(report))
+    check_rejected(report, max_bad_frac=max_bad_frac, where=f"{directory / 'rejects.jsonl'}")
+    entry = _write_packs(directory, samples, packs)
+    shards = tuple(shard for summary in summaries for shard in summary.shards)
+    mark = fingerprint(
+        shards={shard.name: shard.sha256 for shard in shards}, packs_sha256=entry.sha256, settings=job.pack_settings
+    )
+    manifest = DatasetManifest(
+        config_sha256=job.config_sha256,
+        pack=job.pack_settings,
+        shards=shards,
+        packs=entry,
+        text_packs=len(packs["text"]),
+        multimodal_packs=len(packs["multimodal"]),
+        tokenizer=open_tokenizer(job.tokenizer).entry,
+        geometry=geometry_entry(job.geometry),
+        fingerprint=mark,
+    )
+    sync_directory(directory)
+    write_file(directory / "manifest.json", to_json(manifest))
+    sync_directory(directory)
+    return {**report, "fingerprint": mark}
+
+
+def dry_run_report(job: Job, units: Sequence[Unit], summaries: Sequence[UnitSummary]) -> dict[str, Any]:
+    """The report of a run that wrote nothing."""
+    lengths = [length for summary in summaries for length in summary.lengths]
+    images = [count for summary in summaries for count in summary.images]
+    samples = Samples(lengths=lengths, images=images, shards=[], numbers=[])
+    return build_report(job, units, summaries, samples=samples, packs=_pack(job, samples), examples={})
+
+
+def build_report(
+    job: Job,
+    units: Sequence[Unit],
+    summaries: Sequence[UnitSummary],
+    *,
+    samples: Samples,
+    packs: dict[Modality, Packs],
+    examples: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Counts of everything, the same for the same job."""
+    rejected: Counter[str] = Counter()
+    per_input: Counter[int] = Counter()
+    for unit, summary in zip(units, summaries):
+        rejected.update(summary.rejected)
+        per_input[unit.input] += summary.records
+    return {
+        "inputs": [
+            {"path": item.path, "format": item.format, "template": item.template, "records": per_input[number]}
+            for number, item in enumerate(job.inputs)
+        ],
+        "records": sum(summary.records for summary in summaries),
+        "documents_cut": sum(summary.cut for summary in summaries),
+        "samples": len(samples.lengths),
+        "tokens": sum(samples.lengths),
+        "images": sum(samples.images),
+        "image_tokens": sum(samples.images) * job.geometry.tokens,
+        **{modality: _sequences(job, samples, packs[modality]) for modality in MODALITIES},
+        "rejected": {
+            reason: {"count": count, "examples": examples.get(reason, [])} for reason, count in sorted(rejected.items())
+        },
+    }
+
+
+def check_rejected(report: dict[str, Any], *, max_bad_frac: float, where: str) -> None:
+    """Raise DataError when the rejected share is above the limit, or when nothing is left."""
+    bad = sum(entry["count"] for entry in report["rejected"].values())
+    reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
+    if bad > max_bad_frac * report["records"]:
+        raise DataError(
+            f"{where}: {bad} of {report['records']} records rejected ({reasons}), above --max-bad-frac "
+            f"{max_bad_frac:g}; correct the input or raise the limit"
+        )
+    if not report["samples"]:
+        raise DataError(
+            f"no record left of {report['records']} ({reasons or 'the inputs are empty'}); correct the input"
+        )
+
+
+def _sequences(job: Job, samples: Samples, packs: Packs) -> dict[str, Any]:
+    tokens = sum(samples.lengths[number] for members in packs for number in members)
+    images = [sum(samples.images[number] for number in members) for members in packs]
+    filler = sum(
+        samples.lengths[n] for members, held in zip(packs, images) if held for n in members if not samples.images[n]
+    )
+    room = len(packs) * job.seq_length
+    return {
+        "sequences": len(packs),
+        "tokens": tokens,
+        "fill": round(tokens / room, 6) if room else 0.0,
+        "images_per_sequence": round(sum(images) / len(packs), 4) if packs else 0.0,
+        "filler_tokens": filler,
+    }
+
+
+def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Samples:
+    samples = Samples(lengths=[], images=[], shards=[], numbers=[])
+    handles = ReadHandles()
+    for row, entry in enumerate(shard for summary in summaries for shard in summary.shards):
+        shard = Shard(directory, name=entry.name, handles=handles)
+        samples.lengths.extend(shard.tokens.lengths.tolist())
+        samples.images.extend(shard.samples["images"].tolist())
+        samples.shards.extend([row] * len(shard.samples))
+        samples.numbers.extend(range(len(shard.samples)))
+    return samples
+
+
+def _pack(job: Job, samples: Samples) -> dict[Modality, Packs]:
+    text, multimodal = pack(
+        samples.lengths,
+        images=samples.images,
+        seq_length=job.seq_length,
+        max_images=job.max_images,
+        packed=job.packed,
+    )
+    return {"text": text, "multimodal": multimodal}
+
+
+def _write_packs(directory: Path, samples: Samples, packs: dict[Modality, Packs]) -> FileEntry:
+    rows = []
+    number = 0
+    for kind, modality in enumerate(MODALITIES):
+        for members in packs[modality]:
+            rows += [
+                (number, kind, samples.shards[n], samples.numbers[n], samples.lengths[n], samples.images[n])
+                for n in members
+            ]
+            number += 1
+    out = io.BytesIO()
+    np.save(out, np.array(rows, PACK_ROW), allow_pickle=False)
+    return write_file(directory / "packs.npy", out.getvalue())
+
+
+def _merge_rejects(output: Output, units: Sequence[Unit], directory: Path) -> dict[str, list[str]]:
+    """Write `rejects.jsonl`; returns the first examples per reason."""
+    examples: dict[str, list[str]] = {}
+    with NewFile(directory / "rejects.jsonl") as merged:
+        for unit in units:
+            with open(output.rejects_path(unit.number), "rb") as stream:
+                for line in stream:
+                    merged.write(line)
+                    reject = json.loads(line)
+                    known = examples.setdefault(reject["reason"], [])
+                    if len(known) < _EXAMPLES:
+                        known.append(reject["record"])
+        merged.commit()
+    return examples

@@ -1,0 +1,193 @@
+"""Raw data to a packed dataset: `python data_tools/preprocess.py --input data.jsonl --output out --tokenizer tok`.
+
+Text, captions and conversations become Megatron `.bin`/`.idx` shards with tables and manifests, as described in
+megavl/data/README.md. A run that was stopped goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+if __package__ in (None, ""):
+    # Run as a file: make the repository importable, and keep this folder from shadowing the standard library.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# One unit per process is the parallelism here; the tokenizer's own threads would only compete.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from data_tools.engine import run_units  # noqa: E402
+from data_tools.finish import check_rejected, dry_run_report, finish  # noqa: E402
+from data_tools.job import Job, open_input, plan_units  # noqa: E402
+from data_tools.output import Output  # noqa: E402
+from data_tools.readers.formats import READERS  # noqa: E402
+from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
+from megavl.config.presets import IMAGE_PRESETS  # noqa: E402
+from megavl.data.image import MAX_ASPECT  # noqa: E402
+from megavl.data.template import SYSTEM_PROMPT  # noqa: E402
+from megavl.data.tokenizer import open_tokenizer  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options, with their defaults."""
+    parser = argparse.ArgumentParser(
+        prog="preprocess.py",
+        description="Turn text, captions and conversations into a packed dataset for megavl train.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("what goes in and out").add_argument
+    add("--input", nargs="+", required=True, metavar="SRC", help="JSONL files or JSON arrays")
+    add("--output", required=True, metavar="DIR", help="folder of the dataset")
+    add("--tokenizer", required=True, metavar="PATH", help="folder with tokenizer.json, or a SentencePiece .model")
+    add("--format", choices=("auto", *READERS), default="auto", help="format of every input")
+    add(
+        "--image-root",
+        metavar="DIR",
+        help="folder that image paths start from and may not leave (default: the input's)",
+    )
+    add("--limit", type=_positive, metavar="N", help="read only the first N records")
+
+    add = parser.add_argument_group("samples and sequences").add_argument
+    add("--template", choices=("deepseek", "plain", "none"), help="default: deepseek for turns, plain for documents")
+    add("--system-prompt", default=SYSTEM_PROMPT, metavar="TEXT", help="where a conversation has none; '' for none")
+    add("--seq-length", type=_positive, default=4096, metavar="S", help="tokens per sequence")
+    add("--pack", action=flag, default=True, help="several samples per sequence")
+    add("--max-images-per-sequence", type=_positive, default=5, metavar="K", help="images per sequence")
+
+    add = parser.add_argument_group("images").add_argument
+    add("--image-preset", choices=tuple(IMAGE_PRESETS), default="hybrid-1024", help="geometry of the model's images")
+    add("--max-side", type=int, default=1024, metavar="PIXELS", help="re-encode larger images; 0: never")
+    add("--max-aspect", type=float, default=MAX_ASPECT, metavar="R", help="largest ratio of an image's sides")
+    add("--verify", choices=("header", "scaled", "full"), default="scaled", help="how much of an image is decoded")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    add("--engine", choices=("local",), default="local", help="where workers run")
+    add("--task", type=int, default=0, metavar="I", help="this task, 0 to num-tasks - 1")
+    add("--num-tasks", type=_positive, default=1, metavar="N", help="independent runs that share the work")
+    add("--resume", action=flag, default=True, help="keep finished shards; otherwise start anew")
+    add("--dry-run", action="store_true", help="count and pack without writing")
+    add("--on-error", choices=("skip", "fail"), default="skip", help="what a record that cannot be used does")
+    add("--max-bad-frac", type=float, default=0.5, metavar="F", help="share of rejected records that ends the run")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except MegaVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    if not 0 <= options.task < options.num_tasks:
+        raise UsageError(f"--task {options.task}: must be from 0 to --num-tasks {options.num_tasks} less 1")
+    job = _job(options)
+    units = plan_units(job)
+    for item in job.inputs:
+        recognised = " (recognised)" if options.format == "auto" else ""
+        print(f"{item.path}: format {item.format}{recognised}, template {item.template}")
+    mine = [unit for unit in units if unit.number % options.num_tasks == options.task]
+    if job.dry_run:
+        summaries = run_units(job, mine, count=len(units), workers=options.workers)
+        report = dry_run_report(job, mine, summaries)
+        _print_report(report)
+        check_rejected(report, max_bad_frac=options.max_bad_frac, where="dry run")
+        return 0
+    output = Output(job.output)
+    locks = output.lock(task=options.task, num_tasks=options.num_tasks)
+    output.begin(job.config, resume=options.resume, alone=options.num_tasks == 1)
+    done = {
+        unit.number for unit in mine if options.resume and output.is_done(unit.number, config_sha256=job.config_sha256)
+    }
+    if done:
+        print(f"{len(done)} of {len(mine)} shards are done already")
+    try:
+        todo = [unit for unit in mine if unit.number not in done]
+        run_units(job, todo, count=len(units), workers=options.workers)
+    except BaseException:
+        if options.num_tasks == 1:
+            output.remove_leftovers()
+        raise
+    left = [unit for unit in units if not output.is_done(unit.number, config_sha256=job.config_sha256)]
+    if left:
+        print(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(units)} shards wait for others")
+        return 0
+    report = finish(job, units, max_bad_frac=options.max_bad_frac)
+    _print_report(report)
+    print(f"wrote {job.output} in {time.monotonic() - started:.1f} s, fingerprint {report['fingerprint'][:16]}")
+    for lock in locks:
+        lock.close()
+    return 0
+
+
+def _job(options: argparse.Namespace) -> Job:
+    tokenizer = open_tokenizer(options.tokenizer)
+    inputs = [open_input(path, format=options.format, template=options.template) for path in options.input]
+    geometry = IMAGE_PRESETS[options.image_preset]
+    if any(item.format != "text" for item in inputs) and geometry.tokens >= options.seq_length:
+        raise UsageError(
+            f"--seq-length {options.seq_length}: cannot hold one image of {geometry.tokens} tokens "
+            f"(--image-preset {options.image_preset}); choose a longer sequence or a smaller preset"
+        )
+    return Job(
+        inputs=tuple(inputs),
+        tokenizer=options.tokenizer,
+        tokenizer_sha256=tokenizer.sha256,
+        seq_length=options.seq_length,
+        packed=options.pack,
+        max_images=options.max_images_per_sequence,
+        image_preset=options.image_preset,
+        max_side=options.max_side,
+        image_root=options.image_root,
+        verify=options.verify,
+        max_aspect=options.max_aspect,
+        system_prompt=options.system_prompt,
+        limit=options.limit,
+        output=options.output,
+        fail_on_error=options.on_error == "fail",
+        dry_run=options.dry_run,
+    )
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    print(
+        f"{report['records']} records to {report['samples']} samples: {report['tokens']} tokens, "
+        f"{report['images']} images ({report['image_tokens']} image tokens)"
+    )
+    for kind in ("text", "multimodal"):
+        part = report[kind]
+        if part["sequences"]:
+            images = f", {part['images_per_sequence']:.2f} images each" if part["images_per_sequence"] else ""
+            filler = f", {part['filler_tokens']} tokens of text as filler" if part["filler_tokens"] else ""
+            print(f"{kind}: {part['sequences']} sequences, {100 * part['fill']:.2f}% full{images}{filler}")
+    if report["rejected"]:
+        reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
+        print(f"rejected: {reasons} (rejects.jsonl names each)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Writing one shard: token and image pairs, tables, manifest last."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.commit import NewFile, sync_directory, write_file
+from data_tools.image_source import LoadedImage
+from megavl.data.image import FORMATS
+from megavl.data.index_file import index_bytes
+from megavl.data.manifest import (
+    IMAGE_ROW,
+    MODALITIES,
+    SAMPLE_ROW,
+    SPAN_ROW,
+    GeometryEntry,
+    Modality,
+    ShardEntry,
+    ShardManifest,
+    SourceEntry,
+    TokenizerEntry,
+    to_json,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIdentity:
+    """What a shard's manifest says besides its content."""
+
+    config_sha256: str
+    number: int
+    count: int
+    tokenizer: TokenizerEntry
+    seq_length: int
+    geometry: GeometryEntry
+    template: str
+
+
+class ShardWriter:
+    """Collects the samples of one shard; use as a context, so that nothing half-written stays."""
+
+    def __init__(self, directory: Path, *, modality: Modality, identity: ShardIdentity) -> None:
+        """Open the data files."""
+        self.name = f"{modality}-{identity.number:05d}"
+        self._directory = directory
+        self._modality: Modality = modality
+        self._identity = identity
+        self._tokens = NewFile(directory / f"{self.name}.tokens.bin")
+        self._images = NewFile(directory / f"{self.name}.images.bin") if modality == "multimodal" else None
+        self._lengths, self._image_sizes = array("i"), array("i")
+        self._samples: list[tuple[int, ...]] = []
+        self._spans: list[tuple[int, int]] = []
+        self._image_rows: list[tuple[int, ...]] = []
+        self._stored: dict[tuple[str, ...], int] = {}
+        self._slots = 0
+        self._max_token = 0
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def add(
+        self,
+        ids: npt.NDArray[np.int32],
+        *,
+        spans: Sequence[tuple[int, int]],
+        images: Sequence[LoadedImage],
+        place: int,
+    ) -> None:
+        """Append a sample; images that an earlier sample of this shard used alike are stored once."""
+        first = self._store(images) if images else 0
+        data = ids.astype("<i4").tobytes()
+        self._tokens.write(data)
+        self._lengths.append(len(ids))
+        kind = MODALITIES.index(self._modality)
+        self._samples.append((0, place, first, len(images), len(self._spans), len(spans), kind, zlib.crc32(data)))
+        self._spans += spans
+        self._slots += len(images)
+        self._max_token = max(self._max_token, int(ids.max(initial=0)))
+
+    def commit(self, source: SourceEntry) -> ShardEntry:
+        """Write indexes and tables, then the manifest."""
+        files = [self._tokens.commit(), self._write("tokens.idx", index_bytes(_int32(self._lengths), dtype="int32"))]
+        if self._images is not None:
+            sizes = _int32(self._image_sizes)
+            files += [
+                self._images.commit(),
+                self._write("images.idx", index_bytes(sizes, dtype="uint8")),
+                self._write("images.npy", _npy(self._image_rows, IMAGE_ROW)),
+            ]
+        files += [
+            self._write("samples.npy", _npy(self._samples, SAMPLE_ROW)),
+            self._write("spans.npy", _npy(self._spans, SPAN_ROW)),
+        ]
+        sync_directory(self._directory)
+        identity, tokens = self._identity, sum(self._lengths)
+        manifest = ShardManifest(
+            config_sha256=identity.config_sha256,
+            name=self.name,
+            modality=self._modality,
+            number=identity.number,
+            count=identity.count,
+            sources=(source,),
+            files=tuple(files),
+            samples=len(self._samples),
+            images=len(self._image_rows),
+            tokens=tokens,
+            image_tokens=self._slots * identity.geometry.tokens,
+            max_token=self._max_token,
+            tokenizer=identity.tokenizer,
+            seq_length=identity.seq_length,
+            geometry=identity.geometry,
+            template=identity.template,
+        )
+        written = write_file(self._directory / f"{self.name}.json", to_json(manifest))
+        return ShardEntry(
+            name=self.name, sha256=written.sha256, samples=len(self._samples), tokens=tokens, images=self._slots
+        )
+
+    def discard(self) -> None:
+        """Remove temporary files."""
+        for file in (self._tokens, self._images):
+            if file is not None:
+                file.discard()
+
+    def _write(self, suffix: str, data: bytes) -> Any:
+        return write_file(self._directory / f"{self.name}.{suffix}", data)
+
+    def _store(self, images: Sequence[LoadedImage]) -> int:
+        assert self._images is not None, "text shards hold no images"
+        key = tuple(image.reference for image in images)
+        if key not in self._stored:
+            self._stored[key] = len(self._image_rows)
+            for image in images:
+                self._images.write(image.data)
+                self._image_sizes.append(len(image.data))
+                info = image.info
+                row = (info.width, info.height, FORMATS.index(info.format), zlib.crc32(image.data))
+                self._image_rows.append(row)
+        return self._stored[key]
+
+
+def _int32(values: array[int]) -> npt.NDArray[np.int32]:
+    return np.frombuffer(values, np.int32) if values else np.zeros(0, np.int32)
+
+
+def _npy(rows: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.array(rows, dtype), allow_pickle=False)
+    return out.getvalue()

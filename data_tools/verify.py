@@ -1,0 +1,119 @@
+"""Check every byte of a dataset: `python data_tools/verify.py DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+
+if __package__ in (None, ""):
+    # Run as a file: make the repository importable, and keep this folder from shadowing the standard library.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from megavl.config.errors import DataError, MegaVLError  # noqa: E402
+from megavl.data.dataset import Source  # noqa: E402
+from megavl.data.image import ImageError, check_image  # noqa: E402
+from megavl.data.index_file import ReadHandles  # noqa: E402
+from megavl.data.shard import Shard  # noqa: E402
+
+
+def verify(path: str) -> dict[str, int]:
+    """Check a dataset: hashes of all files, every token sequence and image against its crc32, image placeholders
+    against images, ids against the vocabulary, and that each sample stands in exactly one sequence.
+
+    Args:
+        path: folder of the dataset.
+
+    Returns:
+        Counts of what was checked.
+
+    Raises:
+        DataError: naming the file and the first thing that is wrong.
+    """
+    source = Source(path, handles=ReadHandles())
+    source.check_hashes(share=(0, 1))
+    counts = {"shards": len(source.shards), "samples": 0, "tokens": 0, "images": 0}
+    for shard in tqdm(source.shards, unit=" shards", desc="verify"):
+        for length in _samples(shard):
+            counts["samples"] += 1
+            counts["tokens"] += length
+        counts["images"] += _images(shard)
+    _membership(source)
+    counts["sequences"] = sum(source.counts.values())
+    return counts
+
+
+def _samples(shard: Shard) -> Iterator[int]:
+    manifest = shard.manifest
+    for number in range(manifest.samples):
+        ids, row = shard.tokens.read(number), shard.samples[number]
+        where = f"{shard.tokens.path}: sample {number} ({shard.origin(number)})"
+        if zlib.crc32(ids.astype("<i4").tobytes()) != int(row["crc32"]):
+            raise DataError(f"{where}: tokens differ from their crc32; preprocess again")
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= manifest.tokenizer.vocab_size:
+            raise DataError(
+                f"{where}: an id is outside the vocabulary of {manifest.tokenizer.vocab_size}; preprocess again"
+            )
+        image_id = manifest.tokenizer.image_id
+        found = 0 if image_id is None else int(np.count_nonzero(ids == image_id))
+        if found != int(row["images"]) * manifest.geometry.tokens:
+            raise DataError(
+                f"{where}: {found} image tokens for {int(row['images'])} images of {manifest.geometry.tokens}; "
+                "preprocess again"
+            )
+        yield len(ids)
+
+
+def _images(shard: Shard) -> int:
+    for number in range(shard.manifest.images):
+        data, row = shard.images.read_bytes(number), shard.image_table[number]
+        where = f"{shard.images.path}: image {number}"
+        if zlib.crc32(data) != int(row["crc32"]):
+            raise DataError(f"{where}: bytes differ from their crc32; preprocess again")
+        try:
+            info = check_image(data, verify="full", max_aspect=float("inf"))
+        except ImageError as error:
+            raise DataError(f"{where}: {error}; preprocess again with --verify full") from error
+        if (info.width, info.height) != (int(row["width"]), int(row["height"])):
+            raise DataError(f"{where}: is {info.width} x {info.height}, which its table does not say; preprocess again")
+    return shard.manifest.images
+
+
+def _membership(source: Source) -> None:
+    placed = [np.zeros(shard.manifest.samples, np.int64) for shard in source.shards]
+    for number, counts in enumerate(placed):
+        members = source.packs[source.packs["shard"] == number]
+        np.add.at(counts, members["sample"], 1)
+        if (counts != 1).any():
+            sample = int(np.flatnonzero(counts != 1)[0])
+            raise DataError(
+                f"{source.path / 'packs.npy'}: sample {sample} of {source.shards[number].manifest.name} stands in "
+                f"{int(counts[sample])} sequences; preprocess again"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="verify.py", description="Check every byte of a preprocessed dataset.")
+    parser.add_argument("dataset", help="folder written by preprocess.py")
+    options = parser.parse_args(arguments)
+    try:
+        counts = verify(options.dataset)
+    except MegaVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{options.dataset}: good, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
