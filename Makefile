@@ -45,11 +45,11 @@ test-all: $(STAMP)  ## the slow tests too
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the benchmark drivers of launch/bench, which write launch/bench/results
-	set -e; for driver in launch/bench/*.py; do $(BIN)/python "$$driver"; done
+	set -e; for driver in $(wildcard launch/bench/*.py); do $(BIN)/python "$$driver"; done
 
 golden: $(STAMP)  ## rewrite the golden loss curves
 	$(PYTEST) tests/end_to_end --update-golden $(PYTEST_ARGS)
 
-clean:  ## remove .venv, runs and caches
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, the demo's run and caches; other runs stay
+	rm -rf .venv runs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megavl data_tools launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

