@@ -94,7 +94,17 @@ def _train(out: Path) -> tuple[list[dict[str, Any]], bool]:
 
 def _training_command(out: Path, stage: str, *, init: Path | None) -> list[str]:
     return _words(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "megavl", "train"),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            4,
+            "-m",
+            "megavl",
+            "train",
+        ),
         f"{RECIPES}/{stage}.yaml",
         f"data.sources=[{{path: {out}/data/{stage}}}]",
         f"data.tokenizer={out}/corpus/tokenizer",

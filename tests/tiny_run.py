@@ -25,7 +25,14 @@ def build_dataset(directory: Path) -> Path:
     corpus = directory / "corpus"
     _tool("build_corpus.py", "demo", "--output", corpus, "--samples", 96)
     _tool(
-        *("preprocess.py", "--input", corpus / "text.jsonl", corpus / "captions.jsonl", "--output", directory / "shards"),
+        *(
+            "preprocess.py",
+            "--input",
+            corpus / "text.jsonl",
+            corpus / "captions.jsonl",
+            "--output",
+            directory / "shards",
+        ),
         *("--tokenizer", corpus / "tokenizer", "--image-preset", "tiny-hybrid", "--seq-length", SEQ_LENGTH),
         *("--max-images-per-sequence", 4, "--workers", 1),
     )

@@ -1,6 +1,7 @@
-"""Core attention over packed sequences without Transformer Engine.
+"""Core attention without Transformer Engine: over packed sequences, and over a key-value cache for inference.
 
-Legend: T tokens of the micro-batch, A attention heads of this rank, D channels per head.
+Legend: T tokens of the micro-batch, S new tokens and L all tokens of a cached sequence, B sequences, A attention heads
+of this rank, D channels per head.
 """
 
 from __future__ import annotations
@@ -79,13 +80,14 @@ class PackedAttention(nn.Module):
         """Attend.
 
         Args:
-            query, key, value: (T, A, D), rotary embedding applied.
-            packed_seq_params: segment borders.
+            query, key, value: (T, A, D), rotary embedding applied; without segments (S, B, A, D) against (L, B, A, D).
+            packed_seq_params: segment borders; None with a key-value cache.
 
         Returns:
-            (T, A, D).
+            (T, A, D); without segments (S, B, A * D).
         """
-        assert packed_seq_params is not None, "the decoder runs on packed sequences only"
+        if packed_seq_params is None:
+            return self._cached(query, key, value)
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, packed_seq_params)
         pieces = []
@@ -95,12 +97,21 @@ class PackedAttention(nn.Module):
             pieces.append(out[0].transpose(0, 1))
         return torch.cat(pieces)
 
+    def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        new, total = query.shape[0], key.shape[0]
+        assert new in (1, total), f"{new} tokens after {total - new}: only whole prompts and single tokens are cached"
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (B, A, L, D)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=new == total, scale=self.scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
     def _varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Segments) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = packed.device_cu_seqlens, packed.max_seqlen_q
+        assert cu is not None, "segments() sets the borders on the device"
         # A window of (-1, 0) is torch's way to say causal here.
-        out: torch.Tensor = varlen_attn(q, k, v, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))
+        assert isinstance(out, torch.Tensor), "no auxiliary output was asked for"
         return out
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

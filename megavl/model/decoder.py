@@ -86,9 +86,7 @@ def transformer_config(
     )
 
 
-def build_decoder(
-    config: TransformerConfig, llm: DecoderConfig, *, pre_process: bool, post_process: bool
-) -> GPTModel:
+def build_decoder(config: TransformerConfig, llm: DecoderConfig, *, pre_process: bool, post_process: bool) -> GPTModel:
     """Embedding, decoder layers and head of this pipeline stage.
 
     Args:

@@ -6,6 +6,7 @@ Legend: T tokens of the micro-batch, I images, C canvas side in pixels, H hidden
 from __future__ import annotations
 
 import torch
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -49,25 +50,27 @@ class DeepseekVL(MegatronModule):
         *,
         tokens: torch.Tensor,
         images: torch.Tensor,
-        packed: Segments,
+        packed: Segments | None,
         labels: torch.Tensor | None = None,
         anchor: bool = False,
+        cache: BaseInferenceContext | None = None,
     ) -> torch.Tensor:
         """One micro-batch through this stage.
 
         Args:
             tokens: int64 (1, T).
             images: uint8 (I, 3, C, C); read on the first stage only.
-            packed: segment borders over T.
+            packed: segment borders over T; None with a cache.
             labels: int64 (1, T); read on the last stage only.
             anchor: see `first_stage.embed`.
+            cache: keys and values of the tokens before these; the model must be in eval mode.
 
         Returns:
             Inner stages: hidden states (T, 1, H). Last stage: loss per token (1, T) with labels, logits (1, T, V)
-            without, V split over tensor-parallel ranks.
+            without, V split over tensor-parallel ranks. With a cache: logits (1, 1, V) of the last token, V whole.
         """
         decoder_input = None
-        if self.pre_process:
+        if self.vision is not None:
             decoder_input = embed(
                 vision=self.vision,
                 embedding=self.language_model.embedding,
@@ -78,6 +81,13 @@ class DeepseekVL(MegatronModule):
                 sequence_parallel=self.config.sequence_parallel,
             )
         out: torch.Tensor = self.language_model(
-            None, None, None, decoder_input=decoder_input, labels=labels, packed_seq_params=packed
+            None,
+            None,
+            None,
+            decoder_input=decoder_input,
+            labels=labels,
+            packed_seq_params=packed,
+            inference_context=cache,
+            runtime_gather_output=True if cache is not None else None,
         )
         return out

@@ -37,9 +37,7 @@ def share_tensor(tensor: torch.Tensor | None, *, shape: tuple[int, ...], dtype: 
     return _share(tensor, shape, dtype, src=mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group())
 
 
-def share_with_first_stage(
-    tensor: torch.Tensor | None, *, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
+def share_with_first_stage(tensor: torch.Tensor | None, *, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Send a tensor to the tensor-parallel ranks of the first stage; other stages get an empty one, untransferred."""
     if not mpu.is_pipeline_first_stage():
         return torch.empty((0, *shape[1:]), dtype=dtype, device=cpu_runtime.device())

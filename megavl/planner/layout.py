@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavl.config.recipe import Recipe
-from megavl.planner.blocks import VISION, decoder_layer_blocks, head_block, vision_blocks
+from megavl.planner.blocks import decoder_layer_blocks, head_block, vision_blocks
 from megavl.planner.cost import (
     active_parts,
     layer_recompute_flops,

@@ -95,7 +95,9 @@ def _run_steps(
             progress = Progress(step=step, bad_steps=progress.bad_steps + 1 if result.skipped else 0)
             if log is not None:
                 seconds = time.perf_counter() - began
-                log.write(_row(recipe, result, modality=data.modality, step=step, lr=rate, seconds=seconds, at=position))
+                log.write(
+                    _row(recipe, result, modality=data.modality, step=step, lr=rate, seconds=seconds, at=position)
+                )
             _report_bad(position, data.bad_samples)
             if result.skipped:
                 _handle_bad_step(recipe, progress, result, sample_ids=data.sample_ids, position=position)
@@ -192,9 +194,7 @@ def _start(recipe: Recipe, state: RunState, *, position: Position) -> Progress:
 
 
 @contextmanager
-def _loader(
-    recipe: Recipe, dataset: Dataset, *, position: Position, start_step: int
-) -> Iterator[StepLoader | None]:
+def _loader(recipe: Recipe, dataset: Dataset, *, position: Position, start_step: int) -> Iterator[StepLoader | None]:
     if not broadcast.is_source():
         yield None
         return
@@ -275,7 +275,7 @@ def _handle_bad_step(
     if progress.bad_steps >= recipe.training.max_bad_steps:
         raise NumericsError(
             f"{progress.bad_steps} steps in a row up to {progress.step} had a loss or gradient that is not finite; "
-            f"the newest checkpoint in {recipe.checkpoint_dir} is from before them; lower optimizer.lr or check the data"
+            f"the newest checkpoint in {recipe.checkpoint_dir} is from before them; lower optimizer.lr or check data"
         )
 
 

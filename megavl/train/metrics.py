@@ -53,7 +53,8 @@ class MetricsLog:
         """Move rows of steps that will be run again to `metrics.discarded.jsonl`, so that each step has one row."""
         if not self.path.exists():
             return
-        kept, discarded = [], []
+        kept: list[str] = []
+        discarded: list[str] = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 target = kept if json.loads(line)["step"] <= step else discarded

@@ -125,7 +125,9 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
         # A rank without shards of a group, even the one that writes the common file, must hold the right step.
         steps = torch.zeros(len(groups), dtype=torch.int64, device=cpu_runtime.device())
         for index, group in enumerate(groups):
-            counts = [int(self.optimizer.state[p]["step"]) for p in group["params"] if "step" in self.optimizer.state[p]]
+            counts = [
+                int(self.optimizer.state[p]["step"]) for p in group["params"] if "step" in self.optimizer.state[p]
+            ]
             steps[index] = max(counts, default=0)
         dist.all_reduce(steps, op=dist.ReduceOp.MAX)
         for index, group in enumerate(plain):
@@ -200,4 +202,3 @@ def _with_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
         full[bucket.offset : bucket.offset + count] = packed[start : start + count]
         start += count
     return full
-

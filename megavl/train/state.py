@@ -85,7 +85,7 @@ class RunState:
     def start_from(self, init: str) -> None:
         """Take only the weights of another run's checkpoint. Collective."""
         model = self.model.module.sharded_state_dict(prefix="model.")
-        loaded = self.store.load(resolve(init), {"model": model}, strict=False)
+        loaded = self.store.load(resolve(init), {"model": model}, strict=False, convert_dtype=True)
         self.model.module.load_state_dict(_without_prefix(loaded["model"]))
         self.optimizer.reload_model_params()
 

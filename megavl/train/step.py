@@ -102,14 +102,14 @@ def train_step(
     return StepResult(
         loss=loss,
         loss_tokens=int(totals[1]),
-        grad_norm=float(grad_norm) if updated else None,
+        grad_norm=None if grad_norm is None else float(grad_norm),
         images=int(totals[2]),
         skipped=not updated,
         asked_to_stop=bool(totals[3] > 0),
     )
 
 
-def _forward(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward(data: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
     batch = next(data)
     out = model(
         tokens=batch.tokens,

@@ -39,7 +39,12 @@ def gather(model: DistributedDataParallel, *, what: str) -> dict[str, torch.Tens
         item.data = item.data.detach().float().clone()
     apply_factories(state)
     pieces = [
-        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.view(s.local_shape if not s.prepend_axis_num else s.data.shape))
+        (
+            s.key,
+            tuple(s.global_shape),
+            tuple(s.global_offset),
+            s.data.view(s.local_shape if not s.prepend_axis_num else s.data.shape),
+        )
         for s in nested_values(state)
         if isinstance(s, ShardedTensor)
     ]

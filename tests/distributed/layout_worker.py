@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
-from megavl.checkpoint.store import CheckpointStore
 from megavl.model.build import build_model
 from megavl.parallel import broadcast, groups
 from megavl.planner.layout import layout_string

@@ -71,7 +71,9 @@ class SyntheticSteps:
             sample_ids=tuple(slots),
         )
 
-    def _sequence(self, step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
+    def _sequence(
+        self, step: int, slot: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
         generator = torch.Generator().manual_seed(1 + step * 1009 + slot)
         length, image_id = self.seq_length, self.config.image_token_id
         tokens = torch.randint(image_id + 1, self.config.llm.vocab_size, (length,), generator=generator)
@@ -81,7 +83,7 @@ class SyntheticSteps:
         count = 1 + slot % 2 if self.modality == "multimodal" else 0
         canvas = self.config.canvas_size
         images = torch.randint(0, 256, (count, 3, canvas, canvas), generator=generator, dtype=torch.uint8)
-        for image, start in zip(range(count), (2, cut + 3)):
+        for start in (2, cut + 3)[:count]:
             tokens[start : start + self.config.image_tokens] = image_id
         labels = torch.roll(tokens, -1)
         mask = (labels != image_id).float()

@@ -1,0 +1,110 @@
+"""Recipes: what loads, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megavl.config.errors import UsageError
+from megavl.config.load import dump_recipe, load_model_config, load_recipe
+
+RECIPE = """
+model: {preset: tiny-hybrid}
+optimizer: {lr: 1.0e-3}
+data: {sources: [{path: shards}], tokenizer: tok, seq_length: 512, multimodal_fraction: 0.5}
+training: {stage: 1, steps: 10, global_batch_size: 8}
+run: {dir: runs/x}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_round_trip(recipe: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(recipe, overrides=["optimizer.lr=3e-4", "parallel.layout=[4]"])
+    assert loaded.optimizer.lr == 3e-4
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(loaded))
+    assert load_recipe(again) == loaded
+
+
+def test_base_is_laid_under(recipe: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("base: recipe.yaml\ntraining: {steps: 20}\n")
+    assert load_recipe(child).training.steps == 20
+    assert load_recipe(child).training.global_batch_size == 8
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("base: child.yaml\n")
+    with pytest.raises(UsageError, match="may not have a base itself"):
+        load_recipe(grandchild)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("paralel.tensor=2", ["paralel: unknown key", "did you mean 'parallel'"]),
+        ("parallel.tensr=2", ["parallel.tensr: unknown key", "did you mean 'tensor'"]),
+        ("data.sources=[{pth: x}]", ["data.sources.0.pth", "did you mean 'path'"]),
+        ("model.llm.num_layer=3", ["model.llm.num_layer", "did you mean 'num_layers'"]),
+        ("model.preset=70b", ["model.preset", "'70b'", "tiny-hybrid"]),
+        ("training.steps=many", ["training.steps", "'many'"]),
+        ("checkpoint.keep=1", ["checkpoint.keep", "1"]),
+        ("parallel.tensor=3", ["parallel.tensor: 3 does not divide", "num_attention_heads 4"]),
+        ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "parallel.tensor > 1"]),
+        ("parallel.layout=[2,2]", ["parallel.layout", "parallel.pipeline is 1"]),
+        ("parallel.layout=[3]", ["parallel.layout", "adds up to 3", "num_layers is 4"]),
+        ("parallel.overlap_grad_reduce=false", ["parallel.overlap_param_gather"]),
+        ("data.seq_length=30", ["data.seq_length: 30", "36 tokens"]),
+        ("data.sources=[]", ["data.sources", "empty"]),
+        ("training.train=[llm,vision]", ["training.train", "'vision'", "siglip"]),
+        ("optimizer.warmup_steps=11", ["optimizer.warmup_steps: 11", "training.steps 10"]),
+        ("optimizer.milestones=[0.5]", ["optimizer.factors"]),
+        ("model.sam=null", ["model.adaptor.kind", "needs a model.sam"]),
+        ("model.sam.neck_channels=8", ["model.sam.neck_channels", "64"]),
+        ("model.sam.image_size=512", ["model.sam.image_size", "8/3"]),
+        ("model.image_token_id=5000", ["model.image_token_id", "1024"]),
+        ("lr", ["key.path=value"]),
+        ("a=[", ["not valid YAML"]),
+    ],
+)
+def test_refusal_names_path_value_and_remedy(recipe: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(recipe, overrides=[override])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["- 1", "{", "model: 3"])
+def test_broken_files(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="broken.yaml"):
+        load_recipe(path)
+    with pytest.raises(UsageError, match="cannot read"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_world_must_fit(recipe: Path) -> None:
+    loaded = load_recipe(recipe, overrides=["parallel.tensor=2", "parallel.pipeline=2", "parallel.layout=[1,3]"])
+    assert loaded.data_parallel(8) == 2
+    with pytest.raises(UsageError, match="6 processes are no multiple of .* = 4"):
+        loaded.data_parallel(6)
+    with pytest.raises(UsageError, match="global_batch_size: 8 is no multiple of data-parallel ranks 3"):
+        loaded.data_parallel(12)
+
+
+def test_presets_keep_the_topology() -> None:
+    for name, tokens, canvas in (
+        ("1b", 576, 384),
+        ("7b", 576, 1024),
+        ("tiny-hybrid", 36, 256),
+        ("tiny-siglip", 36, 96),
+    ):
+        config = load_model_config(name)
+        assert (config.image_tokens, config.canvas_size, config.image_geometry.tokens) == (tokens, canvas, tokens)
