@@ -177,7 +177,15 @@ def _export(out: Path) -> dict[str, Any]:
     _megavl("convert", "to-hf", checkpoint, original, "--format", "original")
     _megavl("convert", "verify", native, original)
     report = out / "hf_parity.json"
-    _python("launch/check_hf.py", checkpoint, native, "--task", out / "corpus/eval.jsonl", "--json", report)
+    _python(
+        "tests/numerics/compare_with_transformers.py",
+        checkpoint,
+        native,
+        "--task",
+        out / "corpus/eval.jsonl",
+        "--json",
+        report,
+    )
     difference = json.loads(report.read_text(encoding="utf-8"))["max_rel_diff"]
     return {"hf_native": str(native), "hf_original": str(original), "hf_max_rel_diff": difference}
 

@@ -129,7 +129,8 @@ class _CreatesOnCudaInBackward(torch.autograd.Function):
 def _check_backward_hook() -> None:
     probe = torch.zeros(1, requires_grad=True)
     try:
-        _CreatesOnCudaInBackward.apply(probe).sum().backward()
+        with torch.enable_grad():
+            _CreatesOnCudaInBackward.apply(probe).sum().backward()
     except (AssertionError, RuntimeError) as error:
         raise RuntimeError(
             f"torch {torch.__version__} no longer runs backward passes through torch.autograd._engine_run_backward, "
