@@ -63,12 +63,13 @@ class ImageSource:
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot read {path} ({error})", "image_missing") from error
-        with os.fdopen(handle, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{path} is no ordinary file", "image_missing")
-            if status.st_size > MAX_FILE:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
+            os.close(handle)
+            if stat.S_ISREG(status.st_mode):
                 raise ImageError(f"{status.st_size} bytes, above {MAX_FILE}", "image_too_large")
+            raise ImageError(f"{path} is no ordinary file", "image_missing")
+        with os.fdopen(handle, "rb") as stream:
             return stream.read()
 
 

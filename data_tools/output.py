@@ -111,7 +111,7 @@ class Output:
             path = self.path / f"{shard.name}.json"
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard.sha256:
                 return False
-            manifest, _ = read_manifest(path, kind=ShardManifest)
+            manifest = read_manifest(path, kind=ShardManifest)
             for entry in manifest.files:
                 file = self.path / entry.name
                 if not file.is_file() or file.stat().st_size != entry.size:

@@ -1,4 +1,4 @@
-"""YAML to a checked `Recipe`: one optional base file, presets, `key.path=value` overrides, and one message per error."""
+"""YAML to a checked `Recipe`: one optional base file, presets, `key.path=value` overrides, one message per error."""
 
 from __future__ import annotations
 

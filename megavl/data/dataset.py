@@ -74,16 +74,10 @@ class Source:
             DataError: naming the file that is missing or contradicts its manifest.
         """
         self.path = Path(path)
-        self.manifest, _ = read_manifest(self.path / "manifest.json", kind=DatasetManifest)
-        self.shards: list[Shard] = []
-        for entry in self.manifest.shards:
-            shard = Shard(self.path, name=entry.name, handles=handles)
-            if shard.manifest_sha256 != entry.sha256:
-                raise DataError(
-                    f"{self.path / entry.name}.json: sha256 {shard.manifest_sha256} is not the {entry.sha256} of "
-                    f"{self.path / 'manifest.json'}; start data_tools/preprocess.py again with --no-resume"
-                )
-            self.shards.append(shard)
+        self.manifest = read_manifest(self.path / "manifest.json", kind=DatasetManifest)
+        self.shards = [
+            Shard(self.path, name=entry.name, handles=handles, sha256=entry.sha256) for entry in self.manifest.shards
+        ]
         check_file(self.path, self.manifest.packs)
         self.packs = read_table(self.path / self.manifest.packs.name, dtype=PACK_ROW)
         starts = np.flatnonzero(np.diff(self.packs["pack"], prepend=-1))

@@ -198,11 +198,16 @@ def fingerprint(*, shards: Mapping[str, str], packs_sha256: str, settings: PackS
 Manifest = TypeVar("Manifest", ShardManifest, DatasetManifest)
 
 
-def read_manifest(path: str | Path, *, kind: type[Manifest]) -> tuple[Manifest, str]:
-    """A manifest and its sha256.
+def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None = None) -> Manifest:
+    """A manifest.
+
+    Args:
+        path: JSON file.
+        kind: class of its content.
+        sha256: what the file must hash to; default: anything.
 
     Raises:
-        DataError: missing, not of this kind, or of another version.
+        DataError: missing, not of this kind, of another version, or of another hash.
     """
     try:
         raw = Path(path).read_bytes()
@@ -213,6 +218,12 @@ def read_manifest(path: str | Path, *, kind: type[Manifest]) -> tuple[Manifest, 
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror}); give the directory of a dataset") from error
+    found = hashlib.sha256(raw).hexdigest()
+    if sha256 not in (None, found):
+        raise DataError(
+            f"{path}: sha256 {found} is not the {sha256} of the dataset's manifest; restore the file or start "
+            "data_tools/preprocess.py again with --no-resume"
+        )
     try:
         content = json.loads(raw)
         version = content.get("version") if isinstance(content, dict) else None
@@ -221,7 +232,7 @@ def read_manifest(path: str | Path, *, kind: type[Manifest]) -> tuple[Manifest, 
                 f"{path}: has format version {version!r}, this code reads {FORMAT_VERSION}; "
                 "preprocess the dataset again with this version"
             )
-        return TypeAdapter(kind).validate_python(content), hashlib.sha256(raw).hexdigest()
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -238,7 +249,7 @@ def read_table(path: str | Path, *, dtype: np.dtype[Any], rows: int | None = Non
     """
     try:
         table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy's header parser raises anything on damaged bytes
         raise DataError(f"{path}: cannot read the table ({error}); preprocess the dataset again") from error
     if table.dtype != dtype or table.ndim != 1 or (rows is not None and len(table) != rows):
         raise DataError(

@@ -27,19 +27,20 @@ _RESTORE = "restore the file or start data_tools/preprocess.py again with --no-r
 class Shard:
     """Reader of one shard."""
 
-    def __init__(self, directory: str | Path, *, name: str, handles: ReadHandles) -> None:
+    def __init__(self, directory: str | Path, *, name: str, handles: ReadHandles, sha256: str | None = None) -> None:
         """Open and check a shard; file hashes are left to `check_file`.
 
         Args:
             directory: of the dataset.
             name: such as `text-00000`.
             handles: where data is read through.
+            sha256: of its manifest; default: not compared.
 
         Raises:
             DataError: naming the file that is missing or contradicts the manifest.
         """
         directory = Path(directory)
-        self.manifest, self.manifest_sha256 = read_manifest(directory / f"{name}.json", kind=ShardManifest)
+        self.manifest = read_manifest(directory / f"{name}.json", kind=ShardManifest, sha256=sha256)
         for entry in self.manifest.files:
             _check_size(directory, entry)
         counts, prefix = self.manifest, directory / name

@@ -1,0 +1,113 @@
+"""Prompts: text with image places to token ids, and image files to canvases.
+
+Legend: I images, C canvas side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megavl.config.errors import DataError
+from megavl.config.model import ModelConfig
+from megavl.config.presets import ImageGeometry
+from megavl.data.image import ImageError, canvas, decode_image
+from megavl.data.template import (
+    IMAGE_TAG,
+    SYSTEM_PROMPT,
+    Piece,
+    Template,
+    Turn,
+    document_pieces,
+    encode,
+    inference_prompt,
+)
+from megavl.data.tokenizer import Tokenizer
+
+
+def prompt_pieces(
+    text: str, *, images: int, template: Template = "deepseek", system: str = SYSTEM_PROMPT
+) -> list[Piece]:
+    """A prompt that waits for the model's answer.
+
+    Args:
+        text: the user's text; each `<image_placeholder>` stands for an image, and without any all images stand in
+            front.
+        images: number of images given.
+        template: `deepseek` is the chat format, ending with `Assistant:`; `plain` continues the text after BOS, as
+            captions and documents are trained; `none` continues the text alone.
+        system: system text of the chat format; empty for none.
+
+    Raises:
+        DataError: places and images differ in number, or the prompt is empty.
+    """
+    places = text.count(IMAGE_TAG)
+    if not places:
+        text, places = IMAGE_TAG * images + text, images
+    if places != images:
+        raise DataError(
+            f"the prompt has {places} {IMAGE_TAG}, but {images} images are given; give one image for each place, "
+            "or leave the places out to put all images in front"
+        )
+    if template == "deepseek":
+        return inference_prompt([Turn(role="user", text=text)], system=system)
+    start = [Piece(kind="bos")] if template == "plain" else []
+    body = document_pieces(text, template="none", tagged=True)
+    pieces = [*start, *(replace(piece, supervised=False) for piece in body)]
+    if not pieces:
+        raise DataError("the prompt is empty; give text or an image, or a template that puts a token in front")
+    return pieces
+
+
+def encode_prompt(pieces: Sequence[Piece], *, tokenizer: Tokenizer, config: ModelConfig, room: int) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        pieces: from `prompt_pieces`.
+        tokenizer: the model's.
+        config: sizes of the model.
+        room: tokens that must fit behind the prompt.
+
+    Raises:
+        DataError: the prompt is too long for the model, or its text spells the image token.
+    """
+    ids = [int(token) for token in encode(pieces, tokenizer=tokenizer, image_tokens=config.image_tokens).ids]
+    limit = config.llm.max_position_embeddings
+    if len(ids) + room > limit:
+        raise DataError(
+            f"{len(ids)} prompt tokens and {room} after them exceed the model's {limit} positions; shorten the prompt "
+            "or ask for fewer tokens"
+        )
+    return ids
+
+
+def read_canvases(paths: Sequence[str | Path], *, geometry: ImageGeometry) -> torch.Tensor:
+    """Image files as the first stage reads them: uint8 (I, 3, C, C).
+
+    Raises:
+        ImageError: a file is missing, damaged or not an image; the message names it.
+    """
+    canvases = [canvas(_read_image(path), geometry=geometry) for path in paths]
+    if not canvases:
+        return torch.zeros((0, 3, geometry.canvas_size, geometry.canvas_size), dtype=torch.uint8)
+    return torch.from_numpy(np.stack(canvases))
+
+
+def answer_text(ids: Sequence[int], *, tokenizer: Tokenizer) -> str:
+    """Text of generated ids, special tokens left out; rows of the vocabulary that the tokenizer lacks have none."""
+    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+
+
+def _read_image(path: str | Path) -> Image.Image:
+    try:
+        return decode_image(path)
+    except ImageError as error:
+        reason = str(error)
+        if str(path) in reason:
+            raise
+        raise ImageError(f"{path}: {reason}; give an image that opens", error.reason) from error

@@ -1,0 +1,224 @@
+"""Steps from real shards: batches, their targets, and independence of ranks and workers."""
+
+import os
+import shutil
+import signal
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megavl.config.errors import DataError, UsageError
+from megavl.data.batch import Batch
+from megavl.data.dataset import Dataset
+from megavl.data.image import canvas, decode_image
+from megavl.data.loader import StepLoader
+from tests.unit.data.corpus_files import (
+    GEOMETRY,
+    IMAGE_TOKENS,
+    SEQ_LENGTH,
+    make_corpus,
+    make_tokenizer,
+    open_small,
+    run_preprocess,
+)
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folder of a dataset, and its tokenizer."""
+    root = tmp_path_factory.mktemp("made")
+    tokenizer = make_tokenizer(root / "tokenizer")
+    assert run_preprocess(make_corpus(root), tokenizer=tokenizer, output=root / "out") == 0
+    return root / "out", tokenizer
+
+
+@pytest.fixture
+def dataset(made: tuple[Path, Path]) -> Dataset:
+    return open_small(made[0], tokenizer=made[1])
+
+
+def _loader(dataset: Dataset, **changes: Any) -> StepLoader:
+    settings = {
+        "seed": 11,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "dp_rank": 0,
+        "dp_size": 1,
+        "multimodal_fraction": 0.5,
+        "modality_warmup_steps": 0,
+        "num_workers": 0,
+        "max_bad_in_row": 2,
+        "cross_document_attention": False,
+        "total_steps": STEPS,
+    }
+    return StepLoader(dataset, **{**settings, **changes})
+
+
+def _equal(first: Batch, second: Batch) -> bool:
+    tensors = ("tokens", "labels", "loss_mask", "cu_seqlens", "images")
+    same = all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
+    return same and (first.modality, first.sample_ids) == (second.modality, second.sample_ids)
+
+
+def test_ranks_and_workers_do_not_change_the_global_batch(dataset: Dataset) -> None:
+    alone = _loader(dataset)
+    steps = [alone.get(step) for step in range(STEPS)]
+    split = [_loader(dataset, dp_rank=rank, dp_size=2, num_workers=2) for rank in range(2)]
+    for step, expected in enumerate(steps):
+        got = [batch for loader in split for batch in loader.get(step)]
+        assert len(got) == len(expected)
+        assert all(_equal(a, b) for a, b in zip(got, expected))
+    for loader in split:
+        loader.close()
+
+
+@pytest.mark.parametrize("start", [1, 7])
+def test_resume_at_any_step(dataset: Dataset, start: int) -> None:
+    whole, resumed = _loader(dataset), _loader(dataset, start_step=start, num_workers=1)
+    steps = [whole.get(step) for step in range(STEPS)]
+    for step in range(start, STEPS):
+        assert all(_equal(a, b) for a, b in zip(resumed.get(step), steps[step]))
+    # Back again, as after a step that is repeated.
+    assert all(_equal(a, b) for a, b in zip(resumed.get(start), steps[start]))
+    resumed.close()
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_batches_are_well_formed(dataset: Dataset, cross: bool) -> None:
+    loader = _loader(dataset, cross_document_attention=cross)
+    seen = set()
+    for step in range(STEPS):
+        for batch in loader.get(step):
+            seen.add(batch.modality)
+            assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (2 * SEQ_LENGTH,)
+            borders = batch.cu_seqlens.tolist()
+            assert borders == sorted(set(borders)) and (borders[0], borders[-1]) == (0, 2 * SEQ_LENGTH)
+            assert SEQ_LENGTH in borders
+            placeholders = int((batch.tokens == 3).sum())
+            assert placeholders == IMAGE_TOKENS * len(batch.images)
+            assert (len(batch.images) > 0) == (batch.modality == "multimodal")
+            _check_targets(batch, cross=cross)
+    assert seen == {"text", "multimodal"}
+
+
+def _check_targets(batch: Batch, *, cross: bool) -> None:
+    tokens, labels, mask = batch.tokens, batch.labels, batch.loss_mask.bool()
+    shifted = torch.roll(tokens, -1)
+    assert torch.equal(labels[mask], shifted[mask])
+    assert not labels[~mask].any()
+    # Image tokens, padding and the BOS that begins each sample are never predicted.
+    assert not set(labels[mask].tolist()) & {0, 2, 3}
+    ends = (batch.cu_seqlens[1:] - 1).long()
+    assert not mask[ends].any()
+    if not cross:
+        starts = batch.cu_seqlens[:-1].long()
+        assert set(tokens[starts].tolist()) <= {0, 2}
+        # In a segment of padding nothing counts.
+        for first, last in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist()):
+            if tokens[first] == 2:
+                assert not mask[first:last].any()
+
+
+def test_images_stand_in_the_order_of_their_placeholders(made: tuple[Path, Path], dataset: Dataset) -> None:
+    source = dataset.sources[0]
+    loader = _loader(dataset, multimodal_fraction=1.0, global_batch_size=1, micro_batch_size=1)
+    (batch,) = loader.get(0)
+    ref = loader.global_batch(0)[0]
+    expected = []
+    for row in source.members(modality="multimodal", index=ref.index):
+        shard = source.shards[int(row["shard"])]
+        for number in shard.images_of(int(row["sample"])):
+            expected.append(canvas(decode_image(shard.images.read_bytes(number)), geometry=GEOMETRY))
+    np.testing.assert_array_equal(batch.images.numpy(), np.stack(expected))
+
+
+def _damage_images(out: Path, *, every: int) -> None:
+    """Overwrite the middle of every n-th stored image; sizes stay."""
+    for path in out.glob("*.images.idx"):
+        raw = path.read_bytes()
+        count = struct.unpack_from("<Q", raw, 18)[0]
+        offsets = struct.unpack_from(f"<{count}q", raw, 34 + 4 * count)
+        with open(path.with_suffix(".bin"), "r+b") as stream:
+            for offset in offsets[::every]:
+                stream.seek(offset + 40)
+                stream.write(b"\0damage\0")
+
+
+def test_damaged_image_is_skipped_in_place(made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    _damage_images(out, every=5)
+    with pytest.raises(DataError, match=r"images\.bin: sha256"):
+        open_small(out, tokenizer=made[1])
+    damaged = open_small(out, tokenizer=made[1], skip_hash=True)
+    settings = {"multimodal_fraction": 1.0, "max_bad_in_row": 50}
+    good, bad = _loader(open_small(made[0], tokenizer=made[1]), **settings), _loader(damaged, num_workers=1, **settings)
+    skipped = 0
+    for step in range(4):
+        for before, after in zip(good.get(step), bad.get(step)):
+            assert torch.equal(before.tokens, after.tokens) and before.images.shape == after.images.shape
+            assert (after.loss_mask <= before.loss_mask).all()
+            assert bool(after.bad_samples) == bool((after.loss_mask < before.loss_mask).any())
+            assert all("image_damaged" in text and ".json" in text for text in after.bad_samples)
+            skipped += len(after.bad_samples)
+    assert skipped
+    bad.close()
+
+
+def test_too_many_bad_samples_in_a_row_end_the_run(made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    _damage_images(out, every=1)
+    loader = _loader(open_small(out, tokenizer=made[1], skip_hash=True), multimodal_fraction=1.0, max_bad_in_row=2)
+    with pytest.raises(DataError, match="2 samples in a row failed to load"):
+        loader.get(0)
+
+
+def test_damaged_tokens_keep_their_place_and_their_images(made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    for path in out.glob("multimodal*.tokens.bin"):
+        data = np.fromfile(path, "<i4")
+        data[data > 10] ^= 1
+        data.tofile(path)
+    damaged = open_small(out, tokenizer=made[1], skip_hash=True)
+    loader = _loader(damaged, multimodal_fraction=1.0, max_bad_in_row=10**6)
+    for batch in loader.get(0):
+        assert int((batch.tokens == 3).sum()) == IMAGE_TOKENS * len(batch.images) > 0
+        assert not batch.loss_mask.any() or batch.modality == "multimodal"
+        assert "crc32" in batch.bad_samples[0]
+
+
+def test_shard_that_vanishes_is_named(made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    loader = _loader(open_small(out, tokenizer=made[1]), multimodal_fraction=1.0, num_workers=1, start_step=STEPS)
+    for path in out.glob("*.images.bin"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"images\.bin: cannot read"):
+        loader.get(0)
+    loader.close()
+
+
+def test_lost_worker_is_replaced(dataset: Dataset, capfd: pytest.CaptureFixture[str]) -> None:
+    expected = _loader(dataset, multimodal_fraction=1.0)
+    loader = _loader(dataset, multimodal_fraction=1.0, num_workers=1)
+    loader.get(0)
+    (pid,) = loader._pool.pids
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(0.1)
+    assert loader._pool.pids == [pid], "a scheduler's signal is the rank's business"
+    os.kill(pid, signal.SIGKILL)
+    for step in range(1, 5):
+        assert all(_equal(a, b) for a, b in zip(loader.get(step), expected.get(step)))
+    assert loader._pool.pids != [pid]
+    loader.close()
+    assert loader._pool.pids == []
+
+
+def test_global_batch_must_divide(dataset: Dataset) -> None:
+    with pytest.raises(UsageError, match="training.global_batch_size: 4"):
+        _loader(dataset, dp_size=3)

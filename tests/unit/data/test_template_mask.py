@@ -1,0 +1,98 @@
+"""Templates and label masks, word for word."""
+
+import pytest
+
+from megavl.config.errors import DataError
+from megavl.data.template import (
+    IMAGE_TAG,
+    SYSTEM_PROMPT,
+    Encoded,
+    Turn,
+    conversation_pieces,
+    document_pieces,
+    encode,
+    inference_prompt,
+    prompt_ids,
+)
+from megavl.data.tokenizer import Tokenizer, open_tokenizer
+from tests.unit.data.corpus_files import make_tokenizer
+
+N = 3
+TALK = (
+    Turn(role="user", text=f"{IMAGE_TAG}\nWhich colour? "),
+    Turn(role="assistant", text=" red"),
+    Turn(role="user", text="And the form?"),
+    Turn(role="assistant", text="A square."),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return open_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def _supervised(encoded: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Text of each supervised span, and whether EOS ends it."""
+    spans = [encoded.ids[start:end].tolist() for start, end in encoded.spans]
+    return [(tokenizer.decode(span), span[-1] == tokenizer.eos_id) for span in spans]
+
+
+def test_chat_supervises_answers_and_their_eos(tokenizer: Tokenizer) -> None:
+    encoded = encode(conversation_pieces(TALK, template="deepseek"), tokenizer=tokenizer, image_tokens=N)
+    # The whole prompt, tokenized between special tokens in one go.
+    before = tokenizer.encode(f"{SYSTEM_PROMPT}\n\nUser: ")
+    first = tokenizer.encode("\nWhich colour?\n\nAssistant: red")
+    second = tokenizer.encode("User: And the form?\n\nAssistant: A square.")
+    bos, eos, image = tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id
+    assert encoded.ids.tolist() == [bos, *before, *[image] * N, *first, eos, *second, eos]
+    assert encoded.images == 1
+    assert _supervised(encoded, tokenizer) == [(" red", True), (" A square.", True)]
+
+
+def test_own_system_turn_replaces_the_usual_one(tokenizer: Tokenizer) -> None:
+    pieces = conversation_pieces([Turn(role="system", text="Be brief."), *TALK[2:]], template="deepseek")
+    text = tokenizer.decode(encode(pieces, tokenizer=tokenizer, image_tokens=N).ids.tolist())
+    assert text == "Be brief.\n\nUser: And the form?\n\nAssistant: A square."
+    pieces = conversation_pieces(TALK[2:], template="deepseek", system="")
+    assert tokenizer.decode(encode(pieces, tokenizer=tokenizer, image_tokens=N).ids.tolist()).startswith("User: And")
+
+
+def test_documents_supervise_text_and_eos_but_no_image(tokenizer: Tokenizer) -> None:
+    pieces = document_pieces(f"{IMAGE_TAG}A red square.", template="plain", tagged=True)
+    encoded = encode(pieces, tokenizer=tokenizer, image_tokens=N)
+    assert encoded.ids.tolist() == [0, 3, 3, 3, *tokenizer.encode("A red square."), 1]
+    assert encoded.spans == ((4, len(encoded.ids)),)
+
+
+def test_template_none_adds_nothing(tokenizer: Tokenizer) -> None:
+    text = "A red square."
+    pieces = document_pieces(text, template="none", tagged=False)
+    assert encode(pieces, tokenizer=tokenizer, image_tokens=N).ids.tolist() == tokenizer.encode(text)
+    joined = encode(conversation_pieces(TALK[2:], template="none"), tokenizer=tokenizer, image_tokens=N)
+    assert joined.ids.tolist() == tokenizer.encode("And the form?A square.")
+
+
+def test_tag_in_an_untagged_document_is_text(tokenizer: Tokenizer) -> None:
+    pieces = document_pieces(f"see {IMAGE_TAG}", template="plain", tagged=False)
+    encoded = encode(pieces, tokenizer=tokenizer, image_tokens=N)
+    assert tokenizer.image_id not in encoded.ids and encoded.images == 0
+
+
+def test_inference_prompt_is_the_beginning_of_the_training_text(tokenizer: Tokenizer) -> None:
+    prompt = encode(inference_prompt(TALK[:3]), tokenizer=tokenizer, image_tokens=N)
+    whole = encode(conversation_pieces(TALK, template="deepseek"), tokenizer=tokenizer, image_tokens=N)
+    assert whole.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist()
+    assert whole.spans[-1][0] == len(prompt.ids)
+    assert prompt.spans == ()
+
+
+def test_free_text_with_images(tokenizer: Tokenizer) -> None:
+    ids = prompt_ids(f"a {IMAGE_TAG} b", tokenizer=tokenizer, image_tokens=2)
+    assert ids == [0, *tokenizer.encode("a "), 3, 3, *tokenizer.encode(" b")]
+    assert prompt_ids("a", tokenizer=tokenizer, image_tokens=2, bos=False) == tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("turns", [(), TALK[:3], TALK[1:], TALK[:1] * 2, (TALK[0], Turn(role="assistant", text=" "))])
+def test_turns_that_do_not_alternate_are_refused(turns: tuple[Turn, ...]) -> None:
+    with pytest.raises(DataError, match="turn"):
+        conversation_pieces(turns, template="deepseek")

@@ -1,0 +1,164 @@
+"""What preprocessing writes: readable by the stock class, exactly the tokenizer's tokens, checked byte by byte."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import PreTrainedTokenizerFast
+
+from data_tools import verify
+from megavl.data.dataset import Source
+from megavl.data.index_file import ReadHandles
+from tests.unit.data.corpus_files import (
+    IMAGE_TOKENS,
+    SEQ_LENGTH,
+    make_corpus,
+    make_sentencepiece,
+    make_tokenizer,
+    open_small,
+    run_preprocess,
+    write_jsonl,
+)
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, corpus: list[Path], tokenizer: Path) -> Path:
+    out = tmp_path_factory.mktemp("made") / "out"
+    assert run_preprocess(corpus, tokenizer=tokenizer, output=out) == 0
+    return out
+
+
+def _jsonl(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_stock_dataset_gives_the_tokens_of_the_tokenizer(made: Path, corpus: list[Path], tokenizer: Path) -> None:
+    reference = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    bos, eos, image = reference.bos_token_id, reference.eos_token_id, 3
+    stock = IndexedDataset(str(made / "text-00000.tokens"))
+    for number, record in enumerate(_jsonl(corpus[0])):
+        expected = [bos, *reference.encode(record["text"], add_special_tokens=False), eos]
+        assert np.array(stock[number]).tolist() == expected
+    assert len(stock) == stock.document_indices[-1] == number + 1
+
+    captions = IndexedDataset(str(made / "multimodal-00001.tokens"))
+    images = IndexedDataset(str(made / "multimodal-00001.images"))
+    for number, record in enumerate(_jsonl(corpus[1])):
+        text = reference.encode(record["text"], add_special_tokens=False)
+        assert np.array(captions[number]).tolist() == [bos, *[image] * IMAGE_TOKENS, *text, eos]
+        assert np.array(images[number]).tobytes() == (corpus[1].parent / record["image"]).read_bytes()
+
+
+def test_conversations_follow_the_template(made: Path, corpus: list[Path], tokenizer: Path) -> None:
+    reference = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    shard = Source(made, handles=ReadHandles()).shards[-1]
+    for number, record in enumerate(json.loads(corpus[2].read_text())):
+        # The Hugging Face processor repeats the placeholder in the text; ids must agree.
+        tag = "<image_placeholder>" * IMAGE_TOKENS
+        question = record["conversations"][0]["value"].replace("<image>", tag)
+        answer = record["conversations"][1]["value"]
+        prompt = f"Be brief.\n\nUser: {question}\n\nAssistant:"
+        ids = reference.encode(f"{prompt} {answer}", add_special_tokens=False)
+        assert shard.tokens.read(number).tolist() == [0, *ids, 1]
+        (span,) = shard.spans_of(number)
+        assert span["start"] == 1 + len(reference.encode(prompt, add_special_tokens=False))
+        assert span["end"] == len(ids) + 2
+    assert shard.manifest.template == "deepseek"
+
+
+def test_image_used_twice_is_stored_once(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+    root = corpus[0].parent
+    captions = write_jsonl(tmp_path / "c.jsonl", [{"image": "images/1.png", "text": f"number {n}"} for n in range(6)])
+    more = ["--image-root", str(root)]
+    assert run_preprocess([captions], tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
+    shard = Source(tmp_path / "out", handles=ReadHandles()).shards[0]
+    assert (len(shard.images), len(shard.tokens), list(shard.images_of(5))) == (1, 6, [0])
+    open_small(tmp_path / "out", tokenizer=tokenizer).read(source=0, modality="multimodal", index=0)
+
+
+def test_long_documents_are_cut_without_losing_a_token(tokenizer: Path, tmp_path: Path) -> None:
+    text = "red square, " * 300
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": text}, {"text": "green"}])
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    shard = Source(tmp_path / "out", handles=ReadHandles()).shards[0]
+    parts = [shard.tokens.read(number).tolist() for number in range(len(shard.tokens))]
+    reference = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    assert sum(parts[:-1], []) == [0, *reference.encode(text, add_special_tokens=False), 1]
+    assert all(len(part) == SEQ_LENGTH for part in parts[:-2])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["documents_cut"] == 1
+
+
+def test_every_sample_is_packed_once_within_the_limits(made: Path) -> None:
+    counts = verify.verify(str(made))
+    report = json.loads((made / "report.json").read_text())
+    assert counts["samples"] == report["samples"] == 60 + 40 + 20
+    assert counts["sequences"] == report["text"]["sequences"] + report["multimodal"]["sequences"]
+    source = Source(made, handles=ReadHandles())
+    for modality in ("text", "multimodal"):
+        for index in range(source.counts[modality]):
+            rows = source.members(modality=modality, index=index)
+            assert rows["tokens"].sum() <= SEQ_LENGTH and rows["images"].sum() <= 2
+
+
+def test_unpacked_gives_one_sample_per_sequence(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+    assert run_preprocess(corpus, tokenizer=tokenizer, output=tmp_path / "out", more=["--no-pack"]) == 0
+    dataset = open_small(tmp_path / "out", tokenizer=tokenizer)
+    assert dataset.counts == [{"text": 60, "multimodal": 60}]
+    sequence = dataset.read(source=0, modality="multimodal", index=3)
+    assert len(sequence.members) == 1 and set(sequence.tokens[sequence.members[0].end :].tolist()) == {2}
+
+
+def test_sentencepiece_works_alike(corpus: list[Path], tmp_path: Path) -> None:
+    model = make_sentencepiece(tmp_path / "tokenizer.model")
+    assert run_preprocess(corpus, tokenizer=model, output=tmp_path / "out") == 0
+    verify.verify(str(tmp_path / "out"))
+    open_small(tmp_path / "out", tokenizer=model)
+
+
+def test_verify_names_damage(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([str(made)]) == 0
+    assert "good, 3 shards, 120 samples" in capsys.readouterr().out
+    assert verify.main([str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/manifest.json: not found")
+
+
+def test_dry_run_counts_the_same_and_writes_nothing(
+    made: Path, corpus: list[Path], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_preprocess(corpus, tokenizer=tokenizer, output=tmp_path / "out", more=["--dry-run"]) == 0
+    assert not (tmp_path / "out").exists()
+    report = json.loads((made / "report.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"{report['samples']} samples: {report['tokens']} tokens" in printed
+    assert f"multimodal: {report['multimodal']['sequences']} sequences" in printed
+
+
+def test_limit_reads_the_first_records(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+    assert run_preprocess(corpus, tokenizer=tokenizer, output=tmp_path / "out", more=["--limit", "70"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["records"] for entry in report["inputs"]] == [60, 10, 0]
+
+
+def test_command_needs_neither_torch_nor_megatron() -> None:
+    code = (
+        "import sys, data_tools.preprocess, data_tools.verify; "
+        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,207 @@
+"""Bad input: each record rejected with its reason and place, each mistake one message."""
+
+import base64
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.unit.data.corpus_files import arguments, make_images, make_tokenizer, run_preprocess, write_jsonl
+
+ROOT = Path(__file__).parents[3]
+TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "red"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def _reasons(out: Path) -> dict[str, list[int]]:
+    """Line numbers of rejected records by reason."""
+    found: dict[str, list[int]] = {}
+    for line in (out / "rejects.jsonl").read_text().splitlines():
+        reject = json.loads(line)
+        found.setdefault(reject["reason"], []).append(int(reject["record"].rsplit(":", 1)[1]))
+    report = json.loads((out / "report.json").read_text())["rejected"]
+    assert {reason: entry["count"] for reason, entry in report.items()} == {r: len(n) for r, n in found.items()}
+    return found
+
+
+def test_bad_lines_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -> None:
+    good = [json.dumps({"text": f"red {n}"}).encode() for n in range(10)]
+    bad = [b'{"text": "\xff"}', b"{", b'{"text": "a\0b"}', b'{"txt": "a"}', b'{"text": 3}', b'{"text": " "}', b"7"]
+    bad += [b'{"text": "\\ud800"}', b"[" * 100_000]
+    mixed = [*good[:5], *bad, b"", *good[5:]]
+    (tmp_path / "clean.jsonl").write_bytes(b"\n".join(good))
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(mixed) + b"\n")
+    for name in ("clean", "mixed"):
+        assert run_preprocess([tmp_path / f"{name}.jsonl"], tokenizer=tokenizer, output=tmp_path / name) == 0
+    for suffix in ("bin", "idx"):
+        first, second = ((tmp_path / name / f"text-00000.tokens.{suffix}").read_bytes() for name in ("clean", "mixed"))
+        assert first == second
+    assert _reasons(tmp_path / "mixed") == {
+        "encoding": [6, 13],
+        "json": [7, 8, 14],
+        "record": [9, 10, 12],
+        "empty_text": [11],
+    }
+
+
+def test_bad_conversations(tokenizer: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", count=4)
+    image = "images/1.png"
+    talks: list[dict[str, Any]] = [
+        {"image": image, "conversations": TALK},
+        {"image": image, "conversations": [TALK[1], TALK[1]]},
+        {"conversations": TALK},
+        {"images": [image, image], "conversations": TALK},
+        {"image": image, "conversations": TALK[:1]},
+        {"image": image, "conversations": [TALK[0], {"from": "bot", "value": "x"}]},
+        {"images": [image] * 3, "conversations": [{"from": "human", "value": "<image>" * 3}, TALK[1]]},
+        {"image": image, "conversations": [TALK[0], {"from": "gpt", "value": "red " * 400}]},
+        {"image": 5, "conversations": TALK},
+        {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]},
+        {"image": image, "conversations": [{"from": "human", "value": "<image_placeholder> Where?"}, TALK[1]]},
+    ]
+    path = write_jsonl(tmp_path / "talks.jsonl", talks)
+    more = ["--max-bad-frac", "0.9"]
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
+    assert _reasons(tmp_path / "out") == {
+        "tag_count": [2, 3, 4],
+        "turns": [5],
+        "record": [6, 9],
+        "too_many_images": [7],
+        "too_long": [8],
+    }
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["samples"], report["images"]) == (3, 2)
+
+
+def test_deepseek_records(tokenizer: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", count=2)
+    question = {"role": "User", "content": "<image_placeholder>What?", "images": ["images/0.jpg"]}
+    answer = {"role": "Assistant", "content": "red"}
+    records = [[question, answer], {"conversations": [question, answer]}, [{**question, "images": []}, answer]]
+    path = write_jsonl(tmp_path / "talks.jsonl", records)
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    assert _reasons(tmp_path / "out") == {"tag_count": [3]}
+
+
+def test_bad_images(tokenizer: Path, tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    make_images(root / "images", count=30)
+    (tmp_path / "secret.png").write_bytes((root / "images/1.png").read_bytes())
+    (root / "images/empty.png").write_bytes(b"")
+    (root / "images/page.jpg").write_bytes(b"<html></html>")
+    Image.effect_noise((300, 300), 50).save(root / "images/cut.jpg")
+    (root / "images/cut.jpg").write_bytes((root / "images/cut.jpg").read_bytes()[:-80])
+    Image.new("1", (12_000, 12_000)).save(root / "images/large.png")
+    Image.new("1", (1, 4_000)).save(root / "images/narrow.png")
+    inline = base64.b64encode((root / "images/1.png").read_bytes()).decode()
+    names = [
+        *("images/1.png", "images/gone.png", "images/empty.png", "images/page.jpg", "images/cut.jpg"),
+        *("images/large.png", "images/narrow.png", "../secret.png", str(tmp_path / "secret.png"), "images"),
+        *("https://example.org/x.png", f"data:image/png;base64,{inline}", "data:image/png;base64,???", "a\0b"),
+        *(f"images/{n}.png" for n in range(1, 30) if n % 3),
+    ]
+    path = write_jsonl(root / "c.jsonl", [{"image": name, "text": "a thing"} for name in names])
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    assert _reasons(tmp_path / "out") == {
+        "image_missing": [2, 10, 14],
+        "image_empty": [3],
+        "image_format": [4, 13],
+        "image_truncated": [5],
+        "image_too_large": [6],
+        "image_aspect": [7],
+        "image_outside_root": [8, 9],
+        "image_address": [11],
+    }
+
+
+def test_large_images_are_made_smaller(tokenizer: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", count=3)
+    Image.effect_noise((400, 200), 50).save(tmp_path / "images/1.png")
+    path = write_jsonl(tmp_path / "c.jsonl", [{"image": f"images/{n}.png", "text": "x"} for n in (1, 2)])
+    more = ["--max-side", "100"]
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
+    sizes = [(row["width"], row["height"], row["format"]) for row in _table(tmp_path / "out")]
+    assert sizes == [(100, 50, 0), (22, 32, 1)]
+
+
+def _table(out: Path) -> Any:
+    return np.load(out / "multimodal-00000.images.npy")
+
+
+def test_too_many_rejects_leave_no_dataset(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": "red"}, {"text": ""}, {"text": ""}])
+    out = tmp_path / "out"
+    assert run_preprocess([path], tokenizer=tokenizer, output=out) == 3
+    message = capsys.readouterr().err
+    assert "2 of 3 records rejected (empty_text 2), above --max-bad-frac 0.5" in message
+    assert not (out / "manifest.json").exists()
+    assert _reasons(out) == {"empty_text": [2, 3]}
+    assert run_preprocess([path], tokenizer=tokenizer, output=out, more=["--max-bad-frac", "0.7"]) == 0
+
+
+def test_on_error_fail_stops_at_the_record(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": "red"}, {"text": ""}])
+    out = tmp_path / "out"
+    assert run_preprocess([path], tokenizer=tokenizer, output=out, more=["--on-error", "fail"]) == 3
+    assert f"error: {path}:2: empty_text: text is empty; " in capsys.readouterr().err
+    assert Counter(file.suffix for file in out.iterdir() if file.is_file()) == {".json": 1}, "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("records", "more", "code", "message"),
+    [
+        ([{"text": "a"}], ["--template", "deepseek"], 2, "--template deepseek: .* has format text, which has no turns"),
+        ([{"messages": []}], [], 2, "format not recognised .*keys messages.*known formats are text, caption"),
+        ([], [], 2, "format not recognised"),
+        ([{"image": "x.png", "text": "a"}], ["--seq-length", "36"], 2, "--seq-length 36: cannot hold one image of 36"),
+        ([{"text": "a"}], ["--task", "3"], 2, "--task 3: must be from 0 to --num-tasks 1"),
+        ([{"text": "a"}], ["--tokenizer", "nowhere"], 3, "nowhere: no such tokenizer"),
+        ([{"text": "a"}], ["--input", "gone.jsonl"], 2, r"--input gone\.jsonl: no such file"),
+    ],
+)
+def test_mistakes_are_one_message(
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    records: list[Any],
+    more: list[str],
+    code: int,
+    message: str,
+) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", records)
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out", more=more) == code
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"error: .*{message}.*\n", error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_leaves_nothing_half_written(tokenizer: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", count=2)
+    Image.effect_noise((600, 600), 90).save(tmp_path / "images/big.png")
+    path = write_jsonl(tmp_path / "c.jsonl", [{"image": "images/big.png", "text": "noise"}])
+    out = tmp_path / "out"
+    command = [sys.executable, "data_tools/preprocess.py", *arguments([path], tokenizer=tokenizer, output=out)]
+    limited = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert limited.returncode == 5, limited.stderr
+    assert "images.bin" in limited.stderr and "cannot write" in limited.stderr and "Traceback" not in limited.stderr
+    assert [file.name for file in out.iterdir() if file.is_file()] == ["job.json"]
+    assert run_preprocess([path], tokenizer=tokenizer, output=out) == 0

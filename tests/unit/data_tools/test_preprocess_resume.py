@@ -1,0 +1,146 @@
+"""The same bytes for any number of workers and tasks, and after any kill."""
+
+import filecmp
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.unit.data.corpus_files import arguments, make_corpus, make_tokenizer, run_preprocess
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Records long enough for a dozen shards."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"), images=150, texts=150, note="x" * 5000)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: list[Path], tokenizer: Path) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run_preprocess(corpus, tokenizer=tokenizer, output=out) == 0
+    return out
+
+
+def _content(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if "lock" not in file.name)
+
+
+def _same(first: Path, second: Path) -> bool:
+    names = [name for name in _content(first) if (first / name).is_file()]
+    return _content(first) == _content(second) and not any(filecmp.cmpfiles(first, second, names, shallow=False)[1:])
+
+
+def _start(corpus: list[Path], tokenizer: Path, out: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "data_tools/preprocess.py", *arguments(corpus, tokenizer=tokenizer, output=out)]
+    command[command.index("--workers") + 1] = "2"
+    # A file, not a pipe: nobody reads while the run goes on.
+    log = open(out.parent / "log", "w")  # noqa: SIM115
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
+
+
+def _wait_for_units(process: "subprocess.Popen[str]", out: Path, *, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and len(list(out.glob("units/[0-9]*[0-9].json"))) < count:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.005)
+
+
+def test_tasks_give_the_same_bytes(
+    corpus: list[Path], tokenizer: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for task in (2, 0, 1):
+        more = ["--task", str(task), "--num-tasks", "3"]
+        assert not (out / "manifest.json").exists()
+        assert run_preprocess(corpus, tokenizer=tokenizer, output=out, more=more) == 0
+    assert "wait for others" in capsys.readouterr().out
+    assert _same(undisturbed, out)
+
+
+def test_killed_runs_go_on_and_give_the_same_bytes(
+    corpus: list[Path], tokenizer: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for count in (1, 5, 9):
+        process = _start(corpus, tokenizer, out)
+        _wait_for_units(process, out, count=count)
+        process.kill()
+        process.wait()
+        assert not (out / "manifest.json").exists()
+    process = _start(corpus, tokenizer, out)
+    assert process.wait() == 0
+    assert "shards are done already" in (tmp_path / "log").read_text()
+    assert _same(undisturbed, out)
+
+
+def test_lost_worker_is_noticed_and_its_work_repeated(
+    corpus: list[Path], tokenizer: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = _start(corpus, tokenizer, out)
+    _wait_for_units(process, out, count=1)
+    for child in psutil.Process(process.pid).children():
+        if "spawn_main" in " ".join(child.cmdline()):
+            os.kill(child.pid, signal.SIGKILL)
+            break
+    assert process.wait(timeout=60) == 0
+    assert "a worker process died" in (tmp_path / "log").read_text()
+    assert _same(undisturbed, out)
+
+
+def test_finished_run_is_recognised_and_redone_only_on_demand(
+    corpus: list[Path], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run: Callable[..., int] = lambda *more: run_preprocess(corpus[:1], tokenizer=tokenizer, output=out, more=more)  # noqa: E731
+    assert run() == 0
+    shard = out / "text-00000.tokens.bin"
+    before = shard.stat().st_mtime_ns
+    assert run() == 0
+    assert shard.stat().st_mtime_ns == before
+    shard.unlink()
+    assert run() == 0 and shard.exists(), "a shard that lost a file is made again"
+    before = shard.stat().st_mtime_ns
+    assert run("--no-resume") == 0
+    assert shard.stat().st_mtime_ns != before
+    capsys.readouterr()
+    assert run("--template", "none") == 2
+    message = capsys.readouterr().err
+    assert "was started with other settings or inputs (inputs)" in message and "--no-resume" in message
+    assert run("--template", "none", "--no-resume") == 0
+
+
+def test_second_run_into_one_output_stops(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = _start(corpus, tokenizer, out)
+    _wait_for_units(process, out, count=1)
+    # Stopped, so that it surely still holds its lock.
+    process.send_signal(signal.SIGSTOP)
+    try:
+        assert run_preprocess(corpus, tokenizer=tokenizer, output=out) == 2
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+
+
+def test_foreign_folder_is_left_alone(
+    corpus: list[Path], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.json").write_text("{}")
+    assert run_preprocess(corpus, tokenizer=tokenizer, output=tmp_path, more=["--no-resume"]) == 2
+    assert "holds 'thesis.json', which preprocessing did not write" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.json"]

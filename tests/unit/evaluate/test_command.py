@@ -1,0 +1,73 @@
+"""`megavl evaluate` from the outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megavl.main.cli import main
+from tests.unit.generate import models
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_folder(
+        "tiny-hybrid", tmp_path_factory.mktemp("model") / "native", tokenizer=tokenizer_dir, fmt="native"
+    )
+
+
+def ask(model: Path, *words: str | Path) -> int:
+    return main(["evaluate", str(model), "--device", "cpu", *map(str, words)])
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_table_and_report(folder, task, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    assert ask(folder, task, "--json", out, "--blind") == 0
+    table = capsys.readouterr().out.splitlines()
+    report = json.loads(out.read_text())
+    assert table[0].split() == ["kind", "n", "accuracy", "blind", "chance"]
+    assert table[-1].split() == ["all", "9", *(f"{report[key]:.3f}" for key in ("accuracy", "blind", "chance"))]
+    assert len(report["questions"]) == 9 and [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    again = tmp_path / "again.json"
+    assert ask(folder, task, "--json", again, "--blind", "--seed", "0") == 0
+    assert again.read_text() == out.read_text()
+
+
+def test_limit_and_without_blind(folder, task, tmp_path):
+    out = tmp_path / "report.json"
+    assert ask(folder, task, task, "--json", out, "--limit", "2", "--template", "plain") == 0
+    report = json.loads(out.read_text())
+    assert (report["n"], report["blind"]) == (4, None)
+
+
+def test_mistakes(folder, task, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(task.read_text().splitlines()[2] + "\n{}\n")
+    assert ask(folder, bad) == 3
+    assert f"{bad}:2: " in refused(capsys)
+    assert ask(tmp_path / "gone", task) == 4
+    assert "gone" in refused(capsys)
+    assert ask(folder, task, "--limit", "0") == 2
+    assert "--limit: 0" in refused(capsys)
+    assert ask(folder, task, "--json", tmp_path / "no" / "report.json") == 2
+    assert "create it first" in refused(capsys)
+
+
+def test_a_corrupt_image(folder, task, tmp_path, capsys):
+    line = json.loads(task.read_text().splitlines()[0])
+    (tmp_path / "images").mkdir()
+    (tmp_path / line["images"][0]).write_bytes((task.parent / line["images"][0]).read_bytes()[:300])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(line))
+    out = tmp_path / "report.json"
+    assert ask(folder, broken, "--json", out) == 3
+    assert line["images"][0] in refused(capsys) and not out.exists()

@@ -1,0 +1,111 @@
+"""Perplexities from packed rows against every option on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megavl.config.errors import DataError, NumericsError
+from megavl.evaluate.multiple_choice import encode_questions, evaluate_choices
+from megavl.evaluate.perplexity import EncodedOption, EncodedQuestion, option_perplexities, option_segments
+from megavl.evaluate.task import read_tasks
+from megavl.generate.prompt import read_canvases
+from megavl.model.attention import segments
+from megavl.model.vl_model import DeepseekVL
+from tests.unit.generate import models
+
+PRESET = "tiny-hybrid"
+CONFIG = models.config_of(PRESET)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[DeepseekVL]:
+    with models.built(PRESET) as built:
+        yield built
+
+
+@torch.no_grad()
+def alone(model: DeepseekVL, option: EncodedOption, images: tuple) -> float:
+    """The definition: the whole sequence in one pass, mean over the option's tokens."""
+    ids = torch.tensor([option.ids])
+    packed = segments(
+        torch.tensor([0, len(option.ids)], dtype=torch.int32), device=torch.device("cpu"), on_device=False
+    )
+    canvases = read_canvases(images, geometry=CONFIG.image_geometry)
+    losses = -model(tokens=ids, images=canvases, packed=packed)[0].double().log_softmax(-1)
+    scores = [float(losses[at - 1, option.ids[at]]) for at in range(option.start, len(option.ids))]
+    return float(torch.tensor(scores).mean().exp())
+
+
+@pytest.mark.parametrize("row_tokens", [1, 500, 100_000])
+def test_packed_rows_give_what_each_option_gives_alone(model, task, tokenizer, row_tokens, report_table):
+    questions = encode_questions(read_tasks([task]), tokenizer=tokenizer, config=CONFIG)
+    assert {len(option.ids) - option.start for q in questions for option in q.options} > {1}
+    told = []
+    found = option_perplexities(
+        model, questions, geometry=CONFIG.image_geometry, row_tokens=row_tokens, progress=told.append
+    )
+    expected = [[alone(model, option, question.images) for option in question.options] for question in questions]
+    errors = [abs(a / b - 1) for x, y in zip(found, expected) for a, b in zip(x, y)]
+    report_table([f"perplexity, rows of at most {row_tokens} tokens against alone, relative", max(errors)])
+    assert all(error < 1e-5 for error in errors)
+    assert len({round(value, 3) for values in found for value in values}) > 9
+    assert sum(told) == sum(len(option_segments(0, question)) for question in questions)
+
+
+def test_options_of_one_token_read_from_the_prompt_itself():
+    question = EncodedQuestion(
+        place="t:1",
+        images=(),
+        options=tuple(
+            EncodedOption(ids=(1, 2, 3, *option), start=3) for option in ((4,), (5,), (6, 7), (6, 8), (9, 7))
+        ),
+    )
+    found = option_segments(2, question)
+    assert [(segment.ids, segment.options) for segment in found] == [((1, 2, 3, 6), (2, 3, 0, 1)), ((1, 2, 3, 9), (4,))]
+
+
+def test_every_option_is_tokenized_as_in_training(task, tokenizer):
+    for question, encoded in zip(
+        read_tasks([task]), encode_questions(read_tasks([task]), tokenizer=tokenizer, config=CONFIG)
+    ):
+        for choice, option in zip(question.choices, encoded.options):
+            assert tokenizer.decode(option.ids[option.start :]) == f" {choice}"
+            assert tokenizer.decode(option.ids[: option.start]).endswith("\n\nAssistant:")
+
+
+def test_a_prompt_beyond_the_positions_names_its_line(task, tokenizer):
+    short = models.load_model_config(PRESET, llm={"max_position_embeddings": 60})
+    with pytest.raises(DataError, match=r"task.jsonl:1: \d+ tokens exceed the model's 60 positions"):
+        encode_questions(read_tasks([task]), tokenizer=tokenizer, config=short)
+
+
+def test_damaged_weights_are_told(model, task, tokenizer):
+    weight = model.language_model.output_layer.weight
+    before = weight[5].clone()
+    try:
+        weight[5] = torch.nan
+        with pytest.raises(NumericsError, match=r"task.jsonl:1: .* not finite"):
+            evaluate_choices(model, read_tasks([task]), tokenizer=tokenizer, config=CONFIG)
+    finally:
+        weight[5] = before
+
+
+def test_report(model, task, tokenizer):
+    report = evaluate_choices(model, read_tasks([task]), tokenizer=tokenizer, config=CONFIG, blind=True)
+    found = report.to_dict()
+    assert list(found) == ["accuracy", "blind", "chance", "n", "by_kind", "questions"]
+    assert found["n"] == 9 and list(found["by_kind"]) == ["0 images", "1 images", "2 images"]
+    sizes = [2 + number % 4 for number in range(9)]
+    assert found["chance"] == pytest.approx(sum(1 / size for size in sizes) / 9)
+    for number, line in enumerate(found["questions"]):
+        assert line["prediction"] == min(range(sizes[number]), key=line["perplexities"].__getitem__)
+        assert (line["blind_perplexities"] is None) == (number % 3 == 2)
+        assert line["blind_perplexities"] != line["perplexities"]
+    right = [line["prediction"] == line["answer"] for line in found["questions"]]
+    assert found["accuracy"] == sum(right) / 9
+    assert found["by_kind"]["0 images"]["blind"] is None and found["by_kind"]["1 images"]["n"] == 3
+    rows = [row.split() for row in report.table().splitlines()]
+    assert rows[0] == ["kind", "n", "accuracy", "blind", "chance"] and rows[-1][:2] == ["all", "9"]

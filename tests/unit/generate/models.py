@@ -1,0 +1,96 @@
+"""Tiny models with random weights, in memory and on disk, and a tokenizer that fits them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from megavl.checkpoint.writer import write_model_checkpoint
+from megavl.config.load import load_model_config
+from megavl.config.model import ModelConfig
+from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.convert.hf_write import write_hf
+from megavl.convert.lazy import LoadedTensor
+from megavl.generate.weights import load_weights
+from megavl.model.build import build_model
+from megavl.model.vl_model import DeepseekVL
+from megavl.parallel import groups
+from tests.distributed.synthetic import random_weights
+
+BOS, EOS, PAD, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<image_placeholder>"
+PRESETS = ("tiny-hybrid", "tiny-siglip")
+
+
+def config_of(preset: str) -> ModelConfig:
+    return load_model_config(preset)
+
+
+def flat_weights(preset: str) -> dict[str, LoadedTensor]:
+    return {name: LoadedTensor(tensor) for name, tensor in random_weights(config_of(preset))}
+
+
+@contextmanager
+def built(preset: str) -> Iterator[DeepseekVL]:
+    """The model of a preset in a world of its own."""
+    alone = ParallelConfig()
+    groups.start(alone, seed=0)
+    try:
+        config = config_of(preset)
+        model = build_model(
+            config,
+            parallel=alone,
+            recompute=RecomputeConfig(),
+            layout=None,
+            dtype=torch.float32,
+            train=(),
+            seed=1,
+        )
+        load_weights(model, flat_weights(preset), source="test")
+        yield model.eval()
+    finally:
+        groups.stop()
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Byte-level BPE with BOS 0, EOS 1, padding 2, the image token 3; colours are single tokens with their space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=[BOS, EOS, PAD, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["User: which colour is it? Assistant: red green blue\n\n"] * 20, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def write_folder(preset: str, out: Path, *, tokenizer: Path, fmt: str) -> Path:
+    return write_hf(
+        out, config=config_of(preset), flat=flat_weights(preset), fmt=fmt, tokenizer_dir=tokenizer, dtype="float32"
+    )
+
+
+def write_checkpoint(preset: str, out: Path, *, tokenizer: Path) -> Path:
+    """The checkpoint itself; `out` is its parent."""
+    files = {f"tokenizer/{path.name}": path for path in tokenizer.iterdir()}
+    return write_model_checkpoint(out, config=config_of(preset), tensors=random_weights(config_of(preset)), files=files)
+
+
+def write_picture(path: Path, *, seed: int, size: tuple[int, int] = (120, 90)) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)
+    return path
