@@ -27,7 +27,8 @@ def pixel_tensors(canvases: torch.Tensor, preset: str) -> dict[str, torch.Tensor
     pixels = canvases.float() / 255
     if preset == "tiny-siglip":
         return {"pixel_values": (pixels - 0.5) / 0.5}
-    low = F.interpolate(pixels, size=(96, 96), mode="bilinear", align_corners=False, antialias=True)
+    side = models.config_of(preset).siglip.image_size
+    low = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return {"pixel_values": (low - 0.5) / 0.5, "high_res_pixel_values": (pixels - mean) / std}
 

@@ -13,6 +13,7 @@ from tests.unit.generate import models
 
 PLACE = "<image_placeholder>"
 CONFIG = models.config_of("tiny-hybrid")
+SIDE, LIMIT = CONFIG.canvas_size, CONFIG.llm.max_position_embeddings
 
 
 def shown(pieces) -> str:
@@ -69,18 +70,24 @@ def test_special_tokens_spelt_in_the_text_are_ordinary_text(tokenizer):
 def test_a_prompt_beyond_the_positions(tokenizer):
     pieces = prompt_pieces("red", images=0, system="")
     size = len(encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=0))
-    encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=4096 - size)
-    with pytest.raises(DataError, match=f"{size} prompt tokens and {4097 - size} after them exceed the model's 4096"):
-        encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=4097 - size)
+    encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=LIMIT - size)
+    with pytest.raises(
+        DataError, match=f"{size} prompt tokens and {LIMIT + 1 - size} after them exceed the model's {LIMIT} "
+    ):
+        encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=LIMIT + 1 - size)
 
 
 def test_canvases(picture, tmp_path):
     colour = tmp_path / "red.png"
     Image.new("RGB", (64, 32), (200, 0, 0)).save(colour)
     canvases = read_canvases([picture, colour], geometry=CONFIG.image_geometry)
-    assert canvases.shape == (2, 3, 256, 256) and canvases.dtype == torch.uint8
-    assert canvases[1, :, 128, 128].tolist() == [200, 0, 0] and canvases[1, :, 0, 0].tolist() == [122, 116, 104]
-    assert read_canvases([], geometry=CONFIG.image_geometry).shape == (0, 3, 256, 256)
+    assert canvases.shape == (2, 3, SIDE, SIDE) and canvases.dtype == torch.uint8
+    assert canvases[1, :, SIDE // 2, SIDE // 2].tolist() == [200, 0, 0] and canvases[1, :, 0, 0].tolist() == [
+        122,
+        116,
+        104,
+    ]
+    assert read_canvases([], geometry=CONFIG.image_geometry).shape == (0, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text"])
