@@ -23,7 +23,7 @@ TRAINABLE_BY_STAGE: dict[int, tuple[str, ...]] = {
     2: ("llm", "adaptor", "sam_downsamples", "sam_hd"),
     3: ("llm", "adaptor", "sam_downsamples", "sam_hd", "siglip"),
 }
-"""Paper, section 3.2: the downsamples count as adaptor; the HD branch has no source weights, so something must train it."""
+"""Paper, section 3.2: the downsamples count as adaptor; the HD branch, without source weights, must train."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

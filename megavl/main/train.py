@@ -8,12 +8,9 @@ import sys
 import traceback
 from typing import NoReturn
 
-import torch.distributed as dist
-
 from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError
 from megavl.config.load import load_recipe
 from megavl.train.exit_status import ExitStatus
-from megavl.train.loop import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,14 +26,16 @@ def run(arguments: argparse.Namespace) -> int:
     would wait for them or abort.
     """
     recipe = load_recipe(arguments.recipe, overrides=arguments.overrides)
-    os.makedirs(recipe.run.dir, exist_ok=True)
+    # A wrong recipe is refused before torch and megatron-core are imported, which takes seconds.
+    from megavl.train.loop import train
+
     rank = int(os.environ.get("RANK", "0"))
     status = ExitStatus(recipe.run.dir, rank=rank)
     try:
         code = train(recipe, status=status)
     except MegaVLError as error:
         _leave(status, error.exit_code, str(error))
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         if not _is_communication(error):
             _leave_with_traceback(status, error)
         first = " ".join(str(error).split())[:300]
@@ -53,10 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_communication(error: BaseException) -> bool:
-    """Whether a collective failed: gloo raises plain RuntimeErrors that name their C++ source file."""
+    """Whether a collective failed: torch's own class (a RuntimeError), or gloo's plain one that names its source."""
     text = str(error)
     marks = ("gloo/", "Gloo", "Connection closed by peer", "Connection reset", "NCCL", "ProcessGroup", "Timed out")
-    return isinstance(error, dist.DistError) or any(mark in text for mark in marks)
+    return type(error).__name__.startswith("Dist") or any(mark in text for mark in marks)
 
 
 def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:

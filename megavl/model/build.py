@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state as mpu
-from torch import nn
 
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig, RecomputeConfig
 from megavl.model.decoder import transformer_config
-from megavl.model.first_stage import VisionEncoder
 from megavl.model.trainable import freeze, part_of
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import cpu_runtime
@@ -55,13 +53,18 @@ def build_model(
 
 
 def count_parameters_on_meta(model: ModelConfig) -> dict[str, int]:
-    """Parameters of every group, vision side built on the meta device and language side by its matrices' shapes."""
-    counts: dict[str, int] = {}
+    """Parameters of every group, from the whole model built on the meta device: no memory, whatever its size.
+
+    Args:
+        model: sizes; a world of one process must have been started (`megavl.parallel.groups.start`).
+    """
+    config = transformer_config(
+        model.llm, parallel=ParallelConfig(), recompute=RecomputeConfig(), layout=None, dtype=torch.float32
+    )
     with torch.device("meta"):
-        holder = nn.ModuleDict({"vision": VisionEncoder(model)})
-    for name, parameter in holder.named_parameters():
+        whole = DeepseekVL(config, model, pre_process=True, post_process=True)
+    counts: dict[str, int] = {}
+    for name, parameter in whole.named_parameters():
+        assert parameter.is_meta, f"{name} was allocated"
         counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
-    llm = model.llm
-    layer = 4 * llm.hidden_size**2 + 3 * llm.hidden_size * llm.ffn_hidden_size + 2 * llm.hidden_size
-    counts["llm"] = 2 * llm.vocab_size * llm.hidden_size + llm.num_layers * layer + llm.hidden_size
     return counts

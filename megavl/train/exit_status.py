@@ -33,6 +33,7 @@ class ExitStatus:
             "step": self.step,
             "resumable": code in _RESUMABLE,
         }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f".exit_status.{self.rank}.{os.getpid()}")
         draft.write_text(json.dumps(row) + "\n", encoding="utf-8")
         try:

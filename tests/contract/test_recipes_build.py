@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megavl.config.load import load_recipe
+from megavl.config.recipe import ParallelConfig
 from megavl.model.build import count_parameters_on_meta
+from megavl.parallel import groups
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 MODELS = ("1b", "7b", "tiny")
@@ -27,10 +30,18 @@ PUBLISHED = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    """A world of one process, which megatron-core wants before it builds anything."""
+    groups.start(ParallelConfig(), seed=0)
+    yield
+    groups.stop()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_builds(name: str) -> None:
     models = [load_recipe(path).model for path in sorted((RECIPES / name).glob("stage*.yaml"))]
     assert all(model == models[0] for model in models)
-    groups = count_parameters_on_meta(models[0])
-    assert groups == PUBLISHED.get(name, groups)
-    assert all(count > 0 for count in groups.values())
+    counts = count_parameters_on_meta(models[0])
+    assert counts == PUBLISHED.get(name, counts)
+    assert all(count > 0 for count in counts.values())

@@ -1,0 +1,78 @@
+"""The loss curve of a small run stays what it was; `make golden` rewrites the file after an intended change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megavl.config.load import load_model_config
+from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.model.build import build_model
+from megavl.parallel import groups
+from megavl.train.feed import next_step
+from megavl.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from megavl.train.schedule import learning_rate
+from megavl.train.step import prepare, train_step
+from tests.distributed.synthetic import SyntheticSteps, random_weights
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny_hybrid_fp32.txt"
+STEPS = 8
+# Kernels differ between processors; over eight steps rounding stays far below this.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    """A world of one process."""
+    groups.start(ParallelConfig(), seed=1)
+    yield
+    groups.stop()
+
+
+def test_loss_curve(update_golden: bool, report_table: Any) -> None:
+    losses = _curve()
+    if update_golden:
+        GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in losses))
+    golden = [float(line) for line in GOLDEN.read_text().splitlines()]
+    error = max(abs(a - b) / b for a, b in zip(losses, golden, strict=True))
+    report_table(f"loss curve against {GOLDEN.name}: {error:.1e} relative (tolerance {TOLERANCE:.0e})")
+    assert error <= TOLERANCE
+    assert losses[-2] < losses[0]
+
+
+def _curve() -> list[float]:
+    config, parallel = load_model_config("tiny-hybrid"), ParallelConfig()
+    settings = OptimizerConfig(lr=1e-3, warmup_steps=2)
+    stage = build_model(
+        config,
+        parallel=parallel,
+        recompute=RecomputeConfig(),
+        layout=None,
+        dtype=torch.float32,
+        train=TRAINABLE_PARTS,
+        seed=1,
+    )
+    stage.load_state_dict(dict(random_weights(config)), strict=False)
+    model = wrap_model(stage, parallel=parallel)
+    prepare(model)
+    optimizer = build_optimizer(model, optimizer=settings, bf16=False)
+    losses = []
+    for step in range(STEPS):
+        source = SyntheticSteps(
+            config,
+            modality="text" if step % 2 else "multimodal",
+            seq_length=160,
+            global_batch_size=2,
+            micro_batch_size=1,
+            dp_rank=0,
+            dp_size=1,
+        )
+        set_learning_rate(
+            optimizer, lr=learning_rate(settings, step=step + 1, steps=STEPS), weight_decay=settings.weight_decay
+        )
+        losses.append(train_step(model, optimizer, next_step(source, 0), stop_flag=False).loss)
+    return losses

@@ -1,0 +1,83 @@
+"""What `megavl train` says to a wrong recipe, wrong data or missing weights: one message, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import ROOT, SEQ_LENGTH, environment
+
+ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", "parallel.sequence_parallel=false")
+
+
+def refuse(dataset: Path, run: Path, *overrides: str) -> tuple[int, str]:
+    """Exit code and message of a run of one process."""
+    command = [
+        *(sys.executable, "-m", "megavl", "train", "launch/recipes/tiny/stage1.yaml", *ALONE),
+        f"data.sources=[{{path: {dataset}/shards}}]",
+        f"data.tokenizer={dataset}/corpus/tokenizer",
+        f"data.seq_length={SEQ_LENGTH}",
+        f"run.dir={run}",
+        *("run.tensorboard=false", "training.steps=2", "optimizer.warmup_steps=0", "training.global_batch_size=2"),
+        *overrides,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, done.stderr
+    return done.returncode, messages[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.stepz=3", ["launch/recipes/tiny/stage1.yaml", "training.stepz", "'steps'"]),
+        ("parallel.tensor=3", ["parallel.tensor: 3", "num_attention_heads 4", "divisor"]),
+        ("parallel.layout=[5]", ["parallel.layout: [5]", "model.llm.num_layers is 4"]),
+        ("parallel.pipeline=2", ["1 processes are no multiple", "parallel.pipeline 2"]),
+    ],
+)
+def test_recipe(dataset: Path, tmp_path: Path, override: str, words: list[str]) -> None:
+    code, message = refuse(dataset, tmp_path / "run", override)
+    assert code == 2 and all(word in message for word in words), message
+
+
+def test_data(dataset: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "shards"
+    shutil.copytree(dataset / "shards", damaged)
+    victim = next(damaged.glob("multimodal-*.images.bin"))
+    victim.write_bytes(victim.read_bytes()[:-7])
+    code, message = refuse(dataset, tmp_path / "a", f"data.sources=[{{path: {damaged}}}]")
+    assert code == 3 and victim.name in message, message
+    victim.unlink()
+    code, message = refuse(dataset, tmp_path / "b", f"data.sources=[{{path: {damaged}}}]")
+    assert code == 3 and victim.name in message, message
+    assert json.loads((tmp_path / "b" / "exit_status.json").read_text())["code"] == 3
+
+    other = tmp_path / "tokenizer"
+    shutil.copytree(dataset / "corpus/tokenizer", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    code, message = refuse(dataset, tmp_path / "c", f"data.tokenizer={other}")
+    assert code == 3 and str(other) in message and "sha256" in message, message
+
+    code, message = refuse(dataset, tmp_path / "d", "data.seq_length=512")
+    assert code == 3 and "512" in message and str(SEQ_LENGTH) in message, message
+    code, message = refuse(dataset, tmp_path / "e", "model.preset=tiny-siglip", "model.sam=null")
+    assert code == 3 and "shards" in message, message
+    assert not list(tmp_path.glob("*/checkpoints/iter_*"))
+
+
+def test_weights(dataset: Path, tmp_path: Path) -> None:
+    code, message = refuse(dataset, tmp_path / "run", "checkpoint.allow_random_init=false")
+    assert code == 4 and "checkpoint.init" in message and "allow_random_init" in message, message
+    code, message = refuse(dataset, tmp_path / "run", f"checkpoint.init={tmp_path}/nothing")
+    assert code == 4 and "nothing" in message, message
