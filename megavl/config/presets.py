@@ -53,15 +53,15 @@ MODELS: dict[str, dict[str, Any]] = {
             "vocab_size": 1024,
             "max_position_embeddings": 4096,
         },
-        "siglip": {"image_size": 96, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
+        "siglip": {"image_size": 48, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
         "sam": {
-            "image_size": 256,
+            "image_size": 128,
             "patch_size": 16,
             "width": 64,
             "depth": 3,
             "heads": 2,
             "mlp_dim": 256,
-            "window_size": 7,
+            "window_size": 5,
             "global_attn_indexes": [1, 2],
             "neck_channels": 16,
         },
@@ -77,7 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "vocab_size": 1024,
             "max_position_embeddings": 4096,
         },
-        "siglip": {"image_size": 96, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
+        "siglip": {"image_size": 48, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
         "adaptor": {"kind": "mlp_gelu", "depth": 2},
         "image_token_id": 3,
     },
@@ -115,7 +115,7 @@ HYBRID_BACKGROUND = (122, 116, 104)
 IMAGE_PRESETS: dict[str, ImageGeometry] = {
     "siglip-384": ImageGeometry(canvas_size=384, low_size=384, patch_size=16, background=SIGLIP_BACKGROUND),
     "hybrid-1024": ImageGeometry(canvas_size=1024, low_size=384, patch_size=16, background=HYBRID_BACKGROUND),
-    "tiny-hybrid": ImageGeometry(canvas_size=256, low_size=96, patch_size=16, background=HYBRID_BACKGROUND),
-    "tiny-siglip": ImageGeometry(canvas_size=96, low_size=96, patch_size=16, background=SIGLIP_BACKGROUND),
+    "tiny-hybrid": ImageGeometry(canvas_size=128, low_size=48, patch_size=16, background=HYBRID_BACKGROUND),
+    "tiny-siglip": ImageGeometry(canvas_size=48, low_size=48, patch_size=16, background=SIGLIP_BACKGROUND),
 }
 """Rows of `--image-preset`."""

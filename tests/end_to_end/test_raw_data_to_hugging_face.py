@@ -52,4 +52,4 @@ def test_export_parity_and_answers(checkpoint: Path, dataset: Path, tmp_path: Pa
 
 def test_inspect_verifies(checkpoint: Path) -> None:
     printed = command("-m", "megavl", "inspect", checkpoint)
-    assert "verified" in printed and "1,542,721 parameters" in printed and "consumed_samples: 12" in printed
+    assert "verified" in printed and "1,526,401 parameters" in printed and "consumed_samples: 12" in printed

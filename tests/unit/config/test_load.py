@@ -59,14 +59,14 @@ def test_base_is_laid_under(recipe: Path, tmp_path: Path) -> None:
         ("parallel.layout=[2,2]", ["parallel.layout", "parallel.pipeline is 1"]),
         ("parallel.layout=[3]", ["parallel.layout", "adds up to 3", "num_layers is 4"]),
         ("parallel.overlap_grad_reduce=false", ["parallel.overlap_param_gather"]),
-        ("data.seq_length=30", ["data.seq_length: 30", "36 tokens"]),
+        ("data.seq_length=9", ["data.seq_length: 9", "9 tokens"]),
         ("data.sources=[]", ["data.sources", "empty"]),
         ("training.train=[llm,vision]", ["training.train", "'vision'", "siglip"]),
         ("optimizer.warmup_steps=11", ["optimizer.warmup_steps: 11", "training.steps 10"]),
         ("optimizer.milestones=[0.5]", ["optimizer.factors"]),
         ("model.sam=null", ["model.adaptor.kind", "needs a model.sam"]),
         ("model.sam.neck_channels=8", ["model.sam.neck_channels", "64"]),
-        ("model.sam.image_size=512", ["model.sam.image_size", "8/3"]),
+        ("model.sam.image_size=256", ["model.sam.image_size", "8/3"]),
         ("model.image_token_id=5000", ["model.image_token_id", "1024"]),
         ("lr", ["key.path=value"]),
         ("a=[", ["not valid YAML"]),
@@ -103,8 +103,8 @@ def test_presets_keep_the_topology() -> None:
     for name, tokens, canvas in (
         ("1b", 576, 384),
         ("7b", 576, 1024),
-        ("tiny-hybrid", 36, 256),
-        ("tiny-siglip", 36, 96),
+        ("tiny-hybrid", 9, 128),
+        ("tiny-siglip", 9, 48),
     ):
         config = load_model_config(name)
         assert (config.image_tokens, config.canvas_size, config.image_geometry.tokens) == (tokens, canvas, tokens)
