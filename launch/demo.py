@@ -24,7 +24,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = "launch/recipes/tiny"
 SEQ_LENGTH = 512
-IMAGES_PER_SEQUENCE = 8
+IMAGES_PER_SEQUENCE = 15
 STAGES = {
     "stage1": ["captions.jsonl"],
     "stage2": ["text.jsonl", "captions.jsonl", "conversations.json"],
@@ -108,7 +108,6 @@ def _training_command(out: Path, stage: str, *, init: Path | None) -> list[str]:
         f"{RECIPES}/{stage}.yaml",
         f"data.sources=[{{path: {out}/data/{stage}}}]",
         f"data.tokenizer={out}/corpus/tokenizer",
-        f"data.seq_length={SEQ_LENGTH}",
         f"run.dir={out}/{stage}",
         *([f"checkpoint.init={init}"] if init else []),
     )
@@ -117,7 +116,7 @@ def _training_command(out: Path, stage: str, *, init: Path | None) -> list[str]:
 def _run_and_kill(command: list[str], *, run: Path) -> None:
     """Start training and kill every process of it with SIGKILL a few steps after its first save."""
     print(f"$ {' '.join(command)}   # killed with -9 after the first save", flush=True)
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, env=_environment())
     saved = None
     try:
         while process.poll() is None:
@@ -239,9 +238,14 @@ def _words(*words: Any) -> list[str]:
     return [str(word) for word in words]
 
 
+def _environment() -> dict[str, str]:
+    """One thread per process: four ranks share the cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def _run(command: Sequence[str]) -> None:
     print(f"$ {' '.join(command)}", flush=True)
-    code = subprocess.run(command, check=False).returncode
+    code = subprocess.run(command, check=False, env=_environment()).returncode
     if code:
         raise DemoFailed(f"the command above ended with code {code}")
 

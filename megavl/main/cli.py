@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _silence_expected_warnings() -> None:
     """megatron-core warns about optional accelerators and about torch names it still uses, once a step and rank."""
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+    warnings.filterwarnings("ignore", message="Please use DTensor instead.*")
     warnings.filterwarnings("ignore", message="full scope is deprecated.*")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated.*")

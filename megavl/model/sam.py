@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from megavl.config.model import SamConfig
-from megavl.model.siglip import PatchEmbed, run_block
+from megavl.model.siglip import PatchEmbed, init_linear, run_block
 
 
 class SamTower(nn.Module):
@@ -29,6 +29,7 @@ class SamTower(nn.Module):
             _Block(config, window=0 if index in config.global_attn_indexes else config.window_size)
             for index in range(config.depth)
         )
+        self.blocks.apply(init_linear)
         channels = config.neck_channels
         self.neck = _neck(config.width, channels, eps=config.layer_norm_eps)
         self.neck_hd = copy.deepcopy(self.neck)

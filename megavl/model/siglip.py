@@ -26,7 +26,8 @@ class SiglipTower(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        nn.init.normal_(self.pos_embed, std=config.width**-0.5)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks.apply(init_linear)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode images.
@@ -93,6 +94,13 @@ class PatchEmbed(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.proj(pixels)
         return out
+
+
+def init_linear(module: nn.Module) -> None:
+    """Fresh weights of a tower's Linear layers, as timm and segment-anything's ViTs start: std 0.02, no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
 
 
 def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:

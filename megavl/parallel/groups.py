@@ -57,6 +57,8 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
         PeerError: the ranks did not find each other within `parallel.timeout_s`.
     """
     cpu_runtime.install()
+    # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     rank, world = _env_int("RANK", 0), world_size_from_env()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
