@@ -34,7 +34,7 @@ VISION = {
     "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "image_size": 96,
+    "image_size": 48,
     "patch_size": 16,
     "hidden_act": "gelu",
     "vision_use_head": False,
@@ -42,12 +42,12 @@ VISION = {
 HIGH_RES = {
     "hidden_size": 64,
     "mlp_dim": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 128,
     "patch_size": 16,
-    "window_size": 7,
-    "global_attn_indexes": [1, 3],
+    "window_size": 5,
+    "global_attn_indexes": [1, 2],
     "output_channels": 16,
 }
 

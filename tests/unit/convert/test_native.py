@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from megavl.config.load import load_model_config
+from megavl.config.presets import IMAGE_PRESETS
 from megavl.convert.flat_names import flat_shapes
 from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config, to_flat
 from megavl.convert.hf_write import write_hf
@@ -45,12 +46,13 @@ def load(folder, cls):
 
 
 def logits(model, preset):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, 1024, (2, 60), generator=generator)
-    ids[:, 5:41] = 3
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 96, 96, generator=generator)}
+    config, generator = load_model_config(preset), torch.Generator().manual_seed(1)
+    low, high = config.siglip.image_size, config.canvas_size
+    ids = torch.randint(4, config.llm.vocab_size, (2, config.image_tokens + 24), generator=generator)
+    ids[:, 5 : 5 + config.image_tokens] = config.image_token_id
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, low, low, generator=generator)}
     if preset == "tiny-hybrid":
-        inputs["high_res_pixel_values"] = torch.randn(2, 3, 256, 256, generator=generator)
+        inputs["high_res_pixel_values"] = torch.randn(2, 3, high, high, generator=generator)
     with torch.no_grad():
         return model(**inputs).logits
 
@@ -105,10 +107,11 @@ def test_auto_classes_load_the_export_and_answer(exports, tokenizer_dir, preset)
     assert prompt.endswith("natural language.\n\nUser: <image_placeholder>Which colour?\n\nAssistant:")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
     inputs = processor(text=prompt, images=[picture], return_tensors="pt")
-    assert inputs["input_ids"][0, 0] == 0 and int((inputs["input_ids"] == 3).sum()) == 36
-    assert inputs["pixel_values"].shape == (1, 3, 96, 96)
+    geometry = IMAGE_PRESETS[preset]
+    assert inputs["input_ids"][0, 0] == 0 and int((inputs["input_ids"] == 3).sum()) == geometry.tokens
+    assert inputs["pixel_values"].shape == (1, 3, geometry.low_size, geometry.low_size)
     if preset == "tiny-hybrid":
-        assert inputs["high_res_pixel_values"].shape == (1, 3, 256, 256)
+        assert inputs["high_res_pixel_values"].shape == (1, 3, geometry.canvas_size, geometry.canvas_size)
     out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert out.shape[1] > inputs["input_ids"].shape[1]
 

@@ -113,8 +113,11 @@ def test_full_size_configuration_names_the_released_towers(preset):
 
 def test_small_towers_get_a_name_the_release_does_not_know(exports):
     params = json.loads((exports["tiny-hybrid"] / "config.json").read_text())["vision_config"]["params"]
-    assert params["high_res_cfg"]["model_name"] == "sam_w64_d4_downsample"
-    assert params["low_res_cfg"]["model_name"] == "siglip_w64_d3_patch16_96"
+    config = load_model_config("tiny-hybrid")
+    sam, siglip = config.sam, config.siglip
+    assert params["high_res_cfg"]["model_name"] == f"sam_w{sam.width}_d{sam.depth}_downsample"
+    name = f"siglip_w{siglip.width}_d{siglip.depth}_patch{siglip.patch_size}_{siglip.image_size}"
+    assert params["low_res_cfg"]["model_name"] == name
 
 
 @pytest.mark.parametrize("preset", ["1b", "7b"])

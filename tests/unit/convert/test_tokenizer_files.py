@@ -160,4 +160,4 @@ def test_tokens_with_quotes_survive():
 
 
 def test_side_files_follow_the_model_sizes():
-    assert load_model_config("tiny-hybrid").image_tokens == 36
+    assert load_model_config("tiny-hybrid").image_tokens == 9

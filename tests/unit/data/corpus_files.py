@@ -21,7 +21,9 @@ from megavl.data.tokenizer import open_tokenizer
 
 GEOMETRY = IMAGE_PRESETS["tiny-hybrid"]
 IMAGE_TOKENS = GEOMETRY.tokens
-SEQ_LENGTH = 128
+IMAGES_PER_PACK = 2
+# Room for about one text beside a full pack of images, so that texts are left over for packs of their own.
+SEQ_LENGTH = IMAGES_PER_PACK * IMAGE_TOKENS + 56
 SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
 COLOURS = ("red", "green", "blue", "white", "black")
 SENTENCES = [
@@ -113,7 +115,8 @@ def arguments(inputs: Iterable[Path], *, tokenizer: Path, output: Path, more: It
     """Command line of a small run."""
     return [
         *("--input", *map(str, inputs), "--output", str(output), "--tokenizer", str(tokenizer)),
-        *("--image-preset", "tiny-hybrid", "--seq-length", str(SEQ_LENGTH), "--max-images-per-sequence", "2"),
+        *("--image-preset", "tiny-hybrid", "--seq-length", str(SEQ_LENGTH)),
+        *("--max-images-per-sequence", str(IMAGES_PER_PACK)),
         *("--workers", "1", "--system-prompt", "Be brief.", *more),
     ]
 

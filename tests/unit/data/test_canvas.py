@@ -54,7 +54,7 @@ def test_canvas_follows_the_original_processor(size: tuple[int, int]) -> None:
 
 def test_blank_canvas_is_background() -> None:
     assert blank_canvas(GEOMETRY)[:, 0, 0].tolist() == [122, 116, 104]
-    assert blank_canvas(GEOMETRY).shape == (3, 256, 256)
+    assert blank_canvas(GEOMETRY).shape == (3, GEOMETRY.canvas_size, GEOMETRY.canvas_size)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK"])

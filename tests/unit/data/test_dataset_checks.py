@@ -13,7 +13,7 @@ from megavl.config.errors import DataError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.data.dataset import Source
 from megavl.data.index_file import ReadHandles
-from tests.unit.data.corpus_files import make_corpus, make_tokenizer, open_small, run_preprocess
+from tests.unit.data.corpus_files import GEOMETRY, SEQ_LENGTH, make_corpus, make_tokenizer, open_small, run_preprocess
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,10 @@ def test_other_special_tokens_are_refused(made: tuple[Path, Path], tmp_path: Pat
 
 
 def test_settings_of_the_run_must_be_those_of_the_data(made: tuple[Path, Path]) -> None:
-    with pytest.raises(DataError, match=r"packed to 128 tokens, but data\.seq_length is 256"):
-        open_small(made[0], tokenizer=made[1], seq_length=256)
-    with pytest.raises(DataError, match="images of 36 tokens on a canvas of 256 pixels.*576 tokens and 384 pixels"):
+    with pytest.raises(DataError, match=rf"packed to {SEQ_LENGTH} tokens, but data\.seq_length is {2 * SEQ_LENGTH}"):
+        open_small(made[0], tokenizer=made[1], seq_length=2 * SEQ_LENGTH)
+    small = f"images of {GEOMETRY.tokens} tokens on a canvas of {GEOMETRY.canvas_size} pixels"
+    with pytest.raises(DataError, match=f"{small}.*576 tokens and 384 pixels"):
         open_small(made[0], tokenizer=made[1], geometry=IMAGE_PRESETS["siglip-384"])
     with pytest.raises(DataError, match=r"model\.llm\.vocab_size is 100"):
         open_small(made[0], tokenizer=made[1], vocab_size=100)

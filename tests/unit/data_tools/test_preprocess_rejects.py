@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.unit.data.corpus_files import arguments, make_images, make_tokenizer, run_preprocess, write_jsonl
+from tests.unit.data.corpus_files import (
+    IMAGE_TOKENS,
+    arguments,
+    make_images,
+    make_tokenizer,
+    run_preprocess,
+    write_jsonl,
+)
 
 ROOT = Path(__file__).parents[3]
 TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "red"}]
@@ -166,7 +173,12 @@ def test_on_error_fail_stops_at_the_record(tokenizer: Path, tmp_path: Path, caps
         ([{"text": "a"}], ["--template", "deepseek"], 2, "--template deepseek: .* has format text, which has no turns"),
         ([{"messages": []}], [], 2, "format not recognised .*keys messages.*known formats are text, caption"),
         ([], [], 2, "format not recognised"),
-        ([{"image": "x.png", "text": "a"}], ["--seq-length", "36"], 2, "--seq-length 36: cannot hold one image of 36"),
+        (
+            [{"image": "x.png", "text": "a"}],
+            ["--seq-length", str(IMAGE_TOKENS)],
+            2,
+            f"--seq-length {IMAGE_TOKENS}: cannot hold one image of {IMAGE_TOKENS} tokens",
+        ),
         ([{"text": "a"}], ["--task", "3"], 2, "--task 3: must be from 0 to --num-tasks 1"),
         ([{"text": "a"}], ["--tokenizer", "nowhere"], 3, "nowhere: no such tokenizer"),
         ([{"text": "a"}], ["--input", "gone.jsonl"], 2, r"--input gone\.jsonl: no such file"),

@@ -1,5 +1,7 @@
 """The vision side's parameters, FLOPs and saved activations against the modules that run."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,8 +37,12 @@ def canvases(preset: str, images: int) -> torch.Tensor:
 
 
 def bias_flops(train: tuple[str, ...]) -> int:
-    """The relative-position bias, which the planner leaves out; tiny-hybrid has 2 windowed and 2 global blocks."""
-    forward = 2 * 2 * 64 * (2 * 9 * 7**2 * 7 + 2 * 16**2 * 16)
+    """The relative-position bias of tiny-hybrid, which the planner leaves out: each query with a row and a column."""
+    sam = load_model_config("tiny-hybrid").sam
+    assert sam is not None
+    side, window, whole = sam.image_size // sam.patch_size, sam.window_size, len(sam.global_attn_indexes)
+    windowed = (sam.depth - whole) * math.ceil(side / window) ** 2 * window**3
+    forward = 2 * 2 * sam.width * (windowed + whole * side**3)
     return forward * (3 if "sam_trunk" in train else 1)
 
 
