@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_tools import build_corpus
 from data_tools.corpus.pictures import FAMILIES
+from data_tools.corpus.recipes import TEXT_ONLY_SHARE
 from megavl.data.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -81,7 +82,7 @@ def test_conversations_are_llava_records(corpus):
     talks = json.loads((corpus / "conversations.json").read_text(encoding="utf-8"))
     questions = {q.text: q for levels in FAMILIES.values() for level in levels.values() for q in level.questions}
     text_only = [talk for talk in talks if "image" not in talk]
-    assert len(text_only) == 15 and len({talk["id"] for talk in talks}) == len(talks)
+    assert len(text_only) == round(150 * TEXT_ONLY_SHARE) and len({talk["id"] for talk in talks}) == len(talks)
     lengths = set()
     for talk in talks:
         turns = talk["conversations"]

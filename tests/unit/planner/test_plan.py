@@ -199,7 +199,7 @@ def test_command_prints_an_aligned_table(path: Path, capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     header = next(i for i, line in enumerate(lines) if line.startswith("stage "))
     assert len({len(line) for line in lines[header : header + 5]}) == 1
-    assert "32 x a100: tensor 4 x pipeline 4 x data 2, 32 micro-batches a step, layout Et*5|t*9|t*9|t*7L" in lines[1]
+    assert "32 x a100: tensor 4 x pipeline 4 x data 2, 32 micro-batches a step, layout Et*6|t*8|t*9|t*7L" in lines[1]
     assert any(line.startswith("multimodal, 5 images a sequence") for line in lines)
 
 
