@@ -143,7 +143,7 @@ after_srun() {
       requeue
       ;;
     7) requeue_bounded "a rank was lost or hung" ;;
-    1[3-9][0-9] | 129 | 2[0-9][0-9]) requeue_bounded "a rank was killed by signal $((STATUS - 128))" ;;
+    129 | 13[1-9] | 14[0-9] | 15[0-9]) requeue_bounded "a rank was killed by signal $((STATUS - 128))" ;;
     *) say "ended with code $STATUS; not requeued, because it would end so again. Reason: $RUN/exit_status.json" ;;
   esac
   exit "$STATUS"

@@ -15,9 +15,9 @@ SEQ_LENGTH = 256
 
 
 def environment() -> dict[str, str]:
-    """What every child process gets: one thread each, the repository importable, no rank variables."""
+    """What every child process gets: one thread each, no GPU, the repository importable, no rank variables."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def build_dataset(directory: Path) -> Path:

@@ -22,9 +22,9 @@ from data_tools.corpus.vocabulary import read_texts, save_tokenizer, train_token
 from megavl.config.errors import DataError
 
 DEMO_MIX: Mix = {
-    ("shapes", "easy"): 9,
-    ("charts", "easy"): 6,
-    ("ocr", "easy"): 6,
+    ("shapes", "easy"): 15,
+    ("charts", "easy"): 12,
+    ("ocr", "easy"): 10,
     ("shapes", "hard"): 1,
     ("charts", "hard"): 1,
     ("ocr", "hard"): 1,
@@ -32,8 +32,9 @@ DEMO_MIX: Mix = {
 """Mostly easy pictures: the tiny presets learn these within some hundred steps; the hard ones leave room above."""
 
 TEXT_ONLY_SHARE = 0.02
-"""Conversations without an image, as a share of those with one. Their answers are long: at 0.1 they are a third of all
-loss tokens, and the tiny model spends its steps on them."""
+LONGEST_TEXT_ANSWER = 60
+"""Conversations without an image, as a share of those with one, and the characters of their longest answer. Long ones
+in a tenth of all conversations would be a third of the loss tokens, on which the tiny model would spend its steps."""
 
 LICENCES = {
     "pictures": "Pictures, captions and questions are made by this program and carry no rights of others.",
@@ -134,7 +135,8 @@ def _text_records(collection: Collection) -> Iterator[dict[str, str]]:
 
 def _text_only(summaries: list[Summary], *, count: int, seed: int) -> list[dict[str, Any]]:
     """Conversations without an image, about functions of the standard library."""
-    chosen = random.Random(f"summaries/{seed}").sample(summaries, min(count, len(summaries)))
+    short = [summary for summary in summaries if len(summary.text) <= LONGEST_TEXT_ANSWER]
+    chosen = random.Random(f"summaries/{seed}").sample(short, min(count, len(short)))
     return [
         {
             "id": f"text-{number:06d}",

@@ -27,10 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     recipe = load_recipe(arguments.recipe, overrides=arguments.overrides)
     # A wrong recipe is refused before torch and megatron-core are imported, which takes seconds.
+    from megavl.parallel.groups import rank_from_env
     from megavl.train.loop import train
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = rank_from_env()
     status = ExitStatus(recipe.run.dir, rank=rank)
+    if rank == 0:
+        status.clear()
     try:
         code = train(recipe, status=status)
     except MegaVLError as error:

@@ -36,7 +36,8 @@ def build_model(
     """
     config = transformer_config(model.llm, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Another seed for every stage: layers of two inner stages would otherwise start equal.
+        torch.manual_seed(seed + 1000 * mpu.get_pipeline_model_parallel_rank())
         stage = DeepseekVL(
             config,
             model,

@@ -46,6 +46,22 @@ def world_size_from_env() -> int:
     return _env_int("WORLD_SIZE", 1)
 
 
+def rank_from_env() -> int:
+    """This process's number; 0 without a launcher.
+
+    Raises:
+        UsageError: not a number, or one of several SLURM tasks that were not told their ranks.
+    """
+    # Set for the tasks of an srun step, not for a batch script.
+    tasks = _env_int("SLURM_STEP_NUM_TASKS", 1)
+    if "RANK" not in os.environ and tasks > 1:
+        raise UsageError(
+            f"{tasks} SLURM tasks, but RANK is not set; start with launch/*.sh, which sets RANK, "
+            "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
+        )
+    return _env_int("RANK", 0)
+
+
 def start(parallel: ParallelConfig, *, seed: int) -> Position:
     """Join the world that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; alone without them.
 
@@ -59,10 +75,14 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     cpu_runtime.install()
     # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    rank, world = _env_int("RANK", 0), world_size_from_env()
+    rank, world = rank_from_env(), world_size_from_env()
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise UsageError(
+            f"WORLD_SIZE is {world}, but MASTER_ADDR is not set; start with torchrun or with launch/*.sh under SLURM"
+        )
     on_cuda = torch.cuda.is_available()
     if on_cuda:
-        torch.cuda.set_device(_env_int("LOCAL_RANK", 0) % torch.cuda.device_count())
+        _take_device()
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     try:
         if "MASTER_ADDR" in os.environ:
@@ -72,7 +92,9 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
             store = dist.HashStore()
             backend = "nccl" if on_cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except ValueError as error:
+        raise UsageError(f"MASTER_ADDR, MASTER_PORT, RANK or WORLD_SIZE: {error}") from error
+    except (dist.DistError, RuntimeError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise PeerError(f"rank {rank} of {world} could not join the others at {address}: {reason}") from error
@@ -83,6 +105,19 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return position()
+
+
+def _take_device() -> None:
+    """One GPU a rank: its own where the launcher shows each rank just one, else the one of its local number."""
+    local, ranks, devices = _env_int("LOCAL_RANK", 0), _env_int("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    if devices == 1 and local > 0 and os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit():
+        local = 0
+    if local >= devices:
+        raise UsageError(
+            f"{ranks} ranks on this machine, but {devices} GPUs; start at most {devices}, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    torch.cuda.set_device(local)
 
 
 def position() -> Position:

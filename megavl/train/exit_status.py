@@ -21,7 +21,7 @@ class ExitStatus:
         self.section = "start"
 
     def clear(self) -> None:
-        """Remove the last run's status; rank 0 does this before others may write."""
+        """Remove the last run's status; rank 0 does this before anything can go wrong."""
         self.path.unlink(missing_ok=True)
 
     def write(self, code: int, reason: str) -> bool:

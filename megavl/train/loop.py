@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
     stop = StopFlag()
     stop.install()
-    _prepare_run_dir(recipe, position=position, status=status)
+    _prepare_run_dir(recipe, position=position)
     status.section = "opening the data"
     tokenizer, dataset = _open_data(recipe)
     status.section = "building the model"
@@ -81,8 +82,10 @@ def _run_steps(
     status: ExitStatus,
 ) -> bool:
     training, optimizer = recipe.training, recipe.optimizer
-    log = _open_log(recipe, progress) if position.rank == 0 else None
-    with _loader(recipe, dataset, position=position, start_step=progress.step) as source:
+    with (
+        _loader(recipe, dataset, position=position, start_step=progress.step) as source,
+        _log(recipe, progress, position=position) as log,
+    ):
         while progress.step < training.steps:
             began = time.perf_counter()
             step = progress.step + 1
@@ -98,7 +101,6 @@ def _run_steps(
                 log.write(
                     _row(recipe, result, modality=data.modality, step=step, lr=rate, seconds=seconds, at=position)
                 )
-            _report_bad(position, data.bad_samples)
             if result.skipped:
                 _handle_bad_step(recipe, progress, result, sample_ids=data.sample_ids, position=position)
             last = step == training.steps
@@ -108,8 +110,6 @@ def _run_steps(
             if result.asked_to_stop and not last:
                 _say(position, f"stopped by a signal after step {step}; saved, start again to go on")
                 return True
-    if log is not None:
-        log.close()
     return False
 
 
@@ -120,13 +120,12 @@ def _use_threads(recipe: Recipe, *, world: int) -> None:
     torch.set_num_threads(recipe.training.threads or max(1, (os.cpu_count() or 1) // local))
 
 
-def _prepare_run_dir(recipe: Recipe, *, position: Position, status: ExitStatus) -> None:
+def _prepare_run_dir(recipe: Recipe, *, position: Position) -> None:
     problem = [""]
     if position.rank == 0:
         try:
             Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
             Path(recipe.checkpoint_dir).mkdir(parents=True, exist_ok=True)
-            status.clear()
             (Path(recipe.run.dir) / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         except OSError as error:
             problem[0] = f"run.dir: cannot write to {recipe.run.dir}: {error}; choose a writable directory"
@@ -220,13 +219,21 @@ def _loader(recipe: Recipe, dataset: Dataset, *, position: Position, start_step:
         loader.close()
 
 
-def _open_log(recipe: Recipe, progress: Progress) -> MetricsLog:
-    return MetricsLog(
+@contextmanager
+def _log(recipe: Recipe, progress: Progress, *, position: Position) -> Iterator[MetricsLog | None]:
+    if position.rank:
+        yield None
+        return
+    log = MetricsLog(
         recipe.run.dir,
         steps=recipe.training.steps,
         start_step=progress.step,
         tensorboard=recipe.run.tensorboard,
     )
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def _row(
@@ -245,7 +252,7 @@ def _row(
     return {
         "step": step,
         "modality": modality,
-        "loss": result.loss,
+        "loss": result.loss if math.isfinite(result.loss) else None,
         "grad_norm": result.grad_norm,
         "lr": lr,
         "tokens": batch * length,
@@ -277,12 +284,6 @@ def _handle_bad_step(
             f"{progress.bad_steps} steps in a row up to {progress.step} had a loss or gradient that is not finite; "
             f"the newest checkpoint in {recipe.checkpoint_dir} is from before them; lower optimizer.lr or check data"
         )
-
-
-def _report_bad(position: Position, bad: tuple[str, ...]) -> None:
-    if bad and position.tp_rank == 0 and position.first_stage:
-        for text in bad:
-            print(f"sample skipped: {text}", flush=True)
 
 
 def _save(state: RunState, progress: Progress, *, position: Position, must: bool) -> None:

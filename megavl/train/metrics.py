@@ -24,7 +24,7 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step's row and print its line."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         tqdm.write(self._line(row))
         if self._board is not None:
@@ -43,8 +43,9 @@ class MetricsLog:
         done = row["step"] - self._start_step
         seconds = (time.monotonic() - self._started) / max(1, done) * (self.steps - row["step"])
         norm = "skipped" if row["skipped"] else f"{row['grad_norm']:7.3f}"
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:8.4f}"
         return (
-            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  {row['modality']:<10}  loss {row['loss']:8.4f}  "
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  {row['modality']:<10}  loss {loss}  "
             f"grad {norm}  lr {row['lr']:.2e}  {row['images']:>4} img  {row['step_time_s']:7.3f} s  "
             f"{row['tokens_per_s']:>9,.0f} tok/s  ETA {datetime.timedelta(seconds=round(seconds))}"
         )

@@ -128,7 +128,8 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
             counts = [
                 int(self.optimizer.state[p]["step"]) for p in group["params"] if "step" in self.optimizer.state[p]
             ]
-            steps[index] = max(counts, default=0)
+            # torch's AdamW counts in the state of each weight, Transformer Engine's and Apex's in the group.
+            steps[index] = max([*counts, int(group.get("step", 0))])
         dist.all_reduce(steps, op=dist.ReduceOp.MAX)
         for index, group in enumerate(plain):
             group["step"] = int(steps[index])
@@ -151,7 +152,7 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
                 f"run's {identity}: other weights train now; start a fresh run with checkpoint.init"
             )
         for group, old in zip(groups, saved):
-            group.update({key: value for key, value in old.items() if key not in ("params", "step")})
+            group.update({key: value for key, value in old.items() if key != "params"})
             for parameter in group["params"]:
                 # One tensor each: torch's AdamW advances a shared one once per parameter.
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]))

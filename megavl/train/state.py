@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,12 @@ class RunState:
 
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint; collective."""
-        if self.model.ddp_config.overlap_param_gather:
-            # Weights updated by the last step may still wait to be gathered.
-            self.model.start_param_sync(force_sync=True)
-        model = self.model.module.sharded_state_dict(prefix="model.")
-        optimizer = self.optimizer.sharded_state_dict(model, metadata=_metadata())
         files: dict[str, bytes | Path] = {
             "recipe.yaml": dump_recipe(self.recipe).encode(),
             "model.json": _json(to_dict(self.recipe.model)),
             **{f"tokenizer/{name}": path for name, path in self.tokenizer_files.items()},
         }
-        state = {"model": model, "optimizer": optimizer}
+        state = save_state(self.model, self.optimizer)
         return self.store.save(progress.step, state=state, content=self._content(progress), files=files)
 
     def restore(self) -> Progress | None:
@@ -75,18 +71,13 @@ class RunState:
             return None
         content = read_manifest(path)["content"]
         self._check(path, content)
-        model = self.model.module.sharded_state_dict(prefix="model.")
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
-        loaded = self.store.load(path, {"model": model, "optimizer": optimizer})
-        self.model.module.load_state_dict(_without_prefix(loaded["model"]))
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        restore_state(self.model, self.optimizer, lambda state: self.store.load(path, state))
         return Progress(step=content["step"], bad_steps=content["bad_steps"])
 
     def start_from(self, init: str) -> None:
         """Take only the weights of another run's checkpoint. Collective."""
-        model = self.model.module.sharded_state_dict(prefix="model.")
-        loaded = self.store.load(resolve(init), {"model": model}, strict=False, convert_dtype=True)
-        self.model.module.load_state_dict(_without_prefix(loaded["model"]))
+        state = {"model": self.model.module.sharded_state_dict(prefix="model.")}
+        load_model(self.model, self.store.load(resolve(init), state, strict=False, convert_dtype=True)["model"])
         self.optimizer.reload_model_params()
 
     def _content(self, progress: Progress) -> dict[str, Any]:
@@ -108,6 +99,8 @@ class RunState:
             "data_fingerprint": self.fingerprint,
             "multimodal_fraction": data.multimodal_fraction,
             "modality_warmup_steps": data.modality_warmup_steps,
+            "cross_document_attention": data.cross_document_attention,
+            "stage": training.stage,
             "trainable_parts": list(self.recipe.trainable_parts),
         }
 
@@ -123,16 +116,39 @@ class RunState:
             )
 
 
+def save_state(model: DistributedDataParallel, optimizer: ChainedOptimizer) -> dict[str, Any]:
+    """Sharded state of weights and optimizer, for `CheckpointStore.save`. Collective."""
+    if model.ddp_config.overlap_param_gather:
+        # Weights updated by the last step may still wait to be gathered.
+        model.start_param_sync(force_sync=True)
+    weights = model.module.sharded_state_dict(prefix="model.")
+    return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=_metadata())}
+
+
+def restore_state(
+    model: DistributedDataParallel,
+    optimizer: ChainedOptimizer,
+    load: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Fill weights and optimizer from what `load` makes of the sharded state that this layout asks for. Collective."""
+    weights = model.module.sharded_state_dict(prefix="model.")
+    asked = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
+    loaded = load({"model": weights, "optimizer": asked})
+    load_model(model, loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def load_model(model: DistributedDataParallel, weights: dict[str, Any]) -> None:
+    """Fill the stage from loaded weights, whose names start with `model.`."""
+    model.module.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+
+
 def _metadata() -> dict[str, Any]:
     return {
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
     }
-
-
-def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("model."): value for key, value in state.items()}
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megavl.model.loss import masked_loss
 from megavl.parallel import cpu_runtime
 from megavl.train.feed import MicroBatch, StepData
 from megavl.train.optimizer import without_vision
@@ -89,11 +90,14 @@ def train_step(
             loss_tokens if reports_loss else 0,
             data.images if reports_images else 0,
             float(stop_flag),
+            float(data.modality == "multimodal"),
         ],
         dtype=torch.float64,
         device=cpu_runtime.device(),
     )
     dist.all_reduce(totals)
+    multimodal = int(totals[4])
+    assert multimodal in (0, dist.get_world_size()), f"{multimodal} ranks ran a multimodal step, the others a text one"
     loss = float(totals[0]) / max(1.0, float(totals[1]))
     updated, grad_norm = False, None
     if torch.isfinite(totals[0]):
@@ -118,11 +122,4 @@ def _forward(data: Iterator[MicroBatch], model: DistributedDataParallel) -> tupl
         labels=batch.labels if mpu.is_pipeline_last_stage() else None,
         anchor=batch.anchor and model.ddp_config.overlap_grad_reduce,
     )
-    return out, partial(_loss, batch.loss_mask)
-
-
-def _loss(mask: torch.Tensor, per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    total = (per_token.view(-1).float() * mask).sum()
-    tokens = mask.sum()
-    # megatron-core scales the loss in place later, so the report is a copy.
-    return total, tokens.to(torch.int), {"loss": torch.stack([total.detach().clone(), tokens])}
+    return out, partial(masked_loss, batch.loss_mask)

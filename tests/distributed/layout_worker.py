@@ -22,6 +22,7 @@ from megavl.parallel import broadcast, groups
 from megavl.planner.layout import layout_string
 from megavl.train.feed import next_step
 from megavl.train.optimizer import build_optimizer, wrap_model
+from megavl.train.state import load_model, restore_state, save_state
 from megavl.train.step import forward_backward, prepare, train_step
 from tests.distributed.gather import complete_gradients, gather
 from tests.distributed.synthetic import SyntheticSteps
@@ -31,7 +32,11 @@ BATCH = 4
 
 
 def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
-    """Losses, norms and gathered gradients of one layout, saved by its rank 0."""
+    """Losses, norms and gathered gradients of one layout, saved by its rank 0.
+
+    Three steps follow, then the state is saved. `case["resume"]` names the case whose saved state, under another
+    layout, is loaded into a fresh model and optimizer for two more steps.
+    """
     parallel = ParallelConfig(
         tensor=case["tp"],
         pipeline=case["pp"],
@@ -43,25 +48,10 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
     )
     position = groups.start(parallel, seed=1)
     config = load_model_config("tiny-hybrid")
-    recompute = RecomputeConfig(**case.get("recompute", {}))
-    layout = case.get("layout") or _even(config.llm.num_layers, case["pp"])
-    model = wrap_model(
-        build_model(
-            config,
-            parallel=parallel,
-            recompute=recompute,
-            layout=layout_string(tuple(layout)),
-            dtype=torch.float32,
-            train=TRAINABLE_PARTS,
-            seed=1,
-        ),
-        parallel=parallel,
-    )
-    prepare(model)
-    optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-4), bf16=False)
+    model, optimizer = _build(case, parallel=parallel)
     store = CheckpointStore(checkpoint.parent)
-    loaded = store.load(checkpoint, {"model": model.module.sharded_state_dict(prefix="model.")}, strict=False)
-    model.module.load_state_dict({k.removeprefix("model."): v for k, v in loaded["model"].items()})
+    weights = {"model": model.module.sharded_state_dict(prefix="model.")}
+    load_model(model, store.load(checkpoint, weights, strict=False, convert_dtype=True)["model"])
     optimizer.reload_model_params()
 
     def source(modality: str) -> SyntheticSteps | None:
@@ -94,9 +84,34 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
     result["losses"] = [step.loss for step in steps]
     result["norms"] = [step.grad_norm for step in steps]
     result["loss tokens"] = [step.loss_tokens for step in steps]
+    states = CheckpointStore(out / f"state of {case['name']}")
+    states.save(3, state=save_state(model, optimizer), content={}, files={})
+    if "resume" in case:
+        model, optimizer = _build(case, parallel=parallel)
+        path = out / f"state of {case['resume']}" / "iter_0000003"
+        restore_state(model, optimizer, lambda state: states.load(path, state))
+    more = [train_step(model, optimizer, next_step(source(m), 3), stop_flag=False) for m in ("text", "multimodal")]
+    result["resumed"] = [value for step in more for value in (step.loss, step.grad_norm)]
     if position.rank == 0:
         torch.save(result, out / f"{case['name']}.pt")
     groups.stop()
+
+
+def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[Any, Any]:
+    config, bf16 = load_model_config("tiny-hybrid"), case.get("bf16", False)
+    layout = case.get("layout") or _even(config.llm.num_layers, case["pp"])
+    stage = build_model(
+        config,
+        parallel=parallel,
+        recompute=RecomputeConfig(**case.get("recompute", {})),
+        layout=layout_string(tuple(layout)),
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        train=tuple(case.get("train", TRAINABLE_PARTS)),
+        seed=1,
+    )
+    model = wrap_model(stage, parallel=parallel)
+    prepare(model)
+    return model, build_optimizer(model, optimizer=OptimizerConfig(lr=1e-4), bf16=bf16)
 
 
 def _vision(model: torch.nn.Module) -> list[torch.Tensor]:

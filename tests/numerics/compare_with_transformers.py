@@ -25,6 +25,7 @@ from megavl.generate.prompt import encode_prompt, prompt_pieces, read_canvases
 from megavl.main.open_model import find_model, loaded
 from megavl.model.attention import segments
 
+TOLERANCE = 1e-5
 QUESTIONS = 8
 """Questions compared, one prompt each."""
 
@@ -38,12 +39,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # fp32 on the same processor for both, whatever the machine has.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         report = compare(arguments.checkpoint, arguments.folder, task=arguments.task)
     except MegaVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     arguments.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    if report["max_rel_diff"] > TOLERANCE:
+        print(f"error: logits differ by {report['max_rel_diff']:.2e}, more than {TOLERANCE:.0e}", file=sys.stderr)
+        return 1
     print(f"{report['class']}: {report['prompts']} prompts, logits differ by at most {report['max_rel_diff']:.2e}")
     return 0
 
