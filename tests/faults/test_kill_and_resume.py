@@ -15,7 +15,8 @@ import pytest
 
 from tests.tiny_run import ROOT, environment, metrics, run_training, train_command
 
-LAYOUT = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence_parallel=false", "parallel.layout=[1,3]")
+LAYOUT = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence_parallel=true", "parallel.layout=auto")
+OTHER = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence_parallel=false", "parallel.layout=[1,3]")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +54,38 @@ def test_signal_saves_and_another_layout_goes_on(
     assert (status["code"], status["resumable"]) == (75, True), status
     stopped = metrics(tmp_path)[-1]["step"]
     assert 4 <= stopped < 8
-    layout = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.layout=auto", "parallel.sequence_parallel=true")
-    done = run_training(dataset, tmp_path, *layout, processes=2)
+    done = run_training(dataset, tmp_path, *OTHER, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming after step {stopped}" in done.stdout
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 9))
     error = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, reference, strict=True))
-    report_table(f"loss after resuming pp2 as tp2+sp: largest relative difference {error:.1e} (tolerance 1e-5)")
+    report_table(f"loss after resuming tp2+sp as pp2: largest relative difference {error:.1e} (tolerance 1e-5)")
     assert error <= 1e-5
+
+
+def test_lost_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) -> None:
+    command = train_command(dataset, tmp_path, *LAYOUT, processes=2)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(process, tmp_path, 2)
+    workers = [c for c in psutil.Process(process.pid).children() if "RANK" in c.environ()]
+    next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
+    killed = time.monotonic()
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and time.monotonic() - killed < 30
+    status = json.loads((tmp_path / "exit_status.json").read_text())
+    assert (status["code"], status["rank"], status["resumable"]) == (7, 0, True), status
+    assert "lost a peer at step" in status["reason"] and "Traceback" not in printed.partition("error: ")[0], printed
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
+    """Until that many steps are logged."""
+    deadline = time.monotonic() + 180
+    while len(metrics(run)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
 
 
 def interrupt(dataset: Path, run: Path, number: signal.Signals, *, after: int) -> None:
@@ -70,10 +94,7 @@ def interrupt(dataset: Path, run: Path, number: signal.Signals, *, after: int) -
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 180
-    while len(metrics(run)) < after:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.02)
+    wait_for_steps(process, run, after)
     victims = [process.pid]
     if number == signal.SIGKILL:
         victims += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]

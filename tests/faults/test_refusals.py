@@ -1,4 +1,4 @@
-"""What `megavl train` says to a wrong recipe, wrong data or missing weights: one message, an exit code, no traceback."""
+"""What `megavl train` says to a wrong recipe, data or weights: one message, an exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ def refuse(dataset: Path, run: Path, *overrides: str) -> tuple[int, str]:
 def test_recipe(dataset: Path, tmp_path: Path, override: str, words: list[str]) -> None:
     code, message = refuse(dataset, tmp_path / "run", override)
     assert code == 2 and all(word in message for word in words), message
+
+
+def test_used_run_directory(dataset: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "exit_status.json"
+    stale.write_text('{"code": 0, "reason": "finished", "rank": 0, "step": 9, "resumable": false}')
+    code, message = refuse(dataset, tmp_path, "parallel.pipeline=2")
+    assert code == 2 and "no multiple" in message
+    assert json.loads(stale.read_text())["code"] == 2
 
 
 def test_data(dataset: Path, tmp_path: Path) -> None:
