@@ -37,6 +37,7 @@ def submit(cluster: Any, corpus: Path, run_dir: Path, *overrides: str, **setting
     extra = [
         f"training.steps={STEPS}",
         "training.global_batch_size=2",
+        "data.seq_length=256",
         "checkpoint.interval=1000",
         "checkpoint.allow_random_init=true",
         "checkpoint.init=null",
