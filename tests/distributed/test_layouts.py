@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.load import load_model_config
 from tests.distributed.synthetic import random_weights
+from tests.tiny_run import free_port
 
 TOLERANCE = 1e-5
 
@@ -57,8 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     root = tmp_path_factory.mktemp("layouts")
     config = load_model_config("tiny-hybrid")
     checkpoint = write_model_checkpoint(root / "weights", config=config, tensors=random_weights(config), files={})
-    ports = _free_ports(len(CASES))
-    plan = {"checkpoint": str(checkpoint), "cases": [{**case, "port": port} for case, port in zip(CASES, ports)]}
+    plan = {"checkpoint": str(checkpoint), "cases": [{**case, "port": free_port()} for case in CASES]}
     (root / "cases.json").write_text(json.dumps(plan))
     script = Path(__file__).with_name("layout_worker.py")
     repository = Path(__file__).parents[2]
@@ -127,14 +126,3 @@ def _tensor_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     if scale == 0:
         return float(found.abs().max())
     return float((found - reference).abs().max() / scale)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()

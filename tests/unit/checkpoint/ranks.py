@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.tiny_run import free_port
 
 _PRELOAD = ["megavl.checkpoint.store", "megavl.checkpoint.writer", "tests.unit.checkpoint.states"]
 _LIMIT_S = 60.0
@@ -30,11 +32,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, fault: 
     """Call `function(*args)` on every rank of a fresh gloo group; it returns something JSON can hold."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    outbox = Path(args[0]).parent / f"outbox-{port}"
-    outbox.mkdir(parents=True)
+    port = free_port()
+    outbox = Path(tempfile.mkdtemp(prefix="outbox-", dir=Path(args[0]).parent))
     processes = [
         context.Process(target=_rank_main, args=(function, rank, world_size, port, str(outbox), args, fault))
         for rank in range(world_size)
