@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+from functools import partial
 from typing import NoReturn
 
 from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError
@@ -29,11 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     # A wrong recipe is refused before torch and megatron-core are imported, which takes seconds.
     from megavl.parallel.groups import rank_from_env
     from megavl.train.loop import train
+    from megavl.train.watcher import Watcher
 
     rank = rank_from_env()
     status = ExitStatus(recipe.run.dir, rank=rank)
     if rank == 0:
         status.clear()
+    watcher = Watcher(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status))
+    watcher.start()
     try:
         code = train(recipe, status=status)
     except MegaVLError as error:
@@ -49,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except Exception as error:
         _leave_with_traceback(status, error)
+    watcher.stop()
     if rank == 0:
         status.write(code, "pre-empted and saved" if code == EXIT_PREEMPTED else "finished")
     return code

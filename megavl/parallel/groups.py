@@ -16,6 +16,9 @@ from megavl.config.errors import PeerError, UsageError
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import cpu_runtime
 
+_ABORT_LATER_S = 60
+"""Added to NCCL's own timeout, seconds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
@@ -83,7 +86,8 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         _take_device()
-    timeout = datetime.timedelta(seconds=parallel.timeout_s)
+    # NCCL aborts the process when its time is up; the watcher of a training run is earlier and says why.
+    timeout = datetime.timedelta(seconds=parallel.timeout_s + (_ABORT_LATER_S if on_cuda else 0))
     try:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=world, timeout=timeout)
@@ -101,7 +105,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)),
+        distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return position()

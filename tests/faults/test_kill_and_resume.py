@@ -80,6 +80,24 @@ def test_lost_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) -> No
     assert "lost a peer at step" in status["reason"] and "Traceback" not in printed.partition("error: ")[0], printed
 
 
+@pytest.mark.slow
+def test_stopped_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) -> None:
+    command = train_command(dataset, tmp_path, *LAYOUT, "parallel.timeout_s=10", processes=2)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(process, tmp_path, 2)
+    workers = [c for c in psutil.Process(process.pid).children() if "RANK" in c.environ()]
+    next(worker for worker in workers if worker.environ()["RANK"] == "1").suspend()
+    stopped = time.monotonic()
+    while not (tmp_path / "exit_status.json").exists():
+        assert time.monotonic() - stopped < 20, "the other rank waits for ever"
+        time.sleep(0.1)
+    process.communicate(timeout=120)
+    status = json.loads((tmp_path / "exit_status.json").read_text())
+    assert (status["code"], status["rank"], status["resumable"]) == (7, 0, True), status
+
+
 def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
     """Until that many steps are logged."""
     deadline = time.monotonic() + 180
