@@ -33,13 +33,18 @@ class ParallelConfig:
     tensor: Positive = 1
     """Tensor-parallel ranks."""
     pipeline: Positive = 1
-    """Pipeline stages."""
+    """Pipeline ranks."""
+    virtual_pipeline: Positive = 1
+    """Stages per pipeline rank; above 1 the interleaved schedule runs, which needs pipeline > 1."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence; needs tensor > 1."""
     layout: Literal["auto"] | tuple[NonNegative, ...] = "auto"
-    """Decoder layers per pipeline stage, or `auto`: balanced by the planner, the vision encoders counted."""
-    vision: Literal["recompute"] = "recompute"
-    """Where the encoders run: repeated on every tensor-parallel rank of the first stage (paper, section 3.3)."""
+    """Decoder layers per pipeline stage, or `auto`: balanced by the planner, the vision encoders counted.
+    Stage i lies on pipeline rank i % pipeline."""
+    vision: Literal["recompute", "split_tp", "split_all"] = "recompute"
+    """Where the encoders run. `recompute`: repeated on every tensor-parallel rank of the first stage (paper, section
+    3.3). `split_tp`: each of these ranks encodes a share of a micro-batch's images. `split_all`: before the pipeline
+    starts, all tensor x pipeline ranks encode equal shares of the step's images."""
     overlap_grad_reduce: bool = True
     """Reduce gradients bucket by bucket during the backward pass."""
     overlap_param_gather: bool = True
@@ -217,6 +222,11 @@ class Recipe:
         """Groups of parameters that this run trains."""
         return TRAINABLE_BY_STAGE[self.training.stage] if self.training.train is None else self.training.train
 
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, virtual ones counted."""
+        return self.parallel.pipeline * self.parallel.virtual_pipeline
+
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel ranks in a world of `world_size` processes; checks everything that depends on it."""
         model_ranks = self.parallel.tensor * self.parallel.pipeline
@@ -231,6 +241,13 @@ class Recipe:
             raise UsageError(
                 f"training.global_batch_size: {self.training.global_batch_size} is no multiple of "
                 f"data-parallel ranks {ranks} x training.micro_batch_size {self.training.micro_batch_size} = {window}"
+            )
+        batches, pipeline = self.training.global_batch_size // window, self.parallel.pipeline
+        if self.parallel.virtual_pipeline > 1 and batches % pipeline:
+            raise UsageError(
+                f"parallel.virtual_pipeline: {batches} micro-batches a step are no multiple of parallel.pipeline "
+                f"{pipeline}, which the interleaved schedule needs; use training.global_batch_size "
+                f"{-(-batches // pipeline) * pipeline * window} or parallel.virtual_pipeline 1"
             )
         return ranks
 
@@ -249,11 +266,22 @@ def _check_parallel(recipe: Recipe) -> None:
         raise UsageError(
             "parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce, which is false; set both or none"
         )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UsageError(
+            f"parallel.virtual_pipeline: {parallel.virtual_pipeline} needs parallel.pipeline > 1, which is 1; use 1"
+        )
+    ranks = {"recompute": 2, "split_tp": parallel.tensor, "split_all": parallel.tensor * parallel.pipeline}
+    if ranks[parallel.vision] == 1:
+        needed = "parallel.tensor" if parallel.vision == "split_tp" else "parallel.tensor x parallel.pipeline"
+        raise UsageError(
+            f"parallel.vision: {parallel.vision} splits images over {needed} ranks, which is 1; use recompute"
+        )
     if parallel.layout != "auto":
-        if len(parallel.layout) != parallel.pipeline:
+        if len(parallel.layout) != recipe.stages:
             raise UsageError(
                 f"parallel.layout: {list(parallel.layout)} names {len(parallel.layout)} stages, but "
-                f"parallel.pipeline is {parallel.pipeline}; give one entry per stage"
+                f"parallel.pipeline {parallel.pipeline} x parallel.virtual_pipeline {parallel.virtual_pipeline} is "
+                f"{recipe.stages}; give one entry per stage"
             )
         if sum(parallel.layout) != llm.num_layers:
             raise UsageError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state as mpu
+from torch import nn
 
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig, RecomputeConfig
 from megavl.model.decoder import transformer_config
 from megavl.model.trainable import freeze, part_of
+from megavl.model.vision import VisionTowers
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import cpu_runtime
 
@@ -23,7 +25,24 @@ def build_model(
     train: tuple[str, ...],
     seed: int,
 ) -> DeepseekVL:
-    """This rank's stage, on its device, with random weights and the frozen groups marked.
+    """`build_stages` for a pipeline rank that has one stage."""
+    (stage,) = build_stages(
+        model, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype, train=train, seed=seed
+    )
+    return stage
+
+
+def build_stages(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    layout: str | None,
+    dtype: torch.dtype,
+    train: tuple[str, ...],
+    seed: int,
+) -> list[DeepseekVL]:
+    """This rank's stages, on its device, with random weights and the frozen groups marked.
 
     Args:
         model: sizes.
@@ -36,21 +55,42 @@ def build_model(
     """
     config = transformer_config(model.llm, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
-        # Another seed for every stage: layers of two inner stages would otherwise start equal.
-        torch.manual_seed(seed + 1000 * mpu.get_pipeline_model_parallel_rank())
-        stage = DeepseekVL(
-            config,
-            model,
-            pre_process=mpu.is_pipeline_first_stage(),
-            post_process=mpu.is_pipeline_last_stage(),
-            recompute_vision=recompute.vision,
-        )
-    for parameter in stage.parameters():
+        stages = []
+        for index in range(parallel.virtual_pipeline):
+            # Another seed for every stage: layers of two inner stages would otherwise start equal.
+            place = index * mpu.get_pipeline_model_parallel_world_size() + mpu.get_pipeline_model_parallel_rank()
+            torch.manual_seed(seed + 1000 * place)
+            stages.append(
+                DeepseekVL(
+                    config,
+                    model,
+                    pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=index),
+                    post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=index),
+                    recompute_vision=recompute.vision,
+                    placement=parallel.vision,
+                    vp_stage=index if parallel.virtual_pipeline > 1 else None,
+                )
+            )
+    for stage in stages:
+        settle(stage, dtype=dtype)
+        freeze(stage, train=train)
+    return stages
+
+
+def build_towers(model: ModelConfig, *, dtype: torch.dtype, train: tuple[str, ...]) -> VisionTowers:
+    """The vision towers alone on this rank's device, without meaningful weights, the frozen groups marked."""
+    towers = VisionTowers(model)
+    settle(towers, dtype=dtype)
+    freeze(towers, train=train, prefix="vision.")
+    return towers
+
+
+def settle(module: nn.Module, *, dtype: torch.dtype) -> None:
+    """Move a module to this rank's device and its weights to a type; buffers keep theirs."""
+    for parameter in module.parameters():
         parameter.data = parameter.data.to(device=cpu_runtime.device(), dtype=dtype)
-    for buffer in stage.buffers():
+    for buffer in module.buffers():
         buffer.data = buffer.data.to(device=cpu_runtime.device())
-    freeze(stage, train=train)
-    return stage
 
 
 def count_parameters_on_meta(model: ModelConfig) -> dict[str, int]:

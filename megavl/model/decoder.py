@@ -78,7 +78,9 @@ def transformer_config(
         # Text and image batches differ widely in their number of loss tokens.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
+        # With two pipeline ranks and virtual stages, batched transfers are matched in the wrong order, silently.
         batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
         recompute_granularity=None if recompute.granularity == "none" else recompute.granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=recompute.num_layers if full else None,
@@ -86,7 +88,9 @@ def transformer_config(
     )
 
 
-def build_decoder(config: TransformerConfig, llm: DecoderConfig, *, pre_process: bool, post_process: bool) -> GPTModel:
+def build_decoder(
+    config: TransformerConfig, llm: DecoderConfig, *, pre_process: bool, post_process: bool, vp_stage: int | None
+) -> GPTModel:
     """Embedding, decoder layers and head of this pipeline stage.
 
     Args:
@@ -94,10 +98,11 @@ def build_decoder(config: TransformerConfig, llm: DecoderConfig, *, pre_process:
         llm: sizes.
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the head.
+        vp_stage: number among the stages of this pipeline rank; None without virtual stages.
     """
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config),
+        transformer_layer_spec=_block_spec(config, vp_stage=vp_stage),
         vocab_size=llm.vocab_size,
         max_sequence_length=llm.max_position_embeddings,
         pre_process=pre_process,
@@ -107,11 +112,12 @@ def build_decoder(config: TransformerConfig, llm: DecoderConfig, *, pre_process:
         rotary_base=int(llm.rope_theta),
         # The first stage scatters after the images are in place.
         scatter_embedding_sequence_parallel=False,
+        vp_stage=vp_stage,
     )
     return model
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
     """A full block spec: given only a layer spec, megatron-core picks the final norm by what is installed."""
     layer: ModuleSpec
     if use_transformer_engine():
@@ -121,4 +127,4 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
         layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

@@ -42,13 +42,18 @@ def is_vision(name: str) -> bool:
     return name.startswith("vision.")
 
 
-def freeze(model: nn.Module, *, train: Collection[str]) -> None:
+def freeze(model: nn.Module, *, train: Collection[str], prefix: str = "") -> None:
     """Let only the groups in `train` want gradients; must run before gradient buffers are made.
 
     Vision weights are replicated over tensor-parallel ranks. Their gradients are equal there by construction; averaging
     them keeps replicas from drifting apart where kernels are not deterministic.
+
+    Args:
+        model: whole stage, or a part of one.
+        train: groups that want gradients.
+        prefix: flat name of the part, with its dot.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(prefix=prefix.removesuffix(".")):
         parameter.requires_grad_(part_of(name) in train)
         if is_vision(name):
             parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]

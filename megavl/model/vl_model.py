@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavl.config.model import ModelConfig
 from megavl.model.attention import Segments
 from megavl.model.decoder import build_decoder
-from megavl.model.first_stage import VisionEncoder, embed
+from megavl.model.first_stage import embed
+from megavl.model.image_placement import PLACEMENTS
+from megavl.model.vision import Features, VisionEncoder
 
 
 class DeepseekVL(MegatronModule):
@@ -27,12 +29,17 @@ class DeepseekVL(MegatronModule):
         pre_process: bool,
         post_process: bool,
         recompute_vision: bool = False,
+        placement: str = "recompute",
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, None
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.placement = PLACEMENTS[placement]
         self.image_token_id = model.image_token_id
         self.vision = VisionEncoder(model, recompute=recompute_vision) if pre_process else None
-        self.language_model = build_decoder(config, model.llm, pre_process=pre_process, post_process=post_process)
+        self.language_model = build_decoder(
+            config, model.llm, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
         # Read by megatron-core's schedules and gradient finalisation.
         self.model_type = self.language_model.model_type
         self.share_embeddings_and_output_weights = False
@@ -49,7 +56,7 @@ class DeepseekVL(MegatronModule):
         self,
         *,
         tokens: torch.Tensor,
-        images: torch.Tensor,
+        images: torch.Tensor | Features,
         packed: Segments | None,
         labels: torch.Tensor | None = None,
         anchor: bool = False,
@@ -59,7 +66,7 @@ class DeepseekVL(MegatronModule):
 
         Args:
             tokens: int64 (1, T).
-            images: uint8 (I, 3, C, C); read on the first stage only.
+            images: what the placement takes, e.g. uint8 (I, 3, C, C); read on the first stage only.
             packed: segment borders over T; None with a cache.
             labels: int64 (1, T); read on the last stage only.
             anchor: see `first_stage.embed`.
@@ -76,6 +83,7 @@ class DeepseekVL(MegatronModule):
                 embedding=self.language_model.embedding,
                 tokens=tokens,
                 images=images,
+                placement=self.placement,
                 image_token_id=self.image_token_id,
                 anchor=anchor,
                 sequence_parallel=self.config.sequence_parallel,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavl.parallel import cpu_runtime
+from megavl.parallel.images import exchange_images, shares
 
 
 def is_source() -> bool:
@@ -43,6 +44,19 @@ def share_with_first_stage(tensor: torch.Tensor | None, *, shape: tuple[int, ...
         return torch.empty((0, *shape[1:]), dtype=dtype, device=cpu_runtime.device())
     src, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
     return _share(tensor, shape, dtype, src=src, group=group)
+
+
+def scatter_images(tensor: torch.Tensor | None, *, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Cut the first axis of a tensor of the source into one share for each rank of its model-parallel group."""
+    group, device = mpu.get_model_parallel_group(), cpu_runtime.device()
+    send = [len(part) for part in shares(shape[0], ranks=group.size())]
+    receive = [0] * group.size()
+    receive[dist.get_group_rank(group, mpu.get_model_parallel_src_rank())] = send[group.rank()]
+    if tensor is None:
+        tensor, send = torch.empty((0, *shape[1:]), dtype=dtype), [0] * group.size()
+    else:
+        assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{tensor.shape} {tensor.dtype}, not {shape}"
+    return exchange_images(tensor.to(device, non_blocking=True), send=send, receive=receive, group=group)
 
 
 def _share(

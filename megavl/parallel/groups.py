@@ -105,6 +105,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -15,6 +15,7 @@ from megavl.config.errors import DataError
 from megavl.data.batch import Batch, Modality
 from megavl.model.attention import Segments, segments
 from megavl.model.decoder import use_transformer_engine
+from megavl.model.vision import Features
 from megavl.parallel import broadcast, cpu_runtime
 
 
@@ -36,8 +37,9 @@ class MicroBatch:
     loss_mask: torch.Tensor
     """float32 (T,)."""
     packed: Segments
-    images: torch.Tensor
-    """uint8 (I, 3, C, C); empty on inner and last stages."""
+    images: torch.Tensor | Features
+    """uint8 (I, 3, C, C), empty on inner and last stages; under `split_all` features of the towers, filled in when all
+    ranks have encoded their shares."""
     anchor: bool
     """Last micro-batch of the step: gradient reduction starts there, so every gradient must exist."""
 
@@ -50,6 +52,10 @@ class StepData:
     micro_batches: tuple[MicroBatch, ...]
     images: int
     """Images of this data-parallel rank's share, all micro-batches."""
+    image_counts: tuple[int, ...]
+    """Images of each micro-batch."""
+    own_images: torch.Tensor | None
+    """Under `split_all`, the share of these that this rank encodes: uint8 (I, 3, C, C)."""
     sample_ids: tuple[int, ...]
     bad_samples: tuple[str, ...]
 
@@ -64,12 +70,13 @@ class _Header:
     bad_samples: tuple[str, ...]
 
 
-def next_step(source: StepSource | None, step: int) -> StepData:
+def next_step(source: StepSource | None, step: int, *, split_all: bool = False) -> StepData:
     """Load a step on the source rank and share it.
 
     Args:
         source: on the rank for which `broadcast.is_source()` holds; None elsewhere.
         step: 0 for the first.
+        split_all: give every rank its share of the step's images, instead of all to the first stage.
 
     Raises:
         DataError: loading failed; the same on every rank of the model-parallel group.
@@ -96,7 +103,12 @@ def next_step(source: StepSource | None, step: int) -> StepData:
     words = broadcast.share_tensor(words, shape=(count, 2, length), dtype=torch.int64)
     masks = broadcast.share_tensor(masks, shape=(count, length), dtype=torch.float32)
     shape = (sum(header.image_counts), 3, header.canvas, header.canvas)
-    images = broadcast.share_with_first_stage(images, shape=shape, dtype=torch.uint8)
+    own = None
+    if split_all:
+        own = broadcast.scatter_images(images, shape=shape, dtype=torch.uint8)
+        images = own[:0]
+    else:
+        images = broadcast.share_with_first_stage(images, shape=shape, dtype=torch.uint8)
     counts = header.image_counts if images.shape[0] else (0,) * count
     pieces = images.split(list(counts)) if images.shape[0] else (images,) * count
     return StepData(
@@ -105,6 +117,8 @@ def next_step(source: StepSource | None, step: int) -> StepData:
             _micro_batch(words[i], masks[i], pieces[i], header.borders[i], anchor=i == count - 1) for i in range(count)
         ),
         images=sum(header.image_counts),
+        image_counts=header.image_counts,
+        own_images=own,
         sample_ids=header.sample_ids,
         bad_samples=header.bad_samples,
     )

@@ -19,7 +19,6 @@ from megavl.config.recipe import Recipe
 from megavl.data.dataset import Dataset, open_dataset
 from megavl.data.loader import StepLoader
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
-from megavl.model.build import build_model
 from megavl.parallel import broadcast, groups
 from megavl.parallel.groups import Position
 from megavl.planner.cost import mfu, step_flops
@@ -28,11 +27,12 @@ from megavl.planner.layout import layout_string, resolve_layout
 from megavl.train.exit_status import ExitStatus
 from megavl.train.feed import next_step
 from megavl.train.metrics import MetricsLog
-from megavl.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from megavl.train.optimizer import build_optimizer, set_learning_rate
+from megavl.train.rank_model import build_rank_model
 from megavl.train.schedule import learning_rate
 from megavl.train.signals import StopFlag
 from megavl.train.state import Progress, RunState
-from megavl.train.step import StepResult, prepare, train_step
+from megavl.train.step import StepResult, train_step
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -90,7 +90,7 @@ def _run_steps(
             began = time.perf_counter()
             step = progress.step + 1
             status.step, status.section = step, "loading data"
-            data = next_step(source, progress.step)
+            data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
             rate = learning_rate(optimizer, step=step, steps=training.steps)
             set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
             status.section = "training"
@@ -155,7 +155,7 @@ def _open_data(recipe: Recipe) -> tuple[Tokenizer, Dataset]:
 
 def _build_state(recipe: Recipe, *, dataset: Dataset, tokenizer: Tokenizer) -> RunState:
     training = recipe.training
-    stage = build_model(
+    model = build_rank_model(
         recipe.model,
         parallel=recipe.parallel,
         recompute=recipe.recompute,
@@ -164,8 +164,6 @@ def _build_state(recipe: Recipe, *, dataset: Dataset, tokenizer: Tokenizer) -> R
         train=recipe.trainable_parts,
         seed=training.seed,
     )
-    model = wrap_model(stage, parallel=recipe.parallel)
-    prepare(model)
     optimizer = build_optimizer(model, optimizer=recipe.optimizer, bf16=training.precision == "bf16")
     return RunState(
         recipe,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     ChainedOptimizer,
     OptimizerConfig,
@@ -26,8 +25,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megavl.config import recipe as recipes
 from megavl.config.errors import CheckpointError
-from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import cpu_runtime
+from megavl.train.rank_model import RankModel
 
 VISION_GROUP = "vision"
 """Name of the parameter groups that a text-only step leaves alone."""
@@ -35,27 +34,11 @@ VISION_GROUP = "vision"
 _STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
-def wrap_model(stage: DeepseekVL, *, parallel: recipes.ParallelConfig) -> DistributedDataParallel:
-    """Put the trainable weights into megatron-core's gradient buffers (fp32), sharded over data-parallel ranks."""
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=True,
-        bucket_size=parallel.bucket_size,
-        # These would start megatron-core's rerun machinery; bad steps are handled here.
-        check_for_nan_in_grad=False,
-    )
-    return DistributedDataParallel(config=stage.config, ddp_config=config, module=stage)
-
-
-def build_optimizer(
-    model: DistributedDataParallel, *, optimizer: recipes.OptimizerConfig, bf16: bool
-) -> ChainedOptimizer:
+def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf16: bool) -> ChainedOptimizer:
     """AdamW over this rank's shard of the trainable weights, in named groups.
 
     Args:
-        model: from `wrap_model`.
+        model: this rank's.
         optimizer: hyper-parameters.
         bf16: weights are bf16; the optimizer keeps fp32 master weights.
     """
@@ -70,10 +53,10 @@ def build_optimizer(
         clip_grad=optimizer.clip_grad,
         bf16=bf16,
         use_distributed_optimizer=True,
-        overlap_param_gather=model.ddp_config.overlap_param_gather,
+        overlap_param_gather=model.chunks[0].ddp_config.overlap_param_gather,
     )
     overrides = {**get_standard_config_overrides(config), ParamKey(name="*vision.*"): {"name": VISION_GROUP}}
-    chained = get_megatron_optimizer(config, [model], config_overrides=overrides)
+    chained = get_megatron_optimizer(config, list(model.chunks), config_overrides=overrides)
     if not isinstance(chained, ChainedOptimizer):
         chained = ChainedOptimizer([chained])
     for part in chained.chained_optimizers:

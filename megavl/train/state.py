@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from megavl.checkpoint.reader import resolve
@@ -17,6 +16,7 @@ from megavl.checkpoint.store import CheckpointStore, read_manifest
 from megavl.config.errors import UsageError
 from megavl.config.load import dump_recipe, to_dict
 from megavl.config.recipe import Recipe
+from megavl.train.rank_model import RankModel
 
 FORMAT_VERSION = 1
 
@@ -38,7 +38,7 @@ class RunState:
         self,
         recipe: Recipe,
         *,
-        model: DistributedDataParallel,
+        model: RankModel,
         optimizer: ChainedOptimizer,
         fingerprint: str,
         tokenizer_files: dict[str, Path],
@@ -76,8 +76,8 @@ class RunState:
 
     def start_from(self, init: str) -> None:
         """Take only the weights of another run's checkpoint. Collective."""
-        state = {"model": self.model.module.sharded_state_dict(prefix="model.")}
-        load_model(self.model, self.store.load(resolve(init), state, strict=False, convert_dtype=True)["model"])
+        path = resolve(init)
+        self.model.load_weights(lambda state: self.store.load(path, state, strict=False, convert_dtype=True))
         self.optimizer.reload_model_params()
 
     def _content(self, progress: Progress) -> dict[str, Any]:
@@ -116,31 +116,22 @@ class RunState:
             )
 
 
-def save_state(model: DistributedDataParallel, optimizer: ChainedOptimizer) -> dict[str, Any]:
+def save_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, Any]:
     """Sharded state of weights and optimizer, for `CheckpointStore.save`. Collective."""
-    if model.ddp_config.overlap_param_gather:
-        # Weights updated by the last step may still wait to be gathered.
-        model.start_param_sync(force_sync=True)
-    weights = model.module.sharded_state_dict(prefix="model.")
-    return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=_metadata())}
+    model.gather_weights()
+    weights = model.sharded_weights()
+    return {**weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=_metadata())}
 
 
 def restore_state(
-    model: DistributedDataParallel,
-    optimizer: ChainedOptimizer,
-    load: Callable[[dict[str, Any]], dict[str, Any]],
+    model: RankModel, optimizer: ChainedOptimizer, load: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     """Fill weights and optimizer from what `load` makes of the sharded state that this layout asks for. Collective."""
-    weights = model.module.sharded_state_dict(prefix="model.")
+    weights = model.sharded_weights()
     asked = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-    loaded = load({"model": weights, "optimizer": asked})
-    load_model(model, loaded["model"])
+    loaded = load({**weights, "optimizer": asked})
+    model.fill(loaded)
     optimizer.load_state_dict(loaded["optimizer"])
-
-
-def load_model(model: DistributedDataParallel, weights: dict[str, Any]) -> None:
-    """Fill the stage from loaded weights, whose names start with `model.`."""
-    model.module.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
 
 
 def _metadata() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -21,6 +21,7 @@ from megavl.model.loss import masked_loss
 from megavl.parallel import cpu_runtime
 from megavl.train.feed import MicroBatch, StepData
 from megavl.train.optimizer import without_vision
+from megavl.train.rank_model import RankModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +41,20 @@ class StepResult:
     """Some rank received a pre-emption signal."""
 
 
-def prepare(model: DistributedDataParallel) -> None:
-    """Give megatron-core's schedule its hooks; once, after wrapping."""
-    config = model.config
-    config.no_sync_func = model.no_sync
-    config.finalize_model_grads_func = finalize_model_grads
-    if model.ddp_config.overlap_param_gather:
-        config.param_sync_func = model.start_param_sync
-
-
-def forward_backward(
-    model: DistributedDataParallel, data: StepData, *, forward_only: bool = False
-) -> tuple[float, int]:
+def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = False) -> tuple[float, int]:
     """Run all micro-batches; gradients end up summed, divided by the global number of loss tokens.
 
     Returns:
         This rank's sum of the loss over tokens and their number: zero except on the last stage.
     """
+    if model.encoders is not None:
+        data = model.encoders.encode(data)
     first = data.micro_batches[0]
+    feeds = [iter(data.micro_batches) for _ in model.chunks]
     reports = get_forward_backward_func()(
         forward_step_func=_forward,
-        data_iterator=iter(data.micro_batches),
-        model=[model],
+        data_iterator=feeds if len(feeds) > 1 else feeds[0],
+        model=list(model.chunks),
         num_microbatches=len(data.micro_batches),
         seq_length=first.tokens.shape[1],
         micro_batch_size=1,
@@ -74,11 +67,9 @@ def forward_backward(
     return float(total[0]), int(total[1])
 
 
-def train_step(
-    model: DistributedDataParallel, optimizer: ChainedOptimizer, data: StepData, *, stop_flag: bool
-) -> StepResult:
+def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *, stop_flag: bool) -> StepResult:
     """Forward, backward, reduce, clip, update; a step with a loss or gradient that is not finite changes nothing."""
-    model.zero_grad_buffer()
+    model.zero_grad()
     optimizer.zero_grad()
     loss_sum, loss_tokens = forward_backward(model, data)
     # One replica of the last stage reports the loss and one rank of the first stage the images of each data rank.
@@ -113,13 +104,13 @@ def train_step(
     )
 
 
-def _forward(data: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
+def _forward(data: Iterator[MicroBatch], stage: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
     batch = next(data)
-    out = model(
+    out = stage(
         tokens=batch.tokens,
         images=batch.images,
         packed=batch.packed,
-        labels=batch.labels if mpu.is_pipeline_last_stage() else None,
-        anchor=batch.anchor and model.ddp_config.overlap_grad_reduce,
+        labels=batch.labels if stage.module.post_process else None,
+        anchor=batch.anchor and stage.ddp_config.overlap_grad_reduce,
     )
     return out, partial(masked_loss, batch.loss_mask)

@@ -9,28 +9,29 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.distributed import DistributedDataParallel
+
+from megavl.train.rank_model import RankModel
 
 
-def complete_gradients(model: DistributedDataParallel) -> None:
+def complete_gradients(model: RankModel) -> None:
     """After a reduce-scatter each data-parallel rank holds its share of a bucket; fetch the others."""
-    for buffer in model.buffers:
+    for buffer in (buffer for chunk in model.chunks for buffer in chunk.buffers):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
-def gather(model: DistributedDataParallel, *, what: str) -> dict[str, torch.Tensor] | None:
+def gather(model: RankModel, *, what: str) -> dict[str, torch.Tensor] | None:
     """Global tensors on rank 0, None elsewhere.
 
     Args:
-        model: wrapped stage.
+        model: this rank's.
         what: `grad` for gradients (zeros where a weight is frozen), `weight` for weights.
     """
-    state = model.module.sharded_state_dict(prefix="")
+    state: Any = {str(i): chunk.module.sharded_state_dict(prefix="") for i, chunk in enumerate(model.chunks)}
     state, _ = extract_sharded_tensors_and_factories(state)
-    by_storage = {p.data_ptr(): p for p in model.module.parameters()}
+    by_storage = {p.data_ptr(): p for chunk in model.chunks for p in chunk.module.parameters()}
     for item in nested_values(state):
         parameter = by_storage[item.data.data_ptr()]
         if what == "grad":

@@ -17,13 +17,13 @@ import torch
 from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
-from megavl.model.build import build_model
 from megavl.parallel import broadcast, groups
 from megavl.planner.layout import layout_string
-from megavl.train.feed import next_step
-from megavl.train.optimizer import build_optimizer, wrap_model
-from megavl.train.state import load_model, restore_state, save_state
-from megavl.train.step import forward_backward, prepare, train_step
+from megavl.train.feed import StepData, next_step
+from megavl.train.optimizer import build_optimizer
+from megavl.train.rank_model import RankModel, build_rank_model
+from megavl.train.state import restore_state, save_state
+from megavl.train.step import forward_backward, train_step
 from tests.distributed.gather import complete_gradients, gather
 from tests.distributed.synthetic import SyntheticSteps
 
@@ -40,8 +40,10 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
     parallel = ParallelConfig(
         tensor=case["tp"],
         pipeline=case["pp"],
+        virtual_pipeline=case.get("vpp", 1),
         sequence_parallel=case.get("sp", False),
         layout=tuple(case.get("layout", "auto")) if "layout" in case else "auto",
+        vision=case.get("vision", "recompute"),
         # Small buckets, so that every overlap path is taken and buckets end in padding.
         bucket_size=case.get("bucket_size", 20_000),
         timeout_s=120,
@@ -50,8 +52,7 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
     config = load_model_config("tiny-hybrid")
     model, optimizer = _build(case, parallel=parallel)
     store = CheckpointStore(checkpoint.parent)
-    weights = {"model": model.module.sharded_state_dict(prefix="model.")}
-    load_model(model, store.load(checkpoint, weights, strict=False, convert_dtype=True)["model"])
+    model.load_weights(lambda state: store.load(checkpoint, state, strict=False, convert_dtype=True))
     optimizer.reload_model_params()
 
     def source(modality: str) -> SyntheticSteps | None:
@@ -67,20 +68,21 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
             dp_size=position.dp_size,
         )
 
+    def step_data(modality: str, step: int) -> StepData:
+        return next_step(source(modality), step, split_all=parallel.vision == "split_all")
+
     result: dict[str, Any] = {}
     for modality in ("text", "multimodal"):
-        model.zero_grad_buffer()
+        model.zero_grad()
         optimizer.zero_grad()
-        forward_backward(model, next_step(source(modality), 0))
+        forward_backward(model, step_data(modality, 0))
         complete_gradients(model)
         result[f"{modality} gradients"] = gather(model, what="grad")
-    steps = [train_step(model, optimizer, next_step(source("multimodal"), 0), stop_flag=False)]
+    steps = [train_step(model, optimizer, step_data("multimodal", 0), stop_flag=False)]
     before = _vision(model)
-    steps.append(train_step(model, optimizer, next_step(source("text"), 1), stop_flag=False))
-    if model.ddp_config.overlap_param_gather:
-        model.start_param_sync(force_sync=True)
+    steps.append(train_step(model, optimizer, step_data("text", 1), stop_flag=False))
     result["vision untouched"] = all(torch.equal(a, b) for a, b in zip(before, _vision(model)))
-    steps.append(train_step(model, optimizer, next_step(source("multimodal"), 2), stop_flag=False))
+    steps.append(train_step(model, optimizer, step_data("multimodal", 2), stop_flag=False))
     result["losses"] = [step.loss for step in steps]
     result["norms"] = [step.grad_norm for step in steps]
     result["loss tokens"] = [step.loss_tokens for step in steps]
@@ -90,7 +92,7 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
         model, optimizer = _build(case, parallel=parallel)
         path = out / f"state of {case['resume']}" / "iter_0000003"
         restore_state(model, optimizer, lambda state: states.load(path, state))
-    more = [train_step(model, optimizer, next_step(source(m), 3), stop_flag=False) for m in ("text", "multimodal")]
+    more = [train_step(model, optimizer, step_data(m, 3), stop_flag=False) for m in ("text", "multimodal")]
     result["resumed"] = [value for step in more for value in (step.loss, step.grad_norm)]
     if position.rank == 0:
         torch.save(result, out / f"{case['name']}.pt")
@@ -99,8 +101,8 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
 
 def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[Any, Any]:
     config, bf16 = load_model_config("tiny-hybrid"), case.get("bf16", False)
-    layout = case.get("layout") or _even(config.llm.num_layers, case["pp"])
-    stage = build_model(
+    layout = case.get("layout") or _even(config.llm.num_layers, case["pp"] * case.get("vpp", 1))
+    model = build_rank_model(
         config,
         parallel=parallel,
         recompute=RecomputeConfig(**case.get("recompute", {})),
@@ -109,15 +111,13 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[Any, Any]
         train=tuple(case.get("train", TRAINABLE_PARTS)),
         seed=1,
     )
-    model = wrap_model(stage, parallel=parallel)
-    prepare(model)
     return model, build_optimizer(model, optimizer=OptimizerConfig(lr=1e-4), bf16=bf16)
 
 
-def _vision(model: torch.nn.Module) -> list[torch.Tensor]:
-    if model.ddp_config.overlap_param_gather:
-        model.start_param_sync(force_sync=True)
-    return [p.detach().clone() for n, p in model.module.named_parameters() if n.startswith("vision.")]
+def _vision(model: RankModel) -> list[torch.Tensor]:
+    model.gather_weights()
+    named = [pair for chunk in model.chunks for pair in chunk.module.named_parameters()]
+    return [weight.detach().clone() for name, weight in named if name.startswith("vision.")]
 
 
 def _even(layers: int, stages: int) -> list[int]:

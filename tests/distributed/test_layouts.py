@@ -39,6 +39,22 @@ CASES: list[dict[str, Any]] = [
     {"name": "adaptor 1x1x1", "tp": 1, "pp": 1, "dp": 1, "train": ADAPTOR},
     {"name": "adaptor pp2", "tp": 1, "pp": 2, "dp": 1, "train": ADAPTOR, "resume": "adaptor 1x1x1"},
     {"name": "adaptor pp2 dp2", "tp": 1, "pp": 2, "dp": 2, "train": ADAPTOR, "resume": "adaptor pp2"},
+    {"name": "tp2 split_tp", "tp": 2, "pp": 1, "dp": 1, "vision": "split_tp", "resume": "recompute full"},
+    {"name": "tp2 pp2 sp split_tp", "tp": 2, "pp": 2, "dp": 1, "sp": True, "vision": "split_tp"}
+    | {"resume": "tp2 split_tp"},
+    {"name": "tp2 dp2 split_tp mbs2", "tp": 2, "pp": 1, "dp": 2, "mbs": 2, "vision": "split_tp"}
+    | {"resume": "tp2 pp2 sp split_tp"},
+    {"name": "pp2 split_all", "tp": 1, "pp": 2, "dp": 1, "vision": "split_all", "resume": "tp2 dp2 split_tp mbs2"},
+    {"name": "tp2 pp2 sp split_all", "tp": 2, "pp": 2, "dp": 1, "sp": True, "vision": "split_all"}
+    | {"resume": "pp2 split_all"},
+    {"name": "pp2 dp2 split_all", "tp": 1, "pp": 2, "dp": 2, "vision": "split_all", "resume": "tp2 pp2 sp split_all"},
+    {"name": "pp2 vpp2", "tp": 1, "pp": 2, "dp": 1, "vpp": 2, "resume": "pp2 dp2 split_all"},
+    {"name": "tp2 pp2 sp vpp2 uneven", "tp": 2, "pp": 2, "dp": 1, "sp": True, "vpp": 2, "layout": [0, 1, 2, 1]}
+    | {"resume": "pp2 vpp2"},
+    {"name": "pp2 dp2 vpp2 split_all", "tp": 1, "pp": 2, "dp": 2, "vpp": 2, "vision": "split_all"}
+    | {"resume": "tp2 pp2 sp vpp2 uneven"},
+    {"name": "adaptor tp2 pp2 split_all", "tp": 2, "pp": 2, "dp": 1, "train": ADAPTOR, "vision": "split_all"}
+    | {"resume": "adaptor pp2 dp2"},
     {"name": "bf16 1x1x1", "tp": 1, "pp": 1, "dp": 1, "bf16": True},
     {"name": "bf16 tp2 pp2 sp", "tp": 2, "pp": 2, "dp": 1, "sp": True, "bf16": True, "resume": "bf16 1x1x1"},
 ]

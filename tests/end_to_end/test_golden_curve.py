@@ -11,12 +11,12 @@ import torch
 
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
-from megavl.model.build import build_model
 from megavl.parallel import groups
 from megavl.train.feed import next_step
-from megavl.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from megavl.train.optimizer import build_optimizer, set_learning_rate
+from megavl.train.rank_model import build_rank_model
 from megavl.train.schedule import learning_rate
-from megavl.train.step import prepare, train_step
+from megavl.train.step import train_step
 from tests.distributed.synthetic import SyntheticSteps, random_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_hybrid_fp32.txt"
@@ -47,7 +47,7 @@ def test_loss_curve(update_golden: bool, report_table: Any) -> None:
 def _curve() -> list[float]:
     config, parallel = load_model_config("tiny-hybrid"), ParallelConfig()
     settings = OptimizerConfig(lr=1e-3, warmup_steps=2)
-    stage = build_model(
+    model = build_rank_model(
         config,
         parallel=parallel,
         recompute=RecomputeConfig(),
@@ -56,9 +56,7 @@ def _curve() -> list[float]:
         train=TRAINABLE_PARTS,
         seed=1,
     )
-    stage.load_state_dict(dict(random_weights(config)), strict=False)
-    model = wrap_model(stage, parallel=parallel)
-    prepare(model)
+    model.chunks[0].module.load_state_dict(dict(random_weights(config)), strict=False)
     optimizer = build_optimizer(model, optimizer=settings, bf16=False)
     losses = []
     for step in range(STEPS):

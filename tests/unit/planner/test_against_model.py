@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_BY_STAGE
-from megavl.model.first_stage import VisionEncoder
 from megavl.model.trainable import part_of
+from megavl.model.vision import VisionEncoder
 from megavl.planner.blocks import vision_blocks
 from megavl.planner.cost import overhead_flops, parameter_counts, train_flops
 

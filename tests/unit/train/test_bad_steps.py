@@ -9,11 +9,11 @@ import torch
 
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
-from megavl.model.build import build_model
 from megavl.parallel import groups
 from megavl.train.feed import next_step
-from megavl.train.optimizer import VISION_GROUP, build_optimizer, set_learning_rate, wrap_model
-from megavl.train.step import prepare, train_step
+from megavl.train.optimizer import VISION_GROUP, build_optimizer, set_learning_rate
+from megavl.train.rank_model import RankModel, build_rank_model
+from megavl.train.step import train_step
 from tests.distributed.synthetic import SyntheticSteps
 
 PARALLEL = ParallelConfig()
@@ -29,7 +29,7 @@ def world() -> Iterator[None]:
 
 
 def _build(bf16: bool = False) -> tuple:
-    stage = build_model(
+    model = build_rank_model(
         CONFIG,
         parallel=PARALLEL,
         recompute=RecomputeConfig(),
@@ -38,8 +38,6 @@ def _build(bf16: bool = False) -> tuple:
         train=tuple(part for part in TRAINABLE_PARTS if not part.startswith("sam")),
         seed=1,
     )
-    model = wrap_model(stage, parallel=PARALLEL)
-    prepare(model)
     optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1), bf16=bf16)
     set_learning_rate(optimizer, lr=1e-3, weight_decay=0.1)
     return model, optimizer
@@ -52,9 +50,9 @@ def _data(modality: str, step: int = 0):
     return next_step(source, step)
 
 
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    model.start_param_sync(force_sync=True)
-    return {name: p.detach().clone() for name, p in model.module.named_parameters()}
+def _weights(model: RankModel) -> dict[str, torch.Tensor]:
+    model.gather_weights()
+    return {name: p.detach().clone() for name, p in model.chunks[0].module.named_parameters()}
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -1,0 +1,64 @@
+"""Which rank turns the images of a micro-batch into embeddings: one row per `parallel.vision`.
+
+Legend: I images, P tokens per image, H hidden, W tower width, C canvas side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+
+from megavl.model.vision import Features, VisionEncoder
+from megavl.parallel.images import gather_images, shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePlacement:
+    """How the first stage comes by the embeddings of a micro-batch's images."""
+
+    embeddings: Callable[[VisionEncoder, Any], torch.Tensor]
+    """(encoder, images) to (I, P, H); I is at least 1."""
+    here: Callable[[Any], int]
+    """Images whose gradient reaches the weights of this rank directly."""
+    anchor: Callable[[VisionEncoder, Any], torch.Tensor]
+    """(encoder, images) to a zero that is tied to every trainable weight that `embeddings` trains directly."""
+
+
+def _share(images: torch.Tensor) -> range:
+    parts = shares(images.shape[0], ranks=mpu.get_tensor_model_parallel_world_size())
+    return parts[mpu.get_tensor_model_parallel_rank()]
+
+
+def _embed_share(vision: VisionEncoder, images: torch.Tensor) -> torch.Tensor:
+    share = _share(images)
+    if len(share):
+        own = vision(images[share.start : share.stop])
+    else:
+        own = vision.siglip.pos_embed.new_empty((0, vision.image_tokens, vision.out_width))
+    return gather_images(own, count=images.shape[0], group=mpu.get_tensor_model_parallel_group())
+
+
+def _blank_image(vision: VisionEncoder, images: torch.Tensor) -> torch.Tensor:
+    return 0.0 * vision(images.new_zeros(1, *images.shape[1:])).sum()
+
+
+def _blank_features(vision: VisionEncoder, features: Features) -> torch.Tensor:
+    return 0.0 * vision.project(tuple(tower.new_zeros(1, *tower.shape[1:]) for tower in features)).sum()
+
+
+PLACEMENTS: Mapping[str, ImagePlacement] = {
+    "recompute": ImagePlacement(
+        embeddings=lambda vision, images: vision(images), here=lambda images: images.shape[0], anchor=_blank_image
+    ),
+    "split_tp": ImagePlacement(embeddings=_embed_share, here=lambda images: len(_share(images)), anchor=_blank_image),
+    "split_all": ImagePlacement(
+        embeddings=lambda vision, features: vision.project(features),
+        here=lambda features: features[0].shape[0],
+        anchor=_blank_features,
+    ),
+}
+"""Images are uint8 (I, 3, C, C); under `split_all` the towers' features stand for them: (low,) or (low, high)."""

@@ -1,0 +1,112 @@
+"""This rank's part of the model, ready to train: stages in megatron-core's gradient buffers, its schedule's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from megavl.config.model import ModelConfig
+from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.model.build import build_stages
+from megavl.train.split_encoders import SplitEncoders
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankModel:
+    """What one rank trains."""
+
+    chunks: tuple[DistributedDataParallel, ...]
+    """Its pipeline stages: one, or `parallel.virtual_pipeline` of them."""
+    encoders: SplitEncoders | None
+    """Under `parallel.vision: split_all`, the towers that encode before the pipeline starts."""
+
+    def zero_grad(self) -> None:
+        """Empty the gradient buffers."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+    def gather_weights(self) -> None:
+        """Complete the weights that the last step updated; they may still wait to be gathered. Collective."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """Weights of each stage for dist_checkpointing; only the names inside, from `model.` on, are stored."""
+        return {f"stage{i}": chunk.module.sharded_state_dict(prefix="model.") for i, chunk in enumerate(self.chunks)}
+
+    def load_weights(self, load: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Fill the weights alone from what `load` makes of their sharded state. Collective."""
+        self.fill(load(self.sharded_weights()))
+
+    def fill(self, loaded: dict[str, Any]) -> None:
+        """Take loaded weights. Collective."""
+        for index, chunk in enumerate(self.chunks):
+            # A stage without weights has no entry.
+            weights = loaded.get(f"stage{index}", {})
+            chunk.module.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+        if self.encoders is not None:
+            self.encoders.copy_weights()
+
+
+def build_rank_model(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    layout: str | None,
+    dtype: torch.dtype,
+    train: tuple[str, ...],
+    seed: int,
+) -> RankModel:
+    """Build this rank's stages with random weights and put the trainable ones into gradient buffers (fp32).
+
+    Args:
+        model: sizes.
+        parallel: how the model is cut; process groups must exist.
+        recompute: activation recompute.
+        layout: megatron-core's layout string, None for one stage.
+        dtype: dtype of the weights.
+        train: groups of parameters that train.
+        seed: seed of the initial weights.
+    """
+    stages = build_stages(
+        model, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype, train=train, seed=seed
+    )
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+        bucket_size=parallel.bucket_size,
+        # These would start megatron-core's rerun machinery; bad steps are handled here.
+        check_for_nan_in_grad=False,
+    )
+    chunks = tuple(
+        # Only the first of several stages is cut into buckets: the others reduce while earlier ones still compute.
+        DistributedDataParallel(config=stage.config, ddp_config=config, module=stage, disable_bucketing=index > 0)
+        for index, stage in enumerate(stages)
+    )
+    encoders = None
+    if parallel.vision == "split_all":
+        encoders = SplitEncoders(chunks, model, dtype=dtype, train=train)
+        encoders.copy_weights()
+    _set_hooks(chunks, encoders)
+    return RankModel(chunks=chunks, encoders=encoders)
+
+
+def _set_hooks(chunks: tuple[DistributedDataParallel, ...], encoders: SplitEncoders | None) -> None:
+    """What megatron-core's schedule calls; every stage of a rank shares one configuration."""
+    config = chunks[0].config
+    config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        if encoders is not None:
+            encoders.backward()
+        finalize_model_grads(*args, **kwargs)
+
+    config.finalize_model_grads_func = finalize

@@ -1,0 +1,147 @@
+"""`parallel.vision: split_all`: all tensor x pipeline ranks encode shares of the images before the pipeline starts.
+
+Each rank holds a copy of the towers. Their features go to the first stage, where the adaptor and everything above it
+run as usual. Where a tower trains, the gradients of its features return, each rank turns those of its images into
+weight gradients, and their sum joins the first stage's gradient buffer before it is reduced over replicas. Only the
+first stage's copy belongs to the model, the optimizer and checkpoints; the others are copied from it.
+
+Legend: I images, V towers (1 or 2), P tokens per image, W tower width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+
+from megavl.config.model import ModelConfig
+from megavl.model.build import build_towers
+from megavl.model.vision import Features, VisionTowers
+from megavl.parallel.images import copy_from, exchange_images, shares, sum_over
+from megavl.train.feed import StepData
+
+
+class SplitEncoders:
+    """The towers of this rank and what they owe to the step that runs."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        model: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        train: tuple[str, ...],
+    ) -> None:
+        """Build the towers where the first stage's are not; `copy_weights` must follow once weights are loaded."""
+        self._group = mpu.get_model_parallel_group()
+        self._tensor = mpu.get_tensor_model_parallel_world_size()
+        # The first `tensor` ranks of the group are the first stage.
+        self._first = chunks[0] if mpu.is_pipeline_first_stage() else None
+        assert (self._group.rank() < self._tensor) == (self._first is not None), "the group lists stages in order"
+        self._towers: VisionTowers = (
+            build_towers(model, dtype=dtype, train=train) if self._first is None else self._first.module.vision
+        )
+        self._weights = [weight for name, weight in self._towers.named_parameters() if not name.startswith("adaptor.")]
+        self._trained = [weight for weight in self._weights if weight.requires_grad]
+        # A tower whose first layers train would keep all its activations until the pipeline is done.
+        self._rerun = [name for name, part in (("siglip", "siglip"), ("sam", "sam_trunk")) if part in train]
+        self._shape = (2 if model.sam else 1, model.image_tokens, model.siglip.width)
+        self._own: Features = ()
+        self._given: list[torch.Tensor] = []
+        self._counts: tuple[int, ...] = ()
+        self._stale = False
+
+    def copy_weights(self) -> None:
+        """Give every rank the first stage's weights, frozen ones too. Collective."""
+        self._copy(self._weights)
+
+    def encode(self, data: StepData) -> StepData:
+        """Encode this rank's share and hand the features to the first stage. Collective.
+
+        Returns:
+            The step, its micro-batches carrying features instead of images.
+        """
+        self._counts = tuple(len(part) for part in shares(data.images, ranks=self._group.size()))
+        everything = self._spread(data) if data.images else self._empty()
+        pieces = (
+            everything.split(list(data.image_counts))
+            if self._first is not None
+            else [everything] * len(data.image_counts)
+        )
+        # A leaf for each micro-batch: the gradient of one does not touch the others.
+        self._given = [piece.detach().requires_grad_(bool(self._trained)) for piece in pieces]
+        batches = tuple(
+            dataclasses.replace(batch, images=given.unbind(1)) for batch, given in zip(data.micro_batches, self._given)
+        )
+        return dataclasses.replace(data, micro_batches=batches)
+
+    def backward(self) -> None:
+        """Add the towers' gradients to the first stage's buffer; after the schedule, before gradients are reduced.
+
+        Collective. Under overlap every trained weight is announced, on text steps too: its bucket waits for all.
+        """
+        if not self._trained:
+            return
+        if any(self._counts):
+            sums = sum_over(self._weight_gradients(self._return()), group=self._group)
+            self._stale = True
+            if self._first is not None:
+                for weight, gradient in zip(self._trained, sums):
+                    weight.main_grad.add_(gradient)  # type: ignore[union-attr]
+        self._own, self._given = (), []
+        if self._first is not None and self._first.ddp_config.overlap_grad_reduce:
+            for weight in self._trained:
+                self._first.param_to_bucket_group[weight].register_grad_ready(weight, self._first.force_all_reduce)
+
+    def _spread(self, data: StepData) -> torch.Tensor:
+        """(I, V, P, W) of all images on the first stage, (0, V, P, W) elsewhere."""
+        if self._stale:
+            self._copy(self._trained)
+            self._stale = False
+        assert data.own_images is not None, "images were not scattered"
+        own = self._empty()
+        if data.own_images.shape[0]:
+            with torch.set_grad_enabled(bool(self._trained)):
+                self._own = self._towers.encode(data.own_images, rerun=self._rerun)
+            own = torch.stack([tower.detach() for tower in self._own], dim=1)
+        send = [own.shape[0] if rank < self._tensor else 0 for rank in range(self._group.size())]
+        receive = self._counts if self._first is not None else [0] * self._group.size()
+        return exchange_images(torch.cat([own] * self._tensor), send=send, receive=receive, group=self._group)
+
+    def _return(self) -> torch.Tensor:
+        """Gradients (I, V, P, W) of this rank's features; the ranks of the first stage take turns in sending."""
+        me, ranks = self._group.rank(), range(self._group.size())
+        send = [self._counts[rank] if self._first is not None and rank % self._tensor == me else 0 for rank in ranks]
+        receive = [self._counts[me] if me % self._tensor == rank else 0 for rank in ranks]
+        rows = self._empty()
+        if self._first is not None:
+            every = torch.cat([torch.zeros_like(x) if x.grad is None else x.grad for x in self._given])
+            parts = every.split(list(self._counts))
+            rows = torch.cat([part for part, count in zip(parts, send) if count] or [rows])
+        return exchange_images(rows, send=send, receive=receive, group=self._group)
+
+    def _weight_gradients(self, gradients: torch.Tensor) -> list[torch.Tensor]:
+        if not self._own:
+            return [torch.zeros_like(weight) for weight in self._trained]
+        pairs = [(tower, gradient) for tower, gradient in zip(self._own, gradients.unbind(1)) if tower.requires_grad]
+        found = torch.autograd.grad(
+            [tower for tower, _ in pairs], self._trained, [gradient for _, gradient in pairs], allow_unused=True
+        )
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(self._trained, found)]
+
+    def _copy(self, weights: Sequence[torch.Tensor]) -> None:
+        if self._first is not None and self._first.ddp_config.overlap_param_gather:
+            for weight in weights:
+                if weight.requires_grad:
+                    # Updated weights may still wait to be gathered from the replicas.
+                    self._first.param_to_bucket_group[weight].finish_param_sync()
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            group = mpu.get_pipeline_model_parallel_group()
+            copy_from(mpu.get_pipeline_model_parallel_first_rank(), weights, group=group)
+
+    def _empty(self) -> torch.Tensor:
+        like = self._weights[0]
+        return torch.empty((0, *self._shape), dtype=like.dtype, device=like.device)
