@@ -80,7 +80,8 @@ def transformer_config(
         deallocate_pipeline_outputs=True,
         # With two pipeline ranks and virtual stages, batched transfers are matched in the wrong order, silently.
         batch_p2p_comm=False,
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        # Only where streams order it: gloo would still be sending outputs that the schedule has deallocated.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1 and torch.cuda.is_available(),
         recompute_granularity=None if recompute.granularity == "none" else recompute.granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=recompute.num_layers if full else None,

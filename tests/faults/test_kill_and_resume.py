@@ -16,7 +16,10 @@ import pytest
 from tests.tiny_run import ROOT, environment, metrics, run_training, train_command
 
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence_parallel=true", "parallel.layout=auto")
-OTHER = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence_parallel=false", "parallel.layout=[1,3]")
+OTHER = (
+    *("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence_parallel=false", "parallel.layout=[1,3]"),
+    "parallel.vision=split_all",
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,9 @@ def test_signal_saves_and_another_layout_goes_on(
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 9))
     error = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, reference, strict=True))
-    report_table(f"loss after resuming tp2+sp as pp2: largest relative difference {error:.1e} (tolerance 1e-5)")
+    report_table(
+        f"loss after resuming tp2+sp as pp2 with split_all: largest relative difference {error:.1e} (tolerance 1e-5)"
+    )
     assert error <= 1e-5
 
 

@@ -56,8 +56,11 @@ def test_base_is_laid_under(recipe: Path, tmp_path: Path) -> None:
         ("checkpoint.keep=1", ["checkpoint.keep", "1"]),
         ("parallel.tensor=3", ["parallel.tensor: 3 does not divide", "num_attention_heads 4"]),
         ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "parallel.tensor > 1"]),
-        ("parallel.layout=[2,2]", ["parallel.layout", "parallel.pipeline is 1"]),
+        ("parallel.layout=[2,2]", ["parallel.layout", "parallel.pipeline 1 x"]),
         ("parallel.layout=[3]", ["parallel.layout", "adds up to 3", "num_layers is 4"]),
+        ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: 2", "parallel.pipeline > 1"]),
+        ("parallel.vision=split_tp", ["parallel.vision: split_tp", "parallel.tensor ranks, which is 1", "recompute"]),
+        ("parallel.vision=split_all", ["parallel.vision: split_all", "parallel.tensor x parallel.pipeline"]),
         ("parallel.overlap_grad_reduce=false", ["parallel.overlap_param_gather"]),
         ("data.seq_length=9", ["data.seq_length: 9", "9 tokens"]),
         ("data.sources=[]", ["data.sources", "empty"]),
@@ -108,3 +111,11 @@ def test_presets_keep_the_topology() -> None:
     ):
         config = load_model_config(name)
         assert (config.image_tokens, config.canvas_size, config.image_geometry.tokens) == (tokens, canvas, tokens)
+
+
+def test_virtual_stages_want_whole_rounds_of_micro_batches(recipe: Path) -> None:
+    cut = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]"]
+    assert load_recipe(recipe, overrides=cut).data_parallel(4) == 2
+    odd = load_recipe(recipe, overrides=[*cut, "training.global_batch_size=6"])
+    with pytest.raises(UsageError, match="3 micro-batches .* training.global_batch_size 8 or"):
+        odd.data_parallel(4)

@@ -61,7 +61,7 @@ def test_not_finite_gradient_skips_the_step(bf16: bool) -> None:
     good = train_step(model, optimizer, _data("multimodal"), stop_flag=False)
     assert not good.skipped and good.grad_norm > 0
     before = _weights(model)
-    weight = model.module.language_model.decoder.final_layernorm.weight
+    weight = model.chunks[0].module.language_model.decoder.final_layernorm.weight
     kept = weight.detach().clone()
     handle = weight.register_hook(lambda gradient: gradient * float("nan"))
     bad = train_step(model, optimizer, _data("multimodal", 1), stop_flag=True)
