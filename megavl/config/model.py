@@ -5,11 +5,10 @@ Sources: deepseek-ai/DeepSeek-VL `deepseek_vl/models/` (released code) and arXiv
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from megavl.config.adaptor import ADAPTORS, AdaptorKind, AdaptorLayer, AdaptorSizes, kinds
 from megavl.config.errors import UsageError
 from megavl.config.presets import HYBRID_BACKGROUND, SIGLIP_BACKGROUND, ImageGeometry
 
@@ -152,10 +151,18 @@ class SamConfig:
 class AdaptorConfig:
     """Projection of vision features to the language model's width (`aligner` in the released code)."""
 
-    kind: Literal["linear", "mlp_gelu", "low_high_hybrid_split_mlp_gelu"]
-    """`projector_type` of the released code."""
+    kind: AdaptorKind
+    """Row of `megavl.config.adaptor.ADAPTORS`."""
     depth: int = 2
     """Linear layers in sequence."""
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, "model.adaptor.depth", f"{self.depth} is below 1; use 1 or more layers")
+        _require(
+            self.depth == 1 or not ADAPTORS[self.kind].one_layer,
+            "model.adaptor.depth",
+            f"{self.depth} layers, but {self.kind} has one; set model.adaptor.depth=1 or choose a kind with an MLP",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -173,13 +180,7 @@ class ModelConfig:
     """Id of `<image_placeholder>`."""
 
     def __post_init__(self) -> None:
-        hybrid = self.adaptor.kind == "low_high_hybrid_split_mlp_gelu"
-        _require(
-            hybrid == (self.sam is not None),
-            "model.adaptor.kind",
-            f"{self.adaptor.kind} {'needs' if hybrid else 'cannot take'} a model.sam tower; "
-            f"{'add one' if hybrid else 'use low_high_hybrid_split_mlp_gelu'}",
-        )
+        _check_adaptor(self)
         _require(
             0 <= self.image_token_id < self.llm.vocab_size,
             "model.image_token_id",
@@ -197,6 +198,14 @@ class ModelConfig:
             "model.sam.image_size",
             f"the SAM grid of {self.sam.grid} patches must be 8/3 of the SigLIP grid of {self.siglip.grid}",
         )
+
+    @property
+    def adaptor_layers(self) -> tuple[AdaptorLayer, ...]:
+        """Linear layers of the adaptor."""
+        sizes = AdaptorSizes(
+            width=self.siglip.width, hidden=self.llm.hidden_size, patches=self.siglip.grid**2, depth=self.adaptor.depth
+        )
+        return ADAPTORS[self.adaptor.kind].layers(sizes)
 
     @property
     def image_tokens(self) -> int:
@@ -217,3 +226,24 @@ class ModelConfig:
             patch_size=self.siglip.patch_size,
             background=HYBRID_BACKGROUND if self.sam else SIGLIP_BACKGROUND,
         )
+
+
+def _check_adaptor(model: ModelConfig) -> None:
+    kind, row, both = model.adaptor.kind, ADAPTORS[model.adaptor.kind], model.sam is not None
+    _require(
+        row.both_towers == both,
+        "model.adaptor.kind",
+        f"{kind} {'cannot take' if both else 'needs'} a model.sam tower; "
+        f"{'' if both else 'add one, or '}use {' or '.join(kinds(both_towers=both))}",
+    )
+    _require(
+        not row.halves or model.llm.hidden_size % 2 == 0,
+        "model.llm.hidden_size",
+        f"{model.llm.hidden_size} is odd, and {kind} gives each tower half of it; choose an even width",
+    )
+    _require(
+        not row.pairs or model.siglip.grid % 2 == 0,
+        "model.siglip.image_size",
+        f"{model.siglip.image_size} makes a grid of {model.siglip.grid} patches, and {kind} pairs neighbours in it; "
+        f"choose a size of an even number of patches of {model.siglip.patch_size}, and model.sam.image_size to match",
+    )

@@ -6,8 +6,7 @@ P patch side, g patches along one side, d channels of an attention head, C neck 
 
 from __future__ import annotations
 
-from megavl.config.errors import UsageError
-from megavl.config.model import AdaptorConfig, DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 
 Shape = tuple[int, ...]
 
@@ -17,16 +16,11 @@ def flat_shapes(config: ModelConfig) -> dict[str, Shape]:
 
     Tower and adaptor names are the released repository's; decoder names are megatron-core's, with
     `linear_qkv` in its order: rows (heads, [q, k, v], d).
-
-    Raises:
-        UsageError: the hybrid adaptor needs an even model.llm.hidden_size.
     """
     shapes = {f"vision.siglip.{name}": shape for name, shape in _siglip(config.siglip).items()}
     if config.sam is not None:
         shapes |= {f"vision.sam.{name}": shape for name, shape in _sam(config.sam).items()}
-    in_width, out_width = config.siglip.width, config.llm.hidden_size
-    adaptor = _adaptor(config.adaptor, in_width=in_width, out_width=out_width)
-    shapes |= {f"vision.adaptor.{name}": shape for name, shape in adaptor.items()}
+    shapes |= {f"vision.adaptor.{name}": shape for name, shape in _adaptor(config).items()}
     return shapes | {f"language_model.{name}": shape for name, shape in _decoder(config.llm).items()}
 
 
@@ -80,22 +74,10 @@ def _sam(tower: SamConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _adaptor(adaptor: AdaptorConfig, *, in_width: int, out_width: int) -> dict[str, Shape]:
-    if adaptor.kind == "linear":
-        return _linear("layers", out_width, in_width)
-    if adaptor.kind == "mlp_gelu":
-        shapes = _linear("layers.0", out_width, in_width)
-        for index in range(1, adaptor.depth):
-            shapes |= _linear(f"layers.{2 * index}", out_width, out_width)
-        return shapes
-    if out_width % 2:
-        raise UsageError(
-            f"model.llm.hidden_size: {out_width} is odd, and the hybrid adaptor gives each tower half of it; "
-            "choose an even width"
-        )
-    shapes = _linear("high_up_proj", out_width // 2, in_width) | _linear("low_up_proj", out_width // 2, in_width)
-    for index in range(1, adaptor.depth):
-        shapes |= _linear(f"layers.{2 * index - 1}", out_width, out_width)
+def _adaptor(config: ModelConfig) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for layer in config.adaptor_layers:
+        shapes |= _linear(layer.name, layer.outputs, layer.inputs)
     return shapes
 
 

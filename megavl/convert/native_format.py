@@ -10,6 +10,7 @@ from typing import Any
 
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
+from megavl.convert.adaptors import NATIVE_DEPTH, NATIVE_KINDS
 from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language
 from megavl.convert.tokenizer_files import TokenizerIds
 
@@ -53,7 +54,7 @@ def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
     sizes: dict[str, Any] = {
         "llm": read_language(top, "text_config"),
         "siglip": _read_siglip(vision),
-        "adaptor": {"kind": "low_high_hybrid_split_mlp_gelu" if hybrid else "mlp_gelu", "depth": 2},
+        "adaptor": {"kind": NATIVE_KINDS[hybrid], "depth": NATIVE_DEPTH},
         "image_token_id": top.get("image_token_id"),
     }
     if hybrid:
@@ -106,6 +107,8 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
     """JSON files beside the weights, by file name; the tokenizer's own files are not among them.
 
     Args:
+        config: sizes, with an adaptor that the format holds (`adaptors.require_holdable`).
+        ids: special tokens.
         dtype: name of the weights' type, such as `bfloat16`.
     """
     hybrid = config.sam is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
+from megavl.convert.adaptors import ORIGINAL, original_params, read_original
 from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language
 from megavl.convert.tokenizer_files import IMAGE_TOKEN, TokenizerIds, image_token_id
 
@@ -47,21 +48,25 @@ def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
     top = Fields(raw, where=where, path="", defaults={})
     vision = top.child("vision_config", defaults={})
     tower_defaults = {"model_name": _SIGLIP_NAME, "image_size": 336, "select_layer": -2, "layer_norm_eps": _EPS}
-    params = vision.child("params", defaults=tower_defaults)
+    params = vision.child("params", defaults={**tower_defaults, "concat_type": "tuple"})
     hybrid = vision.get("cls") == "HybridVisionTower"
     if not hybrid and vision.get("cls") != "CLIPVisionTower":
         raise vision.error("cls", f"expected HybridVisionTower or CLIPVisionTower, found {vision.get('cls')!r}")
     sizes: dict[str, Any] = {"llm": read_language(top, "language_config")}
+    concat_type = None
     if hybrid:
-        if params.get("concat_type") != "tuple":
-            raise params.error(
-                "concat_type", f"MegaVL joins towers as 'tuple' only, found {params.get('concat_type')!r}"
-            )
+        concat_type = params.get("concat_type")
+        if concat_type not in ("tuple", "feature"):
+            raise params.error("concat_type", f"MegaVL joins towers as 'tuple' or 'feature', found {concat_type!r}")
         sizes["sam"] = _read_sam(params.child("high_res_cfg", defaults=tower_defaults))
         sizes["siglip"] = _read_siglip(params.child("low_res_cfg", defaults=tower_defaults))
     else:
         sizes["siglip"] = _read_siglip(params)
-    sizes["adaptor"] = _read_aligner(top, sizes)
+    aligner = top.child("aligner_config", defaults={})
+    aligner.require("cls", "MlpProjector")
+    sizes["adaptor"] = read_original(
+        aligner.child("params", defaults={"depth": 1}), concat_type=concat_type, sizes=sizes
+    )
     sizes["image_token_id"] = image_token_id(where.parent)
     return model_config(sizes, where=where)
 
@@ -107,32 +112,15 @@ def _stated_sizes(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _read_aligner(top: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
-    aligner = top.child("aligner_config", defaults={})
-    aligner.require("cls", "MlpProjector")
-    params = aligner.child("params", defaults={"depth": 1})
-    params.require("input_dim", sizes["siglip"]["width"])
-    params.require("n_embed", sizes["llm"]["hidden_size"])
-    kinds = ("low_high_hybrid_split_mlp_gelu",) if "sam" in sizes else ("mlp_gelu", "linear")
-    kind = params.get("projector_type")
-    if kind not in kinds:
-        raise params.error("projector_type", f"expected {' or '.join(kinds)} with this vision tower, found {kind!r}")
-    return {"kind": kind, "depth": params.integer("depth", limit=MAX_LAYERS)}
-
-
 def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
     """JSON files beside the weights, by file name; the tokenizer's own files are not among them.
 
     Args:
+        config: sizes, with an adaptor that the format holds (`adaptors.require_holdable`).
+        ids: special tokens.
         dtype: name of the weights' type, such as `bfloat16`.
     """
     hybrid = config.sam is not None
-    aligner = {
-        "projector_type": config.adaptor.kind,
-        "depth": config.adaptor.depth,
-        "input_dim": config.siglip.width,
-        "n_embed": config.llm.hidden_size,
-    }
     mean, std = (CLIP_MEAN, CLIP_STD) if hybrid else (HALF, HALF)
     return {
         "config.json": {
@@ -143,7 +131,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
                 "cls": "HybridVisionTower" if hybrid else "CLIPVisionTower",
                 "params": _vision_params(config),
             },
-            "aligner_config": {"model_type": "aligner", "cls": "MlpProjector", "params": aligner},
+            "aligner_config": {"model_type": "aligner", "cls": "MlpProjector", "params": original_params(config)},
             "language_config": language_json(config.llm, bos_id=ids.bos, eos_id=ids.eos, dtype=dtype),
             "tie_word_embeddings": False,
             "torch_dtype": dtype,
@@ -178,7 +166,7 @@ def _vision_params(config: ModelConfig) -> dict[str, Any]:
         return low
     tower = {"ckpt_path": "", "output_dim": config.siglip.width}
     return {
-        "concat_type": "tuple",
+        "concat_type": ORIGINAL[config.adaptor.kind].concat_type,
         "high_res_cfg": {
             **_sam_params(config.sam),
             **tower,

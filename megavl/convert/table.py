@@ -13,8 +13,9 @@ from typing import Literal
 
 import torch
 
-from megavl.config.errors import UsageError
+from megavl.config.adaptor import AdaptorKind
 from megavl.config.model import ModelConfig
+from megavl.convert.adaptors import require_holdable
 from megavl.convert.flat_names import Shape, flat_shapes
 from megavl.convert.transforms import Copy, DropFirstAxis, InterleaveHeads, StackRows, Transform
 
@@ -99,15 +100,17 @@ _SAM: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
 )
 
 # Flat name after `vision.adaptor.`, native name after `model.aligner.`.
-_MLP_ADAPTOR: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
-    ("layers.0.*", ("linear1.*",), Copy()),
-    ("layers.2.*", ("linear2.*",), Copy()),
-)
-_HYBRID_ADAPTOR: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
-    ("high_up_proj.*", ("high_res_vision_proj.*",), Copy()),
-    ("low_up_proj.*", ("vision_proj.*",), Copy()),
-    ("layers.1.*", ("proj.*",), Copy()),
-)
+_ADAPTORS: dict[AdaptorKind, tuple[tuple[str, tuple[str, ...], Transform], ...]] = {
+    "mlp_gelu": (
+        ("layers.0.*", ("linear1.*",), Copy()),
+        ("layers.2.*", ("linear2.*",), Copy()),
+    ),
+    "low_high_hybrid_split_mlp_gelu": (
+        ("high_up_proj.*", ("high_res_vision_proj.*",), Copy()),
+        ("low_up_proj.*", ("vision_proj.*",), Copy()),
+        ("layers.1.*", ("proj.*",), Copy()),
+    ),
+}
 
 NATIVE_SIGLIP = "model.vision_model.vision_model."
 """Nested layout: published, and the only one that transformers 4.57 reads."""
@@ -121,8 +124,9 @@ def weight_rows(config: ModelConfig, fmt: Format) -> tuple[WeightRow, ...]:
     """The table of one format at the sizes of `config`; every flat tensor stands in exactly one row.
 
     Raises:
-        UsageError: the native classes cannot express the adaptor.
+        UsageError: the format cannot hold the adaptor.
     """
+    require_holdable(config, fmt)
     shapes = flat_shapes(config)
     rows = list(_vision_rows(config, fmt, shapes)) + list(_decoder_rows(config, fmt, shapes))
     assert sorted(row.flat for row in rows) == sorted(shapes), "the weight table covers every flat name once"
@@ -188,13 +192,12 @@ def _vision_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> 
                 if name.startswith(flat):
                     yield WeightRow(name, shape, (original + name.removeprefix(flat),), Copy())
         return
-    _require_native_adaptor(config)
-    tables = [("vision.siglip.", NATIVE_SIGLIP, _SIGLIP, config.siglip.depth)]
-    if config.sam is None:
-        tables.append(("vision.adaptor.", "model.aligner.", _MLP_ADAPTOR, 0))
-    else:
+    tables = [
+        ("vision.siglip.", NATIVE_SIGLIP, _SIGLIP, config.siglip.depth),
+        ("vision.adaptor.", "model.aligner.", _ADAPTORS[config.adaptor.kind], 0),
+    ]
+    if config.sam is not None:
         tables.append(("vision.sam.", "model.", _SAM, config.sam.depth))
-        tables.append(("vision.adaptor.", "model.aligner.", _HYBRID_ADAPTOR, 0))
     for flat, native, patterns, depth in tables:
         for pattern, keys, transform in patterns:
             for name, names in _expand(flat + pattern, tuple(native + key for key in keys), depth):
@@ -209,15 +212,6 @@ def _expand(flat: str, keys: tuple[str, ...], depth: int) -> Iterator[tuple[str,
 
 def _fill(pattern: str, index: str, kind: str) -> str:
     return pattern.replace("{i}", index).replace("*", kind)
-
-
-def _require_native_adaptor(config: ModelConfig) -> None:
-    kind, depth = config.adaptor.kind, config.adaptor.depth
-    if kind == "linear" or depth != 2:
-        raise UsageError(
-            f"model.adaptor: the native format has no place for kind {kind} of depth {depth}, only for mlp_gelu and "
-            "low_high_hybrid_split_mlp_gelu of depth 2; use the original format"
-        )
 
 
 def _decoder_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> Iterator[WeightRow]:

@@ -13,7 +13,8 @@ import math
 from collections.abc import Set
 from dataclasses import dataclass
 
-from megavl.config.model import AdaptorConfig, DecoderConfig, ModelConfig, SamConfig, SiglipConfig
+from megavl.config.adaptor import AdaptorLayer
+from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
 
 SIGLIP = frozenset({"siglip"})
 SAM_TRUNK = frozenset({"sam_trunk"})
@@ -230,28 +231,21 @@ def _sam_downsamples(config: SamConfig, *, low_grid: int, source: str, name: str
 
 
 def _adaptor_blocks(model: ModelConfig) -> tuple[Block, ...]:
-    config: AdaptorConfig = model.adaptor
-    width, out = model.siglip.width, model.llm.hidden_size
-    tokens = model.image_tokens
-
-    def linear(name: str, inputs: int, outputs: int, below: frozenset[str], *, kept: int = 1) -> Block:
-        return Block(
-            name=f"adaptor.{name}",
+    return tuple(
+        Block(
+            name=f"adaptor.{layer.name}",
             part="adaptor",
-            parameters=inputs * outputs + outputs,
-            linear=2 * tokens * inputs * outputs,
-            below=below,
-            saved=kept * tokens * inputs,
+            parameters=layer.inputs * layer.outputs + layer.outputs,
+            linear=2 * layer.positions * layer.inputs * layer.outputs,
+            below=_below_adaptor(layer),
+            # A further layer keeps the input of the GELU before it too, which is as wide as its own.
+            saved=(1 if layer.first else 2) * layer.positions * layer.inputs,
         )
+        for layer in model.adaptor_layers
+    )
 
-    if config.kind == "linear":
-        return (linear("layers", width, out, SIGLIP),)
-    if config.kind == "mlp_gelu":
-        first = [linear("layers.0", width, out, SIGLIP)]
-        names = [f"layers.{2 * depth}" for depth in range(1, config.depth)]
-    else:
-        first = [linear("high_up_proj", width, out // 2, SAM), linear("low_up_proj", width, out // 2, SIGLIP)]
-        names = [f"layers.{2 * depth - 1}" for depth in range(1, config.depth)]
-    # A later layer keeps the input of the GELU before it too, which is as wide as its own.
-    later = [linear(name, out, out, VISION, kept=2) for name in names]
-    return (*first, *later)
+
+def _below_adaptor(layer: AdaptorLayer) -> frozenset[str]:
+    towers = {"low": SIGLIP, "high": SAM}
+    parts = frozenset[str]() if layer.first else frozenset({"adaptor"})
+    return parts.union(*(towers[tower] for tower in layer.towers))

@@ -31,8 +31,10 @@ SEQ_LENGTH = 160
 BATCH = 4
 
 
-def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
+def run_case(case: dict[str, Any], *, out: Path) -> None:
     """Losses, norms and gathered gradients of one layout, saved by its rank 0.
+
+    `case["model"]` is laid over the tiny preset, whose weights under those sizes are `case["checkpoint"]`.
 
     Three steps follow, then the state is saved. `case["resume"]` names the case whose saved state, under another
     layout, is loaded into a fresh model and optimizer for two more steps.
@@ -49,8 +51,9 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
         timeout_s=120,
     )
     position = groups.start(parallel, seed=1)
-    config = load_model_config("tiny-hybrid")
+    config = load_model_config("tiny-hybrid", **case["model"])
     model, optimizer = _build(case, parallel=parallel)
+    checkpoint = Path(case["checkpoint"])
     store = CheckpointStore(checkpoint.parent)
     model.load_weights(lambda state: store.load(checkpoint, state, strict=False, convert_dtype=True))
     optimizer.reload_model_params()
@@ -100,7 +103,7 @@ def run_case(case: dict[str, Any], *, checkpoint: Path, out: Path) -> None:
 
 
 def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[Any, Any]:
-    config, bf16 = load_model_config("tiny-hybrid"), case.get("bf16", False)
+    config, bf16 = load_model_config("tiny-hybrid", **case["model"]), case.get("bf16", False)
     layout = case.get("layout") or _even(config.llm.num_layers, case["pp"] * case.get("vpp", 1))
     model = build_rank_model(
         config,
@@ -129,11 +132,11 @@ def main() -> None:
     rank, cases, out = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     torch.set_num_threads(1)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    for case in cases["cases"]:
+    for case in cases:
         world = case["tp"] * case["pp"] * case["dp"]
         if rank < world:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(case["port"]))
-            run_case(case, checkpoint=Path(cases["checkpoint"]), out=out)
+            run_case(case, out=out)
 
 
 if __name__ == "__main__":

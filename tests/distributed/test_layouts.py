@@ -20,6 +20,15 @@ from tests.tiny_run import free_port
 TOLERANCE = 1e-5
 
 ADAPTOR = ["adaptor", "sam_downsamples", "sam_hd"]
+# Sizes laid over the tiny preset. Token pooling joins the towers along the sequence and needs an even grid.
+MODELS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "pooling": {
+        "siglip": {"image_size": 96},
+        "sam": {"image_size": 256},
+        "adaptor": {"kind": "token_pooling_width"},
+    },
+}
 CASES: list[dict[str, Any]] = [
     {"name": "1x1x1", "tp": 1, "pp": 1, "dp": 1},
     {"name": "tp2", "tp": 2, "pp": 1, "dp": 1, "resume": "1x1x1"},
@@ -55,15 +64,17 @@ CASES: list[dict[str, Any]] = [
     | {"resume": "tp2 pp2 sp vpp2 uneven"},
     {"name": "adaptor tp2 pp2 split_all", "tp": 2, "pp": 2, "dp": 1, "train": ADAPTOR, "vision": "split_all"}
     | {"resume": "adaptor pp2 dp2"},
+    {"name": "pooling 1x1x1", "tp": 1, "pp": 1, "dp": 1, "model": "pooling"},
+    {"name": "pooling tp2 pp2 sp", "tp": 2, "pp": 2, "dp": 1, "sp": True, "model": "pooling"},
     {"name": "bf16 1x1x1", "tp": 1, "pp": 1, "dp": 1, "bf16": True},
     {"name": "bf16 tp2 pp2 sp", "tp": 2, "pp": 2, "dp": 1, "sp": True, "bf16": True, "resume": "bf16 1x1x1"},
 ]
 FP32 = [case["name"] for case in CASES if not case.get("bf16")]
-REFERENCES = ("1x1x1", "adaptor 1x1x1", "bf16 1x1x1")
+REFERENCES = ("1x1x1", "adaptor 1x1x1", "pooling 1x1x1", "bf16 1x1x1")
 
 
 def reference_of(name: str) -> str:
-    """The one-rank case with the same weights training in the same precision."""
+    """The one-rank case of the same model with the same weights training in the same precision."""
     return next(r for r in reversed(REFERENCES) if r.removesuffix("1x1x1").strip() in name)
 
 
@@ -71,10 +82,13 @@ def reference_of(name: str) -> str:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All cases run by four processes that are reused from case to case."""
     root = tmp_path_factory.mktemp("layouts")
-    config = load_model_config("tiny-hybrid")
-    checkpoint = write_model_checkpoint(root / "weights", config=config, tensors=random_weights(config), files={})
-    plan = {"checkpoint": str(checkpoint), "cases": [{**case, "port": free_port()} for case in CASES]}
-    (root / "cases.json").write_text(json.dumps(plan))
+    checkpoints = {}
+    for model, changes in MODELS.items():
+        config = load_model_config("tiny-hybrid", **changes)
+        written = write_model_checkpoint(root / model, config=config, tensors=random_weights(config), files={})
+        checkpoints[model] = {"model": changes, "checkpoint": str(written)}
+    cases = [{**case, **checkpoints[case.get("model", "usual")], "port": free_port()} for case in CASES]
+    (root / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("layout_worker.py")
     repository = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

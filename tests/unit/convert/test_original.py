@@ -152,7 +152,7 @@ def test_select_layer_gives_the_depth(tokenizer_dir, tmp_path, select_layer, dep
     ("path", "value"),
     [
         ("vision_config.cls", "OtherTower"),
-        ("vision_config.params.concat_type", "feature"),
+        ("vision_config.params.concat_type", "sequence"),
         ("vision_config.params.low_res_cfg.model_name", "siglip_so400m_patch14_384"),
         ("aligner_config.params.projector_type", "identity"),
         ("aligner_config.params.input_dim", 2048),

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from megavl.config.errors import UsageError
 from megavl.config.load import load_model_config
 from megavl.convert import native_format
 from megavl.convert.flat_names import flat_shapes
@@ -73,16 +72,6 @@ def test_attention_rows_are_interleaved_by_head():
 def test_gate_rows_stand_before_up_rows():
     flat = StackRows(2).to_flat([torch.zeros(3, 2), torch.ones(3, 2)])
     assert flat[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    "adaptor", [{"kind": "linear"}, {"kind": "mlp_gelu", "depth": 1}, {"kind": "mlp_gelu", "depth": 3}]
-)
-def test_native_refuses_adaptors_it_cannot_hold_and_original_takes_them(adaptor):
-    config = load_model_config("tiny-siglip", adaptor=adaptor)
-    with pytest.raises(UsageError, match=r"model\.adaptor.*use the original format"):
-        weight_rows(config, "native")
-    assert weight_rows(config, "original")
 
 
 def test_synthesised_dead_tensors_are_zero_with_norm_scales_of_one():
