@@ -24,7 +24,7 @@ from data_tools.shard_writer import ShardIdentity, ShardWriter
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry, geometry_entry
-from megavl.data.template import Encoded, Piece, conversation_pieces, document_pieces, encode_batch
+from megavl.data.template import Encoded, Piece, Turn, conversation_pieces, document_pieces, encode_batch
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 
 _BATCH = 256
@@ -166,6 +166,8 @@ class _Work:
     def _pieces(self, record: Record) -> list[Piece]:
         template = self._input.template
         if record.turns:
+            if template == "deepseek":
+                _refuse_empty_answers(record.turns)
             return conversation_pieces(record.turns, template=template, system=self._job.system_prompt)
         return document_pieces(record.text, template=template, tagged=record.tagged)
 
@@ -226,6 +228,13 @@ class _Work:
             sha256=digest.hexdigest(),
             places=stretch.places,
         )
+
+
+def _refuse_empty_answers(turns: Sequence[Turn]) -> None:
+    """An empty answer teaches nothing, and the next question would follow `Assistant:` at once."""
+    for number, turn in enumerate(turns, start=1):
+        if turn.role == "assistant" and not turn.text.strip():
+            raise DataError(f"turn {number} (assistant) is empty; fill it in, or leave it out with its question")
 
 
 @lru_cache(maxsize=1)

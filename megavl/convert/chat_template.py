@@ -31,7 +31,7 @@ _TEMPLATE = """\
   {%- endif -%}
 {%- endmacro -%}
 {%- if messages and messages[0]['role'] | lower == 'system' -%}
-  {%- set system = body(messages[0]['content']) | trim -%}
+  {%- set system = body(messages[0]['content']).lstrip() -%}
   {%- set turns = messages[1:] -%}
 {%- else -%}
   {%- set system = @SYSTEM@ -%}

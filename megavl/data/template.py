@@ -8,7 +8,7 @@ equal those of the whole prompt; a token is supervised when its first character 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,6 @@ SYSTEM_PROMPT = (
 """deepseek_vl/models/processing_vlm.py:78."""
 
 Template = Literal["deepseek", "plain", "none"]
-_ROLE_NAMES = {"user": "User", "assistant": "Assistant"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,29 +79,21 @@ def conversation_pieces(turns: Sequence[Turn], *, template: Template, system: st
     """A conversation for training.
 
     `deepseek`: BOS, system text and a blank line, then `User: ...`, blank line, `Assistant: ...`, EOS; supervised are
-    each answer with its leading space, and its EOS. `plain` and `none`: the messages joined, as in `document_pieces`.
+    each answer with its leading space, and its EOS. An empty answer is what it is in the released text, the place
+    where an answer would come: `Assistant:` without EOS, of which nothing is supervised. `plain` and `none`: the
+    messages joined, as in `document_pieces`.
 
     Args:
         turns: an optional system turn, then user and assistant in alternation.
         template: row of the table above.
-        system: system text where the conversation brings none; empty for none at all.
+        system: system text where the conversation brings none; empty for none at all. A tag in it is ordinary text.
 
     Raises:
-        DataError: the turns do not alternate, or one is empty.
+        DataError: the turns do not alternate, or one of the user is empty.
     """
     if template != "deepseek":
         return document_pieces("".join(turn.text for turn in turns), template=template, tagged=True)
-    system, rounds = _checked(turns, system=system, last="assistant")
-    pieces = [Piece(kind="bos"), *_system_pieces(system)]
-    for turn in rounds:
-        content = turn.text.strip()
-        if turn.role == "user":
-            pieces += _split_images(f"User: {content}\n\n", supervised=False)
-        else:
-            pieces.append(Piece(kind="text", text="Assistant:"))
-            pieces += _split_images(f" {content}", supervised=True)
-            pieces.append(Piece(kind="eos", supervised=True))
-    return pieces
+    return _chat_pieces(turns, system=system, last="assistant")
 
 
 def inference_prompt(turns: Sequence[Turn], *, system: str = SYSTEM_PROMPT) -> list[Piece]:
@@ -113,22 +104,10 @@ def inference_prompt(turns: Sequence[Turn], *, system: str = SYSTEM_PROMPT) -> l
         system: system text where the conversation brings none.
 
     Raises:
-        DataError: the turns do not alternate, or one is empty.
+        DataError: the turns do not alternate, or one of the user is empty.
     """
-    system, rounds = _checked(turns, system=system, last="user")
-    pieces = [Piece(kind="bos"), *_system_pieces(system)]
-    for turn in rounds:
-        content = turn.text.strip()
-        separator = [Piece(kind="text", text="\n\n")] if turn.role == "user" else [Piece(kind="eos")]
-        pieces += [*_split_images(f"{_ROLE_NAMES[turn.role]}: {content}", supervised=False), *separator]
-    return [*pieces, Piece(kind="text", text="Assistant:")]
-
-
-def prompt_ids(text: str, *, tokenizer: Tokenizer, image_tokens: int, bos: bool = True) -> list[int]:
-    """Ids of free text in which IMAGE_TAG stands for an image; with BOS in front unless `bos` is off."""
-    start = [Piece(kind="bos")] if bos else []
-    pieces = [*start, *_split_images(text, supervised=False)]
-    return [int(token) for token in encode(pieces, tokenizer=tokenizer, image_tokens=image_tokens).ids]
+    pieces = _chat_pieces(turns, system=system, last="user")
+    return [*(replace(piece, supervised=False) for piece in pieces), Piece(kind="text", text="Assistant:")]
 
 
 def encode(pieces: Sequence[Piece], *, tokenizer: Tokenizer, image_tokens: int) -> Encoded:
@@ -219,20 +198,34 @@ def _split_images(text: str, *, supervised: bool) -> list[Piece]:
     return pieces
 
 
-def _system_pieces(system: str) -> list[Piece]:
-    return [Piece(kind="text", text=f"{system}\n\n")] if system else []
-
-
-def _checked(turns: Sequence[Turn], *, system: str, last: str) -> tuple[str, Sequence[Turn]]:
-    """System text and the alternating turns after it."""
+def _chat_pieces(turns: Sequence[Turn], *, system: str, last: str) -> list[Piece]:
+    """BOS, system text, turns; contents and the beginning of the whole text are stripped."""
     rounds = list(turns)
-    if rounds and rounds[0].role == "system":
+    tagged = bool(rounds) and rounds[0].role == "system"
+    if tagged:
         system = rounds.pop(0).text
+    _require_alternation(rounds, last=last)
+    for number, turn in enumerate(turns, start=1):
+        # The released text would run `User:` into `Assistant:`, without the blank line that the model knows.
+        if turn.role == "user" and not turn.text.strip():
+            raise DataError(f"turn {number} (user) is empty; give it text or an image")
+    pieces = [Piece(kind="bos")]
+    if system.strip():
+        text = f"{system.lstrip()}\n\n"
+        pieces += _split_images(text, supervised=False) if tagged else [Piece(kind="text", text=text)]
+    for turn in rounds:
+        content = turn.text.strip()
+        if turn.role == "user":
+            pieces += _split_images(f"User: {content}\n\n", supervised=False)
+        else:
+            pieces.append(Piece(kind="text", text="Assistant:"))
+            if content:
+                pieces += [*_split_images(f" {content}", supervised=True), Piece(kind="eos", supervised=True)]
+    return pieces
+
+
+def _require_alternation(rounds: Sequence[Turn], *, last: str) -> None:
     expected = ["user" if number % 2 == 0 else "assistant" for number in range(len(rounds))]
     roles = [turn.role for turn in rounds]
     if not rounds or roles != expected or roles[-1] != last:
         raise DataError(f"turns must alternate from user to {last}, found {', '.join(roles) or 'none'}")
-    for number, turn in enumerate(rounds):
-        if not turn.text.strip():
-            raise DataError(f"turn {number + 1} ({turn.role}) is empty")
-    return system.strip(), rounds

@@ -12,7 +12,6 @@ from megavl.data.template import (
     document_pieces,
     encode,
     inference_prompt,
-    prompt_ids,
 )
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from tests.unit.data.corpus_files import make_tokenizer
@@ -86,13 +85,25 @@ def test_inference_prompt_is_the_beginning_of_the_training_text(tokenizer: Token
     assert prompt.spans == ()
 
 
-def test_free_text_with_images(tokenizer: Tokenizer) -> None:
-    ids = prompt_ids(f"a {IMAGE_TAG} b", tokenizer=tokenizer, image_tokens=2)
-    assert ids == [0, *tokenizer.encode("a "), 3, 3, *tokenizer.encode(" b")]
-    assert prompt_ids("a", tokenizer=tokenizer, image_tokens=2, bos=False) == tokenizer.encode("a")
-
-
-@pytest.mark.parametrize("turns", [(), TALK[:3], TALK[1:], TALK[:1] * 2, (TALK[0], Turn(role="assistant", text=" "))])
+@pytest.mark.parametrize("turns", [(), TALK[:3], TALK[1:], TALK[:1] * 2])
 def test_turns_that_do_not_alternate_are_refused(turns: tuple[Turn, ...]) -> None:
     with pytest.raises(DataError, match="turn"):
         conversation_pieces(turns, template="deepseek")
+
+
+def test_an_empty_answer_is_left_open_and_not_supervised(tokenizer: Tokenizer) -> None:
+    """The released text of an empty message is its role alone: no space, no EOS."""
+    turns = (*TALK[:1], Turn(role="assistant", text=" "), *TALK[2:])
+    encoded = encode(conversation_pieces(turns, template="deepseek"), tokenizer=tokenizer, image_tokens=N)
+    text = tokenizer.decode(encoded.ids.tolist())
+    assert text.endswith("\n\nAssistant:User: And the form?\n\nAssistant: A square.")
+    assert _supervised(encoded, tokenizer) == [(" A square.", True)]
+    assert encoded.ids.tolist().count(tokenizer.eos_id) == 1
+
+
+def test_a_tag_in_a_system_turn_is_an_image_and_in_a_system_argument_is_text(tokenizer: Tokenizer) -> None:
+    turn = Turn(role="system", text=f"As in {IMAGE_TAG}.")
+    own = encode(conversation_pieces([turn, *TALK[2:]], template="deepseek"), tokenizer=tokenizer, image_tokens=N)
+    assert own.images == 1 and own.ids.tolist().count(tokenizer.image_id) == N
+    given = conversation_pieces(TALK[2:], template="deepseek", system=turn.text)
+    assert encode(given, tokenizer=tokenizer, image_tokens=N).images == 0
