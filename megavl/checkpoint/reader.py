@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,10 @@ class LazyTensor:
         return self._read(start, stop)
 
     def _read(self, start: int, stop: int) -> torch.Tensor:
-        out = torch.empty((stop - start, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        if len(self._chunks) == 1 and prod(self._chunks[0].sizes) == prod(shape):
+            return self._load(self._chunks[0]).detach().reshape(shape).contiguous()
+        out = torch.empty(shape, dtype=self.dtype)
         for chunk in self._chunks:
             self._copy(chunk, out, start, stop)
         return out
@@ -99,6 +103,16 @@ class LazyTensor:
         low, high = (max(offsets[0], start), min(offsets[0] + sizes[0], stop)) if sizes else (0, 1)
         if low >= high:
             return
+        value = self._load(chunk)
+        if self._layer is not None:
+            value = value[self._layer - chunk.offsets[0]]
+        if not sizes:
+            out.copy_(value)
+            return
+        inner = (slice(first, first + count) for first, count in zip(offsets[1:], sizes[1:], strict=True))
+        out[(slice(low - start, high - start), *inner)].copy_(value[low - offsets[0] : high - offsets[0]])
+
+    def _load(self, chunk: _Chunk) -> torch.Tensor:
         file = self._path / chunk.info.relative_path
         source = f"{file}: {self._key}"
         try:
@@ -108,13 +122,7 @@ class LazyTensor:
             raise CheckpointError(f"{source}: not readable ({error.strerror})") from error
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != chunk.sizes or value.dtype != self.dtype:
             raise CheckpointError(f"{source}: does not hold the {self.dtype} tensor of {chunk.sizes} that is listed")
-        if self._layer is not None:
-            value = value[self._layer - chunk.offsets[0]]
-        if not sizes:
-            out.copy_(value)
-            return
-        inner = (slice(first, first + count) for first, count in zip(offsets[1:], sizes[1:], strict=True))
-        out[(slice(low - start, high - start), *inner)].copy_(value[low - offsets[0] : high - offsets[0]])
+        return value
 
 
 class ModelTensors(Mapping[str, LazyTensor]):

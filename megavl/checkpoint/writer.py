@@ -6,11 +6,11 @@ The result is an ordinary sharded checkpoint of iteration 0, which a model of an
 from __future__ import annotations
 
 import json
-import os
 import pickle
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megavl.checkpoint import commit
-from megavl.checkpoint.directory import point_latest
+from megavl.checkpoint.directory import checkpoint_name, point_latest
 from megavl.checkpoint.durable import storage_errors, write_durably
+from megavl.checkpoint.hashed import HashedFiles
 from megavl.checkpoint.names import extra_state_keys, language_model_names, place_of
 from megavl.checkpoint.reader import MODEL_FILE
 from megavl.checkpoint.restricted import METADATA
@@ -66,18 +67,21 @@ def write_model_checkpoint(
     with storage_errors(doing):
         directory.mkdir(parents=True, exist_ok=True)
         commit.free_name(directory, 0, skip_hash=False)
+        # What a killed conversion left is as large as a model.
+        for leftover in directory.glob(f"{checkpoint_name(0)}.tmp-*"):
+            shutil.rmtree(leftover)
         temporary = commit.make_temporary(directory, 0)
     try:
         with storage_errors(doing):
-            shards = _ShardFiles(temporary, layers=layers)
-            for name, tensor in tensors:
-                shards.add(name, tensor)
-            shards.finish()
+            with HashedFiles(temporary) as shard_files:
+                shards = _ShardFiles(shard_files, layers=layers)
+                for name, tensor in tensors:
+                    shards.add(name, tensor)
+                write_durably(temporary / METADATA, pickle.dumps(shards.finish()))
             commit.write_common({}, temporary)
             own = {MODEL_FILE: json.dumps(to_dict(config), indent=1).encode()}
             commit.add_files(temporary, {**files, **own})
-            written = [path for path in temporary.rglob("*") if path.is_file()]
-            records = commit.records_of(temporary, written)
+            records = shard_files.records | commit.records_of(temporary, commit.other_files(temporary))
             commit.write_manifest(temporary, iteration=0, world_size=1, content={"weights_only": True}, records=records)
             final = commit.publish(temporary, directory, 0)
     except BaseException:
@@ -90,14 +94,13 @@ def write_model_checkpoint(
 class _ShardFiles:
     """Appends tensors to shard files and keeps the book that becomes `.metadata`."""
 
-    def __init__(self, directory: Path, *, layers: int) -> None:
-        self._directory = directory
+    def __init__(self, files: HashedFiles, *, layers: int) -> None:
+        self._files = files
         self._layers = layers
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._stored: dict[MetadataIndex, _StorageInfo] = {}
         self._missing = set(language_model_names(layers=layers))
         self._count = 0
-        self._stream: IO[bytes] | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         place = place_of(name)
@@ -125,29 +128,19 @@ class _ShardFiles:
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.size()))
         self._missing.discard(name)
 
-    def finish(self) -> None:
+    def finish(self) -> Metadata:
         if self._missing:
             first = ", ".join(sorted(self._missing)[:5])
             raise CheckpointError(f"{len(self._missing)} tensors of the language model are missing: {first}")
         for key in extra_state_keys(layers=self._layers):
             self._entries[key] = BytesStorageMetadata()
             self._stored[MetadataIndex(key)] = self._append([None])
-        self._close()
-        metadata = Metadata(state_dict_metadata=self._entries, storage_data=self._stored)
-        write_durably(self._directory / METADATA, pickle.dumps(metadata))
+        return Metadata(state_dict_metadata=self._entries, storage_data=self._stored)
 
     def _append(self, value: Any) -> _StorageInfo:
-        if self._stream is None or self._stream.tell() > SHARD_BYTES:
-            self._close()
-            self._stream = (self._directory / f"__0_{self._count}.distcp").open("wb")
+        if not self._count or self._files.tell() > SHARD_BYTES:
+            self._files.begin(f"__0_{self._count}.distcp")
             self._count += 1
-        offset = self._stream.tell()
-        torch.save(value, self._stream)
-        return _StorageInfo(f"__0_{self._count - 1}.distcp", offset, self._stream.tell() - offset)
-
-    def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream = None
+        offset = self._files.tell()
+        torch.save(value, cast(IO[bytes], self._files))
+        return _StorageInfo(f"__0_{self._count - 1}.distcp", offset, self._files.tell() - offset)

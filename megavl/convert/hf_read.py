@@ -13,7 +13,7 @@ from megavl.config.errors import CheckpointError
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
 from megavl.convert.lazy import LazyTensor, require_exactly
-from megavl.convert.safetensors_in import StoredTensors, open_folder, read_json
+from megavl.convert.safetensors_in import read_json
 from megavl.convert.table import (
     NATIVE_SIGLIP,
     NATIVE_SIGLIP_FLAT,
@@ -23,6 +23,7 @@ from megavl.convert.table import (
     native_pool_keys,
     weight_rows,
 )
+from megavl.convert.weight_files import StoredTensors, open_folder
 
 _DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names of buffers that old versions saved and that follow from the configuration."""
@@ -56,7 +57,7 @@ def open_hf_tensors(folder: str | Path) -> StoredTensors:
     """Tensors of a Hugging Face folder by the names that its files give them.
 
     Raises:
-        CheckpointError: pickled weights, a damaged or missing file, an index that leaves the folder.
+        CheckpointError: a hostile, damaged or missing file, an index that leaves the folder.
     """
     return open_folder(Path(folder))
 

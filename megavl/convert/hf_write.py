@@ -36,6 +36,7 @@ def write_hf(
     passthrough: Mapping[str, LazyTensor] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     source: str = "checkpoint",
+    confirm: Callable[[], object] | None = None,
 ) -> Path:
     """Write weights, configuration, tokenizer and processor files; memory holds one flat tensor at a time.
 
@@ -47,6 +48,7 @@ def write_hf(
         passthrough: dead tensors of the original format by original name; absent ones are synthesised.
         max_shard_bytes: largest weight file, bytes.
         source: what `flat` was read from, for messages.
+        confirm: called when everything is written; if it raises, nothing is left behind.
 
     Returns:
         The folder.
@@ -74,6 +76,8 @@ def write_hf(
             write_synced(folder / path.name, path.read_bytes())
         for name, content in files.items():
             write_synced(folder / name, content)
+        if confirm is not None:
+            confirm()
 
     return _commit(target, fill)
 

@@ -1,11 +1,10 @@
-"""Reading safetensors files of a Hugging Face folder, one tensor at a time and never anything that can run code."""
+"""Reading safetensors files, one tensor at a time and never anything that can run code; and JSON files beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import struct
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from megavl.config.errors import CheckpointError
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Element types of weights by their name in a header."""
 
 
 class SafetensorsFile:
-    """One open file; the values stay on disk until a tensor is loaded.
+    """One file, whose header the safetensors library has checked; values are read when asked for.
+
+    Values are read with plain reads: in a memory map of the file, as the library has it, every page that was read
+    counts as memory of the process, and a first touch of each costs more than copying it.
 
     Raises:
         CheckpointError: naming the file, when it is missing, truncated or not a valid safetensors file.
@@ -29,105 +30,43 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # The handle holds the memory map of the file and is closed with the last tensor that refers to it.
-            handle: Any = safe_open(str(path), framework="pt", device="cpu")
-            self._handle = handle
-            self.names: tuple[str, ...] = tuple(handle.keys())
+            with safe_open(str(path), framework="pt", device="cpu") as checked:
+                self.names = tuple(checked.keys())
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                self._header: dict[str, Any] = json.loads(file.read(length))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such file; the folder is incomplete, fetch it again") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, struct.error, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, fetch it again"
             ) from error
+        self._start = 8 + length
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor, from the header."""
-        piece = self._handle.get_slice(name)
-        dtype = _DTYPES.get(piece.get_dtype())
+        entry = self._header[name]
+        dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is of type {piece.get_dtype()}; weights are one of {', '.join(_DTYPES)}"
+                f"{self.path}: tensor {name!r} is of type {entry['dtype']}; weights are one of {', '.join(DTYPES)}"
             )
-        return tuple(piece.get_shape()), dtype
+        return tuple(entry["shape"]), dtype
 
     def load(self, name: str) -> Tensor:
-        """Values of one tensor."""
+        """Values of one tensor, in memory of their own."""
+        shape, dtype = self.describe(name)
+        tensor = torch.empty(shape, dtype=dtype)
+        first, last = self._header[name]["data_offsets"]
         try:
-            tensor: Tensor = self._handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._start + first)
+                read = _fill(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read tensor {name!r} ({error})") from error
+        if read != last - first:
+            raise CheckpointError(f"{self.path}: cannot read tensor {name!r}: the file has become shorter")
         return tensor
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file."""
-
-    file: SafetensorsFile
-    name: str
-    """Name in the file."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Shape, from the header."""
-        return self.file.describe(self.name)[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type, from the header."""
-        return self.file.describe(self.name)[1]
-
-    def load(self) -> Tensor:
-        """Read the values."""
-        return self.file.load(self.name)
-
-
-class StoredTensors(Mapping[str, StoredTensor]):
-    """Every tensor of one file or of one sharded set, by name."""
-
-    def __init__(self, source: Path, tensors: Mapping[str, StoredTensor]) -> None:
-        self.source = source
-        """File that lists the names: the index, or the only file."""
-        self._tensors = dict(tensors)
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def locate(self, name: str) -> str:
-        """Path of the file that holds a tensor, or that should list it."""
-        return str(self._tensors[name].file.path if name in self._tensors else self.source)
-
-
-def open_file(path: Path) -> StoredTensors:
-    """Tensors of a single safetensors file."""
-    file = SafetensorsFile(path)
-    return StoredTensors(path, {name: StoredTensor(file, name) for name in file.names})
-
-
-def open_folder(folder: Path) -> StoredTensors:
-    """Tensors of a Hugging Face folder: `model.safetensors`, or the files of its index.
-
-    Raises:
-        CheckpointError: no safetensors weights, a damaged file, an index that leaves the folder or does not fit its
-            files.
-    """
-    if (folder / _INDEX).is_file():
-        return _open_sharded(folder)
-    if (folder / _SINGLE).is_file():
-        return open_file(folder / _SINGLE)
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder / pickles[0]}: refused, because a pickle can run code when it is opened; "
-            f"save the weights as safetensors first (save_pretrained(..., safe_serialization=True))"
-        )
-    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there; give a Hugging Face folder with weights")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,27 +86,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_sharded(folder: Path) -> StoredTensors:
-    index = folder / _INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        file = SafetensorsFile(_inside(folder, shard, index))
-        listed = {name for name, holder in weight_map.items() if holder == shard}
-        absent, surplus = sorted(listed - set(file.names)), sorted(set(file.names) - listed)
-        if absent:
-            raise CheckpointError(f"{file.path}: no tensor {absent[0]!r}, which {index.name} places there")
-        if surplus:
-            raise CheckpointError(f"{file.path}: holds tensor {surplus[0]!r}, which {index.name} does not place there")
-        tensors |= {name: StoredTensor(file, name) for name in listed}
-    return StoredTensors(index, {name: tensors[name] for name in weight_map})
-
-
-def _inside(folder: Path, name: str, index: Path) -> Path:
-    # Checked by name only: the model cache of Hugging Face legitimately links its files to a place outside.
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in parts or "\\" in name:
-        raise CheckpointError(f"{index}: weight_map names {name!r}, which lies outside the folder; refused")
-    return folder / name
+def _fill(file: Any, target: memoryview) -> int:
+    """Read until the target is full or the file ends; one read of the system returns at most 2 GiB."""
+    done = 0
+    while done < len(target) and (count := file.readinto(target[done:])):
+        done += count
+    return done

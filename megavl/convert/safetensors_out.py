@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -47,14 +48,17 @@ def write_safetensors(folder: Path, rows: Iterable[OutputRow], *, max_shard_byte
     Every file is on disk (fsync) when this returns. A row larger than `max_shard_bytes` gets a file of its own.
     """
     shards = _split(rows, max_shard_bytes)
+    names = [f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        _write_file(folder / f"{_STEM}.safetensors", shards[0])
+        names = [f"{_STEM}.safetensors"]
+    # The storage gets a file while the next one is written.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        syncs = [pool.submit(_settle, _written(folder / name, shard)) for name, shard in zip(names, shards)]
+    for sync in syncs:
+        sync.result()
+    if len(shards) == 1:
         return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard)
-        weight_map |= {key: name for row in shard for key in row.shapes}
+    weight_map = {key: name for name, shard in zip(names, shards) for row in shard for key in row.shapes}
     total = sum(row.nbytes for shard in shards for row in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_synced(folder / f"{_STEM}.safetensors.index.json", json.dumps(index, indent=2).encode())
@@ -88,14 +92,23 @@ def _split(rows: Iterable[OutputRow], max_shard_bytes: int) -> list[list[OutputR
     return shards
 
 
-def _write_file(path: Path, rows: Sequence[OutputRow]) -> None:
+def _written(path: Path, rows: Sequence[OutputRow]) -> BinaryIO:
     # Wide types first, so that every tensor starts at a multiple of its element size.
     ordered = sorted(rows, key=lambda row: -row.dtype.itemsize)
-    with path.open("wb") as handle:
+    handle = path.open("wb")
+    try:
         handle.write(_header(ordered))
         for row in ordered:
             # A function of its own: its locals are freed before the next row is read.
             _write_row(handle, row)
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def _settle(handle: BinaryIO) -> None:
+    with handle:
         _sync(handle)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from megavl.config.errors import UsageError
 from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config, read_passthrough
 from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LazyTensor
-from megavl.convert.safetensors_in import open_file
 from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import tokenizer_paths
 from megavl.convert.verify import compare, open_flat
+from megavl.convert.weight_files import open_file
+from megavl.main.progress import counted
 
 PASSTHROUGH = "passthrough.safetensors"
 """File of a checkpoint that keeps the original format's unused tensors for a complete export."""
@@ -58,31 +60,37 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     dead = read_passthrough(tensors, config=config, fmt=fmt)
     if dead:
         files[PASSTHROUGH] = save({name: tensor.load().contiguous() for name, tensor in dead.items()})
-    out = write_model_checkpoint(
-        arguments.out,
-        config=config,
-        tensors=((name, tensor.load()) for name, tensor in flat.items()),
-        files=files,
-    )
+    with counted(flat, what="from-hf") as source:
+        out = write_model_checkpoint(
+            arguments.out,
+            config=config,
+            tensors=((name, tensor.load()) for name, tensor in source.items()),
+            files=files,
+        )
     print(f"{arguments.source} ({fmt} format, {config.preset} sizes): {len(flat)} tensors to {out}")
     return 0
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
-    source = resolve(arguments.source)
+    source = resolve(arguments.source, skip_hash=True)
     if is_hf_folder(source):
         raise UsageError(f"{source}: already a Hugging Face folder; run `megavl convert from-hf` on it first")
     passthrough = source / PASSTHROUGH
-    out = write_hf(
-        arguments.out,
-        config=load_model_config(source),
-        flat=open_model_tensors(source),
-        fmt=arguments.format,
-        tokenizer_dir=source / "tokenizer",
-        dtype=arguments.dtype,
-        passthrough=open_file(passthrough) if passthrough.exists() else None,
-        source=str(source),
-    )
+    tensors = open_model_tensors(source, skip_hash=True)
+    # The files are hashed while they are converted: both read them, and the disk is read once.
+    with ThreadPoolExecutor(max_workers=1) as pool, counted(tensors, what="to-hf") as flat:
+        verified = pool.submit(resolve, source)
+        out = write_hf(
+            arguments.out,
+            config=load_model_config(source),
+            flat=flat,
+            fmt=arguments.format,
+            tokenizer_dir=source / "tokenizer",
+            dtype=arguments.dtype,
+            passthrough=open_file(passthrough) if passthrough.exists() else None,
+            source=str(source),
+            confirm=verified.result,
+        )
     print(f"{source} to {out} ({arguments.format} format)")
     return 0
 

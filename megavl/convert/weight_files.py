@@ -1,0 +1,144 @@
+"""The tensors of a weight file, of a sharded set, or of a Hugging Face folder, by the names that the files give them.
+
+Safetensors files are preferred; `pytorch_model.bin` and other archives of `torch.save` are read where there are none, by
+torch's weights-only loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megavl.config.errors import CheckpointError
+from megavl.convert.pickle_in import PickleFile
+from megavl.convert.safetensors_in import SafetensorsFile, read_json
+
+PICKLES = (".bin", ".pth", ".pt")
+"""Endings of what `torch.save` wrote."""
+_STEMS = ("model.safetensors", "pytorch_model.bin")
+"""Names that transformers gives to weights, the preferred one first; sharded weights have `.index.json` after it."""
+
+
+class WeightFile(Protocol):
+    """A file whose tensors are described without being read."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of its tensors."""
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+
+    def load(self, name: str) -> Tensor:
+        """Values of one tensor, in memory of their own."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    file: WeightFile
+    name: str
+    """Name in the file."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Shape, from the file's header."""
+        return self.file.describe(self.name)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type, from the file's header."""
+        return self.file.describe(self.name)[1]
+
+    def load(self) -> Tensor:
+        """Read the values."""
+        return self.file.load(self.name)
+
+
+class StoredTensors(Mapping[str, StoredTensor]):
+    """Every tensor of one file or of one sharded set, by name."""
+
+    def __init__(self, source: Path, tensors: Mapping[str, StoredTensor]) -> None:
+        self.source = source
+        """File that lists the names: the index, or the only file."""
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def locate(self, name: str) -> str:
+        """Path of the file that holds a tensor, or that should list it."""
+        return str(self._tensors[name].file.path if name in self._tensors else self.source)
+
+
+def open_file(path: Path) -> StoredTensors:
+    """Tensors of a single file: of `torch.save` where its name ends so, else safetensors.
+
+    Raises:
+        CheckpointError: missing, damaged or hostile.
+    """
+    file = _open(path)
+    return StoredTensors(path, {name: StoredTensor(file, name) for name in file.names})
+
+
+def open_folder(folder: Path) -> StoredTensors:
+    """Tensors of a Hugging Face folder: the file of a usual name, or the files of its index.
+
+    Raises:
+        CheckpointError: no weights, a damaged or hostile file, an index that leaves the folder or does not fit its
+            files.
+    """
+    for stem in _STEMS:
+        if (folder / f"{stem}.index.json").is_file():
+            return _open_sharded(folder, folder / f"{stem}.index.json")
+        if (folder / stem).is_file():
+            return open_file(folder / stem)
+    raise CheckpointError(
+        f"{folder}: none of {', '.join(f'{stem}, {stem}.index.json' for stem in _STEMS)} is there; "
+        "give a Hugging Face folder with weights"
+    )
+
+
+def _open(path: Path) -> WeightFile:
+    return PickleFile(path) if path.suffix in PICKLES else SafetensorsFile(path)
+
+
+def _open_sharded(folder: Path, index: Path) -> StoredTensors:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = _open(_inside(folder, shard, index))
+        listed = {name for name, holder in weight_map.items() if holder == shard}
+        absent, surplus = sorted(listed - set(file.names)), sorted(set(file.names) - listed)
+        if absent:
+            raise CheckpointError(f"{file.path}: no tensor {absent[0]!r}, which {index.name} places there")
+        if surplus:
+            raise CheckpointError(f"{file.path}: holds tensor {surplus[0]!r}, which {index.name} does not place there")
+        tensors |= {name: StoredTensor(file, name) for name in listed}
+    return StoredTensors(index, {name: tensors[name] for name in weight_map})
+
+
+def _inside(folder: Path, name: str, index: Path) -> Path:
+    # Checked by name only: the model cache of Hugging Face legitimately links its files to a place outside.
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in parts or "\\" in name:
+        raise CheckpointError(f"{index}: weight_map names {name!r}, which lies outside the folder; refused")
+    return folder / name
