@@ -59,7 +59,9 @@ def main() -> int:
     """Measure both legs, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("1b", "7b"), default="7b")
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure; default: the system's for such files")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder on the disk to measure; default: the system's for such files"
+    )
     parser.add_argument("--note", default="", help="a sentence for the report, such as what else ran on the machine")
     arguments = parser.parse_args()
     os.chdir(ROOT)

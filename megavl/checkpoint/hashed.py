@@ -1,4 +1,4 @@
-"""New files that are hashed while they are written, so that nothing is read back, and synced while the next is written."""
+"""New files that are hashed while they are written, so that none is read back, and synced while the next is written."""
 
 from __future__ import annotations
 

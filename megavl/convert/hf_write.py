@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavl.config.errors import CheckpointError, DataError, StorageError, UsageError
+from megavl.config.errors import DataError, StorageError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
 from megavl.convert.chat_template import chat_template
+from megavl.convert.dtypes import DTYPE_NAMES, cast
 from megavl.convert.lazy import LazyTensor, LoadedTensor, require_exactly
-from megavl.convert.safetensors_out import DTYPE_NAMES, OutputRow, sync_folder, write_safetensors, write_synced
+from megavl.convert.safetensors_out import OutputRow, sync_folder, write_safetensors, write_synced
 from megavl.convert.table import FORMATS, Format, WeightRow, dead_tensors, weight_rows
 from megavl.convert.tokenizer_files import IMAGE_TOKEN, TokenizerFolder, read_tokenizer, tokenizer_config
 from megavl.convert.transforms import Copy
@@ -132,7 +133,7 @@ def _output_rows(
 
 def _loader(row: WeightRow, tensor: LazyTensor, dtype: torch.dtype | None, source: str) -> Callable[[], list[Tensor]]:
     def load() -> list[Tensor]:
-        values = _cast(tensor.load(), dtype, name=row.flat, source=source)
+        values = cast(tensor.load(), dtype, name=row.flat, source=source)
         return list(row.transform.from_flat(values))
 
     return load
@@ -156,18 +157,6 @@ def _dead_rows(
         table_row = WeightRow(row.key, row.shape, (row.key,), Copy())
         rows.append(OutputRow({row.key: row.shape}, dtype or tensor.dtype, _loader(table_row, tensor, dtype, source)))
     return rows
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None, *, name: str, source: str) -> Tensor:
-    if dtype is None or tensor.dtype == dtype:
-        return tensor
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
-        largest = float(tensor.abs().max())
-        raise CheckpointError(
-            f"{source}: tensor {name!r} reaches {largest:g}, beyond float16's 65504; export as bfloat16 or float32"
-        )
-    return cast
 
 
 def _fitting_tokenizer(folder: str | Path, config: ModelConfig) -> TokenizerFolder:

@@ -82,7 +82,21 @@ def read_language(parent: Fields, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: grouped-query attention, biases, rotary scaling or another thing that MegaVL does not have.
     """
-    fields = parent.child(name, defaults=_DEFAULTS)
+    return _sizes_of(parent.child(name, defaults=_DEFAULTS))
+
+
+def read_llama(raw: dict[str, Any], *, where: Path) -> dict[str, Any]:
+    """Fields of `DecoderConfig` from the `config.json` of a language model alone.
+
+    Raises:
+        CheckpointError: as `read_language`, or embedding and head are one matrix.
+    """
+    fields = Fields(raw, where=where, path="", defaults=_DEFAULTS)
+    fields.require("tie_word_embeddings", False)
+    return _sizes_of(fields)
+
+
+def _sizes_of(fields: Fields) -> dict[str, Any]:
     for key, value in _FIXED.items():
         fields.require(key, value)
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")

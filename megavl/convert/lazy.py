@@ -55,6 +55,7 @@ def require_exactly(
     found: Mapping[str, LazyTensor],
     locate: Callable[[str], str],
     ignored: Iterable[str] = (),
+    wanted: str = "the configuration",
 ) -> None:
     """Check names and shapes of a set of tensors.
 
@@ -63,6 +64,7 @@ def require_exactly(
         found: the tensors there are.
         locate: where a name is, or should be: a file or checkpoint, for the message.
         ignored: names that may be there and are not looked at.
+        wanted: what states the expected shapes, for the message.
 
     Raises:
         CheckpointError: naming the place, the first missing, unexpected or misshapen name, and how many more.
@@ -75,12 +77,12 @@ def require_exactly(
             for what, names in (("no tensor", missing), ("unexpected tensor", extra))
             if names
         ]
-        raise CheckpointError("; ".join(problems) + "; the weights do not belong to the sizes in the configuration")
+        raise CheckpointError("; ".join(problems) + f"; the weights do not belong to the sizes in {wanted}")
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
             raise CheckpointError(
-                f"{locate(name)}: tensor {name!r} has shape {list(found[name].shape)}, the configuration asks for "
-                f"{list(shape)}; the weights do not belong to the sizes in the configuration"
+                f"{locate(name)}: tensor {name!r} has shape {list(found[name].shape)}, {wanted} asks for "
+                f"{list(shape)}; the weights do not belong to its sizes"
             )
 
 

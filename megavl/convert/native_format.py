@@ -18,7 +18,7 @@ MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid")
 _BILINEAR, _BICUBIC = 2, 3
 _MIN_SIDE = 14
 
-_SIGLIP_DEFAULTS: dict[str, Any] = {
+SIGLIP_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -28,7 +28,8 @@ _SIGLIP_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
 }
-_SAM_DEFAULTS: dict[str, Any] = {
+"""What an absent field of transformers' `SiglipVisionConfig` means."""
+SAM_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "output_channels": 256,
     "num_hidden_layers": 12,
@@ -40,6 +41,7 @@ _SAM_DEFAULTS: dict[str, Any] = {
     "window_size": 14,
     "global_attn_indexes": [2, 5, 8, 11],
 }
+"""What an absent field of transformers' `SamVisionConfig` means."""
 
 
 def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
@@ -50,27 +52,28 @@ def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
     """
     top = Fields(raw, where=where, path="", defaults={"image_token_id": 100015})
     hybrid = raw["model_type"] == "deepseek_vl_hybrid"
-    vision = top.child("vision_config", defaults=_SIGLIP_DEFAULTS)
+    vision = top.child("vision_config", defaults=SIGLIP_DEFAULTS)
+    if vision.get("hidden_act") != "gelu":
+        raise vision.error(
+            "hidden_act",
+            f"MegaVL runs SigLIP with the exact 'gelu', found {vision.get('hidden_act')!r} (the default where the "
+            "field is absent); DeepSeek-VL was trained with 'gelu', set it if this is a DeepSeek-VL model",
+        )
     sizes: dict[str, Any] = {
         "llm": read_language(top, "text_config"),
-        "siglip": _read_siglip(vision),
+        "siglip": read_siglip(vision),
         "adaptor": {"kind": NATIVE_KINDS[hybrid], "depth": NATIVE_DEPTH},
         "image_token_id": top.get("image_token_id"),
     }
     if hybrid:
-        sizes["sam"] = _read_sam(top.child("high_res_vision_config", defaults=_SAM_DEFAULTS))
+        sizes["sam"] = read_sam(top.child("high_res_vision_config", defaults=SAM_DEFAULTS))
     return model_config(sizes, where=where)
 
 
-def _read_siglip(fields: Fields) -> dict[str, Any]:
+def read_siglip(fields: Fields) -> dict[str, Any]:
+    """Fields of `SiglipConfig` from a `SiglipVisionConfig` object; its activation is not looked at."""
     fields.require("model_type", "siglip_vision_model")
     fields.require("num_channels", 3)
-    if fields.get("hidden_act") != "gelu":
-        raise fields.error(
-            "hidden_act",
-            f"MegaVL runs SigLIP with the exact 'gelu', found {fields.get('hidden_act')!r} (the default where the "
-            "field is absent); DeepSeek-VL was trained with 'gelu', set it if this is a DeepSeek-VL model",
-        )
     return {
         "image_size": fields.integer("image_size"),
         "patch_size": fields.integer("patch_size"),
@@ -82,7 +85,8 @@ def _read_siglip(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _read_sam(fields: Fields) -> dict[str, Any]:
+def read_sam(fields: Fields) -> dict[str, Any]:
+    """Fields of `SamConfig` from a `SamVisionConfig` object."""
     fixed = {"model_type": "sam_vision_model", "num_channels": 3, "hidden_act": "gelu", "qkv_bias": True}
     for name, value in {**fixed, "use_abs_pos": True, "use_rel_pos": True}.items():
         fields.require(name, value)

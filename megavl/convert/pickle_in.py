@@ -1,7 +1,7 @@
 """Reading what `torch.save` wrote without letting the file run code: tensors by name, one at a time.
 
-Only the zip archives of torch 1.6 and newer are opened, by torch's weights-only loader, which refuses every name that is
-not part of a tensor. Older files are plain pickles.
+Only the zip archives of torch 1.6 and newer are opened, by torch's weights-only loader, which refuses every name that
+is not part of a tensor. Older files are plain pickles.
 """
 
 from __future__ import annotations

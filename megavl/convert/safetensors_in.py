@@ -61,7 +61,7 @@ class SafetensorsFile:
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self._start + first)
-                read = _fill(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                read = _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read tensor {name!r} ({error})") from error
         if read != last - first:

@@ -20,9 +20,6 @@ from torch import Tensor
 
 from megavl.convert.flat_names import Shape
 
-DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types that an export may have, by the name used on the command line and in `config.json`."""
-
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _STEM = "model"
 

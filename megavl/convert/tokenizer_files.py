@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tokenizers
+
 from megavl.config.errors import CheckpointError, DataError
 from megavl.convert.safetensors_in import read_json
 
@@ -68,19 +70,49 @@ def read_tokenizer(folder: str | Path) -> TokenizerFolder:
     """
     folder = Path(folder)
     vocabulary = _vocabulary(folder)
-    config, special = _optional(folder / _CONFIG), _optional(folder / "special_tokens_map.json")
-    tokens: dict[str, str] = {}
-    for part, usual in _USUAL_NAMES.items():
-        named = _text(config.get(part)) or _text(special.get(part))
-        text = named or next((name for name in usual if _find(vocabulary, name) is not None), None)
-        if text is None and part == "pad_token":
-            text = tokens["eos_token"]
-        if text is None:
-            raise DataError(f"{folder / _CONFIG}: {part} is not given; add it, so that the export knows its id")
-        tokens[part] = text
+    config, tokens = _special_tokens(folder, vocabulary)
     bos, eos, pad = (_id(folder, vocabulary, tokens[part]) for part in _USUAL_NAMES)
     ids = TokenizerIds(bos=bos, eos=eos, pad=pad, image=_id(folder, vocabulary, IMAGE_TOKEN))
     return TokenizerFolder(folder, tokens, ids, config)
+
+
+def with_image_token(folder: str | Path, *, image_id: int) -> tuple[dict[str, bytes | Path], bool]:
+    """Tokenizer files of a language model for a model with images.
+
+    A tokenizer without the image token gets it, as the released client does on loading: as a special token behind all
+    others, in `tokenizer.json`, whose other entries stay as they are. No other text is tokenized differently then.
+
+    Args:
+        folder: folder with `tokenizer.json`.
+        image_id: id that the model has for the image token.
+
+    Returns:
+        Content or source of each file by name, and whether the token was added.
+
+    Raises:
+        DataError: as `read_tokenizer`, or the token has or would get another id than `image_id`.
+    """
+    folder = Path(folder)
+    path, vocabulary = folder / "tokenizer.json", _vocabulary(folder)
+    _special_tokens(folder, vocabulary)
+    files: dict[str, bytes | Path] = {file.name: file for file in tokenizer_paths(folder)}
+    found = _find(vocabulary, IMAGE_TOKEN)
+    if found is not None:
+        if found != image_id:
+            raise DataError(f"{path}: {IMAGE_TOKEN} has id {found}, the model has model.image_token_id {image_id}")
+        return files, False
+    entry = {"id": image_id, "content": IMAGE_TOKEN, "single_word": False, "lstrip": False, "rstrip": False}
+    added = vocabulary.get("added_tokens")
+    more = [*(added if isinstance(added, list) else []), {**entry, "normalized": False, "special": True}]
+    text = json.dumps({**vocabulary, "added_tokens": more}, indent=2, ensure_ascii=False)
+    before, after = (_library_vocabulary(path, content) for content in (path.read_text(encoding="utf-8"), text))
+    if after != {**before, IMAGE_TOKEN: image_id}:
+        free = max(before.values()) + 1
+        raise DataError(
+            f"{path}: {IMAGE_TOKEN} is not in it, and the next free id is {free}, but the model has "
+            f"model.image_token_id {image_id}; give the tokenizer that belongs to the language model"
+        )
+    return {**files, path.name: text.encode()}, True
 
 
 def image_token_id(folder: str | Path) -> int:
@@ -126,6 +158,30 @@ def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "orig
     if merged == raw:
         return (tokenizer.folder / _CONFIG).read_bytes()
     return (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _special_tokens(folder: Path, vocabulary: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of `tokenizer_config.json`, and the texts of BOS, EOS and padding."""
+    config, special = _optional(folder / _CONFIG), _optional(folder / "special_tokens_map.json")
+    tokens: dict[str, str] = {}
+    for part, usual in _USUAL_NAMES.items():
+        named = _text(config.get(part)) or _text(special.get(part))
+        text = named or next((name for name in usual if _find(vocabulary, name) is not None), None)
+        if text is None and part == "pad_token":
+            text = tokens["eos_token"]
+        if text is None:
+            raise DataError(f"{folder / _CONFIG}: {part} is not given; add it, so that the export knows its id")
+        tokens[part] = text
+    return config, tokens
+
+
+def _library_vocabulary(path: Path, content: str) -> dict[str, int]:
+    """Ids by token, as the library reads them; `added_tokens` of a file may ask for ids that it does not give."""
+    try:
+        found: dict[str, int] = tokenizers.Tokenizer.from_str(content).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{path}: not a Hugging Face tokenizer ({error}); give a tokenizer.json") from error
+    return found
 
 
 def _vocabulary(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The tensors of a weight file, of a sharded set, or of a Hugging Face folder, by the names that the files give them.
 
-Safetensors files are preferred; `pytorch_model.bin` and other archives of `torch.save` are read where there are none, by
-torch's weights-only loader.
+Safetensors files are preferred; where there are none, `pytorch_model.bin` and other archives of `torch.save` are read
+by torch's weights-only loader.
 """
 
 from __future__ import annotations
@@ -113,6 +113,26 @@ def open_folder(folder: Path) -> StoredTensors:
         f"{folder}: none of {', '.join(f'{stem}, {stem}.index.json' for stem in _STEMS)} is there; "
         "give a Hugging Face folder with weights"
     )
+
+
+def open_source(path: Path) -> StoredTensors:
+    """Tensors of a weight file, or of a folder with weights under the usual names or in a single file of any name.
+
+    Raises:
+        CheckpointError: nothing there, several files to choose from, a damaged or hostile file.
+    """
+    if not path.is_dir():
+        return open_file(path)
+    if any((path / f"{stem}{end}").is_file() for stem in _STEMS for end in ("", ".index.json")):
+        return open_folder(path)
+    for ends in ((".safetensors",), PICKLES):
+        found = sorted(file for file in path.iterdir() if file.suffix in ends)
+        if len(found) == 1:
+            return open_file(found[0])
+        if found:
+            names = ", ".join(file.name for file in found[:5])
+            raise CheckpointError(f"{path}: holds {len(found)} weight files ({names}); name the one to read")
+    raise CheckpointError(f"{path}: no weights (*.safetensors, *{', *'.join(PICKLES)}) in this folder")
 
 
 def _open(path: Path) -> WeightFile:

@@ -1,8 +1,10 @@
-"""`megavl convert {from-hf,to-hf,verify}`: Hugging Face folders to MegaVL checkpoints and back."""
+"""`megavl convert {from-hf,to-hf,init,verify}`: Hugging Face folders to MegaVL checkpoints and back; start weights."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,17 +14,24 @@ from safetensors.torch import save
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import UsageError
+from megavl.config.load import load_model_config as load_preset
+from megavl.config.model import ModelConfig
+from megavl.config.presets import MODELS
+from megavl.convert.dtypes import DTYPE_NAMES
 from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config, read_passthrough
 from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LazyTensor
+from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import FORMATS
-from megavl.convert.tokenizer_files import tokenizer_paths
+from megavl.convert.tokenizer_files import IMAGE_TOKEN, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare, open_flat
 from megavl.convert.weight_files import open_file
 from megavl.main.progress import counted
 
 PASSTHROUGH = "passthrough.safetensors"
 """File of a checkpoint that keeps the original format's unused tensors for a complete export."""
+ORIGINS = "origins.json"
+"""File of a start checkpoint that says where every tensor comes from."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     save.add_argument("source", metavar="CKPT", type=Path)
     save.add_argument("out", metavar="OUT", type=Path)
     save.add_argument("--format", choices=FORMATS, required=True, help="transformers' own classes, or the release's")
-    save.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    save.add_argument("--dtype", choices=DTYPE_NAMES, help="default: as stored")
+    init = actions.add_parser("init", help="start weights: a language model, SigLIP and SAM to a MegaVL checkpoint")
+    init.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints; iter_0000000 is made in it")
+    init.add_argument("--llm", metavar="DIR", type=Path, required=True, help="DeepSeek-LLM, as transformers stores it")
+    init.add_argument("--siglip", metavar="DIR|FILE", type=Path, required=True, help="timm, open_clip or transformers")
+    init.add_argument("--sam", metavar="DIR|FILE", type=Path, help="segment-anything or transformers; not for 1b")
+    init.add_argument("--preset", choices=MODELS, required=True, help="sizes that all three must have")
+    init.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="bfloat16",
+        help="one type for all tensors; default: bfloat16, what training computes in; float32 loses nothing",
+    )
+    init.add_argument("--seed", type=int, default=0, help="of the tensors that no source has; default: 0")
     check = actions.add_parser("verify", help="compare the weights of two models, whatever their formats")
     check.add_argument("source", metavar="A", type=Path)
     check.add_argument("out", metavar="B", type=Path)
@@ -43,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one action."""
-    actions = {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify}
+    actions = {"from-hf": _from_hf, "to-hf": _to_hf, "init": _init, "verify": _verify}
     return actions[arguments.action](arguments)
 
 
@@ -58,17 +80,63 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     flat = flat_view(tensors, config=config, fmt=fmt)
     files: dict[str, bytes | Path] = {f"tokenizer/{p.name}": p for p in tokenizer_paths(arguments.source)}
     dead = read_passthrough(tensors, config=config, fmt=fmt)
-    if dead:
-        files[PASSTHROUGH] = save({name: tensor.load().contiguous() for name, tensor in dead.items()})
-    with counted(flat, what="from-hf") as source:
-        out = write_model_checkpoint(
-            arguments.out,
+    out = _write(arguments.out, config=config, tensors=flat, unused=dead, files=files, what="from-hf")
+    print(f"{arguments.source} ({fmt} format, {config.preset} sizes): {len(flat)} tensors to {out}")
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    config = load_preset(arguments.preset)
+    weights = start_weights(
+        config,
+        llm=arguments.llm,
+        siglip=arguments.siglip,
+        sam=arguments.sam,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+    tokenizer, added = with_image_token(arguments.llm, image_id=config.image_token_id)
+    files: dict[str, bytes | Path] = {f"tokenizer/{name}": content for name, content in tokenizer.items()}
+    files[ORIGINS] = json.dumps(weights.origins(), indent=1).encode()
+    out = _write(arguments.out, config=config, tensors=weights.tensors, unused=weights.unused, files=files, what="init")
+    _report(weights, out=out, added=added)
+    return 0
+
+
+def _report(weights: StartWeights, *, out: Path, added: bool) -> None:
+    for line in weights.table():
+        print(line)
+    left_out = ", ".join(f"{source.left_out} of {name}" for name, source in weights.sources.items() if source.left_out)
+    kept = f"{len(weights.unused)} unused tensors kept for the original format" if weights.unused else ""
+    for line in filter(None, (kept, left_out and f"left out: {left_out} (text tower, mask decoder and the like)")):
+        print(line)
+    if added:
+        print(
+            f"{IMAGE_TOKEN} was not in the tokenizer and got id {weights.config.image_token_id}: prepare data and "
+            f"train with {out / 'tokenizer'}"
+        )
+    print(f"{out}: {weights.dtype}; {ORIGINS} in it names the origin of every tensor")
+
+
+def _write(
+    directory: Path,
+    *,
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    unused: Mapping[str, LazyTensor],
+    files: dict[str, bytes | Path],
+    what: str,
+) -> Path:
+    """Write a checkpoint of iteration 0 with a bar on the terminal."""
+    if unused:
+        files[PASSTHROUGH] = save({name: tensor.load().contiguous() for name, tensor in unused.items()})
+    with counted(tensors, what=what) as source:
+        return write_model_checkpoint(
+            directory,
             config=config,
             tensors=((name, tensor.load()) for name, tensor in source.items()),
             files=files,
         )
-    print(f"{arguments.source} ({fmt} format, {config.preset} sizes): {len(flat)} tensors to {out}")
-    return 0
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:

@@ -6,9 +6,11 @@ import argparse
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.store import read_manifest
+from megavl.main.convert import ORIGINS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,18 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"model {config.preset}: {len(tensors)} tensors, {sum(prod(t.shape) for t in tensors.values()):,} parameters")
     for key, value in manifest["content"].items():
         print(f"  {key}: {json.dumps(value)}")
+    origins = json.loads((path / ORIGINS).read_text(encoding="utf-8")) if ORIGINS in manifest["files"] else {}
+    for name, source in origins.get("sources", {}).items():
+        print(f"  {name} from {source}")
     if arguments.tensors:
         for name, tensor in tensors.items():
-            print(f"  {name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+            origin = _origin(origins["tensors"][name]) if origins else ""
+            print(f"  {name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}{origin}")
     return 0
+
+
+def _origin(entry: Any) -> str:
+    parts = (
+        entry if isinstance(entry, str) else ", ".join(f"{Path(part['file']).name}:{part['tensor']}" for part in entry)
+    )
+    return f"  <- {parts}"
