@@ -82,30 +82,30 @@ class StartWeights:
         return {
             "preset": self.config.preset,
             "dtype": self.dtype,
+            "seed": self.seed,
             "sources": {name: str(source.path.absolute()) for name, source in self.sources.items()},
             "tensors": {name: self._origin(name) for name in self.tensors},
             "unused": {name: _parts(tensor) for name, tensor in self.unused.items()},
         }
 
     def table(self) -> Iterator[str]:
-        """Lines for people: tensors, parameters and bytes of each origin."""
-        groups: dict[str, list[StartTensor]] = {}
+        """Lines for people: tensors, parameters, bytes and path of each origin."""
+        groups: dict[str, list[StartTensor]] = {name: [] for name in self.sources}
         for name, tensor in self.tensors.items():
             groups.setdefault(self._group(name), []).append(tensor)
-        width = max(len(group) for group in groups)
-        yield f"{'from':{width}}  {'tensors':>7}  {'parameters':>13}  {'bytes':>14}"
+        yield f"{'from':<20} {'tensors':>7} {'parameters':>13} {'bytes':>14}"
         for group, found in (*groups.items(), ("total", list(self.tensors.values()))):
             parameters = sum(math.prod(tensor.shape) for tensor in found)
             size = parameters * DTYPE_NAMES[self.dtype].itemsize
-            yield f"{group:{width}}  {len(found):7,}  {parameters:13,}  {size:14,}"
+            path = f"  {self.sources[group].path}" if group in self.sources else ""
+            yield f"{group:<20} {len(found):7,} {parameters:13,} {size:14,}{path}"
 
     def _group(self, name: str) -> str:
         """Row of the table that a tensor belongs to."""
         origin = self._origin(name)
         if isinstance(origin, list):
-            source = next(key for key, source in self.sources.items() if name in source.tensors)
-            return f"{source}: {self.sources[source].path}"
-        return "copy of SAM's neck" if name.startswith(_NECK_HD) else origin
+            return next(key for key, source in self.sources.items() if name in source.tensors)
+        return "copy of SAM's neck" if name.startswith(_NECK_HD) else str(origin)
 
     def _origin(self, name: str) -> Any:
         tensor = self.tensors[name]
@@ -140,8 +140,8 @@ def start_weights(
         raise UsageError(f"--preset {config.preset}: the model {need}")
     kind = DTYPE_NAMES[dtype]
     sources = {
-        "siglip": read_siglip_tower(siglip, config=config, dtype=kind),
         "llm": read_llm(llm, config=config, dtype=kind),
+        "siglip": read_siglip_tower(siglip, config=config, dtype=kind),
     }
     if sam is not None:
         sources["sam"] = read_sam_tower(sam, config=config, dtype=kind)
