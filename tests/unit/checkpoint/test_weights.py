@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from megavl.checkpoint.manifest import file_record
 from megavl.checkpoint.names import flat_names, is_stacked, language_model_names, place_of
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.store import read_manifest
 from megavl.checkpoint.writer import write_model_checkpoint
-from megavl.config.errors import CheckpointError
+from megavl.config.errors import CheckpointError, StorageError
 from megavl.config.load import load_model_config as preset
 from tests.unit.checkpoint import states
 from tests.unit.checkpoint.ranks import results, run_ranks
@@ -146,3 +151,45 @@ def test_names_have_an_exact_inverse() -> None:
     assert place_of("language_model.decoder.layers.11.input_layernorm.weight").key == (
         "model.language_model.decoder.layers.self_attention.linear_qkv.layer_norm_weight"
     )
+
+
+def test_hashes_of_what_was_written_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megavl.checkpoint.writer.SHARD_BYTES", 1 << 20)
+    tensors = [*weights(), ("vision.large", torch.randn(1 << 20)), ("vision.odd", torch.randn(700_001).half())]
+    path = write_model_checkpoint(tmp_path, config=CONFIG, tensors=tensors, files={})
+    records = read_manifest(path)["files"]
+    assert len(records) > 5 and records == {name: file_record(path / name) for name in records}
+
+
+@pytest.fixture
+def little_storage() -> Iterator[None]:
+    """A limit of 1 MB a file, which stands for a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path, little_storage: None) -> None:
+    tensors = [("vision.large", torch.randn(1 << 20)), *weights()]
+    with pytest.raises(StorageError, match="writing weights: (File too large|incomplete write)"):
+        write_model_checkpoint(tmp_path, config=CONFIG, tensors=tensors, files={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_that_fails_in_the_background_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(stream: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("megavl.checkpoint.hashed._settle", failing)
+    with pytest.raises(StorageError, match="writing weights: Input/output error"):
+        write_model_checkpoint(tmp_path, config=CONFIG, tensors=weights(), files={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_conversion_are_cleared_and_others_kept(tmp_path: Path) -> None:
+    for name in ("iter_0000000.tmp-1", "iter_0000005.tmp-2"):
+        (tmp_path / name).mkdir()
+    write_model_checkpoint(tmp_path, config=CONFIG, tensors=weights(), files={})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000000", "iter_0000005.tmp-2", "latest"]

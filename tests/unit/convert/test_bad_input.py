@@ -1,5 +1,6 @@
 """Hostile, damaged and mismatching input: one message that names file and tensor, and nothing half-written."""
 
+import io
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LoadedTensor
 from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import TokenizerIds
-from megavl.convert.verify import open_flat
+from megavl.convert.verify import compare, open_flat
 
 LM_HEAD = "lm_head.weight"
 DOWN_PROJ = "model.language_model.layers.0.mlp.down_proj.weight"
@@ -41,6 +42,12 @@ def rewrite(folder, change):
     change(tensors)
     # Some tests remove the only reason for a tensor to be contiguous.
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors")
+
+
+def _archive(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def refusal(folder):
@@ -144,22 +151,69 @@ def test_damaged_index(folder, content):
     assert "model.safetensors.index.json: " in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
-def test_pickled_weights_are_refused_unopened(folder, tmp_path, name):
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_torch_save_are_read_where_there_are_no_others(folder, sources, sharded):
+    tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    (folder / name).write_bytes(pickle.dumps(Hostile()))
+    names = list(tensors)
+    shards = {"a.bin": names[:40], "b.bin": names[40:]} if sharded else {"pytorch_model.bin": names}
+    for name, part in shards.items():
+        torch.save({key: tensors[key] for key in part}, folder / name)
+    if sharded:
+        weight_map = {key: name for name, part in shards.items() for key in part}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert compare(open_flat(sources["tiny-siglip"]), open_flat(folder)).identical
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, _archive], ids=["pickle", "archive of torch.save"])
+def test_hostile_pickle_is_refused_and_does_not_run(folder, tmp_path, write):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(write({LM_HEAD: Hostile(str(tmp_path / "ran"))}))
     message = refusal(folder)
-    assert f"{folder}/{name}: refused, because a pickle can run code" in message and "safetensors" in message
+    assert f"{folder}/pytorch_model.bin" in message and "refused" in message
     assert not (tmp_path / "ran").exists()
+
+
+def test_archive_of_old_torch_is_refused_with_a_remedy(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert "torch 1.6 or newer" in refusal(folder) and "save its tensors as safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_values_do_not_stay_tied_to_the_file(folder, name):
+    """A tensor in a map of the file would change with it, and would count as memory for as long as the file is open."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    if name.endswith(".bin"):
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / name)
+    loaded = open_hf_tensors(folder)[LM_HEAD].load()
+    with (folder / name).open("r+b") as file:
+        file.write(bytes((folder / name).stat().st_size))
+    assert torch.equal(loaded, tensors[LM_HEAD])
+
+
+def test_file_that_shrinks_after_it_was_opened(folder):
+    tensors = open_hf_tensors(folder)
+    os.truncate(folder / "model.safetensors", 100_000)
+    with pytest.raises(CheckpointError, match="cannot read tensor .*the file has become shorter"):
+        [tensor.load() for tensor in tensors.values()]
 
 
 def test_folder_without_weights_or_configuration(folder):
     (folder / "model.safetensors").unlink()
-    assert "neither model.safetensors nor" in refusal(folder)
+    assert "none of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in refusal(folder)
     (folder / "config.json").unlink()
     assert "config.json: no such file" in refusal(folder)
 
