@@ -143,7 +143,10 @@ def make_folder(folder: Path, shapes: Shapes, *, config: ModelConfig, fmt: str) 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(configuration(config, fmt)))
     added = [{"id": number, "content": token, "special": True} for token, number in TOKENS.items()]
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"vocab": {}}}))
+    vocabulary = {f"t{number}": number for number in range(min(TOKENS.values()))}
+    vocabulary |= {f"s{number}": number for number in range(100002, 100015)}
+    model = {"type": "BPE", "vocab": {**vocabulary, **TOKENS}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model}))
     bos, eos, _ = TOKENS
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": eos}))
     return digests

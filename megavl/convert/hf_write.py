@@ -19,7 +19,13 @@ from megavl.convert.dtypes import DTYPE_NAMES, cast
 from megavl.convert.lazy import LazyTensor, LoadedTensor, require_exactly
 from megavl.convert.safetensors_out import OutputRow, sync_folder, write_safetensors, write_synced
 from megavl.convert.table import FORMATS, Format, WeightRow, dead_tensors, weight_rows
-from megavl.convert.tokenizer_files import IMAGE_TOKEN, TokenizerFolder, read_tokenizer, tokenizer_config
+from megavl.convert.tokenizer_files import (
+    IMAGE_TOKEN,
+    TokenizerFolder,
+    read_tokenizer,
+    tokenizer_config,
+    with_bos_first,
+)
 from megavl.convert.transforms import Copy
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -74,7 +80,8 @@ def write_hf(
     def fill(folder: Path) -> None:
         write_safetensors(folder, rows, max_shard_bytes=max_shard_bytes)
         for path in tokenizer.files:
-            write_synced(folder / path.name, path.read_bytes())
+            if path.name not in files:
+                write_synced(folder / path.name, path.read_bytes())
         for name, content in files.items():
             write_synced(folder / name, content)
         if confirm is not None:
@@ -186,6 +193,9 @@ def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Format, dt
     if fmt == "native":
         template = chat_template(eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN)
         files["chat_template.jinja"] = template.encode()
+        changed = with_bos_first(tokenizer)
+        if changed is not None:
+            files["tokenizer.json"] = changed
     for name in sorted(plain, key=lambda name: name == "config.json"):
         files[name] = (json.dumps(plain[name], indent=2, ensure_ascii=False) + "\n").encode()
     return files

@@ -160,6 +160,29 @@ def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "orig
     return (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def with_bos_first(tokenizer: TokenizerFolder) -> bytes | None:
+    """`tokenizer.json` that puts BOS first by itself; None where it does, or where its configuration does not want it.
+
+    transformers 4 takes that from `add_bos_token` in `tokenizer_config.json`, transformers 5 looks at `tokenizer.json`
+    alone. Nothing but the post-processor changes, which transformers 4 replaces by the same one.
+    """
+    path, bos = tokenizer.folder / "tokenizer.json", tokenizer.tokens["bos_token"]
+    text = path.read_text(encoding="utf-8")
+    first = _from_library(path, text).encode("a").tokens[:1]
+    if first == [bos] or tokenizer.config.get("add_bos_token") is False:
+        return None
+    one, other = (
+        [{"SpecialToken": {"id": bos, "type_id": n}}, {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1)
+    )
+    template = {
+        "type": "TemplateProcessing",
+        "single": one,
+        "pair": [*one, *other],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.ids.bos], "tokens": [bos]}},
+    }
+    return json.dumps({**json.loads(text), "post_processor": template}, indent=2, ensure_ascii=False).encode()
+
+
 def _special_tokens(folder: Path, vocabulary: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Content of `tokenizer_config.json`, and the texts of BOS, EOS and padding."""
     config, special = _optional(folder / _CONFIG), _optional(folder / "special_tokens_map.json")
@@ -177,11 +200,15 @@ def _special_tokens(folder: Path, vocabulary: dict[str, Any]) -> tuple[dict[str,
 
 def _library_vocabulary(path: Path, content: str) -> dict[str, int]:
     """Ids by token, as the library reads them; `added_tokens` of a file may ask for ids that it does not give."""
+    found: dict[str, int] = _from_library(path, content).get_vocab(with_added_tokens=True)
+    return found
+
+
+def _from_library(path: Path, content: str) -> tokenizers.Tokenizer:
     try:
-        found: dict[str, int] = tokenizers.Tokenizer.from_str(content).get_vocab(with_added_tokens=True)
+        return tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not a Hugging Face tokenizer ({error}); give a tokenizer.json") from error
-    return found
 
 
 def _vocabulary(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Native format: what transformers saved is read, and what is written runs in transformers bit for bit alike."""
 
-import hashlib
 import json
 import weakref
 
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     DeepseekVLForConditionalGeneration,
     DeepseekVLHybridForConditionalGeneration,
 )
@@ -116,12 +116,29 @@ def test_auto_classes_load_the_export_and_answer(exports, tokenizer_dir, preset)
     assert out.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_tokenizer_is_copied_byte_for_byte(exports, tokenizer_dir):
-    digests = {
-        hashlib.sha256((folder / "tokenizer.json").read_bytes()).digest()
-        for folder in (tokenizer_dir, *exports.values())
-    }
-    assert len(digests) == 1
+def test_tokenizer_puts_bos_first_by_itself(sources, exports, tokenizer_dir, tmp_path):
+    """transformers 5 looks for BOS in tokenizer.json alone; nothing else of the file changes."""
+    given, written = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (tokenizer_dir, exports[PRESETS[0]])
+    )
+    assert given["post_processor"] is None and {**written, "post_processor": None} == given
+    before, after = (Tokenizer.from_file(str(f / "tokenizer.json")) for f in (tokenizer_dir, exports[PRESETS[0]]))
+    text = "which colour?"
+    assert after.encode(text).ids == [0, *before.encode(text).ids]
+    assert after.encode(text, text).tokens == ["<｜begin▁of▁sentence｜>", *before.encode(text).tokens] * 2
+    # The same template that transformers 4 makes.
+    loaded = AutoTokenizer.from_pretrained(exports[PRESETS[0]]).backend_tokenizer
+    assert json.loads(loaded.to_str())["post_processor"] == written["post_processor"]
+    # A tokenizer that does so already is copied byte for byte, and so is one that is to put nothing first.
+    again = export(sources[PRESETS[0]], tmp_path / "again", exports[PRESETS[0]])
+    assert (again / "tokenizer.json").read_bytes() == (exports[PRESETS[0]] / "tokenizer.json").read_bytes()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    config = {**json.loads((tokenizer_dir / "tokenizer_config.json").read_text()), "add_bos_token": False}
+    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    (plain / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    out = export(sources[PRESETS[0]], tmp_path / "out", plain)
+    assert (out / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
 
 
 def test_configuration_states_what_loaders_guess_wrongly(exports):

@@ -53,7 +53,7 @@ def test_native_after_original_is_the_first_file_again(sources, exports, tokeniz
     out = write_hf(tmp_path / "out", config=config, flat=flat, fmt="native", tokenizer_dir=exports[preset])
     first, last = load_file(sources[preset] / "model.safetensors"), load_file(out / "model.safetensors")
     assert first.keys() == last.keys() and all(torch.equal(first[key], last[key]) for key in first)
-    assert (out / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
+    assert (exports[preset] / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
 
 
 def test_dead_tensors_come_back_and_absent_ones_are_synthesised(sources, tokenizer_dir, tmp_path):

@@ -144,10 +144,10 @@ def test_table_and_origins_name_every_tensor(public, tmp_path, capsys):
 def test_new_tensors_begin_as_those_of_a_fresh_model(public, start, tmp_path, report_table):
     config = load_model_config("tiny-hybrid")
     torch.manual_seed(0)
-    fresh = {f"vision.adaptor.{name}": value for name, value in build_adaptor(config).named_parameters()}
+    fresh = {f"vision.adaptor.{name}": value.detach() for name, value in build_adaptor(config).named_parameters()}
     channels = config.sam.neck_channels
     for index, layer in enumerate((nn.Conv2d(channels, 2 * channels, 3), nn.Conv2d(2 * channels, 4 * channels, 3))):
-        fresh[f"vision.sam.downsamples.{index}.weight"] = layer.weight
+        fresh[f"vision.sam.downsamples.{index}.weight"] = layer.weight.detach()
     made = {name: tensor.load() for name, tensor in weights(start).items() if name.startswith(NEW)}
     assert made.keys() == fresh.keys()
     rows = []
