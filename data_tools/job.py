@@ -8,8 +8,9 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_tools.readers.formats import DEFAULT_TEMPLATES, READERS, recognise
-from data_tools.readers.stretches import Stretch, divide, records
+from data_tools.readers.files import choose_format, container_of, divide_file
+from data_tools.readers.formats import FORMATS, Container
+from data_tools.readers.stretches import Stretch
 from megavl.config.errors import UsageError
 from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
 from megavl.data.image import Verification
@@ -17,11 +18,10 @@ from megavl.data.manifest import FORMAT_VERSION, PackSettings, to_json
 from megavl.data.template import Template
 
 _PARTS = 64
-_TEXT_STRETCH = (256 << 10, 256 << 20)
-_IMAGE_STRETCH = (64 << 10, 8 << 20)
-"""Bytes of input per shard, least and most; a record with images stands for far more output than its own bytes."""
-_SAMPLED = 100
-"""Records looked at to recognise a format."""
+"""Shards of a run whose inputs are neither very small nor very large."""
+_WHOLE_STRETCH = (256 << 10, 256 << 20)
+_PATHS_STRETCH = (64 << 10, 8 << 20)
+"""Bytes of input per shard, least and most; a record of paths stands for far more output than its own bytes."""
 _ENDS = 64 << 10
 """Bytes at either end of an input that identify it."""
 
@@ -31,6 +31,7 @@ class Input:
     """One input file."""
 
     path: str
+    container: Container
     format: str
     template: Template
     size: int
@@ -52,6 +53,8 @@ class Job:
     image_preset: str
     max_side: int
     image_root: str | None
+    image_map: str | None
+    image_map_sha256: str | None
     verify: Verification
     max_aspect: float
     system_prompt: str
@@ -74,7 +77,7 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """What the bytes of the output follow from."""
-        apart = {"output", "fail_on_error", "dry_run", "tokenizer"}
+        apart = {"output", "fail_on_error", "dry_run", "tokenizer", "image_map"}
         settings = {key: value for key, value in asdict(self).items() if key not in apart}
         plain: dict[str, Any] = json.loads(json.dumps({**settings, "format_version": FORMAT_VERSION}))
         return plain
@@ -98,56 +101,51 @@ def open_input(path: str, *, format: str, template: Template | None) -> Input:
     """Look at an input file.
 
     Args:
-        path: JSONL or JSON array.
-        format: row of READERS, or `auto`.
+        path: JSONL, JSON array, tar archive or Parquet file.
+        format: row of FORMATS, or `auto`.
         template: default: the format's own.
 
     Raises:
         UsageError: unreadable, empty, of no known format, or of one that cannot take the template.
+        DataError: compressed or damaged.
     """
     try:
         if not os.path.isfile(path):
-            raise UsageError(f"--input {path}: no such file; give JSONL or JSON files")
+            raise UsageError(f"--input {path}: no such file; give JSONL, JSON, tar or Parquet files")
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            digest = hashlib.sha256(stream.read(_ENDS))
+            start = stream.read(_ENDS)
             stream.seek(max(0, size - _ENDS))
-            digest.update(stream.read(_ENDS))
+            digest = hashlib.sha256(start + stream.read(_ENDS))
     except OSError as error:
         raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a readable file") from error
-    if format == "auto":
-        format = _recognise_file(path)
-    template = template or DEFAULT_TEMPLATES[format]
-    if template == "deepseek" and DEFAULT_TEMPLATES[format] != "deepseek":
+    container = container_of(path, start=start)
+    format = choose_format(path, container=container, asked=format)
+    usual = FORMATS[format].template
+    if template == "deepseek" and usual != "deepseek":
         raise UsageError(f"--template deepseek: {path} has format {format}, which has no turns; use plain or none")
-    return Input(path=path, format=format, template=template, size=size, ends_sha256=digest.hexdigest())
+    return Input(
+        path=path,
+        container=container,
+        format=format,
+        template=template or usual,
+        size=size,
+        ends_sha256=digest.hexdigest(),
+    )
 
 
 def plan_units(job: Job) -> list[Unit]:
     """Divide the inputs; the same units for any number of workers and tasks."""
     units: list[Unit] = []
     left = job.limit
+    total = sum(source.size for source in job.inputs)
     for number, source in enumerate(job.inputs):
-        least, most = _TEXT_STRETCH if source.format == "text" else _IMAGE_STRETCH
-        size = min(max(source.size // _PARTS, least), most)
-        for stretch in divide(source.path, size=size, limit=left) if left is None or left > 0 else ():
+        if left == 0:
+            break
+        paths = source.container == "json" and source.format != "text"
+        least, most = _PATHS_STRETCH if paths else _WHOLE_STRETCH
+        size = min(max(total // _PARTS, least), most)
+        for stretch in divide_file(source.path, container=source.container, size=size, limit=left):
             units.append(Unit(number=len(units), input=number, stretch=stretch))
             left = None if left is None else left - stretch.records
     return units
-
-
-def _recognise_file(path: str) -> str:
-    found = ""
-    for stretch in divide(path, size=1 << 30, limit=_SAMPLED):
-        for _, raw in records(stretch):
-            try:
-                content = json.loads(raw or b"")
-            except (ValueError, RecursionError):
-                continue
-            if name := recognise(content):
-                return name
-            found = found or (f"keys {', '.join(list(content)[:8])}" if isinstance(content, dict) else "no objects")
-    raise UsageError(
-        f"--input {path}: format not recognised (its records have {found or 'no valid JSON'}); "
-        f"known formats are {', '.join(READERS)}, named by --format"
-    )

@@ -30,6 +30,8 @@ class UnitSummary:
     records: int
     cut: int
     """Documents longer than a sequence, cut into several samples."""
+    images_without_file: int
+    """Images of interleaved documents that were left out."""
     rejected: dict[str, int]
     shards: tuple[ShardEntry, ...]
     lengths: tuple[int, ...] = ()

@@ -1,7 +1,8 @@
 """Raw data to a packed dataset: `python data_tools/preprocess.py --input data.jsonl --output out --tokenizer tok`.
 
-Text, captions and conversations become Megatron `.bin`/`.idx` shards with tables and manifests, as described in
-megavl/data/README.md. A run that was stopped goes on where it was when it is started again.
+Text, captions, interleaved documents and conversations become Megatron `.bin`/`.idx` shards with tables and manifests,
+as described in megavl/data/README.md; data_tools/README.md describes the formats. A run that was stopped goes on where
+it was when it is started again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from data_tools.engine import run_units  # noqa: E402
 from data_tools.finish import check_rejected, dry_run_report, finish  # noqa: E402
+from data_tools.image_map import open_image_map  # noqa: E402
 from data_tools.job import Job, open_input, plan_units  # noqa: E402
 from data_tools.output import Output  # noqa: E402
-from data_tools.readers.formats import READERS  # noqa: E402
+from data_tools.readers.formats import FORMATS  # noqa: E402
 from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
 from megavl.config.presets import IMAGE_PRESETS  # noqa: E402
 from megavl.data.image import MAX_ASPECT  # noqa: E402
@@ -41,15 +43,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("what goes in and out").add_argument
-    add("--input", nargs="+", required=True, metavar="SRC", help="JSONL files or JSON arrays")
+    add("--input", nargs="+", required=True, metavar="SRC", help="JSONL, JSON, tar or Parquet files")
     add("--output", required=True, metavar="DIR", help="folder of the dataset")
     add("--tokenizer", required=True, metavar="PATH", help="folder with tokenizer.json, or a SentencePiece .model")
-    add("--format", choices=("auto", *READERS), default="auto", help="format of every input")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="format of every input")
     add(
         "--image-root",
         metavar="DIR",
         help="folder that image paths start from and may not leave (default: the input's)",
     )
+    add("--image-map", metavar="FILE", help="lines of address, tab and path, for images named by address")
     add("--limit", type=_positive, metavar="N", help="read only the first N records")
 
     add = parser.add_argument_group("samples and sequences").add_argument
@@ -140,6 +143,11 @@ def _run(options: argparse.Namespace) -> int:
 def _job(options: argparse.Namespace) -> Job:
     tokenizer = open_tokenizer(options.tokenizer)
     inputs = [open_input(path, format=options.format, template=options.template) for path in options.input]
+    if options.image_map is None and any(item.format == "obelics" for item in inputs):
+        raise UsageError(
+            "--image-map: format obelics names images by address; fetch them and give a file with lines of address, "
+            "tab and path"
+        )
     geometry = IMAGE_PRESETS[options.image_preset]
     if any(item.format != "text" for item in inputs) and geometry.tokens >= options.seq_length:
         raise UsageError(
@@ -156,6 +164,8 @@ def _job(options: argparse.Namespace) -> Job:
         image_preset=options.image_preset,
         max_side=options.max_side,
         image_root=options.image_root,
+        image_map=options.image_map,
+        image_map_sha256=None if options.image_map is None else open_image_map(options.image_map).sha256,
         verify=options.verify,
         max_aspect=options.max_aspect,
         system_prompt=options.system_prompt,
@@ -177,6 +187,8 @@ def _print_report(report: dict[str, Any]) -> None:
             images = f", {part['images_per_sequence']:.2f} images each" if part["images_per_sequence"] else ""
             filler = f", {part['filler_tokens']} tokens of text as filler" if part["filler_tokens"] else ""
             print(f"{kind}: {part['sequences']} sequences, {100 * part['fill']:.2f}% full{images}{filler}")
+    if report["images_without_file"]:
+        print(f"left out: {report['images_without_file']} images of interleaved documents that have no file")
     if report["rejected"]:
         reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
         print(f"rejected: {reasons} (rejects.jsonl names each)")

@@ -60,7 +60,7 @@ class ShardWriter:
         self._samples: list[tuple[int, ...]] = []
         self._spans: list[tuple[int, int]] = []
         self._image_rows: list[tuple[int, ...]] = []
-        self._stored: dict[tuple[str, ...], int] = {}
+        self._stored: dict[tuple[str | bytes, ...], int] = {}
         self._slots = 0
         self._max_token = 0
 
@@ -136,7 +136,7 @@ class ShardWriter:
 
     def _store(self, images: Sequence[LoadedImage]) -> int:
         assert self._images is not None, "text shards hold no images"
-        key = tuple(image.reference for image in images)
+        key = tuple(image.key for image in images)
         if key not in self._stored:
             self._stored[key] = len(self._image_rows)
             for image in images:

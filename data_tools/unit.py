@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from data_tools.image_source import ImageSource
+from data_tools.image_map import open_image_map
+from data_tools.image_source import ImageSource, LoadedImage
 from data_tools.job import Input, Job, Unit
 from data_tools.output import Output, UnitSummary
-from data_tools.readers.formats import READERS
-from data_tools.readers.record import Record, RecordError
-from data_tools.readers.stretches import MAX_RECORD, records
+from data_tools.readers.files import entries
+from data_tools.readers.formats import FORMATS
+from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordError, parse_json
 from data_tools.shard_writer import ShardIdentity, ShardWriter
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
@@ -28,7 +26,9 @@ from megavl.data.template import Encoded, Piece, Turn, conversation_pieces, docu
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 
 _BATCH = 256
-"""Records tokenized together."""
+"""Records tokenized together, at most."""
+_BATCH_BYTES = 32 << 20
+"""Input held in memory at a time, apart from the last record."""
 _BLOCK = 1 << 22
 
 
@@ -38,6 +38,7 @@ class _Tally:
 
     records: int = 0
     cut: int = 0
+    without_file: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -66,7 +67,7 @@ def process_unit(job: Job, unit: Unit, *, count: int, advance: Callable[[int], N
     """
     work = _Work(job, unit, count=count)
     try:
-        for batch in _batches(records(unit.stretch)):
+        for batch in _batches(entries(unit.stretch)):
             work.take(batch)
             advance(work.seen)
         return work.finish()
@@ -83,6 +84,7 @@ class _Work:
         self._tally = _Tally()
         self._source = ImageSource(
             root=job.image_root if job.image_root is not None else str(Path(self._input.path).parent),
+            image_map=open_image_map(job.image_map) if job.image_map is not None else None,
             verify=job.verify,
             max_aspect=job.max_aspect,
             max_side=job.max_side,
@@ -98,17 +100,17 @@ class _Work:
         )
         self._writers: dict[Modality, ShardWriter] = {}
 
-    def take(self, batch: Sequence[tuple[int, bytes | None]]) -> None:
+    def take(self, batch: Sequence[Entry]) -> None:
         self.seen += len(batch)
         parsed = []
-        for place, raw in batch:
-            if raw is not None and not raw.strip():
+        for entry in batch:
+            if isinstance(entry.content, bytes) and not entry.content.strip():
                 continue
             self._tally.records += 1
             try:
-                parsed.append(self._parse(place, raw))
+                parsed.append(self._parse(entry))
             except RecordError as error:
-                self._reject(place, error.reason, str(error))
+                self._reject(entry.place, error.reason, str(error))
         for item, encoded in self._encode(parsed):
             try:
                 self._write(item, encoded)
@@ -125,6 +127,7 @@ class _Work:
             config_sha256=self._identity.config_sha256,
             records=self._tally.records,
             cut=self._tally.cut,
+            images_without_file=self._tally.without_file,
             rejected=dict(sorted(self._tally.rejected.items())),
             shards=tuple(shards),
             lengths=tuple(self._tally.lengths) if self._job.dry_run else (),
@@ -138,20 +141,15 @@ class _Work:
         for writer in self._writers.values():
             writer.discard()
 
-    def _parse(self, place: int, raw: bytes | None) -> _Parsed:
-        if raw is None:
-            raise RecordError(f"longer than {MAX_RECORD} bytes", "record_too_long")
-        try:
-            text = raw.decode("utf-8")
-            content = json.loads(text.removeprefix("\ufeff"))
-        except UnicodeDecodeError as error:
-            raise RecordError(f"not UTF-8 ({error.reason} at byte {error.start})", "encoding") from error
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"not valid JSON ({error})", "json") from error
-        record = READERS[self._input.format](content)
-        if len(record.images) > self._job.max_images:
+    def _parse(self, entry: Entry) -> _Parsed:
+        content = entry.content
+        if isinstance(content, RecordError):
+            raise content
+        record = FORMATS[self._input.format].read(parse_json(content) if isinstance(content, bytes) else content)
+        record = self._with_files(record)
+        if len(record.pictures) > self._job.max_images and not record.divisible:
             raise RecordError(
-                f"{len(record.images)} images, above --max-images-per-sequence {self._job.max_images}",
+                f"{len(record.pictures)} images, above --max-images-per-sequence {self._job.max_images}",
                 "too_many_images",
             )
         try:
@@ -161,7 +159,19 @@ class _Work:
             raise RecordError("holds half of a surrogate pair, which is no text", "encoding") from error
         except DataError as error:
             raise RecordError(str(error), "turns") from error
-        return _Parsed(place=place, record=record, pieces=pieces)
+        return _Parsed(place=entry.place, record=record, pieces=pieces)
+
+    def _with_files(self, record: Record) -> Record:
+        """The record without those optional images that have no file, which are counted."""
+        if not any(isinstance(part, Picture) and part.optional for part in record.parts):
+            return record
+        parts = tuple(
+            part
+            for part in record.parts
+            if not (isinstance(part, Picture) and part.optional) or self._source.has_file(part)
+        )
+        self._tally.without_file += len(record.parts) - len(parts)
+        return replace(record, parts=parts)
 
     def _pieces(self, record: Record) -> list[Piece]:
         template = self._input.template
@@ -169,7 +179,13 @@ class _Work:
             if template == "deepseek":
                 _refuse_empty_answers(record.turns)
             return conversation_pieces(record.turns, template=template, system=self._job.system_prompt)
-        return document_pieces(record.text, template=template, tagged=record.tagged)
+        # A tar or table may hold conversations and documents.
+        frame = document_pieces("", template="plain" if template == "deepseek" else template, tagged=False)
+        body = [
+            Piece(kind="image") if isinstance(part, Picture) else Piece(kind="text", text=part, supervised=True)
+            for part in record.parts
+        ]
+        return [piece for slot in frame for piece in (body if slot.kind == "text" else [slot])]
 
     def _encode(self, parsed: Sequence[_Parsed]) -> Iterator[tuple[_Parsed, Encoded]]:
         image_tokens = self._job.geometry.tokens
@@ -187,19 +203,45 @@ class _Work:
 
     def _write(self, item: _Parsed, encoded: Encoded) -> None:
         limit = self._job.seq_length
-        if len(encoded.ids) > limit and (item.record.images or item.record.turns):
+        if len(encoded.ids) > limit and not item.record.divisible:
             raise RecordError(
-                f"{len(encoded.ids)} tokens, above --seq-length {limit}; only text documents are cut", "too_long"
+                f"{len(encoded.ids)} tokens, above --seq-length {limit}; only text and interleaved documents are cut",
+                "too_long",
             )
-        images = [self._source.load(reference) for reference in item.record.images]
-        parts = list(_cut(encoded, limit))
+        images = self._images(item.record)
+        parts = list(self._cut(encoded))
         self._tally.cut += len(parts) > 1
-        for ids, spans in parts:
+        used = 0
+        for part in parts:
+            own, used = images[used : used + part.images], used + part.images
             if self._job.dry_run:
-                self._tally.lengths.append(len(ids))
-                self._tally.images.append(len(images))
+                self._tally.lengths.append(len(part.ids))
+                self._tally.images.append(len(own))
             else:
-                self._writer("multimodal" if images else "text").add(ids, spans=spans, images=images, place=item.place)
+                writer = self._writer("multimodal" if own else "text")
+                writer.add(part.ids, spans=part.spans, images=own, place=item.place)
+
+    def _images(self, record: Record) -> list[LoadedImage]:
+        """All images of a record, checked before the first of its samples is written."""
+        images: list[LoadedImage] = []
+        size = 0
+        for picture in record.pictures:
+            images.append(self._source.load(picture))
+            size += len(images[-1].data)
+            if size > MAX_IMAGE:
+                raise ImageError(f"the images of the record have more than {MAX_IMAGE} bytes", "image_too_large")
+        return images
+
+    def _cut(self, encoded: Encoded) -> Iterator[Encoded]:
+        if len(encoded.ids) <= self._job.seq_length and encoded.images <= self._job.max_images:
+            return iter([encoded])
+        return cut(
+            encoded,
+            limit=self._job.seq_length,
+            max_images=self._job.max_images,
+            image_id=self._tokenizer.image_id,
+            image_tokens=self._job.geometry.tokens,
+        )
 
     def _writer(self, modality: Modality) -> ShardWriter:
         if modality not in self._writers:
@@ -242,15 +284,40 @@ def _tokenizer(path: str) -> Tokenizer:
     return open_tokenizer(path)
 
 
-def _batches(items: Iterable[tuple[int, bytes | None]]) -> Iterator[list[tuple[int, bytes | None]]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, _BATCH)):
+def _batches(items: Iterable[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    size = 0
+    for entry in items:
+        batch.append(entry)
+        size += entry.size
+        if len(batch) == _BATCH or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 
-def _cut(encoded: Encoded, limit: int) -> Iterator[tuple[npt.NDArray[np.int32], list[tuple[int, int]]]]:
-    """A sample, or successive parts of at most `limit` tokens."""
-    for start in range(0, len(encoded.ids), limit):
-        end = min(start + limit, len(encoded.ids))
-        spans = [(max(a, start) - start, min(b, end) - start) for a, b in encoded.spans if a < end and b > start]
-        yield encoded.ids[start:end], spans
+def cut(encoded: Encoded, *, limit: int, max_images: int, image_id: int | None, image_tokens: int) -> Iterator[Encoded]:
+    """Successive parts of a sample under both limits; never cut inside an image.
+
+    Args:
+        encoded: the sample.
+        limit: tokens of a part, at least `image_tokens`.
+        max_images: images of a part.
+        image_id: token of images.
+        image_tokens: positions of one image.
+    """
+    count = len(encoded.ids)
+    firsts = np.flatnonzero(encoded.ids == image_id)[::image_tokens] if encoded.images else np.zeros(0, np.int64)
+    start = 0
+    while start < count:
+        end = min(start + limit, count)
+        ahead = firsts[firsts >= start]
+        if len(ahead) > max_images:
+            end = min(end, int(ahead[max_images]))
+        split = ahead[(ahead < end) & (ahead + image_tokens > end)]
+        if len(split):
+            end = int(split[0])
+        spans = tuple((max(a, start) - start, min(b, end) - start) for a, b in encoded.spans if a < end and b > start)
+        yield Encoded(ids=encoded.ids[start:end], spans=spans, images=int((ahead < end).sum()))
+        start = end

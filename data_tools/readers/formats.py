@@ -1,112 +1,112 @@
-"""One function per input format, and the recognition of a format from a record."""
+"""The rows of `--format`, and the recognition of a format from a record."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from data_tools.readers.record import Record, RecordError, check_tags, string, strings, unify_tags
-from megavl.data.template import IMAGE_TAG, Template, Turn
+from data_tools.readers.conversations import read_deepseek, read_llava, read_messages, record_images
+from data_tools.readers.documents import caption, read_caption, read_mmc4, read_obelics, read_text
+from data_tools.readers.record import Picture, Record, RecordError, decode, mapping, parse_json, string
+from megavl.data.template import Template
 
-Role = Literal["system", "user", "assistant"]
-_LLAVA_ROLES: Mapping[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
-_DEEPSEEK_ROLES: Mapping[str, Role] = {"User": "user", "Assistant": "assistant"}
-
-
-def read_text(raw: Any) -> Record:
-    """{`text`}: a document; tags that it spells are ordinary text."""
-    text = string(_mapping(raw).get("text"), key="text")
-    if not text.strip():
-        raise RecordError("text is empty", "empty_text")
-    return Record(text=text, tagged=False)
+Container = Literal["json", "tar", "parquet"]
+"""Kind of file: JSONL or a JSON array, tar archive, Parquet."""
 
 
-def read_caption(raw: Any) -> Record:
-    """{`image`, `text`}: the image stands before the text, or where the text has a tag."""
-    record = _mapping(raw)
-    image = string(record.get("image"), key="image")
-    text = unify_tags(string(record.get("text"), key="text"))
-    if not text.replace(IMAGE_TAG, "").strip():
-        raise RecordError("text is empty", "empty_text")
-    if IMAGE_TAG not in text:
-        text = IMAGE_TAG + text
-    check_tags([text], images=1)
-    return Record(text=text, images=(image,))
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One row of `--format`."""
+
+    read: Callable[[Any], Record]
+    template: Template
+    """Where none is asked for: documents are supervised whole, conversations by answer."""
+    containers: tuple[Container, ...] = ("json",)
 
 
-def read_llava(raw: Any) -> Record:
-    """{`image` or `images`, `conversations`: [{`from`, `value`}]}; without images it is a text conversation."""
-    record = _mapping(raw)
-    images: tuple[str, ...] = ()
-    if record.get("image") is not None:
-        single = record["image"]
-        images = strings(single, key="image") if isinstance(single, list) else (string(single, key="image"),)
-    elif record.get("images") is not None:
-        images = strings(record["images"], key="images")
-    turns = []
-    for number, message in enumerate(_messages(record.get("conversations"))):
-        role = _role(message.get("from"), known=_LLAVA_ROLES, key=f"conversations[{number}].from")
-        text = string(message.get("value"), key=f"conversations[{number}].value")
-        turns.append(Turn(role=role, text=unify_tags(text)))
-    check_tags([turn.text for turn in turns], images=len(images))
-    return Record(turns=tuple(turns), images=images)
+def read_webdataset(raw: Any) -> Record:
+    """Members of one key: images with `txt` (a caption), or `json` (a record whose images are the members)."""
+    group = mapping(raw)
+    images: tuple[Picture, ...] = group["images"]
+    key, text = group["key"], group["txt"]
+    if text is not None:
+        if not images:
+            raise RecordError(f"key {key}: has a text but no image", "tar_incomplete")
+        # A text file ends with a line end, which is no part of the caption.
+        return caption(decode(text, name=f"{key}.txt: ").removesuffix("\n").removesuffix("\r"), images=images)
+    if group["json"] is None:
+        raise RecordError(f"key {key}: has neither .txt nor .json", "tar_incomplete")
+    content = parse_json(group["json"], name=f"{key}.json: ")
+    if not images:
+        return FORMATS[_member_format(content, key=key)].read(content)
+    if isinstance(content, dict) and any(content.get(name) is not None for name in ("image", "images")):
+        raise RecordError(f"key {key}: its .json names images although the image is a member; remove that field")
+    name = _member_format(content, key=key)
+    if name == "text":
+        return caption(string(content["text"], key="text"), images=images)
+    if name == "deepseek":
+        return read_deepseek(content, ahead=images)
+    return FORMATS[name].read({**content, "images": list(images)})
 
 
-def read_deepseek(raw: Any) -> Record:
-    """Turns {`role`, `content`, `images`}, bare or under `conversations`; images belong to the turn with their tags."""
-    messages = _messages(raw if isinstance(raw, list) else _mapping(raw).get("conversations"))
-    turns: list[Turn] = []
-    images: list[str] = []
-    for number, message in enumerate(messages):
-        role = _role(message.get("role"), known=_DEEPSEEK_ROLES, key=f"conversations[{number}].role")
-        text = unify_tags(string(message.get("content"), key=f"conversations[{number}].content"))
-        found = strings(message.get("images") or [], key=f"conversations[{number}].images")
-        check_tags([text], images=len(found), where=f"conversations[{number}]: ")
-        images += found
-        turns.append(Turn(role=role, text=text))
-    return Record(turns=tuple(turns), images=tuple(images))
+def read_parquet(raw: Any) -> Record:
+    """Columns `image` or `images`, with `conversations`, `messages`, `text` or `caption`."""
+    row = mapping(raw)
+    if row.get("conversations") is not None:
+        name = recognise(row)
+        if name not in ("llava", "deepseek"):
+            raise RecordError("conversations must be a list of turns {from, value} or {role, content}")
+        if name == "deepseek":
+            return read_deepseek(row, ahead=record_images(row))
+        return read_llava(row)
+    if row.get("messages") is not None:
+        return read_messages(row)
+    names = [name for name in ("text", "caption") if row.get(name) is not None]
+    if len(names) != 1:
+        raise RecordError(f"{' and '.join(names) or 'neither text nor caption'} in one row; one of them is the text")
+    if "image" not in row and "images" not in row:
+        return read_text({"text": row[names[0]]})
+    images = record_images(row)
+    if not images:
+        raise RecordError("the image is null", "image_missing")
+    return caption(string(row[names[0]], key=names[0]), images=images)
 
 
-READERS: Mapping[str, Callable[[Any], Record]] = {
-    "text": read_text,
-    "caption": read_caption,
-    "llava": read_llava,
-    "deepseek": read_deepseek,
+FORMATS: Mapping[str, Format] = {
+    "text": Format(read=read_text, template="plain"),
+    "caption": Format(read=read_caption, template="plain"),
+    "llava": Format(read=read_llava, template="deepseek"),
+    "messages": Format(read=read_messages, template="deepseek"),
+    "deepseek": Format(read=read_deepseek, template="deepseek"),
+    "webdataset": Format(read=read_webdataset, template="deepseek", containers=("tar",)),
+    "parquet": Format(read=read_parquet, template="deepseek", containers=("parquet",)),
+    "obelics": Format(read=read_obelics, template="plain", containers=("json", "parquet")),
+    "mmc4": Format(read=read_mmc4, template="plain"),
 }
 """Rows of `--format`."""
 
-DEFAULT_TEMPLATES: Mapping[str, Template] = {
-    "text": "plain",
-    "caption": "plain",
-    "llava": "deepseek",
-    "deepseek": "deepseek",
-}
-"""Template of each format when none is asked for: documents are supervised whole, conversations by answer."""
-
 
 def recognise(raw: Any) -> str | None:
-    """The format of a parsed record, or None."""
-    turns = raw if isinstance(raw, list) else raw.get("conversations") if isinstance(raw, dict) else None
-    if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+    """The format of a parsed JSON record, or None."""
+    turns = raw if isinstance(raw, list) else raw.get("conversations") if isinstance(raw, Mapping) else None
+    if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
         return "llava" if "from" in turns[0] else "deepseek" if "role" in turns[0] else None
-    if isinstance(raw, dict) and "text" in raw:
+    if not isinstance(raw, Mapping):
+        return None
+    if isinstance(raw.get("messages"), list):
+        return "messages"
+    if isinstance(raw.get("text_list"), list) and "image_info" in raw:
+        return "mmc4"
+    if isinstance(raw.get("texts"), list) and isinstance(raw.get("images"), list):
+        return "obelics"
+    if "text" in raw:
         return "caption" if "image" in raw else "text"
     return None
 
 
-def _mapping(raw: Any) -> Mapping[str, Any]:
-    if not isinstance(raw, dict):
-        raise RecordError(f"a record is a JSON object, found {type(raw).__name__}")
-    return raw
-
-
-def _messages(value: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise RecordError("conversations must be a list of turns")
-    return [_mapping(message) for message in value]
-
-
-def _role(value: object, *, known: Mapping[str, Role], key: str) -> Role:
-    if not isinstance(value, str) or value not in known:
-        raise RecordError(f"{key} must be one of {', '.join(known)}, found {value!r}")
-    return known[value]
+def _member_format(content: Any, *, key: str) -> str:
+    name = recognise(content)
+    if name not in ("text", "caption", "llava", "messages", "deepseek"):
+        raise RecordError(f"key {key}: its .json is no text, caption or conversation")
+    return name

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from megavl.config.errors import DataError
 from megavl.data.template import IMAGE_TAG, Turn
 
 SHORT_TAG = "<image>"
 """Other spelling of IMAGE_TAG in input files."""
+MAX_RECORD = 64 << 20
+"""Longest record in bytes, images inside a tar or Parquet file aside; a longer one is rejected unread."""
+
+MAX_IMAGE = 256 << 20
+"""Largest image file, and largest sum of the image files of one record, bytes."""
 
 
 class RecordError(DataError):
@@ -19,18 +27,76 @@ class RecordError(DataError):
         self.reason = reason
 
 
+class Entry(NamedTuple):
+    """What a file holds at one place, before its format is looked at."""
+
+    place: int
+    """Line, item, member or row, from 1."""
+    content: bytes | Mapping[str, Any] | RecordError
+    """JSON text, the columns of a row, the members of a key, or why there is none."""
+    size: int
+    """Bytes that it keeps in memory, roughly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One image of a record."""
+
+    name: str
+    """Path, address or data URL; a name for messages when the bytes are given."""
+    data: bytes | None = None
+    """The image file, where the record brings it along."""
+    optional: bool = False
+    """Left out when there is no file for it, instead of rejecting the record."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A parsed record."""
+    """A parsed record: a conversation, or a document."""
 
     turns: tuple[Turn, ...] = ()
-    """A conversation; empty for a document."""
-    text: str = ""
-    """A document."""
-    images: tuple[str, ...] = ()
-    """Paths or data URLs, in the order of their tags."""
-    tagged: bool = True
-    """Whether tags in a document stand for images; a plain text file may spell them."""
+    """A conversation, with one IMAGE_TAG per image; empty for a document."""
+    images: tuple[Picture, ...] = ()
+    """Images of the conversation, in the order of their tags."""
+    parts: tuple[str | Picture, ...] = ()
+    """A document: text, in which no tag is looked for, and images."""
+    divisible: bool = False
+    """Whether a document that is too long for one sequence becomes several samples."""
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All images, in order."""
+        return [*self.images, *(part for part in self.parts if isinstance(part, Picture))]
+
+
+def parse_json(raw: bytes, *, name: str = "") -> Any:
+    """The value of a JSON text.
+
+    Args:
+        raw: UTF-8, with or without a byte order mark.
+        name: put in front of messages.
+
+    Raises:
+        RecordError: `encoding` or `json`.
+    """
+    try:
+        return json.loads(decode(raw, name=name).removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{name}not valid JSON ({error})", "json") from error
+
+
+def decode(raw: bytes, *, name: str = "") -> str:
+    """UTF-8 to text.
+
+    Raises:
+        RecordError: `encoding`.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{name}not UTF-8 ({error.reason} at byte {error.start})", "encoding") from error
 
 
 def unify_tags(text: str) -> str:
@@ -38,11 +104,18 @@ def unify_tags(text: str) -> str:
     return text.replace(SHORT_TAG, IMAGE_TAG)
 
 
-def check_tags(texts: list[str], *, images: int, where: str = "") -> None:
+def check_tags(texts: Sequence[str], *, images: int, where: str = "") -> None:
     """Raise RecordError `tag_count` unless there are as many tags as images."""
     tags = sum(text.count(IMAGE_TAG) for text in texts)
     if tags != images:
         raise RecordError(f"{where}{tags} image tags for {images} images", "tag_count")
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A value that must be a JSON object."""
+    if not isinstance(value, Mapping):
+        raise RecordError(f"a record is a JSON object, found {type(value).__name__}")
+    return value
 
 
 def string(value: object, *, key: str) -> str:
@@ -52,8 +125,25 @@ def string(value: object, *, key: str) -> str:
     return value
 
 
-def strings(value: object, *, key: str) -> tuple[str, ...]:
-    """A value that must be a list of strings."""
+def picture(value: object, *, key: str) -> Picture:
+    """An image: a path or data URL, or in a Parquet file its bytes, alone or with a path as {`bytes`, `path`}."""
+    if isinstance(value, Picture):
+        return value
+    if isinstance(value, str):
+        return Picture(name=value)
+    if isinstance(value, bytes):
+        return Picture(name=key, data=value)
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        if isinstance(data, bytes):
+            return Picture(name=path if isinstance(path, str) else key, data=data)
+        if data is None and isinstance(path, str):
+            return Picture(name=path)
+    raise RecordError(f"{key} must be a string or {{bytes, path}}, found {type(value).__name__}")
+
+
+def pictures(value: object, *, key: str) -> tuple[Picture, ...]:
+    """A list of images."""
     if not isinstance(value, list):
-        raise RecordError(f"{key} must be a list of strings, found {type(value).__name__}")
-    return tuple(string(item, key=key) for item in value)
+        raise RecordError(f"{key} must be a list of images, found {type(value).__name__}")
+    return tuple(picture(item, key=f"{key}[{number}]") for number, item in enumerate(value))

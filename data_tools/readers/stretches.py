@@ -1,4 +1,4 @@
-"""Input files as stretches of bytes that begin and end between two records.
+"""JSON files as stretches of bytes that begin and end between two records.
 
 A JSONL file is divided at line ends, a JSON array between its items; borders follow from the file and the wanted size
 alone, so any number of workers and tasks makes the same stretches. Nothing is read whole into memory.
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from data_tools.readers.record import MAX_RECORD
 from megavl.config.errors import DataError, UsageError
 
-Places = Literal["line", "item"]
-MAX_RECORD = 64 << 20
-"""Longest record in bytes; a longer one is rejected unread."""
+Places = Literal["line", "item", "member", "row"]
+"""What is counted in JSONL, in a JSON array, in a tar archive, in Parquet."""
 _BLOCK = 8 << 20
 # A whole string, or one character of structure, or the quote of a string that this block does not finish.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
@@ -33,12 +33,14 @@ class Stretch:
     """First byte."""
     end: int
     first_place: int
-    """Line or item number of its first record, from 1."""
+    """Line, item, member or row of its first record, from 1."""
     records: int
-    """Lines or items inside."""
+    """Records inside; blank lines count too."""
+    apart: tuple[int, ...] = ()
+    """First members of the keys inside whose members are not adjacent in the whole archive."""
 
 
-def places_of(path: str | Path) -> Places:
+def places_of(path: str | Path) -> Literal["line", "item"]:
     """Whether a file is a JSON array or JSONL, by its first character.
 
     A JSONL file of bare turn lists also begins with a bracket; there the first line is JSON and another one follows.

@@ -32,7 +32,7 @@ MODALITIES: tuple[Modality, Modality] = ("text", "multimodal")
 SAMPLE_ROW = np.dtype(
     [
         ("source", "<i4"),  # row of the shard manifest's sources
-        ("place", "<i8"),  # line or item in that source, from 1
+        ("place", "<i8"),  # line, item, member or row in that source, from 1
         ("first_image", "<i8"),  # sequence of the images pair
         ("images", "<i4"),
         ("first_span", "<i8"),  # row of NAME.spans.npy
@@ -79,8 +79,8 @@ class SourceEntry:
     """Byte after the last."""
     sha256: str
     """Of these bytes."""
-    places: Literal["line", "item"]
-    """What `place` counts: lines of a JSONL file, or items of a JSON array."""
+    places: Literal["line", "item", "member", "row"]
+    """What `place` counts: lines of a JSONL file, items of a JSON array, members of a tar, rows of a Parquet file."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -171,7 +171,7 @@ def test_on_error_fail_stops_at_the_record(tokenizer: Path, tmp_path: Path, caps
     ("records", "more", "code", "message"),
     [
         ([{"text": "a"}], ["--template", "deepseek"], 2, "--template deepseek: .* has format text, which has no turns"),
-        ([{"messages": []}], [], 2, "format not recognised .*keys messages.*known formats are text, caption"),
+        ([{"prompt": ""}], [], 2, "format not recognised .*keys prompt.*known formats are text, caption"),
         ([], [], 2, "format not recognised"),
         (
             [{"image": "x.png", "text": "a"}],

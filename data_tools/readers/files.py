@@ -1,0 +1,114 @@
+"""Input files of every kind: what a file is, how it is divided, and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from data_tools.readers.formats import FORMATS, Container, recognise
+from data_tools.readers.parquet_table import MAGIC, column_names, divide_parquet, parquet_entries, parquet_format
+from data_tools.readers.record import MAX_RECORD, Entry, RecordError, parse_json
+from data_tools.readers.stretches import Stretch, divide, records
+from data_tools.readers.tar_archive import divide_tar, is_tar, tar_entries
+from megavl.config.errors import DataError, UsageError
+
+_SAMPLED = 100
+"""Records looked at to recognise a format."""
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
+_KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet file"}
+
+
+def container_of(path: str, *, start: bytes) -> Container:
+    """What kind of file begins with these bytes.
+
+    Args:
+        path: for messages.
+        start: the first 512 bytes or more.
+
+    Raises:
+        DataError: the file is compressed as a whole, so that it cannot be divided.
+    """
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(f"{path}: is compressed ({name}) and cannot be read in parts; decompress it first")
+    if start.startswith(MAGIC):
+        return "parquet"
+    return "tar" if is_tar(start) else "json"
+
+
+def choose_format(path: str, *, container: Container, asked: str) -> str:
+    """The format of a file.
+
+    Args:
+        path: the file.
+        container: what kind of file it is.
+        asked: row of FORMATS, or `auto`.
+
+    Raises:
+        UsageError: not recognised, or the format asked for is not kept in this kind of file.
+    """
+    if asked == "auto":
+        return _recognise(path, container=container)
+    if container not in FORMATS[asked].containers:
+        fitting = ", ".join(name for name, row in FORMATS.items() if container in row.containers)
+        raise UsageError(f"--format {asked}: {path} is {_KINDS[container]}, which holds {fitting}; name one of these")
+    return asked
+
+
+def divide_file(path: str, *, container: Container, size: int, limit: int | None = None) -> list[Stretch]:
+    """Divide a file of any kind into stretches of about `size` bytes; `limit` records at most."""
+    kinds = {"json": divide, "tar": divide_tar, "parquet": divide_parquet}
+    return kinds[container](path, size=size, limit=limit)
+
+
+def entries(stretch: Stretch) -> Iterator[Entry]:
+    """What a stretch holds, place by place."""
+    if stretch.places == "member":
+        return tar_entries(stretch)
+    if stretch.places == "row":
+        return parquet_entries(stretch)
+    return _json_entries(stretch)
+
+
+def _json_entries(stretch: Stretch) -> Iterator[Entry]:
+    for place, raw in records(stretch):
+        if raw is None:
+            yield Entry(place, RecordError(f"longer than {MAX_RECORD} bytes", "record_too_long"), 0)
+        else:
+            yield Entry(place, raw, len(raw))
+
+
+def _recognise(path: str, *, container: Container) -> str:
+    if container == "tar":
+        return "webdataset"
+    if container == "parquet":
+        found = parquet_format(path)
+        seen = f"columns {', '.join(column_names(path)[:20])}"
+    else:
+        found, seen = _recognise_json(path)
+    if found is None:
+        raise UsageError(
+            f"--input {path}: format not recognised (it has {seen}); "
+            f"known formats are {', '.join(FORMATS)}, named by --format"
+        )
+    return found
+
+
+def _recognise_json(path: str) -> tuple[str | None, str]:
+    seen = ""
+    for stretch in divide(path, size=1 << 30, limit=_SAMPLED):
+        for entry in islice(_json_entries(stretch), _SAMPLED):
+            try:
+                content = parse_json(entry.content) if isinstance(entry.content, bytes) else None
+            except RecordError:
+                continue
+            if name := recognise(content):
+                return name, ""
+            seen = seen or (f"keys {', '.join(list(content)[:8])}" if isinstance(content, dict) else "no objects")
+    return None, seen or "no valid JSON"

@@ -1,0 +1,170 @@
+"""Parquet files, divided between row groups and read in batches of bounded size. Needs pyarrow, which is optional."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_tools.readers.record import Entry, RecordError
+from data_tools.readers.stretches import Stretch
+from megavl.config.errors import DataError, UsageError
+
+MAGIC = b"PAR1"
+COLUMNS = ("image", "images", "text", "caption", "conversations", "messages", "texts")
+"""All that is read; other columns cost nothing."""
+_BATCH_BYTES = 32 << 20
+_BATCH_ROWS = 256
+
+
+def parquet_format(path: str | Path) -> str | None:
+    """The format of a table by its columns: `obelics`, `parquet` or None; as text, the columns are `column_names`."""
+    schema = open_parquet(path).schema_arrow
+    kinds = {name: str(schema.field(number).type) for number, name in enumerate(schema.names)}
+    if all(kinds.get(name, "").startswith(("list<", "large_list<")) for name in ("images", "texts")):
+        return "obelics"
+    return "parquet" if {"text", "caption", "conversations", "messages"} & set(kinds) else None
+
+
+def column_names(path: str | Path) -> list[str]:
+    """Columns of a table."""
+    names: list[str] = open_parquet(path).schema_arrow.names
+    return names
+
+
+def divide_parquet(path: str | Path, *, size: int, limit: int | None = None) -> list[Stretch]:
+    """Divide a table into stretches of about `size` bytes, between two row groups.
+
+    Args:
+        path: Parquet file.
+        size: bytes after which a stretch ends with the row group at hand.
+        limit: number of rows after which the rest is left out.
+
+    Raises:
+        DataError: the file is damaged.
+        UsageError: pyarrow is not installed.
+    """
+    metadata = open_parquet(path).metadata
+    stretches: list[Stretch] = []
+    start, first, count, seen = -1, 1, 0, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        begin, end = _span(group, path=path)
+        # Row groups are written one after the other; where they are not, a stretch covers what lies between.
+        start = begin if start < 0 else min(start, begin)
+        rows = group.num_rows if limit is None else min(group.num_rows, limit - seen)
+        count, seen = count + rows, seen + rows
+        done = seen == limit or number + 1 == metadata.num_row_groups
+        if count and (end - start >= size or done):
+            stretches.append(
+                Stretch(path=str(path), places="row", start=start, end=end, first_place=first, records=count)
+            )
+            start, first, count = -1, seen + 1, 0
+        if seen == limit:
+            break
+    return stretches
+
+
+def parquet_entries(stretch: Stretch) -> Iterator[Entry]:
+    """The rows of a stretch; those that cannot be read are RecordErrors."""
+    return islice(_rows(stretch), stretch.records)
+
+
+def open_parquet(path: str | Path) -> Any:
+    """Open a table and read its footer.
+
+    Raises:
+        DataError: no Parquet file, or a damaged one.
+        UsageError: pyarrow is not installed, or the file cannot be read.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError(
+            f"--input {path}: reading Parquet needs pyarrow, which is not installed; "
+            "install it with: pip install 'megavl[parquet]' (or pip install pyarrow)"
+        ) from error
+    try:
+        return parquet.ParquetFile(str(path), buffer_size=1 << 20, page_checksum_verification=True)
+    except Exception as error:  # on damaged bytes the library raises anything
+        raise DataError(
+            f"{path}: not a readable Parquet file ({_first_line(error)}); the file is damaged or cut off, get it again"
+        ) from error
+
+
+def _rows(stretch: Stretch) -> Iterator[Entry]:
+    table = open_parquet(stretch.path)
+    schema, metadata = table.schema_arrow, table.metadata
+    columns = [name for name in COLUMNS if name in schema.names]
+    place = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if place >= stretch.first_place:
+            yield from _group_rows(table, number, columns=columns, first=place)
+        place += group.num_rows
+
+
+def _group_rows(table: Any, number: int, *, columns: list[str], first: int) -> Iterator[Entry]:
+    group = table.metadata.row_group(number)
+    place, end = first, first + group.num_rows
+    try:
+        batches = table.iter_batches(
+            batch_size=_batch_rows(group, columns=columns), row_groups=[number], columns=columns, use_threads=False
+        )
+        for batch in batches:
+            size = batch.nbytes // max(1, batch.num_rows)
+            for row in _values(batch):
+                yield Entry(place, row, size)
+                place += 1
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes the library raises anything
+        detail = f"row group {number + 1} cannot be read from here on ({_first_line(error)})"
+        while place < end:
+            yield Entry(place, RecordError(detail, "parquet_damaged"), 0)
+            place += 1
+
+
+def _values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
+    try:
+        yield from batch.to_pylist()
+        return
+    except Exception as error:  # one value spoils the batch: find out which
+        spoilt = error
+    for number in range(batch.num_rows):
+        try:
+            (row,) = batch.slice(number, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            yield RecordError(f"not UTF-8 ({error.reason} at byte {error.start})", "encoding")
+        except Exception as error:  # as above
+            yield RecordError(f"cannot be read ({_first_line(error) or _first_line(spoilt)})")
+        else:
+            yield row
+
+
+def _batch_rows(group: Any, *, columns: list[str]) -> int:
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(1, group.num_rows) // max(1, size)))
+
+
+def _span(group: Any, *, path: str | Path) -> tuple[int, int]:
+    """First byte and end of a row group."""
+    total = os.path.getsize(path)
+    begin, end = total, 0
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        starts = [chunk.data_page_offset]
+        if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+            starts.append(chunk.dictionary_page_offset)
+        begin = min(begin, *starts)
+        end = max(end, min(starts) + chunk.total_compressed_size)
+    if not 0 <= begin <= end <= total:
+        raise DataError(f"{path}: a row group lies outside the file; the file is damaged, get it again")
+    return begin, end
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

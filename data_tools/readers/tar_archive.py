@@ -1,0 +1,341 @@
+"""WebDataset tars: headers are read one by one, contents only when their turn comes; nothing is ever extracted.
+
+The reader is strict where a general one is lenient: sizes are never negative, an extended header never exceeds 1 MiB,
+and no member passes the end of the file, so that a hostile archive costs neither memory nor endless loops. Archives
+that were joined end to end are read to the last member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.readers.record import MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError
+from data_tools.readers.stretches import Stretch
+from megavl.config.errors import DataError, UsageError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_BLOCK = 512
+_ZEROS = 1 << 20
+_MAX_EXTENDED = 1 << 20
+"""Bytes of a header that only holds a long name; ordinary ones have a few hundred."""
+_EXTENDED = (b"L", b"K", b"x", b"X", b"g")
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
+
+
+class Member(NamedTuple):
+    """One member of an archive, or the damage that is found instead of one."""
+
+    number: int
+    """From 1, as `tar --list` shows them."""
+    name: bytes
+    begin: int
+    """First byte of its headers."""
+    start: int
+    """First byte of its content."""
+    size: int
+    directory: bool = False
+    problem: RecordError | None = None
+    """Why it cannot be used."""
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Adjacent members of one key."""
+
+    number: int
+    key: bytes
+    begin: int
+    files: dict[str, Member] = field(default_factory=dict)
+    problem: RecordError | None = None
+
+
+def is_tar(start: bytes) -> bool:
+    """Whether a file that begins with these bytes (at least 512) is a tar archive."""
+    return len(start) >= _BLOCK and _checksum_holds(start[:_BLOCK])
+
+
+def divide_tar(path: str | Path, *, size: int, limit: int | None = None) -> list[Stretch]:
+    """Divide an archive into stretches of about `size` bytes, between two keys.
+
+    Args:
+        path: tar archive.
+        size: bytes after which a stretch ends with the key at hand.
+        limit: number of keys after which the rest is left out.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    handle = _open(path)
+    try:
+        total = os.fstat(handle).st_size
+        groups = _groups(members(handle, start=0, end=total))
+        marks, numbers, begins = array("Q"), array("q"), array("q")
+        for group in groups:
+            # Damage has no key and never returns.
+            digest = hashlib.blake2b(group.key or b"\0%d" % group.number, digest_size=8).digest()
+            marks.append(int.from_bytes(digest, "little"))
+            numbers.append(group.number)
+            begins.append(group.begin)
+    finally:
+        os.close(handle)
+    keys = np.array(marks, np.uint64)
+    _, place, count = np.unique(keys, return_inverse=True, return_counts=True)
+    returning = count[place] > 1 if len(keys) else np.zeros(0, bool)
+    stretches: list[Stretch] = []
+    kept = len(keys) if limit is None else min(limit, len(keys))
+    first = 0
+    for last in range(kept):
+        end = begins[last + 1] if last + 1 < len(begins) else total
+        if end - begins[first] < size and last + 1 < kept:
+            continue
+        stretches.append(
+            Stretch(
+                path=str(path),
+                places="member",
+                start=begins[first],
+                end=end,
+                first_place=numbers[first],
+                records=last + 1 - first,
+                apart=tuple(numbers[n] for n in range(first, last + 1) if returning[n]),
+            )
+        )
+        first = last + 1
+    return stretches
+
+
+def tar_entries(stretch: Stretch) -> Iterator[Entry]:
+    """The keys of a stretch, with the contents of their members.
+
+    Raises:
+        DataError: the file has shrunk since it was divided.
+    """
+    apart = set(stretch.apart)
+    handle = _open(stretch.path)
+    try:
+        found = members(handle, start=stretch.start, end=stretch.end, number=stretch.first_place)
+        for group in _groups(found):
+            problem = group.problem
+            if group.number in apart:
+                problem = RecordError(
+                    f"key {_shown(group.key)}: its members are not adjacent; write the archive with tar --sort=name",
+                    "tar_unsorted",
+                )
+            if problem is not None:
+                yield Entry(group.number, problem, 0)
+                continue
+            yield _read(handle, group, path=stretch.path)
+    finally:
+        os.close(handle)
+
+
+def members(handle: int, *, start: int, end: int, number: int = 1) -> Iterator[Member]:
+    """All members between two bytes of an archive; after damage there are none.
+
+    Args:
+        handle: open file.
+        start: first byte of a header.
+        end: byte at which to stop.
+        number: of the first member.
+    """
+    total = os.fstat(handle).st_size
+    position = begin = start
+    name, size, sparse = b"", -1, False
+    while position < end:
+        header = os.pread(handle, _BLOCK, position)
+        if header and not any(header) and begin == position:
+            position = begin = _after_zeros(handle, position)
+            continue
+        if problem := _damage(header):
+            yield Member(number, b"", begin, position, 0, problem=problem)
+            return
+        flag, declared = header[156:157], _size(header) or 0
+        position += _BLOCK
+        if flag in _EXTENDED:
+            content = os.pread(handle, declared, position) if declared <= _MAX_EXTENDED else b""
+            records = _pax(content) if flag in (b"x", b"X") else {}
+            if len(content) < declared or records is None:
+                problem = _lost("an extended header is damaged or cut off")
+                yield Member(number, b"", begin, position, 0, problem=problem)
+                return
+            name = content.split(b"\0")[0] if flag == b"L" else records.get(b"path", name)
+            size = _pax_size(records.get(b"size"), otherwise=size)
+            sparse = sparse or any(key.startswith(b"GNU.sparse") for key in records)
+            position += _padded(declared)
+            continue
+        if flag == b"S":
+            position = _after_sparse_map(handle, header, position)
+        name = name or _name(header)
+        # Links, devices and directories have no content, whatever their headers say.
+        size = 0 if flag in (b"1", b"2", b"3", b"4", b"5", b"6") else declared if size < 0 else size
+        directory = flag == b"5" or (flag in (b"0", b"\0") and name.endswith(b"/"))
+        problem = None if directory else _refusal(name, flag=b"S" if sparse else flag)
+        if position + size > total:
+            text = f"{_shown(name)}: declares {size} bytes, which the file does not hold; it is cut off, get it again"
+            problem = RecordError(text, "tar_truncated")
+        yield Member(number, name, begin, position, size, directory, problem)
+        number, position = number + 1, position + _padded(size)
+        begin, name, size, sparse = position, b"", -1, False
+
+
+def _groups(found: Iterator[Member]) -> Iterator[_Group]:
+    """Adjacent files of one key; members that have no key (`README`, `.hidden`, directories) are passed over."""
+    group: _Group | None = None
+    for member in found:
+        key, suffix = _split(member.name)
+        problem = member.problem
+        if member.directory or not (key or problem):
+            continue
+        if group is None or group.key != key or not key:
+            if group is not None:
+                yield group
+            group = _Group(number=member.number, key=key, begin=member.begin)
+        if problem is None and suffix in group.files:
+            problem = RecordError(f"{_shown(member.name)}: occurs twice", "tar_unsorted")
+        group.problem = group.problem or problem
+        if suffix in (*IMAGE_SUFFIXES, "txt", "json"):
+            group.files[suffix] = member
+    if group is not None:
+        yield group
+
+
+def _refusal(name: bytes, *, flag: bytes) -> RecordError | None:
+    shown = _shown(name)
+    if flag in (b"1", b"2"):
+        return RecordError(f"{shown}: is a link; store the file itself", "tar_link")
+    if flag not in (b"0", b"\0", b"7"):
+        return RecordError(f"{shown}: is a device, a sparse file or of unknown kind", "tar_special")
+    if name.startswith(b"/") or b".." in name.split(b"/"):
+        return RecordError(f"{shown}: leads out of the archive", "tar_path")
+    return None
+
+
+def _read(handle: int, group: _Group, *, path: str) -> Entry:
+    shown = _shown(group.key)
+    images: list[Picture] = []
+    texts: dict[str, bytes | None] = {"txt": None, "json": None}
+    size = 0
+    for suffix, member in group.files.items():
+        image = suffix in IMAGE_SUFFIXES
+        if suffix == "json" and "txt" in group.files:
+            # Metadata of the download, which img2dataset writes beside every caption.
+            continue
+        if member.size > (MAX_IMAGE if image else MAX_RECORD):
+            reason = "image_too_large" if image else "record_too_long"
+            return Entry(group.number, RecordError(f"{_shown(member.name)}: {member.size} bytes", reason), 0)
+        data = os.pread(handle, member.size, member.start)
+        while len(data) < member.size and (more := os.pread(handle, member.size - len(data), member.start + len(data))):
+            data += more
+        if len(data) < member.size:
+            raise DataError(f"{path}: has shrunk while it was read; leave the inputs alone and start again")
+        size += len(data)
+        if image:
+            images.append(Picture(name=_shown(member.name), data=data))
+        else:
+            texts[suffix] = data
+    return Entry(group.number, {"key": shown, "images": tuple(images), **texts}, size)
+
+
+def _open(path: str | Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a tar archive") from error
+
+
+def _split(name: bytes) -> tuple[bytes, str]:
+    """Key and suffix as WebDataset divides them: at the first dot of the file name."""
+    folder, slash, file = name.rpartition(b"/")
+    stem, dot, suffix = file.partition(b".")
+    if not stem or not dot:
+        return b"", ""
+    return folder + slash + stem, suffix.decode("utf-8", "backslashreplace").lower()
+
+
+def _shown(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")[:200]
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _checksum_holds(header: bytes) -> bool:
+    stated = _octal(header[148:156])
+    return stated is not None and stated == sum(header[:148]) + 8 * 32 + sum(header[156:])
+
+
+def _damage(header: bytes) -> RecordError | None:
+    if len(header) < _BLOCK:
+        return _lost("the file ends inside a header; get it again", "tar_truncated")
+    if not _checksum_holds(header):
+        return _lost("a member's header is damaged")
+    return _lost("a member declares a size that is no number") if _size(header) is None else None
+
+
+def _lost(text: str, reason: str = "tar_damaged") -> RecordError:
+    return RecordError(f"{text}; all that follows in the file is lost", reason)
+
+
+def _octal(digits: bytes) -> int | None:
+    digits = digits.split(b"\0")[0].strip()
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+
+
+def _size(header: bytes) -> int | None:
+    raw = header[124:136]
+    if raw[0] == 0x80:
+        return int.from_bytes(raw[1:], "big")
+    return None if raw[0] & 0x80 else _octal(raw)
+
+
+def _name(header: bytes) -> bytes:
+    name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
+    # Only POSIX archives have a prefix; GNU's own format keeps other things there.
+    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _pax(content: bytes) -> dict[bytes, bytes] | None:
+    """Records of an extended header; None when it is damaged."""
+    records: dict[bytes, bytes] = {}
+    position = 0
+    while position < len(content) and content[position]:
+        match = _PAX_RECORD.match(content, position)
+        end = position + int(match[1]) if match else 0
+        if match is None or end <= match.end() or content[end - 1 : end] != b"\n":
+            return None
+        records[match[2]] = content[match.end() : end - 1]
+        position = end
+    return records
+
+
+def _pax_size(value: bytes | None, *, otherwise: int) -> int:
+    # A size that is no number becomes one that no file holds.
+    if value is None:
+        return otherwise
+    return int(value) if re.fullmatch(rb"\d{1,18}", value) else 1 << 62
+
+
+def _after_zeros(handle: int, position: int) -> int:
+    """The next block that is not zero, or the end of the file."""
+    while block := os.pread(handle, _ZEROS, position):
+        rest = block.lstrip(b"\0")
+        if rest:
+            return position + (len(block) - len(rest)) // _BLOCK * _BLOCK
+        position += len(block)
+    return position
+
+
+def _after_sparse_map(handle: int, header: bytes, position: int) -> int:
+    more = header[482]
+    while more and len(block := os.pread(handle, _BLOCK, position)) == _BLOCK:
+        more, position = block[504], position + _BLOCK
+    return position
