@@ -184,6 +184,8 @@ def members(handle: int, *, start: int, end: int, number: int = 1) -> Iterator[M
         yield Member(number, name, begin, position, size, directory, problem)
         number, position = number + 1, position + _padded(size)
         begin, name, size, sparse = position, b"", -1, False
+    if position > begin:
+        yield Member(number, b"", begin, position, 0, problem=_damage(b""))
 
 
 def _groups(found: Iterator[Member]) -> Iterator[_Group]:

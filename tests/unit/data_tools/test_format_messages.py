@@ -1,11 +1,13 @@
 """OpenAI-style messages, and images inside records."""
 
 import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.unit.data.corpus_files import make_tokenizer, run_preprocess, write_jsonl
 from tests.unit.data_tools.format_files import IMAGE, Expected, picture, read_back, rejects, shard_bytes
@@ -145,7 +147,7 @@ def test_hostile_data_urls(root: Path, tokenizer: Path) -> None:
         ],
         "image_empty": ["data:image/png;base64,"],
         "image_truncated": [_url(picture(1, size=(99, 99))[:-30])],
-        "image_too_large": [_url(picture(1, size=(9000, 9000)))],
+        "image_too_large": [_url(_large())],
         "image_aspect": [_url(picture(1, size=(1, 200_000)))],
     }
     records = [_talk({"type": "image", "image": url}) for urls in cases.values() for url in urls]
@@ -162,3 +164,9 @@ def test_inline_image_above_the_limit_is_not_decoded(
     monkeypatch.setattr("data_tools.image_source.MAX_IMAGE", 200)
     records = [_talk({"type": "image", "image": url}) for url in (_url(b"x" * 300), _url(picture(1)))]
     assert rejects(_run(root, tokenizer, records)) == [("image_too_large", "in.jsonl:1")]
+
+
+def _large() -> bytes:
+    out = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(out, "PNG")
+    return out.getvalue()
