@@ -22,9 +22,10 @@ class NewFile:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
         self._digest = hashlib.sha256()
-        self._size = 0
+        self.size = 0
+        """Bytes written so far."""
         try:
-            self._stream = self._temporary.open("wb")
+            self._stream = self._temporary.open("w+b")
         except OSError as error:
             raise _storage_error(self._temporary, error) from error
 
@@ -39,7 +40,19 @@ class NewFile:
         except OSError as error:
             raise _storage_error(self._temporary, error) from error
         self._digest.update(data)
-        self._size += len(data)
+        self.size += len(data)
+
+    def read_back(self, start: int, size: int) -> bytes:
+        """Bytes that were written before.
+
+        Raises:
+            StorageError: the storage is full or failing.
+        """
+        try:
+            self._stream.flush()
+            return os.pread(self._stream.fileno(), size, start)
+        except OSError as error:
+            raise _storage_error(self._temporary, error) from error
 
     def commit(self) -> FileEntry:
         """Make the content durable under its final name."""
@@ -50,7 +63,7 @@ class NewFile:
             os.replace(self._temporary, self.path)
         except OSError as error:
             raise _storage_error(self._temporary, error) from error
-        return FileEntry(name=self.path.name, size=self._size, sha256=self._digest.hexdigest())
+        return FileEntry(name=self.path.name, size=self.size, sha256=self._digest.hexdigest())
 
     def discard(self) -> None:
         """Remove the temporary file, if it is still there."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import os
 import re
 import stat
@@ -21,8 +20,6 @@ _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 class LoadedImage:
     """A checked image."""
 
-    key: str | bytes
-    """The same for two images that are surely the same file: its path, or the sha256 of bytes inside a record."""
     data: bytes
     info: ImageInfo
 
@@ -59,22 +56,20 @@ class ImageSource:
             ImageError: with the reason, and the reference in the message.
         """
         try:
-            key, data = self._bytes(picture)
+            data = self._bytes(picture)
             info = check_image(data, verify=self.verify, max_aspect=self.max_aspect)
             if self.max_side and max(info.width, info.height) > self.max_side:
                 data = shrink(data, max_side=self.max_side)
                 info = check_image(data, verify="header", max_aspect=float("inf"))
         except ImageError as error:
             raise ImageError(f"{picture.name[:200]}: {error}", error.reason) from error
-        return LoadedImage(key=key, data=data, info=info)
+        return LoadedImage(data=data, info=info)
 
-    def _bytes(self, picture: Picture) -> tuple[str | bytes, bytes]:
-        if picture.data is None and not picture.name.startswith("data:"):
-            name = self._mapped(picture.name)
-            return name, self._read(name)
-        data = _inline(picture.name) if picture.data is None else picture.data
-        _check_size(len(data))
-        return hashlib.sha256(data).digest(), data
+    def _bytes(self, picture: Picture) -> bytes:
+        if picture.data is not None:
+            _check_size(len(picture.data))
+            return picture.data
+        return _inline(picture.name) if picture.name.startswith("data:") else self._read(self._mapped(picture.name))
 
     def _mapped(self, name: str) -> str:
         if "://" not in name or self.image_map is None:

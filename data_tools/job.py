@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from data_tools.readers.files import choose_format, container_of, divide_file
 from data_tools.readers.formats import FORMATS, Container
+from data_tools.readers.parquet_table import column_names
 from data_tools.readers.stretches import Stretch
 from megavl.config.errors import UsageError
 from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
@@ -19,9 +20,9 @@ from megavl.data.template import Template
 
 _PARTS = 64
 """Shards of a run whose inputs are neither very small nor very large."""
-_WHOLE_STRETCH = (256 << 10, 256 << 20)
-_PATHS_STRETCH = (64 << 10, 8 << 20)
-"""Bytes of input per shard, least and most; a record of paths stands for far more output than its own bytes."""
+_STRETCHES = {"text": (256 << 10, 256 << 20), "paths": (64 << 10, 8 << 20), "images": (32 << 20, 256 << 20)}
+"""Bytes of input per shard, least and most: of text, of records that name images and stand for far more output than
+their own bytes, and of records that bring images along."""
 _ENDS = 64 << 10
 """Bytes at either end of an input that identify it."""
 
@@ -33,6 +34,8 @@ class Input:
     path: str
     container: Container
     format: str
+    content: Literal["text", "paths", "images"]
+    """What most of its bytes are."""
     template: Template
     size: int
     """Bytes."""
@@ -128,6 +131,7 @@ def open_input(path: str, *, format: str, template: Template | None) -> Input:
         path=path,
         container=container,
         format=format,
+        content=_content(path, container=container, format=format, start=start),
         template=template or usual,
         size=size,
         ends_sha256=digest.hexdigest(),
@@ -142,10 +146,20 @@ def plan_units(job: Job) -> list[Unit]:
     for number, source in enumerate(job.inputs):
         if left == 0:
             break
-        paths = source.container == "json" and source.format != "text"
-        least, most = _PATHS_STRETCH if paths else _WHOLE_STRETCH
+        least, most = _STRETCHES[source.content]
         size = min(max(total // _PARTS, least), most)
         for stretch in divide_file(source.path, container=source.container, size=size, limit=left):
             units.append(Unit(number=len(units), input=number, stretch=stretch))
             left = None if left is None else left - stretch.records
     return units
+
+
+def _content(path: str, *, container: Container, format: str, start: bytes) -> Literal["text", "paths", "images"]:
+    """Decides nothing but the size of shards."""
+    if format == "obelics":
+        return "paths"
+    if container == "parquet":
+        return "images" if {"image", "images"} & set(column_names(path)) else "text"
+    if container == "tar" or b"data:image/" in start:
+        return "images"
+    return "text" if format == "text" else "paths"

@@ -60,7 +60,8 @@ class ShardWriter:
         self._samples: list[tuple[int, ...]] = []
         self._spans: list[tuple[int, int]] = []
         self._image_rows: list[tuple[int, ...]] = []
-        self._stored: dict[tuple[str | bytes, ...], int] = {}
+        self._image_starts = array("q")
+        self._stored: dict[tuple[tuple[int, int], ...], int] = {}
         self._slots = 0
         self._max_token = 0
 
@@ -136,16 +137,25 @@ class ShardWriter:
 
     def _store(self, images: Sequence[LoadedImage]) -> int:
         assert self._images is not None, "text shards hold no images"
-        key = tuple(image.key for image in images)
-        if key not in self._stored:
-            self._stored[key] = len(self._image_rows)
-            for image in images:
-                self._images.write(image.data)
-                self._image_sizes.append(len(image.data))
-                info = image.info
-                row = (info.width, info.height, FORMATS.index(info.format), zlib.crc32(image.data))
-                self._image_rows.append(row)
-        return self._stored[key]
+        checksums = [zlib.crc32(image.data) for image in images]
+        key = tuple((len(image.data), checksum) for image, checksum in zip(images, checksums))
+        first = self._stored.get(key)
+        if first is not None and self._are_at(first, images):
+            return first
+        first = self._stored[key] = len(self._image_rows)
+        for image, checksum in zip(images, checksums):
+            self._image_starts.append(self._images.size)
+            self._images.write(image.data)
+            self._image_sizes.append(len(image.data))
+            info = image.info
+            self._image_rows.append((info.width, info.height, FORMATS.index(info.format), checksum))
+        return first
+
+    def _are_at(self, first: int, images: Sequence[LoadedImage]) -> bool:
+        """Whether these images are stored from `first` on; equal checksums do not prove it."""
+        assert self._images is not None, "text shards hold no images"
+        starts = self._image_starts[first : first + len(images)]
+        return all(self._images.read_back(start, len(image.data)) == image.data for start, image in zip(starts, images))
 
 
 def _int32(values: array[int]) -> npt.NDArray[np.int32]:

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import verify
+from data_tools import job, verify
 from data_tools.readers.files import divide_file, entries
 from data_tools.readers.formats import Container
 from megavl.data.dataset import Source
@@ -23,6 +24,14 @@ COUNT = 12
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_stretches() -> Iterator[None]:
+    """Several shards for a megabyte of images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(job._STRETCHES, "images", (256 << 10, 256 << 20))
+        yield
 
 
 @pytest.fixture(scope="module")

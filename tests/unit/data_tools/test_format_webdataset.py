@@ -318,3 +318,15 @@ def test_archives_joined_end_to_end_are_read_wholly(tokenizer: Path, tmp_path: P
     (tmp_path / "in.tar").write_bytes(b"".join(parts) + bytes(3 << 20) + b"\0" * 100)
     out = _run(tmp_path / "in.tar", tokenizer)
     assert [sample.place for sample in read_back(out)] == [1, 3, 5] and rejects(out) == []
+
+
+def test_equal_checksums_do_not_make_images_equal(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.shard_writer.zlib.crc32", lambda data: 7)
+    files = [picture(5, kind="JPEG") + bytes([n]) for n in (1, 2, 1)]
+    members = [
+        part for n, data in enumerate(files) for part in (member(f"{n}.jpg", data), member(f"{n}.txt", b"A thing."))
+    ]
+    out = _run(write_tar(tmp_path / "in.tar", members), tokenizer)
+    assert [sample.images for sample in read_back(out)] == [[data] for data in files]
