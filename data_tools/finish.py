@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,7 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
     check_rejected(report, max_bad_frac=max_bad_frac, where=f"{directory / 'rejects.jsonl'}")
     entry = _write_packs(directory, samples, packs)
     shards = tuple(shard for summary in summaries for shard in summary.shards)
-    mark = fingerprint(
-        shards={shard.name: shard.sha256 for shard in shards}, packs_sha256=entry.sha256, settings=job.pack_settings
-    )
-    manifest = DatasetManifest(
+    content = DatasetManifest(
         config_sha256=job.config_sha256,
         pack=job.pack_settings,
         shards=shards,
@@ -86,12 +83,13 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
         multimodal_packs=len(packs["multimodal"]),
         tokenizer=open_tokenizer(job.tokenizer).entry,
         geometry=geometry_entry(job.geometry),
-        fingerprint=mark,
+        fingerprint="",
     )
+    manifest = replace(content, fingerprint=fingerprint(content))
     sync_directory(directory)
     write_file(directory / "manifest.json", to_json(manifest))
     sync_directory(directory)
-    return {**report, "fingerprint": mark}
+    return {**report, "fingerprint": manifest.fingerprint}
 
 
 def dry_run_report(job: Job, units: Sequence[Unit], summaries: Sequence[UnitSummary]) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Samples:
     for row, entry in enumerate(shard for summary in summaries for shard in summary.shards):
         shard = Shard(directory, name=entry.name, handles=handles)
         samples.lengths.extend(shard.tokens.lengths.tolist())
-        samples.images.extend(shard.samples["images"].tolist())
+        samples.images.extend(shard.samples.column("images").tolist())
         samples.shards.extend([row] * len(shard.samples))
         samples.numbers.extend(range(len(shard.samples)))
     return samples

@@ -36,7 +36,7 @@ def verify(path: str) -> dict[str, int]:
         DataError: naming the file and the first thing that is wrong.
     """
     source = Source(path, handles=ReadHandles())
-    source.check_hashes(share=(0, 1))
+    source.check(share=(0, 1))
     counts = {"shards": len(source.shards), "samples": 0, "tokens": 0, "images": 0}
     for shard in tqdm(source.shards, unit=" shards", desc="verify"):
         for length in _samples(shard):
@@ -85,15 +85,32 @@ def _images(shard: Shard) -> int:
 
 
 def _membership(source: Source) -> None:
-    placed = [np.zeros(shard.manifest.samples, np.int64) for shard in source.shards]
-    for number, counts in enumerate(placed):
-        members = source.packs[source.packs["shard"] == number]
-        np.add.at(counts, members["sample"], 1)
+    """Every sample stands in one sequence, with its own length; no sequence is too long."""
+    lengths = [shard.tokens.lengths for shard in source.shards]
+    placed = [np.zeros(len(part), np.int32) for part in lengths]
+    last, room = -1, source.manifest.pack.seq_length
+    for _, rows in source.packs.blocks():
+        for number in np.unique(rows["shard"]):
+            members = rows[rows["shard"] == number]
+            wrong = members[members["tokens"] != lengths[number][members["sample"]]]
+            if len(wrong):
+                raise DataError(
+                    f"{source.packs.path}: says {int(wrong['tokens'][0])} tokens where sample "
+                    f"{int(wrong['sample'][0])} of {source.shards[number].manifest.name} has another number; "
+                    "preprocess again"
+                )
+            np.add.at(placed[number], members["sample"], 1)
+        for pack, tokens in zip(rows["pack"].tolist(), rows["tokens"].tolist()):
+            room = (room if pack == last else source.manifest.pack.seq_length) - tokens
+            last = pack
+            if room < 0:
+                raise DataError(f"{source.packs.path}: sequence {pack} is too long; preprocess again")
+    for counts, shard in zip(placed, source.shards):
         if (counts != 1).any():
             sample = int(np.flatnonzero(counts != 1)[0])
             raise DataError(
-                f"{source.path / 'packs.npy'}: sample {sample} of {source.shards[number].manifest.name} stands in "
-                f"{int(counts[sample])} sequences; preprocess again"
+                f"{source.packs.path}: sample {sample} of {shard.manifest.name} stands in {int(counts[sample])} "
+                "sequences; preprocess again"
             )
 
 

@@ -47,7 +47,7 @@ collect_overrides() {
   OVERRIDES=()
   [ -z "${TP:-}" ] || OVERRIDES+=("parallel.tensor=$TP")
   [ -z "${PP:-}" ] || OVERRIDES+=("parallel.pipeline=$PP")
-  [ -z "${DATA:-}" ] || OVERRIDES+=("data.sources=[{path: \"$DATA\"}]")
+  [ -z "${DATA:-}" ] || OVERRIDES+=("data.root=\"$DATA\"")
   [ -z "${TOKENIZER:-}" ] || OVERRIDES+=("data.tokenizer=$TOKENIZER")
   [ -z "${INIT:-}" ] || OVERRIDES+=("checkpoint.init=$INIT")
   [ -z "${RUN_DIR:-}" ] || OVERRIDES+=("run.dir=$RUN_DIR")

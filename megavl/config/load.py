@@ -114,11 +114,32 @@ def _number_or_text(text: str) -> Any:
         return text
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any], *, at: str = "") -> dict[str, Any]:
+    """`over` laid over `under`; `at` is their dotted path with a dot behind it."""
     merged = dict(under)
     for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = _laid_over(merged.get(key), value, at=f"{at}{key}.")
+    return merged
+
+
+def _laid_over(old: Any, value: Any, *, at: str) -> Any:
+    if isinstance(old, Mapping) and isinstance(value, Mapping):
+        return _merge(old, value, at=at)
+    if isinstance(old, list) and isinstance(value, Mapping):
+        return _merge_entries(old, value, at=at)
+    return value
+
+
+def _merge_entries(under: Sequence[Any], over: Mapping[str, Any], *, at: str) -> list[Any]:
+    """Changes to single entries of a list, each addressed by its `name:` or its number."""
+    merged = list(under)
+    names = [str(entry["name"]) if isinstance(entry, Mapping) and "name" in entry else None for entry in under]
+    for address, value in over.items():
+        number = names.index(address) if address in names else int(address) if str(address).isdecimal() else -1
+        if not 0 <= number < len(under):
+            known = ", ".join(name or str(number) for number, name in enumerate(names))
+            raise UsageError(f"{at}{address}: no such entry; there are {known or 'none'}")
+        merged[number] = _laid_over(merged[number], value, at=f"{at}{address}.")
     return merged
 
 

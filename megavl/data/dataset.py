@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from megavl.config.errors import DataError
 from megavl.config.presets import ImageGeometry
-from megavl.config.recipe import SourceConfig
+from megavl.config.recipe import MixtureSource, ModalityWeights
 from megavl.data.image import ImageFile
-from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import (
     MODALITIES,
     PACK_ROW,
@@ -28,13 +30,17 @@ from megavl.data.manifest import (
     fingerprint,
     geometry_entry,
     read_manifest,
-    read_table,
     to_json,
 )
+from megavl.data.sampler import ORDER_VERSION
 from megavl.data.shard import Shard, check_file
+from megavl.data.table import ReadHandles, open_table
 from megavl.data.tokenizer import Tokenizer
 
 _AGAIN = "preprocess the data again with the recipe's settings, or correct the recipe"
+_AFRESH = "restore the file or start data_tools/preprocess.py again with --no-resume"
+_MEMBERS = 32
+"""Rows of a pack that are read at once; longer packs take more reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,72 +71,107 @@ class PackedSequence:
 
 
 class Source:
-    """One preprocessed dataset."""
+    """One preprocessed dataset; its memory grows with its shards, not with its samples."""
 
     def __init__(self, path: str | Path, *, handles: ReadHandles) -> None:
-        """Read and check the manifests, tables and indexes.
+        """Check the manifests, and header and size of every file; contents are left to `check`.
 
         Raises:
             DataError: naming the file that is missing or contradicts its manifest.
         """
         self.path = Path(path)
-        self.manifest = read_manifest(self.path / "manifest.json", kind=DatasetManifest)
+        where = self.path / "manifest.json"
+        self.manifest = read_manifest(where, kind=DatasetManifest)
+        found = fingerprint(self.manifest)
+        if found != self.manifest.fingerprint:
+            raise DataError(
+                f"{where}: its content gives fingerprint {found}, not the {self.manifest.fingerprint} it states; "
+                "restore the file or start data_tools/preprocess.py again"
+            )
         self.shards = [
             Shard(self.path, name=entry.name, handles=handles, sha256=entry.sha256) for entry in self.manifest.shards
         ]
-        check_file(self.path, self.manifest.packs)
-        self.packs = read_table(self.path / self.manifest.packs.name, dtype=PACK_ROW)
-        starts = np.flatnonzero(np.diff(self.packs["pack"], prepend=-1))
-        self._borders = np.append(starts, len(self.packs))
+        self._sizes = np.array([len(shard.samples) for shard in self.shards], np.int64)
+        self.packs = open_table(self.path / self.manifest.packs.name, dtype=PACK_ROW, handles=handles)
         self.counts: dict[Modality, int] = {
             "text": self.manifest.text_packs,
             "multimodal": self.manifest.multimodal_packs,
         }
-        self._check_packs()
-        self._check_members()
-
-    def _check_members(self) -> None:
-        lengths = [shard.tokens.lengths for shard in self.shards]
-        sizes = np.array([len(part) for part in lengths], np.int64)
-        shard, sample = self.packs["shard"], self.packs["sample"]
-        sound = bool(((shard >= 0) & (shard < len(sizes)) & (sample >= 0)).all()) and bool(
-            (sample < sizes[shard]).all()
-        )
-        if sound:
-            found = np.concatenate(lengths)[(np.cumsum(sizes) - sizes)[shard] + sample]
-            sums = np.add.reduceat(self.packs["tokens"].astype(np.int64), self._borders[:-1])
-            sound = bool((found == self.packs["tokens"]).all() and (sums <= self.manifest.pack.seq_length).all())
-        if not sound:
-            raise DataError(
-                f"{self.path / self.manifest.packs.name}: a sequence names samples that do not exist or do not fit "
-                f"into {self.manifest.pack.seq_length} tokens; preprocess the dataset again"
-            )
-
-    def _check_packs(self) -> None:
-        shards = {entry.name: entry.sha256 for entry in self.manifest.shards}
-        found = fingerprint(shards=shards, packs_sha256=self.manifest.packs.sha256, settings=self.manifest.pack)
-        kinds = self.packs["modality"][self._borders[:-1]]
-        counts = {modality: int((kinds == number).sum()) for number, modality in enumerate(MODALITIES)}
-        if found != self.manifest.fingerprint or counts != self.counts:
-            raise DataError(
-                f"{self.path / 'manifest.json'}: fingerprint {self.manifest.fingerprint} or counts {self.counts} "
-                f"do not follow from the files beside it ({found}, {counts}); preprocess the dataset again"
-            )
 
     def members(self, *, modality: Modality, index: int) -> npt.NDArray[np.void]:
-        """Rows of the packs table of one pack."""
-        number = index + (self.counts["text"] if modality == "multimodal" else 0)
-        return self.packs[self._borders[number] : self._borders[number + 1]]
-
-    def check_hashes(self, *, share: tuple[int, int]) -> None:
-        """Hash every file whose number modulo share[1] is share[0].
+        """Rows of the packs table of one pack.
 
         Raises:
-            DataError: naming the first file whose bytes are not those that were written.
+            DataError: the table contradicts itself or the shards.
         """
-        files = [entry for shard in self.shards for entry in shard.manifest.files]
-        for entry in files[share[0] :: share[1]]:
-            check_file(self.path, entry)
+        number = index + (self.counts["text"] if modality == "multimodal" else 0)
+        # Packs are numbered in order, so a search by halves finds one in log2(rows) reads.
+        first = bisect_left(range(len(self.packs)), number, key=lambda row: int(self.packs[row]["pack"]))
+        rows, size = self.packs.rows(first, _MEMBERS), _MEMBERS
+        while len(rows) == size and rows["pack"][-1] == number:
+            size *= 4
+            rows = self.packs.rows(first, size)
+        rows = rows[: int(np.searchsorted(rows["pack"], number, side="right"))]
+        if not len(rows) or rows["pack"][0] != number or (rows["modality"] != MODALITIES.index(modality)).any():
+            raise self._wrong_pack(number, "is missing, or of the other modality")
+        if not self._inside(rows) or int(rows["tokens"].sum(dtype=np.int64)) > self.manifest.pack.seq_length:
+            raise self._wrong_pack(number, "names samples that do not exist, or holds too many tokens")
+        return rows
+
+    def check(self, *, share: tuple[int, int], skip_hash: bool = False) -> None:
+        """Go through every file; of all single checks, those whose number modulo share[1] is share[0].
+
+        Args:
+            share: (part, parts), to share the work among ranks.
+            skip_hash: hash index files and tables only, not tokens and images.
+
+        Raises:
+            DataError: naming the first file whose bytes are not those that were written, or that is inconsistent.
+        """
+        files = [self.manifest.packs, *(entry for shard in self.shards for entry in shard.manifest.files)]
+        if skip_hash:
+            files = [entry for entry in files if not entry.name.endswith(".bin")]
+        # By size, so that each part gets as much to read as the others.
+        files.sort(key=lambda entry: (-entry.size, entry.name))
+        checks: list[Callable[[], None]] = [partial(check_file, self.path, entry) for entry in files]
+        checks += [self._check_packs, *(shard.check for shard in self.shards)]
+        mine = checks[share[0] :: share[1]]
+        quiet = share[0] > 0
+        for check in tqdm(mine, desc=f"check {self.path}", unit=" files", disable=quiet, delay=5, mininterval=5):
+            check()
+
+    def _check_packs(self) -> None:
+        """Packs are numbered through, text first, one modality each, with existing samples."""
+        number, kind, counts = -1, 0, [0, 0]
+        for _, rows in self.packs.blocks():
+            packs, kinds = rows["pack"], rows["modality"].astype(np.int64)
+            steps = np.diff(packs, prepend=number)
+            changes = np.diff(kinds, prepend=kind)
+            begins = steps == 1
+            if not (
+                ((steps == 0) | begins).all()
+                and (number >= 0 or begins[0])
+                and ((changes == 0) | (begins & (changes == 1))).all()
+                and self._inside(rows)
+            ):
+                raise self._wrong_pack(int(packs[0]), "or one soon after it is out of order or names no sample")
+            for modality in range(2):
+                counts[modality] += int((kinds[begins] == modality).sum())
+            number, kind = int(packs[-1]), int(kinds[-1])
+        if counts != [self.counts[modality] for modality in MODALITIES]:
+            raise DataError(
+                f"{self.packs.path}: holds {counts} text and multimodal sequences where the manifest says "
+                f"{list(self.counts.values())}; {_AFRESH}"
+            )
+
+    def _inside(self, rows: npt.NDArray[np.void]) -> bool:
+        shard, sample = rows["shard"], rows["sample"]
+        if not bool(((shard >= 0) & (shard < len(self.shards)) & (sample >= 0) & (rows["tokens"] >= 0)).all()):
+            return False
+        return bool((sample < self._sizes[shard]).all())
+
+    def _wrong_pack(self, number: int, what: str) -> DataError:
+        return DataError(f"{self.packs.path}: sequence {number} {what}; {_AFRESH}")
 
 
 class Dataset:
@@ -140,7 +181,7 @@ class Dataset:
         self,
         sources: Sequence[Source],
         *,
-        weights: Sequence[float],
+        weights: Sequence[ModalityWeights],
         pad_id: int,
         geometry: ImageGeometry,
         handles: ReadHandles,
@@ -158,8 +199,8 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Identity of the data and their weights; a resumed run must find the same."""
-        parts = [[source.manifest.fingerprint, weight] for source, weight in zip(self.sources, self.weights)]
-        return hashlib.sha256(to_json(parts)).hexdigest()
+        parts = [[source.manifest.fingerprint, asdict(weight)] for source, weight in zip(self.sources, self.weights)]
+        return hashlib.sha256(to_json({"order": ORDER_VERSION, "sources": parts})).hexdigest()
 
     @property
     def counts(self) -> list[dict[Modality, int]]:
@@ -184,13 +225,18 @@ class Dataset:
             shard = self.sources[source].shards[int(row["shard"])]
             sample = int(row["sample"])
             ids, damage = self._tokens(shard, sample)
+            if len(ids) != int(row["tokens"]):
+                raise DataError(
+                    f"{self.sources[source].packs.path}: says {int(row['tokens'])} tokens where sample {sample} of "
+                    f"{shard.manifest.name} has {len(ids)}; {_AFRESH}"
+                )
             end = start + len(ids)
             tokens[start:end] = ids
             for span in shard.spans_of(sample):
                 supervised[start + int(span["start"]) : start + int(span["end"])] = True
             images = tuple(
                 ImageFile(
-                    path=shard.images.path, offset=offset, size=size, crc32=int(shard.image_table["crc32"][number])
+                    path=shard.images.path, offset=offset, size=size, crc32=int(shard.image_table[number]["crc32"])
                 )
                 for number in shard.images_of(sample)
                 for offset, size in [shard.images.byte_range(number)]
@@ -203,17 +249,17 @@ class Dataset:
     def _tokens(self, shard: Shard, sample: int) -> tuple[npt.NDArray[np.int32], str]:
         """Tokens of a sample; where damaged, placeholders for the same images and padding to the same length."""
         ids = shard.tokens.read(sample)
-        if zlib.crc32(ids.astype("<i4").tobytes()) == int(shard.samples["crc32"][sample]):
+        if zlib.crc32(ids.astype("<i4").tobytes()) == int(shard.samples[sample]["crc32"]):
             return ids, ""
         entry = shard.manifest
-        placeholders = int(shard.samples["images"][sample]) * entry.geometry.tokens
+        placeholders = int(shard.samples[sample]["images"]) * entry.geometry.tokens
         substitute = np.full(len(ids), self.pad_id, np.int32)
         substitute[:placeholders] = -1 if entry.tokenizer.image_id is None else entry.tokenizer.image_id
         return substitute, f"{shard.tokens.path}: tokens of sample {sample} damaged (crc32)"
 
 
 def open_dataset(
-    sources: Sequence[SourceConfig],
+    sources: Sequence[MixtureSource],
     *,
     tokenizer: Tokenizer,
     seq_length: int,
@@ -221,42 +267,56 @@ def open_dataset(
     vocab_size: int,
     image_token_id: int | None = None,
     skip_hash: bool = False,
-    hash_share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
 ) -> Dataset:
     """Open preprocessed datasets and check that they fit the run.
 
     Args:
-        sources: directories written by data_tools/preprocess.py, with weights.
+        sources: `DataConfig.mixture`: directories written by data_tools/preprocess.py, with names and weights.
         tokenizer: the run's tokenizer.
         seq_length: tokens per sequence S.
         geometry: how the model reads images.
         vocab_size: rows of the model's embedding.
         image_token_id: the model's image token; default: no check.
-        skip_hash: leave damage to the crc32 of each record, checked when it is read.
-        hash_share: (part, parts) of the files to hash here, to share the work among ranks.
+        skip_hash: leave tokens and images to the crc32 of each record, compared when it is read.
+        share: (part, parts) of the files to hash and check here, to share the work among ranks.
 
     Raises:
         DataError: a file is missing or damaged, or tokenizer, vocabulary, sequence length or image geometry differ.
     """
     handles = ReadHandles()
     _check_tokenizer(tokenizer, vocab_size=vocab_size, image_token_id=image_token_id)
+    _check_present(sources)
     opened = []
-    for number, config in enumerate(sources):
+    for config in sources:
         source = Source(config.path, handles=handles)
-        _check_fit(
-            source, where=f"data.sources[{number}]", tokenizer=tokenizer, seq_length=seq_length, geometry=geometry
-        )
+        where = f"data.sources.{config.name}"
+        _check_fit(source, where=where, tokenizer=tokenizer, seq_length=seq_length, geometry=geometry)
         for shard in source.shards:
             if shard.manifest.max_token >= vocab_size:
                 raise DataError(
                     f"{source.path / shard.manifest.name}.json: holds token id {shard.manifest.max_token}, outside "
                     f"model.llm.vocab_size {vocab_size}; train a model with more rows or use its own tokenizer"
                 )
-        if not skip_hash:
-            source.check_hashes(share=hash_share)
+        source.check(share=share, skip_hash=skip_hash)
         opened.append(source)
     weights = [config.weight for config in sources]
     return Dataset(opened, weights=weights, pad_id=tokenizer.pad_id, geometry=geometry, handles=handles)
+
+
+def _check_present(sources: Sequence[MixtureSource]) -> None:
+    """One message for all slots that are empty."""
+    absent = [source for source in sources if not Path(source.path, "manifest.json").is_file()]
+    if not absent:
+        return
+    slots = ", ".join(f"{source.name} ({source.path}/manifest.json not found)" for source in absent)
+    parents = sorted({Path(source.path).parent for source in absent})
+    whole = next((parent for parent in parents if (parent / "manifest.json").is_file()), None)
+    raise DataError(
+        f"data.sources: no finished dataset for {slots}; preprocess one into each, point data.sources.NAME.path "
+        "elsewhere, or leave a source out with data.sources.NAME.weight=0"
+        + (f"; {whole} itself is a dataset, which data.sources=[{{}}] trains on alone" if whole else "")
+    )
 
 
 def _check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int, image_token_id: int | None) -> None:

@@ -6,15 +6,15 @@ the dataset object is gone, and it checks nothing (see README).
 
 from __future__ import annotations
 
-import os
 import struct
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megavl.config.errors import DataError
+from megavl.data.table import ReadHandles as ReadHandles
+from megavl.data.table import Rows
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -37,44 +37,11 @@ def index_bytes(lengths: npt.NDArray[np.int32], *, dtype: str) -> bytes:
     return header + sizes.tobytes() + offsets.tobytes() + np.arange(count + 1, dtype="<i8").tobytes()
 
 
-class ReadHandles:
-    """Open files by path, the least recently used closed first; usable after a fork, because reads carry an offset."""
-
-    def __init__(self, *, limit: int = 128) -> None:
-        self._limit = limit
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def read(self, path: str, *, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on.
-
-        Raises:
-            DataError: the file is missing or shorter than that.
-        """
-        try:
-            handle = self._open.pop(path) if path in self._open else os.open(path, os.O_RDONLY)
-            self._open[path] = handle
-            if len(self._open) > self._limit:
-                os.close(self._open.popitem(last=False)[1])
-            data = os.pread(handle, size, offset)
-            while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
-                data += more
-        except OSError as error:
-            raise DataError(f"{path}: cannot read ({error.strerror}); restore the file or {_REMEDY}") from error
-        if len(data) < size:
-            raise DataError(f"{path}: ends before byte {offset + size}; restore the file or {_REMEDY}")
-        return data
-
-    def close(self) -> None:
-        """Close every file."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-
 class SequenceFile:
-    """Reader of one pair that checks every field of the index against the others and against the `.bin` size."""
+    """Reader of one pair; nothing of either file stays in memory."""
 
     def __init__(self, prefix: str | Path, *, dtype: str, sequences: int, handles: ReadHandles) -> None:
-        """Read and check the index.
+        """Check header and size of the index.
 
         Args:
             prefix: path without `.bin` / `.idx`.
@@ -83,43 +50,72 @@ class SequenceFile:
             handles: where data is read through.
 
         Raises:
+            DataError: naming the file.
+        """
+        self.path, self.index_path = f"{prefix}.bin", f"{prefix}.idx"
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._handles, self._count = handles, sequences
+        self._size = handles.size(self.path)
+        expected = _HEADER.pack(MAGIC, 1, _CODES[dtype], sequences, sequences + 1)
+        size = _HEADER.size + 12 * sequences + 8 * (sequences + 1)
+        if (
+            handles.size(self.index_path) != size
+            or handles.read(self.index_path, offset=0, size=_HEADER.size) != expected
+        ):
+            raise DataError(
+                f"{self.index_path}: is no version 1 index of {sequences} {dtype} sequences; restore it or {_REMEDY}"
+            )
+        self._lengths = self._rows("<i4", _HEADER.size, sequences)
+        self._offsets = self._rows("<i8", _HEADER.size + 4 * sequences, sequences)
+
+    def _rows(self, dtype: str, offset: int, count: int) -> Rows:
+        return Rows(self.index_path, dtype=np.dtype(dtype), offset=offset, count=count, handles=self._handles)
+
+    def check(self) -> None:
+        """Compare every field of the index with the others and with the size of the `.bin`.
+
+        Raises:
             DataError: naming the file and the field that is wrong.
         """
-        self.path = f"{prefix}.bin"
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._handles = handles
-        index = f"{prefix}.idx"
-        try:
-            raw = Path(index).read_bytes()
-            size = os.path.getsize(self.path)
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot read ({error.strerror}); restore it or {_REMEDY}") from error
-        expected = (MAGIC, 1, _CODES[dtype], sequences, sequences + 1)
-        if len(raw) != _HEADER.size + 12 * sequences + 8 * (sequences + 1) or _HEADER.unpack_from(raw) != expected:
-            raise DataError(f"{index}: is no version 1 index of {sequences} {dtype} sequences; restore it or {_REMEDY}")
-        self.lengths: npt.NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, _HEADER.size).copy()
-        ends = np.cumsum(self.lengths, dtype=np.int64) * self._dtype.itemsize
-        self._starts = np.concatenate([np.zeros(1, np.int64), ends])
-        offsets = np.frombuffer(raw, "<i8", sequences, _HEADER.size + 4 * sequences)
-        documents = np.frombuffer(raw, "<i8", sequences + 1, _HEADER.size + 12 * sequences)
-        if (
-            (self.lengths < 0).any()
-            or not np.array_equal(offsets, self._starts[:-1])
-            or not np.array_equal(documents, np.arange(sequences + 1))
-        ):
-            raise DataError(f"{index}: offsets or document borders contradict the lengths; restore it or {_REMEDY}")
-        if size != self._starts[-1]:
+        documents = self._rows("<i8", _HEADER.size + 12 * self._count, self._count + 1)
+        end, sound = 0, True
+        for (first, lengths), (_, offsets) in zip(self._lengths.blocks(), self._offsets.blocks()):
+            ends = end + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
+            sound &= bool((lengths >= 0).all() and offsets[0] == end and (offsets[1:] == ends[:-1]).all())
+            borders = documents.rows(first, len(lengths))
+            sound &= bool((borders == np.arange(first, first + len(lengths))).all())
+            end = int(ends[-1])
+        if not sound or documents[self._count] != self._count:
             raise DataError(
-                f"{self.path}: holds {size} bytes where its index expects {self._starts[-1]}; "
-                f"restore the file or {_REMEDY}"
+                f"{self.index_path}: offsets or document borders contradict the lengths; restore it or {_REMEDY}"
+            )
+        if self._size != end:
+            raise DataError(
+                f"{self.path}: holds {self._size} bytes where its index expects {end}; restore the file or {_REMEDY}"
             )
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._count
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Elements of every sequence, read anew at each use."""
+        return self._lengths.rows(0, self._count)
+
+    def lengths_of(self, first: int, count: int) -> npt.NDArray[np.int32]:
+        """Elements of successive sequences."""
+        return self._lengths.rows(first, count)
 
     def byte_range(self, index: int) -> tuple[int, int]:
-        """Offset and size in bytes of one sequence in `.bin`."""
-        return int(self._starts[index]), int(self._starts[index + 1] - self._starts[index])
+        """Offset and size in bytes of one sequence in `.bin`.
+
+        Raises:
+            DataError: it lies outside the file.
+        """
+        offset, size = int(self._offsets[index]), int(self._lengths[index]) * self._dtype.itemsize
+        if not 0 <= offset <= offset + size <= self._size:
+            raise DataError(f"{self.index_path}: sequence {index} lies outside {self.path}; restore it or {_REMEDY}")
+        return offset, size
 
     def read_bytes(self, index: int) -> bytes:
         """One sequence as bytes."""

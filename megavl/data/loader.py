@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -15,12 +15,11 @@ from megavl.data.batch import Batch, Modality
 from megavl.data.collate import LoadedSequence, collate
 from megavl.data.dataset import Dataset, PackedSequence
 from megavl.data.image import ImageError, blank_canvas
-from megavl.data.image_worker import ImagePool
-from megavl.data.plan import ModalityPlan
+from megavl.data.image_pool import ImagePool
 from megavl.data.sampler import PackRef, Sampler
 
-_AHEAD = 2
-"""Steps whose images are decoded ahead; each holds its uint8 canvases in memory."""
+_STEPS_AHEAD = 4
+"""Steps whose sequences are read ahead, as far as `prefetch_images` allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,68 +38,65 @@ class StepLoader:
         self,
         dataset: Dataset,
         *,
-        seed: int,
-        global_batch_size: int,
+        sampler: Sampler,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        multimodal_fraction: float,
-        modality_warmup_steps: int,
         num_workers: int,
+        prefetch_images: int,
         max_bad_in_row: int,
         cross_document_attention: bool,
         total_steps: int,
         start_step: int = 0,
+        worker_timeout_s: float = 120.0,
     ) -> None:
-        """Plan the run and start decoding its first steps.
+        """Start decoding the first steps.
 
         Args:
             dataset: from `open_dataset`.
-            seed: of data order and modality plan.
-            global_batch_size: sequences per step, over all data-parallel ranks.
+            sampler: which packs each step holds.
             micro_batch_size: sequences per batch.
             dp_rank: this rank's place in its data-parallel group.
             dp_size: ranks in that group.
-            multimodal_fraction: target share of multimodal steps.
-            modality_warmup_steps: steps over which that share rises from 0.
             num_workers: decoding processes of this rank; 0 decodes in `get`.
-            max_bad_in_row: samples in a row that may fail to load.
+            prefetch_images: images that may be decoded or waiting to be, beside those of the sequence in hand.
+            max_bad_in_row: samples in a row, with images or without, that may fail to load.
             cross_document_attention: let attention cross sample borders inside a sequence.
             total_steps: steps of the run; none is prefetched beyond.
             start_step: first step that will be asked for.
+            worker_timeout_s: after which a silent decoding process is replaced.
 
         Raises:
-            DataError: a modality that the plan needs is missing from the data.
             UsageError: the global batch does not divide.
         """
+        global_batch_size = sampler.mixture.global_batch_size
         if global_batch_size % (dp_size * micro_batch_size):
             raise UsageError(
                 f"training.global_batch_size: {global_batch_size} is no multiple of data-parallel ranks {dp_size} x "
                 f"training.micro_batch_size {micro_batch_size}"
             )
-        plan = ModalityPlan(seed=seed, fraction=multimodal_fraction, warmup_steps=modality_warmup_steps)
-        self._sampler = Sampler(dataset.counts, weights=dataset.weights, plan=plan, global_batch_size=global_batch_size)
+        self._sampler = sampler
         self._dataset = dataset
         self._geometry = dataset.geometry
-        share = global_batch_size // dp_size
-        self._slots = range(dp_rank * share, (dp_rank + 1) * share)
+        self._share = global_batch_size // dp_size
+        self._first_slot = dp_rank * self._share
         self._micro_batch_size = micro_batch_size
         self._cross = cross_document_attention
         self._max_bad = max_bad_in_row
-        self._bad_in_row = 0
+        self._bad_in_row = {True: 0, False: 0}
         self._total_steps = total_steps
-        self._pool = ImagePool(dataset.geometry, workers=num_workers)
-        self._ahead = _AHEAD if num_workers else 0
-        self._pending: OrderedDict[int, list[_Pending]] = OrderedDict()
-        self._prefetch(start_step)
+        self._pool = ImagePool(dataset.geometry, workers=num_workers, timeout_s=worker_timeout_s)
+        self._max_images = prefetch_images if num_workers else 0
+        self._pending: deque[_Pending] = deque()
+        self._place = self._end = start_step * self._share
+        """Sequences of this rank, counted from the first step: the next to be handed out, and the next to be read."""
+        self._images = 0
+        """Images of pending sequences."""
+        self._prefetch()
 
     def modality(self, step: int) -> Modality:
         """Modality of a step, the same on every rank."""
         return self._sampler.plan.modality(step)
-
-    def global_batch(self, step: int) -> list[PackRef]:
-        """All packs of a step, over all data-parallel ranks."""
-        return self._sampler.global_batch(step)
 
     def get(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step.
@@ -109,40 +105,54 @@ class StepLoader:
 
         Raises:
             DataError: a file vanished, or `max_bad_in_row` samples in a row failed.
-            PeerError: a decoding worker gives no answer.
+            PeerError: decoding processes cannot start or give no answer.
         """
-        pending = self._pending.pop(step, None) or self._request(step)
-        self._prefetch(step + 1)
-        loaded = [self._finish(item) for item in pending]
-        size = self._micro_batch_size
-        return [
-            collate(
-                loaded[first : first + size],
-                modality=self.modality(step),
-                canvas_size=self._geometry.canvas_size,
-                cross_document_attention=self._cross,
-            )
-            for first in range(0, len(loaded), size)
-        ]
+        if step * self._share != self._place:
+            self._go_to(step)
+        return [self._micro_batch(self.modality(step)) for _ in range(self._share // self._micro_batch_size)]
 
     def close(self) -> None:
         """End the decoding workers."""
         self._pending.clear()
         self._pool.close()
 
-    def _prefetch(self, first: int) -> None:
-        wanted = range(first, min(first + self._ahead, self._total_steps))
-        for step in [step for step in self._pending if step not in wanted]:
-            for item in self._pending.pop(step):
-                for _, future in item.canvases:
-                    future.cancel()
-        for step in wanted:
-            if step not in self._pending:
-                self._pending[step] = self._request(step)
+    def _go_to(self, step: int) -> None:
+        for item in self._pending:
+            for _, future in item.canvases:
+                future.cancel()
+        self._pending.clear()
+        self._images = 0
+        self._place = self._end = step * self._share
 
-    def _request(self, step: int) -> list[_Pending]:
-        refs = self._sampler.global_batch(step)
-        return [self._start(refs[slot]) for slot in self._slots]
+    def _micro_batch(self, modality: Modality) -> Batch:
+        loaded = []
+        for _ in range(self._micro_batch_size):
+            if not self._pending:
+                self._read_next()
+            item = self._pending.popleft()
+            loaded.append(self._finish(item))
+            self._place += 1
+            self._images -= len(item.canvases)
+            self._prefetch()
+        return collate(
+            loaded,
+            modality=modality,
+            canvas_size=self._geometry.canvas_size,
+            cross_document_attention=self._cross,
+        )
+
+    def _prefetch(self) -> None:
+        last = min(self._place // self._share + _STEPS_AHEAD, self._total_steps) * self._share
+        while self._images < self._max_images and self._end < last:
+            self._read_next()
+
+    def _read_next(self) -> None:
+        """Read the tokens of the next sequence and have its images decoded."""
+        step, slot = divmod(self._end, self._share)
+        item = self._start(self._sampler.sample(step=step, slot=self._first_slot + slot))
+        self._pending.append(item)
+        self._images += len(item.canvases)
+        self._end += 1
 
     def _start(self, ref: PackRef) -> _Pending:
         packed = self._dataset.read(source=ref.source, modality=ref.modality, index=ref.index)
@@ -154,25 +164,28 @@ class StepLoader:
         return _Pending(packed=packed, canvases=tuple(canvases))
 
     def _finish(self, item: _Pending) -> LoadedSequence:
-        reasons = {number: member.damage for number, member in enumerate(item.packed.members) if member.damage}
+        members = item.packed.members
+        reasons = {number: member.damage for number, member in enumerate(members) if member.damage}
         canvases = []
         for number, future in item.canvases:
             try:
-                canvases.append(self._pool.result(future))
+                canvases.append(future.result())
             except ImageError as error:
                 reasons[number] = f"{error.reason}: {error}"
                 canvases.append(blank_canvas(self._geometry))
-        bad = []
-        for number, member in enumerate(item.packed.members):
-            if number not in reasons:
-                self._bad_in_row = 0
-                continue
-            bad.append((number, f"{member.origin}: {reasons[number]}"))
-            self._bad_in_row += 1
-            print(f"warning: sample skipped, {bad[-1][1]}", file=sys.stderr, flush=True)
-            if self._bad_in_row >= self._max_bad:
-                raise DataError(
-                    f"{bad[-1][1]}; {self._bad_in_row} samples in a row failed to load (data.max_bad_in_row "
-                    f"{self._max_bad}); check the shards with data_tools/verify.py and preprocess again"
-                )
+        bad = [(number, f"{members[number].origin}: {reason}") for number, reason in sorted(reasons.items())]
+        for number, member in enumerate(members):
+            # Counted apart, or the text between damaged images would hide that all of them are.
+            kind = bool(member.images)
+            self._bad_in_row[kind] = self._bad_in_row[kind] + 1 if number in reasons else 0
+            if number in reasons:
+                self._report(f"{member.origin}: {reasons[number]}", in_row=self._bad_in_row[kind])
         return LoadedSequence(packed=item.packed, canvases=tuple(canvases), bad=tuple(bad))
+
+    def _report(self, text: str, *, in_row: int) -> None:
+        print(f"warning: sample skipped, {text}", file=sys.stderr, flush=True)
+        if in_row >= self._max_bad:
+            raise DataError(
+                f"{text}; {in_row} samples in a row failed to load (data.max_bad_in_row {self._max_bad}); check the "
+                "shards with data_tools/verify.py and preprocess again"
+            )

@@ -8,12 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -175,7 +173,7 @@ class DatasetManifest:
     tokenizer: TokenizerEntry
     geometry: GeometryEntry
     fingerprint: str
-    """sha256 over the shard manifests' hashes, the packs table's hash and the pack settings."""
+    """See `fingerprint`."""
 
 
 def geometry_entry(geometry: ImageGeometry) -> GeometryEntry:
@@ -189,9 +187,12 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def fingerprint(*, shards: Mapping[str, str], packs_sha256: str, settings: PackSettings) -> str:
-    """Identity of a dataset, from its shard manifests' hashes by name, its packs table and its pack settings."""
-    content = {"shards": dict(shards), "packs": packs_sha256, "settings": dataclasses.asdict(settings)}
+def fingerprint(manifest: DatasetManifest) -> str:
+    """Identity of a dataset: sha256 over its manifest without the fingerprint itself.
+
+    The manifest holds the hashes of the packs table and of the shard manifests, and those hold all others.
+    """
+    content = {key: value for key, value in dataclasses.asdict(manifest).items() if key != "fingerprint"}
     return hashlib.sha256(to_json(content)).hexdigest()
 
 
@@ -239,22 +240,3 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
         raise DataError(f"{path}: {where}: {first['msg']}; preprocess the dataset again") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); preprocess the dataset again") from error
-
-
-def read_table(path: str | Path, *, dtype: np.dtype[Any], rows: int | None = None) -> npt.NDArray[Any]:
-    """A fixed-width table.
-
-    Raises:
-        DataError: unreadable, or with other columns or another number of rows.
-    """
-    try:
-        table = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy's header parser raises anything on damaged bytes
-        raise DataError(f"{path}: cannot read the table ({error}); preprocess the dataset again") from error
-    if table.dtype != dtype or table.ndim != 1 or (rows is not None and len(table) != rows):
-        raise DataError(
-            f"{path}: holds {table.shape} rows of {table.dtype}, expected {'any' if rows is None else rows} rows "
-            f"of {dtype}; preprocess the dataset again"
-        )
-    result: npt.NDArray[Any] = table
-    return result

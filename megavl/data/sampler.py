@@ -1,23 +1,23 @@
-"""Which packs each step reads: a pure function of (seed, step), independent of layout, ranks and workers.
+"""Which pack stands in each slot of each step: a pure function of (data, seed, step, slot), whatever the layout.
 
 Each source has, per modality, an endless order: one keyed permutation per epoch, evaluated at any index without being
-stored, the tail of an epoch running on into the next one. Several sources are interleaved by error diffusion.
+stored, the tail of an epoch running on into the next one. `mixture.py` says whose turn it is.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 
-from megavl.config.errors import DataError
 from megavl.data.manifest import Modality
-from megavl.data.plan import ModalityPlan, as_fraction, keyed_number
+from megavl.data.mixture import Counts, Mixture
+from megavl.data.plan import ModalityPlan, keyed_number
+
+ORDER_VERSION = 2
+"""Raised when the same seed gives another order; part of every dataset fingerprint that a checkpoint stores."""
 
 _ROUNDS = 8
-_PHASES = 1 << 20
 _MASK = (1 << 64) - 1
 
 
@@ -57,70 +57,36 @@ class Permutation:
 class Sampler:
     """Packs of every step."""
 
-    def __init__(
-        self,
-        counts: Sequence[Mapping[Modality, int]],
-        *,
-        weights: Sequence[float],
-        plan: ModalityPlan,
-        global_batch_size: int,
-    ) -> None:
-        """Check that every modality the plan will ask for exists.
+    def __init__(self, counts: Sequence[Counts], *, mixture: Mixture) -> None:
+        """Nothing is computed yet.
 
         Args:
             counts: packs per modality, for each source.
-            weights: share of each source within a modality.
-            plan: modality of each step; its seed also keys the order.
-            global_batch_size: packs per step.
-
-        Raises:
-            DataError: the plan asks for a modality of which no source has a pack.
+            mixture: origin of every sequence; its seed also keys the order inside a source.
         """
-        self.plan = plan
+        self.mixture = mixture
         self._counts = counts
-        self._size = global_batch_size
-        total = sum((as_fraction(weight) for weight in weights), Fraction(0))
-        self._shares = [as_fraction(weight) / total for weight in weights]
-        wanted: dict[Modality, bool] = {
-            "multimodal": plan.fraction > 0,
-            "text": plan.fraction < 1 or plan.warmup_steps > 0,
-        }
-        for modality in (modality for modality, needed in wanted.items() if needed):
-            if not any(count[modality] for count in counts):
-                raise DataError(
-                    f"data.sources: no source holds {modality} sequences, which data.multimodal_fraction "
-                    f"{plan.fraction} asks for; add such a source or set the fraction to {int(modality == 'text')}"
-                )
 
-    def global_batch(self, step: int) -> list[PackRef]:
-        """The packs of a step, in order."""
-        modality = self.plan.modality(step)
-        first = self.plan.steps_before(step) * self._size
-        return [self._at(modality, first + slot) for slot in range(self._size)]
+    @property
+    def plan(self) -> ModalityPlan:
+        """Modality of every step."""
+        return self.mixture.plan
 
-    def _at(self, modality: Modality, position: int) -> PackRef:
-        """The pack at a position of a modality's endless order."""
-        sources = [number for number, count in enumerate(self._counts) if count[modality]]
-        left = sum((self._shares[number] for number in sources), Fraction(0))
-        # Split off one source at a time: each split is an error diffusion with a closed-form count.
-        for number in sources[:-1]:
-            share = self._shares[number] / left
-            phase = Fraction(keyed_number("source phase", self.plan.seed, modality, number) % _PHASES, _PHASES)
-            before = math.floor(share * position + phase)
-            if math.floor(share * (position + 1) + phase) > before:
-                return self._in_source(number, modality, before)
-            position -= before
-            left -= self._shares[number]
-        return self._in_source(sources[-1], modality, position)
-
-    def _in_source(self, source: int, modality: Modality, position: int) -> PackRef:
+    def sample(self, *, step: int, slot: int) -> PackRef:
+        """The pack in a slot of a step."""
+        origin = self.mixture.origin(step=step, slot=slot)
+        source, modality = origin.source, origin.modality
         count = self._counts[source][modality]
-        epoch, place = divmod(position, count)
+        epoch, place = divmod(origin.place, count)
         order = _permutation(count, keyed_number("order", self.plan.seed, source, modality, epoch))
         return PackRef(source=source, modality=modality, index=order(place))
 
+    def global_batch(self, step: int) -> list[PackRef]:
+        """The packs of a step, in order."""
+        return [self.sample(step=step, slot=slot) for slot in range(self.mixture.global_batch_size)]
 
-@lru_cache(maxsize=64)
+
+@lru_cache(maxsize=256)
 def _permutation(size: int, key: int) -> Permutation:
     return Permutation(size, key=key)
 

@@ -1,4 +1,4 @@
-"""One shard, opened with every rule checked: manifest, file sizes, indexes, tables."""
+"""One shard: manifest, file sizes and headers are checked when it is opened, contents on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megavl.config.errors import DataError
-from megavl.data.index_file import ReadHandles, SequenceFile
+from megavl.data.index_file import SequenceFile
 from megavl.data.manifest import (
     IMAGE_ROW,
     SAMPLE_ROW,
@@ -17,18 +17,18 @@ from megavl.data.manifest import (
     FileEntry,
     ShardManifest,
     read_manifest,
-    read_table,
 )
+from megavl.data.table import ReadHandles, open_table
 
 _BLOCK = 1 << 22
 _RESTORE = "restore the file or start data_tools/preprocess.py again with --no-resume"
 
 
 class Shard:
-    """Reader of one shard."""
+    """Reader of one shard; its memory does not grow with its samples."""
 
     def __init__(self, directory: str | Path, *, name: str, handles: ReadHandles, sha256: str | None = None) -> None:
-        """Open and check a shard; file hashes are left to `check_file`.
+        """Check the manifest, and header and size of every file; contents are left to `check` and `check_file`.
 
         Args:
             directory: of the dataset.
@@ -45,33 +45,49 @@ class Shard:
             _check_size(directory, entry)
         counts, prefix = self.manifest, directory / name
         self.tokens = SequenceFile(f"{prefix}.tokens", dtype="int32", sequences=counts.samples, handles=handles)
-        self.samples = read_table(f"{prefix}.samples.npy", dtype=SAMPLE_ROW, rows=counts.samples)
-        self.spans = read_table(f"{prefix}.spans.npy", dtype=SPAN_ROW)
+        self.samples = open_table(f"{prefix}.samples.npy", dtype=SAMPLE_ROW, rows=counts.samples, handles=handles)
+        self.spans = open_table(f"{prefix}.spans.npy", dtype=SPAN_ROW, handles=handles)
         if counts.images:
             self.images = SequenceFile(f"{prefix}.images", dtype="uint8", sequences=counts.images, handles=handles)
-            self.image_table = read_table(f"{prefix}.images.npy", dtype=IMAGE_ROW, rows=counts.images)
-        self._check_tables(f"{prefix}.samples.npy")
+            self.image_table = open_table(f"{prefix}.images.npy", dtype=IMAGE_ROW, rows=counts.images, handles=handles)
 
-    def _check_tables(self, path: str) -> None:
-        rows = self.samples
-        image_ends = rows["first_image"] + rows["images"]
-        span_ends = np.cumsum(rows["spans"], dtype=np.int64)
-        if (
-            (rows["source"].astype(np.uint32) >= len(self.manifest.sources)).any()
-            or min(rows[name].min(initial=0) for name in ("spans", "images", "first_image")) < 0
-            or image_ends.max(initial=0) > self.manifest.images
-            or not np.array_equal(rows["first_span"], span_ends - rows["spans"])
-            or span_ends.max(initial=0) != len(self.spans)
-            or (self.spans["start"] < 0).any()
-            or (self.spans["end"] > np.repeat(self.tokens.lengths, rows["spans"])).any()
-            or int(self.tokens.lengths.sum(dtype=np.int64)) != self.manifest.tokens
-        ):
-            raise DataError(f"{path}: points outside the shard's sources, spans or images; {_RESTORE}")
+    def check(self) -> None:
+        """Go through the index files and tables: every reference leads inside the shard.
+
+        Raises:
+            DataError: naming the first file that is wrong.
+        """
+        self.tokens.check()
+        if self.manifest.images:
+            self.images.check()
+        spans = tokens = 0
+        for first, rows in self.samples.blocks():
+            lengths = self.tokens.lengths_of(first, len(rows))
+            tokens += int(lengths.sum(dtype=np.int64))
+            image_ends = rows["first_image"] + rows["images"]
+            span_ends = spans + np.cumsum(rows["spans"], dtype=np.int64)
+            if (
+                (rows["source"].astype(np.uint32) >= len(self.manifest.sources)).any()
+                or min(rows[name].min() for name in ("spans", "images", "first_image")) < 0
+                or image_ends.max() > self.manifest.images
+                or not np.array_equal(rows["first_span"], span_ends - rows["spans"])
+                or span_ends[-1] > len(self.spans)
+            ):
+                raise DataError(f"{self.samples.path}: points outside the shard's sources, spans or images; {_RESTORE}")
+            found = self.spans.rows(spans, int(span_ends[-1]) - spans)
+            if (found["start"] < 0).any() or (found["end"] > np.repeat(lengths, rows["spans"])).any():
+                raise DataError(f"{self.spans.path}: a span lies outside its sample; {_RESTORE}")
+            spans = int(span_ends[-1])
+        if spans != len(self.spans) or tokens != self.manifest.tokens:
+            raise DataError(
+                f"{self.samples.path}: {spans} spans and {tokens} tokens where there should be {len(self.spans)} and "
+                f"{self.manifest.tokens}; {_RESTORE}"
+            )
 
     def spans_of(self, sample: int) -> npt.NDArray[np.void]:
         """Supervised target positions of a sample, rows of SPAN_ROW."""
         row = self.samples[sample]
-        return self.spans[int(row["first_span"]) : int(row["first_span"]) + int(row["spans"])]
+        return self.spans.rows(int(row["first_span"]), int(row["spans"]))
 
     def images_of(self, sample: int) -> range:
         """Sequences of the images pair that a sample uses."""

@@ -18,6 +18,8 @@ from megavl.config.load import dump_recipe
 from megavl.config.recipe import Recipe
 from megavl.data.dataset import Dataset, open_dataset
 from megavl.data.loader import StepLoader
+from megavl.data.mixture import check_epochs, recipe_mixture, render, source_plans
+from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.parallel import broadcast, groups
 from megavl.parallel.groups import Position
@@ -56,7 +58,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
     stop.install()
     _prepare_run_dir(recipe, position=position)
     status.section = "opening the data"
-    tokenizer, dataset = _open_data(recipe)
+    tokenizer, dataset, sampler = _open_data(recipe, position=position)
     status.section = "building the model"
     state = _build_state(recipe, dataset=dataset, tokenizer=tokenizer)
     status.section = "loading weights"
@@ -66,7 +68,8 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
     if progress.step >= recipe.training.steps:
         groups.stop()
         return 0
-    stopped = _run_steps(recipe, state, dataset, progress, position=position, stop=stop, status=status)
+    with _loader(recipe, dataset, sampler, position=position, start_step=progress.step) as source:
+        stopped = _run_steps(recipe, state, source, progress, position=position, stop=stop, status=status)
     groups.stop()
     return EXIT_PREEMPTED if stopped else 0
 
@@ -74,7 +77,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
 def _run_steps(
     recipe: Recipe,
     state: RunState,
-    dataset: Dataset,
+    source: StepLoader | None,
     progress: Progress,
     *,
     position: Position,
@@ -82,10 +85,7 @@ def _run_steps(
     status: ExitStatus,
 ) -> bool:
     training, optimizer = recipe.training, recipe.optimizer
-    with (
-        _loader(recipe, dataset, position=position, start_step=progress.step) as source,
-        _log(recipe, progress, position=position) as log,
-    ):
+    with _log(recipe, progress, position=position) as log:
         while progress.step < training.steps:
             began = time.perf_counter()
             step = progress.step + 1
@@ -134,23 +134,29 @@ def _prepare_run_dir(recipe: Recipe, *, position: Position) -> None:
         raise StorageError(problem[0])
 
 
-def _open_data(recipe: Recipe) -> tuple[Tokenizer, Dataset]:
-    """Open the tokenizer and, on every rank, the data set: its fingerprint must be the same everywhere."""
-    tokenizer = open_tokenizer(recipe.data.tokenizer)
+def _open_data(recipe: Recipe, *, position: Position) -> tuple[Tokenizer, Dataset, Sampler]:
+    """Open tokenizer and data on every rank, and plan the order of samples, which must be the same everywhere."""
+    data = recipe.data
+    tokenizer = open_tokenizer(data.tokenizer)
     dataset = open_dataset(
-        recipe.data.sources,
+        data.mixture,
         tokenizer=tokenizer,
-        seq_length=recipe.data.seq_length,
+        seq_length=data.seq_length,
         geometry=recipe.model.image_geometry,
         vocab_size=recipe.model.llm.vocab_size,
         image_token_id=recipe.model.image_token_id,
-        hash_share=(dist.get_rank(), dist.get_world_size()),
+        skip_hash=data.skip_hash,
+        share=(dist.get_rank(), dist.get_world_size()),
     )
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, dataset.fingerprint)
     if len(set(found)) > 1:
         raise DataError(f"data.sources: ranks see different data ({sorted(set(found))}); share one file system")
-    return tokenizer, dataset
+    mixture, steps = recipe_mixture(recipe, dataset.counts), recipe.training.steps
+    check_epochs(mixture, data=data, counts=dataset.counts, steps=steps)
+    plans = source_plans(mixture, data=data, counts=dataset.counts, steps=steps)
+    _say(position, "\n".join(render(plans, mixture=mixture, steps=steps)))
+    return tokenizer, dataset, Sampler(dataset.counts, mixture=mixture)
 
 
 def _build_state(recipe: Recipe, *, dataset: Dataset, tokenizer: Tokenizer) -> RunState:
@@ -191,25 +197,27 @@ def _start(recipe: Recipe, state: RunState, *, position: Position) -> Progress:
 
 
 @contextmanager
-def _loader(recipe: Recipe, dataset: Dataset, *, position: Position, start_step: int) -> Iterator[StepLoader | None]:
+def _loader(
+    recipe: Recipe, dataset: Dataset, sampler: Sampler, *, position: Position, start_step: int
+) -> Iterator[StepLoader | None]:
     if not broadcast.is_source():
         yield None
         return
     data, training = recipe.data, recipe.training
     loader = StepLoader(
         dataset,
-        seed=training.seed,
-        global_batch_size=training.global_batch_size,
+        sampler=sampler,
         micro_batch_size=training.micro_batch_size,
         dp_rank=position.dp_rank,
         dp_size=position.dp_size,
-        multimodal_fraction=data.multimodal_fraction,
-        modality_warmup_steps=data.modality_warmup_steps,
         num_workers=data.num_workers,
+        prefetch_images=data.prefetch_images,
         max_bad_in_row=data.max_bad_in_row,
         cross_document_attention=data.cross_document_attention,
         total_steps=training.steps,
         start_step=start_step,
+        # Two lost workers in a row must be noticed before the whole step is taken for hung.
+        worker_timeout_s=min(120.0, recipe.parallel.timeout_s / 3),
     )
     try:
         yield loader
@@ -256,6 +264,7 @@ def _row(
         "tokens": batch * length,
         "loss_tokens": result.loss_tokens,
         "images": result.images,
+        "bad_samples": result.bad_samples,
         "step_time_s": round(seconds, 6),
         "tokens_per_s": round(batch * length / seconds, 3),
         "mfu": mfu(flops, seconds=seconds, devices=at.world_size, peak_flops=peak) if peak else None,

@@ -35,6 +35,8 @@ class StepResult:
     """Global norm before clipping; None when the step was skipped."""
     images: int
     """Images of the global batch."""
+    bad_samples: int
+    """Samples of the global batch that failed to load and count for nothing."""
     skipped: bool
     """Loss or gradient was not finite; no weight changed."""
     asked_to_stop: bool
@@ -72,7 +74,8 @@ def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *,
     model.zero_grad()
     optimizer.zero_grad()
     loss_sum, loss_tokens = forward_backward(model, data)
-    # One replica of the last stage reports the loss and one rank of the first stage the images of each data rank.
+    # One replica of the last stage reports the loss and one rank of the first stage the images and
+    # failed samples of each data rank.
     reports_loss = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
     reports_images = mpu.is_pipeline_first_stage() and mpu.get_tensor_model_parallel_rank() == 0
     totals = torch.tensor(
@@ -82,6 +85,7 @@ def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *,
             data.images if reports_images else 0,
             float(stop_flag),
             float(data.modality == "multimodal"),
+            len(data.bad_samples) if reports_images else 0,
         ],
         dtype=torch.float64,
         device=cpu_runtime.device(),
@@ -99,6 +103,7 @@ def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *,
         loss_tokens=int(totals[1]),
         grad_norm=None if grad_norm is None else float(grad_norm),
         images=int(totals[2]),
+        bad_samples=int(totals[5]),
         skipped=not updated,
         asked_to_stop=bool(totals[3] > 0),
     )

@@ -23,6 +23,15 @@ TABLE_5 = {
     "7b/stage3": (2.0e-5, "cosine", 256, 10000, 256, 4096),
 }
 
+# Tables 1 and 2: percent by category; the first row of each is text, the others are multimodal.
+MIXTURES = {
+    "stage2": {
+        "text": 70.0, "interleaved": 13.1, "caption": 11.1, "table_chart": 2.1, "web_code": 0.4, "scene_text_ocr": 1.2,
+        "document_ocr": 2.1,
+    },
+    "stage3": {"text": 47.9, "in_house": 10.5, "general": 35.5, "table_chart": 4.1, "web_code": 2.0},
+}  # fmt: skip
+
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(RECIPES).with_suffix(""))
@@ -53,6 +62,27 @@ def test_table_5(name: str) -> None:
     )  # fmt: skip
     assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == ((0.9, 0.95), 0.0, 1.0)
     assert (recipe.parallel.pipeline > 1) == (name in ("7b/stage2", "7b/stage3"))
+
+
+@pytest.mark.parametrize("model", ["1b", "7b"])
+@pytest.mark.parametrize("stage", MIXTURES)
+def test_mixture_is_the_papers(model: str, stage: str) -> None:
+    data, table = load_recipe(RECIPES / model / f"{stage}.yaml").data, dict(MIXTURES[stage])
+    assert sum(table.values()) == pytest.approx(100)
+    assert data.multimodal_fraction == pytest.approx(1 - table["text"] / 100)
+    sources = {source.name: source for source in data.mixture}
+    sft = sources.pop("sft", None)
+    assert set(sources) == set(table)
+    for name, source in sources.items():
+        text, multimodal = (table[name], 0) if name == "text" else (0, table[name])
+        assert (source.weight.text, source.weight.multimodal) == (text, multimodal)
+        assert source.path == f"data/{stage}/{name}"
+    if stage == "stage2":
+        # One hundredth of what stands beside it in either modality.
+        assert sft is not None
+        assert (sft.weight.text, sft.weight.multimodal) == pytest.approx((0.7, 0.3))
+    else:
+        assert sft is None
 
 
 # Nodes of 8 GPUs: the launch scripts' defaults, and a single node where one copy of the model fits it.

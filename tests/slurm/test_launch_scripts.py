@@ -143,6 +143,7 @@ def test_gpus_are_asked_for_where_the_cluster_has_some(cluster_login: Stage) -> 
         ({"EXTRA": "training.stepz=3"}, "did you mean 'steps'?"),
         ({"RECIPE": "launch/recipes/none.yaml"}, "cannot read the recipe"),
         ({"NODES": "1", "GPUS_PER_NODE": "3"}, "3 processes are no multiple of"),
+        ({"DATA": "/d", "EXTRA": 'data.sources=[{"path":"/e"}]'}, "DATA: every entry"),
     ],
 )
 def test_a_mistake_ends_before_the_queue(cluster_login: Stage, settings: dict[str, str], message: str) -> None:
@@ -162,7 +163,7 @@ def test_settings_become_overrides(cluster_login: Stage) -> None:
     assert words[words.index("train") + 2 :] == [
         "parallel.tensor=1",
         "parallel.pipeline=2",
-        'data.sources=[{path: "/d a"}]',
+        'data.root="/d a"',
         "data.tokenizer=/t",
         "checkpoint.init=/i",
         "run.dir=/r",

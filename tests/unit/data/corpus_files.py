@@ -15,8 +15,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from data_tools.preprocess import main
 from megavl.config.presets import IMAGE_PRESETS
-from megavl.config.recipe import SourceConfig
+from megavl.config.recipe import DataConfig, SourceConfig
 from megavl.data.dataset import Dataset, open_dataset
+from megavl.data.manifest import Modality
+from megavl.data.mixture import Mixture
+from megavl.data.plan import ModalityPlan
+from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import open_tokenizer
 
 GEOMETRY = IMAGE_PRESETS["tiny-hybrid"]
@@ -24,6 +28,7 @@ IMAGE_TOKENS = GEOMETRY.tokens
 IMAGES_PER_PACK = 2
 # Room for about one text beside a full pack of images, so that texts are left over for packs of their own.
 SEQ_LENGTH = IMAGES_PER_PACK * IMAGE_TOKENS + 56
+PLAIN = {"tokenizer": "unused", "seq_length": SEQ_LENGTH, "multimodal_fraction": 0.5}
 SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
 COLOURS = ("red", "green", "blue", "white", "black")
 SENTENCES = [
@@ -126,10 +131,18 @@ def run_preprocess(inputs: Iterable[Path], *, tokenizer: Path, output: Path, mor
     return main(arguments(inputs, tokenizer=tokenizer, output=output, more=more))
 
 
-def open_small(*paths: Path, tokenizer: Path, weights: Iterable[float] = (), **changes: Any) -> Dataset:
+def open_small(*paths: Path, tokenizer: Path, weights: Iterable[Any] = (), **changes: Any) -> Dataset:
     """Open datasets with the settings they were made with, apart from `changes`."""
     opened = open_tokenizer(tokenizer)
     shares = list(weights) or [1.0] * len(paths)
     settings = {"seq_length": SEQ_LENGTH, "geometry": GEOMETRY, "vocab_size": opened.vocab_size, **changes}
-    sources = [SourceConfig(path=str(path), weight=share) for path, share in zip(paths, shares)]
-    return open_dataset(sources, tokenizer=opened, **settings)
+    sources = tuple(SourceConfig(path=str(path), weight=share) for path, share in zip(paths, shares))
+    data = DataConfig(sources=sources, **PLAIN)
+    return open_dataset(data.mixture, tokenizer=opened, **settings)
+
+
+def small_sampler(dataset: Dataset, *, batch: int = 4, fraction: float = 0.5, seed: int = 11) -> Sampler:
+    """Order of a run over all sources with equal weights."""
+    weights: list[dict[Modality, float]] = [{"text": 1.0, "multimodal": 1.0} for _ in dataset.sources]
+    plan = ModalityPlan(seed=seed, fraction=fraction)
+    return Sampler(dataset.counts, mixture=Mixture(weights, plan=plan, global_batch_size=batch))

@@ -12,7 +12,7 @@ import pytest
 from megavl.config.errors import DataError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.data.dataset import Source
-from megavl.data.index_file import ReadHandles
+from megavl.data.table import ReadHandles
 from tests.unit.data.corpus_files import GEOMETRY, SEQ_LENGTH, make_corpus, make_tokenizer, open_small, run_preprocess
 
 
@@ -92,7 +92,7 @@ def test_no_flipped_bit_passes(copy: Path, made: tuple[Path, Path]) -> None:
 
 def test_unfinished_run_is_no_dataset(copy: Path, made: tuple[Path, Path]) -> None:
     (copy / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"manifest\.json: not found; preprocessing of this dataset has not finished"):
+    with pytest.raises(DataError, match=r"no finished dataset for 0 \(.*/out/manifest\.json not found\)"):
         open_small(copy, tokenizer=made[1])
 
 
@@ -105,7 +105,7 @@ def test_other_version_is_refused(copy: Path, made: tuple[Path, Path]) -> None:
 
 def test_other_tokenizer_names_both_hashes(made: tuple[Path, Path], tmp_path: Path) -> None:
     other = make_tokenizer(tmp_path / "other", vocab_size=300)
-    with pytest.raises(DataError, match=r"data\.sources\[0\] was made with tokenizer sha256 \w{64}.* has \w{64}; "):
+    with pytest.raises(DataError, match=r"data\.sources\.0 was made with tokenizer sha256 \w{64}.* has \w{64}; "):
         open_small(made[0], tokenizer=other)
 
 
@@ -147,7 +147,7 @@ def test_work_of_hashing_can_be_shared(copy: Path, made: tuple[Path, Path]) -> N
     refused = 0
     for part in range(2):
         try:
-            open_small(copy, tokenizer=made[1], hash_share=(part, 2))
+            open_small(copy, tokenizer=made[1], share=(part, 2))
         except DataError:
             refused += 1
     assert refused == 1

@@ -1,27 +1,58 @@
-"""The order of packs: nothing lost or repeated within an epoch, weights kept, a function of the seed alone."""
+"""The order of sequences: nothing lost or repeated within an epoch, shares exact at every prefix, any step at once."""
 
+from __future__ import annotations
+
+import time
 from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megavl.config.errors import DataError
-from megavl.data.manifest import Modality
+from megavl.config.errors import UsageError
+from megavl.data.interleave import MAX_PERIOD, Interleave
+from megavl.data.manifest import MODALITIES, Modality
+from megavl.data.mixture import Mixture
 from megavl.data.plan import ModalityPlan
-from megavl.data.sampler import Permutation, Sampler
+from megavl.data.sampler import PackRef, Permutation, Sampler
+
+Pair = tuple[float, float]
+"""Text, multimodal."""
 
 
-def _sampler(
-    *counts: dict[Modality, int], weights: list[float] | None = None, seed: int = 7, size: int = 4, **plan: float
+def make_sampler(
+    counts: list[tuple[int, int]],
+    *,
+    weights: list[Pair] | None = None,
+    seed: int = 7,
+    size: int = 4,
+    fraction: float = 0.5,
+    warmup: int = 0,
 ) -> Sampler:
-    settled = {"fraction": 0.5, "warmup_steps": 0, **plan}
-    shares = weights or [1.0] * len(counts)
-    return Sampler(
-        counts,
-        weights=shares,
-        plan=ModalityPlan(seed=seed, **settled),
-        global_batch_size=size,  # type: ignore[arg-type]
+    asked = weights or [(1.0, 1.0)] * len(counts)
+    drawn = [
+        {m: weight if count else 0.0 for m, weight, count in zip(MODALITIES, pair, have, strict=True)}
+        for pair, have in zip(asked, counts, strict=True)
+    ]
+    plan = ModalityPlan(seed=seed, fraction=fraction, warmup_steps=warmup)
+    by_name = [dict(zip(MODALITIES, have, strict=True)) for have in counts]
+    return Sampler(by_name, mixture=Mixture(drawn, plan=plan, global_batch_size=size))
+
+
+@st.composite
+def samplers(draw: Callable[..., Any]) -> Sampler:
+    """Any mixture of one to four sources that all have both modalities."""
+    sources = draw(st.integers(1, 4))
+    return make_sampler(
+        [(draw(st.integers(1, 40)), draw(st.integers(1, 40))) for _ in range(sources)],
+        weights=[(draw(st.integers(1, 30)) / 10, draw(st.integers(1, 30)) / 10) for _ in range(sources)],
+        seed=draw(st.integers(0, 2**40)),
+        size=draw(st.sampled_from([1, 2, 4, 12])),
+        fraction=draw(st.integers(0, 20)) / 20,
+        warmup=draw(st.integers(0, 30)),
     )
 
 
@@ -39,40 +70,87 @@ def test_permutation_mixes() -> None:
     assert order != [Permutation(1000, key=2)(index) for index in range(1000)]
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 1000))
-def test_each_epoch_uses_every_pack_once(count: int, size: int, seed: int) -> None:
-    sampler = _sampler({"text": count, "multimodal": 0}, fraction=0.0, size=size, seed=seed)
-    steps = 3 * count // size + 2
-    drawn = [ref.index for step in range(steps) for ref in sampler.global_batch(step)]
-    for epoch in range(2):
-        assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_every_prefix_has_each_source_right_to_within_one(weights: list[int]) -> None:
+    order = Interleave([Fraction(weight, 7) for weight in weights])
+    seen = [0] * len(weights)
+    for place in range(min(2 * order.period + 1, 700)):
+        for source, weight in enumerate(weights):
+            assert order.before(place, source=source) == seen[source]
+            assert abs(seen[source] - Fraction(place * weight, sum(weights))) < 1
+        source, earlier = order.at(place)
+        assert earlier == seen[source]
+        seen[source] += 1
 
 
-def test_steps_are_of_one_modality_and_pure() -> None:
-    sampler = _sampler({"text": 11, "multimodal": 5}, {"text": 0, "multimodal": 9})
-    steps = [sampler.global_batch(step) for step in range(40)]
-    for step, refs in enumerate(steps):
+def test_weights_without_a_common_step_are_refused() -> None:
+    Interleave([Fraction(1), Fraction(MAX_PERIOD - 1)])
+    with pytest.raises(UsageError, match=r"weights 1, 100000 repeat only after 100001 sequences.*fewer digits"):
+        Interleave([Fraction(1), Fraction(MAX_PERIOD)])
+
+
+@settings(deadline=None, max_examples=40)
+@given(samplers())
+def test_each_epoch_of_each_source_uses_every_sequence_once(sampler: Sampler) -> None:
+    drawn: dict[tuple[int, Modality], list[int]] = {}
+    for step in range(40):
+        refs = sampler.global_batch(step)
         assert {ref.modality for ref in refs} == {sampler.plan.modality(step)}
-    again = _sampler({"text": 11, "multimodal": 5}, {"text": 0, "multimodal": 9})
-    assert [again.global_batch(step) for step in reversed(range(40))] == steps[::-1]
+        for ref in refs:
+            drawn.setdefault((ref.source, ref.modality), []).append(ref.index)
+    for (source, modality), indices in drawn.items():
+        count = sampler._counts[source][modality]
+        for first in range(0, len(indices), count):
+            epoch = indices[first : first + count]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(count))
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.floats(0.1, 5.0), min_size=2, max_size=4), st.integers(0, 99))
-def test_sources_keep_their_weights_and_their_own_epochs(weights: list[float], seed: int) -> None:
-    sampler = _sampler(*[{"text": 30, "multimodal": 0}] * len(weights), weights=weights, seed=seed, fraction=0.0)
-    drawn = [ref for step in range(100) for ref in sampler.global_batch(step)]
-    per_source = Counter(ref.source for ref in drawn)
-    for number, weight in enumerate(weights):
-        assert per_source[number] == pytest.approx(400 * weight / sum(weights), abs=len(weights))
-        own = [ref.index for ref in drawn if ref.source == number]
-        assert len(set(own[:30])) == min(30, len(own))
+@settings(deadline=None, max_examples=40)
+@given(samplers(), st.integers(0, 60))
+def test_what_a_run_draws_is_known_before(sampler: Sampler, steps: int) -> None:
+    drawn = Counter((ref.source, ref.modality) for step in range(steps) for ref in sampler.global_batch(step))
+    mixture = sampler.mixture
+    for modality in MODALITIES:
+        of_modality = sum(count for (_, kind), count in drawn.items() if kind == modality)
+        for source in range(mixture.sources):
+            found = drawn[source, modality]
+            assert mixture.drawn(steps, source=source, modality=modality) == found
+            assert abs(found - of_modality * mixture.share(source=source, modality=modality)) < 1 + 1e-6
 
 
-def test_missing_modality_is_named() -> None:
-    with pytest.raises(DataError, match="no source holds multimodal sequences.*multimodal_fraction 0.5"):
-        _sampler({"text": 4, "multimodal": 0})
-    with pytest.raises(DataError, match="no source holds text sequences"):
-        _sampler({"text": 0, "multimodal": 4}, fraction=1.0, warmup_steps=5)
-    _sampler({"text": 0, "multimodal": 4}, fraction=1.0)
+def share_of(sampler: Sampler, step: int, *, rank: int, ranks: int) -> list[PackRef]:
+    size = sampler.mixture.global_batch_size // ranks
+    return [sampler.sample(step=step, slot=slot) for slot in range(rank * size, (rank + 1) * size)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_consumed_samples_alone_place_a_run_at_any_number_of_ranks(data: st.DataObject) -> None:
+    """Resuming needs nothing but a number: whoever asks, in whatever order, gets the same sequences."""
+    sampler = data.draw(samplers())
+    size = sampler.mixture.global_batch_size
+    whole = [sampler.global_batch(step) for step in range(12)]
+    consumed = data.draw(st.integers(0, 11)) * size
+    ranks = data.draw(st.sampled_from([number for number in range(1, size + 1) if size % number == 0]))
+    for step in data.draw(st.permutations(range(consumed // size, 12))):
+        shares = [share_of(sampler, step, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert [ref for share in shares for ref in share] == whole[step]
+
+
+def test_a_weight_counts_within_its_modality() -> None:
+    """The paper's Table 1 in small: text 70, two categories of images 20 and 10; the step's modality decides first."""
+    counts = [(50, 0), (9, 50), (0, 50)]
+    sampler = make_sampler(counts, weights=[(70, 0), (0, 20), (0, 10)], fraction=0.3, size=6)
+    drawn = Counter((ref.source, ref.modality) for step in range(1000) for ref in sampler.global_batch(step))
+    assert drawn == {(0, "text"): 4200, (1, "multimodal"): 1200, (2, "multimodal"): 600}
+
+
+def test_late_steps_and_large_sources_cost_nothing() -> None:
+    billion = 10**9
+    sampler = make_sampler([(billion, billion), (7, billion)], weights=[(70, 29.7), (0.7, 0.3)], size=2304)
+    sampler.sample(step=0, slot=0)
+    began = time.perf_counter()
+    for step in range(10**9, 10**9 + 200):
+        sampler.sample(step=step, slot=2303)
+    assert (time.perf_counter() - began) / 200 < 0.002

@@ -1,10 +1,7 @@
 """Steps from real shards: batches, their targets, and independence of ranks and workers."""
 
-import os
 import shutil
-import signal
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from tests.unit.data.corpus_files import (
     make_tokenizer,
     open_small,
     run_preprocess,
+    small_sampler,
 )
 
 STEPS = 10
@@ -44,16 +42,14 @@ def dataset(made: tuple[Path, Path]) -> Dataset:
     return open_small(made[0], tokenizer=made[1])
 
 
-def _loader(dataset: Dataset, **changes: Any) -> StepLoader:
+def _loader(dataset: Dataset, *, batch: int = 4, fraction: float = 0.5, **changes: Any) -> StepLoader:
     settings = {
-        "seed": 11,
-        "global_batch_size": 4,
+        "sampler": small_sampler(dataset, batch=batch, fraction=fraction),
         "micro_batch_size": 2,
         "dp_rank": 0,
         "dp_size": 1,
-        "multimodal_fraction": 0.5,
-        "modality_warmup_steps": 0,
         "num_workers": 0,
+        "prefetch_images": 64,
         "max_bad_in_row": 2,
         "cross_document_attention": False,
         "total_steps": STEPS,
@@ -128,9 +124,9 @@ def _check_targets(batch: Batch, *, cross: bool) -> None:
 
 def test_images_stand_in_the_order_of_their_placeholders(made: tuple[Path, Path], dataset: Dataset) -> None:
     source = dataset.sources[0]
-    loader = _loader(dataset, multimodal_fraction=1.0, global_batch_size=1, micro_batch_size=1)
+    loader = _loader(dataset, fraction=1.0, batch=1, micro_batch_size=1)
     (batch,) = loader.get(0)
-    ref = loader.global_batch(0)[0]
+    ref = small_sampler(dataset, batch=1, fraction=1.0).global_batch(0)[0]
     expected = []
     for row in source.members(modality="multimodal", index=ref.index):
         shard = source.shards[int(row["shard"])]
@@ -157,7 +153,7 @@ def test_damaged_image_is_skipped_in_place(made: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(DataError, match=r"images\.bin: sha256"):
         open_small(out, tokenizer=made[1])
     damaged = open_small(out, tokenizer=made[1], skip_hash=True)
-    settings = {"multimodal_fraction": 1.0, "max_bad_in_row": 50}
+    settings = {"fraction": 1.0, "max_bad_in_row": 50}
     good, bad = _loader(open_small(made[0], tokenizer=made[1]), **settings), _loader(damaged, num_workers=1, **settings)
     skipped = 0
     for step in range(4):
@@ -174,7 +170,7 @@ def test_damaged_image_is_skipped_in_place(made: tuple[Path, Path], tmp_path: Pa
 def test_too_many_bad_samples_in_a_row_end_the_run(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = shutil.copytree(made[0], tmp_path / "out")
     _damage_images(out, every=1)
-    loader = _loader(open_small(out, tokenizer=made[1], skip_hash=True), multimodal_fraction=1.0, max_bad_in_row=2)
+    loader = _loader(open_small(out, tokenizer=made[1], skip_hash=True), fraction=1.0, max_bad_in_row=2)
     with pytest.raises(DataError, match="2 samples in a row failed to load"):
         loader.get(0)
 
@@ -186,7 +182,7 @@ def test_damaged_tokens_keep_their_place_and_their_images(made: tuple[Path, Path
         data[data > 10] ^= 1
         data.tofile(path)
     damaged = open_small(out, tokenizer=made[1], skip_hash=True)
-    loader = _loader(damaged, multimodal_fraction=1.0, max_bad_in_row=10**6)
+    loader = _loader(damaged, fraction=1.0, max_bad_in_row=10**6)
     for batch in loader.get(0):
         assert int((batch.tokens == 3).sum()) == IMAGE_TOKENS * len(batch.images) > 0
         assert not batch.loss_mask.any() or batch.modality == "multimodal"
@@ -195,28 +191,12 @@ def test_damaged_tokens_keep_their_place_and_their_images(made: tuple[Path, Path
 
 def test_shard_that_vanishes_is_named(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = shutil.copytree(made[0], tmp_path / "out")
-    loader = _loader(open_small(out, tokenizer=made[1]), multimodal_fraction=1.0, num_workers=1, start_step=STEPS)
+    loader = _loader(open_small(out, tokenizer=made[1]), fraction=1.0, num_workers=1, start_step=STEPS)
     for path in out.glob("*.images.bin"):
         path.unlink()
     with pytest.raises(DataError, match=r"images\.bin: cannot read"):
         loader.get(0)
     loader.close()
-
-
-def test_lost_worker_is_replaced(dataset: Dataset, capfd: pytest.CaptureFixture[str]) -> None:
-    expected = _loader(dataset, multimodal_fraction=1.0)
-    loader = _loader(dataset, multimodal_fraction=1.0, num_workers=1)
-    loader.get(0)
-    (pid,) = loader._pool.pids
-    os.kill(pid, signal.SIGTERM)
-    time.sleep(0.1)
-    assert loader._pool.pids == [pid], "a scheduler's signal is the rank's business"
-    os.kill(pid, signal.SIGKILL)
-    for step in range(1, 5):
-        assert all(_equal(a, b) for a, b in zip(loader.get(step), expected.get(step)))
-    assert loader._pool.pids != [pid]
-    loader.close()
-    assert loader._pool.pids == []
 
 
 def test_global_batch_must_divide(dataset: Dataset) -> None:
