@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,12 +126,11 @@ def open_table(path: str | Path, *, dtype: np.dtype[Any], handles: ReadHandles, 
     size = handles.size(path)
     head = io.BytesIO(handles.read(path, offset=0, size=min(size, _HEADER)))
     try:
-        version = np.lib.format.read_magic(head)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, found = read(head)
+        if np.lib.format.read_magic(head) != (1, 0):
+            raise ValueError("not version 1.0 of numpy's format")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shape, fortran, found = np.lib.format.read_array_header_1_0(head)
     except Exception as error:  # numpy's header parser raises anything on damaged bytes
         raise DataError(f"{path}: cannot read the table ({error}); {_REMEDY}") from error
     count = shape[0] if len(shape) == 1 and not fortran else -1

@@ -2,6 +2,7 @@
 
 import shutil
 import struct
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megavl.data.loader import StepLoader
 from tests.unit.data.corpus_files import (
     GEOMETRY,
     IMAGE_TOKENS,
+    IMAGES_PER_PACK,
     SEQ_LENGTH,
     make_corpus,
     make_tokenizer,
@@ -162,6 +164,7 @@ def test_damaged_image_is_skipped_in_place(made: tuple[Path, Path], tmp_path: Pa
             assert (after.loss_mask <= before.loss_mask).all()
             assert bool(after.bad_samples) == bool((after.loss_mask < before.loss_mask).any())
             assert all("image_damaged" in text and ".json" in text for text in after.bad_samples)
+            assert all("images.bin at byte" in text for text in after.bad_samples)
             skipped += len(after.bad_samples)
     assert skipped
     bad.close()
@@ -173,6 +176,37 @@ def test_too_many_bad_samples_in_a_row_end_the_run(made: tuple[Path, Path], tmp_
     loader = _loader(open_small(out, tokenizer=made[1], skip_hash=True), fraction=1.0, max_bad_in_row=2)
     with pytest.raises(DataError, match="2 samples in a row failed to load"):
         loader.get(0)
+
+
+def test_text_between_damaged_images_does_not_hide_that_all_are_damaged(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    _damage_images(out, every=1)
+    dataset = open_small(out, tokenizer=made[1], skip_hash=True)
+    refs = [ref for step in range(5) for ref in small_sampler(dataset, fraction=1.0).global_batch(step)]
+    members = [
+        member for ref in refs for member in dataset.read(source=0, modality="multimodal", index=ref.index).members
+    ]
+    runs = [len(list(run)) for images, run in groupby(members, key=lambda member: bool(member.images)) if images]
+    limit = max(runs) + 1
+    assert len(runs) > 1 and limit <= sum(runs)
+    loader = _loader(dataset, fraction=1.0, max_bad_in_row=limit)
+    with pytest.raises(DataError, match=f"{limit} samples in a row failed to load"):
+        for step in range(5):
+            loader.get(step)
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_images_ahead_are_bounded(dataset: Dataset, limit: int) -> None:
+    free, bounded = _loader(dataset, fraction=0.7), _loader(dataset, fraction=0.7, num_workers=1, prefetch_images=limit)
+    held = []
+    for step in range(STEPS):
+        assert all(_equal(a, b) for a, b in zip(free.get(step), bounded.get(step), strict=True))
+        held.append(bounded._images)
+        assert bounded._images == sum(len(item.canvases) for item in bounded._pending)
+    assert limit <= max(held) < limit + IMAGES_PER_PACK
+    bounded.close()
 
 
 def test_damaged_tokens_keep_their_place_and_their_images(made: tuple[Path, Path], tmp_path: Path) -> None:
