@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, ImageGeometry
 from megavl.data import image
-from megavl.model import first_stage, sam
+from megavl.model import sam, vision
 from tests.numerics.native_pair import TOLERANCE, Pair, Prompt, native_pair, prompt_with_images, relative_error
 from tests.numerics.small_models import MODELS
 
@@ -65,7 +65,7 @@ def _low_resolution(change: Callable[[torch.Tensor, tuple[int, int]], torch.Tens
             assert antialias
             return change(x, size)
 
-        patch.setattr(first_stage, "F", Functional(interpolate=interpolate))
+        patch.setattr(vision, "F", Functional(interpolate=interpolate))
 
     return apply
 
