@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megavl.config.errors import CheckpointError
 from megavl.config.model import AdaptorConfig, ModelConfig
+from megavl.convert.adaptors import NATIVE_DEPTH, NATIVE_KINDS
 from megavl.convert.dtypes import cast
 from megavl.convert.flat_names import Shape, flat_shapes
 from megavl.convert.language import Fields, read_llama
@@ -209,8 +210,8 @@ def _layout(tensors: StoredTensors, ends: Mapping[str, str], what: str) -> tuple
 
 def _native_rows(config: ModelConfig) -> tuple[WeightRow, ...]:
     # The adaptor comes from none of the sources, and the native format does not have all of them.
-    kind: Any = "mlp_gelu" if config.sam is None else "low_high_hybrid_split_mlp_gelu"
-    return weight_rows(dataclasses.replace(config, adaptor=AdaptorConfig(kind=kind, depth=2)), "native")
+    adaptor = AdaptorConfig(kind=NATIVE_KINDS[config.sam is not None], depth=NATIVE_DEPTH)
+    return weight_rows(dataclasses.replace(config, adaptor=adaptor), "native")
 
 
 def _native_tower(config: ModelConfig, flat: str, native: str) -> list[WeightRow]:

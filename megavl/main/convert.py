@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.writer import write_model_checkpoint
+from megavl.config.adaptor import ADAPTORS
 from megavl.config.errors import UsageError
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.model import ModelConfig
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     init.add_argument("--siglip", metavar="DIR|FILE", type=Path, required=True, help="timm, open_clip or transformers")
     init.add_argument("--sam", metavar="DIR|FILE", type=Path, help="segment-anything or transformers; not for 1b")
     init.add_argument("--preset", choices=MODELS, required=True, help="sizes that all three must have")
+    init.add_argument("--adaptor", choices=ADAPTORS, help="another adaptor than the preset's, as in model.adaptor.kind")
+    init.add_argument("--adaptor-depth", metavar="N", type=int, help="its linear layers in sequence")
     init.add_argument(
         "--dtype",
         choices=DTYPE_NAMES,
@@ -86,7 +89,9 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    config = load_preset(arguments.preset)
+    asked = {"kind": arguments.adaptor, "depth": arguments.adaptor_depth}
+    adaptor = {key: value for key, value in asked.items() if value is not None}
+    config = load_preset(arguments.preset, adaptor=adaptor)
     weights = start_weights(
         config,
         llm=arguments.llm,

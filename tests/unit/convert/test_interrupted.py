@@ -79,3 +79,19 @@ def test_killed_conversion(command, place, request, tmp_path, capsys):
     config = read_config(tmp_path / "hf")[0] if command == "from_hf" else None
     if config is not None:
         assert open_model_tensors(out).keys() == flat_shapes(config).keys()
+
+
+@pytest.mark.parametrize("fmt", ["native", "original"])
+def test_damage_that_shows_only_in_the_hash_ends_an_export(from_hf, tmp_path, capsys, fmt):
+    """The checkpoint is hashed while it is converted: whatever was written by then goes away."""
+    assert main(from_hf) == 0
+    (shard,) = (tmp_path / "out" / "iter_0000000").glob("*.distcp")
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    capsys.readouterr()
+    assert main(["convert", "to-hf", str(tmp_path / "out"), str(tmp_path / "export"), "--format", fmt]) == 4
+    assert f"{shard}: sha256" in (message := capsys.readouterr().err) and "damaged" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]

@@ -113,6 +113,17 @@ def test_model_without_sam(public, tmp_path, capsys):
     assert rows[:5] == ["from", "llm", "siglip", "random, seed 0", "total"]
 
 
+def test_adaptor_of_an_ablation(public, tmp_path, capsys):
+    options = ("--adaptor", "separate_mlp", "--adaptor-depth", "3")
+    assert init(public, tmp_path / "out", *options) == 0
+    config = load_model_config("tiny-hybrid", adaptor={"kind": "separate_mlp", "depth": 3})
+    source = find_model(tmp_path / "out")
+    assert source.config == config
+    assert {name: tuple(tensor.shape) for name, tensor in source.tensors.items()} == flat_shapes(config)
+    assert init(public, tmp_path / "no", "--adaptor", "linear", "--adaptor-depth", "1") == 2
+    assert "model.adaptor.kind: linear" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_table_and_origins_name_every_tensor(public, tmp_path, capsys):
     assert init(public, tmp_path / "out", "--seed", "7", siglip="timm", sam="segment-anything") == 0
     printed = capsys.readouterr().out
