@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -142,5 +143,17 @@ class _ShardFiles:
             self._files.begin(f"__0_{self._count}.distcp")
             self._count += 1
         offset = self._files.tell()
-        torch.save(value, cast(IO[bytes], self._files))
+        with _no_second_checksum():
+            torch.save(value, cast(IO[bytes], self._files))
         return _StorageInfo(f"__0_{self._count - 1}.distcp", offset, self._files.tell() - offset)
+
+
+@contextmanager
+def _no_second_checksum() -> Iterator[None]:
+    """torch's own CRC costs as much as a third of the sha256 that the manifest has anyway; torch never looks at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
