@@ -9,11 +9,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megavl.config.errors import DataError
 from megavl.config.recipe import DataConfig, MixtureSource, Recipe
 from megavl.data.interleave import Interleave
-from megavl.data.manifest import MODALITIES, Modality
+from megavl.data.manifest import MODALITIES, DatasetManifest, Modality, read_manifest
 from megavl.data.plan import ModalityPlan, as_fraction
 
 Counts = Mapping[Modality, int]
@@ -121,7 +122,7 @@ def recipe_mixture(recipe: Recipe, counts: Sequence[Counts | None]) -> Mixture:
 def source_plans(
     mixture: Mixture, *, data: DataConfig, counts: Sequence[Counts | None], steps: int
 ) -> list[SourcePlan]:
-    """What a run of `steps` steps takes from each source: a row for every modality that it has or is asked for."""
+    """What a run of `steps` steps takes from each source: a row for every modality that it has or gives."""
     return [
         SourcePlan(
             name=config.name,
@@ -133,7 +134,7 @@ def source_plans(
         )
         for number, (config, count) in enumerate(zip(data.mixture, counts, strict=True))
         for modality in MODALITIES
-        if mixture.share(source=number, modality=modality) or (count and count[modality])
+        if mixture.drawn(steps, source=number, modality=modality) or (count and count[modality])
     ]
 
 
@@ -160,12 +161,31 @@ def check_epochs(mixture: Mixture, *, data: DataConfig, counts: Sequence[Counts]
                 )
 
 
+def preview(recipe: Recipe) -> list[str]:
+    """What `render` shows, before the data are opened: epochs only of those datasets that exist by now.
+
+    Raises:
+        DataError: a manifest that exists is damaged, or a source lacks what is asked of it.
+        UsageError: weights without a common step that is coarse enough.
+    """
+    counts: list[Counts | None] = []
+    for source in recipe.data.mixture:
+        where = Path(source.path, "manifest.json")
+        manifest = read_manifest(where, kind=DatasetManifest) if where.is_file() else None
+        counts.append(
+            None if manifest is None else {"text": manifest.text_packs, "multimodal": manifest.multimodal_packs}
+        )
+    mixture, steps = recipe_mixture(recipe, counts), recipe.training.steps
+    rows = source_plans(mixture, data=recipe.data, counts=counts, steps=steps)
+    return render(rows, mixture=mixture, steps=steps)
+
+
 def render(rows: Sequence[SourcePlan], *, mixture: Mixture, steps: int) -> list[str]:
     """Aligned lines for people."""
     multimodal = mixture.plan.multimodal_before(steps)
     table = [
         (row.name, row.modality, f"{row.share:.2%}", f"{row.drawn:,} sequences", _epochs(row))
-        if row.share
+        if row.drawn
         else (row.name, row.modality, "not drawn", f"0 of {row.sequences or 0:,} sequences", "")
         for row in rows
     ]
@@ -178,6 +198,8 @@ def render(rows: Sequence[SourcePlan], *, mixture: Mixture, steps: int) -> list[
 
 
 def _epochs(row: SourcePlan) -> str:
+    if row.sequences is None:
+        return "epochs not known: no dataset there yet"
     return "" if row.epochs is None else f"{row.epochs:.2f} epochs of {row.sequences:,}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megavl.config.load import load_recipe
+from megavl.data.mixture import preview
 from megavl.planner.devices import DEVICES
 from megavl.planner.plan import DEFAULT_EFFICIENCY, plan_recipe, render, to_json
 
@@ -32,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     smallest = recipe.parallel.tensor * recipe.parallel.pipeline
     devices = smallest if args.devices is None else args.devices
     plan = plan_recipe(recipe, devices=devices, device=args.device, efficiency=args.efficiency)
-    print(to_json(plan) if args.json else render(plan))
+    print(to_json(plan) if args.json else "\n".join([render(plan), "", *preview(recipe)]))
     return 0

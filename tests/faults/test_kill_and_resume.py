@@ -103,6 +103,43 @@ def test_stopped_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) ->
     assert (status["code"], status["rank"], status["resumable"]) == (7, 0, True), status
 
 
+@pytest.mark.slow
+def test_image_workers_may_be_signalled_killed_and_stopped(
+    dataset: Path, reference: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    # One image ahead keeps the worker busy until the last step; a silent one is replaced after a third of the timeout.
+    changes = ("data.num_workers=1", "data.prefetch_images=1", "parallel.timeout_s=30")
+    command = train_command(dataset, tmp_path, *LAYOUT, *changes, processes=2)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(process, tmp_path, 1)
+    first = image_worker(process.pid)
+    first.send_signal(signal.SIGTERM)
+    wait_for_steps(process, tmp_path, 2)
+    assert image_worker(process.pid) == first
+    first.kill()
+    wait_for_steps(process, tmp_path, 4)
+    image_worker(process.pid).suspend()
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, printed
+    assert [row["loss"] for row in metrics(tmp_path)] == [row["loss"] for row in reference]
+    assert all(row["bad_samples"] == 0 for row in metrics(tmp_path))
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").glob("iter_*")) == ["6", "8"]
+    assert f"image worker {first.pid} was killed by SIGKILL" in printed and "gave no answer for 10 s" in printed
+
+
+def image_worker(launcher: int) -> psutil.Process:
+    """The only process that decodes images; waits for it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(launcher).children(recursive=True):
+            if "megavl.data.image_worker" in child.cmdline():
+                return child
+        time.sleep(0.02)
+    raise AssertionError("no image worker runs")
+
+
 def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
     """Until that many steps are logged."""
     deadline = time.monotonic() + 180
