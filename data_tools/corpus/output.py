@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megavl.config.errors import StorageError, UsageError
 
@@ -79,9 +79,14 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            write_line(file, record)
             count += 1
     return count
+
+
+def write_line(file: TextIO, record: Mapping[str, Any]) -> None:
+    """Write one record of a JSONL file."""
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
