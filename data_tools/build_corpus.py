@@ -1,4 +1,4 @@
-"""Build image-text corpora from what is on the machine: `python data_tools/build_corpus.py demo --output DIR`."""
+"""Build image-text corpora: `python data_tools/build_corpus.py demo --output DIR`; README.md lists the commands."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
+from data_tools.corpus.number_option import whole  # noqa: E402
+from data_tools.corpus.pair_commands import PAIR_COMMANDS, add_pair_commands, run_pairs  # noqa: E402
 from data_tools.corpus.pictures import FAMILIES  # noqa: E402
 from data_tools.corpus.recipes import build_demo, build_pictures, build_text, build_tokenizer  # noqa: E402
 from data_tools.corpus.texts import DEBIAN  # noqa: E402
@@ -67,6 +69,8 @@ def _run(options: argparse.Namespace) -> dict[str, int]:
             debian=options.debian_root,
             force=options.force,
         )
+    if options.command in PAIR_COMMANDS:
+        return run_pairs(options)
     family = FAMILIES[options.command]
     return build_pictures(
         options.output,
@@ -85,14 +89,14 @@ def _parser() -> _Parser:
     common = _Parser(add_help=False)
     common.add_argument("--output", type=Path, required=True, help="folder to make")
     common.add_argument("--force", action="store_true", help="replace an earlier result of this program")
-    common.add_argument("--seed", type=_whole(0, 2**63), default=0, help="decides every choice (0)")
+    common.add_argument("--seed", type=whole(0, 2**63), default=0, help="decides every choice (0)")
 
     texts = _Parser(add_help=False)
-    texts.add_argument("--size", type=_whole(1, 10**10), default=2_500_000, help="bytes of text (2500000)")
+    texts.add_argument("--size", type=whole(1, 10**10), default=2_500_000, help="bytes of text (2500000)")
     texts.add_argument("--debian-root", type=Path, default=DEBIAN, help=f"folder with doc/, may be absent ({DEBIAN})")
 
     words = _Parser(add_help=False)
-    words.add_argument("--vocab-size", type=_whole(SMALLEST, LARGEST), default=1024, help="tokenizer entries (1024)")
+    words.add_argument("--vocab-size", type=whole(SMALLEST, LARGEST), default=1024, help="tokenizer entries (1024)")
 
     commands.add_parser("text", parents=[common, texts], help="documentation, licences and docstrings of this machine")
     tokenizer = commands.add_parser("tokenizer", parents=[common, words], help="a byte-level BPE tokenizer")
@@ -100,29 +104,18 @@ def _parser() -> _Parser:
     for name, family in FAMILIES.items():
         command = commands.add_parser(name, parents=[common, _pictures(samples=1000)], help="pictures with questions")
         command.add_argument("--level", choices=[*family, "all"], default="easy", help="difficulty (easy)")
+    add_pair_commands(commands, common=common, texts=texts)
     commands.add_parser("demo", parents=[common, texts, words, _pictures(samples=4000)], help="all of it, small")
     return parser
 
 
 def _pictures(*, samples: int) -> _Parser:
     options = _Parser(add_help=False)
-    number = _whole(1, LARGEST)
+    number = whole(1, LARGEST)
     options.add_argument("--samples", type=number, default=samples, help=f"training pictures ({samples})")
-    number = _whole(1, LARGEST)
+    number = whole(1, LARGEST)
     options.add_argument("--heldout", type=number, default=40, help="held-out questions of each kind (40)")
     return options
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    """Converter of an option's text to a whole number within bounds."""
-
-    def convert(text: str) -> int:
-        value = int(text) if text.isascii() and text.isdigit() else -1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give a whole number from {least} to {most}")
-        return value
-
-    return convert
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""Figures drawn again from a notebook's code, in a sandbox; the answer is foreign data like any other."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.corpus.notebooks import chart_worker
+from data_tools.corpus.notebooks.figures import Notebook
+from data_tools.corpus.sandbox import INSIDE, PYTHON, Limits, isolation_problem, run_limited
+from megavl.config.errors import UsageError
+
+LIMITS = Limits(
+    seconds=60,
+    cpu_seconds=30,
+    memory=3 << 30,
+    file_size=32 << 20,
+    output=64 << 20,
+    # The one that is running: it may start no other.
+    processes=1,
+)
+"""Of all cells of one notebook."""
+_PREPARATION = Limits(seconds=120, cpu_seconds=60, memory=4 << 30, file_size=32 << 20, output=1 << 16)
+_CODE, _CACHE = "/megavl-chart-worker.py", "/megavl-fontcache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio:
+    """Where figures are drawn."""
+
+    isolated: bool
+    fontcache: Path
+    """matplotlib's list of fonts, made once: each process would otherwise look through all fonts again."""
+    dpi: int
+
+    def draw(self, notebook: Notebook) -> tuple[dict[int, list[bytes]], dict[str, str]]:
+        """Figures by cell number, and what went wrong: by `cell_error` or `not_run`."""
+        cells = [{"number": cell.number, "code": cell.code} for cell in notebook.cells]
+        cache = _CACHE if self.isolated else str(self.fontcache)
+        request = json.dumps({"cells": cells, "dpi": self.dpi, "fontcache": cache}).encode()
+        with tempfile.TemporaryDirectory(prefix="megavl-charts-") as folder:
+            outcome = run_limited(
+                [PYTHON, "-I", _CODE if self.isolated else chart_worker.__file__],
+                request=request,
+                limits=LIMITS,
+                folder=Path(folder),
+                isolated=self.isolated,
+                files={_CODE: Path(chart_worker.__file__), _CACHE: self.fontcache},
+                environment={"MPLBACKEND": "Agg", "MPLCONFIGDIR": f"{INSIDE if self.isolated else folder}/matplotlib"},
+            )
+        figures, errors = parse_answer(outcome.output)
+        if not outcome.good:
+            how = {"time": "its time", "output": "its output"}.get(outcome.ended, f"code {outcome.code}")
+            errors["not_run"] = f"ended by {how} {outcome.message.strip()[-200:]}"
+        return figures, errors
+
+
+@contextmanager
+def open_studio(*, isolated: bool, dpi: int) -> Iterator[Studio]:
+    """Prepare a place to draw.
+
+    Args:
+        isolated: shut the code off; otherwise it runs within limits of time and memory, but with the user's rights.
+        dpi: pixels per inch of a figure.
+
+    Raises:
+        UsageError: isolation is asked for and impossible here, or matplotlib does not work.
+    """
+    problem = isolation_problem() if isolated else None
+    if problem:
+        raise UsageError(
+            f"--render: {problem}; code from notebooks would run with your rights. Install or permit bubblewrap, "
+            "or accept that with --weak-sandbox on a machine that holds nothing of value"
+        )
+    with tempfile.TemporaryDirectory(prefix="megavl-fonts-") as folder:
+        outcome = run_limited(
+            [PYTHON, "-I", "-c", "import matplotlib.font_manager"],
+            request=b"",
+            limits=_PREPARATION,
+            folder=Path(folder),
+            environment={"MPLCONFIGDIR": folder},
+        )
+        if not outcome.good:
+            raise UsageError(f"--render: matplotlib does not start ({outcome.message.strip()[-300:] or outcome.ended})")
+        yield Studio(isolated=isolated, fontcache=Path(folder), dpi=dpi)
+
+
+def parse_answer(answer: bytes) -> tuple[dict[int, list[bytes]], dict[str, str]]:
+    """Figures by cell number and errors by kind; whatever is not in the expected form ends the reading."""
+    figures: dict[int, list[bytes]] = {}
+    position = 0
+    while position < len(answer):
+        end = answer.find(b"\n", position)
+        try:
+            head = json.loads(answer[position : end if end >= 0 else len(answer)])
+            if "errors" in head:
+                failed = "; ".join(f"cell {number}: {text}" for number, text in head["errors"].items())
+                return figures, {"cell_error": failed} if failed else {}
+            number, size = int(head["cell"]), int(head["size"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return figures, {"not_run": "the answer is not in the expected form"}
+        body = answer[end + 1 : end + 1 + size]
+        if size < 0 or end < 0 or len(body) != size:
+            return figures, {"not_run": "the answer is cut off"}
+        figures.setdefault(number, []).append(body)
+        position = end + 1 + size
+    return figures, {"not_run": "the answer is cut off"}

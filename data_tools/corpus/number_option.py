@@ -1,0 +1,33 @@
+"""Numbers on the command line, each within bounds that a wrong value is told."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """Converter of an option's text to a whole number within bounds."""
+
+    def convert(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() else -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give a whole number from {least} to {most}")
+        return value
+
+    return convert
+
+
+def share(most: float) -> Callable[[str], float]:
+    """Converter of an option's text to a number from 0 to `most`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give a number from 0 to {most:g}")
+        return value
+
+    return convert

@@ -1,0 +1,1 @@
+"""Text in scenes: words on drawn or given backgrounds, turned, tilted, shaded and disturbed."""

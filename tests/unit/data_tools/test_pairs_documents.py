@@ -1,0 +1,332 @@
+"""Pages of documents: each record says exactly what its page shows, whatever the document tries."""
+
+import hashlib
+import json
+import re
+import sys
+
+import pytest
+from PIL import Image
+
+from data_tools import build_corpus, preprocess
+from data_tools.corpus.documents import blocks, pages
+from data_tools.corpus.documents.pages import make_pages, same_text
+from data_tools.corpus.documents.wording import FORMULA
+from data_tools.corpus.fonts import font_folders, open_book
+from data_tools.readers.formats import READERS
+
+for package in ("typst", "pypdfium2", "pypandoc", "fontTools"):
+    pytest.importorskip(package, reason="needs megavl[corpus]")
+
+MARKDOWN = r"""# Report on `things`
+
+Plain, *stressed*, **strong**, ~~gone~~, [a link](http://example.org/secret) and $a^2 + \frac{b}{c}$. <!-- unseen -->
+
+$$\begin{pmatrix} a & b \\ c & d \end{pmatrix} = \sum_{i=1}^n x_i \label{eq}$$
+
+| name | count |
+|:-----|------:|
+| one  | 1     |
+| two \| three | 2 `x` |
+
+1. first
+2. second
+   - inner
+
+```python
+def f(x):
+    return "#" * x  # sign
+```
+
+---
+
+> quoted ![picture](secret.png) words[^1]
+
+[^1]: A footnote.
+
+$\nosuchmacro{x}$ is lost with its paragraph.
+"""
+LATEX = r"""\documentclass{article}\newcommand{\R}{\mathbb{R}}
+\begin{document}\section{Reals}\label{s} Let $f\colon\R\to\R$ be \emph{smooth}. \input{/etc/passwd}
+\begin{equation} \int_0^1 x\,dx = \tfrac12 \label{e} \end{equation}
+\end{document}"""
+HTML = """<html><head><title>no</title><style>p{}</style></head><body><h2>Head &amp; shoulders</h2>
+<script>alert("no")</script><p>Water is H<sub>2</sub>O.<img src="file:///etc/passwd"></p>
+<ul><li>apple</li><li>pear</li></ul></body></html>"""
+HOSTILE = """#read("/etc/passwd") and #import "@preview/cetz:0.3.0" stay words, as do \\u{41} "quoted" $ signs
+
+] #panic("out") [ // no comment /* either */ -- --- ... ~ @ref <label> = heading - item + item / term: x
+
+`#raw` `"]` and *]* in marks"""
+
+
+@pytest.fixture(scope="module")
+def book():
+    return open_book(font_folders([]))
+
+
+def sentences(count):
+    """Different sentences, so that each can be found again."""
+    return [f"Sentence number {n} speaks of {n * n} things and of {n % 7} others." for n in range(1, count + 1)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "a.md").write_text(MARKDOWN)
+    (folder / "b.tex").write_text(LATEX)
+    (folder / "c.html").write_text(HTML)
+    long = [" ".join(sentences(200)[start : start + 8]) for start in range(0, 200, 8)]
+    (folder / "d.txt").write_text("\n\n".join(long))
+    (folder / "e.md").write_text(HOSTILE)
+    return folder
+
+
+def build(output, inputs, *options):
+    return build_corpus.main(["documents", "--output", str(output), "--input", str(inputs), "--side", "640", *options])
+
+
+@pytest.fixture(scope="module")
+def corpus(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "out"
+    assert build(folder, inputs, "--heldout-share", "0.2", "--workers", "2") == 0
+    return folder
+
+
+def records(corpus):
+    return [
+        json.loads(line)
+        for split in ("train", "heldout")
+        for line in (corpus / f"{split}.jsonl").open(encoding="utf-8")
+    ]
+
+
+def of(corpus, source):
+    return [record for record in records(corpus) if record["source"] == source]
+
+
+def test_markdown_says_what_is_seen_and_nothing_else(corpus):
+    (page,) = of(corpus, "a.md")
+    assert page["text"].split("\n\n") == [
+        "# Report on `things`",
+        r"Plain, *stressed*, **strong**, ~~gone~~, a link and $a^2 + \frac{b}{c}$.",
+        r"$$\begin{pmatrix} a & b \\ c & d \end{pmatrix} = \sum_{i=1}^n x_i$$",
+        "| name | count |\n|:--|--:|\n| one | 1 |\n| two \\| three | 2 `x` |",
+        "1. first\n2. second\n   - inner",
+        '```\ndef f(x):\n    return "#" * x  # sign\n```',
+        "---",
+        "> quoted words",
+    ]
+    assert page["format"] == "markdown" and page["script"] == "latin" and page["page"] == 1
+    dropped = json.loads((corpus / "corpus.json").read_text())["dropped"]
+    assert dropped["formula"] == {"count": 1, "examples": ["a.md"]}
+
+
+def test_latex_and_html(corpus):
+    (latex,) = of(corpus, "b.tex")
+    assert latex["text"].startswith("# Reals\n\nLet $f\\colon\\mathbb{R}\\to\\mathbb{R}$ be *smooth*.")
+    assert "tfrac12" in latex["text"] and "label" not in latex["text"] and "root:" not in latex["text"]
+    (html,) = of(corpus, "c.html")
+    assert html["text"] == "## Head & shoulders\n\nWater is H_{2}O.\n\n- apple\n- pear"
+
+
+def test_text_never_becomes_code(corpus):
+    (page,) = of(corpus, "e.md")
+    for words in ('#read("/etc/passwd")', '#import "@preview/cetz:0.3.0"', '#panic("out")', "-- --- ...", "`#raw`"):
+        assert words in page["text"]
+
+
+def test_every_sentence_is_on_one_page_in_order(corpus):
+    found = sorted(of(corpus, "d.txt"), key=lambda record: record["page"])
+    assert len(found) >= 3 and [record["page"] for record in found] == list(range(1, len(found) + 1))
+    numbers = [int(n) for record in found for n in re.findall(r"Sentence number (\d+)", record["text"])]
+    assert numbers == list(range(1, 201))
+    assert len({(record["template"], record["font_size"]) for record in found}) == 1
+
+
+def test_pictures_hold_ink_and_a_blank_rim(corpus):
+    for record in records(corpus):
+        image = Image.open(corpus / record["image"])
+        assert max(image.size) == 640 and image.mode == "RGB" and image.format == "PNG"
+        paper = image.getpixel((0, 0))
+        assert image.crop((0, 0, image.width, 8)).getcolors(1) == [(8 * image.width, paper)]
+        dark = sum(count for count, grey in image.convert("L").getcolors(256) if grey < 110)
+        assert dark > 2 * len(record["text"])
+
+
+def test_same_bytes_with_any_number_of_workers(corpus, inputs, tmp_path):
+    assert build(tmp_path / "again", inputs, "--heldout-share", "0.2", "--workers", "1") == 0
+    names = sorted(path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.*"))
+    assert [name for name in names if (corpus / name).read_bytes() != (tmp_path / "again" / name).read_bytes()] == []
+
+
+def test_no_source_is_in_both_files(corpus):
+    train, heldout = (
+        {json.loads(line)["source"] for line in (corpus / f"{split}.jsonl").open()} for split in ("train", "heldout")
+    )
+    assert not train & heldout and len(train) + len(heldout) == 5 and len(heldout) == 1
+    digests = [hashlib.sha256((corpus / record["image"]).read_bytes()).digest() for record in records(corpus)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_the_preprocessor_reads_both_forms(corpus, tmp_path, capsys):
+    (tmp_path / "a.md").write_text("# One\n\n" + " ".join(sentences(5)))
+    (tmp_path / "b.md").write_text("# Two\n\n" + " ".join(sentences(9)))
+    assert build(tmp_path / "talks", tmp_path, "--records", "llava") == 0
+    (record,) = [json.loads(line) for line in (tmp_path / "talks/train.jsonl").open()]
+    asked, told = READERS["llava"](record).turns
+    assert "Markdown" in asked.text or "page" in asked.text
+    assert told.text.startswith("# ") and told.text.endswith("others.")
+    tokenizer = ["tokenizer", "--output", str(tmp_path / "tokenizer"), "--input", str(corpus / "train.jsonl")]
+    assert build_corpus.main([*tokenizer, "--vocab-size", "400"]) == 0
+    capsys.readouterr()
+    for folder, format in ((corpus, "caption"), (tmp_path / "talks", "llava")):
+        command = ["--input", str(folder / "train.jsonl"), "--output", str(tmp_path / "set"), "--dry-run"]
+        command += ["--tokenizer", str(tmp_path / "tokenizer"), "--format", format, "--workers", "1"]
+        assert preprocess.main(command) == 0
+        lines = len((folder / "train.jsonl").read_text().splitlines())
+        assert f"{lines} records to {lines} samples" in capsys.readouterr().out
+
+
+def test_a_page_that_shows_something_else_is_dropped(book, monkeypatch):
+    """The comparison with the page's own text layer is what stands behind every record."""
+    real = blocks.inlines
+
+    def forgetful(nodes, formulas):
+        wording = real(nodes, formulas)
+        return type(wording)(wording.typst.replace("needle", "noodle"), wording.markdown, wording.seen)
+
+    text = "A haystack with a needle in it, and enough other words to fill a line."
+    arguments = {"name": "x", "format": "markdown", "script": "latin", "seed": "0", "book": book, "side": 400}
+    found, dropped = make_pages(text, **arguments)
+    assert [page.text for page in found] == [text] and not dropped.counts
+    monkeypatch.setattr(blocks, "inlines", forgetful)
+    found, dropped = make_pages(text, **arguments)
+    assert not found and dropped.counts == {"text_differs": 1}
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected", "same"),
+    [
+        ("a b\r\nc", "abc", True),
+        ("exam-\r\nple • item", "example - item", True),
+        ("ﬁne", "fine", True),
+        ("abd", "abc", False),
+        ("ab", "abc", False),
+        ("acb", "abc", False),
+        ("so 𝑥2 is", f"so {FORMULA} is", True),
+        ("so 𝑥2", f"so {FORMULA} is", False),
+        ("is 𝑥2 so", f"so {FORMULA} is", False),
+    ],
+)
+def test_comparison_of_texts(seen, expected, same):
+    assert same_text(seen, expected=expected) is same
+
+
+def test_blocks_that_do_not_fit_are_dropped_alone(book):
+    wide = "Kept before it, a sentence of some length.\n\n" + "w" * 400 + "\n\nKept after it, another such sentence."
+    found, dropped = make_pages(wide, name="x", format="markdown", script="latin", seed="1", book=book, side=400)
+    assert [page.text for page in found] == [wide.replace("w" * 400 + "\n\n", "")]
+    assert dropped.counts == {"overflow": 1}
+
+
+def test_characters_without_a_glyph_are_dropped(book):
+    text = "This paragraph is written in the letters of the font.\n\nThis one has \U0001f9ff and \U00012000."
+    found, dropped = make_pages(text, name="x", format="markdown", script="latin", seed="2", book=book, side=400)
+    assert len(found) == 1 and "U+12000" in dropped.examples["no_glyph"][0]
+
+
+def test_a_document_that_stops_the_renderer_costs_only_itself(book, monkeypatch):
+    monkeypatch.setattr(pages.page_worker, "__file__", "/nonexistent/worker.py")
+    found, dropped = make_pages(
+        "Some words that are never set on any page.",
+        name="x",
+        format="text",
+        script="latin",
+        seed="0",
+        book=book,
+        side=400,
+    )
+    assert not found and dropped.counts == {"not_set": 1}
+
+
+def test_long_blocks_are_parted():
+    from data_tools.corpus.sources import Dropped
+
+    words = " ".join(sentences(40))
+    for text, format in ((words, "markdown"), (words, "text"), (words.replace(".", ""), "markdown")):
+        parts = blocks.read_blocks(text, format=format, name="x", dropped=Dropped())
+        assert len(parts) > 3 and max(blocks.weight(part.seen) for part in parts) <= 1.2 * blocks.MOST_CHARACTERS
+        assert " ".join(part.markdown for part in parts) == text
+    chinese = "深度学习是机器学习的分支。" * 100
+    parts = blocks.read_blocks(chinese, format="markdown", name="x", dropped=Dropped())
+    assert len(parts) > 3 and "".join(part.markdown for part in parts) == chinese
+    listed = "\n".join(f"{n}. item {n}" for n in range(3, 30))
+    parts = blocks.read_blocks(listed, format="markdown", name="x", dropped=Dropped())
+    assert len(parts) > 3 and "\n".join(part.markdown for part in parts) == listed
+
+
+def test_deep_nesting_ends_in_a_count():
+    from data_tools.corpus.sources import Dropped
+
+    for text, format in (("> " * 500 + "deep", "markdown"), ("<div><b>" * 3000 + "deep", "html")):
+        dropped = Dropped()
+        found = blocks.read_blocks(text, format=format, name="x", dropped=dropped)
+        assert found or dropped.counts
+
+
+@pytest.fixture
+def no_chinese(tmp_path):
+    import matplotlib
+
+    return f"{matplotlib.__path__[0]}/mpl-data/fonts/ttf"
+
+
+def test_chinese_without_a_font_is_one_message(tmp_path, capsys, no_chinese):
+    (tmp_path / "a.txt").write_text("深度学习是机器学习的分支。" * 5)
+    assert build(tmp_path / "out", tmp_path / "a.txt", "--fonts", no_chinese) == 3
+    message = capsys.readouterr().err
+    assert "a.txt: is written in Chinese" in message and "apt install fonts-wqy-microhei" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_chinese_pages(tmp_path, book):
+    if not book.chinese:
+        pytest.skip("no Chinese font here (Debian: apt install fonts-wqy-microhei)")
+    (tmp_path / "a.md").write_text(
+        "# 引言\n\n深度学习（Deep Learning）是机器学习的\n一个分支，公式为 $E=mc^2$。\n\n- 一项\n- 两项"
+    )
+    (tmp_path / "b.md").write_text("另一篇文章。" * 30)
+    assert build(tmp_path / "out", tmp_path, "--heldout-share", "0") == 0
+    first, second = records(tmp_path / "out")
+    assert (
+        first["text"] == "# 引言\n\n深度学习（Deep Learning）是机器学习的一个分支，公式为 $E=mc^2$。\n\n- 一项\n- 两项"
+    )
+    assert first["script"] == second["script"] == "chinese"
+    image = Image.open(tmp_path / "out" / second["image"]).convert("L")
+    assert sum(count for count, grey in image.getcolors(256) if grey < 200) > 10 * 180
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--input", "missing.md"], 2, "missing.md: no such file"),
+        (["--fonts", "missing", "--input", "a.txt"], 2, "--fonts missing: no such folder"),
+        (["--side", "10", "--input", "a.txt"], 2, "'10' is out of range; give a whole number from 256 to 4096"),
+        (["--heldout-share", "0.9", "--input", "a.txt"], 2, "'0.9' is out of range; give a number from 0 to 0.5"),
+    ],
+)
+def test_wrong_usage(tmp_path, monkeypatch, capsys, arguments, code, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Some words.")
+    assert build_corpus.main(["documents", "--output", "out", *arguments]) == code
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_one_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typst", None)
+    assert build(tmp_path / "out", tmp_path) == 2
+    assert "typst: not installed; pip install 'megavl[corpus]'" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Screenshots: the source that is recorded is the source that is shown, and a page reaches nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_tools import build_corpus
+from data_tools.corpus.screens import browser
+from data_tools.corpus.screens.page_source import shown_source
+from data_tools.readers.formats import READERS
+
+MISSING = "Chromium is not installed (Debian: apt install chromium)"
+
+PAGE = """<!DOCTYPE html>
+<html><head><meta charset="utf-8"><title>Shop</title><style>body{{margin:0;background:{colour}}}</style></head>
+<body>{body}</body></html>
+"""
+
+
+def build(output, source, *options):
+    return build_corpus.main(["screens", "--output", str(output), "--input", str(source), *options])
+
+
+def test_source_without_what_is_not_shown():
+    html = (
+        "<!DOCTYPE html>\n<html><head><title>T &amp; U</title><base href='http://x'><link rel=stylesheet href=a.css>"
+        "<meta charset='utf-8'><meta http-equiv='refresh' content='0'><style>p > b {color: red}</style>"
+        "<script>if (a < b) document.write('<p>no</p>')</script></head>\n<!-- no -->\n\n\n\n"
+        "<body onload='x()'>A &lt; B &#169; <IMG SRC=x.png><br/><iframe src='file:///etc/passwd'><p>in</p></iframe>"
+        "<object><object></object>x</object><embed src=y><template><p>t</p></template> end</body></html>"
+    )
+    source, words = shown_source(html)
+    assert source == (
+        "<!DOCTYPE html>\n<html><head><title>T &amp; U</title>"
+        "<meta charset='utf-8'><style>p > b {color: red}</style>"
+        "</head>\n\n<body onload='x()'>A &lt; B &#169; <IMG SRC=x.png><br/> end</body></html>\n"
+    )
+    assert " ".join(words.split()) == "A < B © end"
+    assert shown_source(source) == (source, shown_source(source)[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], MISSING), (["--browser", "none"], "--browser none: is no program")]
+)
+def test_no_browser_is_one_message(tmp_path, monkeypatch, capsys, given, expected):
+    pytest.importorskip("playwright", reason="needs megavl[screens]")
+    pytest.importorskip("fontTools", reason="needs megavl[corpus]")
+    monkeypatch.setattr(browser.shutil, "which", lambda name: None)
+    (tmp_path / "a.html").write_text(PAGE.format(colour="red", body="x"))
+    assert build(tmp_path / "out", tmp_path / "a.html", *given) == 2
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def chromium():
+    pytest.importorskip("playwright", reason="needs megavl[screens]")
+    if not any(map(shutil.which, browser.NAMES)):
+        pytest.skip(MISSING)
+
+
+def test_screens(chromium, tmp_path):
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    secret = Path(tmp_path / "secret.png")
+    Image.new("RGB", (300, 300), "black").save(secret)
+    bodies = {
+        "a": "<h1>Hello</h1><p>words</p>",
+        "b": f"<img src='file://{secret}' width=300 height=300><img src='{secret}'>",
+        "c": "<script>document.body.style.background='black'</script><p>no script</p>",
+        "d": "<div style='height:1500px'>tall</div>",
+        "e": "<div style='height:9000px'>too tall</div>",
+        "f": "",
+        "g": "\U00012000 has no glyph",
+    }
+    for name, body in bodies.items():
+        (pages / f"{name}.html").write_text(PAGE.format(colour="rgb(0,200,0)", body=body))
+    assert build(tmp_path / "out", pages, "--heldout-share", "0") == 0
+    found = {record["source"]: record for record in map(json.loads, (tmp_path / "out/train.jsonl").open())}
+    described = json.loads((tmp_path / "out/corpus.json").read_text())
+    assert sorted(found) == ["a.html", "b.html", "c.html", "d.html"]
+    assert {reason: entry["examples"] for reason, entry in described["dropped"].items()} == {
+        "too_tall": ["e.html"],
+        "blank": ["f.html"],
+        "no_glyph": ["g.html: U+12000"],
+    }
+    for name, record in found.items():
+        image = Image.open(tmp_path / "out" / record["image"])
+        assert image.width == record["window"][0] and image.height >= record["window"][1]
+        assert image.getpixel((image.width - 1, image.height - 1)) == (0, 200, 0)
+        assert READERS["caption"](record).text.endswith(record["text"])
+        assert "script" not in record["text"] or name == "c.html"
+    # The file is not shown: its address gives a broken picture, and its path the grey one that stands for all others.
+    colours = {
+        colour: count for count, colour in Image.open(tmp_path / "out" / found["b.html"]["image"]).getcolors(9999)
+    }
+    assert colours[190, 190, 190] >= 320 * 200 and (0, 0, 0) not in colours
+    assert Image.open(tmp_path / "out" / found["d.html"]["image"]).height >= 1500
+    assert build(tmp_path / "again", pages, "--heldout-share", "0", "--workers", "1") == 0
+    names = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")]
+    assert [n for n in names if (tmp_path / "out" / n).read_bytes() != (tmp_path / "again" / n).read_bytes()] == []
