@@ -1,0 +1,139 @@
+"""Fine-tuning records of any JSON form: read one by one, with their texts and image paths, and written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from data_tools.readers.stretches import divide, records
+from megavl.config.errors import DataError, StorageError, UsageError
+
+_STRETCH = 64 << 20
+_QUESTION_ROLES = ("human", "user", "User")
+_ANSWER_ROLES = ("gpt", "assistant", "Assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggedRecord:
+    """One record and where it stands."""
+
+    path: Path
+    where: str
+    """File and line, or item of an array."""
+    content: dict[str, Any]
+
+
+def read_records(inputs: list[Path]) -> Iterator[TaggedRecord]:
+    """Every record of JSONL files and JSON arrays, in order.
+
+    Raises:
+        UsageError: a file cannot be read.
+        DataError: naming the record that is no JSON object.
+    """
+    for path in inputs:
+        if not path.is_file():
+            raise UsageError(f"--input {path}: no such file; give JSONL files or JSON arrays of records")
+        for stretch in divide(path, size=_STRETCH):
+            for place, raw in records(stretch):
+                where = f"{path}:{place}" if stretch.places == "line" else f"{path}, item {place}"
+                if raw is not None and not raw.strip():
+                    continue
+                try:
+                    content = json.loads(raw or b"null")
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{where}: not valid JSON ({error}); repair or remove the record") from error
+                if not isinstance(content, dict):
+                    raise DataError(f"{where}: a record with a category is an object, found {str(content)[:60]!r}")
+                yield TaggedRecord(path=path, where=where, content=content)
+
+
+def questions(content: dict[str, Any]) -> str:
+    """What users say in a record."""
+    return "\n".join([*_said(content, _QUESTION_ROLES), *_strings(content, ("prompt", "question"))])
+
+
+def answers(content: dict[str, Any]) -> str:
+    """What the model says in a record; all of a caption."""
+    return "\n".join([*_said(content, _ANSWER_ROLES), *_strings(content, ("text", "answer"))])
+
+
+def _said(content: dict[str, Any], roles: tuple[str, ...]) -> Iterator[str]:
+    for key in ("conversations", "messages"):
+        turns = content.get(key)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and (turn.get("from") in roles or turn.get("role") in roles):
+                said = turn.get("value", turn.get("content"))
+                parts = said if isinstance(said, list) else [{"text": said}]
+                yield from (
+                    part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)
+                )
+
+
+def _strings(content: dict[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
+    return (content[key] for key in keys if isinstance(content.get(key), str))
+
+
+def moved(record: TaggedRecord, *, root: Path) -> dict[str, Any]:
+    """The record with image paths from another folder than before; everything else stays.
+
+    Args:
+        record: with paths relative to its file's folder.
+        root: the new start of relative paths.
+
+    Raises:
+        UsageError: an image lies outside the new folder, where no preprocessing run would read it.
+    """
+    content = dict(record.content)
+    for key in ("image", "images"):
+        if key in content:
+            content[key] = _moved(content[key], record, root=root)
+    turns = content.get("conversations")
+    if isinstance(turns, list) and any(isinstance(turn, dict) and "images" in turn for turn in turns):
+        content["conversations"] = [
+            {**turn, "images": _moved(turn["images"], record, root=root)}
+            if isinstance(turn, dict) and "images" in turn
+            else turn
+            for turn in turns
+        ]
+    return content
+
+
+def _moved(value: Any, record: TaggedRecord, *, root: Path) -> Any:
+    if isinstance(value, list):
+        return [_moved(item, record, root=root) for item in value]
+    if not isinstance(value, str) or "://" in value or value.startswith("data:") or os.path.isabs(value):
+        return value
+    target = os.path.relpath(os.path.join(os.path.abspath(record.path.parent), value), os.path.abspath(root))
+    if target.split(os.sep)[0] == os.pardir:
+        raise UsageError(
+            f"{record.where}: image {value} is outside {root}; give --image-root with a folder above all inputs, "
+            "and the same to preprocess.py"
+        )
+    return target
+
+
+@contextmanager
+def new_file(path: Path, *, force: bool) -> Iterator[TextIO]:
+    """A text file that is there when the block ends well, and not otherwise.
+
+    Raises:
+        UsageError: the file exists and `force` is not set.
+        StorageError: it cannot be written.
+    """
+    if path.is_dir() or (path.exists() and not force):
+        raise UsageError(f"--output {path}: exists; choose another, or replace it with --force")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"--output {path}: cannot write ({error.strerror}); choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,208 @@
+"""Use-case categories of fine-tuning data: `python data_tools/taxonomy.py {list,tag,report,sample}`.
+
+The categories are those of the paper (taxonomy.yaml) or of a file in the same form.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts this file's folder first, where inspect.py would hide the standard library's module of that name.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import tempfile  # noqa: E402
+from collections import Counter  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from fractions import Fraction  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
+
+from tqdm import tqdm  # noqa: E402
+
+from data_tools.categories.coverage import Coverage, cover, svg, table  # noqa: E402
+from data_tools.categories.records import moved, new_file, read_records  # noqa: E402
+from data_tools.categories.sampling import check_supply, choose, order, read_weights  # noqa: E402
+from data_tools.categories.tagging import Tagger, read_names, read_rules  # noqa: E402
+from data_tools.categories.tree import PAPER, Taxonomy, read_taxonomy, within  # noqa: E402
+from data_tools.corpus.number_option import whole  # noqa: E402
+from data_tools.corpus.output import write_line  # noqa: E402
+from megavl.config.errors import DataError, MegaVLError, UsageError  # noqa: E402
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like every other mistake: one message, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}; see --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 usage, 3 data, 5 storage)."""
+    try:
+        options = _parser().parse_args(arguments)
+        taxonomy = read_taxonomy(options.taxonomy)
+        {"list": _list, "tag": _tag, "report": _report, "sample": _sample}[options.command](options, taxonomy)
+    except MegaVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _list(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
+    shown = [category for category in taxonomy.categories.values() if category.level <= options.depth]
+    for category in shown:
+        about = f" - {category.about}" if category.about else ""
+        print(f"{'  ' * (category.level - 1)}{category.id}: {category.name}{about}")
+
+
+def _tag(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
+    tagger = _tagger(options, taxonomy)
+    origin: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    root = options.image_root or options.output.parent
+    with new_file(options.output, force=options.force) as file:
+        for record in tqdm(read_records(options.input), unit="record", desc="tag", disable=None):
+            category = tagger.tag(record, origin=origin)
+            if category is None and options.untagged == "fail":
+                raise DataError(f"{record.where}: has no {options.field} and matches no rule")
+            if category is None and options.untagged == "drop":
+                continue
+            content = moved(record, root=root)
+            if category is not None:
+                counts[category] += 1
+                content = {**content, "category": category}
+            write_line(file, content)
+    for line in table(cover(counts, untagged=origin["none"], taxonomy=taxonomy), depth=1):
+        print(line)
+    print(f"{options.output}: {origin['field']} by field, {origin['rule']} by rule, {origin['none']} without")
+
+
+def _report(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
+    coverage = _count(options, taxonomy)
+    for line in table(coverage, depth=options.depth):
+        print(line)
+    for path, content in (
+        (options.json, json.dumps(coverage.to_dict(), indent=1) + "\n"),
+        (options.svg, svg(coverage, depth=options.depth)),
+    ):
+        if path is not None:
+            with new_file(path, force=options.force) as file:
+                file.write(content)
+
+
+def _sample(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
+    shares = read_weights(options.weights, taxonomy=taxonomy)
+    places = list(order(shares, count=options.count))
+    wanted = Counter(places)
+    found = _members(options, taxonomy, shares)
+    check_supply(wanted, {id: len(members) for id, members in found.items()}, repeat=options.repeat)
+    chosen = {
+        id: iter([members[n] for n in choose(len(members), count=wanted[id], seed=options.seed, category=id)])
+        for id, members in found.items()
+    }
+    numbers = [next(chosen[id]) for id in places]
+    root = options.image_root or options.output.parent
+    with new_file(options.output, force=options.force) as file, tempfile.TemporaryFile() as kept:
+        _copy(options, taxonomy, numbers, kept=kept, root=root, file=file)
+    for id, share in shares.items():
+        print(f"{id}: {wanted[id]} of {len(found[id])} records ({100 * float(share):.1f}%)")
+    print(f"{options.output}: {len(numbers)} records, seed {options.seed}")
+
+
+def _members(options: argparse.Namespace, taxonomy: Taxonomy, shares: dict[str, Fraction]) -> dict[str, list[int]]:
+    """Numbers of the records of each weighted category, counted over all inputs."""
+    tagger = _tagger(options, taxonomy)
+    origin: Counter[str] = Counter()
+    found: dict[str, list[int]] = {id: [] for id in shares}
+    records = tqdm(read_records(options.input), unit="record", desc="read", disable=None)
+    for number, record in enumerate(records):
+        category = tagger.tag(record, origin=origin)
+        for id in shares:
+            if category is not None and within(category, id):
+                found[id].append(number)
+    return found
+
+
+def _copy(
+    options: argparse.Namespace, taxonomy: Taxonomy, numbers: list[int], *, kept: Any, root: Path, file: Any
+) -> None:
+    """Write the chosen records in their order; they pass through a temporary file, not through memory."""
+    tagger = _tagger(options, taxonomy)
+    origin: Counter[str] = Counter()
+    wanted = set(numbers)
+    spans: dict[int, tuple[int, int]] = {}
+    for number, record in enumerate(tqdm(read_records(options.input), unit="record", desc="copy", disable=None)):
+        if number in wanted:
+            content = {**moved(record, root=root), "category": tagger.tag(record, origin=origin)}
+            line = (json.dumps(content, ensure_ascii=False) + "\n").encode()
+            spans[number] = (kept.tell(), len(line))
+            kept.write(line)
+    if len(spans) != len(wanted):
+        raise DataError("--input: was changed during the run; start again")
+    for number in numbers:
+        start, size = spans[number]
+        kept.seek(start)
+        file.write(kept.read(size).decode())
+
+
+def _count(options: argparse.Namespace, taxonomy: Taxonomy) -> Coverage:
+    tagger = _tagger(options, taxonomy)
+    origin: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for record in tqdm(read_records(options.input), unit="record", desc="count", disable=None):
+        category = tagger.tag(record, origin=origin)
+        if category is not None:
+            counts[category] += 1
+    return cover(counts, untagged=origin["none"], taxonomy=taxonomy)
+
+
+def _tagger(options: argparse.Namespace, taxonomy: Taxonomy) -> Tagger:
+    return Tagger(
+        taxonomy=taxonomy,
+        field=options.field,
+        names=read_names(options.names, taxonomy=taxonomy) if options.names else {},
+        rules=read_rules(options.rules, taxonomy=taxonomy) if options.rules else (),
+    )
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="taxonomy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = _Parser(add_help=False)
+    common.add_argument("--taxonomy", type=Path, default=PAPER, help="YAML tree of categories (the paper's)")
+    depth = _Parser(add_help=False)
+    depth.add_argument("--depth", type=whole(1, 9), default=3, help="levels shown (3)")
+    reading = _Parser(add_help=False)
+    reading.add_argument("--input", type=Path, nargs="+", required=True, help="JSONL files or JSON arrays of records")
+    reading.add_argument("--field", default="category", help="key that may hold a record's category (category)")
+    reading.add_argument("--names", type=Path, help="YAML: your name of a category -> its id")
+    reading.add_argument("--rules", type=Path, help="YAML: id -> words, for records without a category")
+    writing = _Parser(add_help=False)
+    writing.add_argument("--output", type=Path, required=True, help="JSONL file to make")
+    writing.add_argument("--image-root", type=Path, help="folder that image paths start from (the output's)")
+    force = _Parser(add_help=False)
+    force.add_argument("--force", action="store_true", help="replace existing files")
+
+    commands.add_parser("list", parents=[common, depth], help="show all categories")
+    tag = commands.add_parser("tag", parents=[common, reading, writing, force], help="write records with categories")
+    tag.add_argument("--untagged", choices=("keep", "drop", "fail"), default="keep", help="records without one (keep)")
+    report = commands.add_parser("report", parents=[common, reading, depth, force], help="coverage by category")
+    report.add_argument("--json", type=Path, help="also as JSON")
+    report.add_argument("--svg", type=Path, help="also as a bar chart")
+    sample = commands.add_parser("sample", parents=[common, reading, writing, force], help="records by weight")
+    sample.add_argument("--weights", type=Path, required=True, help="YAML: id -> weight, for it and all below it")
+    sample.add_argument("--count", type=whole(1, 10**9), required=True, help="records to write")
+    sample.add_argument("--seed", type=whole(0, 2**63), default=0, help="decides which records (0)")
+    sample.add_argument("--repeat", action="store_true", help="use records again where a category has too few")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
