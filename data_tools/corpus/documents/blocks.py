@@ -7,6 +7,7 @@ that cannot be shown is left out of page and record alike, and counted.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from data_tools.corpus.documents.wording import (
     inlines,
     listing,
     literal,
+    paragraph,
     plain,
     quotation,
     rule,
@@ -106,7 +108,7 @@ def _block(node: Node, reader: Reader, *, depth: int) -> Iterator[Wording]:
         raise Unusable("too_deep")
     if kind in ("Para", "Plain"):
         for part in _sentences(content):
-            yield inlines(part, reader.formulas)
+            yield paragraph(inlines(part, reader.formulas))
     elif kind == "Header":
         yield heading(inlines(content[2], reader.formulas), level=min(content[0], 6))
     elif kind == "CodeBlock":
@@ -210,11 +212,12 @@ def _table(content: list[Any], reader: Reader) -> Iterator[Wording]:
         yield caption
     rows = [_cells(row, reader, columns=len(columns)) for body in bodies for row in (*body[2], *body[3])]
     rows += [_cells(row, reader, columns=len(columns)) for row in foot[1]]
-    headers = [_cells(row, reader, columns=len(columns)) for row in head[1]]
-    header = headers.pop(0) if headers else [Wording()] * len(columns)
-    rows = [*headers, *rows]
+    rows = [*(_cells(row, reader, columns=len(columns)) for row in head[1]), *rows]
+    rows = [row for row in rows if any(cell.seen.strip() for cell in row)]
     if not rows:
         raise Unusable("table")
+    # Markdown has no table without a header, and the templates set the first row apart.
+    header = rows.pop(0)
     aligned = [_ALIGNMENTS[column[0]["t"]] for column in columns]
     part: list[list[Wording]] = []
     for row in rows:
@@ -239,20 +242,23 @@ def _cells(row: Any, reader: Reader, *, columns: int) -> list[Wording]:
 
 def _plain_blocks(text: str, reader: Reader) -> Iterator[Wording]:
     """Paragraphs of a text without marks: filled lines flow anew, all others keep their line ends."""
-    for paragraph in _BLANK_LINES.split(text):
-        lines = [line.rstrip() for line in paragraph.expandtabs(8).strip("\n").split("\n")]
+    for piece in _BLANK_LINES.split(text):
+        lines = [line.rstrip() for line in piece.expandtabs(8).strip("\n").split("\n")]
         if not any(lines):
             continue
+        # The first line may be indented otherwise than the rest.
+        margins = {len(line) - len(line.lstrip()) for line in lines[1:]}
+        bare = [line.strip() for line in lines]
         try:
-            if any(line.startswith("  ") or "   " in line for line in lines):
-                yield from _code("\n".join(lines), language="")
-            elif len(lines) > 1 and not all(50 <= len(line) <= 110 for line in lines[:-1]):
-                for first in range(0, len(lines), MOST_LINES):
-                    yield _kept_lines(lines[first : first + MOST_LINES])
+            if len(margins) > 1 or any("   " in line for line in bare):
+                yield from _code(textwrap.dedent("\n".join(lines)), language="")
+            elif not all(50 <= len(line) <= 110 for line in bare[:-1]):
+                for first in range(0, len(bare), MOST_LINES):
+                    yield _kept_lines(bare[first : first + MOST_LINES])
             else:
-                nodes = [node for word in " ".join(lines).split() for node in ({"t": "Str", "c": word}, {"t": "Space"})]
+                nodes = [node for word in " ".join(bare).split() for node in ({"t": "Str", "c": word}, {"t": "Space"})]
                 for part in _sentences(nodes):
-                    yield inlines(part[:-1] if part[-1]["t"] == "Space" else part, {})
+                    yield paragraph(inlines(part, {}))
         except Unusable as error:
             reader.lose(str(error))
 

@@ -118,6 +118,8 @@ TEMPLATES: Mapping[str, Template] = {
 
 SMALLEST = 12
 """Pixels of the font; smaller letters are blots."""
+SMALLEST_CODE = 0.75
+"""Size of wide code, as a share of the usual."""
 CHINESE_SCALE = 1.2
 """Chinese characters have more strokes in the same square."""
 
@@ -239,6 +241,12 @@ def _preamble(rng: random.Random, template: Template, layout: Layout, *, chinese
             "#show heading: set par(first-line-indent: 0em, justify: false)",
             f"#show raw: set text(font: {mono}, size: 1em)",
             "#show raw.where(block: true): set par(justify: false)",
+            # Lines of code are never broken but made a little smaller; what is then still too long reaches into the
+            # margin, where it is found.
+            "#show raw.where(block: true): it => layout(room => {"
+            f" set text(size: calc.clamp(room.width / calc.max(1pt, measure(it).width), {SMALLEST_CODE}, 1) * 1em);"
+            " show raw.line: line => context box(width: measure(line.body).width, line.body);"
+            " it })",
             '#show math.equation: set text(font: ("New Computer Modern Math", BODY), fallback: true)',
             template.ornaments,
             "#let piece(number, body) = block(breakable: false, width: 100%)["

@@ -156,6 +156,11 @@ def _formula(node: Node, formulas: Formulas) -> Wording:
     return Wording(typst, markdown, FORMULA)
 
 
+def paragraph(content: Wording) -> Wording:
+    """Running text as a paragraph, which typst would not indent otherwise; a display formula stands by itself."""
+    return content if "$$" in content.markdown else replace(content, typst=f"#par[{content.typst}]")
+
+
 def heading(content: Wording, *, level: int) -> Wording:
     """A heading of level 1 to 6."""
     return Wording(f"#heading(level: {level})[{content.typst}]", f"{'#' * level} {content.markdown}", content.seen)
@@ -197,14 +202,14 @@ def table(header: list[Wording], rows: list[list[Wording]], *, aligned: list[str
     """A table of simple cells.
 
     Args:
-        header: one cell per column; empty cells where the table has no header.
+        header: one cell per column.
         rows: cells by row.
         aligned: `left`, `right`, `center` or `auto` by column.
     """
     cells = ", ".join(f"[{cell.typst}]" for row in rows for cell in row)
-    titled = any(cell.seen.strip() for cell in header)
-    head = f"table.header({', '.join(f'[{cell.typst}]' for cell in header)}), " if titled else ""
-    sides = "".join(f"{side}, " for side in aligned)
+    head = f"table.header({', '.join(f'[{cell.typst}]' for cell in header)}), "
+    # Left to itself a cell takes the alignment of the table on the page.
+    sides = "".join(f"{'left' if side == 'auto' else side}, " for side in aligned)
     typst = f"#table(columns: {len(aligned)}, align: ({sides}), {head}{cells})"
     marks = {"left": ":--", "right": "--:", "center": ":-:", "auto": "---"}
     lines = [_row(header), f"|{'|'.join(marks[side] for side in aligned)}|", *(_row(row) for row in rows)]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import sys
+from importlib.util import find_spec
 
 import pytest
 from PIL import Image
@@ -15,8 +16,8 @@ from data_tools.corpus.documents.wording import FORMULA
 from data_tools.corpus.fonts import font_folders, open_book
 from data_tools.readers.formats import READERS
 
-for package in ("typst", "pypdfium2", "pypandoc", "fontTools"):
-    pytest.importorskip(package, reason="needs megavl[corpus]")
+PACKAGES = ("typst", "pypdfium2", "pypandoc", "fontTools", "matplotlib")
+pytestmark = pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="needs megavl[corpus]")
 
 MARKDOWN = r"""# Report on `things`
 
@@ -52,6 +53,7 @@ LATEX = r"""\documentclass{article}\newcommand{\R}{\mathbb{R}}
 \end{document}"""
 HTML = """<html><head><title>no</title><style>p{}</style></head><body><h2>Head &amp; shoulders</h2>
 <script>alert("no")</script><p>Water is H<sub>2</sub>O.<img src="file:///etc/passwd"></p>
+<table><tr><td>sea</td><td>salt</td></tr><tr><td>land</td><td>soil</td></tr></table>
 <ul><li>apple</li><li>pear</li></ul></body></html>"""
 HOSTILE = """#read("/etc/passwd") and #import "@preview/cetz:0.3.0" stay words, as do \\u{41} "quoted" $ signs
 
@@ -127,7 +129,9 @@ def test_latex_and_html(corpus):
     assert latex["text"].startswith("# Reals\n\nLet $f\\colon\\mathbb{R}\\to\\mathbb{R}$ be *smooth*.")
     assert "tfrac12" in latex["text"] and "label" not in latex["text"] and "root:" not in latex["text"]
     (html,) = of(corpus, "c.html")
-    assert html["text"] == "## Head & shoulders\n\nWater is H_{2}O.\n\n- apple\n- pear"
+    assert html["text"] == (
+        "## Head & shoulders\n\nWater is H_{2}O.\n\n| sea | salt |\n|---|---|\n| land | soil |\n\n- apple\n- pear"
+    )
 
 
 def test_text_never_becomes_code(corpus):
@@ -225,10 +229,12 @@ def test_comparison_of_texts(seen, expected, same):
 
 
 def test_blocks_that_do_not_fit_are_dropped_alone(book):
-    wide = "Kept before it, a sentence of some length.\n\n" + "w" * 400 + "\n\nKept after it, another such sentence."
+    """A word, and a line of code, which is never broken."""
+    before, after = "Kept before it, a sentence of some length.", "Kept after it, another such sentence."
+    wide = "\n\n".join([before, "w" * 400, "```\n" + "code " * 19 + "\n```", after])
     found, dropped = make_pages(wide, name="x", format="markdown", script="latin", seed="1", book=book, side=400)
-    assert [page.text for page in found] == [wide.replace("w" * 400 + "\n\n", "")]
-    assert dropped.counts == {"overflow": 1}
+    assert [page.text for page in found] == [f"{before}\n\n{after}"]
+    assert dropped.counts == {"overflow": 2}
 
 
 def test_characters_without_a_glyph_are_dropped(book):

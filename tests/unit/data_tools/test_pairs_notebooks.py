@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+from importlib.util import find_spec
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from data_tools.corpus.notebooks.figures import NotebookError, code_lines, read_
 from data_tools.corpus.sandbox import Limits, isolation_problem
 from data_tools.readers.formats import READERS
 
-pytest.importorskip("nbformat", reason="needs megavl[corpus]")
+pytestmark = pytest.mark.skipif(not (find_spec("nbformat") and find_spec("matplotlib")), reason="needs megavl[corpus]")
 isolated_only = pytest.mark.skipif(isolation_problem() is not None, reason=f"no isolation here: {isolation_problem()}")
 
 CODE = (
@@ -208,7 +209,6 @@ def widths(folder):
 @isolated_only
 def test_drawn_again_in_isolation(tmp_path, attack):
     """Also what the code may do: use earlier cells, fail, and use the notebook's own commands."""
-    pytest.importorskip("matplotlib", reason="needs megavl[corpus]")
     cells = [
         ("%matplotlib inline\n!touch /tmp/x\nimport numpy as np\ndata = np.random.rand(5)", []),
         (
@@ -233,7 +233,6 @@ def test_drawn_again_in_isolation(tmp_path, attack):
 
 def test_the_weak_sandbox_is_weak(tmp_path, attack, monkeypatch):
     """The same code gets through where it is only limited, which shows that the test above tests something."""
-    pytest.importorskip("matplotlib", reason="needs megavl[corpus]")
     (tmp_path / "a.ipynb").write_text(notebook((attack, []), ("while True: pass", [])))
     monkeypatch.setattr(drawing, "LIMITS", Limits(**{**vars(drawing.LIMITS), "seconds": 20, "cpu_seconds": 3}))
     options = ["--render", "--weak-sandbox", "--dpi", "50", "--heldout-share", "0"]
@@ -243,7 +242,6 @@ def test_the_weak_sandbox_is_weak(tmp_path, attack, monkeypatch):
 
 
 def test_no_isolation_is_a_message_not_a_risk(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="needs megavl[corpus]")
     monkeypatch.setattr(drawing, "isolation_problem", lambda: "bubblewrap is not installed")
     (tmp_path / "a.ipynb").write_text(notebook((CODE, [])))
     assert build(tmp_path / "out", tmp_path / "a.ipynb", "--render") == 2

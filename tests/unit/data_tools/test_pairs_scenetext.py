@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib.util import find_spec
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,7 @@ from data_tools.corpus.scenetext.background import draw_background
 from data_tools.corpus.scenetext.phrases import LONGEST_PHRASE, phrases_of
 from data_tools.readers.formats import READERS
 
-pytest.importorskip("fontTools", reason="needs megavl[corpus]")
+pytestmark = pytest.mark.skipif(not find_spec("fontTools"), reason="needs megavl[corpus]")
 TEXT = (
     "The quick brown fox (not the red one) paid 35% more, i.e. £7.50, for a pair of jumping shoes: size 42!\n"
     + "\n".join(
