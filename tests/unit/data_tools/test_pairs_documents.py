@@ -14,7 +14,7 @@ from data_tools.corpus.documents import blocks, pages
 from data_tools.corpus.documents.pages import make_pages, same_text
 from data_tools.corpus.documents.wording import FORMULA
 from data_tools.corpus.fonts import font_folders, open_book
-from data_tools.readers.formats import READERS
+from data_tools.readers.formats import FORMATS
 
 PACKAGES = ("typst", "pypdfium2", "pypandoc", "fontTools", "matplotlib")
 pytestmark = pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="needs megavl[corpus]")
@@ -179,7 +179,7 @@ def test_the_preprocessor_reads_both_forms(corpus, tmp_path, capsys):
     (tmp_path / "b.md").write_text("# Two\n\n" + " ".join(sentences(9)))
     assert build(tmp_path / "talks", tmp_path, "--records", "llava") == 0
     (record,) = [json.loads(line) for line in (tmp_path / "talks/train.jsonl").open()]
-    asked, told = READERS["llava"](record).turns
+    asked, told = FORMATS["llava"].read(record).turns
     assert "Markdown" in asked.text or "page" in asked.text
     assert told.text.startswith("# ") and told.text.endswith("others.")
     tokenizer = ["tokenizer", "--output", str(tmp_path / "tokenizer"), "--input", str(corpus / "train.jsonl")]

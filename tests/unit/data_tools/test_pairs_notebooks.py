@@ -14,7 +14,7 @@ from data_tools import build_corpus
 from data_tools.corpus.notebooks import drawing
 from data_tools.corpus.notebooks.figures import NotebookError, code_lines, read_notebook
 from data_tools.corpus.sandbox import Limits, isolation_problem
-from data_tools.readers.formats import READERS
+from data_tools.readers.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not (find_spec("nbformat") and find_spec("matplotlib")), reason="needs megavl[corpus]")
 isolated_only = pytest.mark.skipif(isolation_problem() is not None, reason=f"no isolation here: {isolation_problem()}")
@@ -110,7 +110,7 @@ def test_conversations_and_split(tmp_path):
     train, heldout = records(tmp_path / "out"), records(tmp_path / "out", "heldout")
     assert (len(train), len(heldout)) == (3, 1)
     for record in [*train, *heldout]:
-        asked, told = READERS["llava"](record).turns
+        asked, told = FORMATS["llava"].read(record).turns
         assert told.text.startswith("```r\n" if record["source"] != "0.ipynb" else "```python\n")
         assert any(word in asked.text for word in ("chart", "figure", "plot"))
     assert build(tmp_path / "again", source, "--records", "llava", "--heldout-share", "0.25") == 0

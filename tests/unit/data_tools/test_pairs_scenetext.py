@@ -14,7 +14,7 @@ from data_tools.corpus.fonts import find_faces, font_folders, is_stand_in, write
 from data_tools.corpus.scenetext import drawing
 from data_tools.corpus.scenetext.background import draw_background
 from data_tools.corpus.scenetext.phrases import LONGEST_PHRASE, phrases_of
-from data_tools.readers.formats import READERS
+from data_tools.readers.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not find_spec("fontTools"), reason="needs megavl[corpus]")
 TEXT = (
@@ -59,8 +59,8 @@ def test_records_name_what_was_written(corpus):
         assert record["text"].split("\n") == [box["text"] for box in record["boxes"]]
         for box in record["boxes"]:
             assert all(0 <= x <= image.width and 0 <= y <= image.height for x, y in box["quad"])
-        parsed = READERS["caption"](record)
-        assert parsed.images == (record["image"],)
+        picture, text = FORMATS["caption"].read(record).parts
+        assert picture.name == record["image"] and text == record["text"]
     assert len({record["background"] for record in both["train"]}) >= 4
 
 
@@ -146,7 +146,7 @@ def test_chinese_scenes(tmp_path, faces):
     found = records(tmp_path / "out", "train")
     assert {record["script"] for record in found} == {"chinese", "latin"}
     for record in found:
-        asked, told = READERS["llava"](record).turns
+        asked, told = FORMATS["llava"].read(record).turns
         chinese = record["script"] == "chinese"
         assert ("图" in asked.text) == chinese and ("\u4e00" <= told.text[0] <= "\u9fff") == chinese
 

@@ -10,7 +10,7 @@ from PIL import Image
 from data_tools import build_corpus
 from data_tools.corpus.screens import browser
 from data_tools.corpus.screens.page_source import shown_source
-from data_tools.readers.formats import READERS
+from data_tools.readers.formats import FORMATS
 
 MISSING = "Chromium is not installed (Debian: apt install chromium)"
 
@@ -91,7 +91,8 @@ def test_screens(chromium, tmp_path):
         image = Image.open(tmp_path / "out" / record["image"])
         assert image.width == record["window"][0] and image.height >= record["window"][1]
         assert image.getpixel((image.width - 1, image.height - 1)) == (0, 200, 0)
-        assert READERS["caption"](record).text.endswith(record["text"])
+        picture, text = FORMATS["caption"].read(record).parts
+        assert picture.name == record["image"] and text == record["text"]
         assert "script" not in record["text"] or name == "c.html"
     # The file is not shown: its address gives a broken picture, and its path the grey one that stands for all others.
     colours = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_tools import taxonomy
 from data_tools.categories.sampling import choose, order
 from data_tools.categories.tree import read_taxonomy
-from data_tools.readers.formats import READERS
+from data_tools.readers.formats import FORMATS
 
 TREE = read_taxonomy()
 
@@ -207,7 +207,8 @@ def test_sample(tmp_path, capsys, pool):
     assert all(abs(tops[:n].count("logic") - 0.75 * n) < 1 for n in range(len(tops)))
     assert len({record["id"] for record in found}) == 36
     assert {record["image"] for record in found} == {"a/images/a.png", "b/images/a.png"}
-    assert READERS["llava"](found[0]).images == (found[0]["image"],)
+    (picture,) = FORMATS["llava"].read(found[0]).images
+    assert picture.name == found[0]["image"]
     before = (tmp_path / "out.jsonl").read_bytes()
     assert sample(capsys, pool, tmp_path, "--count", 36)[0] == 2
     assert sample(capsys, pool, tmp_path, "--count", 36, "--force")[0] == 0
