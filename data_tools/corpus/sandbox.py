@@ -2,7 +2,8 @@
 
 `run_limited` bounds time, memory, file size and output of a program of ours that handles foreign data. With
 `isolated=True` bubblewrap also takes away the network, all other processes, and every file but the read-only
-installation of Python: that is what foreign code needs. README.md says what remains.
+installation of Python, and the process can start no other and get no memory that the limits do not count: that is what
+foreign code needs. README.md says what remains.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from data_tools.corpus.system_calls import filter_problem, filter_program
 from megavl.config.errors import UsageError
 
 PYTHON = os.path.join(sys.prefix, "bin", os.path.basename(sys.executable))
@@ -58,7 +60,7 @@ class Limits:
     output: int
     """Bytes of standard output."""
     processes: int | None = None
-    """Processes and threads of the user; the kernel exempts root."""
+    """Of the user, threads included, outside isolation (the kernel exempts root); in isolation there is one process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +105,21 @@ def run_limited(
         UsageError: `prlimit` of util-linux is missing.
     """
     variables = {**_ENVIRONMENT, "HOME": INSIDE if isolated else str(folder or "/nonexistent"), **(environment or {})}
-    full = [*_prlimit(limits), *command]
-    if isolated:
-        full = [*_bubblewrap(files=files or {}, memory=limits.file_size, variables=variables), *full]
-    process = subprocess.Popen(
-        full,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd="/" if isolated else folder,
-        env=variables,
-        start_new_session=True,
-    )
+    full = [*_prlimit(limits, isolated=isolated), *command]
+    with _filter() if isolated else nullcontext(-1) as handle:
+        if isolated:
+            options = _bubblewrap(files=files or {}, memory=limits.file_size, variables=variables, calls=handle)
+            full = [*options, *full]
+        process = subprocess.Popen(
+            full,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/" if isolated else folder,
+            env=variables,
+            start_new_session=True,
+            pass_fds=(handle,) if isolated else (),
+        )
     output, message = bytearray(), bytearray()
     try:
         ended = _talk(process, request=request, limits=limits, output=output, message=message)
@@ -130,6 +135,8 @@ def isolation_problem() -> str | None:
     """Why processes cannot be isolated here; None when they can."""
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed (Debian: apt install bubblewrap)"
+    if problem := filter_problem():
+        return problem
     limits = Limits(seconds=60, cpu_seconds=30, memory=4 << 30, file_size=1 << 20, output=1000)
     probe = run_limited([PYTHON, "-I", "-c", "print(1)"], request=b"", limits=limits, isolated=True)
     if probe.good and probe.output.strip() == b"1":
@@ -150,17 +157,29 @@ def bind_system() -> list[str]:
     return options
 
 
-def _prlimit(limits: Limits) -> list[str]:
+def _prlimit(limits: Limits, *, isolated: bool) -> list[str]:
     program = shutil.which("prlimit")
     if program is None:
         raise UsageError("prlimit is not installed, so processes cannot be limited; install util-linux")
     options = [f"--cpu={limits.cpu_seconds}", f"--as={limits.memory}", f"--fsize={limits.file_size}", "--core=0"]
-    if limits.processes is not None:
+    if limits.processes is not None and not isolated:
         options.append(f"--nproc={limits.processes}")
     return [program, *options, "--"]
 
 
-def _bubblewrap(*, files: Mapping[str, Path], memory: int, variables: Mapping[str, str]) -> list[str]:
+@contextmanager
+def _filter() -> Iterator[int]:
+    """A pipe from which bubblewrap reads the filter of system calls."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, filter_program())  # far less than a pipe holds
+        os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)
+
+
+def _bubblewrap(*, files: Mapping[str, Path], memory: int, variables: Mapping[str, str], calls: int) -> list[str]:
     options = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     options += ["--uid", str(NOBODY), "--gid", str(NOBODY), *bind_system()]
     # Before what lies below them, which they would hide.
@@ -174,7 +193,9 @@ def _bubblewrap(*, files: Mapping[str, Path], memory: int, variables: Mapping[st
         options += ["--ro-bind", str(outside), inside]
     for name, value in variables.items():
         options += ["--setenv", name, value]
-    return [*options, "--chdir", INSIDE, "--"]
+    # What holds the mount points is memory without a bound.
+    options += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    return [*options, "--seccomp", str(calls), "--chdir", INSIDE, "--"]
 
 
 def _talk(

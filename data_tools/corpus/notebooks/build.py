@@ -68,7 +68,7 @@ def build_notebooks(output: Path, options: NotebookOptions) -> dict[str, int]:
         UsageError: a package, an input or the sandbox is missing.
         DataError: nothing usable.
     """
-    require("nbformat", *(["matplotlib"] if options.render else []))
+    require("nbformat", *(["matplotlib", "fontTools"] if options.render else []))
     dropped = Dropped()
     place = open_studio(isolated=not options.weak, dpi=options.dpi) if options.render else nullcontext(None)
     with place as studio, new_folder(output, force=options.force) as folder:
@@ -92,7 +92,7 @@ def build_notebooks(output: Path, options: NotebookOptions) -> dict[str, int]:
         settings = {"heldout": options.heldout, "notebooks": len(sources), "figures": "stored"}
         if options.render:
             settings |= {"figures": "drawn again", "dpi": options.dpi, "isolated": not options.weak}
-        packages = ("nbformat", *(("matplotlib", "numpy") if options.render else ()))
+        packages = ("nbformat", *(("matplotlib", "numpy", "fonttools") if options.render else ()))
         return writer.finish(kind="notebooks", options=settings, licence=LICENCE, packages=packages)
 
 

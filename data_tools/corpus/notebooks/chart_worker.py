@@ -6,7 +6,6 @@ Standard input: one JSON request. Standard output: for each figure a JSON line a
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import io
 import json
@@ -17,9 +16,12 @@ import shutil
 import sys
 import types
 import warnings
+from typing import Any
 
 MOST_FIGURES = 20
 """Of one cell; code in a loop may open thousands."""
+NO_GLYPH = re.compile(r"Glyph \d+ .*missing from")
+"""How matplotlib warns of a character that it draws as a box."""
 
 
 def main() -> int:
@@ -33,15 +35,27 @@ def main() -> int:
     os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
     for path in glob.glob(os.path.join(glob.escape(request["fontcache"]), "*.json")):
         shutil.copy(path, os.environ["MPLCONFIGDIR"])
-    errors = run_cells(request["cells"], dpi=request["dpi"], answers=answers)
-    send(answers, {"errors": errors})
+    errors, unwritten = run_cells(request["cells"], dpi=request["dpi"], fonts=request["fonts"], answers=answers)
+    send(answers, {"errors": errors, "no_glyph": unwritten})
     answers.close()
     # Whatever the code left behind (threads, handlers at exit) is not waited for.
     os._exit(0)
 
 
-def run_cells(cells: list[dict[str, object]], *, dpi: int, answers: io.BufferedWriter) -> dict[str, str]:
-    """Run cells one after another in one namespace, as a notebook does; an error ends its cell only."""
+def run_cells(
+    cells: list[dict[str, object]], *, dpi: int, fonts: list[str], answers: io.BufferedWriter
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Run cells one after another in one namespace, as a notebook does; an error ends its cell only.
+
+    Args:
+        cells: number and code of each.
+        dpi: pixels per inch.
+        fonts: families for characters that the font of a figure lacks.
+        answers: takes the figures.
+
+    Returns:
+        By cell number, errors and characters that no font has.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,24 +65,39 @@ def run_cells(cells: list[dict[str, object]], *, dpi: int, answers: io.BufferedW
     warnings.simplefilter("ignore")
     random.seed(0)
     numpy.random.seed(0)
+    plt.rcParams["font.family"] = [*plt.rcParams["font.family"], *fonts]
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     errors: dict[str, str] = {}
+    unwritten: dict[str, str] = {}
     for cell in cells:
         number = str(cell["number"])
         try:
             code = compile(python_only(str(cell["code"])), f"<cell {number}>", "exec")
             exec(code, module.__dict__)
+            figures, lost = draw_figures(plt, dpi=dpi)
         except BaseException as error:  # SystemExit and KeyboardInterrupt too
             errors[number] = f"{type(error).__name__}: {error}"[:200]
         else:
-            for figure in plt.get_fignums()[:MOST_FIGURES]:
-                with contextlib.suppress(Exception):
-                    buffer = io.BytesIO()
-                    plt.figure(figure).savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-                    send(answers, {"cell": cell["number"], "size": len(buffer.getvalue())}, buffer.getvalue())
+            if lost:
+                unwritten[number] = lost
+            for figure in figures:
+                send(answers, {"cell": cell["number"], "size": len(figure)}, figure)
         plt.close("all")
-    return errors
+    return errors, unwritten
+
+
+def draw_figures(plt: Any, *, dpi: int) -> tuple[list[bytes], str]:
+    """PNG files of the open figures; none, and why, where one of them would show boxes in place of characters."""
+    figures = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for figure in plt.get_fignums()[:MOST_FIGURES]:
+            buffer = io.BytesIO()
+            plt.figure(figure).savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+            figures.append(buffer.getvalue())
+    lost = next((str(warning.message) for warning in told if NO_GLYPH.match(str(warning.message))), "")
+    return ([], lost[:200]) if lost else (figures, "")
 
 
 def python_only(code: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.corpus.fonts import SYSTEM_FOLDERS, find_faces, is_stand_in, writes_chinese
 from data_tools.corpus.notebooks import chart_worker
 from data_tools.corpus.notebooks.figures import Notebook
 from data_tools.corpus.sandbox import INSIDE, PYTHON, Limits, isolation_problem, run_limited
@@ -20,11 +21,13 @@ LIMITS = Limits(
     memory=3 << 30,
     file_size=32 << 20,
     output=64 << 20,
-    # The one that is running: it may start no other.
+    # The one that is running: it may start no other, within the sandbox or without.
     processes=1,
 )
 """Of all cells of one notebook."""
 _PREPARATION = Limits(seconds=120, cpu_seconds=60, memory=4 << 30, file_size=32 << 20, output=1 << 16)
+_FAULTS = {"errors": "cell_error", "no_glyph": "no_glyph"}
+"""Word under which an answer's faults are counted."""
 _CODE, _CACHE = "/megavl-chart-worker.py", "/megavl-fontcache"
 
 
@@ -36,12 +39,14 @@ class Studio:
     fontcache: Path
     """matplotlib's list of fonts, made once: each process would otherwise look through all fonts again."""
     dpi: int
+    fonts: list[str]
+    """Families for what the font of a figure lacks: the Chinese ones of this machine."""
 
     def draw(self, notebook: Notebook) -> tuple[dict[int, list[bytes]], dict[str, str]]:
-        """Figures by cell number, and what went wrong: by `cell_error` or `not_run`."""
+        """Figures by cell number, and what went wrong: by `cell_error`, `no_glyph` or `not_run`."""
         cells = [{"number": cell.number, "code": cell.code} for cell in notebook.cells]
         cache = _CACHE if self.isolated else str(self.fontcache)
-        request = json.dumps({"cells": cells, "dpi": self.dpi, "fontcache": cache}).encode()
+        request = json.dumps({"cells": cells, "dpi": self.dpi, "fontcache": cache, "fonts": self.fonts}).encode()
         with tempfile.TemporaryDirectory(prefix="megavl-charts-") as folder:
             outcome = run_limited(
                 [PYTHON, "-I", _CODE if self.isolated else chart_worker.__file__],
@@ -86,7 +91,8 @@ def open_studio(*, isolated: bool, dpi: int) -> Iterator[Studio]:
         )
         if not outcome.good:
             raise UsageError(f"--render: matplotlib does not start ({outcome.message.strip()[-300:] or outcome.ended})")
-        yield Studio(isolated=isolated, fontcache=Path(folder), dpi=dpi)
+        fonts = [face.family for face in find_faces(SYSTEM_FOLDERS) if writes_chinese(face) and not is_stand_in(face)]
+        yield Studio(isolated=isolated, fontcache=Path(folder), dpi=dpi, fonts=sorted(set(fonts)))
 
 
 def parse_answer(answer: bytes) -> tuple[dict[int, list[bytes]], dict[str, str]]:
@@ -98,8 +104,7 @@ def parse_answer(answer: bytes) -> tuple[dict[int, list[bytes]], dict[str, str]]
         try:
             head = json.loads(answer[position : end if end >= 0 else len(answer)])
             if "errors" in head:
-                failed = "; ".join(f"cell {number}: {text}" for number, text in head["errors"].items())
-                return figures, {"cell_error": failed} if failed else {}
+                return figures, {reason: told for key, reason in _FAULTS.items() if (told := _told(head.get(key, {})))}
             number, size = int(head["cell"]), int(head["size"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return figures, {"not_run": "the answer is not in the expected form"}
@@ -109,3 +114,7 @@ def parse_answer(answer: bytes) -> tuple[dict[int, list[bytes]], dict[str, str]]
         figures.setdefault(number, []).append(body)
         position = end + 1 + size
     return figures, {"not_run": "the answer is cut off"}
+
+
+def _told(faults: dict[str, str]) -> str:
+    return "; ".join(f"cell {number}: {text}" for number, text in faults.items())

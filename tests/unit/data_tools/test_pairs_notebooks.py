@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data_tools import build_corpus
+from data_tools.corpus import fonts
 from data_tools.corpus.notebooks import drawing
 from data_tools.corpus.notebooks.figures import NotebookError, code_lines, read_notebook
 from data_tools.corpus.sandbox import Limits, isolation_problem
@@ -155,6 +156,12 @@ def test_lines_that_count():
     [
         (b'{"cell": 1, "size": 3}\nabc{"errors": {}}\n', {1: [b"abc"]}, {}),
         (b'{"errors": {"2": "E"}}\n', {}, {"cell_error": "cell 2: E"}),
+        (
+            b'{"errors": {"2": "E", "4": "F"}, "no_glyph": {"3": "G"}}\n',
+            {},
+            {"cell_error": "cell 2: E; cell 4: F", "no_glyph": "cell 3: G"},
+        ),
+        (b'{"errors": {}, "no_glyph": 3}\n', {}, {"not_run": "the answer is not in the expected form"}),
         (b'{"cell": 1, "size": 9}\nabc', {}, {"not_run": "the answer is cut off"}),
         (b'{"cell": 1, "size": -3}\nabc', {}, {"not_run": "the answer is cut off"}),
         (b"printed\n", {}, {"not_run": "the answer is not in the expected form"}),
@@ -229,6 +236,24 @@ def test_drawn_again_in_isolation(tmp_path, attack):
     assert build(tmp_path / "again", tmp_path / "a.ipynb", *options) == 0
     image = records(tmp_path / "out")[0]["image"]
     assert (tmp_path / "out" / image).read_bytes() == (tmp_path / "again" / image).read_bytes()
+
+
+@isolated_only
+def test_no_figure_shows_boxes_for_letters(tmp_path, monkeypatch):
+    """Chinese labels are drawn where a font for them is installed; a figure with an unknown character is no pair."""
+    pytest.importorskip("fontTools", reason="needs megavl[corpus]")
+    chinese = CHART.replace("data", "range(5)").replace('"x"', '"销售额"')
+    unknown = CHART.replace("range(5), data", "range(4), range(4)").replace('"x"', '"\U00012000"')
+    (tmp_path / "a.ipynb").write_text(notebook((chinese, []), (unknown, []), (unknown.replace("\U00012000", "ok"), [])))
+    options = ["--render", "--dpi", "50", "--heldout-share", "0"]
+    assert build(tmp_path / "out", tmp_path / "a.ipynb", *options) == 0
+    written = any(map(fonts.writes_chinese, fonts.find_faces(fonts.SYSTEM_FOLDERS)))
+    assert [record["cell"] for record in records(tmp_path / "out")] == ([2, 4] if written else [4])
+    (told,) = dropped(tmp_path / "out")["no_glyph"]["examples"]
+    assert "cell 3: Glyph 73728" in told and ("cell 2" not in told) == written
+    monkeypatch.setattr(drawing, "find_faces", lambda folders: [])
+    assert build(tmp_path / "none", tmp_path / "a.ipynb", *options) == 0
+    assert [record["cell"] for record in records(tmp_path / "none")] == [4]
 
 
 def test_the_weak_sandbox_is_weak(tmp_path, attack, monkeypatch):

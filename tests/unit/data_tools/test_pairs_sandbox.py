@@ -1,11 +1,14 @@
 """The sandbox: limits hold, nothing survives, and isolation takes away network, files and processes."""
 
+import errno
 import os
+import struct
 import time
 
 import pytest
 
 from data_tools.corpus.sandbox import INSIDE, PYTHON, Limits, isolation_problem, run_limited
+from data_tools.corpus.system_calls import filter_problem, filter_program
 
 LIMITS = Limits(seconds=20, cpu_seconds=20, memory=1 << 30, file_size=1 << 20, output=10_000)
 isolated_only = pytest.mark.skipif(isolation_problem() is not None, reason=f"no isolation here: {isolation_problem()}")
@@ -88,7 +91,125 @@ def test_isolation(tmp_path):
 
 
 @isolated_only
-def test_nothing_survives_isolation_either():
-    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n"
+def test_isolated_code_cannot_hide(monkeypatch):
+    """Neither the environment nor the accounts of the machine, and what daemons do to outlive their parent."""
+    monkeypatch.setenv("SECRET_TOKEN", "abc")
+    code = (
+        "import os, glob\n"
+        "print('SECRET_TOKEN' in os.environ, glob.glob('/proc/[0-9]*/environ') != [])\n"
+        "print(any(b'SECRET_TOKEN' in open(path, 'rb').read() for path in glob.glob('/proc/self/environ')))\n"
+        "for path in ('/etc/passwd', '/etc/shadow', '/etc/hostname', '/var', '/home', '/run'):\n"
+        "    print(os.path.exists(path))\n"
+    )
+    outcome = run(code, isolated=True)
+    assert outcome.good, outcome.message
+    assert outcome.output.decode().split() == ["False", "True", *["False"] * 7]
+
+
+@isolated_only
+@pytest.mark.parametrize(
+    "code",
+    ["os.fork()", "os.posix_spawn('/usr/bin/env', ['env'], {})", "subprocess.run(['/usr/bin/env'])"],
+    ids=["fork", "spawn", "subprocess"],
+)
+def test_isolated_code_starts_no_process(code):
+    """So a fork bomb ends with its first fork, for root too."""
+    code = f"import os, subprocess\ntry: {code}\nexcept PermissionError: print('refused')\nelse: print('started')"
+    outcome = run(code, isolated=True)
+    assert outcome.good and outcome.output == b"refused\n", outcome
+
+
+@isolated_only
+def test_isolated_code_may_use_threads():
+    """Numerical libraries do."""
+    code = "import threading\nt = threading.Thread(target=print, args=('done',)); t.start(); t.join()"
+    outcome = run(code, isolated=True)
+    assert outcome.good and outcome.output == b"done\n", outcome
+
+
+MEMORY = """
+import ctypes, os, sys
+library = ctypes.CDLL(None, use_errno=True)
+def files(place):
+    for number in range(8):
+        with open(os.path.join(place, f"file{number}"), "wb") as file:
+            file.write(bytes(900_000))
+def call(name, *arguments):
+    if getattr(library, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+ways = {
+    "heap": lambda: bytearray(1 << 30),
+    "unnamed": lambda: os.memfd_create("x"),
+    "shared": lambda: call("shmget", 0, 1 << 20, 0o1600),
+    "namespace": lambda: call("unshare", 0x10020000),
+    "mount": lambda: call("mount", b"tmpfs", b"/sandbox", b"tmpfs", 0, b""),
+    **{place: lambda place=place: files(place) for place in ("/", "/dev", "/dev/shm", "/etc", "/tmp", "/sandbox")},
+}
+try:
+    ways[sys.argv[1]]()
+except (OSError, MemoryError) as error:
+    print(type(error).__name__, getattr(error, "errno", None))
+else:
+    print("got it")
+"""
+
+
+@isolated_only
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("heap", "MemoryError None"),
+        ("unnamed", "PermissionError 1"),
+        ("shared", "PermissionError 1"),
+        ("namespace", "PermissionError 1"),
+        ("mount", "PermissionError 1"),
+        *((place, "OSError 30") for place in ("/", "/dev", "/dev/shm", "/etc")),
+        *((place, "OSError 28") for place in ("/tmp", INSIDE)),
+    ],
+)
+def test_isolated_code_gets_no_memory_beyond_the_limit(way, expected):
+    """Neither by its own addresses nor by what the kernel does not count there: files in memory, shared segments."""
+    limits = Limits(**{**vars(LIMITS), "memory": 512 << 20})
+    outcome = run_limited([PYTHON, "-I", "-S", "-c", MEMORY, way], request=b"", limits=limits, isolated=True)
+    assert outcome.good and outcome.output.decode().strip() == expected, outcome
+
+
+@isolated_only
+@pytest.mark.parametrize(
+    ("code", "changed", "ended"),
+    [("while True: pass", {"cpu_seconds": 1}, "exit"), ("import time; time.sleep(60)", {"seconds": 1.5}, "time")],
+    ids=["cpu", "time"],
+)
+def test_isolated_code_ends(code, changed, ended):
     begun = time.monotonic()
-    assert run(code, isolated=True, seconds=10).ended == "exit" and time.monotonic() - begun < 8
+    outcome = run(code, isolated=True, **changed)
+    assert outcome.ended == ended and not outcome.good and time.monotonic() - begun < 15
+
+
+def test_filter_of_system_calls():
+    """The program is judged as the kernel does it: by the number and the first argument of each call."""
+    for machine, known in {"x86_64": (0xC000003E, 56, 57), "aarch64": (0xC00000B7, 220, 40)}.items():
+        number, clone, refused = known
+        program = filter_program(machine)
+        assert verdict(program, number, 63) == verdict(program, number, clone, 0x3D0F00) == 0x7FFF0000
+        assert verdict(program, number, refused) == verdict(program, number, clone, 17) == 0x00050001
+        assert verdict(program, number, 435) == 0x00050000 | errno.ENOSYS
+        assert verdict(program, number, 0x40000000 + refused) == 0x00050001
+        assert verdict(program, 0x40000003, 63) == 0x80000000, "another machine's calls have other numbers"
+    assert "riscv64" in (filter_problem("riscv64") or "")
+
+
+def verdict(program, machine, number, argument=0):
+    """What a filter says of one call (classic BPF, the few instructions that occur)."""
+    fields = {0: number, 4: machine, 16: argument}
+    steps = list(struct.iter_unpack("<HBBI", program))
+    held, place = 0, 0
+    while True:
+        code, yes, no, value = steps[place]
+        if code == 0x06:
+            return value
+        if code == 0x20:
+            held, place = fields[value], place + 1
+        else:
+            holds = {0x15: held == value, 0x35: held >= value, 0x45: bool(held & value)}[code]
+            place += 1 + (yes if holds else no)
