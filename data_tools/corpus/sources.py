@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Source:
     """Path below its --input; for a JSONL record its `source` or `id`, or the line number."""
     key: str
     """SHA-256 of its words, by which copies are recognised and the held-out ones are chosen."""
+    group: str
+    """The same for JSONL records that name the same `source`: pieces of one document, which one split gets whole."""
     format: str
     script: Script
     path: Path
@@ -139,6 +141,16 @@ def choose_heldout(keys: list[str], *, share: float, seed: int) -> set[str]:
     return set(ranked[:count])
 
 
+def heldout_sources(sources: list[Source], *, share: float, seed: int) -> set[str]:
+    """Keys of the sources that are kept from training: a share of the groups, each of them whole."""
+    groups: dict[str, list[str]] = {}
+    for source in sources:
+        groups.setdefault(source.group, []).append(source.key)
+    # Names would make the choice depend on where a file lies.
+    keys = {min(members): members for members in groups.values()}
+    return {member for key in choose_heldout(list(keys), share=share, seed=seed) for member in keys[key]}
+
+
 def _expected(kind: Kind) -> str:
     return f"{', '.join(kind.suffixes)} files, folders of them, or {JSONL} with one of the keys {', '.join(kind.keys)}"
 
@@ -203,7 +215,10 @@ def _records(path: Path, *, name: str, kind: Kind, dropped: Dropped) -> Iterator
                 dropped.add("record", where, str(error))
                 continue
             given = next((record[key] for key in ("source", "id") if isinstance(record.get(key), str)), where)
-            yield _source(text, path=path, name=given[:200], format=format, start=begin, size=len(line)), text
+            source = _source(text, path=path, name=given[:200], format=format, start=begin, size=len(line))
+            if isinstance(record.get("source"), str):
+                source = replace(source, group=f"source {record['source']}")
+            yield source, text
 
 
 def _text_of(record: Any, *, kind: Kind) -> tuple[str, str]:
@@ -222,4 +237,5 @@ def _text_of(record: Any, *, kind: Kind) -> tuple[str, str]:
 
 
 def _source(text: str, *, path: Path, name: str, format: str, start: int, size: int) -> Source:
-    return Source(name=name, key=_key(text), format=format, script=script_of(text), path=path, start=start, size=size)
+    key, script = _key(text), script_of(text)
+    return Source(name=name, key=key, group=key, format=format, script=script, path=path, start=start, size=size)

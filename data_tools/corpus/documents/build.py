@@ -13,7 +13,7 @@ from data_tools.corpus.extras import require
 from data_tools.corpus.fonts import NO_CHINESE_FONT, font_folders, open_book
 from data_tools.corpus.output import new_folder, write_jsonl
 from data_tools.corpus.records import Form, Pair, Prompts, RecordWriter, in_order
-from data_tools.corpus.sources import Dropped, Kind, Source, choose_heldout, find_sources, load
+from data_tools.corpus.sources import Dropped, Kind, Source, find_sources, heldout_sources, load
 from data_tools.corpus.texts import collect_text
 from megavl.config.errors import DataError
 
@@ -86,7 +86,7 @@ def build_documents(output: Path, options: DocumentOptions) -> dict[str, int]:
         chinese = next((source for source in sources if source.script == "chinese"), None)
         if chinese is not None and not book.chinese:
             raise DataError(f"{chinese.name}: is written in Chinese, and {NO_CHINESE_FONT}")
-        held = choose_heldout([source.key for source in sources], share=options.heldout, seed=options.seed)
+        held = heldout_sources(sources, share=options.heldout, seed=options.seed)
 
         def pages_of(source: Source) -> tuple[list[Page], Dropped]:
             return make_pages(

@@ -15,7 +15,7 @@ from data_tools.corpus.notebooks.figures import Notebook, NotebookError, read_no
 from data_tools.corpus.output import new_folder
 from data_tools.corpus.records import Form, Pair, Prompts, RecordWriter, in_order
 from data_tools.corpus.scripts import script_of
-from data_tools.corpus.sources import Dropped, Kind, Source, choose_heldout, find_sources, load
+from data_tools.corpus.sources import Dropped, Kind, Source, find_sources, heldout_sources, load
 from megavl.data.image import ImageError, check_image
 
 KIND = Kind(suffixes={".ipynb": "notebook"}, keys={"notebook": "notebook", "content": "notebook", "text": "notebook"})
@@ -73,7 +73,7 @@ def build_notebooks(output: Path, options: NotebookOptions) -> dict[str, int]:
     place = open_studio(isolated=not options.weak, dpi=options.dpi) if options.render else nullcontext(None)
     with place as studio, new_folder(output, force=options.force) as folder:
         sources = find_sources(options.inputs, kind=KIND, dropped=dropped, limit=options.limit)
-        held = choose_heldout([source.key for source in sources], share=options.heldout, seed=options.seed)
+        held = heldout_sources(sources, share=options.heldout, seed=options.seed)
         seen: set[str] = set()
         writer = RecordWriter(
             folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped, verify="full"

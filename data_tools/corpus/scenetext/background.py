@@ -23,13 +23,12 @@ def draw_background(rng: random.Random, size: Size) -> tuple[str, Image.Image]:
     return kind, _KINDS[kind](rng, size)
 
 
-def crop_background(rng: random.Random, size: Size, *, files: list[Path]) -> Image.Image:
-    """A random part of a random image, enlarged where it is too small.
+def crop_background(rng: random.Random, size: Size, *, path: Path) -> Image.Image:
+    """A random part of an image, enlarged where it is too small.
 
     Raises:
-        ImageError: the chosen file cannot be used.
+        ImageError: the file cannot be used.
     """
-    path = rng.choice(files)
     try:
         image = decode_image(path)
     except ImageError as error:

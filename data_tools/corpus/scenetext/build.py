@@ -86,7 +86,7 @@ def build_scenes(output: Path, options: SceneOptions) -> dict[str, int]:
         DataError: no phrases, or Chinese ones and no font for them.
     """
     faces = _faces(options.fonts)
-    files = _backgrounds(options.backgrounds)
+    files = _backgrounds(options)
     dropped = Dropped()
     with new_folder(output, force=options.force) as folder:
         pool = _pool(options, folder=folder, dropped=dropped)
@@ -121,7 +121,7 @@ def draw_scene(
     *,
     pool: Pool,
     faces: Mapping[Script, list[Face]],
-    files: list[Path],
+    files: Mapping[Split, list[Path]],
     scripts: list[Script],
 ) -> tuple[Split, Pair] | None:
     """One picture and its record, or None where no phrase found room; follows from the number and the seed alone."""
@@ -133,8 +133,9 @@ def draw_scene(
     phrases = pool[split, script] or pool[split, next(other for other in scripts if pool[split, other])]
     wide = rng.randint(options.side // 2, options.side)
     size = (wide, min(options.side, max(options.side // 3, round(wide * rng.uniform(0.6, 1.4)))))
-    if files:
-        kind, image = "folder", crop_background(rng, size, files=files)
+    if options.backgrounds:
+        path = rng.choice(files[split])
+        kind, image = path.relative_to(options.backgrounds).as_posix(), crop_background(rng, size, path=path)
     else:
         kind, image = draw_background(rng, size)
     wanted = [rng.choice(phrases) for _ in range(rng.randint(1, MOST_ON_ONE))]
@@ -185,12 +186,19 @@ def _faces(given: list[Path]) -> dict[Script, list[Face]]:
     return {"latin": latin, "chinese": [face for face in faces if writes_chinese(face)]}
 
 
-def _backgrounds(folder: Path | None) -> list[Path]:
+def _backgrounds(options: SceneOptions) -> dict[Split, list[Path]]:
+    """The files of each split; a single one serves both."""
+    folder = options.backgrounds
     if folder is None:
-        return []
+        return {"train": [], "heldout": []}
     if not folder.is_dir():
         raise UsageError(f"--backgrounds {folder}: no such folder; give one with {', '.join(_IMAGES)} files")
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _IMAGES and path.is_file()]
     if not files:
         raise UsageError(f"--backgrounds {folder}: holds no {', '.join(_IMAGES)} file")
-    return files
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    held = choose_heldout(list(names), share=options.heldout, seed=options.seed)
+    return {
+        "train": [path for name, path in names.items() if name not in held],
+        "heldout": [path for name, path in names.items() if name in held] or files,
+    }

@@ -18,7 +18,7 @@ from data_tools.corpus.records import Form, Pair, Prompts, RecordWriter
 from data_tools.corpus.screens.browser import Browser, PageError, open_browser
 from data_tools.corpus.screens.page_source import shown_source
 from data_tools.corpus.scripts import script_of
-from data_tools.corpus.sources import Dropped, Kind, Source, choose_heldout, find_sources, load
+from data_tools.corpus.sources import Dropped, Kind, Source, find_sources, heldout_sources, load
 from megavl.config.errors import DataError
 
 KIND = Kind(suffixes={".html": "html", ".htm": "html"}, keys={"html": "html", "text": "html"})
@@ -77,7 +77,7 @@ async def _build(output: Path, options: ScreenOptions) -> dict[str, int]:
             chinese = next((source for source in sources if source.script == "chinese"), None)
             if chinese is not None and not any(writes_chinese(face) for face in faces):
                 raise DataError(f"{chinese.name}: is written in Chinese, and {NO_CHINESE_FONT}")
-            held = choose_heldout([source.key for source in sources], share=options.heldout, seed=options.seed)
+            held = heldout_sources(sources, share=options.heldout, seed=options.seed)
             writer = RecordWriter(folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped)
             with writer, tqdm(total=len(sources), unit="page", desc="screens", disable=None) as progress:
                 async for source, pair in _shots(sources, browser, options, characters, dropped):

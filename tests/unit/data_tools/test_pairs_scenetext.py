@@ -162,7 +162,9 @@ def test_given_backgrounds(tmp_path, capsys):
     assert build(tmp_path / "out", tmp_path / "text.txt", *options) == 0
     record = records(tmp_path / "out", "train")[0]
     red, green, _ = Image.open(tmp_path / "out" / record["image"]).resize((1, 1)).getpixel((0, 0))
-    assert record["background"] == "folder" and red > green
+    (heldout,) = records(tmp_path / "out", "heldout")
+    assert {record["background"], heldout["background"]} == {"large.png", "small.png"} and red > green
+    assert len({record["background"] for record in records(tmp_path / "out", "train")}) == 1
     (tmp_path / "photos/broken.png").write_bytes(b"no image")
     (tmp_path / "photos/large.png").unlink()
     (tmp_path / "photos/small.png").unlink()

@@ -6,7 +6,7 @@ import pytest
 
 from data_tools.corpus.records import in_order
 from data_tools.corpus.scripts import script_of
-from data_tools.corpus.sources import Dropped, Kind, choose_heldout, find_sources, load
+from data_tools.corpus.sources import Dropped, Kind, choose_heldout, find_sources, heldout_sources, load
 from megavl.config.errors import DataError, UsageError
 
 KIND = Kind(suffixes={".txt": "text", ".md": "markdown"}, keys={"markdown": "markdown", "text": "text"})
@@ -95,6 +95,21 @@ def test_the_heldout_share_is_exact_and_follows_content():
     assert len(held & choose_heldout([*keys, *(f"new {n}" for n in range(100))], share=0.05, seed=0)) >= 40
     assert [len(choose_heldout(keys[:count], share=0.05, seed=0)) for count in (0, 1, 2, 3, 30)] == [0, 0, 1, 1, 2]
     assert choose_heldout(keys, share=0.0, seed=0) == set()
+
+
+def test_pieces_of_one_document_stay_together(tmp_path):
+    """JSONL may hold a document in pieces; those that name one source are one in the split, under whatever name."""
+    for name in ("here", "there"):
+        records = [{"source": f"{name}/{n // 5}", "text": f"piece {n}"} for n in range(100)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    chosen = {}
+    for name in ("here", "there"):
+        sources, _ = found([tmp_path / f"{name}.jsonl"])
+        held = heldout_sources(sources, share=0.2, seed=0)
+        chosen[name] = {source.name.removeprefix(name) for source in sources if source.key in held}
+        assert len(chosen[name]) == 4 and len(held) == 20
+        assert not {source.name for source in sources if source.key not in held} & {name + n for n in chosen[name]}
+    assert chosen["here"] == chosen["there"]
 
 
 def test_scripts():
