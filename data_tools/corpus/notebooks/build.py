@@ -108,6 +108,8 @@ def take(source: Source, options: NotebookOptions, *, studio: Studio | None) -> 
         found.dropped.add("language", source.name, notebook.language)
         return found
     figures = _figures(notebook, source, studio=studio, dropped=found.dropped)
+    if not any(figures.values()) and not found.dropped.counts:
+        found.dropped.add("no_figure", source.name, "" if studio else "none is stored; --render draws them")
     for cell in notebook.cells:
         where = f"{source.name}, cell {cell.number}"
         images = figures.get(cell.number, [])

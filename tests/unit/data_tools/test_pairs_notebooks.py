@@ -119,6 +119,13 @@ def test_conversations_and_split(tmp_path):
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
 
 
+def test_notebooks_without_figures_are_named(tmp_path, capsys):
+    (tmp_path / "a.ipynb").write_text(notebook((CODE.format(n=1), [])))
+    assert build(tmp_path / "out", tmp_path / "a.ipynb") == 3
+    message = capsys.readouterr().err
+    assert "no_figure 1; a.ipynb: none is stored; --render draws them" in message and message.count("\n") == 1
+
+
 def test_old_and_foreign_notebooks():
     old = {
         "nbformat": 3,
