@@ -187,7 +187,9 @@ def _sam_json(tower: SamConfig, dtype: str) -> dict[str, Any]:
 def _image_processor_json(config: ModelConfig, stem: str) -> dict[str, Any]:
     side = config.siglip.image_size
     processor: dict[str, Any] = {
-        "image_processor_type": f"{stem}ImageProcessor",
+        # transformers 4.57 takes the slow classes unless told otherwise. With one tower these are exact; with two they
+        # pad with the wrong tower's colour, so the fast class is named (without torchvision it is the slow one still).
+        "image_processor_type": f"{stem}ImageProcessor" + ("" if config.sam is None else "Fast"),
         "processor_class": f"{stem}Processor",
         "do_convert_rgb": True,
         "do_resize": True,

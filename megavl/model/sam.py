@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from megavl.config.model import SamConfig
 from megavl.model.siglip import PatchEmbed, init_linear, run_block
 
+_QUERIES = 64
+"""Queries for which the CPU holds a bias to every key at once: at the published size 1 MiB a head."""
+
 
 class SamTower(nn.Module):
     """High-resolution features at the low-resolution grid; parameter names are the released checkpoint's."""
@@ -141,30 +144,57 @@ class _Attention(nn.Module):
 def _relative_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(D) + q Rh + q Rw) v without a bias matrix per head.
+    """softmax(q k / sqrt(D) + q Rh + q Rw) v without a bias matrix for all queries.
 
-    The bias of query (i, j) and key (i', j') is q . Rh[i - i'] + q . Rw[j - j'], with q unscaled. Its 2G values per
-    query become extra channels of q, and one-hot rows of i' and j' the matching channels of k, so that fused attention
-    computes the sum.
+    The bias of query (i, j) and key (i', j') is q . Rh[i - i'] + q . Rw[j - j'], with q unscaled: 2G values per query.
 
     Args:
         q, k, v: (I, heads, G*G, D).
         rel_h, rel_w: (2G - 1, D); row i - i' + G - 1.
+
+    Returns:
+        (I, heads, G*G, D).
     """
-    dim, grid = q.shape[-1], (rel_h.shape[0] + 1) // 2
+    grid = (rel_h.shape[0] + 1) // 2
     steps = torch.arange(grid, device=q.device)
     distance = steps[:, None] - steps[None, :] + grid - 1
     on_grid = q.unflatten(2, (grid, grid))  # (I, heads, G, G, D)
-    bias_h = torch.einsum("nhijd,ikd->nhijk", on_grid, rel_h[distance]).flatten(2, 3)  # (I, heads, G*G, G)
-    bias_w = torch.einsum("nhijd,jkd->nhijk", on_grid, rel_w[distance]).flatten(2, 3)
+    bias_h = torch.einsum("nhijd,ikd->nhijk", on_grid, rel_h[distance])  # (I, heads, G, G, G)
+    bias_w = torch.einsum("nhijd,jkd->nhijk", on_grid, rel_w[distance])
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias_h, bias_w))
+    # With gradients torch's fused attention takes no bias; on a GPU one large kernel is better than many small ones.
+    attend = _folded if tracked or q.is_cuda else _by_rows
+    return attend(q, k, v, bias_h, bias_w)
+
+
+def _folded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor
+) -> torch.Tensor:
+    """The biases become channels of q, and one-hot rows of i' and j' the matching channels of k."""
+    dim, grid = q.shape[-1], bias_h.shape[-1]
     one_hot = torch.eye(grid, dtype=k.dtype, device=k.device)
     rows = one_hot.repeat_interleave(grid, dim=0).expand(*k.shape[:2], -1, -1)
     columns = one_hot.repeat(grid, 1).expand(*k.shape[:2], -1, -1)
-    wide_q = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
+    wide_q = torch.cat([q * dim**-0.5, bias_h.flatten(2, 3), bias_w.flatten(2, 3)], dim=-1)
     wide_k = torch.cat([k, rows, columns], dim=-1)
     # Fused kernels want v as wide as q and k.
     wide_v = F.pad(v, (0, 2 * grid))
     return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)[..., :dim]
+
+
+def _by_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor
+) -> torch.Tensor:
+    """A few rows of the grid at a time, so that their bias stays in the processor's cache."""
+    grid = bias_h.shape[-1]
+    step = -(-_QUERIES // grid)
+    pieces = []
+    for start in range(0, grid, step):
+        rows = slice(start, start + step)
+        bias = bias_h[:, :, rows, :, :, None] + bias_w[:, :, rows, :, None, :]
+        queries = q.unflatten(2, (grid, grid))[:, :, rows].flatten(2, 3)
+        pieces.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias.flatten(2, 3).flatten(3)))
+    return torch.cat(pieces, dim=2)
 
 
 def split_windows(x: torch.Tensor, window: int) -> torch.Tensor:

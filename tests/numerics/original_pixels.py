@@ -36,12 +36,16 @@ def square(image: Image.Image, *, size: int, background: tuple[int, int, int]) -
     return result
 
 
+def background(config: ModelConfig) -> tuple[int, int, int]:
+    """Padding colour: the mean that the processor was given."""
+    red, green, blue = (int(value * 255) for value in (HALF if config.sam is None else CLIP_MEAN))
+    return red, green, blue
+
+
 def unit_pixels(images: Sequence[Image.Image], config: ModelConfig) -> torch.Tensor:
     """Squares as fp32 (I, 3, C, C) in [0, 1]."""
-    mean = HALF if config.sam is None else CLIP_MEAN
-    background = tuple(int(value * 255) for value in mean)
-    assert len(background) == 3
-    squares = [np.asarray(square(image, size=config.canvas_size, background=background)) for image in images]
+    size, colour = config.canvas_size, background(config)
+    squares = [np.asarray(square(image, size=size, background=colour)) for image in images]
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
 
 
