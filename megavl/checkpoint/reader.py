@@ -80,37 +80,39 @@ class LazyTensor:
 
     def load(self) -> torch.Tensor:
         """The whole tensor, on the CPU, in the stored type; reads its own bytes only."""
-        return self._read(0, self.shape[0]) if self.shape else self._read(0, 1)
+        return self._read(None)
 
-    def load_slice(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the first axis."""
-        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
-            raise IndexError(f"{self._key}: rows {start} to {stop} of shape {self.shape}")
-        return self._read(start, stop)
+    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> torch.Tensor:
+        """What lies between two indices of an axis; reads only the stored blocks that hold some of it."""
+        if not 0 <= axis < len(self.shape) or not 0 <= start <= stop <= self.shape[axis]:
+            raise IndexError(f"{self._key}: {start} to {stop} on axis {axis} of shape {self.shape}")
+        return self._read((axis, start, stop))
 
-    def _read(self, start: int, stop: int) -> torch.Tensor:
-        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+    def _read(self, window: tuple[int, int, int] | None) -> torch.Tensor:
+        low, high = [0] * len(self.shape), list(self.shape)
+        if window is not None:
+            axis, low[axis], high[axis] = window
+        shape = [stop - start for start, stop in zip(low, high)]
         if len(self._chunks) == 1 and prod(self._chunks[0].sizes) == prod(shape):
             return self._load(self._chunks[0]).detach().reshape(shape).contiguous()
         out = torch.empty(shape, dtype=self.dtype)
         for chunk in self._chunks:
-            self._copy(chunk, out, start, stop)
+            self._copy(chunk, out, low, high)
         return out
 
-    def _copy(self, chunk: _Chunk, out: torch.Tensor, start: int, stop: int) -> None:
+    def _copy(self, chunk: _Chunk, out: torch.Tensor, low: list[int], high: list[int]) -> None:
         stacked = self._layer is not None
         offsets, sizes = (chunk.offsets[1:], chunk.sizes[1:]) if stacked else (chunk.offsets, chunk.sizes)
-        low, high = (max(offsets[0], start), min(offsets[0] + sizes[0], stop)) if sizes else (0, 1)
-        if low >= high:
+        first = [max(offset, start) for offset, start in zip(offsets, low)]
+        last = [min(offset + size, stop) for offset, size, stop in zip(offsets, sizes, high)]
+        if any(start >= stop for start, stop in zip(first, last)):
             return
         value = self._load(chunk)
         if self._layer is not None:
             value = value[self._layer - chunk.offsets[0]]
-        if not sizes:
-            out.copy_(value)
-            return
-        inner = (slice(first, first + count) for first, count in zip(offsets[1:], sizes[1:], strict=True))
-        out[(slice(low - start, high - start), *inner)].copy_(value[low - offsets[0] : high - offsets[0]])
+        there = tuple(slice(start - begin, stop - begin) for start, stop, begin in zip(first, last, low))
+        here = tuple(slice(start - begin, stop - begin) for start, stop, begin in zip(first, last, offsets))
+        out[there].copy_(value[here])
 
     def _load(self, chunk: _Chunk) -> torch.Tensor:
         file = self._path / chunk.info.relative_path

@@ -23,7 +23,7 @@ from megavl.convert.table import (
     native_pool_keys,
     weight_rows,
 )
-from megavl.convert.weight_files import StoredTensors, open_folder
+from megavl.convert.weight_files import StoredTensor, StoredTensors, open_folder
 
 _DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names of buffers that old versions saved and that follow from the configuration."""
@@ -67,7 +67,7 @@ class FlatTensor:
     """A flat tensor put together from the tensors of a file when it is loaded."""
 
     row: WeightRow
-    parts: tuple[LazyTensor, ...]
+    parts: tuple[StoredTensor, ...]
 
     @property
     def shape(self) -> Sequence[int]:
@@ -82,6 +82,14 @@ class FlatTensor:
     def load(self) -> Tensor:
         """Read the parts and join them."""
         return self.row.transform.to_flat([part.load() for part in self.parts])
+
+    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> Tensor:
+        """Read what lies between two indices of an axis, of every part only what belongs there."""
+        transform = self.row.transform
+        if axis:
+            # Parts are joined along their rows, so columns are the same in all of them.
+            return transform.to_flat([part.load_slice(start, stop, axis=axis) for part in self.parts])
+        return transform.rows_to_flat([part.load_slice for part in self.parts], self.row.shape, start, stop)
 
 
 def flat_view(tensors: StoredTensors, *, config: ModelConfig, fmt: Format) -> dict[str, FlatTensor]:

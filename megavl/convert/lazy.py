@@ -48,6 +48,10 @@ class LoadedTensor:
         """The tensor itself."""
         return self.tensor
 
+    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> Tensor:
+        """What lies between two indices of an axis."""
+        return self.tensor.narrow(axis, start, stop - start)
+
 
 def require_exactly(
     expected: Mapping[str, Shape],

@@ -56,6 +56,11 @@ class PickleFile:
         tensor: Tensor = self._open()[name].detach().clone(memory_format=torch.contiguous_format)
         return tensor
 
+    def load_slice(self, name: str, start: int, stop: int, *, axis: int) -> Tensor:
+        """What lies between two indices of an axis, in memory of its own."""
+        part: Tensor = self._open()[name].detach().narrow(axis, start, stop - start)
+        return part.clone(memory_format=torch.contiguous_format)
+
     def _open(self) -> dict[Any, Any]:
         path = self.path
         try:

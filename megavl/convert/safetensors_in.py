@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,27 @@ class SafetensorsFile:
     def load(self, name: str) -> Tensor:
         """Values of one tensor, in memory of their own."""
         shape, dtype = self.describe(name)
-        tensor = torch.empty(shape, dtype=dtype)
-        first, last = self._header[name]["data_offsets"]
+        return self._read(name, torch.empty(shape, dtype=dtype), skip=0)
+
+    def load_slice(self, name: str, start: int, stop: int, *, axis: int) -> Tensor:
+        """What lies between two indices of an axis, in memory of its own; of rows, only their bytes are read."""
+        shape, dtype = self.describe(name)
+        if axis:
+            return self.load(name).narrow(axis, start, stop - start).clone(memory_format=torch.contiguous_format)
+        rows = torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        return self._read(name, rows, skip=start * prod(shape[1:]) * dtype.itemsize)
+
+    def _read(self, name: str, out: Tensor, *, skip: int) -> Tensor:
+        target = out.reshape(-1).view(torch.uint8).numpy().data
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self._start + first)
-                read = _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+                file.seek(self._start + self._header[name]["data_offsets"][0] + skip)
+                read = _fill(file, target)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read tensor {name!r} ({error})") from error
-        if read != last - first:
+        if read != len(target):
             raise CheckpointError(f"{self.path}: cannot read tensor {name!r}: the file has become shorter")
-        return tensor
+        return out
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,13 +5,16 @@ Legend: H decoder width, d channels of an attention head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megavl.convert.flat_names import Shape
+
+RowReader = Callable[[int, int], Tensor]
+"""Reads the rows from one index to another of a tensor of the file."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Copy:
         """Tensors of the file to the flat tensor."""
         (only,) = parts
         return only
+
+    def rows_to_flat(self, parts: Sequence[RowReader], flat: Shape, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the flat tensor of shape `flat`."""
+        (only,) = parts
+        return only(start, stop)
 
     def from_flat(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The flat tensor to the tensors of the file."""
@@ -45,6 +53,11 @@ class DropFirstAxis:
         (only,) = parts
         return only.unsqueeze(0)
 
+    def rows_to_flat(self, parts: Sequence[RowReader], flat: Shape, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the flat tensor of shape `flat`, which has but one."""
+        (only,) = parts
+        return only(0, flat[1]).unsqueeze(0)[start:stop]
+
     def from_flat(self, flat: Tensor) -> tuple[Tensor, ...]:
         """(1, ...) to (...)."""
         return (flat.squeeze(0),)
@@ -63,6 +76,12 @@ class StackRows:
     def to_flat(self, parts: Sequence[Tensor]) -> Tensor:
         """`parts` tensors (n, ...) to (parts x n, ...)."""
         return torch.cat(list(parts))
+
+    def rows_to_flat(self, parts: Sequence[RowReader], flat: Shape, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the flat tensor of shape `flat`."""
+        size = flat[0] // self.parts
+        spans = [(max(start - index * size, 0), min(stop - index * size, size)) for index in range(self.parts)]
+        return torch.cat([read(*span) for read, span in zip(parts, spans) if span[0] < span[1]])
 
     def from_flat(self, flat: Tensor) -> tuple[Tensor, ...]:
         """(parts x n, ...) to `parts` tensors (n, ...)."""
@@ -87,6 +106,13 @@ class InterleaveHeads:
         rows, columns = parts[0].shape
         by_head = [part.reshape(self.heads, rows // self.heads, columns) for part in parts]
         return torch.stack(by_head, dim=1).reshape(3 * rows, columns)
+
+    def rows_to_flat(self, parts: Sequence[RowReader], flat: Shape, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the flat tensor of shape `flat`; both lie between two heads."""
+        head = flat[0] // self.heads
+        assert start % head == 0 and stop % head == 0, f"rows {start} to {stop} cut a head of {head} rows"
+        several = InterleaveHeads((stop - start) // head)
+        return several.to_flat([read(start // 3, stop // 3) for read in parts])
 
     def from_flat(self, flat: Tensor) -> tuple[Tensor, ...]:
         """(3H, H) to q, k, v, each (H, H)."""

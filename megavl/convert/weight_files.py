@@ -41,6 +41,9 @@ class WeightFile(Protocol):
     def load(self, name: str) -> Tensor:
         """Values of one tensor, in memory of their own."""
 
+    def load_slice(self, name: str, start: int, stop: int, *, axis: int) -> Tensor:
+        """What lies between two indices of an axis of a tensor, in memory of its own."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -63,6 +66,10 @@ class StoredTensor:
     def load(self) -> Tensor:
         """Read the values."""
         return self.file.load(self.name)
+
+    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> Tensor:
+        """Read what lies between two indices of an axis."""
+        return self.file.load_slice(self.name, start, stop, axis=axis)
 
 
 class StoredTensors(Mapping[str, StoredTensor]):
