@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, overrides=arguments.overrides)
     # A wrong recipe is refused before torch and megatron-core are imported, which takes seconds.
     from megavl.parallel.groups import rank_from_env
+    from megavl.parallel.peers import is_communication
     from megavl.train.loop import train
     from megavl.train.watcher import Watcher
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     except MegaVLError as error:
         _leave(status, error.exit_code, str(error))
     except RuntimeError as error:
-        if not _is_communication(error):
+        if not is_communication(error):
             _leave_with_traceback(status, error)
         first = " ".join(str(error).split())[:300]
         _leave(
@@ -57,13 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
     if rank == 0:
         status.write(code, "pre-empted and saved" if code == EXIT_PREEMPTED else "finished")
     return code
-
-
-def _is_communication(error: BaseException) -> bool:
-    """Whether a collective failed: torch's own class (a RuntimeError), or gloo's plain one that names its source."""
-    text = str(error)
-    marks = ("gloo/", "Gloo", "Connection closed by peer", "Connection reset", "NCCL", "ProcessGroup", "Timed out")
-    return type(error).__name__.startswith("Dist") or any(mark in text for mark in marks)
 
 
 def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:
