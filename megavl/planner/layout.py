@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megavl.config.model import ModelConfig
 from megavl.config.recipe import Recipe
-from megavl.planner.blocks import decoder_layer_blocks, head_block, vision_blocks
+from megavl.planner.blocks import decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.cost import (
     active_parts,
     layer_recompute_flops,
@@ -123,6 +124,26 @@ def balance_layers(recipe: Recipe, *, images_per_sequence: float | None = None) 
     images = expected_images(recipe) if images_per_sequence is None else images_per_sequence
     costs = expected_costs(recipe, images_per_sequence=images)
     return split_layers(recipe.model.llm.num_layers, stages=recipe.parallel.pipeline, costs=costs)
+
+
+def balance_weights(model: ModelConfig, *, stages: int, tensor: int = 1) -> tuple[int, ...]:
+    """Decoder layers per pipeline stage for inference: the fullest rank holds as few weights as possible.
+
+    A token passes all stages one after the other, so an even split buys no speed; a stage must fit its device.
+
+    Args:
+        model: sizes.
+        stages: pipeline stages.
+        tensor: tensor-parallel ranks, over which everything but the encoders is divided.
+    """
+    layer = sum(block.parameters for block in decoder_layer_blocks(model.llm, tokens=0, attention_span=0))
+    vision = sum(block.parameters for block in vision_blocks(model))
+    costs = StageCosts(
+        layer=layer / tensor,
+        first=vision + embedding_block(model.llm).parameters / tensor,
+        last=head_block(model.llm, tokens=0).parameters / tensor,
+    )
+    return split_layers(model.llm.num_layers, stages=stages, costs=costs)
 
 
 def resolve_layout(recipe: Recipe) -> tuple[int, ...]:
