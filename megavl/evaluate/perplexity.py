@@ -16,7 +16,6 @@ from megavl.config.errors import NumericsError
 from megavl.config.presets import ImageGeometry
 from megavl.generate.prompt import read_canvases
 from megavl.model.attention import segments
-from megavl.model.decoder import use_transformer_engine
 from megavl.model.vl_model import DeepseekVL
 
 ROW_TOKENS = 2048
@@ -130,7 +129,7 @@ def _read_row(
     logits = model(
         tokens=torch.tensor([[token for piece in row for token in piece.ids]], device=device),
         images=canvases.to(device),
-        packed=segments(torch.tensor(borders, dtype=torch.int32), device=device, on_device=use_transformer_engine()),
+        packed=segments(torch.tensor(borders, dtype=torch.int32), device=device, on_device=False),
     )[0]  # (T, V)
     targets: list[int] = []
     positions: list[int] = []

@@ -1,80 +1,141 @@
-"""One sequence through the model: the prompt in one pass, then token by token with cached keys and values.
+"""Answers to many prompts: each prompt in one pass, then one token of every unfinished answer at a time.
 
-Legend: T tokens, I images, C canvas side in pixels, V vocabulary rows.
+A prompt runs alone and exactly as in training; answers share the matrix products of a step. A row that finishes is
+given to the next prompt, and the rows in use always stand first, so that nothing is computed for finished ones.
+
+Legend: I images, C canvas side in pixels, V vocabulary rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 
-from megavl.generate.sampling import Sampling, choose
+from megavl.generate.engine import Engine
+from megavl.generate.sampling import Sampling, choose, likeliest
 from megavl.model.vl_model import DeepseekVL
 
 GREEDY = Sampling()
 
 
-class CachedSequence:
-    """A sequence that grows; every call of `extend` adds its tokens."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and how it is answered; the same on every rank."""
 
-    def __init__(self, model: DeepseekVL, *, max_length: int) -> None:
-        """Reserve a cache of `max_length` tokens; `model` is a one-rank model in eval mode."""
-        assert not model.training, "the cache is used in eval mode only"
-        self.model = model
-        self._cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=max_length)
+    ids: Sequence[int]
+    images: torch.Tensor | None = None
+    """uint8 (I, 3, C, C) in the order of their places; read on the ranks of the first stage only."""
+    max_new_tokens: int
+    """Most tokens to give, at least 1."""
+    sampling: Sampling = GREEDY
 
-    @torch.no_grad()
-    def extend(self, ids: Sequence[int], *, images: torch.Tensor | None = None) -> torch.Tensor:
-        """Add tokens.
 
-        Args:
-            ids: the whole prompt in the first call, one token in every later one.
-            images: uint8 (I, 3, C, C) for the image positions among `ids`.
+@dataclass(kw_only=True)
+class _Answer:
+    """An unfinished answer; its place in the list of answers is its row in the cache."""
 
-        Returns:
-            (V,) logits of the token that follows.
-        """
-        weight = next(self.model.parameters())
-        tokens = torch.tensor([list(ids)], dtype=torch.int64, device=weight.device)
-        if images is None:
-            images = torch.zeros((0, 3, 1, 1), dtype=torch.uint8)
-        logits = self.model(tokens=tokens, images=images.to(weight.device), packed=None, cache=self._cache)
-        self._cache.increment_sequence_len_offset(len(ids))
-        self._cache.enable_decode_mode()
-        last: torch.Tensor = logits[0, -1]
-        return last
+    number: int
+    request: Request
+    generator: torch.Generator
+    tokens: list[int] = field(default_factory=list)
+    present: set[int] = field(default_factory=set)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        return choose(logits, sampling=self.request.sampling, generator=self.generator, present=self.present)
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        self.present.add(token)
+
+    def ended(self, eos_id: int) -> bool:
+        return self.tokens[-1] == eos_id or len(self.tokens) == self.request.max_new_tokens
 
 
 def generate(
-    model: DeepseekVL,
-    ids: Sequence[int],
-    *,
-    images: torch.Tensor,
-    eos_id: int,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-) -> Iterator[int]:
-    """Tokens that follow a prompt, one by one; the end-of-sentence token is the last one when the model gives it.
+    model: DeepseekVL, requests: Iterable[Request], *, eos_id: int, rows: int = 1, length: int = 0
+) -> Iterator[tuple[int, int, bool]]:
+    """Tokens as they are chosen; the end-of-sentence token is an answer's last one when the model gives it.
 
     Args:
-        model: a one-rank model in eval mode.
-        ids: prompt.
-        images: uint8 (I, 3, C, C) in the order of their places.
-        eos_id: id that ends the answer.
-        max_new_tokens: most tokens to give.
-        sampling: how tokens are chosen.
+        model: this rank's stage, in eval mode; every rank must make the same call and read it to its end.
+        requests: prompts; one is fetched when a row is free for it.
+        eos_id: id that ends an answer.
+        rows: most answers under way at a time.
+        length: tokens of the longest prompt with its answer, where known: room for them is made at once.
+
+    Yields:
+        Number of the request, token, and whether it is the answer's last one.
 
     Raises:
         NumericsError: the model's logits are not finite.
     """
-    sequence = CachedSequence(model, max_length=len(ids) + max_new_tokens)
-    generator = sampling.generator()
-    logits = sequence.extend(ids, images=images)
-    for count in range(1, max_new_tokens + 1):
-        token = choose(logits, sampling=sampling, generator=generator)
-        yield token
-        if token == eos_id or count == max_new_tokens:
+    engine = Engine(model, rows=rows)
+    engine.cache.reserve(length)
+    waiting = enumerate(requests)
+    answers: list[_Answer] = []
+    while True:
+        fresh, logits = _start(engine, waiting, begun=len(answers), rows=rows)
+        yield from _choose(engine, fresh, logits, eos_id=eos_id)
+        answers += fresh
+        _drop_ended(engine, answers, eos_id=eos_id)
+        if answers:
+            found = engine.append([answer.tokens[-1] for answer in answers])
+            yield from _choose(engine, answers, found, eos_id=eos_id)
+            _drop_ended(engine, answers, eos_id=eos_id)
+        elif not fresh:
             return
-        logits = sequence.extend([token])
+
+
+def _start(
+    engine: Engine, waiting: Iterator[tuple[int, Request]], *, begun: int, rows: int
+) -> tuple[list[_Answer], torch.Tensor | None]:
+    """Read prompts into the free rows; the stages of a pipeline work on several of them at once."""
+    fresh: list[_Answer] = []
+    logits: list[torch.Tensor] = []
+    for row in range(begun, rows):
+        number, request = next(waiting, (-1, None))
+        if request is None:
+            break
+        engine.cache.reserve(len(request.ids) + request.max_new_tokens)
+        found = engine.extend(row, request.ids, images=request.images)
+        fresh.append(
+            _Answer(
+                number=number,
+                request=request,
+                generator=request.sampling.generator(),
+                present=set(request.ids),
+            )
+        )
+        if found is not None:
+            logits.append(found)
+    return fresh, torch.cat(logits) if logits else None
+
+
+def _choose(
+    engine: Engine, answers: Sequence[_Answer], logits: torch.Tensor | None, *, eos_id: int
+) -> Iterator[tuple[int, int, bool]]:
+    if not answers:
+        return
+
+    def pick() -> list[int]:
+        assert logits is not None, "the chooser is on the last stage"
+        if all(answer.request.sampling.plain for answer in answers):
+            return likeliest(logits)
+        return [answer.choose(row) for answer, row in zip(answers, logits, strict=True)]
+
+    tokens = engine.agree(pick, count=len(answers))
+    for answer, token in zip(answers, tokens):
+        answer.add(token)
+    for answer, token in zip(answers, tokens):
+        yield answer.number, token, answer.ended(eos_id)
+
+
+def _drop_ended(engine: Engine, answers: list[_Answer], *, eos_id: int) -> None:
+    for row in reversed(range(len(answers))):
+        if answers[row].ended(eos_id):
+            last = len(answers) - 1
+            engine.cache.move(last, row)
+            answers[row] = answers[last]
+            answers.pop()

@@ -1,7 +1,11 @@
-"""A MODEL argument: a MegaVL checkpoint, the directory that holds checkpoints, or a Hugging Face folder."""
+"""A model on disk, on this process or on the ranks that a launcher started.
+
+A model is a MegaVL checkpoint, the directory that holds checkpoints, or a Hugging Face folder in either format.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,17 +13,21 @@ from pathlib import Path
 
 import torch
 
+from megavl.checkpoint import agreement
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
-from megavl.config.errors import DataError
+from megavl.config.errors import DataError, UsageError
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.config.recipe import ParallelConfig
+from megavl.convert.flat_names import flat_shapes
 from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.generate.weights import LazyTensor, load_weights
-from megavl.model.build import build_model
+from megavl.model.build import build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
+from megavl.planner.layout import balance_weights, layout_string
 
+ALONE = ParallelConfig()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,8 +43,12 @@ class ModelSource:
     """Weights by flat name."""
 
 
-def find_model(path: str | Path) -> ModelSource:
+def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
     """Read sizes, tokenizer and list of weights.
+
+    Args:
+        path: see this module.
+        skip_hash: compare sizes of a checkpoint's files only, not their hashes.
 
     Raises:
         CheckpointError: nothing there, damaged, or not a DeepSeek-VL model.
@@ -49,39 +61,114 @@ def find_model(path: str | Path) -> ModelSource:
         tensors = flat_view(open_hf_tensors(path), config=config, fmt=fmt)
         tokenizer = open_tokenizer(path)
     else:
-        path = resolve(path)
+        path = resolve(path, skip_hash=skip_hash)
         config = load_model_config(path)
-        tensors = open_model_tensors(path)
+        tensors = open_model_tensors(path, skip_hash=skip_hash)
         tokenizer = open_tokenizer(_tokenizer_in(path / "tokenizer"))
     _check_tokenizer(tokenizer, config)
     return ModelSource(path=path, config=config, tokenizer=tokenizer, tensors=tensors)
 
 
+def find_model_on_every_rank(path: str | Path) -> ModelSource:
+    """`find_model`, ending alike on every rank; hashes are compared by rank 0 alone, before the others look."""
+    first: list[ModelSource] = []
+    agreement.on_rank_zero(lambda: first.append(find_model(path)))
+    agreement.on_every_rank(lambda: None if first else first.append(find_model(path, skip_hash=True)))
+    return first[0]
+
+
+def check_world(parallel: ParallelConfig) -> None:
+    """Compare the layout with the processes that were started.
+
+    Raises:
+        UsageError: their numbers differ.
+    """
+    world, wanted = groups.world_size_from_env(), parallel.tensor * parallel.pipeline
+    if world != wanted:
+        raise UsageError(
+            f"WORLD_SIZE is {world}, but tensor {parallel.tensor} x pipeline {parallel.pipeline} takes {wanted} "
+            f"processes; start {wanted} of them (torchrun --nproc-per-node {wanted}), or choose other sizes"
+        )
+
+
 @contextmanager
-def loaded(source: ModelSource, *, dtype: str | None = None) -> Iterator[DeepseekVL]:
-    """The model with its weights, in eval mode, in a world of one process that ends with the context.
+def world(parallel: ParallelConfig) -> Iterator[None]:
+    """The processes of a launcher, or this one, as tensor x pipeline ranks.
+
+    After an error among several ranks they are not waited for: the process must end.
+    """
+    check_world(parallel)
+    groups.start(parallel, seed=0)
+    several = agreement.world_size() > 1
+    if several and not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", agreement.world_size()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    try:
+        yield
+    except BaseException:
+        if not several:
+            groups.stop()
+        raise
+    groups.stop()
+
+
+@contextmanager
+def loaded(source: ModelSource, *, dtype: str | None = None, parallel: ParallelConfig = ALONE) -> Iterator[DeepseekVL]:
+    """The model with its weights, in eval mode, in a world that ends with the context.
 
     Args:
         source: from `find_model`.
         dtype: float32 or bfloat16; None means float32 on the CPU and bfloat16 on CUDA.
+        parallel: tensor x pipeline sizes and layout.
     """
-    alone = ParallelConfig()
-    groups.start(alone, seed=0)
-    try:
-        name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-        model = build_model(
-            source.config,
-            parallel=alone,
-            recompute=RecomputeConfig(),
-            layout=None,
-            dtype=_DTYPES[name],
-            train=(),
-            seed=0,
+    check_layout(source.config, parallel)
+    with world(parallel):
+        yield load_stage(source, dtype=dtype, parallel=parallel)
+
+
+def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Whether the model can be cut so.
+
+    Raises:
+        UsageError: naming the option and the size that do not fit.
+    """
+    llm = config.llm
+    for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
+        value = getattr(llm, name)
+        if value % parallel.tensor:
+            raise UsageError(f"tensor: {parallel.tensor} does not divide the model's {name} {value}; choose a divisor")
+    layout = parallel.layout
+    if layout != "auto" and (len(layout) != parallel.pipeline or sum(layout) != llm.num_layers):
+        raise UsageError(
+            f"layout: {','.join(map(str, layout))} does not share out {llm.num_layers} layers to {parallel.pipeline} "
+            "pipeline stages; give one number for each stage"
         )
-        load_weights(model, source.tensors, source=str(source.path))
-        yield model.eval()
-    finally:
-        groups.stop()
+
+
+def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConfig) -> DeepseekVL:
+    """This rank's stage with its weights, of which it reads no others, in eval mode; in a started world.
+
+    Raises:
+        CheckpointError: tensors that do not fit, on every rank.
+    """
+    layers = parallel.layout
+    if layers == "auto":
+        layers = balance_weights(source.config, stages=parallel.pipeline, tensor=parallel.tensor)
+    name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    model = build_to_generate(source.config, parallel=parallel, layout=layout_string(layers), dtype=_DTYPES[name])
+    at = groups.position()
+    agreement.on_every_rank(
+        lambda: load_weights(
+            model,
+            source.tensors,
+            source=str(source.path),
+            first_layer=sum(layers[: at.pp_rank]),
+            tensor_rank=at.tp_rank,
+            tensor_size=at.tp_size,
+            elsewhere=flat_shapes(source.config) if at.pp_size > 1 else (),
+        )
+    )
+    return model
 
 
 def _tokenizer_in(folder: Path) -> Path:

@@ -29,6 +29,8 @@ from megavl.data.template import (
 )
 from megavl.data.tokenizer import Tokenizer
 
+ImageSource = str | Path | Image.Image
+
 
 def prompt_pieces(
     text: str, *, images: int, template: Template = "deepseek", system: str = SYSTEM_PROMPT
@@ -46,14 +48,7 @@ def prompt_pieces(
     Raises:
         DataError: places and images differ in number, or the prompt is empty.
     """
-    places = text.count(IMAGE_TAG)
-    if not places:
-        text, places = IMAGE_TAG * images + text, images
-    if places != images:
-        raise DataError(
-            f"the prompt has {places} {IMAGE_TAG}, but {images} images are given; give one image for each place, "
-            "or leave the places out to put all images in front"
-        )
+    text = placed(text, images=images)
     if template == "deepseek":
         return inference_prompt([Turn(role="user", text=text)], system=system)
     start = [Piece(kind="bos")] if template == "plain" else []
@@ -62,6 +57,23 @@ def prompt_pieces(
     if not pieces:
         raise DataError("the prompt is empty; give text or an image, or a template that puts a token in front")
     return pieces
+
+
+def placed(text: str, *, images: int) -> str:
+    """A text with one `<image_placeholder>` for each image; without any, all images stand in front.
+
+    Raises:
+        DataError: places and images differ in number.
+    """
+    places = text.count(IMAGE_TAG)
+    if not places:
+        return IMAGE_TAG * images + text
+    if places != images:
+        raise DataError(
+            f"the prompt has {places} {IMAGE_TAG}, but {images} images are given; give one image for each place, "
+            "or leave the places out to put all images in front"
+        )
+    return text
 
 
 def encode_prompt(pieces: Sequence[Piece], *, tokenizer: Tokenizer, config: ModelConfig, room: int) -> list[int]:
@@ -77,22 +89,31 @@ def encode_prompt(pieces: Sequence[Piece], *, tokenizer: Tokenizer, config: Mode
         DataError: the prompt is too long for the model, or its text spells the image token.
     """
     ids = [int(token) for token in encode(pieces, tokenizer=tokenizer, image_tokens=config.image_tokens).ids]
-    limit = config.llm.max_position_embeddings
-    if len(ids) + room > limit:
-        raise DataError(
-            f"{len(ids)} prompt tokens and {room} after them exceed the model's {limit} positions; shorten the prompt "
-            "or ask for fewer tokens"
-        )
+    require_room(len(ids), room=room, config=config)
     return ids
 
 
-def read_canvases(paths: Sequence[str | Path], *, geometry: ImageGeometry) -> torch.Tensor:
-    """Image files as the first stage reads them: uint8 (I, 3, C, C).
+def require_room(tokens: int, *, room: int, config: ModelConfig) -> None:
+    """Whether a prompt and what follows it fit the model.
+
+    Raises:
+        DataError: they do not.
+    """
+    limit = config.llm.max_position_embeddings
+    if tokens + room > limit:
+        raise DataError(
+            f"{tokens} prompt tokens and {room} after them exceed the model's {limit} positions; shorten the prompt "
+            "or ask for fewer tokens"
+        )
+
+
+def read_canvases(sources: Sequence[ImageSource], *, geometry: ImageGeometry) -> torch.Tensor:
+    """Image files, or images in memory, as the first stage reads them: uint8 (I, 3, C, C).
 
     Raises:
         ImageError: a file is missing, damaged or not an image; the message names it.
     """
-    canvases = [canvas(_read_image(path), geometry=geometry) for path in paths]
+    canvases = [canvas(_read_image(source), geometry=geometry) for source in sources]
     if not canvases:
         return torch.zeros((0, 3, geometry.canvas_size, geometry.canvas_size), dtype=torch.uint8)
     return torch.from_numpy(np.stack(canvases))
@@ -103,7 +124,9 @@ def answer_text(ids: Sequence[int], *, tokenizer: Tokenizer) -> str:
     return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
 
 
-def _read_image(path: str | Path) -> Image.Image:
+def _read_image(path: ImageSource) -> Image.Image:
+    if isinstance(path, Image.Image):
+        return path.convert("RGB")
     try:
         return decode_image(path)
     except ImageError as error:

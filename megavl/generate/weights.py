@@ -1,8 +1,9 @@
-"""Weights by flat name into a one-rank model, one tensor at a time."""
+"""Weights by flat name into this rank's modules: its layers, and of each cut matrix its own rows or columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 """Transformer Engine keeps a layer's norms inside the projections that follow them."""
+_LAYERS = "language_model.decoder.layers."
 
 
 class LazyTensor(Protocol):
@@ -27,39 +29,100 @@ class LazyTensor(Protocol):
     def load(self) -> torch.Tensor:
         """Read it."""
 
+    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> torch.Tensor:
+        """Read what lies between two indices of an axis."""
 
-def flat_name(parameter: str) -> str:
-    """Flat name of a module's parameter."""
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a parameter is cut over tensor-parallel ranks: a rank holds its share of each of `blocks` equal blocks.
+
+    The gate and up projections of an MLP are two blocks in one matrix.
+    """
+
+    axis: int
+    blocks: int
+    rank: int
+    size: int
+
+
+def flat_name(parameter: str, *, first_layer: int = 0) -> str:
+    """Flat name of a module's parameter.
+
+    Args:
+        parameter: its name in the module.
+        first_layer: number of the decoder layer that this stage begins with.
+    """
+    if first_layer and parameter.startswith(_LAYERS):
+        number, _, rest = parameter.removeprefix(_LAYERS).partition(".")
+        parameter = f"{_LAYERS}{int(number) + first_layer}.{rest}"
     for fused, flat in _FUSED_NORMS.items():
         if parameter.endswith(fused):
             return parameter.removesuffix(fused) + flat
     return parameter
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, LazyTensor], *, source: str) -> None:
-    """Copy every weight into a model, cast to the model's type.
+def load_weights(
+    model: nn.Module,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    source: str,
+    first_layer: int = 0,
+    tensor_rank: int = 0,
+    tensor_size: int = 1,
+    elsewhere: Collection[str] = (),
+) -> None:
+    """Copy every weight of this rank into its modules, cast to the model's type.
 
     Args:
-        model: a one-rank model.
-        tensors: exactly the model's weights by flat name.
+        model: this rank's stage.
+        tensors: the whole model's weights by flat name.
         source: where they come from, for messages.
+        first_layer: number of the decoder layer that the stage begins with.
+        tensor_rank: this rank's place among the tensor-parallel ranks.
+        tensor_size: their number.
+        elsewhere: flat names of the weights that other stages may hold.
 
     Raises:
-        CheckpointError: a missing, unexpected or misshapen tensor.
+        CheckpointError: a missing, unexpected or misshapen tensor; nothing has been copied then.
     """
-    parameters = {flat_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {flat_name(name, first_layer=first_layer): p for name, p in model.named_parameters()}
     if missing := sorted(parameters.keys() - tensors.keys()):
         raise CheckpointError(f"{source}: {len(missing)} weights of the model are missing: {', '.join(missing[:3])}")
-    if unexpected := sorted(tensors.keys() - parameters.keys()):
+    if unexpected := sorted(tensors.keys() - parameters.keys() - set(elsewhere)):
         raise CheckpointError(
             f"{source}: {len(unexpected)} tensors are not the model's: {', '.join(unexpected[:3])}; "
             "is this another model's model.json or config.json?"
         )
+    cuts = {name: _cut(parameter, rank=tensor_rank, size=tensor_size) for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        if tuple(tensors[name].shape) != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(parameter.shape)}"
-            )
+        wanted = _whole_shape(parameter, cuts[name])
+        if tuple(tensors[name].shape) != wanted:
+            raise CheckpointError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model wants {wanted}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name].load())
+            parameter.copy_(_load(tensors[name], cuts[name]))
+
+
+def _cut(parameter: nn.Parameter, *, rank: int, size: int) -> Cut | None:
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    blocks = parameter.partition_stride  # type: ignore[attr-defined]
+    return Cut(axis=parameter.partition_dim, blocks=blocks, rank=rank, size=size)  # type: ignore[attr-defined]
+
+
+def _whole_shape(parameter: nn.Parameter, cut: Cut | None) -> tuple[int, ...]:
+    shape = list(parameter.shape)
+    if cut is not None:
+        shape[cut.axis] *= cut.size
+    return tuple(shape)
+
+
+def _load(tensor: LazyTensor, cut: Cut | None) -> torch.Tensor:
+    if cut is None:
+        return tensor.load()
+    block = tensor.shape[cut.axis] // cut.blocks
+    share = block // cut.size
+    starts = [index * block + cut.rank * share for index in range(cut.blocks)]
+    parts = [tensor.load_slice(start, start + share, axis=cut.axis) for start in starts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.axis)

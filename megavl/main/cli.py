@@ -15,7 +15,8 @@ _COMMANDS = {
     "train": "train one stage; run under torchrun or srun; resumes by itself",
     "plan": "layers, memory, FLOPs and bubble of a layout",
     "convert": "Hugging Face folders to MegaVL checkpoints and back",
-    "generate": "answer a prompt about images",
+    "generate": "answer prompts about images",
+    "chat": "talk with a model about images",
     "evaluate": "score multiple-choice tasks by perplexity",
     "inspect": "what a checkpoint holds, verified",
 }

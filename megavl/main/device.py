@@ -18,18 +18,24 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choose_device(name: str | None) -> None:
+def choose_device(name: str | None, *, ranks: int | None = None) -> None:
     """Settle on the CPU or on CUDA for this process.
 
     Args:
         name: cpu, cuda, or None for CUDA where it is found.
+        ranks: processes that the command takes, as its options say; None for a command that is always one process.
 
     Raises:
-        UsageError: CUDA is asked for and absent, or the command was started as one of several ranks.
+        UsageError: CUDA is asked for and absent, or another number of processes was started.
     """
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks not in ("", "1"):
-        raise UsageError(f"WORLD_SIZE is {ranks}, but this command is one process; start it without torchrun or srun")
+    started = os.environ.get("WORLD_SIZE") or "1"
+    if ranks is None and started != "1":
+        raise UsageError(f"WORLD_SIZE is {started}, but this command is one process; start it without torchrun or srun")
+    if ranks is not None and started != str(ranks):
+        raise UsageError(
+            f"WORLD_SIZE is {started}, but --tensor x --pipeline takes {ranks} processes; start {ranks} "
+            f"(torchrun --nproc-per-node {ranks} -m megavl ...), or choose sizes whose product is {started}"
+        )
     if name == "cpu":
         # CUDA reads the variable when devices are first counted, which importing megatron-core already does.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

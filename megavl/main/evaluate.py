@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.data.template import SYSTEM_PROMPT
     from megavl.evaluate.multiple_choice import evaluate_choices
     from megavl.evaluate.task import read_tasks
-    from megavl.main.open_model import find_model, loaded
+    from megavl.generate.open_model import find_model, loaded
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit: {arguments.limit} must be at least 1")

@@ -1,20 +1,44 @@
-"""`megavl generate MODEL --image F --prompt TEXT`."""
+"""`megavl generate MODEL --image F --prompt TEXT`, or `--prompts FILE.jsonl`; on one process or on several ranks."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from megavl.config.errors import UsageError
+from megavl.config.errors import MegaVLError, PeerError, UsageError
+from megavl.config.recipe import ParallelConfig
 from megavl.main.device import add_device_arguments, choose_device
+from megavl.main.sampling import add_sampling_arguments, sampling_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from megavl.generate.decode import Request
+    from megavl.generate.pretrained import Answer, Model, Processor
+    from megavl.generate.prompts_file import Prompt
+    from megavl.generate.sampling import Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="MegaVL checkpoint, directory of checkpoints, or HF folder")
-    parser.add_argument("--prompt", required=True, help="text; <image_placeholder> marks where an image stands")
+    parser.add_argument("--prompt", help="text; <image_placeholder> marks where an image stands")
     parser.add_argument(
         "--image", metavar="FILE", action="append", default=[], help="image file; repeat it for several images"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='many prompts, one {"prompt", "images", "system", "seed", "id"} a line; prints one JSON line for each',
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=8, help="answers under way at a time (default: %(default)s)"
     )
     parser.add_argument(
         "--template",
@@ -24,52 +48,197 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="default: %(default)s")
-    parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.0, help="draw tokens at this temperature; default: greedy"
-    )
-    parser.add_argument(
-        "--top-p", metavar="P", type=float, default=1.0, help="draw from the likeliest tokens that reach this share"
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    add_sampling_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line: prompt_tokens, token_ids, text")
+    parser.add_argument("--tensor", metavar="N", type=int, default=1, help="tensor-parallel ranks; start with torchrun")
+    parser.add_argument("--pipeline", metavar="N", type=int, default=1, help="pipeline stages; start with torchrun")
+    parser.add_argument(
+        "--layout", metavar="N,N", help="decoder layers per pipeline stage; default: so that weights are spread evenly"
+    )
     add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer a prompt; 0.
+    """Answer; 0. Among several ranks an error leaves at once, for others may be waiting."""
+    parallel = _parallel(arguments)
+    choose_device(arguments.device, ranks=parallel.tensor * parallel.pipeline)
+    if parallel.tensor * parallel.pipeline == 1:
+        return _answer(arguments, parallel)
+    from megavl.parallel.peers import is_communication
 
-    The prompt and its images are read before the weights, so that a mistake there is told at once.
-    """
-    choose_device(arguments.device)
-    from megavl.data.template import SYSTEM_PROMPT
-    from megavl.generate.decode import generate
-    from megavl.generate.prompt import answer_text, encode_prompt, prompt_pieces, read_canvases
-    from megavl.generate.sampling import Sampling
-    from megavl.main.open_model import find_model, loaded
+    rank = os.environ.get("RANK", "0")
+    try:
+        return _answer(arguments, parallel)
+    except MegaVLError as error:
+        _leave(error.exit_code, str(error) if rank == "0" or isinstance(error, PeerError) else "")
+    except RuntimeError as error:
+        if not is_communication(error):
+            traceback.print_exc()
+            _leave(1, "")
+        _leave(PeerError.exit_code, f"rank {rank} lost a peer: {' '.join(str(error).split())[:300]}")
+    except Exception:
+        traceback.print_exc()
+        _leave(1, "")
 
-    if arguments.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens: {arguments.max_new_tokens} must be at least 1")
-    sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
-    pieces = prompt_pieces(
-        arguments.prompt,
-        images=len(arguments.image),
-        template=arguments.template,
-        system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
-    )
-    source = find_model(arguments.model)
-    ids = encode_prompt(pieces, tokenizer=source.tokenizer, config=source.config, room=arguments.max_new_tokens)
-    images = read_canvases(arguments.image, geometry=source.config.image_geometry)
-    with loaded(source, dtype=arguments.dtype) as model:
-        eos_id = source.tokenizer.eos_id
-        tokens = list(
-            generate(
-                model, ids, images=images, eos_id=eos_id, max_new_tokens=arguments.max_new_tokens, sampling=sampling
-            )
-        )
-    text = answer_text(tokens, tokenizer=source.tokenizer)
-    if arguments.json:
-        print(json.dumps({"prompt_tokens": len(ids), "token_ids": tokens, "text": text}, ensure_ascii=False))
-    else:
-        print(text.strip() if arguments.template == "deepseek" else text)
+
+def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
+    for name in ("tensor", "pipeline", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UsageError("give either --prompt with one question, or --prompts with a file of them")
+    if arguments.prompts is not None and arguments.image:
+        raise UsageError("--image: it belongs to --prompt; the lines of --prompts name their own images")
+    layout: Literal["auto"] | tuple[int, ...] = "auto"
+    if arguments.layout is not None:
+        try:
+            layout = tuple(int(part) for part in arguments.layout.split(","))
+        except ValueError:
+            raise UsageError(f"--layout: {arguments.layout!r} is not a list of numbers such as 2,2") from None
+        if min(layout) < 0:
+            raise UsageError(f"--layout: {arguments.layout} has a stage of fewer than 0 layers")
+    return ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, layout=layout)
+
+
+def _answer(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
+    """Everything that can be wrong with the prompts is found before the weights are read."""
+    from megavl.checkpoint import agreement
+    from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
+    from megavl.generate.pretrained import Model, Processor
+
+    sampling = sampling_of(arguments)
+    with world(parallel):
+        source = find_model_on_every_rank(arguments.model)
+        check_layout(source.config, parallel)
+        processor = Processor(source.config, source.tokenizer)
+        prompts = agreement.on_rank_zero(lambda: _prompts(arguments))
+        ids = agreement.on_rank_zero(lambda: [_encode(arguments, processor, prompt) for prompt in prompts])
+        first = _canvases(processor, prompts[0])
+        model = Model(load_stage(source, dtype=arguments.dtype, parallel=parallel), processor)
+        requests = _requests(arguments, model, prompts, ids, first=first, sampling=sampling)
+        if arguments.prompts is not None:
+            length = max(map(len, ids)) + arguments.max_new_tokens
+            _print_all(arguments, model, requests, prompts, length=length)
+        elif arguments.json:
+            _print_one(model, requests)
+        else:
+            _print_stream(arguments, model, next(requests))
     return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    from pathlib import Path
+
+    from megavl.generate.prompts_file import Prompt, read_prompts
+
+    if arguments.prompts is not None:
+        return read_prompts(arguments.prompts)
+    images = tuple(map(Path, arguments.image))
+    return [Prompt(place="", text=arguments.prompt, images=images, system=None, seed=None, id=None)]
+
+
+def _encode(arguments: argparse.Namespace, processor: Processor, prompt: Prompt) -> list[int]:
+    from megavl.config.errors import DataError
+    from megavl.data.template import SYSTEM_PROMPT
+    from megavl.generate.prompt import prompt_pieces
+
+    systems = (prompt.system, arguments.system, SYSTEM_PROMPT)
+    system = next(text for text in systems if text is not None)
+    try:
+        pieces = prompt_pieces(prompt.text, images=len(prompt.images), template=arguments.template, system=system)
+        return processor.encode(pieces, room=arguments.max_new_tokens)
+    except DataError as error:
+        raise DataError(f"{prompt.place}: {error}" if prompt.place else str(error)) from error
+
+
+def _canvases(processor: Processor, prompt: Prompt) -> torch.Tensor:
+    """Images of a prompt on the ranks that encode them; a damaged one ends all ranks alike."""
+    from megavl.checkpoint import agreement
+    from megavl.config.errors import DataError
+    from megavl.parallel import groups
+
+    found: list[torch.Tensor] = []
+
+    def read() -> None:
+        try:
+            found.append(processor.read_images(prompt.images if groups.position().first_stage else ()))
+        except DataError as error:
+            raise DataError(f"{prompt.place}: {error}" if prompt.place else str(error)) from error
+
+    agreement.on_every_rank(read)
+    return found[0]
+
+
+def _requests(
+    arguments: argparse.Namespace,
+    model: Model,
+    prompts: Sequence[Prompt],
+    ids: Sequence[Sequence[int]],
+    *,
+    first: torch.Tensor,
+    sampling: Sampling,
+) -> Iterator[Request]:
+    """Requests, whose images are read when their turn comes; those of the first are there."""
+    from megavl.generate.decode import Request
+
+    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
+        yield Request(
+            ids=tokens,
+            images=_canvases(model.processor, prompt) if number else first,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling if prompt.seed is None else replace(sampling, seed=prompt.seed),
+        )
+
+
+def _print_all(
+    arguments: argparse.Namespace, model: Model, requests: Iterator[Request], prompts: Sequence[Prompt], *, length: int
+) -> None:
+    from tqdm import tqdm
+
+    answers = model.answers(requests, batch_size=min(arguments.batch_size, len(prompts)), length=length)
+    # On a terminal only, and on one rank; a file would fill with half lines.
+    quiet = None if _speaks() else True
+    with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=quiet) as bar:
+        tokens = 0
+        for prompt, answer in zip(prompts, answers):
+            row: dict[str, Any] = {} if prompt.id is None else {"id": prompt.id}
+            _say_json(row | _row(answer))
+            tokens += len(answer.token_ids)
+            bar.set_postfix_str(f"{tokens} tokens", refresh=False)
+            bar.update()
+
+
+def _print_one(model: Model, requests: Iterator[Request]) -> None:
+    (answer,) = model.answers(requests, batch_size=1)
+    _say_json(_row(answer))
+
+
+def _print_stream(arguments: argparse.Namespace, model: Model, request: Request) -> None:
+    for piece in model.stream(request, strip=arguments.template == "deepseek"):
+        _say(piece)
+    _say("\n")
+
+
+def _row(answer: Answer) -> dict[str, Any]:
+    return {"prompt_tokens": answer.prompt_tokens, "token_ids": answer.token_ids, "text": answer.text}
+
+
+def _say_json(row: dict[str, Any]) -> None:
+    _say(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if text and _speaks():
+        print(text, end="", flush=True)
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,7 +1,6 @@
-"""Core attention without Transformer Engine: over packed sequences, and over a key-value cache for inference.
+"""Core attention without Transformer Engine: over packed sequences, and over a key-value cache for generation.
 
-Legend: T tokens of the micro-batch, S new tokens and L all tokens of a cached sequence, B sequences, A attention heads
-of this rank, D channels per head.
+Legend: T tokens of the micro-batch, A attention heads of this rank, D channels per head.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn import functional as F
+
+from megavl.model.cache import Step
 
 
 @dataclass
@@ -65,6 +66,7 @@ class PackedAttention(nn.Module):
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
+        self.layer_number = layer_number
         self.scale = softmax_scale
 
     def forward(
@@ -75,19 +77,20 @@ class PackedAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Segments | Step | None = None,
     ) -> torch.Tensor:
         """Attend.
 
         Args:
-            query, key, value: (T, A, D), rotary embedding applied; without segments (S, B, A, D) against (L, B, A, D).
-            packed_seq_params: segment borders; None with a key-value cache.
+            query, key, value: (T, A, D), rotary embedding applied to segments, not applied to a step.
+            packed_seq_params: segment borders, or the new tokens of cached sequences.
 
         Returns:
-            (T, A, D); without segments (S, B, A * D).
+            (T, A, D).
         """
-        if packed_seq_params is None:
-            return self._cached(query, key, value)
+        if isinstance(packed_seq_params, Step):
+            return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.scale)
+        assert packed_seq_params is not None, "rows are always packed"
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, packed_seq_params)
         pieces = []
@@ -96,13 +99,6 @@ class PackedAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
             pieces.append(out[0].transpose(0, 1))
         return torch.cat(pieces)
-
-    def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        new, total = query.shape[0], key.shape[0]
-        assert new in (1, total), f"{new} tokens after {total - new}: only whole prompts and single tokens are cached"
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (B, A, L, D)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=new == total, scale=self.scale)
-        return out.permute(2, 0, 1, 3).flatten(2)
 
     def _varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Segments) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn

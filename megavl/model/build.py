@@ -93,6 +93,42 @@ def settle(module: nn.Module, *, dtype: torch.dtype) -> None:
         buffer.data = buffer.data.to(device=cpu_runtime.device())
 
 
+def build_to_generate(
+    model: ModelConfig, *, parallel: ParallelConfig, layout: str | None, dtype: torch.dtype
+) -> DeepseekVL:
+    """This rank's stage for inference, frozen and in eval mode; its weights are allocated and wait for their values.
+
+    Drawing random weights first would take a minute for the 7B, so the modules are made on the meta device.
+
+    Args:
+        model: sizes.
+        parallel: tensor x pipeline sizes; process groups must exist.
+        layout: megatron-core's layout string, None for one stage.
+        dtype: dtype of the weights.
+    """
+    config = transformer_config(model.llm, parallel=parallel, recompute=RecomputeConfig(), layout=layout, dtype=dtype)
+    config.perform_initialization = False
+    with torch.device("meta"):
+        stage = DeepseekVL(
+            config,
+            model,
+            pre_process=mpu.is_pipeline_first_stage(),
+            post_process=mpu.is_pipeline_last_stage(),
+            generates=True,
+        )
+    for module in stage.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=dtype, device=cpu_runtime.device())
+            real = torch.nn.Parameter(empty, requires_grad=False)
+            # megatron-core notes on the parameter along which axis it is cut.
+            vars(real).update(vars(parameter))
+            setattr(module, name, real)
+        for name, buffer in module.named_buffers(recurse=False):
+            assert not buffer.is_meta, f"{name} has no value on the meta device; name its device where it is made"
+            setattr(module, name, buffer.to(cpu_runtime.device()))
+    return stage.eval()
+
+
 def count_parameters_on_meta(model: ModelConfig) -> dict[str, int]:
     """Parameters of every group, from the whole model built on the meta device: no memory, whatever its size.
 

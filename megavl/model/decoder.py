@@ -17,6 +17,7 @@ from megavl.config.model import DecoderConfig
 from megavl.config.recipe import ParallelConfig, RecomputeConfig
 from megavl.model.attention import PackedAttention
 from megavl.model.norm import RMSNorm
+from megavl.model.projection import ColumnProjection, RowProjection
 
 try:
     from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
@@ -90,7 +91,13 @@ def transformer_config(
 
 
 def build_decoder(
-    config: TransformerConfig, llm: DecoderConfig, *, pre_process: bool, post_process: bool, vp_stage: int | None
+    config: TransformerConfig,
+    llm: DecoderConfig,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    generates: bool = False,
 ) -> GPTModel:
     """Embedding, decoder layers and head of this pipeline stage.
 
@@ -100,10 +107,11 @@ def build_decoder(
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the head.
         vp_stage: number among the stages of this pipeline rank; None without virtual stages.
+        generates: attention must read a key-value cache, which Transformer Engine's cannot.
     """
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, vp_stage=vp_stage),
+        transformer_layer_spec=_block_spec(config, vp_stage=vp_stage, generates=generates),
         vocab_size=llm.vocab_size,
         max_sequence_length=llm.max_position_embeddings,
         pre_process=pre_process,
@@ -118,14 +126,19 @@ def build_decoder(
     return model
 
 
-def _block_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, *, vp_stage: int | None, generates: bool) -> TransformerBlockSubmodules:
     """A full block spec: given only a layer spec, megatron-core picks the final norm by what is installed."""
     layer: ModuleSpec
-    if use_transformer_engine():
+    if use_transformer_engine() and not generates:
         layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
     else:
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if generates:
+            attention.linear_qkv, attention.linear_proj = ColumnProjection, RowProjection
+            mlp = layer.submodules.mlp.submodules
+            mlp.linear_fc1, mlp.linear_fc2 = ColumnProjection, RowProjection
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

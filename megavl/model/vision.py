@@ -35,7 +35,8 @@ class VisionTowers(nn.Module):
         self.sam = SamTower(config.sam, recompute=recompute) if config.sam else None
         for name, values in (("clip_mean", CLIP_MEAN), ("clip_std", CLIP_STD), ("siglip_mean_std", HALF)):
             # Stay fp32 in a bf16 model: `model.build` casts parameters only. Images are normalised in fp32, cast last.
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+            # Their device is named because generation builds the module on the meta device, which keeps no values.
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
     def encode(self, canvases: torch.Tensor, *, rerun: Collection[str] = ()) -> Features:
         """Run the towers.

@@ -1,17 +1,17 @@
 """DeepSeek-VL as one pipeline stage's module.
 
-Legend: T tokens of the micro-batch, I images, C canvas side in pixels, H hidden, V vocabulary.
+Legend: T tokens of the micro-batch, I images, C canvas side in pixels, H hidden, V vocabulary, R rows of a cache.
 """
 
 from __future__ import annotations
 
 import torch
-from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavl.config.model import ModelConfig
 from megavl.model.attention import Segments
+from megavl.model.cache import KeyValueCache, Step
 from megavl.model.decoder import build_decoder
 from megavl.model.first_stage import embed
 from megavl.model.image_placement import PLACEMENTS
@@ -31,14 +31,21 @@ class DeepseekVL(MegatronModule):
         recompute_vision: bool = False,
         placement: str = "recompute",
         vp_stage: int | None = None,
+        generates: bool = False,
     ) -> None:
+        """Build a stage; see `build_decoder` for `generates`."""
         super().__init__(config=config)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.placement = PLACEMENTS[placement]
         self.image_token_id = model.image_token_id
         self.vision = VisionEncoder(model, recompute=recompute_vision) if pre_process else None
         self.language_model = build_decoder(
-            config, model.llm, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            config,
+            model.llm,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            generates=generates,
         )
         # Read by megatron-core's schedules and gradient finalisation.
         self.model_type = self.language_model.model_type
@@ -57,24 +64,24 @@ class DeepseekVL(MegatronModule):
         *,
         tokens: torch.Tensor,
         images: torch.Tensor | Features,
-        packed: Segments | None,
+        packed: Segments | Step,
         labels: torch.Tensor | None = None,
         anchor: bool = False,
-        cache: BaseInferenceContext | None = None,
     ) -> torch.Tensor:
         """One micro-batch through this stage.
 
         Args:
             tokens: int64 (1, T).
             images: what the placement takes, e.g. uint8 (I, 3, C, C); read on the first stage only.
-            packed: segment borders over T; None with a cache.
+            packed: segment borders over T; or the rows of a cache that the tokens continue, with the model in eval
+                mode and without labels.
             labels: int64 (1, T); read on the last stage only.
             anchor: see `first_stage.embed`.
-            cache: keys and values of the tokens before these; the model must be in eval mode.
 
         Returns:
             Inner stages: hidden states (T, 1, H). Last stage: loss per token (1, T) with labels, logits (1, T, V)
-            without, V split over tensor-parallel ranks. With a cache: logits (1, 1, V) of the last token, V whole.
+            without, V split over tensor-parallel ranks. Last stage with a cache: logits (R, V) behind the last token
+            of each row, V whole.
         """
         decoder_input = None
         if self.vision is not None:
@@ -88,14 +95,37 @@ class DeepseekVL(MegatronModule):
                 anchor=anchor,
                 sequence_parallel=self.config.sequence_parallel,
             )
+        if isinstance(packed, Step):
+            return self._continue(decoder_input, packed)
         out: torch.Tensor = self.language_model(
-            None,
-            None,
-            None,
-            decoder_input=decoder_input,
-            labels=labels,
-            packed_seq_params=packed,
-            inference_context=cache,
-            runtime_gather_output=True if cache is not None else None,
+            None, None, None, decoder_input=decoder_input, labels=labels, packed_seq_params=packed
         )
+        return out
+
+    def new_cache(self, *, rows: int) -> KeyValueCache:
+        """An empty cache for the decoder layers of this stage.
+
+        Args:
+            rows: sequences that are decoded together.
+        """
+        config, weight = self.config, next(self.parameters())
+        return KeyValueCache(
+            rows=rows,
+            heads=config.num_attention_heads // config.tensor_model_parallel_size,
+            head_dim=config.kv_channels,
+            angles=self.language_model.rotary_pos_emb.get_emb,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def _continue(self, decoder_input: torch.Tensor | None, step: Step) -> torch.Tensor:
+        # Not through GPTModel.forward: it prepares rotary angles of whole rows, and logits at one place of all rows.
+        assert not self.training, "a cache is used in eval mode only"
+        hidden: torch.Tensor = self.language_model.decoder(
+            hidden_states=decoder_input, attention_mask=None, packed_seq_params=step
+        )
+        if not self.post_process:
+            return hidden
+        logits, _ = self.language_model.output_layer(step.last(hidden), runtime_gather_output=True)
+        out: torch.Tensor = logits[:, 0]
         return out

@@ -20,7 +20,8 @@ ARROWS = {
     "model": {"config", "parallel"},
     "checkpoint": {"config"},
     "convert": {"config"},
-    "generate": {"config", "data", "model", "parallel"},
+    # The library: opening a model takes its file formats, and the layout of its stages.
+    "generate": {"config", "planner", "parallel", "data", "model", "checkpoint", "convert"},
     "evaluate": {"config", "data", "model", "parallel", "generate"},
     "train": LIBRARY,
     "main": LIBRARY | {"train"},

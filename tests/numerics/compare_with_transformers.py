@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from megavl.config.errors import MegaVLError
 from megavl.config.model import ModelConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD
+from megavl.generate.open_model import find_model, loaded
 from megavl.generate.prompt import encode_prompt, prompt_pieces, read_canvases
-from megavl.main.open_model import find_model, loaded
 from megavl.model.attention import segments
 
 TOLERANCE = 1e-5

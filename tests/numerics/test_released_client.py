@@ -31,9 +31,9 @@ from megavl.data.image import canvas
 from megavl.data.template import Turn, conversation_pieces, encode
 from megavl.data.tokenizer import open_tokenizer
 from megavl.generate.decode import generate
+from megavl.generate.open_model import find_model, loaded
 from megavl.generate.prompt import encode_prompt, prompt_pieces
 from megavl.main.cli import main
-from megavl.main.open_model import find_model, loaded
 from megavl.model.attention import segments
 from tests.numerics.native_pair import TOLERANCE, random_tensors, relative_error
 from tests.numerics.original_pixels import random_picture

@@ -16,8 +16,8 @@ from megavl.convert.flat_names import flat_shapes
 from megavl.convert.safetensors_in import SafetensorsFile
 from megavl.convert.verify import compare
 from megavl.convert.weight_files import open_file
+from megavl.generate.open_model import find_model, loaded
 from megavl.main.cli import main
-from megavl.main.open_model import find_model, loaded
 from megavl.model.adaptor import build_adaptor
 from megavl.model.attention import segments
 from tests.unit.convert import public_models

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -16,11 +17,11 @@ from tokenizers.models import BPE
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.config.recipe import ParallelConfig
 from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LoadedTensor
 from megavl.generate.weights import load_weights
-from megavl.model.build import build_model
+from megavl.model.build import build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 from tests.distributed.synthetic import random_weights
@@ -38,25 +39,19 @@ def flat_weights(preset: str) -> dict[str, LoadedTensor]:
 
 
 @contextmanager
-def built(preset: str) -> Iterator[DeepseekVL]:
-    """The model of a preset in a world of its own."""
-    alone = ParallelConfig()
-    groups.start(alone, seed=0)
+def built(preset: str, *, dtype: torch.dtype = torch.float32) -> Iterator[DeepseekVL]:
+    """The model of a preset, in a world of its own unless there is one."""
+    alone, first = ParallelConfig(), not dist.is_initialized()
+    if first:
+        groups.start(alone, seed=0)
     try:
         config = config_of(preset)
-        model = build_model(
-            config,
-            parallel=alone,
-            recompute=RecomputeConfig(),
-            layout=None,
-            dtype=torch.float32,
-            train=(),
-            seed=1,
-        )
+        model = build_to_generate(config, parallel=alone, layout=None, dtype=dtype)
         load_weights(model, flat_weights(preset), source="test")
-        yield model.eval()
+        yield model
     finally:
-        groups.stop()
+        if first:
+            groups.stop()
 
 
 def write_tokenizer(folder: Path) -> Path:

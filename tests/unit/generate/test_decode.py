@@ -1,13 +1,15 @@
-"""Decoding with cached keys and values against running everything again for each token."""
+"""Decoding with cached keys and values against running everything again, alone and in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
-from megavl.generate.decode import CachedSequence, generate
+from megavl.config.errors import NumericsError
+from megavl.generate.decode import Request, generate
+from megavl.generate.engine import Engine
 from megavl.generate.sampling import Sampling
 from megavl.model.attention import segments
 from megavl.model.vl_model import DeepseekVL
@@ -23,37 +25,149 @@ def model(request: pytest.FixtureRequest) -> Iterator[DeepseekVL]:
         yield built
 
 
-def prompt(model: DeepseekVL, *, images: int) -> tuple[list[int], torch.Tensor]:
-    config, generator = models.config_of(model.preset), torch.Generator().manual_seed(3)
-    ids = [0, *torch.randint(4, 1024, (9,), generator=generator).tolist()]
+def prompt(model: DeepseekVL, *, images: int, text: int = 9, seed: int = 3) -> tuple[list[int], torch.Tensor]:
+    config, generator = models.config_of(model.preset), torch.Generator().manual_seed(seed)
+    ids = [0, *torch.randint(4, 1024, (text,), generator=generator).tolist()]
     for _ in range(images):
         ids += [3] * config.image_tokens + torch.randint(4, 1024, (5,), generator=generator).tolist()
     side = config.canvas_size
     return ids, torch.randint(0, 256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
+def mixed(model: DeepseekVL) -> list[tuple[list[int], torch.Tensor]]:
+    """Prompts of five lengths with none to three images."""
+    kinds = [(0, 9), (2, 4), (1, 30), (3, 1), (0, 2)]
+    return [prompt(model, images=images, text=text, seed=i) for i, (images, text) in enumerate(kinds)]
+
+
+def forced(count: int, *, seed: int = 5) -> list[int]:
+    """Random tokens to go on with, for tiny random models repeat themselves when left alone."""
+    return torch.randint(4, 1024, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 @torch.no_grad()
-def logits_from_scratch(model: DeepseekVL, ids: list[int], images: torch.Tensor) -> torch.Tensor:
+def logits_from_scratch(model: DeepseekVL, ids: Sequence[int], images: torch.Tensor) -> torch.Tensor:
     packed = segments(torch.tensor([0, len(ids)], dtype=torch.int32), device=torch.device("cpu"), on_device=False)
-    return model(tokens=torch.tensor([ids]), images=images, packed=packed)[0, -1]
+    return model(tokens=torch.tensor([list(ids)]), images=images, packed=packed)[0, -1]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def answers(
+    model: DeepseekVL, requests: Sequence[Request], *, eos_id: int = NEVER, rows: int = 1, length: int = 0
+) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in requests]
+    ended = [False] * len(requests)
+    for number, token, last in generate(model, requests, eos_id=eos_id, rows=rows, length=length):
+        assert not ended[number]
+        found[number].append(token)
+        ended[number] = last
+    assert all(ended)
+    return found
+
+
+def answer(
+    model: DeepseekVL, ids: list[int], images: torch.Tensor, *, tokens: int, eos_id: int = NEVER, **how: Sampling
+) -> list[int]:
+    return answers(model, [Request(ids=ids, images=images, max_new_tokens=tokens, **how)], eos_id=eos_id)[0]
 
 
 @pytest.mark.parametrize("images", [0, 2])
 def test_cached_decoding_equals_full_recomputation(model, images, report_table):
     ids, pixels = prompt(model, images=images)
-    # Random tokens are forced in, for tiny random models repeat themselves when left alone.
-    forced = torch.randint(4, 1024, (12,), generator=torch.Generator().manual_seed(5)).tolist()
-    sequence = CachedSequence(model, max_length=len(ids) + 12)
-    logits, errors, chosen = sequence.extend(ids, images=pixels), [], set()
+    tokens = forced(12)
+    engine = Engine(model)
+    logits, errors, chosen = engine.extend(0, ids, images=pixels)[0], [], set()
     for count in range(12):
-        expected = logits_from_scratch(model, ids + forced[:count], pixels)
-        errors.append(float((logits - expected).abs().max() / expected.abs().max()))
+        expected = logits_from_scratch(model, ids + tokens[:count], pixels)
+        errors.append(relative(logits, expected))
         assert logits.argmax() == expected.argmax()
         chosen.add(int(logits.argmax()))
-        logits = sequence.extend(forced[count : count + 1])
+        logits = engine.append(tokens[count : count + 1])[0]
     report_table(["logits, cached against recomputed, relative", max(errors), "limit 1e-5"])
     assert all(error < 1e-5 for error in errors)
     assert len(chosen) > 1
+
+
+def test_several_tokens_after_a_prefix_equal_full_recomputation(model, report_table):
+    """A cut anywhere, also between the images; the cache grows on the way."""
+    ids, pixels = prompt(model, images=3)
+    image = models.config_of(model.preset).image_tokens
+    cuts = [0, 4, 10 + image, 13 + image, 15 + 2 * image, len(ids)]
+    engine, errors, seen = Engine(model), [], 0
+    for start, stop in zip(cuts, cuts[1:]):
+        new = ids[start:stop].count(3) // image
+        logits = engine.extend(0, ids[start:stop], images=pixels[seen : seen + new])[0]
+        seen += new
+        errors.append(relative(logits, logits_from_scratch(model, ids[:stop], pixels[:seen])))
+    report_table(["logits, read in five parts against recomputed, relative", max(errors), "limit 1e-5"])
+    assert seen == 3 and all(error < 1e-5 for error in errors)
+
+
+def test_a_batch_has_the_logits_of_single_sequences(model, report_table):
+    prompts, engine = mixed(model), Engine(model, rows=5)
+    continued = [forced(8, seed=row) for row in range(5)]
+    for row, (ids, pixels) in enumerate(prompts):
+        engine.extend(row, ids, images=pixels)
+    errors = []
+    for count in range(8):
+        logits = engine.append([tokens[count] for tokens in continued])
+        for row, (ids, pixels) in enumerate(prompts):
+            expected = logits_from_scratch(model, ids + continued[row][: count + 1], pixels)
+            errors.append(relative(logits[row], expected))
+    report_table(["logits, five sequences of five lengths against each alone, relative", max(errors), "limit 1e-5"])
+    assert all(error < 1e-5 for error in errors)
+
+
+def test_a_bf16_batch_follows_fp32(report_table):
+    """The cache of a bf16 model is fp32 on the CPU; rows of several lengths go through its own path."""
+    with models.built("tiny-hybrid") as exact, models.built("tiny-hybrid", dtype=torch.bfloat16) as short:
+        exact.preset = "tiny-hybrid"
+        found = []
+        for model in (exact, short):
+            engine = Engine(model, rows=5)
+            for row, (ids, pixels) in enumerate(mixed(exact)):
+                engine.extend(row, ids, images=pixels)
+            engine.append(forced(5))
+            engine.extend(1, forced(3), images=None)
+            found.append(engine.append(forced(5, seed=6)).float())
+    error = max(relative(a, b) for a, b in zip(found[1], found[0]))
+    report_table(["logits in bf16 against fp32, five sequences, relative", error, "limit 0.05"])
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+def test_a_batch_gives_what_single_runs_give(model, rows):
+    """Lengths, images, ends and settings differ; with 2 rows, later prompts take the rows of finished ones."""
+    kinds = [{}, {"temperature": 1.3, "seed": 4}, {"repetition_penalty": 1.4}, {"temperature": 2.0, "top_p": 0.9}, {}]
+    requests = [
+        Request(ids=ids, images=pixels, max_new_tokens=3 + 4 * number, sampling=Sampling(**kinds[number]))
+        for number, (ids, pixels) in enumerate(mixed(model))
+    ]
+    alone = [answers(model, [request])[0] for request in requests]
+    assert [len(tokens) for tokens in alone] == [3, 7, 11, 15, 19]
+    assert answers(model, requests, rows=rows) == alone
+    assert answers(model, requests, rows=rows, length=100) == alone
+    eos_id = alone[3][4]
+    ended = [tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens for tokens in alone]
+    assert ended != alone
+    assert answers(model, requests, rows=rows, eos_id=eos_id) == ended
+
+
+def test_finished_answers_are_not_computed(model, monkeypatch):
+    counts, append = [], Engine.append
+
+    def counted(self: Engine, tokens: Sequence[int]) -> torch.Tensor | None:
+        counts.append(len(tokens))
+        return append(self, tokens)
+
+    monkeypatch.setattr(Engine, "append", counted)
+    ids, pixels = prompt(model, images=0)
+    answers(model, [Request(ids=ids, images=pixels, max_new_tokens=n) for n in (1, 2, 4, 1, 3)], rows=3)
+    # The first row and then the fourth prompt end at once; the fifth takes the free row while the third goes on.
+    assert counts == [2, 2, 2]
 
 
 @pytest.mark.parametrize("images", [0, 2])
@@ -62,19 +176,18 @@ def test_greedy_tokens_are_those_of_full_recomputation(model, images):
     expected: list[int] = []
     for _ in range(12):
         expected.append(int(logits_from_scratch(model, ids + expected, pixels).argmax()))
-    assert list(generate(model, ids, images=pixels, eos_id=NEVER, max_new_tokens=12)) == expected
+    assert answer(model, ids, pixels, tokens=12) == expected
 
 
 def test_decoding_stops_behind_the_end_of_sentence(model):
     ids, pixels = prompt(model, images=1)
-    free = list(generate(model, ids, images=pixels, eos_id=NEVER, max_new_tokens=8))
-    stopped = list(generate(model, ids, images=pixels, eos_id=free[3], max_new_tokens=8))
-    assert stopped == free[: free.index(free[3]) + 1]
+    free = answer(model, ids, pixels, tokens=8)
+    assert answer(model, ids, pixels, tokens=8, eos_id=free[3]) == free[: free.index(free[3]) + 1]
 
 
 def test_the_picture_decides(model):
     ids, pixels = prompt(model, images=1)
-    seen, other = (CachedSequence(model, max_length=99).extend(ids, images=x) for x in (pixels, 255 - pixels))
+    seen, other = (Engine(model).extend(0, ids, images=x) for x in (pixels, 255 - pixels))
     assert float((seen - other).abs().max()) > 1e-3
 
 
@@ -82,12 +195,29 @@ def test_draws_depend_on_the_seed_alone(model):
     ids, pixels = prompt(model, images=1)
 
     def draw(seed: int) -> list[int]:
-        sampling = Sampling(temperature=1.5, seed=seed)
-        return list(generate(model, ids, images=pixels, eos_id=NEVER, max_new_tokens=8, sampling=sampling))
+        return answer(model, ids, pixels, tokens=8, sampling=Sampling(temperature=1.5, seed=seed))
 
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_a_repetition_penalty_sees_prompt_and_answer(model):
+    ids, pixels = prompt(model, images=1)
+    tokens = answer(model, ids, pixels, tokens=20, sampling=Sampling(repetition_penalty=1e6))
+    assert len(set(tokens)) == 20 and not set(tokens) & set(ids)
+
+
+def test_logits_that_are_not_finite(model):
+    ids, pixels = prompt(model, images=0)
+    weight = model.language_model.output_layer.weight
+    kept = weight[7].clone()
+    weight[7] = float("nan")
+    try:
+        with pytest.raises(NumericsError, match="not finite"):
+            answer(model, ids, pixels, tokens=2)
+    finally:
+        weight[7] = kept
+
+
 def test_only_the_last_position_gets_logits(model):
     ids, pixels = prompt(model, images=1)
-    assert CachedSequence(model, max_length=64).extend(ids, images=pixels).shape == (1024,)
+    assert Engine(model).extend(0, ids, images=pixels).shape == (1, 1024)

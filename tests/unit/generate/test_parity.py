@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import DeepseekVLForConditionalGeneration, DeepseekVLHybridForConditionalGeneration
 
 from megavl.config.presets import CLIP_MEAN, CLIP_STD
-from megavl.generate.decode import generate
+from megavl.generate.decode import Request, generate
 from megavl.generate.prompt import encode_prompt, prompt_pieces, read_canvases
 from megavl.model.attention import segments
 from tests.unit.generate import models
@@ -53,7 +53,8 @@ def test_logits_and_greedy_tokens(preset, tokenizer_dir, tokenizer, tmp_path, re
             found = model(tokens=torch.tensor([ids]), images=canvases, packed=packed)[0]
             errors.append(float((found - expected).abs().max() / expected.abs().max()))
             answer = reference.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
-            tokens = list(generate(model, ids, images=canvases, eos_id=tokenizer.eos_id, max_new_tokens=16))
+            request = Request(ids=ids, images=canvases, max_new_tokens=16)
+            tokens = [token for _, token, _ in generate(model, [request], eos_id=tokenizer.eos_id)]
             assert tokens == answer
     report_table([preset, "logits against transformers, relative", max(errors), f"limit {TOLERANCE:g}"])
     assert expected.std() > 0.1

@@ -7,9 +7,16 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from megavl.config.errors import NumericsError, UsageError
-from megavl.generate.sampling import Sampling, choose
+from megavl.generate.sampling import Sampling, candidates, choose, likeliest, penalised
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
@@ -18,6 +25,66 @@ def draws(sampling: Sampling, *, count: int = 4000) -> dict[int, float]:
     generator = sampling.generator()
     found = Counter(choose(LOGITS, sampling=sampling, generator=generator) for _ in range(count))
     return {token: number / count for token, number in sorted(found.items())}
+
+
+REFERENCE = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+}
+"""In the order in which transformers' generation applies them."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 1},
+        {"temperature": 1.3, "top_k": 40},
+        {"temperature": 1.0, "top_k": 5000},
+        {"temperature": 0.8, "top_p": 0.05},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.5, "top_k": 50, "top_p": 0.6},
+        {"repetition_penalty": 1.3, "temperature": 0.9, "top_k": 30, "top_p": 0.95},
+        {"repetition_penalty": 0.5, "temperature": 1.0},
+    ],
+    ids=str,
+)
+def test_the_distribution_is_that_of_transformers(settings, report_table):
+    generator = torch.Generator().manual_seed(1)
+    worst = 0.0
+    for _ in range(20):
+        logits = 4 * torch.randn(1000, generator=generator)
+        present = torch.randint(0, 1000, (60,), generator=generator)
+        processors = LogitsProcessorList(REFERENCE[name](value) for name, value in settings.items())
+        expected = processors(present[None], logits[None].clone())[0].double().softmax(-1)
+        found = torch.zeros(1000, dtype=torch.float64)
+        sampling = Sampling(**settings)
+        scores = penalised(logits, sampling=sampling, present=present.tolist())
+        probabilities, tokens = candidates(scores, sampling=sampling)
+        found[tokens] = probabilities / probabilities.sum()
+        assert torch.equal(found > 0, expected > 0)
+        worst = max(worst, float((found - expected).abs().max()))
+    report_table([str(settings), "probabilities against transformers", worst, "limit 1e-6"])
+    assert worst < 1e-6
+
+
+def test_a_repetition_penalty_also_steers_greedy_choices():
+    logits, present = torch.tensor([2.0, 3.0, -1.0, -0.5]), [1, 1]
+    processor = RepetitionPenaltyLogitsProcessor(2.0)
+    expected = int(processor(torch.tensor([present]), logits[None].clone()).argmax())
+    sampling = Sampling(repetition_penalty=2.0)
+    assert choose(logits, sampling=sampling, generator=sampling.generator(), present=present) == expected == 0
+
+
+def test_many_greedy_choices_at_once():
+    logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert likeliest(logits) == logits.argmax(-1).tolist()
+    for bad in (math.nan, math.inf, -math.inf):
+        logits[3, 7] = bad
+        with pytest.raises(NumericsError, match="not finite"):
+            likeliest(logits)
 
 
 def test_greedy_takes_the_first_of_the_likeliest():
@@ -47,7 +114,11 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
         ({"temperature": math.nan}, "--temperature: nan"),
         ({"temperature": 1.0, "top_p": 0.0}, "--top-p: 0.0"),
         ({"temperature": 1.0, "top_p": 1.5}, "--top-p: 1.5"),
-        ({"top_p": 0.9}, "give --temperature too"),
+        ({"top_p": 0.9}, "--top-p: it has no effect on greedy decoding; give --temperature too"),
+        ({"top_k": 5}, "--top-k: it has no effect"),
+        ({"temperature": 1.0, "top_k": -1}, "--top-k: -1"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty: 0.0"),
+        ({"repetition_penalty": math.inf}, "--repetition-penalty: inf"),
         ({"seed": -1}, "--seed: -1"),
     ],
 )

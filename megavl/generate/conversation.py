@@ -1,0 +1,114 @@
+"""A conversation whose earlier turns stay in the key-value cache.
+
+What a turn reads is always the prompt that the whole conversation would have from scratch. The cache is used as far as
+its tokens are that prompt's beginning, and the rest is read, so that a conversation answers as recomputation would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from itertools import takewhile
+
+import torch
+
+from megavl.data.template import SYSTEM_PROMPT, Turn, inference_prompt
+from megavl.generate.engine import Engine
+from megavl.generate.pretrained import Model
+from megavl.generate.prompt import ImageSource, placed
+from megavl.generate.sampling import Sampling, choose
+from megavl.generate.stream import TextStream
+
+
+class Conversation:
+    """Turns of a user and of a model that runs on this process alone."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        system: str = SYSTEM_PROMPT,
+        max_new_tokens: int = 512,
+        sampling: Sampling | None = None,
+    ) -> None:
+        """A conversation without turns.
+
+        Args:
+            model: who answers.
+            system: system text; empty for none.
+            max_new_tokens: most tokens of an answer.
+            sampling: how tokens are chosen; its seed begins the draws of all answers.
+        """
+        self.turns: list[Turn] = []
+        self.reused = 0
+        """Tokens of the latest prompt that were in the cache already."""
+        self._model, self._system, self._max_new_tokens = model, system, max_new_tokens
+        self._sampling = sampling or Sampling()
+        self._generator = self._sampling.generator()
+        self._engine = Engine(model.stage)
+        self._images = model.processor.read_images([])
+        self._cached: list[int] = []
+
+    def reset(self) -> None:
+        """Forget all turns."""
+        self.turns, self._images = [], self._images[:0]
+
+    def ask(self, text: str, images: Sequence[ImageSource] = ()) -> Generator[str, None, None]:
+        """The answer to a new turn, piece by piece, without white space around it.
+
+        A turn counts once its answer has begun, also when it is broken off: close the iterator, or interrupt it. A
+        turn that cannot be asked leaves the conversation as it was.
+
+        Args:
+            text: what the user says; `<image_placeholder>` marks where an image stands, else images stand in front.
+            images: files, or images in memory.
+
+        Raises:
+            DataError: places and images differ in number, an image cannot be read, or the conversation is too long.
+            NumericsError: the model's logits are not finite.
+        """
+        processor = self._model.processor
+        turns = [*self.turns, Turn(role="user", text=placed(text, images=len(images)))]
+        canvases = torch.cat([self._images, processor.read_images(images)])
+        prompt = processor.encode(inference_prompt(turns, system=self._system))
+        answer = TextStream(processor.tokenizer, strip=True)
+        try:
+            for token in self._tokens(prompt, canvases):
+                yield answer.add(token)
+            yield answer.end()
+        finally:
+            if answer.shown:
+                self.turns, self._images = [*turns, Turn(role="assistant", text=answer.shown)], canvases
+
+    def _tokens(self, prompt: list[int], canvases: torch.Tensor) -> Iterator[int]:
+        processor, engine = self._model.processor, self._engine
+        room = processor.config.llm.max_position_embeddings - len(prompt)
+        logits = self._read(prompt, canvases)
+        present = set(prompt)
+        for count in range(1, min(self._max_new_tokens, room) + 1):
+            token = choose(logits, sampling=self._sampling, generator=self._generator, present=present)
+            yield token
+            if token == processor.tokenizer.eos_id or count == min(self._max_new_tokens, room):
+                return
+            present.add(token)
+            logits = self._last(engine.extend(0, [token]))
+            self._cached.append(token)
+
+    def _read(self, prompt: list[int], canvases: torch.Tensor) -> torch.Tensor:
+        """Logits behind a prompt, of which only what is not in the cache is read; at least its last token."""
+        config = self._model.processor.config
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self._cached, prompt[:-1]))
+        kept = sum(1 for _ in same)
+        # An image is read as a whole.
+        seen, part = divmod(prompt[:kept].count(config.image_token_id), config.image_tokens)
+        kept -= part
+        self._engine.cache.truncate(0, kept)
+        self._cached = prompt[:kept]
+        logits = self._last(self._engine.extend(0, prompt[kept:], images=canvases[seen:]))
+        self._cached, self.reused = list(prompt), kept
+        return logits
+
+    @staticmethod
+    def _last(logits: torch.Tensor | None) -> torch.Tensor:
+        assert logits is not None, "a conversation runs on one process"
+        last: torch.Tensor = logits[0]
+        return last

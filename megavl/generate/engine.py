@@ -1,0 +1,98 @@
+"""The stages of a model as one: prompts and tokens in, logits out, whatever the layout of ranks.
+
+Every rank makes the same calls with the same tokens in the same order. A stage takes the hidden states of the one
+before it, and what the last stage chose is told to all.
+
+Legend: N tokens of a step, R rows (sequences), I images, C canvas side in pixels, H hidden, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
+
+from megavl.config.errors import NumericsError
+from megavl.model.cache import KeyValueCache, Step
+from megavl.model.vl_model import DeepseekVL
+from megavl.parallel import cpu_runtime
+
+_NOT_FINITE = -1
+"""Told in place of a token when logits are not finite, so that all ranks end alike."""
+
+
+class Engine:
+    """Cached sequences; row r holds the one that `extend` began there."""
+
+    def __init__(self, model: DeepseekVL, *, rows: int = 1) -> None:
+        """An empty cache over this rank's stage, which is in eval mode."""
+        self.model = model
+        self.cache: KeyValueCache = model.new_cache(rows=rows)
+        self._device = next(model.parameters()).device
+        self._dtype = model.config.params_dtype
+        ranks = dist.get_process_group_ranks(mpu.get_model_parallel_group())
+        self._alone = len(ranks) == 1
+        self._chooser = ranks[-mpu.get_tensor_model_parallel_world_size()]
+        self._nothing = torch.zeros((0, 3, 1, 1), dtype=torch.uint8, device=self._device)
+
+    def extend(self, row: int, ids: Sequence[int], *, images: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Add tokens to one sequence.
+
+        Args:
+            row: which.
+            ids: one token or more.
+            images: uint8 (I, 3, C, C) for the image positions among `ids`; needed on the first stage only.
+
+        Returns:
+            (1, V) logits of the token that follows; None on other stages than the last.
+        """
+        return self._run(self.cache.extend(row, len(ids)), ids, images=images)
+
+    def append(self, tokens: Sequence[int]) -> torch.Tensor | None:
+        """Add one token to each of the first R sequences.
+
+        Returns:
+            (R, V) logits of the tokens that follow; None on other stages than the last.
+        """
+        return self._run(self.cache.append(len(tokens)), tokens, images=None)
+
+    def agree(self, choose: Callable[[], list[int]], *, count: int) -> list[int]:
+        """`count` tokens that one rank of the last stage chooses, on every rank.
+
+        Raises:
+            NumericsError: on every rank, when the chooser met logits that are not finite.
+        """
+        if self._alone:
+            return choose()
+        message = torch.full((count,), _NOT_FINITE, dtype=torch.int64, device=self._device)
+        error: NumericsError | None = None
+        if dist.get_rank() == self._chooser:
+            try:
+                message.copy_(torch.tensor(choose()))
+            except NumericsError as caught:
+                error = caught
+        dist.broadcast(message, src=self._chooser, group=mpu.get_model_parallel_group())
+        tokens: list[int] = message.tolist()
+        if _NOT_FINITE in tokens:
+            raise error or NumericsError("the last stage met logits that are not finite")
+        return tokens
+
+    @torch.inference_mode()
+    def _run(self, step: Step, ids: Sequence[int], *, images: torch.Tensor | None) -> torch.Tensor | None:
+        model = self.model
+        if not model.pre_process:
+            shape = (step.tokens, 1, model.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+            recv_from_prev_pipeline_rank_(hidden)
+            model.set_input_tensor(hidden)
+        tokens = torch.tensor([list(ids)], dtype=torch.int64, device=self._device)
+        canvases = self._nothing if images is None or not model.pre_process else images.to(self._device)
+        with cpu_runtime.without_redirection():
+            out = model(tokens=tokens, images=canvases, packed=step)
+        if not model.post_process:
+            send_to_next_pipeline_rank(out.contiguous())
+        self.cache.advance(step)
+        return out if model.post_process else None

@@ -1,0 +1,52 @@
+"""Options that say how tokens are chosen, for the commands that write."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from megavl.config.errors import UsageError
+
+if TYPE_CHECKING:
+    from megavl.generate.sampling import Sampling
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--max-new-tokens`, and the fields of `Sampling`."""
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="draw tokens at this temperature; default: greedy"
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="draw from the likeliest tokens that reach this share"
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, default=0, help="draw from the K likeliest tokens; default: all"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        metavar="R",
+        type=float,
+        default=1.0,
+        help="above 1, tokens that prompt or answer hold already become less likely (default: %(default)s)",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the draws (default: %(default)s)")
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """The rule that the options give.
+
+    Raises:
+        UsageError: naming the option that cannot be used.
+    """
+    from megavl.generate.sampling import Sampling
+
+    if arguments.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens: {arguments.max_new_tokens} must be at least 1")
+    return Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+    )
