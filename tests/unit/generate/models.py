@@ -28,14 +28,16 @@ from tests.distributed.synthetic import random_weights
 
 BOS, EOS, PAD, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<image_placeholder>"
 PRESETS = ("tiny-hybrid", "tiny-siglip")
+TALKATIVE = {"tiny-hybrid": 2, "tiny-siglip": 0}
+"""Seeds of weights whose greedy answers in the chat format do not end in one repeated token."""
 
 
 def config_of(preset: str) -> ModelConfig:
     return load_model_config(preset)
 
 
-def flat_weights(preset: str) -> dict[str, LoadedTensor]:
-    return {name: LoadedTensor(tensor) for name, tensor in random_weights(config_of(preset))}
+def flat_weights(preset: str, *, seed: int = 0) -> dict[str, LoadedTensor]:
+    return {name: LoadedTensor(tensor) for name, tensor in random_weights(config_of(preset), seed=seed)}
 
 
 @contextmanager
@@ -73,16 +75,16 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_folder(preset: str, out: Path, *, tokenizer: Path, fmt: str) -> Path:
-    return write_hf(
-        out, config=config_of(preset), flat=flat_weights(preset), fmt=fmt, tokenizer_dir=tokenizer, dtype="float32"
-    )
+def write_folder(preset: str, out: Path, *, tokenizer: Path, fmt: str, seed: int = 0) -> Path:
+    config, flat = config_of(preset), flat_weights(preset, seed=seed)
+    return write_hf(out, config=config, flat=flat, fmt=fmt, tokenizer_dir=tokenizer, dtype="float32")
 
 
-def write_checkpoint(preset: str, out: Path, *, tokenizer: Path) -> Path:
+def write_checkpoint(preset: str, out: Path, *, tokenizer: Path, seed: int = 0) -> Path:
     """The checkpoint itself; `out` is its parent."""
     files = {f"tokenizer/{path.name}": path for path in tokenizer.iterdir()}
-    return write_model_checkpoint(out, config=config_of(preset), tensors=random_weights(config_of(preset)), files=files)
+    tensors = random_weights(config_of(preset), seed=seed)
+    return write_model_checkpoint(out, config=config_of(preset), tensors=tensors, files=files)
 
 
 def write_picture(path: Path, *, seed: int, size: tuple[int, int] = (120, 90)) -> Path:

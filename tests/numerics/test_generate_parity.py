@@ -1,0 +1,82 @@
+"""`megavl generate --json` on an exported folder against transformers' `generate` on the same folder, token for token.
+
+The prompt's ids come from the exported processor and chat template. Pixels are made by the original rule, because
+transformers' processor rounds the low-resolution image to 8 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from megavl.data.template import SYSTEM_PROMPT
+from megavl.generate.prompt import read_canvases
+from megavl.main.cli import main
+from tests.numerics.compare_with_transformers import pixel_tensors
+from tests.unit.generate import models
+
+CLASSES = {
+    "tiny-hybrid": transformers.DeepseekVLHybridForConditionalGeneration,
+    "tiny-siglip": transformers.DeepseekVLForConditionalGeneration,
+}
+PROMPTS = {
+    "text only": ("Which colour is it, and why?", 0),
+    "one image": ("<image_placeholder>which colour is the picture?", 1),
+    "three images": ("<image_placeholder>red or <image_placeholder>green, or is it <image_placeholder>blue?", 3),
+}
+TOKENS = 40
+
+
+@pytest.fixture(scope="module", params=models.PRESETS)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, transformers.PreTrainedModel]:
+    root = tmp_path_factory.mktemp(request.param)
+    tokenizer = models.write_tokenizer(root / "tokenizer")
+    seed = models.TALKATIVE[request.param]
+    folder = models.write_folder(request.param, root / "hf", tokenizer=tokenizer, fmt="native", seed=seed)
+    model = CLASSES[request.param].from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return request.param, folder, model
+
+
+def reference(
+    model: transformers.PreTrainedModel, folder: Path, preset: str, *, text: str, pictures: list[Path]
+) -> tuple[int, list[int]]:
+    """Number of prompt tokens and greedy tokens behind them."""
+    processor = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
+    parts = [{"type": "text", "text": text}]
+    chat = [{"role": "user", "content": parts}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert SYSTEM_PROMPT in prompt
+    images = [Image.open(path).convert("RGB") for path in pictures] or None
+    ids = processor(text=prompt, images=images, return_tensors="pt")["input_ids"]
+    config = models.config_of(preset)
+    pixels = pixel_tensors(read_canvases(pictures, geometry=config.image_geometry), config=config) if pictures else {}
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, **pixels, max_new_tokens=TOKENS, do_sample=False)
+    return ids.shape[1], out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_greedy_tokens_are_those_of_transformers(exported, name, tmp_path, capsys, report_table):
+    preset, folder, model = exported
+    text, images = PROMPTS[name]
+    sizes = [(120, 90), (90, 120), (64, 64)][:images]
+    pictures = [models.write_picture(tmp_path / f"{i}.png", seed=40 + i, size=size) for i, size in enumerate(sizes)]
+    words = [word for path in pictures for word in ("--image", str(path))]
+    tokens = ("--max-new-tokens", str(TOKENS))
+    assert main(["generate", str(folder), "--device", "cpu", "--prompt", text, *words, *tokens, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    prompt_tokens, expected = reference(model, folder, preset, text=text, pictures=pictures)
+    report_table([preset, name, f"{len(expected)} greedy tokens, {len(set(expected))} of them different"])
+    assert found["prompt_tokens"] == prompt_tokens
+    assert found["token_ids"] == expected
+    assert len(set(expected)) > 4
