@@ -107,7 +107,6 @@ def build_to_generate(
         dtype: dtype of the weights.
     """
     config = transformer_config(model.llm, parallel=parallel, recompute=RecomputeConfig(), layout=layout, dtype=dtype)
-    config.perform_initialization = False
     with torch.device("meta"):
         stage = DeepseekVL(
             config,

@@ -1,0 +1,148 @@
+"""`megavl generate` under torchrun gives the tokens of one process, whatever the layout (fp32, real gloo processes)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavl.main.cli import main
+from tests.tiny_run import environment, free_port
+from tests.unit.generate import models
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = ("--max-new-tokens", "24")
+LAYOUTS = {
+    "tp2": ("--tensor", "2"),
+    "pp2": ("--pipeline", "2"),
+    "pp2 0+4": ("--pipeline", "2", "--layout", "0,4"),
+    "tp2 pp2": ("--tensor", "2", "--pipeline", "2"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model on disk, questions for it, and what one process answers."""
+
+    models: dict[str, Path]
+    """Folder by kind."""
+    prompts: Path
+    pictures: list[Path]
+    answers: list[dict[str, Any]]
+    """To the lines of `prompts`, each asked alone."""
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    root = tmp_path_factory.mktemp(request.param)
+    tokenizer, seed = models.write_tokenizer(root / "tokenizer"), models.TALKATIVE[request.param]
+    folders = {
+        fmt: models.write_folder(request.param, root / fmt, tokenizer=tokenizer, fmt=fmt, seed=seed)
+        for fmt in ("native", "original")
+    }
+    folders["checkpoint"] = models.write_checkpoint(request.param, root / "run", tokenizer=tokenizer, seed=seed)
+    pictures = [models.write_picture(root / f"{i}.png", seed=40 + i) for i in range(3)]
+    questions = [
+        {"id": "text", "prompt": "Which colour is it, and why?"},
+        {"id": "one", "prompt": "which colour?", "images": ["0.png"]},
+        {"id": "three", "prompt": "<image_placeholder>red <image_placeholder>or <image_placeholder>?"}
+        | {"images": ["0.png", "1.png", "2.png"]},
+    ]
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+    answers = [alone(folders["native"], question, root=root) for question in questions]
+    return Family(models=folders, prompts=prompts, pictures=pictures, answers=answers)
+
+
+def alone(model: Path, question: dict[str, Any], *, root: Path) -> dict[str, Any]:
+    """One question to one process."""
+    images = [word for name in question.get("images", ()) for word in ("--image", str(root / name))]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        command = ["generate", str(model), "--device", "cpu", "--prompt", question["prompt"], *images]
+        assert main([*command, *TOKENS, "--json"]) == 0
+    answer: dict[str, Any] = json.loads(out.getvalue())
+    return answer
+
+
+def on_ranks(layout: str, model: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`megavl generate` on as many processes as the layout takes."""
+    options = LAYOUTS[layout]
+    processes = math.prod(int(value) for name, value in zip(options[::2], options[1::2]) if name != "--layout")
+    launcher = ("-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes))
+    port = ("--master-port", str(free_port()))
+    command = ("-m", "megavl", "generate", str(model), "--device", "cpu", *options, *words)
+    return subprocess.run(
+        [sys.executable, *launcher, *port, *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def answers_of(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+CASES = [
+    ("tiny-hybrid", "tp2", "native"),
+    ("tiny-hybrid", "pp2", "checkpoint"),
+    ("tiny-siglip", "tp2", "checkpoint"),
+    ("tiny-siglip", "pp2", "native"),
+    *(
+        pytest.param(preset, layout, kind, marks=pytest.mark.slow)
+        for preset, layout, kind in (
+            ("tiny-hybrid", "tp2", "checkpoint"),
+            ("tiny-hybrid", "pp2", "native"),
+            ("tiny-siglip", "tp2", "native"),
+            ("tiny-siglip", "pp2", "checkpoint"),
+            ("tiny-hybrid", "pp2 0+4", "original"),
+            ("tiny-hybrid", "tp2 pp2", "checkpoint"),
+            ("tiny-siglip", "tp2 pp2", "original"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "layout", "kind"), CASES, indirect=["family"])
+def test_tokens_do_not_depend_on_the_layout(family, layout, kind, report_table):
+    """Three prompts together, with no, one and three images; every answer is that of one process asked alone."""
+    found = answers_of(on_ranks(layout, family.models[kind], "--prompts", str(family.prompts), *TOKENS))
+    assert [row.pop("id") for row in found] == ["text", "one", "three"]
+    assert found == family.answers
+    different = [len(set(row["token_ids"])) for row in found]
+    report_table([kind, layout, f"24 tokens of each of 3 answers equal, of them different: {different}"])
+    assert min(different) > 2
+
+
+@pytest.mark.parametrize("family", ["tiny-hybrid"], indirect=True)
+def test_one_line_from_several_ranks(family):
+    """Single questions through the same door; only one rank speaks, whichever holds the logits."""
+    images = [word for path in family.pictures for word in ("--image", str(path))]
+    prompt = "<image_placeholder>red <image_placeholder>or <image_placeholder>?"
+    run = on_ranks("pp2", family.models["native"], "--prompt", prompt, *images, *TOKENS, "--json")
+    assert answers_of(run) == [family.answers[2]]
+
+
+@pytest.mark.parametrize("family", ["tiny-hybrid"], indirect=True)
+def test_a_mistake_is_told_once(family, tmp_path):
+    """The image belongs to the first stage alone, and the last one must not wait for it."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(family.pictures[0].read_bytes()[:200])
+    run = on_ranks("pp2", family.models["native"], "--prompt", "red", "--image", str(broken), *TOKENS)
+    told = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.returncode != 0 and run.stdout == ""
+    assert len(told) == 1 and str(broken) in told[0]
+    # torchrun's own report of the failure is a traceback; none may stand before it.
+    assert f'File "{ROOT}/megavl/' not in run.stderr
