@@ -6,6 +6,7 @@ its tokens are that prompt's beginning, and the rest is read, so that a conversa
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from itertools import takewhile
 
@@ -46,7 +47,8 @@ class Conversation:
         self._generator = self._sampling.generator()
         self._engine = Engine(model.stage)
         self._images = model.processor.read_images([])
-        self._cached: list[int] = []
+        self._cached: list[int | bytes] = []
+        """What the cache holds, as by `_keys`."""
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -96,16 +98,23 @@ class Conversation:
     def _read(self, prompt: list[int], canvases: torch.Tensor) -> torch.Tensor:
         """Logits behind a prompt, of which only what is not in the cache is read; at least its last token."""
         config = self._model.processor.config
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(self._cached, prompt[:-1]))
-        kept = sum(1 for _ in same)
+        keys = self._keys(prompt, canvases)
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._cached, keys[:-1])))
         # An image is read as a whole.
         seen, part = divmod(prompt[:kept].count(config.image_token_id), config.image_tokens)
         kept -= part
         self._engine.cache.truncate(0, kept)
-        self._cached = prompt[:kept]
+        self._cached = keys[:kept]
         logits = self._last(self._engine.extend(0, prompt[kept:], images=canvases[seen:]))
-        self._cached, self.reused = list(prompt), kept
+        self._cached, self.reused = keys, kept
         return logits
+
+    def _keys(self, prompt: list[int], canvases: torch.Tensor) -> list[int | bytes]:
+        """What tells the tokens of prompts apart: their ids, and at the places of an image a hash of its pixels."""
+        config = self._model.processor.config
+        hashes = (hashlib.sha256(canvas.numpy().data).digest() for canvas in canvases)
+        places = (one for one in hashes for _ in range(config.image_tokens))
+        return [next(places) if token == config.image_token_id else token for token in prompt]
 
     @staticmethod
     def _last(logits: torch.Tensor | None) -> torch.Tensor:

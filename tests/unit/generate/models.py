@@ -41,7 +41,7 @@ def flat_weights(preset: str, *, seed: int = 0) -> dict[str, LoadedTensor]:
 
 
 @contextmanager
-def built(preset: str, *, dtype: torch.dtype = torch.float32) -> Iterator[DeepseekVL]:
+def built(preset: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Iterator[DeepseekVL]:
     """The model of a preset, in a world of its own unless there is one."""
     alone, first = ParallelConfig(), not dist.is_initialized()
     if first:
@@ -49,7 +49,7 @@ def built(preset: str, *, dtype: torch.dtype = torch.float32) -> Iterator[Deepse
     try:
         config = config_of(preset)
         model = build_to_generate(config, parallel=alone, layout=None, dtype=dtype)
-        load_weights(model, flat_weights(preset), source="test")
+        load_weights(model, flat_weights(preset, seed=seed), source="test")
         yield model
     finally:
         if first:
