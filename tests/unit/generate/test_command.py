@@ -122,6 +122,21 @@ def test_bad_models(folders, tmp_path, capsys):
     assert str(mute) in refused(capsys)
 
 
+def test_a_prompt_longer_than_the_model(folders, picture, capsys):
+    assert ask(folders["checkpoint"], "--prompt", "red " * 5000) == 3
+    assert "exceed the model's 4096 positions" in refused(capsys)
+    assert ask(folders["native"], "--prompt", "red", "--max-new-tokens", "4096") == 3
+    assert "4096 after them exceed the model's 4096 positions" in refused(capsys)
+
+
+def test_a_tokenizer_without_the_image_token(folders, picture, tmp_path, capsys):
+    other = shutil.copytree(folders["native"], tmp_path / "other")
+    text = (other / "tokenizer.json").read_text().replace("<image_placeholder>", "<something_else>")
+    (other / "tokenizer.json").write_text(text)
+    assert ask(other, "--prompt", "red", "--image", str(picture)) == 3
+    assert f"{other / 'tokenizer.json'}: no <image_placeholder> token" in refused(capsys)
+
+
 def test_a_foreign_tokenizer(folders, tmp_path, capsys):
     other = shutil.copytree(folders["native"], tmp_path / "other")
     text = (other / "tokenizer.json").read_text().replace("<image_placeholder>", "<something_else>")
