@@ -82,6 +82,9 @@ def test_real_model_loads_strictly_and_is_read_back(written: Path, tmp_path: Pat
         assert torch.equal(found[name].load(), tensor), name
     fc1 = "language_model.decoder.layers.2.mlp.linear_fc1.weight"
     assert torch.equal(found[fc1].load_slice(100, 500), expected[fc1][100:500])
+    # Columns that begin on one tensor-parallel rank's part and end on the other's.
+    fc2 = fc1.replace("fc1", "fc2")
+    assert torch.equal(found[fc2].load_slice(100, 300, axis=1), expected[fc2][:, 100:300])
 
 
 def test_one_layer_is_read_without_the_others(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from megavl.config.errors import CheckpointError
@@ -108,13 +109,18 @@ def test_weights_of_other_stages_are_not_in_the_way():
         load_weights(layer, tensors, source="x", elsewhere=["another"])
 
 
-@pytest.mark.parametrize("form", ["native", "original", "checkpoint"])
+@pytest.mark.parametrize("form", ["native", "pickle", "original", "checkpoint"])
 def test_slices_are_parts_of_the_whole(form, tokenizer_dir, tmp_path):
     """Along both axes of every matrix that ranks share; heads are never cut."""
     if form == "checkpoint":
         source = find_model(models.write_checkpoint("tiny-hybrid", tmp_path / "c", tokenizer=tokenizer_dir))
     else:
-        source = find_model(models.write_folder("tiny-hybrid", tmp_path / "f", tokenizer=tokenizer_dir, fmt=form))
+        fmt = "native" if form == "pickle" else form
+        folder = models.write_folder("tiny-hybrid", tmp_path / "f", tokenizer=tokenizer_dir, fmt=fmt)
+        if form == "pickle":
+            torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        source = find_model(folder)
     matrices = [name for name, tensor in source.tensors.items() if len(tensor.shape) == 2 and "language" in name]
     assert len(matrices) == 2 + 4 * 4
     for name in matrices:

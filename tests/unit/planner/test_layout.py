@@ -1,6 +1,7 @@
 """The layer split against brute force, and its notation against megatron-core's own parser."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from megavl.config.recipe import (
     SourceConfig,
     TrainingConfig,
 )
+from megavl.convert.flat_names import flat_shapes
 from megavl.planner.blocks import vision_blocks
 from megavl.planner.layout import (
     StageCosts,
     balance_layers,
+    balance_weights,
     expected_costs,
     expected_images,
     layout_string,
@@ -151,3 +154,28 @@ def test_megatron_core_reads_the_layout(layers: list[int]) -> None:
     parsed.validate_layer_layout(sum(layers), 0)
     assert parsed.virtual_pipeline_model_parallel_size == 1
     assert [stage[0].count(LayerType.decoder) for stage in parsed.layout] == layers
+
+
+@pytest.mark.parametrize("preset", ["tiny-hybrid", "1b", "7b"])
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+def test_for_inference_the_fullest_rank_is_as_empty_as_it_can_be(preset: str, tensor: int) -> None:
+    """Against every split over two and three stages, counted from the names of the weights."""
+    model = load_model_config(preset)
+    sizes = {name: math.prod(shape) for name, shape in flat_shapes(model).items()}
+    vision = sum(size for name, size in sizes.items() if name.startswith("vision."))
+    layer = sum(size for name, size in sizes.items() if name.startswith("language_model.decoder.layers.0.")) / tensor
+    table = sizes["language_model.embedding.word_embeddings.weight"] / tensor
+
+    def fullest(layers: Sequence[int]) -> float:
+        held = [count * layer for count in layers]
+        held[0] += vision + table
+        held[-1] += table
+        return max(held)
+
+    total = model.llm.num_layers
+    every = {2: [(n, total - n) for n in range(total + 1)]}
+    every[3] = [(a, b, total - a - b) for a in range(total + 1) for b in range(total + 1 - a)]
+    for stages, splits in every.items():
+        found = balance_weights(model, stages=stages, tensor=tensor)
+        assert sum(found) == total and len(found) == stages
+        assert fullest(found) <= 1.0001 * min(map(fullest, splits))
