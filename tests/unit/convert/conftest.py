@@ -1,8 +1,7 @@
-"""A small tokenizer and transformers' own tiny models, saved as Hugging Face folders."""
+"""transformers' own tiny models, saved as Hugging Face folders."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,15 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
     DeepseekVLHybridConfig,
     DeepseekVLHybridForConditionalGeneration,
 )
-
-BOS, EOS, PAD, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<image_placeholder>"
 
 TEXT = {
     "hidden_size": 128,
@@ -50,26 +46,6 @@ HIGH_RES = {
     "global_attn_indexes": [1, 2],
     "output_channels": 16,
 }
-
-
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte-level BPE with BOS 0, EOS 1, padding 2 and the image token 3."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[BOS, EOS, PAD, IMAGE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["User: which colour is the square? Assistant: red\n\n"] * 20, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
 
 
 def build(name: str) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""A task on disk, with pictures, and the tokenizer of the tiny models."""
+"""A task on disk, with pictures."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from tests.unit.generate import models
 
 CHOICES = ["red", "green", "blue", "dark red", "dark green"]
-
-
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return open_tokenizer(tokenizer_dir)
 
 
 @pytest.fixture(scope="session")
