@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megavl.config.model import ModelConfig
-from megavl.generate.decode import generate
 from tests.numerics.intermediates import places, watching
 from tests.numerics.native_pair import EOS, TOLERANCE, native_pair, prompt_with_images, relative_error
 from tests.numerics.original_pixels import ODD_SIZES
 from tests.numerics.small_models import MODELS, TRUE_GRIDS
+from tests.unit.generate.models import greedy_tokens
 
 NEW_TOKENS = 12
 
@@ -24,7 +24,7 @@ def compare(config: ModelConfig, sizes, *, report_table, title: str, attention: 
             inner = errors()
         expected = pair.their_greedy_tokens(prompt, count=NEW_TOKENS)
         images = prompt.canvases(config.image_geometry)
-        tokens = list(generate(pair.ours, prompt.ids, images=images, eos_id=EOS, max_new_tokens=NEW_TOKENS))
+        tokens = greedy_tokens(pair.ours, prompt.ids, images=images, eos_id=EOS, count=NEW_TOKENS)
     worst = max(inner, key=lambda name: inner[name])
     stages = ("siglip", "sam", "adaptor", "decoder")
     peaks = {stage: [error for name, error in inner.items() if name.startswith(stage)] for stage in stages}

@@ -30,7 +30,6 @@ from megavl.convert.table import dead_tensors
 from megavl.data.image import canvas
 from megavl.data.template import Turn, conversation_pieces, encode
 from megavl.data.tokenizer import open_tokenizer
-from megavl.generate.decode import generate
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.prompt import encode_prompt, prompt_pieces
 from megavl.main.cli import main
@@ -38,7 +37,7 @@ from megavl.model.attention import segments
 from tests.numerics.native_pair import TOLERANCE, random_tensors, relative_error
 from tests.numerics.original_pixels import random_picture
 from tests.numerics.released_client import import_client, why_absent
-from tests.unit.generate.models import IMAGE, write_tokenizer
+from tests.unit.generate.models import IMAGE, greedy_tokens, write_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_absent() is not None, reason=str(why_absent()))]
 
@@ -198,7 +197,7 @@ def test_logits_and_greedy_tokens(export, released, report_table) -> None:
                 use_cache=True,
             )[0].tolist()
             eos = processor.tokenizer.eos_token_id
-            tokens = list(generate(ours, ids, images=images, eos_id=eos, max_new_tokens=NEW_TOKENS))
+            tokens = greedy_tokens(ours, ids, images=images, eos_id=eos, count=NEW_TOKENS)
             report_table(
                 f"{export.config.preset}, {prompt}: {shown}, limit {TOLERANCE:.0e}; {len(tokens)} greedy tokens equal"
             )

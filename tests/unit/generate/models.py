@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
 from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LoadedTensor
+from megavl.generate.decode import Request, generate
 from megavl.generate.weights import load_weights
 from megavl.model.build import build_to_generate
 from megavl.model.vl_model import DeepseekVL
@@ -54,6 +55,11 @@ def built(preset: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     finally:
         if first:
             groups.stop()
+
+
+def greedy_tokens(model: DeepseekVL, ids: Sequence[int], *, images: torch.Tensor, eos_id: int, count: int) -> list[int]:
+    request = Request(ids=ids, images=images, max_new_tokens=count)
+    return [token for _, token, _ in generate(model, [request], eos_id=eos_id)]
 
 
 def write_tokenizer(folder: Path) -> Path:
