@@ -105,12 +105,13 @@ def candidates(scores: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tenso
         Float64 probabilities (n,) and their tokens (n,), without those that a filter drops. With a filter the
         likeliest stands first.
     """
-    scores, tokens = scores / sampling.temperature, None
+    # The largest is 0, so that no temperature, however small, makes a score infinite that is not.
+    scores, tokens = (scores - scores.max()).double() / sampling.temperature, None
     if 0 < sampling.top_k < len(scores):
         least = scores.topk(sampling.top_k).values[-1]
         tokens = (scores >= least).nonzero().flatten()
         scores = scores[tokens]
-    probabilities = torch.softmax(scores.double(), dim=-1)
+    probabilities = torch.softmax(scores, dim=-1)
     if sampling.top_p < 1.0:
         probabilities, order = probabilities.sort(descending=True, stable=True)
         # A token stays while those before it have not reached the share; the first one always does.

@@ -146,3 +146,35 @@ def test_a_mistake_is_told_once(family, tmp_path):
     assert len(told) == 1 and str(broken) in told[0]
     # torchrun's own report of the failure is a traceback; none may stand before it.
     assert f'File "{ROOT}/megavl/' not in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny-hybrid"], indirect=True)
+def test_a_lost_peer_ends_the_other(family, tmp_path):
+    """Without torchrun, which would end it itself."""
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text('{"prompt": "red?"}\n' * 1000)
+    command = [sys.executable, "-W", "ignore", "-m", "megavl", "generate", str(family.models["native"])]
+    command += ["--device", "cpu", "--pipeline", "2", "--prompts", str(prompts), "--batch-size", "1", *TOKENS]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert json.loads(ranks[0].stdout.readline())["prompt_tokens"] > 0
+        ranks[0].kill()
+        _, told = ranks[1].communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[1].returncode == 7
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "lost a peer" in line and "Traceback" not in told

@@ -102,6 +102,11 @@ def test_temperature_sharpens():
     assert draws(Sampling(temperature=0.5)) == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-45, 5e-324])
+def test_any_temperature_above_0_gives_probabilities(temperature):
+    assert set(draws(Sampling(temperature=temperature))) == {1}
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.3, {1}), (0.41, {1, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})])
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
     assert set(draws(Sampling(temperature=1.0, top_p=top_p))) == kept
