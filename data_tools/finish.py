@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.commit import NewFile, sync_directory, write_file
-from data_tools.job import Job, Unit
+from data_tools.job import Job, Unit, tokenizer_at
 from data_tools.output import Output, UnitSummary
 from megavl.config.errors import DataError
 from megavl.data.index_file import ReadHandles
@@ -29,7 +29,6 @@ from megavl.data.manifest import (
 )
 from megavl.data.packing import Packs, pack
 from megavl.data.shard import Shard
-from megavl.data.tokenizer import open_tokenizer
 
 _EXAMPLES = 20
 """Rejected records that the report names per reason."""
@@ -81,7 +80,7 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
         packs=entry,
         text_packs=len(packs["text"]),
         multimodal_packs=len(packs["multimodal"]),
-        tokenizer=open_tokenizer(job.tokenizer).entry,
+        tokenizer=tokenizer_at(job.tokenizer).entry,
         geometry=geometry_entry(job.geometry),
         fingerprint="",
     )

@@ -10,8 +10,9 @@ import stat
 from dataclasses import dataclass
 
 from data_tools.image_map import ImageMap
-from data_tools.readers.record import MAX_IMAGE, Picture
+from data_tools.readers.record import MAX_IMAGE, Picture, Span
 from megavl.data.image import ImageError, ImageInfo, Verification, check_image, shrink
+from megavl.data.index_file import ReadHandles
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
@@ -30,6 +31,8 @@ class ImageSource:
 
     root: str
     """Folder that paths are relative to and may not leave."""
+    handles: ReadHandles
+    """Input files in which images lie."""
     image_map: ImageMap | None
     """Files of images that are named by address."""
     verify: Verification
@@ -66,9 +69,13 @@ class ImageSource:
         return LoadedImage(data=data, info=info)
 
     def _bytes(self, picture: Picture) -> bytes:
-        if picture.data is not None:
-            _check_size(len(picture.data))
-            return picture.data
+        data = picture.data
+        if isinstance(data, Span):
+            _check_size(data.size)
+            return self.handles.read(data.path, offset=data.start, size=data.size)
+        if data is not None:
+            _check_size(len(data))
+            return data
         return _inline(picture.name) if picture.name.startswith("data:") else self._read(self._mapped(picture.name))
 
     def _mapped(self, name: str) -> str:

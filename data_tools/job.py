@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from data_tools.readers.files import choose_format, container_of, divide_file
@@ -17,6 +18,7 @@ from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
 from megavl.data.image import Verification
 from megavl.data.manifest import FORMAT_VERSION, PackSettings, to_json
 from megavl.data.template import Template
+from megavl.data.tokenizer import Tokenizer, open_tokenizer
 
 _PARTS = 64
 """Shards of a run whose inputs are neither very small nor very large."""
@@ -136,6 +138,12 @@ def open_input(path: str, *, format: str, template: Template | None) -> Input:
         size=size,
         ends_sha256=digest.hexdigest(),
     )
+
+
+@lru_cache(maxsize=1)
+def tokenizer_at(path: str) -> Tokenizer:
+    """The tokenizer at a path, opened once per process: a large vocabulary takes half a second."""
+    return open_tokenizer(path)
 
 
 def plan_units(job: Job) -> list[Unit]:

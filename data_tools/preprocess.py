@@ -24,14 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from data_tools.engine import run_units  # noqa: E402
 from data_tools.finish import check_rejected, dry_run_report, finish  # noqa: E402
 from data_tools.image_map import open_image_map  # noqa: E402
-from data_tools.job import Job, open_input, plan_units  # noqa: E402
+from data_tools.job import Job, open_input, plan_units, tokenizer_at  # noqa: E402
 from data_tools.output import Output  # noqa: E402
 from data_tools.readers.formats import FORMATS  # noqa: E402
 from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
 from megavl.config.presets import IMAGE_PRESETS  # noqa: E402
 from megavl.data.image import MAX_ASPECT  # noqa: E402
 from megavl.data.template import SYSTEM_PROMPT  # noqa: E402
-from megavl.data.tokenizer import open_tokenizer  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -141,7 +140,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> Job:
-    tokenizer = open_tokenizer(options.tokenizer)
+    tokenizer = tokenizer_at(options.tokenizer)
     inputs = [open_input(path, format=options.format, template=options.template) for path in options.input]
     if options.image_map is None and any(item.format == "obelics" for item in inputs):
         raise UsageError(

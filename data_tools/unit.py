@@ -6,14 +6,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.image_map import open_image_map
 from data_tools.image_source import ImageSource, LoadedImage
-from data_tools.job import Input, Job, Unit
+from data_tools.job import Input, Job, Unit, tokenizer_at
 from data_tools.output import Output, UnitSummary
 from data_tools.readers.files import entries
 from data_tools.readers.formats import FORMATS
@@ -21,15 +20,15 @@ from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordE
 from data_tools.shard_writer import ShardIdentity, ShardWriter
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
+from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry, geometry_entry
 from megavl.data.template import Encoded, Piece, Turn, conversation_pieces, document_pieces, encode_batch
-from megavl.data.tokenizer import Tokenizer, open_tokenizer
 
 _BATCH = 256
 """Records tokenized together, at most."""
-_BATCH_BYTES = 32 << 20
+_BATCH_BYTES = 1 << 20
 """Input held in memory at a time, apart from the last record."""
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 
 
 @dataclass(kw_only=True)
@@ -80,9 +79,11 @@ class _Work:
         self.seen = 0
         self._job, self._unit = job, unit
         self._input: Input = job.inputs[unit.input]
-        self._tokenizer = _tokenizer(job.tokenizer)
+        self._tokenizer = tokenizer_at(job.tokenizer)
         self._tally = _Tally()
+        self._handles = ReadHandles(limit=4)
         self._source = ImageSource(
+            handles=self._handles,
             root=job.image_root if job.image_root is not None else str(Path(self._input.path).parent),
             image_map=open_image_map(job.image_map) if job.image_map is not None else None,
             verify=job.verify,
@@ -138,6 +139,8 @@ class _Work:
         return summary
 
     def discard(self) -> None:
+        """Close and remove what is not committed."""
+        self._handles.close()
         for writer in self._writers.values():
             writer.discard()
 
@@ -257,12 +260,14 @@ class _Work:
 
     def _source_entry(self) -> SourceEntry:
         stretch, digest = self._unit.stretch, hashlib.sha256()
-        with open(stretch.path, "rb") as stream:
+        # One buffer for all blocks: fresh memory for each would cost more than the reading.
+        block = memoryview(bytearray(min(_BLOCK, stretch.end - stretch.start)))
+        with open(stretch.path, "rb", buffering=0) as stream:
             stream.seek(stretch.start)
             left = stretch.end - stretch.start
-            while left and (block := stream.read(min(_BLOCK, left))):
-                digest.update(block)
-                left -= len(block)
+            while left and (count := stream.readinto(block[: min(_BLOCK, left)])):
+                digest.update(block[:count])
+                left -= count
         return SourceEntry(
             name=stretch.path,
             start=stretch.start,
@@ -277,11 +282,6 @@ def _refuse_empty_answers(turns: Sequence[Turn]) -> None:
     for number, turn in enumerate(turns, start=1):
         if turn.role == "assistant" and not turn.text.strip():
             raise DataError(f"turn {number} (assistant) is empty; fill it in, or leave it out with its question")
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return open_tokenizer(path)
 
 
 def _batches(items: Iterable[Entry]) -> Iterator[list[Entry]]:

@@ -15,7 +15,7 @@ from megavl.config.errors import DataError, UsageError
 MAGIC = b"PAR1"
 COLUMNS = ("image", "images", "text", "caption", "conversations", "messages", "texts")
 """All that is read; other columns cost nothing."""
-_BATCH_BYTES = 8 << 20
+_BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 256
 
 

@@ -38,14 +38,22 @@ class Entry(NamedTuple):
     """Bytes that it keeps in memory, roughly."""
 
 
+class Span(NamedTuple):
+    """Bytes inside an input file."""
+
+    path: str
+    start: int
+    size: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """One image of a record."""
 
     name: str
     """Path, address or data URL; a name for messages when the bytes are given."""
-    data: bytes | None = None
-    """The image file, where the record brings it along."""
+    data: bytes | Span | None = None
+    """The image file, or where it lies, when the record brings it along."""
     optional: bool = False
     """Left out when there is no file for it, instead of rejecting the record."""
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.readers.record import MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError
+from data_tools.readers.record import MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
 from data_tools.readers.stretches import Stretch
 from megavl.config.errors import DataError, UsageError
 
@@ -233,16 +233,17 @@ def _read(handle: int, group: _Group, *, path: str) -> Entry:
         if member.size > (MAX_IMAGE if image else MAX_RECORD):
             reason = "image_too_large" if image else "record_too_long"
             return Entry(group.number, RecordError(f"{_shown(member.name)}: {member.size} bytes", reason), 0)
+        if image:
+            # Read when its turn comes: one image at a time stays in the processor's cache.
+            images.append(Picture(name=_shown(member.name), data=Span(path, member.start, member.size)))
+            continue
         data = os.pread(handle, member.size, member.start)
         while len(data) < member.size and (more := os.pread(handle, member.size - len(data), member.start + len(data))):
             data += more
         if len(data) < member.size:
             raise DataError(f"{path}: has shrunk while it was read; leave the inputs alone and start again")
         size += len(data)
-        if image:
-            images.append(Picture(name=_shown(member.name), data=data))
-        else:
-            texts[suffix] = data
+        texts[suffix] = data
     return Entry(group.number, {"key": shown, "images": tuple(images), **texts}, size)
 
 
