@@ -7,10 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_tools.commit import NewFile, sync_directory, write_file
 from data_tools.job import Job, Unit, tokenizer_at
@@ -30,6 +32,7 @@ from megavl.data.manifest import (
 from megavl.data.packing import Packs, pack
 from megavl.data.shard import Shard
 
+Numbers = npt.NDArray[np.int32]
 _EXAMPLES = 20
 """Rejected records that the report names per reason."""
 
@@ -38,12 +41,35 @@ _EXAMPLES = 20
 class Samples:
     """Lengths and image counts of all samples, in the order of shards."""
 
-    lengths: list[int]
-    images: list[int]
-    shards: list[int]
-    """Shard row of each sample."""
-    numbers: list[int]
-    """Sample number inside its shard."""
+    lengths: Numbers
+    images: Numbers
+    shards: Numbers
+    """Samples of each shard."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Any, Any]]) -> Samples:
+        """From lengths and image counts, shard by shard."""
+        none = np.zeros(0, np.int32)
+        return cls(
+            lengths=np.concatenate([none, *(np.asarray(lengths, np.int32) for lengths, _ in parts)]),
+            images=np.concatenate([none, *(np.asarray(images, np.int32) for _, images in parts)]),
+            shards=np.array([len(lengths) for lengths, _ in parts], np.int32),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Members:
+    """Samples in the order of packs."""
+
+    samples: npt.NDArray[np.int64]
+    packs: npt.NDArray[np.int64]
+    """Pack of each."""
+
+    @classmethod
+    def of(cls, packs: Packs) -> _Members:
+        sizes = np.fromiter(map(len, packs), np.int64, len(packs))
+        samples = np.fromiter(chain.from_iterable(packs), np.int64, int(sizes.sum()))
+        return cls(samples=samples, packs=np.repeat(np.arange(len(packs)), sizes))
 
 
 def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str, Any]:
@@ -93,9 +119,7 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
 
 def dry_run_report(job: Job, units: Sequence[Unit], summaries: Sequence[UnitSummary]) -> dict[str, Any]:
     """The report of a run that wrote nothing."""
-    lengths = [length for summary in summaries for length in summary.lengths]
-    images = [count for summary in summaries for count in summary.images]
-    samples = Samples(lengths=lengths, images=images, shards=[], numbers=[])
+    samples = Samples.joined([(summary.lengths, summary.images) for summary in summaries])
     return build_report(job, units, summaries, samples=samples, packs=_pack(job, samples), examples={})
 
 
@@ -131,9 +155,9 @@ def build_report(
         "documents_cut": sum(summary.cut for summary in summaries),
         "images_without_file": sum(summary.images_without_file for summary in summaries),
         "samples": len(samples.lengths),
-        "tokens": sum(samples.lengths),
-        "images": sum(samples.images),
-        "image_tokens": sum(samples.images) * job.geometry.tokens,
+        "tokens": int(samples.lengths.sum(dtype=np.int64)),
+        "images": int(samples.images.sum(dtype=np.int64)),
+        "image_tokens": int(samples.images.sum(dtype=np.int64)) * job.geometry.tokens,
         **{modality: _sequences(job, samples, packs[modality]) for modality in MODALITIES},
         "rejected": {
             reason: {"count": count, "examples": examples.get(reason, [])} for reason, count in sorted(rejected.items())
@@ -163,31 +187,26 @@ def check_rejected(report: dict[str, Any], *, max_bad_frac: float, where: str) -
 
 
 def _sequences(job: Job, samples: Samples, packs: Packs) -> dict[str, Any]:
-    tokens = sum(samples.lengths[number] for members in packs for number in members)
-    images = [sum(samples.images[number] for number in members) for members in packs]
-    filler = sum(
-        samples.lengths[n] for members, held in zip(packs, images) if held for n in members if not samples.images[n]
-    )
-    room = len(packs) * job.seq_length
+    members = _Members.of(packs)
+    lengths, images = samples.lengths[members.samples], samples.images[members.samples]
+    held = np.bincount(members.packs, weights=images, minlength=len(packs))
+    filler = (images == 0) & (held[members.packs] > 0)
+    room, tokens = len(packs) * job.seq_length, int(lengths.sum(dtype=np.int64))
     return {
         "sequences": len(packs),
         "tokens": tokens,
         "fill": round(tokens / room, 6) if room else 0.0,
-        "images_per_sequence": round(sum(images) / len(packs), 4) if packs else 0.0,
-        "filler_tokens": filler,
+        "images_per_sequence": round(float(held.sum()) / len(packs), 4) if packs else 0.0,
+        "filler_tokens": int(lengths[filler].sum(dtype=np.int64)),
     }
 
 
 def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Samples:
-    samples = Samples(lengths=[], images=[], shards=[], numbers=[])
-    handles = ReadHandles()
-    for row, entry in enumerate(shard for summary in summaries for shard in summary.shards):
+    handles, parts = ReadHandles(), []
+    for entry in (shard for summary in summaries for shard in summary.shards):
         shard = Shard(directory, name=entry.name, handles=handles)
-        samples.lengths.extend(shard.tokens.lengths.tolist())
-        samples.images.extend(shard.samples.column("images").tolist())
-        samples.shards.extend([row] * len(shard.samples))
-        samples.numbers.extend(range(len(shard.samples)))
-    return samples
+        parts.append((shard.tokens.lengths, shard.samples.column("images")))
+    return Samples.joined(parts)
 
 
 def _pack(job: Job, samples: Samples) -> dict[Modality, Packs]:
@@ -202,17 +221,20 @@ def _pack(job: Job, samples: Samples) -> dict[Modality, Packs]:
 
 
 def _write_packs(directory: Path, samples: Samples, packs: dict[Modality, Packs]) -> FileEntry:
-    rows = []
-    number = 0
+    shards = np.repeat(np.arange(len(samples.shards)), samples.shards)
+    firsts = np.cumsum(samples.shards, dtype=np.int64) - samples.shards
+    rows = np.zeros(len(samples.lengths), PACK_ROW)
+    row = number = 0
     for kind, modality in enumerate(MODALITIES):
-        for members in packs[modality]:
-            rows += [
-                (number, kind, samples.shards[n], samples.numbers[n], samples.lengths[n], samples.images[n])
-                for n in members
-            ]
-            number += 1
+        members = _Members.of(packs[modality])
+        part = rows[row : row + len(members.samples)]
+        part["pack"], part["modality"] = members.packs + number, kind
+        part["shard"] = shards[members.samples]
+        part["sample"] = members.samples - firsts[part["shard"]]
+        part["tokens"], part["images"] = samples.lengths[members.samples], samples.images[members.samples]
+        row, number = row + len(part), number + len(packs[modality])
     out = io.BytesIO()
-    np.save(out, np.array(rows, PACK_ROW), allow_pickle=False)
+    np.save(out, rows, allow_pickle=False)
     return write_file(directory / "packs.npy", out.getvalue())
 
 

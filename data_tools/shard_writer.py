@@ -31,6 +31,8 @@ from megavl.data.manifest import (
     to_json,
 )
 
+_BLOCK_ROWS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIdentity:
@@ -57,9 +59,7 @@ class ShardWriter:
         self._tokens = NewFile(directory / f"{self.name}.tokens.bin")
         self._images = NewFile(directory / f"{self.name}.images.bin") if modality == "multimodal" else None
         self._lengths, self._image_sizes = array("i"), array("i")
-        self._samples: list[tuple[int, ...]] = []
-        self._spans: list[tuple[int, int]] = []
-        self._image_rows: list[tuple[int, ...]] = []
+        self._samples, self._spans, self._image_rows = _Rows(SAMPLE_ROW), _Rows(SPAN_ROW), _Rows(IMAGE_ROW)
         self._image_starts = array("q")
         self._stored: dict[tuple[tuple[int, int], ...], int] = {}
         self._slots = 0
@@ -83,7 +83,8 @@ class ShardWriter:
         self._lengths.append(len(ids))
         kind = MODALITIES.index(self._modality)
         self._samples.append((0, place, first, len(images), len(self._spans), len(spans), kind, zlib.crc32(data)))
-        self._spans += spans
+        for span in spans:
+            self._spans.append(span)
         self._slots += len(images)
         self._max_token = max(self._max_token, int(ids.max(initial=0)))
 
@@ -95,11 +96,11 @@ class ShardWriter:
             files += [
                 self._images.commit(),
                 self._write("images.idx", index_bytes(sizes, dtype="uint8")),
-                self._write("images.npy", _npy(self._image_rows, IMAGE_ROW)),
+                self._write("images.npy", self._image_rows.npy()),
             ]
         files += [
-            self._write("samples.npy", _npy(self._samples, SAMPLE_ROW)),
-            self._write("spans.npy", _npy(self._spans, SPAN_ROW)),
+            self._write("samples.npy", self._samples.npy()),
+            self._write("spans.npy", self._spans.npy()),
         ]
         sync_directory(self._directory)
         identity, tokens = self._identity, sum(self._lengths)
@@ -158,11 +159,31 @@ class ShardWriter:
         return all(self._images.read_back(start, len(image.data)) == image.data for start, image in zip(starts, images))
 
 
+class _Rows:
+    """A table under construction, as compact as its file: tuples alone would take ten times as much."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        self._blocks: list[npt.NDArray[np.void]] = []
+        self._open: list[tuple[int, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._blocks) * _BLOCK_ROWS + len(self._open)
+
+    def append(self, row: tuple[int, ...]) -> None:
+        """Add one row."""
+        self._open.append(row)
+        if len(self._open) == _BLOCK_ROWS:
+            self._blocks.append(np.array(self._open, self._dtype))
+            self._open = []
+
+    def npy(self) -> bytes:
+        """The table as an `.npy` file."""
+        out = io.BytesIO()
+        table = np.concatenate([*self._blocks, np.array(self._open, self._dtype)])
+        np.save(out, table, allow_pickle=False)
+        return out.getvalue()
+
+
 def _int32(values: array[int]) -> npt.NDArray[np.int32]:
     return np.frombuffer(values, np.int32) if values else np.zeros(0, np.int32)
-
-
-def _npy(rows: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> bytes:
-    out = io.BytesIO()
-    np.save(out, np.array(rows, dtype), allow_pickle=False)
-    return out.getvalue()

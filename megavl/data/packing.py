@@ -7,13 +7,17 @@ fills the gaps, and the rest of the text is packed alone. All placements are bes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 Packs = list[list[int]]
+Counts = Sequence[int] | npt.NDArray[np.int32]
 
 
 def pack(
-    lengths: Sequence[int], *, images: Sequence[int], seq_length: int, max_images: int, packed: bool = True
+    lengths: Counts, *, images: Counts, seq_length: int, max_images: int, packed: bool = True
 ) -> tuple[Packs, Packs]:
     """Divide samples into sequences.
 
@@ -27,63 +31,74 @@ def pack(
     Returns:
         Text packs and multimodal packs; a pack lists sample numbers in sequence order.
     """
-    assert all(0 < length <= seq_length for length in lengths), "preprocessing cuts or drops over-long samples"
-    assert all(0 <= count <= max_images for count in images), "preprocessing drops samples with too many images"
-    text = [number for number, count in enumerate(images) if not count]
-    pictures = [number for number, count in enumerate(images) if count]
+    tokens, slots = np.asarray(lengths, np.int32), np.asarray(images, np.int32)
+    assert ((tokens > 0) & (tokens <= seq_length)).all(), "preprocessing cuts or drops over-long samples"
+    assert ((slots >= 0) & (slots <= max_images)).all(), "preprocessing drops samples with too many images"
     if not packed:
-        return [[number] for number in text], [[number] for number in pictures]
-    bins = _Bins(seq_length)
-    for number in sorted(pictures, key=lambda n: (-images[n], -lengths[n], n)):
-        bins.place(number, lengths[number], slots=images[number], fresh_slots=max_images)
-    rest = bins.fill(sorted(text, key=lambda n: (-lengths[n], n)), lengths)
-    alone = _Bins(seq_length)
-    for number in rest:
-        alone.place(number, lengths[number], slots=0, fresh_slots=0)
+        return [[n] for n in np.flatnonzero(slots == 0).tolist()], [[n] for n in np.flatnonzero(slots).tolist()]
+    bins, alone = _Bins(seq_length, slots=max_images), _Bins(seq_length, slots=0)
+    for count, length, numbers in _alike(tokens, slots):
+        if not count:
+            numbers = bins.fill(numbers, length)
+        target = bins if count else alone
+        target.place(numbers, length, slots=count)
     return alone.packs, bins.packs
+
+
+def _alike(tokens: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> Iterator[tuple[int, int, list[int]]]:
+    """Images, tokens and numbers of the samples that are alike; most images first, then most tokens."""
+    order = np.lexsort((-tokens, -slots))
+    tokens, slots = tokens[order], slots[order]
+    borders = np.flatnonzero((np.diff(tokens, prepend=0) != 0) | (np.diff(slots, prepend=-1) != 0)).tolist()
+    for start, end in zip(borders, [*borders[1:], len(order)]):
+        yield int(slots[start]), int(tokens[start]), order[start:end].tolist()
 
 
 class _Bins:
     """Open packs, findable by free image slots and free tokens."""
 
-    def __init__(self, seq_length: int) -> None:
+    def __init__(self, seq_length: int, *, slots: int) -> None:
         self.packs: Packs = []
-        self._seq_length = seq_length
-        self._shelves: dict[int, _Shelf] = {}
+        self._seq_length, self._slots = seq_length, slots
+        self._shelves = [_Shelf() for _ in range(slots + 1)]
+        self._gaps: _Shelf | None = None
 
-    def place(self, number: int, length: int, *, slots: int, fresh_slots: int) -> None:
-        """Best fit: fewest free image slots first, then least free room; else a new pack."""
-        for free in range(slots, fresh_slots + 1):
-            shelf = self._shelves.get(free)
-            taken = shelf.take(length) if shelf else None
-            if taken is not None:
-                room, which = taken
-                break
-        else:
-            room, which, free = self._seq_length, len(self.packs), fresh_slots
-            self.packs.append([])
-        self.packs[which].append(number)
-        self._shelf(free - slots).put(room - length, which)
+    def place(self, numbers: list[int], length: int, *, slots: int) -> None:
+        """Best fit of samples alike, one by one: fewest free image slots first, then least free room; else a new pack.
 
-    def fill(self, numbers: Iterable[int], lengths: Sequence[int]) -> list[int]:
-        """Put samples without images into the gaps of existing packs; returns those that fit nowhere."""
-        gaps = _Shelf()
-        for free in sorted(self._shelves):
-            gaps.merge(self._shelves[free])
-        self._shelves = {}
-        rest = []
-        for number in numbers:
-            taken = gaps.take(lengths[number])
-            if taken is None:
-                rest.append(number)
-                continue
+        A pack that took one of them stays the best fit for the next as long as it has room, so it takes all that
+        it can at once.
+        """
+        done = 0
+        while done < len(numbers):
+            for free in range(slots, self._slots + 1):
+                taken = self._shelves[free].take(length)
+                if taken is not None:
+                    room, which = taken
+                    break
+            else:
+                room, which, free = self._seq_length, len(self.packs), self._slots
+                self.packs.append([])
+            count = min(room // length, free // slots) if slots else room // length
+            members = numbers[done : done + count]
+            done += len(members)
+            self.packs[which] += members
+            self._shelves[free - slots * len(members)].put(room - length * len(members), which)
+
+    def fill(self, numbers: list[int], length: int) -> list[int]:
+        """Put samples without images into the gaps, whatever image slots are free; returns those that fit nowhere."""
+        if self._gaps is None:
+            self._gaps = _Shelf()
+            for shelf in self._shelves:
+                self._gaps.merge(shelf)
+        done = 0
+        while done < len(numbers) and (taken := self._gaps.take(length)) is not None:
             room, which = taken
-            self.packs[which].append(number)
-            gaps.put(room - lengths[number], which)
-        return rest
-
-    def _shelf(self, free: int) -> _Shelf:
-        return self._shelves.setdefault(free, _Shelf())
+            members = numbers[done : done + room // length]
+            done += len(members)
+            self.packs[which] += members
+            self._gaps.put(room - length * len(members), which)
+        return numbers[done:]
 
 
 class _Shelf:
