@@ -26,7 +26,7 @@ from megavl.data.template import Encoded, Piece, Turn, conversation_pieces, docu
 
 _BATCH = 256
 """Records tokenized together, at most."""
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 256 << 10
 """Input held in memory at a time, apart from the last record."""
 _BLOCK = 1 << 20
 
