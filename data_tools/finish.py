@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ def build_report(
             records=summary.records, images=images, images_without_file=summary.images_without_file
         )
     return {
+        "tokenizer": os.path.abspath(job.tokenizer),
         "inputs": [
             {
                 "path": item.path,

@@ -1,0 +1,196 @@
+"""What one packed sequence holds, in a form for people: segments, pieces of text with their loss mask, images."""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavl.config.presets import ImageGeometry
+from megavl.data.dataset import Dataset, Member, PackedSequence, Source
+from megavl.data.image import FORMATS, ImageError, ImageFile, check_image, decode_image
+from megavl.data.index_file import ReadHandles
+from megavl.data.manifest import MODALITIES, Modality
+from megavl.data.tokenizer import Tokenizer
+
+THUMBNAIL = 176
+"""Longer side of a thumbnail, pixels."""
+_CONTEXT = 4
+"""Tokens before a piece that it is decoded with: some tokenizers drop the space at the beginning of a text."""
+_LONGEST_CHARACTER = 4
+"""Bytes of UTF-8, each of which may be a token of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image of a segment."""
+
+    title: str
+    """Size and format, or why it cannot be shown."""
+    thumbnail: bytes
+    """A small JPEG made here; empty when the image cannot be shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Neighbouring tokens that make whole characters, or one image."""
+
+    start: int
+    """First position in the sequence."""
+    ids: tuple[int, ...]
+    """Empty for an image."""
+    text: str
+    special: bool
+    supervised: bool
+    """Whether its positions count in the loss."""
+    picture: Picture | None = None
+    tokens: int = 1
+    """Positions that it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One sample."""
+
+    origin: str
+    tokens: int
+    supervised: int
+    images: int
+    damage: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackView:
+    """One packed sequence."""
+
+    number: int
+    modality: Modality
+    seq_length: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        return sum(segment.tokens for segment in self.segments)
+
+    @property
+    def supervised(self) -> int:
+        """Positions that count in the loss."""
+        return sum(segment.supervised for segment in self.segments)
+
+    @property
+    def images(self) -> int:
+        """Images of all segments."""
+        return sum(segment.images for segment in self.segments)
+
+
+class PackReader:
+    """Reads packed sequences of one dataset."""
+
+    def __init__(self, path: str | Path, *, tokenizer: Tokenizer | None) -> None:
+        """Open a dataset.
+
+        Args:
+            path: its folder.
+            tokenizer: the one that made it; without one, ids are shown.
+
+        Raises:
+            DataError: not a finished dataset, or a damaged one.
+        """
+        self._handles = ReadHandles()
+        self.source = Source(path, handles=self._handles)
+        entry = self.source.manifest.geometry
+        geometry = ImageGeometry(
+            canvas_size=entry.canvas_size,
+            low_size=entry.low_size,
+            patch_size=entry.patch_size,
+            min_size=entry.min_size,
+            background=entry.background,
+        )
+        pad = self.source.manifest.tokenizer.pad_id
+        self._dataset = Dataset([self.source], weights=[], pad_id=pad, geometry=geometry, handles=self._handles)
+        self._tokenizer = tokenizer
+
+    def view(self, number: int) -> PackView:
+        """Sequence `number`, counted through the dataset, text first."""
+        first = self.source.counts["text"]
+        modality: Modality = MODALITIES[number >= first]
+        packed = self._dataset.read(source=0, modality=modality, index=number - first * (number >= first))
+        return PackView(
+            number=number,
+            modality=modality,
+            seq_length=len(packed.tokens),
+            segments=tuple(self._segment(packed, member) for member in packed.members),
+        )
+
+    def _segment(self, packed: PackedSequence, member: Member) -> Segment:
+        return Segment(
+            origin=member.origin,
+            tokens=member.end - member.start,
+            supervised=int(packed.supervised[member.start : member.end].sum()),
+            images=len(member.images),
+            damage=member.damage,
+            pieces=tuple(self._pieces(packed, member)),
+        )
+
+    def _pieces(self, packed: PackedSequence, member: Member) -> Iterator[Piece]:
+        entry, size = self.source.manifest.tokenizer, self.source.manifest.geometry.tokens
+        ids, mask = packed.tokens.tolist(), packed.supervised.tolist()
+        names = {entry.bos_id: "BOS", entry.eos_id: "EOS", entry.pad_id: "PAD"}
+        images, place = iter(member.images), member.start
+        while place < member.end:
+            token = ids[place]
+            if token == entry.image_id:
+                file = next(images, None)
+                shown = None if file is None else self._picture(file)
+                yield Piece(
+                    start=place, ids=(), text="", special=True, supervised=mask[place], picture=shown, tokens=size
+                )
+                place += size
+            elif token in names:
+                yield Piece(start=place, ids=(token,), text=names[token], special=True, supervised=mask[place])
+                place += 1
+            else:
+                text, count = self._text(ids[max(member.start, place - _CONTEXT) : place], ids[place : member.end])
+                group = tuple(ids[place : place + count])
+                yield Piece(start=place, ids=group, text=text, special=False, supervised=mask[place], tokens=len(group))
+                place += count
+
+    def _text(self, before: Sequence[int], ahead: Sequence[int]) -> tuple[str, int]:
+        """Text of the next tokens, as few as make whole characters, and their number."""
+        if self._tokenizer is None:
+            return f" {ahead[0]}", 1
+        start = len(self._tokenizer.decode(before))
+        for count in range(1, min(_LONGEST_CHARACTER, len(ahead)) + 1):
+            text = self._tokenizer.decode([*before, *ahead[:count]])[start:]
+            if text and "�" not in text:
+                return text, count
+        return self._tokenizer.decode(ahead[:1]) or f"[{ahead[0]}]", 1
+
+    def _picture(self, file: ImageFile) -> Picture:
+        data = self._handles.read(file.path, offset=file.offset, size=file.size)
+        try:
+            info = check_image(data, verify="header", max_aspect=float("inf"))
+            image = decode_image(data, max_aspect=float("inf"))
+        except ImageError as error:
+            return Picture(title=f"cannot be shown: {error}", thumbnail=b"")
+        assert info.format in FORMATS
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=85)
+        return Picture(title=f"{info.width} x {info.height} {info.format}", thumbnail=out.getvalue())
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are shown instead of obeyed; line feeds and tabs stay."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn") else _name(char)
+        for char in text
+    )
+
+
+def _name(char: str) -> str:
+    return chr(0x2400 + ord(char)) if ord(char) < 0x20 else f"[U+{ord(char):04X}]"
