@@ -41,7 +41,7 @@ def run_units(job: Job, units: Sequence[Unit], *, count: int, workers: int) -> l
     """
     if not units:
         return []
-    total = sum(unit.stretch.records for unit in units)
+    total = sum(unit.records for unit in units)
     with tqdm(total=total, unit=" records", unit_scale=True, desc="preprocess", mininterval=_POLL_S) as bar:
         if workers <= 1 or len(units) == 1:
             return [_run_here(job, unit, count=count, bar=bar) for unit in units]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.commit import NewFile, sync_directory, write_file
+from data_tools.histograms import histograms
 from data_tools.job import Job, Unit, tokenizer_at
 from data_tools.output import Output, UnitSummary
 from megavl.config.errors import DataError
@@ -118,10 +119,46 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
     return {**report, "fingerprint": manifest.fingerprint}
 
 
-def dry_run_report(job: Job, units: Sequence[Unit], summaries: Sequence[UnitSummary]) -> dict[str, Any]:
-    """The report of a run that wrote nothing."""
+def dry_run_report(
+    job: Job, units: Sequence[Unit], summaries: Sequence[UnitSummary], *, records: Sequence[int]
+) -> dict[str, Any]:
+    """The report of a run that wrote nothing.
+
+    Args:
+        job: settings.
+        units: what was looked at, or looked into.
+        summaries: what was found.
+        records: records of each input, the number that the estimate is made for.
+    """
     samples = Samples.joined([(summary.lengths, summary.images) for summary in summaries])
-    return build_report(job, units, summaries, samples=samples, packs=_pack(job, samples), examples={})
+    report = build_report(job, units, summaries, samples=samples, packs=_pack(job, samples), examples={})
+    if any(unit.sample is not None for unit in units):
+        report["estimate"] = _estimate(job, units, summaries, report=report, records=records)
+    return report
+
+
+def _estimate(
+    job: Job,
+    units: Sequence[Unit],
+    summaries: Sequence[UnitSummary],
+    *,
+    report: dict[str, Any],
+    records: Sequence[int],
+) -> dict[str, Any]:
+    """Samples, tokens and images of the whole inputs, from the share of each that was looked at."""
+    total: Counter[str] = Counter()
+    for number, whole in enumerate(records):
+        own = [summary for unit, summary in zip(units, summaries) if unit.input == number]
+        seen = sum(summary.records for summary in own)
+        scale = whole / seen if seen else 0.0
+        total["records"] += whole
+        total["samples"] += round(scale * sum(len(summary.lengths) for summary in own))
+        total["tokens"] += round(scale * sum(sum(summary.lengths) for summary in own))
+        total["images"] += round(scale * sum(sum(summary.images) for summary in own))
+    found = sum(report[modality]["tokens"] for modality in MODALITIES)
+    sequences = sum(report[modality]["sequences"] for modality in MODALITIES)
+    fill = found / (sequences * job.seq_length) if sequences else 0.0
+    return {**total, "fill": round(fill, 6), "sequences": round(total["tokens"] / (fill or 1) / job.seq_length)}
 
 
 def build_report(
@@ -161,6 +198,12 @@ def build_report(
         "images": int(samples.images.sum(dtype=np.int64)),
         "image_tokens": int(samples.images.sum(dtype=np.int64)) * job.geometry.tokens,
         **{modality: _sequences(job, samples, packs[modality]) for modality in MODALITIES},
+        "histograms": histograms(
+            lengths=samples.lengths,
+            images=samples.images,
+            fills=np.concatenate([_fills(samples, packs[modality], job.seq_length) for modality in MODALITIES]),
+            seq_length=job.seq_length,
+        ),
         "rejected": {
             reason: {"count": count, "examples": examples.get(reason, [])} for reason, count in sorted(rejected.items())
         },
@@ -201,6 +244,12 @@ def _sequences(job: Job, samples: Samples, packs: Packs) -> dict[str, Any]:
         "images_per_sequence": round(float(held.sum()) / len(packs), 4) if packs else 0.0,
         "filler_tokens": int(lengths[filler].sum(dtype=np.int64)),
     }
+
+
+def _fills(samples: Samples, packs: Packs, seq_length: int) -> npt.NDArray[np.float64]:
+    members = _Members.of(packs)
+    tokens = np.bincount(members.packs, weights=samples.lengths[members.samples], minlength=len(packs))
+    return tokens / seq_length
 
 
 def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Samples:

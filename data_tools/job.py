@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -100,6 +101,13 @@ class Unit:
     number: int
     input: int
     stretch: Stretch
+    sample: int | None = None
+    """Records to look at, in dry runs; default: all."""
+
+    @property
+    def records(self) -> int:
+        """Records to look at."""
+        return self.stretch.records if self.sample is None else self.sample
 
 
 def open_input(path: str, *, format: str, template: Template | None) -> Input:
@@ -160,6 +168,19 @@ def plan_units(job: Job) -> list[Unit]:
             units.append(Unit(number=len(units), input=number, stretch=stretch))
             left = None if left is None else left - stretch.records
     return units
+
+
+def sampled(units: Sequence[Unit], *, limit: int) -> list[Unit]:
+    """The same units with their share of `limit` records each, the first ones, so that the whole input is sampled."""
+    total = sum(unit.stretch.records for unit in units)
+    chosen, before = [], 0
+    for unit in units:
+        after = before + unit.stretch.records
+        share = limit * after // total - limit * before // total
+        before = after
+        if share:
+            chosen.append(replace(unit, sample=min(share, unit.stretch.records)))
+    return chosen
 
 
 def _content(path: str, *, container: Container, format: str, start: bytes) -> Literal["text", "paths", "images"]:

@@ -21,10 +21,13 @@ if __package__ in (None, ""):
 # One unit per process is the parallelism here; the tokenizer's own threads would only compete.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from dataclasses import replace  # noqa: E402
+
 from data_tools.engine import run_units  # noqa: E402
 from data_tools.finish import check_rejected, dry_run_report, finish  # noqa: E402
+from data_tools.histograms import histogram_lines  # noqa: E402
 from data_tools.image_map import open_image_map  # noqa: E402
-from data_tools.job import Job, open_input, plan_units, tokenizer_at  # noqa: E402
+from data_tools.job import Job, open_input, plan_units, sampled, tokenizer_at  # noqa: E402
 from data_tools.output import Output  # noqa: E402
 from data_tools.readers.formats import FORMATS  # noqa: E402
 from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
@@ -52,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder that image paths start from and may not leave (default: the input's)",
     )
     add("--image-map", metavar="FILE", help="lines of address, tab and path, for images named by address")
-    add("--limit", type=_positive, metavar="N", help="read only the first N records")
+    add(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="read only the first N records; with --dry-run N records spread over the inputs, for an estimate",
+    )
 
     add = parser.add_argument_group("samples and sequences").add_argument
     add("--template", choices=("deepseek", "plain", "none"), help="default: deepseek for turns, plain for documents")
@@ -73,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--task", type=int, default=0, metavar="I", help="this task, 0 to num-tasks - 1")
     add("--num-tasks", type=_positive, default=1, metavar="N", help="independent runs that share the work")
     add("--resume", action=flag, default=True, help="keep finished shards; otherwise start anew")
-    add("--dry-run", action="store_true", help="count and pack without writing")
+    add("--dry-run", action="store_true", help="count, pack and report without writing")
     add("--on-error", choices=("skip", "fail"), default="skip", help="what a record that cannot be used does")
     add("--max-bad-frac", type=float, default=0.5, metavar="F", help="share of rejected records that ends the run")
     return parser
@@ -101,14 +109,17 @@ def _run(options: argparse.Namespace) -> int:
     if not 0 <= options.task < options.num_tasks:
         raise UsageError(f"--task {options.task}: must be from 0 to --num-tasks {options.num_tasks} less 1")
     job = _job(options)
-    units = plan_units(job)
+    units = plan_units(replace(job, limit=None) if job.dry_run else job)
     for item in job.inputs:
         recognised = " (recognised)" if options.format == "auto" else ""
         print(f"{item.path}: format {item.format}{recognised}, template {item.template}")
     mine = [unit for unit in units if unit.number % options.num_tasks == options.task]
     if job.dry_run:
+        records = [sum(u.stretch.records for u in mine if u.input == number) for number in range(len(job.inputs))]
+        if job.limit is not None and job.limit < sum(records):
+            mine = sampled(mine, limit=job.limit)
         summaries = run_units(job, mine, count=len(units), workers=options.workers)
-        report = dry_run_report(job, mine, summaries)
+        report = dry_run_report(job, mine, summaries, records=records)
         _print_report(report)
         check_rejected(report, max_bad_frac=options.max_bad_frac, where="dry run")
         return 0
@@ -186,6 +197,14 @@ def _print_report(report: dict[str, Any]) -> None:
             images = f", {part['images_per_sequence']:.2f} images each" if part["images_per_sequence"] else ""
             filler = f", {part['filler_tokens']} tokens of text as filler" if part["filler_tokens"] else ""
             print(f"{kind}: {part['sequences']} sequences, {100 * part['fill']:.2f}% full{images}{filler}")
+    for line in histogram_lines(report["histograms"]):
+        print(line)
+    if estimate := report.get("estimate"):
+        print(
+            f"estimate for all {estimate['records']:,} records: {estimate['samples']:,} samples, "
+            f"{estimate['tokens']:,} tokens, {estimate['images']:,} images, about {estimate['sequences']:,} sequences "
+            f"{100 * estimate['fill']:.2f}% full"
+        )
     if report["images_without_file"]:
         print(f"left out: {report['images_without_file']} images of interleaved documents that have no file")
     if report["rejected"]:

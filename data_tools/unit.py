@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def process_unit(job: Job, unit: Unit, *, count: int, advance: Callable[[int], N
     """
     work = _Work(job, unit, count=count)
     try:
-        for batch in _batches(entries(unit.stretch)):
+        for batch in _batches(islice(entries(unit.stretch), unit.sample)):
             work.take(batch)
             advance(work.seen)
         return work.finish()

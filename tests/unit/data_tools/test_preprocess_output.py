@@ -1,6 +1,7 @@
 """What preprocessing writes: readable by the stock class, exactly the tokenizer's tokens, checked byte by byte."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import PreTrainedTokenizerFast
 
 from data_tools import verify
+from data_tools.histograms import histogram_lines, histograms
 from megavl.data.dataset import Source
 from megavl.data.index_file import ReadHandles
 from tests.unit.data.corpus_files import (
@@ -147,6 +149,49 @@ def test_dry_run_counts_the_same_and_writes_nothing(
     printed = capsys.readouterr().out
     assert f"{report['samples']} samples: {report['tokens']} tokens" in printed
     assert f"multimodal: {report['multimodal']['sequences']} sequences" in printed
+
+
+def test_dry_run_of_a_sample_estimates_the_whole(
+    made: Path, corpus: list[Path], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--dry-run", "--limit", "60"]
+    assert run_preprocess(corpus, tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
+    assert not (tmp_path / "out").exists()
+    report = json.loads((made / "report.json").read_text())
+    printed = capsys.readouterr().out
+    assert "60 records to " in printed
+    found = re.search(
+        r"estimate for all (\d+) records: (\d+) samples, ([\d,]+) tokens, (\d+) images, about (\d+) ", printed
+    )
+    assert found is not None
+    records, samples, tokens, images, sequences = (int(number.replace(",", "")) for number in found.groups())
+    assert records == report["records"]
+    assert samples == pytest.approx(report["samples"], rel=0.1)
+    assert tokens == pytest.approx(report["tokens"], rel=0.15)
+    assert images == pytest.approx(report["images"], rel=0.1)
+    assert sequences == pytest.approx(sum(report[kind]["sequences"] for kind in ("text", "multimodal")), rel=0.2)
+
+
+def test_histograms_count_everything_once(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads((made / "report.json").read_text())
+    found = report["histograms"]
+    assert sum(row["count"] for row in found["sample_tokens"]) == report["samples"]
+    assert [row["up_to"] for row in found["sample_tokens"]] == [32, 64, SEQ_LENGTH]
+    assert sum(row["up_to"] * row["count"] for row in found["sample_images"]) == report["images"]
+    sequences = sum(report[kind]["sequences"] for kind in ("text", "multimodal"))
+    assert sum(row["count"] for row in found["fill"]) == sequences
+    lines = list(histogram_lines(found))
+    assert lines[0] == "tokens of a sample:" and "fill of a sequence:" in lines
+    assert all(re.search(r"^  +(up to )?[\d.,]+%? +[\d,]+( #*)?$", line) for line in lines if line.startswith(" "))
+
+
+def test_bins_include_their_upper_border() -> None:
+    numbers = np.array([1, 32, 33, 64, 65, 100], np.int32)
+    fills = np.array([0.4, 0.5, 0.51, 0.999, 1.0])
+    found = histograms(lengths=numbers, images=np.array([0, 2], np.int32), fills=fills, seq_length=100)
+    assert [row["count"] for row in found["sample_tokens"]] == [2, 2, 2]
+    assert [row["count"] for row in found["sample_images"]] == [1, 0, 1]
+    assert {row["up_to"]: row["count"] for row in found["fill"] if row["count"]} == {0.5: 2, 0.8: 1, 0.999: 1, 1.0: 1}
 
 
 def test_limit_reads_the_first_records(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:

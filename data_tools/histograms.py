@@ -1,0 +1,58 @@
+"""Histograms of a report: how long samples are, how many images they have, how full sequences are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_FILL = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
+"""Upper borders, shares of a sequence."""
+_BAR = 30
+_TITLES = {"sample_tokens": "tokens of a sample", "sample_images": "images of a sample", "fill": "fill of a sequence"}
+
+Numbers = npt.NDArray[np.int32]
+Histogram = list[dict[str, Any]]
+
+
+def histograms(
+    *, lengths: Numbers, images: Numbers, fills: npt.NDArray[np.float64], seq_length: int
+) -> dict[str, Histogram]:
+    """Counts per bin; a bin reaches from above the border before it up to its own.
+
+    Args:
+        lengths: tokens of each sample.
+        images: images of each sample.
+        fills: filled share of each sequence.
+        seq_length: tokens of a sequence.
+    """
+    borders = [32]
+    while borders[-1] * 2 < seq_length:
+        borders.append(borders[-1] * 2)
+    return {
+        "sample_tokens": _counts(lengths, [*(b for b in borders if b < seq_length), seq_length]),
+        "sample_images": _counts(images, list(range(int(images.max(initial=0)) + 1))),
+        "fill": _counts(fills, _FILL),
+    }
+
+
+def histogram_lines(found: Mapping[str, Histogram]) -> Iterator[str]:
+    """A few lines for the terminal; empty bins at either end are left out."""
+    for name, title in _TITLES.items():
+        bins = found[name]
+        filled = [number for number, row in enumerate(bins) if row["count"]]
+        if not filled or name == "sample_images" and len(filled) == 1 and not filled[0]:
+            continue
+        yield f"{title}:"
+        most = max(row["count"] for row in bins)
+        for row in bins[filled[0] : filled[-1] + 1]:
+            label = f"{row['up_to']:.1%}" if name == "fill" else f"{row['up_to']:,}"
+            label = label if name == "sample_images" else f"up to {label}"
+            yield f"  {label:>12} {row['count']:>12,} {'#' * -(-_BAR * row['count'] // most)}"
+
+
+def _counts(values: npt.NDArray[Any], borders: Sequence[float]) -> Histogram:
+    counts = np.bincount(np.searchsorted(borders, values, side="left"), minlength=len(borders))
+    return [{"up_to": border, "count": count} for border, count in zip(borders, counts.tolist())]
