@@ -212,6 +212,11 @@ class _Work:
                 f"{len(encoded.ids)} tokens, above --seq-length {limit}; only text and interleaved documents are cut",
                 "too_long",
             )
+        highest = int(encoded.ids.max(initial=0))
+        if highest >= self._tokenizer.vocab_size:
+            raise RecordError(
+                f"the tokenizer gave id {highest}, outside its vocabulary of {self._tokenizer.vocab_size}", "token_id"
+            )
         images = self._images(item.record)
         parts = list(self._cut(encoded))
         self._tally.cut += len(parts) > 1

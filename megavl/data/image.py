@@ -175,6 +175,9 @@ def _open(data: bytes, *, max_aspect: float) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"above {MAX_PIXELS} pixels", "image_too_large") from error
     except Exception as error:  # decoders of hostile files raise anything
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            # Unlike the others it is looked through when it is opened.
+            raise ImageError("truncated or damaged", "image_truncated") from error
         raise ImageError(f"not one of {', '.join(FORMATS)}", "image_format") from error
     width, height = image.size
     if width * height > MAX_PIXELS:

@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -59,12 +60,18 @@ def _wait_for_units(process: "subprocess.Popen[str]", out: Path, *, count: int) 
         time.sleep(0.005)
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1), (5, 0, 7, 1, 6, 2, 4, 3)], ids=["3 tasks", "8 tasks"])
 def test_tasks_give_the_same_bytes(
-    corpus: list[Path], tokenizer: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: list[Path],
+    tokenizer: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    order: tuple[int, ...],
 ) -> None:
     out = tmp_path / "out"
-    for task in (2, 0, 1):
-        more = ["--task", str(task), "--num-tasks", "3"]
+    for task in order:
+        more = ["--task", str(task), "--num-tasks", str(len(order))]
         assert not (out / "manifest.json").exists()
         assert run_preprocess(corpus, tokenizer=tokenizer, output=out, more=more) == 0
     assert "wait for others" in capsys.readouterr().out
@@ -100,6 +107,39 @@ def test_lost_worker_is_noticed_and_its_work_repeated(
     assert process.wait(timeout=60) == 0
     assert "a worker process died" in (tmp_path / "log").read_text()
     assert _same(undisturbed, out)
+
+
+def test_ten_kills_at_random_moments(corpus: list[Path], tokenizer: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL to the command or to a worker, at any time of a run; what was left goes on in the next round."""
+    draw = random.Random(7)
+    out, kills, rounds = tmp_path / "0", 0, 0
+    while kills < 10:
+        process = _start(corpus, tokenizer, out)
+        parent = draw.random() < 0.5
+        made = len(list(out.glob("units/[0-9]*[0-9].json")))
+        _wait_for_units(process, out, count=made + draw.randint(0, 4))
+        time.sleep(draw.uniform(0, 0.15))
+        victims = [process.pid] if parent else _workers(process)
+        if process.poll() is None and victims:
+            os.kill(draw.choice(victims), signal.SIGKILL)
+            kills += 1
+        if parent and process.wait(timeout=60) != 0:
+            continue
+        assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+        assert _same(undisturbed, out), f"after {kills} kills"
+        rounds += 1
+        out = tmp_path / str(rounds)
+    process = _start(corpus, tokenizer, out)
+    assert process.wait(timeout=60) == 0
+    assert _same(undisturbed, out)
+
+
+def _workers(process: "subprocess.Popen[str]") -> list[int]:
+    try:
+        children = psutil.Process(process.pid).children()
+        return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
+    except psutil.Error:
+        return []
 
 
 def test_finished_run_is_recognised_and_redone_only_on_demand(
