@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 from types import TracebackType
+from uuid import uuid4
 
 from megavl.config.errors import StorageError
 from megavl.data.manifest import FileEntry
@@ -18,9 +19,9 @@ class NewFile:
     """A file under construction; left with an exception it disappears."""
 
     def __init__(self, path: Path) -> None:
-        """Open a temporary name beside `path`; it carries the process id, so that two writers never share it."""
+        """Open a temporary name beside `path`, which two writers never share, on different machines either."""
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+        self._temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}{_SUFFIX}")
         self._digest = hashlib.sha256()
         self.size = 0
         """Bytes written so far."""

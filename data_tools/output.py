@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ class Output:
                 f"--output {self.path}: another run is writing here; wait for it or choose another folder"
             ) from None
         return [whole, own]
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Two tasks that end at the same moment both find all shards done; the second waits here for the first."""
+        with (self._units / "lock-finish").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def begin(self, config: dict[str, Any], *, resume: bool, alone: bool) -> None:
         """Record what this run makes, or check that it continues the same.

@@ -30,6 +30,7 @@ from data_tools.image_map import open_image_map  # noqa: E402
 from data_tools.job import Job, open_input, plan_units, sampled, tokenizer_at  # noqa: E402
 from data_tools.output import Output  # noqa: E402
 from data_tools.readers.formats import FORMATS  # noqa: E402
+from data_tools.submit import LOGS, submit  # noqa: E402
 from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
 from megavl.config.presets import IMAGE_PRESETS  # noqa: E402
 from megavl.data.image import MAX_ASPECT  # noqa: E402
@@ -76,10 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--verify", choices=("header", "scaled", "full"), default="scaled", help="how much of an image is decoded")
 
     add = parser.add_argument_group("the run").add_argument
-    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
-    add("--engine", choices=("local",), default="local", help="where workers run")
+    add("--workers", type=_positive, metavar="N", help="processes (default: one per core; of a SLURM task 1)")
+    add("--engine", choices=("local", "slurm"), default="local", help="here, or as a SLURM array of --num-tasks")
+    add("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch, such as '--partition=cpu'")
     add("--task", type=int, default=0, metavar="I", help="this task, 0 to num-tasks - 1")
     add("--num-tasks", type=_positive, default=1, metavar="N", help="independent runs that share the work")
+    add("--finish", action=flag, default=True, help="make the dataset when all shards are there")
     add("--resume", action=flag, default=True, help="keep finished shards; otherwise start anew")
     add("--dry-run", action="store_true", help="count, pack and report without writing")
     add("--on-error", choices=("skip", "fail"), default="skip", help="what a record that cannot be used does")
@@ -95,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
+        if options.engine == "slurm":
+            return _submit(options, sys.argv[1:] if arguments is None else arguments)
         return _run(options)
     except MegaVLError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,10 +109,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _submit(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if options.num_tasks == 1 or options.dry_run or options.task:
+        raise UsageError(
+            "--engine slurm: needs --num-tasks of 2 or more, and neither --task nor --dry-run; "
+            "use --engine local for these"
+        )
+    job = _job(options)
+    output = Output(job.output)
+    locks = output.lock(task=0, num_tasks=1)
+    output.begin(job.config, resume=options.resume, alone=True)
+    # Released before anything is queued: a task may start at once.
+    for lock in locks:
+        lock.close()
+    jobs = submit(
+        arguments, output=job.output, tasks=options.num_tasks, workers=options.workers or 1, extra=options.sbatch
+    )
+    print(
+        f"submitted job array {jobs.array} of {options.num_tasks} tasks, and job {jobs.merge}, which makes the dataset "
+        f"when all have ended well; output goes to {job.output}/{LOGS}"
+    )
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     if not 0 <= options.task < options.num_tasks:
         raise UsageError(f"--task {options.task}: must be from 0 to --num-tasks {options.num_tasks} less 1")
+    workers = options.workers or len(os.sched_getaffinity(0))
     job = _job(options)
     units = plan_units(replace(job, limit=None) if job.dry_run else job)
     for item in job.inputs:
@@ -118,7 +147,7 @@ def _run(options: argparse.Namespace) -> int:
         records = [sum(u.stretch.records for u in mine if u.input == number) for number in range(len(job.inputs))]
         if job.limit is not None and job.limit < sum(records):
             mine = sampled(mine, limit=job.limit)
-        summaries = run_units(job, mine, count=len(units), workers=options.workers)
+        summaries = run_units(job, mine, count=len(units), workers=workers)
         report = dry_run_report(job, mine, summaries, records=records)
         _print_report(report)
         check_rejected(report, max_bad_frac=options.max_bad_frac, where="dry run")
@@ -133,7 +162,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{len(done)} of {len(mine)} shards are done already")
     try:
         todo = [unit for unit in mine if unit.number not in done]
-        run_units(job, todo, count=len(units), workers=options.workers)
+        run_units(job, todo, count=len(units), workers=workers)
     except BaseException:
         if options.num_tasks == 1:
             output.remove_leftovers()
@@ -142,7 +171,11 @@ def _run(options: argparse.Namespace) -> int:
     if left:
         print(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(units)} shards wait for others")
         return 0
-    report = finish(job, units, max_bad_frac=options.max_bad_frac)
+    if not options.finish:
+        print(f"task {options.task} of {options.num_tasks} is done, and all shards are there")
+        return 0
+    with output.alone():
+        report = finish(job, units, max_bad_frac=options.max_bad_frac)
     _print_report(report)
     print(f"wrote {job.output} in {time.monotonic() - started:.1f} s, fingerprint {report['fingerprint'][:16]}")
     for lock in locks:
