@@ -171,14 +171,18 @@ def plan_units(job: Job) -> list[Unit]:
 
 
 def sampled(units: Sequence[Unit], *, limit: int) -> list[Unit]:
-    """The same units with their share of `limit` records each, the first ones, so that the whole input is sampled."""
+    """The same units with their share of `limit` records each, the first ones, and one at least of each input."""
     total = sum(unit.stretch.records for unit in units)
-    chosen, before = [], 0
+    chosen: list[Unit] = []
+    before, inputs = 0, set[int]()
     for unit in units:
         after = before + unit.stretch.records
         share = limit * after // total - limit * before // total
         before = after
+        if unit.input not in inputs:
+            share = max(share, 1)
         if share:
+            inputs.add(unit.input)
             chosen.append(replace(unit, sample=min(share, unit.stretch.records)))
     return chosen
 
