@@ -30,7 +30,7 @@ class NewFile:
         except OSError as error:
             raise _storage_error(self._temporary, error) from error
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append.
 
         Raises:

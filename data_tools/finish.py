@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +58,6 @@ class Samples:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Members:
-    """Samples in the order of packs."""
-
-    samples: npt.NDArray[np.int64]
-    packs: npt.NDArray[np.int64]
-    """Pack of each."""
-
-    @classmethod
-    def of(cls, packs: Packs) -> _Members:
-        sizes = np.fromiter(map(len, packs), np.int64, len(packs))
-        samples = np.fromiter(chain.from_iterable(packs), np.int64, int(sizes.sum()))
-        return cls(samples=samples, packs=np.repeat(np.arange(len(packs)), sizes))
-
-
 def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str, Any]:
     """Pack, report, and commit the dataset.
 
@@ -106,8 +90,8 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
         pack=job.pack_settings,
         shards=shards,
         packs=entry,
-        text_packs=len(packs["text"]),
-        multimodal_packs=len(packs["multimodal"]),
+        text_packs=packs["text"].count,
+        multimodal_packs=packs["multimodal"].count,
         tokenizer=tokenizer_at(job.tokenizer).entry,
         geometry=geometry_entry(job.geometry),
         fingerprint="",
@@ -232,23 +216,21 @@ def check_rejected(report: dict[str, Any], *, max_bad_frac: float, where: str) -
 
 
 def _sequences(job: Job, samples: Samples, packs: Packs) -> dict[str, Any]:
-    members = _Members.of(packs)
-    lengths, images = samples.lengths[members.samples], samples.images[members.samples]
-    held = np.bincount(members.packs, weights=images, minlength=len(packs))
-    filler = (images == 0) & (held[members.packs] > 0)
-    room, tokens = len(packs) * job.seq_length, int(lengths.sum(dtype=np.int64))
+    lengths, images = samples.lengths[packs.samples], samples.images[packs.samples]
+    held = np.bincount(packs.packs, weights=images, minlength=packs.count)
+    filler = (images == 0) & (held[packs.packs] > 0)
+    room, tokens = packs.count * job.seq_length, int(lengths.sum(dtype=np.int64))
     return {
-        "sequences": len(packs),
+        "sequences": packs.count,
         "tokens": tokens,
         "fill": round(tokens / room, 6) if room else 0.0,
-        "images_per_sequence": round(float(held.sum()) / len(packs), 4) if packs else 0.0,
+        "images_per_sequence": round(float(held.sum()) / packs.count, 4) if packs.count else 0.0,
         "filler_tokens": int(lengths[filler].sum(dtype=np.int64)),
     }
 
 
 def _fills(samples: Samples, packs: Packs, seq_length: int) -> npt.NDArray[np.float64]:
-    members = _Members.of(packs)
-    tokens = np.bincount(members.packs, weights=samples.lengths[members.samples], minlength=len(packs))
+    tokens = np.bincount(packs.packs, weights=samples.lengths[packs.samples], minlength=packs.count)
     return tokens / seq_length
 
 
@@ -272,21 +254,25 @@ def _pack(job: Job, samples: Samples) -> dict[Modality, Packs]:
 
 
 def _write_packs(directory: Path, samples: Samples, packs: dict[Modality, Packs]) -> FileEntry:
-    shards = np.repeat(np.arange(len(samples.shards)), samples.shards)
+    shards = np.repeat(np.arange(len(samples.shards), dtype=np.int32), samples.shards)
     firsts = np.cumsum(samples.shards, dtype=np.int64) - samples.shards
     rows = np.zeros(len(samples.lengths), PACK_ROW)
     row = number = 0
     for kind, modality in enumerate(MODALITIES):
-        members = _Members.of(packs[modality])
+        members = packs[modality]
         part = rows[row : row + len(members.samples)]
-        part["pack"], part["modality"] = members.packs + number, kind
+        part["pack"], part["modality"] = members.packs.astype(np.int64) + number, kind
         part["shard"] = shards[members.samples]
         part["sample"] = members.samples - firsts[part["shard"]]
         part["tokens"], part["images"] = samples.lengths[members.samples], samples.images[members.samples]
-        row, number = row + len(part), number + len(packs[modality])
-    out = io.BytesIO()
-    np.save(out, rows, allow_pickle=False)
-    return write_file(directory / "packs.npy", out.getvalue())
+        row, number = row + len(part), number + members.count
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
+    with NewFile(directory / "packs.npy") as file:
+        # Not through np.save, which would hold the table three times.
+        file.write(header.getvalue())
+        file.write(rows.view(np.uint8).data)
+        return file.commit()
 
 
 def _merge_rejects(output: Output, units: Sequence[Unit], directory: Path) -> dict[str, list[str]]:

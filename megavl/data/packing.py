@@ -7,13 +7,31 @@ fills the gaps, and the rest of the text is packed alone. All placements are bes
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
-Packs = list[list[int]]
 Counts = Sequence[int] | npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packs:
+    """Sequences, in a few bytes per sample."""
+
+    samples: npt.NDArray[np.int64]
+    """Sample numbers, pack after pack, in sequence order."""
+    packs: npt.NDArray[np.int32]
+    """Pack of each, ascending."""
+    count: int
+
+    def lists(self) -> list[list[int]]:
+        """Sample numbers of each pack."""
+        borders = np.searchsorted(self.packs, np.arange(1, self.count))
+        return [part.tolist() for part in np.split(self.samples, borders)] if self.count else []
 
 
 def pack(
@@ -29,76 +47,93 @@ def pack(
         packed: False puts every sample into a sequence of its own.
 
     Returns:
-        Text packs and multimodal packs; a pack lists sample numbers in sequence order.
+        Text packs and multimodal packs.
     """
     tokens, slots = np.asarray(lengths, np.int32), np.asarray(images, np.int32)
     assert ((tokens > 0) & (tokens <= seq_length)).all(), "preprocessing cuts or drops over-long samples"
     assert ((slots >= 0) & (slots <= max_images)).all(), "preprocessing drops samples with too many images"
     if not packed:
-        return [[n] for n in np.flatnonzero(slots == 0).tolist()], [[n] for n in np.flatnonzero(slots).tolist()]
+        return _one_each(np.flatnonzero(slots == 0)), _one_each(np.flatnonzero(slots))
     bins, alone = _Bins(seq_length, slots=max_images), _Bins(seq_length, slots=0)
     for count, length, numbers in _alike(tokens, slots):
-        if not count:
-            numbers = bins.fill(numbers, length)
-        target = bins if count else alone
-        target.place(numbers, length, slots=count)
-    return alone.packs, bins.packs
+        if count:
+            bins.place(numbers, length, slots=count)
+        else:
+            alone.place(bins.fill(numbers, length), length, slots=0)
+    return alone.packs(), bins.packs()
 
 
-def _alike(tokens: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> Iterator[tuple[int, int, list[int]]]:
+def _one_each(numbers: npt.NDArray[np.int64]) -> Packs:
+    return Packs(samples=numbers, packs=np.arange(len(numbers), dtype=np.int32), count=len(numbers))
+
+
+def _alike(
+    tokens: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]
+) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
     """Images, tokens and numbers of the samples that are alike; most images first, then most tokens."""
     order = np.lexsort((-tokens, -slots))
     tokens, slots = tokens[order], slots[order]
     borders = np.flatnonzero((np.diff(tokens, prepend=0) != 0) | (np.diff(slots, prepend=-1) != 0)).tolist()
     for start, end in zip(borders, [*borders[1:], len(order)]):
-        yield int(slots[start]), int(tokens[start]), order[start:end].tolist()
+        yield int(slots[start]), int(tokens[start]), order[start:end]
 
 
 class _Bins:
     """Open packs, findable by free image slots and free tokens."""
 
     def __init__(self, seq_length: int, *, slots: int) -> None:
-        self.packs: Packs = []
         self._seq_length, self._slots = seq_length, slots
+        self._count = 0
+        self._samples: list[npt.NDArray[np.int64]] = []
+        self._packs = array("i")
         self._shelves = [_Shelf() for _ in range(slots + 1)]
         self._gaps: _Shelf | None = None
 
-    def place(self, numbers: list[int], length: int, *, slots: int) -> None:
+    def place(self, numbers: npt.NDArray[np.int64], length: int, *, slots: int) -> None:
         """Best fit of samples alike, one by one: fewest free image slots first, then least free room; else a new pack.
 
         A pack that took one of them stays the best fit for the next as long as it has room, so it takes all that
         it can at once.
         """
-        done = 0
-        while done < len(numbers):
+        left = len(numbers)
+        while left:
             for free in range(slots, self._slots + 1):
                 taken = self._shelves[free].take(length)
                 if taken is not None:
                     room, which = taken
                     break
             else:
-                room, which, free = self._seq_length, len(self.packs), self._slots
-                self.packs.append([])
-            count = min(room // length, free // slots) if slots else room // length
-            members = numbers[done : done + count]
-            done += len(members)
-            self.packs[which] += members
-            self._shelves[free - slots * len(members)].put(room - length * len(members), which)
+                room, which, free = self._seq_length, self._count, self._slots
+                self._count += 1
+            count = min(left, room // length, free // slots) if slots else min(left, room // length)
+            left -= count
+            self._packs.extend(repeat(which, count))
+            self._shelves[free - slots * count].put(room - length * count, which)
+        self._samples.append(numbers)
 
-    def fill(self, numbers: list[int], length: int) -> list[int]:
+    def fill(self, numbers: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
         """Put samples without images into the gaps, whatever image slots are free; returns those that fit nowhere."""
         if self._gaps is None:
             self._gaps = _Shelf()
             for shelf in self._shelves:
                 self._gaps.merge(shelf)
-        done = 0
-        while done < len(numbers) and (taken := self._gaps.take(length)) is not None:
+        left = len(numbers)
+        while left and (taken := self._gaps.take(length)) is not None:
             room, which = taken
-            members = numbers[done : done + room // length]
-            done += len(members)
-            self.packs[which] += members
-            self._gaps.put(room - length * len(members), which)
-        return numbers[done:]
+            count = min(left, room // length)
+            left -= count
+            self._packs.extend(repeat(which, count))
+            self._gaps.put(room - length * count, which)
+        placed = len(numbers) - left
+        self._samples.append(numbers[:placed])
+        return numbers[placed:]
+
+    def packs(self) -> Packs:
+        """What was placed, pack after pack."""
+        owners = np.array(self._packs, np.int32)
+        order = np.argsort(owners, kind="stable")
+        samples = np.concatenate([np.zeros(0, np.int64), *self._samples])
+        return Packs(samples=samples[order], packs=owners[order], count=self._count)
 
 
 class _Shelf:

@@ -1,14 +1,27 @@
 """Packing invariants, and fill on data like the training data."""
 
 import random
+from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megavl.data.packing import pack
+from megavl.data.packing import Packs
+from megavl.data.packing import pack as packs_of
 
 S, K = 256, 3
+Lists = list[list[int]]
 SAMPLES = st.lists(st.tuples(st.integers(1, S), st.integers(0, K)), max_size=120)
+
+
+def pack(lengths: list[int], **settings: Any) -> tuple[Lists, Lists]:
+    """Text and multimodal packs as lists, after a look at the arrays."""
+    found: tuple[Packs, Packs] = packs_of(lengths, **settings)
+    for packs in found:
+        assert len(packs.samples) == len(packs.packs)
+        assert np.unique(packs.packs).tolist() == list(range(packs.count))
+    return found[0].lists(), found[1].lists()
 
 
 @settings(deadline=None, max_examples=200)
