@@ -59,6 +59,7 @@ def run_snippet(code: str, *, place: Path) -> str:
 
 def test_five_lines(place, capsys):
     (code, _) = SNIPPETS
+    assert code in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) == 5
     shown = run_snippet(code, place=place)
     words = ["--image", str(place / "photo.png"), "--prompt", "What is this?", "--max-new-tokens", "64", "--json"]
