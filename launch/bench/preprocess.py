@@ -3,7 +3,9 @@
 Calls `data_tools/measure_preprocess.py` for each measurement, and writes
 `launch/bench/results/preprocess_<processor>_<YYYYMM>.md` and the numbers beside it as `.json`.
 
-    python launch/bench/preprocess.py [--repeats 5]
+    python launch/bench/preprocess.py [--repeats 5] [--only workers]
+
+`--only` measures some again and takes the others from the file.
 """
 
 from __future__ import annotations
@@ -28,18 +30,21 @@ def main() -> int:
     """Measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
     arguments = parser.parse_args()
-    before = os.getloadavg()[0]
-    found: dict[str, Any] = {}
+    numbers = report_path().with_suffix(".json")
+    whole = set(arguments.only) == set(MEASUREMENTS)
+    found: dict[str, Any] = {} if whole else json.loads(numbers.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
-        for name in MEASUREMENTS:
+        for name in arguments.only:
             print(f"{name} ...", flush=True)
+            before = os.getloadavg()[0]
             found[name] = measure(name, scratch=scratch, repeats=arguments.repeats)
-    found["load"] = [round(before, 1), round(os.getloadavg()[0], 1)]
+            found[name]["load"] = [round(before, 1), round(os.getloadavg()[0], 1)]
     content = report(found, repeats=arguments.repeats)
     path = report_path()
     path.write_text(content, encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    numbers.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{content}\n{path}")
     return 0
 
@@ -62,6 +67,7 @@ def report(found: dict[str, Any], *, repeats: int) -> str:
     """Markdown with the command, versions, ratios and goals."""
     text, images, workers, memory = (found[name] for name in ("text", "images", "workers", "memory"))
     versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "pillow", "numpy"))
+    loads = [f"{name} {' and '.join(map(str, found[name]['load']))}" for name in MEASUREMENTS]
     rows = [
         ("text: tokenise, pack, write", "bare `encode_batch`", text["ratio"], ">= 0.78", text["ratio"] >= 0.78),
         (
@@ -78,8 +84,8 @@ def report(found: dict[str, Any], *, repeats: int) -> str:
         "# Preprocessing against its primitives",
         "",
         f"`python launch/bench/preprocess.py --repeats {repeats}`; Python {platform.python_version()}, {versions}; "
-        f"{os.cpu_count()} cores ({platform.machine()}), shared with other programs: load {found['load'][0]} "
-        f"before and {found['load'][1]} after.",
+        f"{os.cpu_count()} cores ({platform.machine()}), shared with other programs: load before and after "
+        f"{', '.join(loads)}.",
         "Both sides of a ratio run in turn; the best of the repeats counts, in CPU time where one core does the work.",
         "",
         "| what | primitive | ratio | goal | |",
@@ -94,7 +100,9 @@ def report(found: dict[str, Any], *, repeats: int) -> str:
         f"- Images: {images['images_per_s']:,.0f}/s of {images['bare_images_per_s']:,.0f}, and with `--verify header` "
         f"{images['header_images_per_s']:,.0f}/s ({images['images']} files of {images['mean_bytes'] / 1000:.0f} KB).",
         f"- Workers: {workers['seconds_1']:.1f} s with one, {workers['seconds_2']:.1f} s with two, start-up included; "
-        f"all times {', '.join(f'{one:.1f}/{two:.1f}' for one, two in zip(*workers['all'].values()))}.",
+        f"all times {', '.join(f'{one:.1f}/{two:.1f}' for one, two in zip(*workers['all']))}. CPU time, which other "
+        f"programs change less: {workers['cpu_1']:.1f} s and {workers['cpu_2']:.1f} s, so two free cores would give "
+        f"{2 * workers['cpu_1'] / workers['cpu_2']:.2f} at most.",
         f"- Memory: {memory['mib_1']:.0f} MiB, then {memory['mib_10']:.0f} MiB on "
         f"{memory['input_bytes'] / 1e6:.0f} MB.",
         "",
