@@ -3,9 +3,7 @@
 Calls `data_tools/measure_preprocess.py` for each measurement, and writes
 `launch/bench/results/preprocess_<processor>_<YYYYMM>.md` and the numbers beside it as `.json`.
 
-    python launch/bench/preprocess.py [--repeats 5] [--only workers]
-
-`--only` measures some again and takes the others from the file.
+    python launch/bench/preprocess.py [--repeats 5]
 """
 
 from __future__ import annotations
@@ -30,13 +28,10 @@ def main() -> int:
     """Measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
     arguments = parser.parse_args()
-    numbers = report_path().with_suffix(".json")
-    whole = set(arguments.only) == set(MEASUREMENTS)
-    found: dict[str, Any] = {} if whole else json.loads(numbers.read_text(encoding="utf-8"))
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in arguments.only:
+        for name in MEASUREMENTS:
             print(f"{name} ...", flush=True)
             before = os.getloadavg()[0]
             found[name] = measure(name, scratch=scratch, repeats=arguments.repeats)
@@ -44,7 +39,7 @@ def main() -> int:
     content = report(found, repeats=arguments.repeats)
     path = report_path()
     path.write_text(content, encoding="utf-8")
-    numbers.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{content}\n{path}")
     return 0
 
