@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavl.config.errors import DataError, StorageError, UsageError
+from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
 from megavl.convert.chat_template import chat_template
@@ -22,7 +22,7 @@ from megavl.convert.table import FORMATS, Format, WeightRow, dead_tensors, weigh
 from megavl.convert.tokenizer_files import (
     IMAGE_TOKEN,
     TokenizerFolder,
-    read_tokenizer,
+    fitting_tokenizer,
     tokenizer_config,
     with_bos_first,
 )
@@ -74,7 +74,7 @@ def write_hf(
         raise UsageError(f"max_shard_bytes: {max_shard_bytes} must be positive")
     target = _free_target(Path(out))
     rows = _output_rows(config, flat, fmt, DTYPE_NAMES[dtype] if dtype else None, passthrough or {}, source)
-    tokenizer = _fitting_tokenizer(tokenizer_dir, config)
+    tokenizer = fitting_tokenizer(tokenizer_dir, config)
     files = _side_files(config, tokenizer, fmt, dtype or _dtype_name(rows))
 
     def fill(folder: Path) -> None:
@@ -164,23 +164,6 @@ def _dead_rows(
         table_row = WeightRow(row.key, row.shape, (row.key,), Copy())
         rows.append(OutputRow({row.key: row.shape}, dtype or tensor.dtype, _loader(table_row, tensor, dtype, source)))
     return rows
-
-
-def _fitting_tokenizer(folder: str | Path, config: ModelConfig) -> TokenizerFolder:
-    tokenizer = read_tokenizer(folder)
-    ids = tokenizer.ids
-    if ids.image != config.image_token_id:
-        raise DataError(
-            f"{tokenizer.folder}: {IMAGE_TOKEN} has id {ids.image}, the model was trained with model.image_token_id "
-            f"{config.image_token_id}; give the tokenizer that the model was trained with"
-        )
-    largest = max(ids.bos, ids.eos, ids.pad)
-    if largest >= config.llm.vocab_size:
-        raise DataError(
-            f"{tokenizer.folder}: special token id {largest} is outside model.llm.vocab_size {config.llm.vocab_size}; "
-            "give the tokenizer that the model was trained with"
-        )
-    return tokenizer
 
 
 def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Format, dtype: str) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tokenizers
 
 from megavl.config.errors import CheckpointError, DataError
+from megavl.config.model import ModelConfig
 from megavl.convert.safetensors_in import read_json
 
 IMAGE_TOKEN = "<image_placeholder>"
@@ -74,6 +75,28 @@ def read_tokenizer(folder: str | Path) -> TokenizerFolder:
     bos, eos, pad = (_id(folder, vocabulary, tokens[part]) for part in _USUAL_NAMES)
     ids = TokenizerIds(bos=bos, eos=eos, pad=pad, image=_id(folder, vocabulary, IMAGE_TOKEN))
     return TokenizerFolder(folder, tokens, ids, config)
+
+
+def fitting_tokenizer(folder: str | Path, config: ModelConfig) -> TokenizerFolder:
+    """The tokenizer of a folder, known to be the model's.
+
+    Raises:
+        DataError: as `read_tokenizer`, or its image token has another id than the model's, or a special id has no row.
+    """
+    tokenizer = read_tokenizer(folder)
+    ids = tokenizer.ids
+    if ids.image != config.image_token_id:
+        raise DataError(
+            f"{tokenizer.folder}: {IMAGE_TOKEN} has id {ids.image}, the model was trained with model.image_token_id "
+            f"{config.image_token_id}; give the tokenizer that the model was trained with"
+        )
+    largest = max(ids.bos, ids.eos, ids.pad)
+    if largest >= config.llm.vocab_size:
+        raise DataError(
+            f"{tokenizer.folder}: special token id {largest} is outside model.llm.vocab_size {config.llm.vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )
+    return tokenizer
 
 
 def with_image_token(folder: str | Path, *, image_id: int) -> tuple[dict[str, bytes | Path], bool]:

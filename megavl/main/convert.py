@@ -14,7 +14,7 @@ from safetensors.torch import save
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.adaptor import ADAPTORS
-from megavl.config.errors import UsageError
+from megavl.config.errors import CheckpointError, DataError, UsageError
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.model import ModelConfig
 from megavl.config.presets import MODELS
@@ -24,7 +24,7 @@ from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LazyTensor
 from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import FORMATS
-from megavl.convert.tokenizer_files import IMAGE_TOKEN, tokenizer_paths, with_image_token
+from megavl.convert.tokenizer_files import IMAGE_TOKEN, fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare, open_flat
 from megavl.convert.weight_files import open_file
 from megavl.main.progress import counted
@@ -69,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run one action."""
     actions = {"from-hf": _from_hf, "to-hf": _to_hf, "init": _init, "verify": _verify}
-    return actions[arguments.action](arguments)
+    try:
+        return actions[arguments.action](arguments)
+    except DataError as error:
+        # A tokenizer is data elsewhere; here it is a part of the model.
+        raise CheckpointError(str(error)) from error
 
 
 def open_weights(path: Path) -> dict[str, LazyTensor]:
@@ -79,6 +83,7 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
 
 def _from_hf(arguments: argparse.Namespace) -> int:
     config, fmt = read_config(arguments.source)
+    fitting_tokenizer(arguments.source, config)
     tensors = open_hf_tensors(arguments.source)
     flat = flat_view(tensors, config=config, fmt=fmt)
     files: dict[str, bytes | Path] = {f"tokenizer/{p.name}": p for p in tokenizer_paths(arguments.source)}

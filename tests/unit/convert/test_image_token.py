@@ -117,6 +117,6 @@ def test_start_weights_with_such_a_tokenizer(folder, tmp_path, monkeypatch, caps
 def test_start_weights_with_a_tokenizer_that_does_not_fit(folder, tmp_path, capsys):
     public = public_models.build(tmp_path / "public", folder)
     words = ["--llm", public.llm_paths["bin"], "--siglip", public.siglip_paths["timm"], "--preset", "tiny-siglip"]
-    assert main(["convert", "init", *map(str, words), str(tmp_path / "out")]) == 3
+    assert main(["convert", "init", *map(str, words), str(tmp_path / "out")]) == 4
     assert f"next free id is {SIZE}, but the model has model.image_token_id 3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+from megavl.model import sam
 from megavl.model.attention import PackedAttention, segments
-from megavl.model.sam import _relative_attention, join_windows, split_windows
+from megavl.model.sam import _by_rows, _folded, _relative_attention, join_windows, split_windows
 
 
 def test_packed_attention_equals_dense_mask(report_table: Any) -> None:
@@ -29,20 +30,46 @@ def test_packed_attention_equals_dense_mask(report_table: Any) -> None:
     assert packed.max_seqlen_q == 19
 
 
-@pytest.mark.parametrize("grid", [3, 7])
-def test_folded_relative_position_equals_bias(grid: int, report_table: Any) -> None:
+def relative_inputs(grid: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v of two images and three heads in fp64, and the tables of relative positions."""
     torch.manual_seed(0)
-    n = grid * grid
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64) for _ in range(3))
-    rel_h, rel_w = (torch.randn(2 * grid - 1, 8, dtype=torch.float64) for _ in range(2))
-    bias = torch.empty(2, 3, n, n, dtype=torch.float64)
-    for a in range(n):
-        for b in range(n):
-            row = rel_h[a // grid - b // grid + grid - 1] + rel_w[a % grid - b % grid + grid - 1]
-            bias[:, :, a, b] = q[:, :, a] @ row
-    expected = (q @ k.transpose(-1, -2) * 8**-0.5 + bias).softmax(-1) @ v
-    error = (_relative_attention(q, k, v, rel_h, rel_w) - expected).abs().max().item()
-    report_table(f"SAM relative positions on a {grid} x {grid} grid, fp64: {error:.1e} (tolerance 1e-12)")
+    q, k, v = (torch.randn(2, 3, grid * grid, 8, dtype=torch.float64) for _ in range(3))
+    return q, k, v, *(torch.randn(2 * grid - 1, 8, dtype=torch.float64) for _ in range(2))
+
+
+def plain_relative(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+    """The rule with a bias for every pair of positions."""
+    rel_h, rel_w = tables
+    grid = (rel_h.shape[0] + 1) // 2
+    place = torch.arange(grid * grid)
+    rows = place[:, None] // grid - place[None, :] // grid + grid - 1
+    columns = place[:, None] % grid - place[None, :] % grid + grid - 1
+    bias = torch.einsum("nhqd,qkd->nhqk", q, rel_h[rows] + rel_w[columns])
+    return (q @ k.transpose(-1, -2) * 8**-0.5 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("way", [_folded, _by_rows])
+@pytest.mark.parametrize("grid", [3, 7, 14])
+def test_relative_positions_are_a_bias(grid: int, way: Any, report_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, one of which CUDA and training take, and the other inference on the CPU."""
+    monkeypatch.setattr(sam, "_by_rows", way)
+    inputs = relative_inputs(grid)
+    error = (_relative_attention(*inputs) - plain_relative(*inputs)).abs().max().item()
+    report_table(f"SAM relative positions, {grid} x {grid}, {way.__name__}, fp64: {error:.1e} (tolerance 1e-12)")
+    assert error < 1e-12
+
+
+def test_gradients_through_relative_positions(report_table: Any) -> None:
+    inputs = relative_inputs(5)
+    found, expected = (
+        torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        for function, leaves in (
+            (function, [value.clone().requires_grad_() for value in inputs])
+            for function in (_relative_attention, plain_relative)
+        )
+    )
+    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
+    report_table(f"gradients of SAM's relative attention, fp64: {error:.1e} (relative, tolerance 1e-12)")
     assert error < 1e-12
 
 
