@@ -43,7 +43,7 @@ def main() -> int:
     """Measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, behind one that does not")
+    parser.add_argument("--rounds", type=int, help="rounds that count, behind one that does not; default: by model")
     parser.add_argument(
         "--scratch", type=Path, default=Path("runs"), help="where the folders are written; default: runs"
     )
