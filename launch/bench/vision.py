@@ -1,9 +1,10 @@
 """Seconds and memory of the full-size vision towers, against transformers' modules in the same run.
 
 Times SAM-B and SigLIP-L on the same images and weights, round by round in one process, then each implementation alone
-for its peak memory. Writes `launch/bench/results/vision_<processor>_<YYYYMM>.md`. Needs the `test` and `hf` extras.
+for its peak memory. Writes `launch/bench/results/vision_<forward|train>_<processor>_<YYYYMM>.md`. Needs the extras
+`test` and `hf`.
 
-    python launch/bench/vision.py [--repeats 5] [--threads 2]
+    python launch/bench/vision.py [--repeats 5] [--threads 2] [--train]
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"megavl": "MegaVL", "eager": "transformers, eager", "sdpa": "transformers, SDPA"}
 TOWERS = {"sam": "SAM-B at 1024", "siglip": "SigLIP-L at 384"}
-MODES = {"forward": (), "forward and backward": ("--train",)}
 
 
 def main() -> int:
@@ -30,17 +30,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--train", action="store_true", help="forward and backward, not forward alone")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     load, rows = os.getloadavg()[0], []
+    mode = "train" if arguments.train else "forward"
     for tower in TOWERS:
-        for mode, options in MODES.items():
-            words = (tower, "--threads", arguments.threads, *options)
-            together = measure(*words, "--repeats", arguments.repeats)
-            alone = {name: measure(*words, "--only", name) for name in NAMES}
-            rows += lines(f"{TOWERS[tower]}, {mode}", together, alone)
-            print("\n".join(rows[-len(NAMES) :]), flush=True)
-    path = ROOT / "launch/bench/results" / f"vision_{hardware()}_{time.strftime('%Y%m')}.md"
+        words = (tower, "--threads", arguments.threads, *(("--train",) if arguments.train else ()))
+        together = measure(*words, "--repeats", arguments.repeats)
+        alone = {name: measure(*words, "--only", name) for name in NAMES}
+        rows += lines(TOWERS[tower], together, alone)
+        print("\n".join(rows[-len(NAMES) :]), flush=True)
+    path = ROOT / "launch/bench/results" / f"vision_{mode}_{hardware()}_{time.strftime('%Y%m')}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(report(rows, arguments, load=load), encoding="utf-8")
     print(path)
@@ -81,12 +82,14 @@ def report(rows: list[str], arguments: argparse.Namespace, *, load: float) -> st
         [
             "# Vision towers against transformers",
             "",
-            f"`python launch/bench/vision.py --repeats {arguments.repeats} --threads {arguments.threads}`; "
+            f"`python launch/bench/vision.py --repeats {arguments.repeats} --threads {arguments.threads}"
+            f"{' --train' * arguments.train}`; "
             f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores ({platform.machine()}), "
             f"load average {load:.1f} at the start.",
-            "One image, fp32, random weights of the released sizes; the best of alternating rounds. The ratio is the "
-            "time against MegaVL's: above 1, MegaVL is faster. Memory is what a process with one implementation "
-            "reached beyond its weights; the error is the largest difference from MegaVL's output, relative.",
+            f"{'Forward and backward' if arguments.train else 'Forward'} of one image, fp32, random weights of the "
+            "released sizes; the best of alternating rounds. The ratio is the time against MegaVL's: above 1, MegaVL "
+            "is faster. Memory is what a process with one implementation reached beyond its weights; the error is the "
+            "largest difference from MegaVL's output, relative.",
             "",
             "| tower | implementation | seconds | time against MegaVL | memory MiB | error |",
             "|---|---|---|---|---|---|",
