@@ -10,15 +10,16 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
+CLIENTS := .venv-clients
 STAMP := .venv/.megavl-installed
 # Importing megatron-core also imports torch's compiler, which nothing here uses: 40% of a rank's start.
 PYTEST := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q -rs --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench golden clean
+.PHONY: help setup demo test test-all test-clients check bench golden clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv and install everything (repeats only what changed)
 
@@ -45,6 +46,18 @@ test: $(STAMP)  ## every test that is not slow (make check runs the contract tes
 test-all: $(STAMP)  ## the slow tests too
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+# Each client wants packages that nothing else here needs, so each gets an environment of its own.
+test-clients: $(STAMP)  ## exports in the released client, in transformers 5, and through torchvision
+	test -x $(CLIENTS)/released/bin/python || $(PYTHON) -m venv $(CLIENTS)/released
+	test -x $(CLIENTS)/newer/bin/python || $(PYTHON) -m venv $(CLIENTS)/newer
+	$(CLIENTS)/released/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) \
+	  --editable '.[hf,test]' attrdict einops six timm torchvision
+	$(CLIENTS)/released/bin/python -m pip download --quiet --no-deps --dest $(CLIENTS) xinference==0.14.4
+	$(CLIENTS)/newer/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) pillow transformers==5.23.0
+	MEGAVL_RELEASED_CLIENT=$(CURDIR)/$(CLIENTS)/xinference-0.14.4-py3-none-any.whl \
+	  MEGAVL_TRANSFORMERS_5=$(CURDIR)/$(CLIENTS)/newer/bin/python $(subst $(BIN),$(CLIENTS)/released/bin,$(PYTEST)) \
+	  tests/numerics/test_released_client.py tests/numerics/test_processors.py tests/unit/convert/test_transformers_5.py
+
 bench: $(STAMP)  ## the benchmark drivers of launch/bench, which write launch/bench/results
 	set -e; for driver in $(wildcard launch/bench/*.py); do $(BIN)/python "$$driver"; done
 
@@ -52,5 +65,5 @@ golden: $(STAMP)  ## rewrite the golden loss curves
 	$(PYTEST) tests/end_to_end --update-golden $(PYTEST_ARGS)
 
 clean:  ## remove .venv, the demo's run and caches; other runs stay
-	rm -rf .venv runs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(CLIENTS) runs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megavl data_tools launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,7 @@
 """The released client, unmodified: package `deepseek_vl` as a wheel of another project carries it.
 
 deepseek-ai/DeepSeek-VL is not on PyPI; `xinference` 0.14.4 vendors its package at commit 681bffb. Only that folder is
-taken out of the wheel, and nothing of it is kept. To run the tests that need it:
-
-    pip download --no-deps xinference==0.14.4
-    pip install attrdict einops six timm torchvision       # in an environment that also has MegaVL's packages
-    MEGAVL_RELEASED_CLIENT=xinference-0.14.4-py3-none-any.whl python -m pytest tests/numerics/test_released_client.py
+taken out of the wheel, and nothing of it is kept. `make test-clients` sets up what the tests need and runs them.
 
 torchvision must be of the same build (CPU or CUDA) as torch.
 """

@@ -1,7 +1,6 @@
 """Native exports in transformers 5, against 4.57 of the test environment. Slow, and only where an interpreter is named.
 
-python -m venv /tmp/transformers-5 && /tmp/transformers-5/bin/pip install torch==2.13.0 pillow transformers==5.23.0
-MEGAVL_TRANSFORMERS_5=/tmp/transformers-5/bin/python make test-all
+`make test-clients` makes that environment and runs this.
 """
 
 from __future__ import annotations
