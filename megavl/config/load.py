@@ -31,13 +31,28 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: naming the file, the dotted path, the value and the remedy.
     """
-    raw = _read_with_base(Path(path))
-    for override in overrides:
-        raw = _merge(raw, _parse_override(override))
+    raw = read_raw(path, overrides=overrides)
+    if raw.get("parallel") == "auto":
+        raise UsageError(
+            f"{path}: parallel: auto leaves the choice open; `megavl plan {path} --devices N --device KIND` ranks what "
+            "is possible and prints the lines to put there"
+        )
     if "model" in raw:
         raw = {**raw, "model": _with_preset(raw["model"], source=str(path))}
     recipe: Recipe = _validate(_RECIPE, raw, source=str(path))
     return recipe
+
+
+def read_raw(path: str | Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping of a recipe file, its base and the overrides, unchecked.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    raw = _read_with_base(Path(path))
+    for override in overrides:
+        raw = _merge(raw, _parse_override(override))
+    return raw
 
 
 def load_model_config(preset: str, **changes: Any) -> ModelConfig:

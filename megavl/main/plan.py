@@ -1,37 +1,205 @@
-"""`megavl plan`: what a recipe will take, before it runs."""
+"""`megavl plan`: what a recipe will take, before it runs, and which layout takes least."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
 
-from megavl.config.load import load_recipe
+from megavl.config.errors import UsageError
+from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
-from megavl.planner.devices import DEVICES
-from megavl.planner.plan import DEFAULT_EFFICIENCY, plan_recipe, render, to_json
+from megavl.main.open_recipe import open_recipe, open_uncut
+from megavl.planner.calibration import check_calibration, merge, read_calibration, write_calibration
+from megavl.planner.check import check_memory, checked_scenario
+from megavl.planner.devices import DEVICES, Device, find_device
+from megavl.planner.layout import layout_of
+from megavl.planner.measured import MeasuredTimes
+from megavl.planner.mixing import Mixing, compare_mixing
+from megavl.planner.plan import Plan, block_table, choose_times, plan_scenario, to_json
+from megavl.planner.render import render, render_blocks, render_mixing, render_ranking
+from megavl.planner.scenario import (
+    ELEMENT_BYTES,
+    PLACEMENTS,
+    Scenario,
+    checked_devices,
+    expected_images,
+    make_scenario,
+)
+from megavl.planner.search import Ranking, search
+from megavl.planner.timeline import write_timeline
+from megavl.planner.times import TimeSource
+from megavl.planner.work import BlockWork
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, YAML")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values laid over the recipe")
-    parser.add_argument("--devices", type=int, help="number of devices; default: parallel.tensor x parallel.pipeline")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        help="number of devices; also ranks layouts for them (default: one model replica, no ranking); needed by "
+        "parallel: auto, of which the fastest is planned",
+    )
     parser.add_argument(
         "--device", choices=sorted(DEVICES), default="h200", help="kind of device (default: %(default)s)"
     )
-    parser.add_argument(
-        "--efficiency",
-        type=float,
-        default=DEFAULT_EFFICIENCY,
-        help="assumed share of the peak that a busy device reaches, 0 to 1 (default: %(default)s)",
+    parser.add_argument("--images", type=float, help="images of a multimodal sequence (default: 5 or what fits)")
+    times = parser.add_mutually_exclusive_group()
+    times.add_argument("--calibration", metavar="FILE", help="take seconds from measurements, not the device's table")
+    times.add_argument(
+        "--efficiency", type=float, help="take seconds from this share of the device's peak, 0 to 1, nothing else"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--top", type=int, default=10, help="layouts to list (default: %(default)s; 0: no ranking)")
+    parser.add_argument(
+        "--placements",
+        nargs="+",
+        choices=PLACEMENTS,
+        default=PLACEMENTS,
+        help="values of parallel.vision that the ranking tries (default: all)",
+    )
+    parser.add_argument("--blocks", action="store_true", help="also list FLOPs, bytes and parameters of every block")
+    parser.add_argument("--mixing", action="store_true", help="also simulate steps of randomly mixed modality")
+    parser.add_argument("--timeline", metavar="FILE", help="draw a simulated step: .svg, or .json for Perfetto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="measure every block on this device for the recipe's micro-batch and add it to FILE; under torchrun, with "
+        "as many processes as are to compute at once",
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="measured steps of --calibrate (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; 0."""
-    recipe = load_recipe(args.recipe, overrides=args.overrides)
-    smallest = recipe.parallel.tensor * recipe.parallel.pipeline
-    devices = smallest if args.devices is None else args.devices
-    plan = plan_recipe(recipe, devices=devices, device=args.device, efficiency=args.efficiency)
-    print(to_json(plan) if args.json else "\n".join([render(plan), "", *preview(recipe)]))
+    """Print the plan, or measure; 0.
+
+    Raises:
+        UsageError: the recipe cannot run so; what was found is printed before.
+    """
+    device = find_device(args.device)
+    uncut = open_uncut(args.recipe, overrides=args.overrides)
+    if args.calibrate:
+        recipe = uncut or open_recipe(args.recipe, overrides=args.overrides, device=device)
+        return _calibrate(recipe, args)
+    if uncut is None:
+        recipe = open_recipe(args.recipe, overrides=args.overrides, devices=args.devices, device=device)
+        source = _times(recipe, device, args)
+        scenario = checked_scenario(recipe, devices=args.devices, device=device, images=args.images)
+        layout = layout_of(scenario, source, memory_bytes=device.usable_bytes)
+        ranking = _ranking(scenario, source, device, args) if args.devices is not None and args.top > 0 else None
+    else:
+        source = _times(uncut, device, args)
+        scenario, layout, ranking = _best(uncut, source, device, args)
+    plan = plan_scenario(scenario, layout, source, device)
+    mixing = compare_mixing(scenario, layout, source, steps=_MIXED_STEPS) if args.mixing else None
+    blocks = block_table(scenario) if args.blocks else None
+    if args.timeline:
+        write_timeline(args.timeline, scenario, layout, source)
+    if args.json:
+        print(_as_json(plan, ranking=ranking, mixing=mixing, blocks=blocks))
+    else:
+        print(_as_text(plan, scenario, ranking=ranking, mixing=mixing, blocks=blocks))
+    check_memory(scenario, layout, device)
+    return 0
+
+
+def _best(
+    recipe: Recipe, source: TimeSource, device: Device, args: argparse.Namespace
+) -> tuple[Scenario, tuple[int, ...], Ranking]:
+    """The fastest cut of a recipe that leaves it open, and the others.
+
+    Raises:
+        UsageError: without a number of devices, or nothing works on so many.
+    """
+    if args.devices is None:
+        raise UsageError(f"--devices: {args.recipe} says parallel: auto; name the number of devices to cut it for")
+    scenario = make_scenario(recipe, devices=1, images=args.images)
+    scenario = dataclasses.replace(scenario, devices=checked_devices(args.devices))
+    ranking = _ranking(scenario, source, device, args)
+    if not ranking.best:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(ranking.rejected.items()))
+        raise UsageError(
+            f"parallel: auto: none of {ranking.tried} cuts works on {args.devices} x {device.name}: {reasons}; use "
+            "more devices or change training.global_batch_size"
+        )
+    found = ranking.best[0]
+    chosen = found.choice.apply(recipe, layout=found.layout)
+    return dataclasses.replace(scenario, recipe=chosen), found.layout, ranking
+
+
+def _ranking(scenario: Scenario, source: TimeSource, device: Device, args: argparse.Namespace) -> Ranking:
+    return search(scenario, source, device, top=max(1, args.top), placements=tuple(args.placements))
+
+
+def _as_text(
+    plan: Plan,
+    scenario: Scenario,
+    *,
+    ranking: Ranking | None,
+    mixing: Mixing | None,
+    blocks: dict[str, tuple[BlockWork, ...]] | None,
+) -> str:
+    """The plan, what each source of data gives, and what else was asked for."""
+    parts = [render(plan), "\n".join(preview(scenario.recipe))]
+    if mixing is not None:
+        parts.append(render_mixing(mixing))
+    if blocks is not None:
+        state = 12 if ELEMENT_BYTES[scenario.recipe.training.precision] == 2 else 8
+        parts.append(render_blocks(blocks, optimizer_bytes=state))
+    if ranking is not None:
+        parts.append(render_ranking(ranking, scenario))
+    return "\n\n".join(parts)
+
+
+_MIXED_STEPS = 8
+"""Of random mixtures, drawn for each replica."""
+
+
+def _times(recipe: Recipe, device: Device, args: argparse.Namespace) -> TimeSource:
+    if args.calibration is None:
+        return choose_times(recipe, device, efficiency=args.efficiency)
+    found = read_calibration(args.calibration)
+    check_calibration(found, recipe, path=args.calibration)
+    return MeasuredTimes(calibration=found, device=device, path=args.calibration)
+
+
+def _as_json(
+    plan: Plan,
+    *,
+    ranking: Ranking | None,
+    mixing: Mixing | None,
+    blocks: dict[str, tuple[BlockWork, ...]] | None,
+) -> str:
+    """The plan with what else was asked for; null where it was not."""
+    more: dict[str, Any] = {"ranking": None, "mixing": None, "blocks": None}
+    if ranking is not None:
+        best = [{**dataclasses.asdict(found), "yaml": found.yaml} for found in ranking.best]
+        more["ranking"] = {**dataclasses.asdict(ranking), "best": best}
+    if mixing is not None:
+        gains = {"gain": mixing.gain, "lockstep_gain": mixing.lockstep_gain}
+        more["mixing"] = {**dataclasses.asdict(mixing), **gains}
+    if blocks is not None:
+        more["blocks"] = {kind: [dataclasses.asdict(block) for block in rows] for kind, rows in blocks.items()}
+    return to_json(plan, **more)
+
+
+def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
+    """Measure on the processes that were started and add what was found to the file."""
+    if args.repeats < 2:
+        raise UsageError(f"--repeats: {args.repeats} measured steps say nothing; give 2 or more")
+    # Before torch is imported, which takes seconds: an old file of something else is refused.
+    old = read_calibration(args.calibrate) if Path(args.calibrate).exists() else None
+    if old is not None:
+        check_calibration(old, recipe, path=args.calibrate)
+    from megavl.train.calibrate import calibrate
+
+    images = expected_images(recipe) if args.images is None else round(args.images)
+    new = calibrate(recipe, images=images, repeats=args.repeats)
+    if new is not None:
+        write_calibration(args.calibrate, merge(old, new, path=args.calibrate))
+        entry = new.entries[0]
+        print(f"{args.calibrate}: tensor {entry.tensor}, {entry.processes} processes, {new.device}", flush=True)
     return 0

@@ -10,7 +10,8 @@ from functools import partial
 from typing import NoReturn
 
 from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError
-from megavl.config.load import load_recipe
+from megavl.main.open_recipe import open_recipe
+from megavl.planner.check import checked_scenario
 from megavl.train.exit_status import ExitStatus
 
 
@@ -26,8 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
     An error leaves with `os._exit`: peers may be gone or waiting in a collective, and an orderly interpreter exit
     would wait for them or abort.
     """
-    recipe = load_recipe(arguments.recipe, overrides=arguments.overrides)
-    # A wrong recipe is refused before torch and megatron-core are imported, which takes seconds.
+    # Usually set by the launcher; a value that is no number is refused by `groups`, with a better message.
+    world = os.environ.get("WORLD_SIZE", "1")
+    devices = int(world) if world.isdigit() else None
+    recipe = open_recipe(arguments.recipe, overrides=arguments.overrides, devices=devices)
+    # What cannot work is refused before torch and megatron-core are imported, which takes seconds; whether the device
+    # has the memory is known only with torch.
+    checked_scenario(recipe, devices=devices, device=None)
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train

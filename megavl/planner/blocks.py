@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megavl.config.adaptor import AdaptorLayer
 from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipConfig
@@ -58,6 +59,7 @@ class Block:
         return self.linear * products + (2 * self.attention if products else 0)
 
 
+@lru_cache(maxsize=16)
 def vision_blocks(model: ModelConfig) -> tuple[Block, ...]:
     """Both encoders and the adaptor, per image."""
     sam = _sam_blocks(model.sam, low_grid=model.siglip.grid) if model.sam else ()

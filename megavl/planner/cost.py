@@ -16,6 +16,12 @@ from megavl.config.model import ModelConfig
 from megavl.config.recipe import TRAINABLE_PARTS, RecomputeConfig
 from megavl.planner.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
 
+MFU_CONVENTION = (
+    "MFU: useful FLOPs over the vendor's dense peak; 6 x (body + head) + 6 x L x S x d per trained token (causal), "
+    "encoders as they run; recompute, repeated encoders and padding count as time only"
+)
+"""Printed wherever MFU is."""
+
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
     """Parameters of each row of `TRAINABLE_PARTS`; rows that the model lacks hold 0."""

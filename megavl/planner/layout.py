@@ -1,129 +1,38 @@
-"""Decoder layers per pipeline stage, balanced by FLOPs, and megatron-core's notation for them."""
+"""Which decoder layers a pipeline stage holds, and megatron-core's notation for it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import Recipe
+from megavl.planner.balance import balance
 from megavl.planner.blocks import decoder_layer_blocks, embedding_block, head_block, vision_blocks
-from megavl.planner.cost import (
-    active_parts,
-    layer_recompute_flops,
-    overhead_flops,
-    train_flops,
-    vision_recompute_flops,
-)
-
-PACKED_IMAGES = 5
-"""Images that preprocessing packs into one sequence at most, by default."""
+from megavl.planner.devices import Device
+from megavl.planner.scenario import Scenario, make_scenario
+from megavl.planner.times import DeviceTimes, FlatTimes, TimeSource
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageCosts:
-    """Forward, backward and recompute FLOPs of one micro-batch on one rank of a stage."""
-
-    layer: float
-    """One decoder layer, divided over tensor-parallel ranks."""
-    first: float
-    """Encoders and adaptor, which every tensor-parallel rank repeats; on the first stage."""
-    last: float
-    """Output layer, divided over tensor-parallel ranks; on the last stage."""
-
-    def of(self, stage: int, *, layers: int, stages: int) -> float:
-        """FLOPs of `stage` holding `layers` decoder layers."""
-        edges = (self.first if stage == 0 else 0.0) + (self.last if stage == stages - 1 else 0.0)
-        return edges + layers * self.layer
-
-
-def expected_images(recipe: Recipe) -> int:
-    """Images assumed in a multimodal sequence: what packing allows, or what fits; 0 without multimodal steps."""
-    if recipe.data.multimodal_fraction == 0:
-        return 0
-    return min(PACKED_IMAGES, recipe.data.seq_length // recipe.model.image_tokens)
-
-
-def stage_costs(recipe: Recipe, *, images_per_sequence: float) -> StageCosts:
-    """Costs of a micro-batch with `images_per_sequence` images in every sequence; 0 is text only.
-
-    The one blank image that a text-only step encodes for overlapped gradient reduction is left out: it falls on the
-    last micro-batch alone.
-    """
-    model, tensor = recipe.model, recipe.parallel.tensor
-    sequences, span = recipe.training.micro_batch_size, recipe.data.seq_length
-    images = images_per_sequence * sequences
-    trainable = active_parts(recipe.trainable_parts, images=math.ceil(images))
-    tokens = sequences * span
-    layer = train_flops(decoder_layer_blocks(model.llm, tokens=tokens, attention_span=span), trainable=trainable)
-    layer += layer_recompute_flops(
-        model, tokens=tokens, attention_span=span, recompute=recipe.recompute, trainable=trainable
-    )
-    encoders = vision_blocks(model)
-    image = train_flops(encoders, trainable=trainable) + overhead_flops(encoders, trainable=trainable)
-    image += vision_recompute_flops(model, recompute=recipe.recompute, trainable=trainable)
-    head = train_flops([head_block(model.llm, tokens=tokens)], trainable=trainable)
-    return StageCosts(layer=layer / tensor, first=image * images, last=head / tensor)
-
-
-def expected_costs(recipe: Recipe, *, images_per_sequence: float) -> StageCosts:
-    """Mean of multimodal and text-only steps, weighted by data.multimodal_fraction."""
-    share = recipe.data.multimodal_fraction
-    multimodal = stage_costs(recipe, images_per_sequence=images_per_sequence)
-    text = stage_costs(recipe, images_per_sequence=0)
-    return StageCosts(
-        layer=share * multimodal.layer + (1 - share) * text.layer,
-        first=share * multimodal.first + (1 - share) * text.first,
-        last=share * multimodal.last + (1 - share) * text.last,
-    )
-
-
-def split_layers(num_layers: int, *, stages: int, costs: StageCosts) -> tuple[int, ...]:
-    """The split whose slowest stage is fastest; of these the most even one, then the one with fewer early layers.
-
-    Early stages hold the activations of more micro-batches, hence the last rule. Exact, by two passes of dynamic
-    programming over (stage, layers so far): the smallest bottleneck, then the smallest sum of squares under it.
-    """
-
-    def cost(stage: int, layers: int) -> float:
-        return costs.of(stage, layers=layers, stages=stages)
-
-    totals = range(num_layers + 1)
-    bottleneck = [cost(0, total) for total in totals]
-    for stage in range(1, stages):
-        bottleneck = [
-            min(max(bottleneck[total - here], cost(stage, here)) for here in range(total + 1)) for total in totals
-        ]
-    limit = bottleneck[num_layers]
-
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    for stage in range(stages):
-        longer: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for total, (squares, split) in best.items():
-            for here in range(num_layers - total + 1):
-                if cost(stage, here) > limit:
-                    break
-                candidate = (squares + here * here, (*split, here))
-                if total + here not in longer or candidate < longer[total + here]:
-                    longer[total + here] = candidate
-        best = longer
-    return best[num_layers][1]
-
-
-def balance_layers(recipe: Recipe, *, images_per_sequence: float | None = None) -> tuple[int, ...]:
-    """Decoder layers per pipeline stage that minimise the largest expected stage time.
-
-    Time is taken as proportional to FLOPs. The first stage pays the encoders on multimodal steps, the last one the
-    output layer; the loss itself and the embedding look-up have no matrix product and count nothing.
+def resolve_layout(recipe: Recipe, *, devices: int | None = None, device: Device | None = None) -> tuple[int, ...]:
+    """Decoder layers per stage: parallel.layout, or the balanced split when it is `auto`.
 
     Args:
-        recipe: the stage to balance for; parallel.layout is not read.
-        images_per_sequence: mean images of a multimodal sequence; default `expected_images`.
+        recipe: one training stage.
+        devices: world size; default: one model replica.
+        device: kind of device whose times and memory count; None: time is proportional to FLOPs, no limit.
     """
-    images = expected_images(recipe) if images_per_sequence is None else images_per_sequence
-    costs = expected_costs(recipe, images_per_sequence=images)
-    return split_layers(recipe.model.llm.num_layers, stages=recipe.parallel.pipeline, costs=costs)
+    scenario = make_scenario(recipe, devices=devices)
+    if device is None:
+        return layout_of(scenario, FlatTimes())
+    return layout_of(scenario, DeviceTimes(device=device), memory_bytes=device.usable_bytes)
+
+
+def layout_of(scenario: Scenario, source: TimeSource, *, memory_bytes: int | None = None) -> tuple[int, ...]:
+    """Decoder layers per stage of a scenario: the recipe's, or the balanced ones."""
+    layout = scenario.recipe.parallel.layout
+    if layout == "auto":
+        return balance(scenario, source, memory_bytes=memory_bytes)
+    return layout
 
 
 def balance_weights(model: ModelConfig, *, stages: int, tensor: int = 1) -> tuple[int, ...]:
@@ -136,21 +45,17 @@ def balance_weights(model: ModelConfig, *, stages: int, tensor: int = 1) -> tupl
         stages: pipeline stages.
         tensor: tensor-parallel ranks, over which everything but the encoders is divided.
     """
-    layer = sum(block.parameters for block in decoder_layer_blocks(model.llm, tokens=0, attention_span=0))
-    vision = sum(block.parameters for block in vision_blocks(model))
-    costs = StageCosts(
-        layer=layer / tensor,
-        first=vision + embedding_block(model.llm).parameters / tensor,
-        last=head_block(model.llm, tokens=0).parameters / tensor,
-    )
-    return split_layers(model.llm.num_layers, stages=stages, costs=costs)
-
-
-def resolve_layout(recipe: Recipe) -> tuple[int, ...]:
-    """Decoder layers per pipeline stage: parallel.layout, or the balanced split when it is `auto`."""
-    if recipe.parallel.layout == "auto":
-        return balance_layers(recipe)
-    return recipe.parallel.layout
+    layer = sum(block.parameters for block in decoder_layer_blocks(model.llm, tokens=0, attention_span=0)) / tensor
+    held = [0.0] * stages
+    held[0] += sum(block.parameters for block in vision_blocks(model)) + embedding_block(model.llm).parameters / tensor
+    held[-1] += head_block(model.llm, tokens=0).parameters / tensor
+    layers = [0] * stages
+    # Layers are alike, so giving each to the emptiest stage is the best split; of equal ones the later takes it.
+    for _ in range(model.llm.num_layers):
+        emptiest = min(reversed(range(stages)), key=held.__getitem__)
+        held[emptiest] += layer
+        layers[emptiest] += 1
+    return tuple(layers)
 
 
 def layout_string(layers_per_stage: Sequence[int]) -> str | None:

@@ -1,7 +1,6 @@
 """Bytes per rank: weights, gradients, optimizer state, activations. An estimate for choosing a layout, not a guarantee.
 
-Legend: T tokens of a micro-batch, H decoder width, F its SwiGLU width, V vocabulary, a heads, t tensor-parallel ranks,
-s = t under sequence parallelism else 1, e bytes per element (2 for bf16, 4 for fp32).
+Legend: `scenario.py`'s, and a attention heads, s = t under sequence parallelism else 1.
 
 - weights: e per parameter, frozen ones included; gradients: 4 per trained parameter (fp32 accumulation).
 - optimizer: two fp32 moments, 8 per trained parameter, and a fp32 master copy, 4 more, in bf16; divided over
@@ -12,9 +11,15 @@ s = t under sequence parallelism else 1, e bytes per element (2 for bf16, 4 for 
 - selective recompute drops the log-sums (core_attn) or the 5e x F/t (mlp); full recompute keeps one input, e x H/s, per
   recompute.num_layers layers. Either way one recomputed piece is alive at a time.
 - the last stage holds (e + 4) x V/t per token of one micro-batch: logits and their fp32 softmax.
-- the first stage keeps what the trained part of the vision side needs, of every image, and for a moment the largest
-  block that is frozen or recomputed. Not divided over tensor ranks.
-- 1F1B holds min(stages - stage, micro-batches) micro-batches of layer and vision activations.
+- the first stage keeps what the trained part of the vision side needs, of every image that the rank encodes, and for a
+  moment the largest block that is frozen or recomputed.
+- under `split_all` every rank holds the towers (the first stage's are the model's, the others copies without optimizer
+  state) and encodes its share of the whole step's images at once; a tower whose first layers train is run again for its
+  gradient, so that all its activations of these images are alive then. The first stage holds the features of all
+  images, with gradients where a tower trains, until the pipeline is through. Then the towers' weight gradients, e
+  bytes each, are summed in fp32.
+- a rank holds as many micro-batches of each of its stages as the schedule's order leaves outstanding: under 1F1B
+  min(p - rank, m), under interleaving what `schedule.py` counts.
 
 Not counted: the runtime's own memory, communication buffers, fragmentation, the data loader.
 """
@@ -22,19 +27,20 @@ Not counted: the runtime's own memory, communication buffers, fragmentation, the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megavl.config.recipe import Recipe
+from megavl.config.model import ModelConfig
 from megavl.planner.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.cost import active_parts
-
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
-"""Bytes of a weight or activation by training.precision."""
+from megavl.planner.scenario import Scenario
+from megavl.planner.schedule import passes
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageMemory:
-    """Estimated bytes on one rank of a pipeline stage."""
+class RankMemory:
+    """Estimated bytes on one rank."""
 
     weights: int
     gradients: int
@@ -47,95 +53,200 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def stage_parameters(recipe: Recipe, *, stage: int, layers: int) -> tuple[int, int]:
-    """Parameters on one rank of `stage` holding `layers` decoder layers: all of them, and those that train."""
-    llm, tensor = recipe.model.llm, recipe.parallel.tensor
+def rank_stages(scenario: Scenario, rank: int) -> tuple[int, ...]:
+    """Stages on a pipeline rank, in the order of the data."""
+    return tuple(range(rank, scenario.stages, scenario.pipeline))
+
+
+def rank_parameters(scenario: Scenario, rank: int, layout: Sequence[int]) -> tuple[int, int]:
+    """Parameters on one device of pipeline rank `rank`: all of them, and those that train.
+
+    Args:
+        scenario: recipe and sizes.
+        rank: pipeline rank, from 0.
+        layout: decoder layers per stage.
+    """
+    recipe, tensor = scenario.recipe, scenario.tensor
+    llm = recipe.model.llm
     width = llm.hidden_size
     # Norm weights are on every tensor-parallel rank, matrices are cut.
     layer = sum(block.parameters for block in decoder_layer_blocks(llm, tokens=0, attention_span=0))
-    decoder = layers * ((layer - 2 * width) // tensor + 2 * width)
-    vision, trained_vision = 0, 0
-    if stage == 0:
+    count = sum(layout[stage] for stage in rank_stages(scenario, rank))
+    decoder = count * ((layer - 2 * width) // tensor + 2 * width)
+    if rank == 0:
         decoder += embedding_block(llm).parameters // tensor
-        for block in vision_blocks(recipe.model):
-            vision += block.parameters
-            trained_vision += block.parameters * (block.part in recipe.trainable_parts)
-    if stage == recipe.parallel.pipeline - 1:
+    if rank == scenario.pipeline - 1:
         decoder += (head_block(llm, tokens=0).parameters - width) // tensor + width
+    vision, trained_vision = 0, 0
+    if rank == 0:
+        vision, trained_vision = _vision_parameters(recipe.model, recipe.trainable_parts)
     trained_decoder = decoder if "llm" in recipe.trainable_parts else 0
     return decoder + vision, trained_decoder + trained_vision
 
 
-def stage_memory(
-    recipe: Recipe,
-    *,
-    stage: int,
-    layers: int,
-    data_parallel: int,
-    micro_batches: int,
-    images_per_sequence: int,
-) -> StageMemory:
-    """Memory of one rank, by the formulas of this module.
+def rank_memory(scenario: Scenario, rank: int, layout: Sequence[int]) -> RankMemory:
+    """Memory of one device of pipeline rank `rank`, by the formulas of this module.
 
     Args:
-        recipe: the training stage.
-        stage: pipeline stage, from 0.
-        layers: decoder layers on it.
-        data_parallel: data-parallel ranks.
-        micro_batches: micro-batches per step and data-parallel rank.
-        images_per_sequence: images in a multimodal sequence.
+        scenario: recipe and sizes.
+        rank: pipeline rank, from 0.
+        layout: decoder layers per stage.
     """
-    element = ELEMENT_BYTES[recipe.training.precision]
-    parameters, trained = stage_parameters(recipe, stage=stage, layers=layers)
-    state = math.ceil(trained * (12 if recipe.training.precision == "bf16" else 8) / data_parallel)
-    in_flight = min(recipe.parallel.pipeline - stage, micro_batches)
-    kept, transient = _decoder_activations(recipe, layers=layers, multimodal=images_per_sequence > 0)
-    activations = in_flight * kept + transient
-    if stage == 0 and images_per_sequence:
-        kept, transient = _image_activations(recipe)
-        activations += recipe.training.micro_batch_size * images_per_sequence * (in_flight * kept + transient)
-    if stage == recipe.parallel.pipeline - 1:
-        activations += _head_activations(recipe)
-    return StageMemory(weights=parameters * element, gradients=4 * trained, optimizer=state, activations=activations)
+    parameters, trained = rank_parameters(scenario, rank, layout)
+    per_weight = 12 if scenario.recipe.training.precision == "bf16" else 8
+    multimodal = scenario.images > 0 and scenario.share > 0
+    kept: list[int] = []
+    transient = 0
+    for stage in rank_stages(scenario, rank):
+        stays, passing = _decoder_activations(scenario, layers=layout[stage], multimodal=multimodal)
+        if stage == 0 and multimodal:
+            counts = {True: scenario.tower_images("multimodal"), False: scenario.adaptor_images("multimodal")}
+            for towers, images in counts.items():
+                per_image, largest = _image_activations(scenario, towers=towers)
+                stays, passing = stays + math.ceil(images * per_image), passing + math.ceil(images * largest)
+        kept.append(stays)
+        transient = max(transient, passing)
+    held = outstanding(rank, pipeline=scenario.pipeline, virtual=scenario.virtual, micro_batches=scenario.micro_batches)
+    activations = max(sum(n * size for n, size in zip(row, kept, strict=True)) for row in held) + transient
+    if rank == scenario.pipeline - 1:
+        activations += _head_activations(scenario)
+    copies = 0
+    if multimodal and scenario.vision == "split_all":
+        activations = max(activations, _towers_at_work(scenario)) + _up_front_activations(scenario, first=rank == 0)
+        copies = 0 if rank == 0 else tower_parameters(scenario)[0]
+    return RankMemory(
+        weights=(parameters + copies) * scenario.element,
+        gradients=4 * trained,
+        optimizer=math.ceil(trained * per_weight / scenario.data_parallel),
+        activations=activations,
+    )
 
 
-def _tokens(recipe: Recipe) -> int:
-    return recipe.training.micro_batch_size * recipe.data.seq_length
+def fits(scenario: Scenario, layout: Sequence[int], memory_bytes: int | None) -> bool:
+    """Whether every rank's estimate is within `memory_bytes`; so it is where that is None."""
+    if memory_bytes is None:
+        return True
+    return all(rank_memory(scenario, rank, layout).total <= memory_bytes for rank in range(scenario.pipeline))
 
 
-def _decoder_activations(recipe: Recipe, *, layers: int, multimodal: bool) -> tuple[int, int]:
-    """Bytes kept per micro-batch, and bytes of the piece alive during its recompute."""
-    llm, parallel, recompute = recipe.model.llm, recipe.parallel, recipe.recompute
-    tokens, element = _tokens(recipe), ELEMENT_BYTES[recipe.training.precision]
-    sequence_ranks = parallel.tensor if parallel.sequence_parallel else 1
-    norms = 2 * (4 + 2 * element) * tokens * llm.hidden_size // sequence_ranks
-    attention = 6 * element * tokens * llm.hidden_size // parallel.tensor
-    sums = 4 * tokens * llm.num_attention_heads // parallel.tensor
-    inner = 5 * element * tokens * llm.ffn_hidden_size // parallel.tensor
-    layer = norms + attention + sums + inner
-    trainable = active_parts(recipe.trainable_parts, images=int(multimodal))
+@lru_cache(maxsize=1024)
+def outstanding(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches of each of a rank's stages between forward and backward pass, wherever their number peaks."""
+    if virtual == 1:
+        return ((min(pipeline - rank, micro_batches),),)
+    # Peaks repeat with every round of p micro-batches once the pipeline is full.
+    held, found = [0] * virtual, set()
+    for step in passes(rank, pipeline=pipeline, virtual=virtual, micro_batches=min(micro_batches, 4 * pipeline)):
+        held[step.stage // pipeline] += -1 if step.backward else 1
+        if not step.backward:
+            found.add(tuple(held))
+    return tuple(row for row in found if not any(_covers(other, row) for other in found))
+
+
+def layer_bytes(scenario: Scenario) -> int:
+    """Bytes that one decoder layer keeps of one micro-batch, nothing recomputed."""
+    llm, tokens, element = scenario.recipe.model.llm, scenario.tokens, scenario.element
+    norms = 2 * (4 + 2 * element) * tokens * llm.hidden_size // scenario.sequence_ranks
+    attention = 6 * element * tokens * llm.hidden_size // scenario.tensor
+    return norms + attention + _log_sums(scenario) + _inner(scenario)
+
+
+def recomputed_bytes(scenario: Scenario) -> int:
+    """Of `layer_bytes`, what recompute makes again instead of keeping it."""
+    recompute = scenario.recipe.recompute
+    if recompute.granularity == "none":
+        return 0
+    if recompute.granularity == "full":
+        return layer_bytes(scenario) - _input_bytes(scenario) // recompute.num_layers
+    return _log_sums(scenario) * ("core_attn" in recompute.modules) + _inner(scenario) * ("mlp" in recompute.modules)
+
+
+def _covers(other: tuple[int, ...], row: tuple[int, ...]) -> bool:
+    return other != row and all(a >= b for a, b in zip(other, row, strict=True))
+
+
+def _log_sums(scenario: Scenario) -> int:
+    return 4 * scenario.tokens * scenario.recipe.model.llm.num_attention_heads // scenario.tensor
+
+
+def _inner(scenario: Scenario) -> int:
+    return 5 * scenario.element * scenario.tokens * scenario.recipe.model.llm.ffn_hidden_size // scenario.tensor
+
+
+def _input_bytes(scenario: Scenario) -> int:
+    return scenario.element * scenario.tokens * scenario.recipe.model.llm.hidden_size // scenario.sequence_ranks
+
+
+def _decoder_activations(scenario: Scenario, *, layers: int, multimodal: bool) -> tuple[int, int]:
+    """Bytes that a stage keeps per micro-batch, and bytes of the piece alive during its recompute."""
+    recompute, layer = scenario.recipe.recompute, layer_bytes(scenario)
+    trainable = active_parts(scenario.recipe.trainable_parts, images=int(multimodal))
     if layers == 0 or not trainable:
         return 0, layer if layers else 0
-    if recompute.granularity == "none":
-        return layers * layer, 0
     if recompute.granularity == "full":
         block = min(recompute.num_layers, layers)
-        return math.ceil(layers / block) * element * tokens * llm.hidden_size // sequence_ranks, block * layer
-    dropped = sums * ("core_attn" in recompute.modules) + inner * ("mlp" in recompute.modules)
+        return math.ceil(layers / block) * _input_bytes(scenario), block * layer
+    dropped = recomputed_bytes(scenario)
     return layers * (layer - dropped), dropped
 
 
-def _image_activations(recipe: Recipe) -> tuple[int, int]:
-    """Bytes kept per image, and bytes of the largest block alive only while it runs."""
-    element = ELEMENT_BYTES[recipe.training.precision]
-    trainable = frozenset(recipe.trainable_parts)
+def tower_parameters(scenario: Scenario) -> tuple[int, int]:
+    """Parameters of the towers without the adaptor: all of them, and those that train."""
+    model, trained = scenario.recipe.model, scenario.recipe.trainable_parts
+    blocks = [block for block in vision_blocks(model) if block.part != "adaptor"]
+    return sum(block.parameters for block in blocks), sum(b.parameters for b in blocks if b.part in trained)
+
+
+def _image_activations(scenario: Scenario, *, towers: bool) -> tuple[int, int]:
+    """Bytes that towers or adaptor keep per image, and bytes of their largest block alive only while it runs."""
+    recipe = scenario.recipe
+    kept, transient = _image_elements(recipe.model, recipe.trainable_parts, recipe.recompute.vision, towers)
+    return kept * scenario.element, transient * scenario.element
+
+
+@lru_cache(maxsize=64)
+def _image_elements(model: ModelConfig, trained: tuple[str, ...], recomputed: bool, towers: bool) -> tuple[int, int]:
     kept, transient = 0, 0
-    for block in vision_blocks(recipe.model):
-        stays = _kept_elements(block, trainable=trainable, recomputed=recipe.recompute.vision)
+    for block in vision_blocks(model):
+        if (block.part == "adaptor") == towers:
+            continue
+        stays = _kept_elements(block, trainable=frozenset(trained), recomputed=recomputed)
         kept += stays
         if stays < block.saved:
             transient = max(transient, block.saved)
-    return kept * element, transient * element
+    return kept, transient
+
+
+@lru_cache(maxsize=64)
+def _vision_parameters(model: ModelConfig, trained: tuple[str, ...]) -> tuple[int, int]:
+    blocks = vision_blocks(model)
+    return sum(block.parameters for block in blocks), sum(b.parameters for b in blocks if b.part in trained)
+
+
+def rerun_towers(scenario: Scenario) -> frozenset[str]:
+    """Towers that train from their first layers on, which `split_all` runs again for their gradient."""
+    if scenario.vision != "split_all":
+        return frozenset()
+    trained = scenario.recipe.trainable_parts
+    return frozenset(name for name, part in (("siglip", "siglip"), ("sam", "sam_trunk")) if part in trained)
+
+
+def _towers_at_work(scenario: Scenario) -> int:
+    """Bytes alive while a rank encodes its share of the step's images, runs it again, or sums weight gradients."""
+    kept, transient = _image_activations(scenario, towers=True)
+    images, rerun = scenario.images_up_front("multimodal"), bool(rerun_towers(scenario))
+    encoding = math.ceil(images * (kept + transient if rerun else transient))
+    return max(encoding, (scenario.element + 4) * tower_parameters(scenario)[1])
+
+
+def _up_front_activations(scenario: Scenario, *, first: bool) -> int:
+    """What `split_all` keeps while the pipeline runs: for the rank's images, and all features on the first stage."""
+    kept, _ = _image_activations(scenario, towers=True)
+    out = 0.0 if rerun_towers(scenario) else scenario.images_up_front("multimodal") * kept
+    if first:
+        whole = scenario.micro_batch_images("multimodal") * scenario.micro_batches
+        out += whole * scenario.feature_bytes * (2 if tower_parameters(scenario)[1] else 1)
+    return math.ceil(out)
 
 
 def _kept_elements(block: Block, *, trainable: frozenset[str], recomputed: bool) -> int:
@@ -144,9 +255,8 @@ def _kept_elements(block: Block, *, trainable: frozenset[str], recomputed: bool)
     return block.checkpoint if recomputed and block.checkpoint is not None else block.saved
 
 
-def _head_activations(recipe: Recipe) -> int:
+def _head_activations(scenario: Scenario) -> int:
     """Bytes of the final norm and of one micro-batch's logits."""
-    llm, parallel = recipe.model.llm, recipe.parallel
-    tokens, element = _tokens(recipe), ELEMENT_BYTES[recipe.training.precision]
-    norm = (4 + 2 * element) * tokens * llm.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
-    return norm + (element + 4) * tokens * llm.vocab_size // parallel.tensor
+    llm, tokens, element = scenario.recipe.model.llm, scenario.tokens, scenario.element
+    norm = (4 + 2 * element) * tokens * llm.hidden_size // scenario.sequence_ranks
+    return norm + (element + 4) * tokens * llm.vocab_size // scenario.tensor

@@ -1,42 +1,41 @@
-"""What a recipe will take on a number of devices: parameters, FLOPs and memory per stage, bubble, step time.
-
-Step time = (sum of the stages' micro-batch times + (m - 1) x the slowest one) / efficiency, for m micro-batches under
-1F1B; with equal stages that is the published bubble (p - 1) / (m + p - 1). `efficiency` is the share of the peak that a
-busy device reaches, communication and optimizer included; it is assumed, not measured.
-"""
+"""What a recipe will take on a number of devices: parameters, FLOPs and memory per rank, bubble, step time."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
-from megavl.planner.cost import mfu, step_flops
-from megavl.planner.devices import find_device
-from megavl.planner.layout import StageCosts, expected_images, layout_string, resolve_layout, stage_costs
-from megavl.planner.memory import StageMemory, stage_memory, stage_parameters
-
-DEFAULT_EFFICIENCY = 0.5
-"""Best published share of the bf16 peak for a 7B model at 4,096 tokens on H100 is 40% to 50%."""
+from megavl.planner.cost import MFU_CONVENTION, mfu
+from megavl.planner.devices import Device, find_device
+from megavl.planner.layout import layout_of, layout_string
+from megavl.planner.memory import RankMemory, rank_memory, rank_parameters, rank_stages
+from megavl.planner.predict import StepTime, step_time
+from megavl.planner.scenario import Kind, Scenario, make_scenario
+from megavl.planner.search import useful_flops
+from megavl.planner.times import DeviceTimes, FlatTimes, TimeSource, flat_times
+from megavl.planner.work import BlockWork, all_work
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagePlan:
-    """One rank of one pipeline stage."""
+class RankPlan:
+    """One device of one pipeline rank."""
 
-    stage: int
-    layers: int
-    """Decoder layers."""
+    rank: int
+    layers: tuple[int, ...]
+    """Decoder layers of each of its stages."""
     parameters: int
     trained_parameters: int
     text_flops: float
     """Forward, backward and recompute FLOPs of one text-only micro-batch."""
     multimodal_flops: float
-    """The same of a multimodal micro-batch; the encoders are repeated on every tensor-parallel rank."""
-    memory: StageMemory
+    """The same of a multimodal micro-batch, with what this rank encodes within the pipeline."""
+    text_busy: float
+    """Share of the schedule in which the rank computes, text-only steps."""
+    multimodal_busy: float
+    memory: RankMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +44,16 @@ class StepPlan:
 
     flops: float
     """Useful FLOPs, `megavl.planner.cost.step_flops`."""
-    seconds: float | None
-    """Step time; None where no peak is known."""
-    tokens_per_s: float | None
+    seconds: float
+    tokens_per_s: float
     mfu: float | None
+    """None where no peak is known; see `MFU_CONVENTION`."""
+    bubble: float
+    """Share of the schedule in which ranks do not compute, simulated."""
+    pipeline_s: float
+    """Seconds of the schedule."""
+    outside_s: dict[str, float]
+    """Seconds outside the schedule, by name: `megavl.planner.times.StepExtras`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,265 +67,207 @@ class Plan:
     devices: int
     device_memory: int | None
     """Bytes; None: not bounded by the device."""
+    usable_memory: int | None
+    """Of these, what a layout may plan with: the estimate leaves out the runtime, buffers and fragmentation."""
     tensor: int
     pipeline: int
+    virtual_pipeline: int
     data_parallel: int
+    vision: str
+    """Where the encoders run."""
     micro_batches: int
     """Per step and data-parallel rank."""
     tokens_per_step: int
-    images_per_sequence: int
+    images_per_sequence: float
     """Assumed in every sequence of a multimodal step."""
-    multimodal_fraction: float
-    efficiency: float
-    """Assumed share of the peak that a busy device reaches."""
+    multimodal_share: float
+    """Mean share of multimodal steps over the run, the warm-up included."""
     layout: str | None
     """megatron-core's layout string."""
-    stages: tuple[StagePlan, ...]
-    bubble: float
-    """(p - 1) / (m + p - 1), the idle share with equal stages."""
+    times: str
+    """Where seconds come from."""
+    assumptions: tuple[str, ...]
+    ranks: tuple[RankPlan, ...]
     text: StepPlan
     multimodal: StepPlan
     expected: StepPlan
-    """Mean over steps at data.multimodal_fraction."""
+    """Mean over the mixture."""
+    days: float
+    """All steps of the recipe at the expected step time."""
+    mfu_convention: str = MFU_CONVENTION
 
     @property
     def fits(self) -> bool | None:
-        """Whether every stage's estimate is within the device's memory; None where that is unknown."""
-        if self.device_memory is None:
+        """Whether every rank's estimate is within the usable memory; None where that is unknown."""
+        if self.usable_memory is None:
             return None
-        return max(stage.memory.total for stage in self.stages) <= self.device_memory
+        return max(rank.memory.total for rank in self.ranks) <= self.usable_memory
 
 
-def plan_recipe(recipe: Recipe, *, devices: int, device: str = "h200", efficiency: float = DEFAULT_EFFICIENCY) -> Plan:
+def choose_times(recipe: Recipe, device: Device, *, efficiency: float | None) -> TimeSource:
+    """Seconds from a flat share of the peak where one is given, else from the device's table."""
+    if efficiency is not None:
+        return flat_times(device, precision=recipe.training.precision, efficiency=efficiency)
+    return DeviceTimes(device=device)
+
+
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    devices: int,
+    device: str = "h200",
+    efficiency: float | None = None,
+    images: float | None = None,
+    source: TimeSource | None = None,
+) -> Plan:
     """Plan `recipe` on `devices` devices of one kind.
 
     Args:
         recipe: one training stage.
         devices: world size.
         device: row of `megavl.planner.devices.DEVICES`.
-        efficiency: assumed share of the peak that a busy device reaches, above 0 to 1.
+        efficiency: share of the peak that a busy device reaches, above 0 to 1; default: the device's table.
+        images: images of a multimodal sequence; default: what packing allows.
+        source: where seconds come from, instead of table or share.
 
     Raises:
-        UsageError: when the devices do not fit the recipe's parallel sizes and batch, or an argument is out of range.
+        UsageError: the devices do not fit the recipe's parallel sizes and batch, or an argument is out of range.
     """
-    if not 0 < efficiency <= 1:
-        raise UsageError(f"--efficiency: {efficiency} is no share of the peak; give a number above 0, at most 1")
-    if devices < 1:
-        raise UsageError(f"--devices: {devices} is no number of devices; give 1 or more")
     hardware = find_device(device)
-    parallel, training = recipe.parallel, recipe.training
-    data_parallel = recipe.data_parallel(devices)
-    micro_batches = training.global_batch_size // (data_parallel * training.micro_batch_size)
-    images, layout = expected_images(recipe), resolve_layout(recipe)
-    costs = {kind: stage_costs(recipe, images_per_sequence=count) for kind, count in _kinds(images).items()}
-    peak = hardware.peak_flops.get(training.precision)
+    scenario = make_scenario(recipe, devices=devices, images=images)
+    times = choose_times(recipe, hardware, efficiency=efficiency) if source is None else source
+    layout = layout_of(scenario, times, memory_bytes=hardware.usable_bytes)
+    return plan_scenario(scenario, layout, times, hardware)
 
-    def step(kind: str) -> StepPlan:
-        seconds = None
-        if peak is not None:
-            seconds = pipeline_flops(costs[kind], layout=layout, micro_batches=micro_batches) / (peak * efficiency)
-        return _step_plan(recipe, images=_kinds(images)[kind], seconds=seconds, devices=devices, peak=peak)
 
-    text, multimodal = step("text"), step("multimodal")
-    stages = tuple(
-        _stage_plan(recipe, stage, layers, costs, data_parallel=data_parallel, micro_batches=micro_batches)
-        for stage, layers in enumerate(layout)
-    )
+def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSource, hardware: Device) -> Plan:
+    """Plan a scenario with a given layout; arguments as in `plan_recipe`."""
+    recipe, peak = scenario.recipe, hardware.peak_flops.get(scenario.recipe.training.precision)
+    kinds: tuple[Kind, Kind] = ("text", "multimodal")
+    found = {kind: step_time(scenario, layout, source, kind) for kind in kinds}
+    steps = {kind: _step_plan(scenario, source, found[kind], peak=peak) for kind in kinds}
+    expected = _mean(scenario, steps["text"], steps["multimodal"], peak=peak)
     return Plan(
         model=recipe.model.preset,
-        training_stage=training.stage,
+        training_stage=recipe.training.stage,
         trained=recipe.trainable_parts,
         device=hardware.name,
-        devices=devices,
+        devices=scenario.devices,
         device_memory=hardware.memory_bytes,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        data_parallel=data_parallel,
-        micro_batches=micro_batches,
-        tokens_per_step=training.global_batch_size * recipe.data.seq_length,
-        images_per_sequence=images,
-        multimodal_fraction=recipe.data.multimodal_fraction,
-        efficiency=efficiency,
+        usable_memory=hardware.usable_bytes,
+        tensor=scenario.tensor,
+        pipeline=scenario.pipeline,
+        virtual_pipeline=scenario.virtual,
+        data_parallel=scenario.data_parallel,
+        vision=scenario.vision,
+        micro_batches=scenario.micro_batches,
+        tokens_per_step=recipe.training.global_batch_size * recipe.data.seq_length,
+        images_per_sequence=scenario.images,
+        multimodal_share=scenario.share,
         layout=layout_string(layout),
-        stages=stages,
-        bubble=(parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1),
-        text=text,
-        multimodal=multimodal,
-        expected=_mean_step(recipe, text=text, multimodal=multimodal, devices=devices, peak=peak),
+        times=source.name,
+        assumptions=source.assumptions,
+        ranks=tuple(_rank_plan(scenario, rank, layout, found) for rank in range(scenario.pipeline)),
+        text=steps["text"],
+        multimodal=steps["multimodal"],
+        expected=expected,
+        days=recipe.training.steps * expected.seconds / 86_400,
     )
 
 
-def pipeline_flops(costs: StageCosts, *, layout: tuple[int, ...], micro_batches: int) -> float:
-    """FLOPs on the critical path of a 1F1B step: every stage once, the slowest for the other micro-batches."""
-    stages = [costs.of(stage, layers=layers, stages=len(layout)) for stage, layers in enumerate(layout)]
-    return sum(stages) + (micro_batches - 1) * max(stages)
+def block_table(scenario: Scenario) -> dict[str, tuple[BlockWork, ...]]:
+    """Work of every block by kind of step; vision blocks of one image, the others of one micro-batch on one rank."""
+    return {kind: all_work(scenario, kind) for kind in ("text", "multimodal")}
 
 
-def to_json(plan: Plan) -> str:
+def to_json(plan: Plan, **more: Any) -> str:
     """The plan as one JSON object; unknown values are null."""
     raw = dataclasses.asdict(plan)
-    for entry, stage in zip(raw["stages"], plan.stages, strict=True):
-        entry["memory"]["total"] = stage.memory.total
-    return json.dumps({**raw, "fits": plan.fits}, indent=2)
+    for entry, rank in zip(raw["ranks"], plan.ranks, strict=True):
+        entry["memory"]["total"] = rank.memory.total
+    return json.dumps({**raw, "fits": plan.fits, **more}, indent=2)
 
 
-def render(plan: Plan) -> str:
-    """The plan as aligned text, one row per pipeline stage and per kind of step."""
-    stages: list[tuple[str, ...]] = [_STAGE_HEADER, *(_stage_row(stage) for stage in plan.stages)]
-    steps: list[tuple[str, ...]] = [_STEP_HEADER]
-    if plan.multimodal_fraction < 1:
-        steps.append(_step_row("text-only", plan.text, devices=plan.devices))
-    if plan.multimodal_fraction > 0:
-        name = f"multimodal, {plan.images_per_sequence} images a sequence"
-        steps.append(_step_row(name, plan.multimodal, devices=plan.devices))
-    steps.append(_step_row(f"mean, {plan.multimodal_fraction:.0%} multimodal", plan.expected, devices=plan.devices))
-    lines = [
-        f"model {plan.model}, training stage {plan.training_stage}: trains {', '.join(plan.trained) or 'nothing'}",
-        f"{plan.devices} x {plan.device}: tensor {plan.tensor} x pipeline {plan.pipeline} x data {plan.data_parallel}, "
-        f"{plan.micro_batches} micro-batches a step, layout {plan.layout or 'one stage'}",
-        "",
-        "per rank; FLOPs of one micro-batch with backward and recompute; memory",
-        *_align(stages),
-        _memory_line(plan),
-        "",
-        f"pipeline bubble {plan.bubble:.1%} with equal stages; {_efficiency_note(plan)}",
-        *_align(steps),
-    ]
-    return "\n".join(lines)
-
-
-_STAGE_HEADER = (
-    *("stage", "layers", "parameters", "trained", "FLOPs text", "FLOPs multimodal"),
-    *("weights", "gradients", "optimizer", "activations", "total"),
-)
-_STEP_HEADER = ("step", "FLOPs", "seconds", "tokens/s", "tokens/s/device", "MFU")
-
-
-def _scaled(value: float, *, base: int, units: Sequence[str]) -> str:
-    """`value` with the largest unit that keeps it at 1 or above."""
-    power = 0
-    while value >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{value:.2f} {units[power]}".rstrip()
-
-
-def _flops(value: float) -> str:
-    return _scaled(value, base=1000, units=("", "K", "M", "G", "T", "P", "E"))
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, base=1024, units=("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _stage_row(stage: StagePlan) -> tuple[str, ...]:
-    memory = stage.memory
-    sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
-    return (
-        str(stage.stage),
-        str(stage.layers),
-        f"{stage.parameters:,}",
-        f"{stage.trained_parameters:,}",
-        _flops(stage.text_flops),
-        _flops(stage.multimodal_flops),
-        *(_bytes(size) for size in sizes),
-    )
-
-
-def _step_row(name: str, step: StepPlan, *, devices: int) -> tuple[str, ...]:
-    flops = _flops(step.flops)
-    if step.seconds is None or step.tokens_per_s is None or step.mfu is None:
-        return (name, flops, "-", "-", "-", "-")
-    rate, rate_per_device = f"{step.tokens_per_s:,.0f}", f"{step.tokens_per_s / devices:,.0f}"
-    return (name, flops, f"{step.seconds:.4g}", rate, rate_per_device, f"{step.mfu:.1%}")
-
-
-def _memory_line(plan: Plan) -> str:
-    if plan.device_memory is None:
-        return "memory is an estimate; this device sets no limit"
-    word = "within" if plan.fits else "ABOVE"
-    return f"memory is an estimate, {word} the {_bytes(plan.device_memory)} of one {plan.device}"
-
-
-def _efficiency_note(plan: Plan) -> str:
-    if plan.expected.seconds is None:
-        return f"no step time: the peak of {plan.device} at this precision is not known"
-    return f"step times assume that a busy device reaches {plan.efficiency:.0%} of its peak (--efficiency)"
-
-
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    """First column left, the others right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _kinds(images: int) -> dict[str, int]:
-    """Images per sequence of each kind of step."""
-    return {"text": 0, "multimodal": images}
-
-
-def _stage_plan(
-    recipe: Recipe,
-    stage: int,
-    layers: int,
-    costs: dict[str, StageCosts],
-    *,
-    data_parallel: int,
-    micro_batches: int,
-) -> StagePlan:
-    parameters, trained = stage_parameters(recipe, stage=stage, layers=layers)
-    stages = recipe.parallel.pipeline
-    return StagePlan(
-        stage=stage,
-        layers=layers,
+def _rank_plan(scenario: Scenario, rank: int, layout: tuple[int, ...], found: dict[Kind, StepTime]) -> RankPlan:
+    parameters, trained = rank_parameters(scenario, rank, layout)
+    flops = {kind: _rank_flops(scenario, rank, layout, kind) for kind in found}
+    busy = {kind: _busy(scenario, rank, step) for kind, step in found.items()}
+    return RankPlan(
+        rank=rank,
+        layers=tuple(layout[stage] for stage in rank_stages(scenario, rank)),
         parameters=parameters,
         trained_parameters=trained,
-        text_flops=costs["text"].of(stage, layers=layers, stages=stages),
-        multimodal_flops=costs["multimodal"].of(stage, layers=layers, stages=stages),
-        memory=stage_memory(
-            recipe,
-            stage=stage,
-            layers=layers,
-            data_parallel=data_parallel,
-            micro_batches=micro_batches,
-            images_per_sequence=expected_images(recipe),
-        ),
+        text_flops=flops["text"],
+        multimodal_flops=flops["multimodal"],
+        text_busy=busy["text"],
+        multimodal_busy=busy["multimodal"],
+        memory=rank_memory(scenario, rank, layout),
     )
 
 
-def _step_plan(recipe: Recipe, *, images: int, seconds: float | None, devices: int, peak: float | None) -> StepPlan:
-    sequences, length = recipe.training.global_batch_size, recipe.data.seq_length
-    flops = step_flops(
-        recipe.model,
-        seq_length=length,
-        sequences=sequences,
-        images=images * sequences,
-        trainable_parts=recipe.trainable_parts,
+def _rank_flops(scenario: Scenario, rank: int, layout: tuple[int, ...], kind: Kind) -> float:
+    """FLOPs that one device of a pipeline rank spends on one micro-batch within the schedule."""
+    times = FlatTimes().blocks(scenario, kind)
+    stages = rank_stages(scenario, rank)
+    return sum(times.stage(stage, layers=layout[stage], stages=len(layout)).total for stage in stages)
+
+
+def _busy(scenario: Scenario, rank: int, step: StepTime) -> float:
+    """Share of the schedule; every rank computes each of its stages m times, whatever the order."""
+    seconds = sum(step.stages[stage].total for stage in rank_stages(scenario, rank)) * scenario.micro_batches
+    return seconds / step.pipeline_s if step.pipeline_s else 0.0
+
+
+def _step_plan(scenario: Scenario, source: TimeSource, step: StepTime, *, peak: float | None) -> StepPlan:
+    recipe, flops = scenario.recipe, useful_flops(scenario, step.kind)
+    busy = sum(_busy(scenario, rank, step) for rank in range(scenario.pipeline)) / scenario.pipeline
+    return _finish(
+        flops,
+        seconds=step.seconds,
+        tokens=recipe.training.global_batch_size * recipe.data.seq_length,
+        devices=scenario.devices,
+        peak=peak,
+        bubble=max(0.0, 1 - busy),
+        pipeline_s=step.pipeline_s,
+        outside=dataclasses.asdict(step.extras),
     )
-    return _finish(flops, seconds=seconds, tokens=sequences * length, devices=devices, peak=peak)
 
 
-def _mean_step(recipe: Recipe, *, text: StepPlan, multimodal: StepPlan, devices: int, peak: float | None) -> StepPlan:
-    share = recipe.data.multimodal_fraction
-    seconds = None
-    if text.seconds is not None and multimodal.seconds is not None:
-        seconds = share * multimodal.seconds + (1 - share) * text.seconds
-    tokens = recipe.training.global_batch_size * recipe.data.seq_length
-    flops = share * multimodal.flops + (1 - share) * text.flops
-    return _finish(flops, seconds=seconds, tokens=tokens, devices=devices, peak=peak)
+def _mean(scenario: Scenario, text: StepPlan, multimodal: StepPlan, *, peak: float | None) -> StepPlan:
+    share = scenario.share
+
+    def mix(a: float, b: float) -> float:
+        return (1 - share) * a + share * b
+
+    return _finish(
+        mix(text.flops, multimodal.flops),
+        seconds=mix(text.seconds, multimodal.seconds),
+        tokens=scenario.recipe.training.global_batch_size * scenario.recipe.data.seq_length,
+        devices=scenario.devices,
+        peak=peak,
+        bubble=mix(text.bubble, multimodal.bubble),
+        pipeline_s=mix(text.pipeline_s, multimodal.pipeline_s),
+        outside={name: mix(seconds, multimodal.outside_s[name]) for name, seconds in text.outside_s.items()},
+    )
 
 
-def _finish(flops: float, *, seconds: float | None, tokens: int, devices: int, peak: float | None) -> StepPlan:
-    if seconds is None or peak is None:
-        return StepPlan(flops=flops, seconds=None, tokens_per_s=None, mfu=None)
+def _finish(
+    flops: float,
+    *,
+    seconds: float,
+    tokens: int,
+    devices: int,
+    peak: float | None,
+    bubble: float,
+    pipeline_s: float,
+    outside: dict[str, float],
+) -> StepPlan:
     return StepPlan(
         flops=flops,
         seconds=seconds,
         tokens_per_s=tokens / seconds,
-        mfu=mfu(flops, seconds=seconds, devices=devices, peak_flops=peak),
+        mfu=mfu(flops, seconds=seconds, devices=devices, peak_flops=peak) if peak else None,
+        bubble=bubble,
+        pipeline_s=pipeline_s,
+        outside_s=outside,
     )

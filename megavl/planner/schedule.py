@@ -1,0 +1,178 @@
+"""What every pipeline rank does in which order: megatron-core's 1F1B and interleaved schedules, without P2P overlap.
+
+Source: megatron-core 0.16.1, `pipeline_parallel/schedules.py`: warm-up of p - r - 1 forward passes on rank r under
+1F1B, of 2(p - r - 1) + (v - 1)p under interleaving, micro-batches in groups of p per virtual stage. A rank's sends and
+receives between two passes are one exchange: it goes on when all of them are through.
+
+Stage g of p x v runs on rank g % p, as its virtual stage g // p. `activation g` is what stage g sends to g + 1,
+`gradient g` what it sends to g - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Compute(NamedTuple):
+    """One pass of one stage over one micro-batch."""
+
+    backward: bool
+    micro_batch: int
+    stage: int
+
+
+class Transfer(NamedTuple):
+    """One tensor on its way from `source` to `target` (pipeline ranks)."""
+
+    backward: bool
+    micro_batch: int
+    stage: int
+    """Stage that sends it."""
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Transfers that a rank posts together and waits for."""
+
+    transfers: tuple[Transfer, ...]
+
+
+Program = tuple[Compute | Exchange, ...]
+"""One rank's step."""
+
+
+def warmup_passes(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> int:
+    """Forward passes of `rank` before its first backward pass, the one right before it not counted."""
+    if virtual == 1:
+        return min(pipeline - rank - 1, micro_batches)
+    return min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline, micro_batches * virtual)
+
+
+def program(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> Program:
+    """Order of passes and exchanges of one pipeline rank.
+
+    Args:
+        rank: pipeline rank r.
+        pipeline: pipeline ranks p.
+        virtual: stages per rank v; with v > 1 `micro_batches` is a multiple of p.
+        micro_batches: micro-batches m.
+    """
+    assert virtual == 1 or micro_batches % pipeline == 0, "interleaving runs micro-batches in groups of p"
+    sizes = _Sizes(rank, pipeline, virtual, micro_batches)
+    if virtual == 1:
+        return _one_forward_one_backward(sizes)
+    return _interleaved(sizes)
+
+
+def passes(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> tuple[Compute, ...]:
+    """The passes of `program` alone."""
+    steps = program(rank, pipeline=pipeline, virtual=virtual, micro_batches=micro_batches)
+    return tuple(step for step in steps if isinstance(step, Compute))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    rank: int
+    pipeline: int
+    virtual: int
+    micro_batches: int
+
+    def forward(self, index: int) -> Compute:
+        """The rank's forward pass number `index`."""
+        return self._pass(index, backward=False)
+
+    def backward(self, index: int) -> Compute:
+        """The rank's backward pass number `index`; virtual stages in reverse."""
+        return self._pass(index, backward=True)
+
+    def _pass(self, index: int, *, backward: bool) -> Compute:
+        group, inside = divmod(index, self.pipeline * self.virtual)
+        chunk, position = divmod(inside, self.pipeline)
+        if backward:
+            chunk = self.virtual - 1 - chunk
+        return Compute(backward, group * self.pipeline + position, chunk * self.pipeline + self.rank)
+
+    def receive(self, step: Compute) -> tuple[Transfer, ...]:
+        """What `step` needs from another rank."""
+        source = step.stage + 1 if step.backward else step.stage - 1
+        if not 0 <= source < self.pipeline * self.virtual:
+            return ()
+        return (Transfer(step.backward, step.micro_batch, source, source % self.pipeline, self.rank),)
+
+    def send(self, step: Compute) -> tuple[Transfer, ...]:
+        """What `step` makes for another rank."""
+        target = step.stage - 1 if step.backward else step.stage + 1
+        if not 0 <= target < self.pipeline * self.virtual:
+            return ()
+        return (Transfer(step.backward, step.micro_batch, step.stage, self.rank, target % self.pipeline),)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.steps: list[Compute | Exchange] = []
+
+    def compute(self, step: Compute) -> None:
+        self.steps.append(step)
+
+    def exchange(self, *transfers: tuple[Transfer, ...]) -> None:
+        posted = tuple(transfer for part in transfers for transfer in part)
+        if posted:
+            self.steps.append(Exchange(posted))
+
+
+def _one_forward_one_backward(sizes: _Sizes) -> Program:
+    count = sizes.micro_batches
+    warm = warmup_passes(sizes.rank, pipeline=sizes.pipeline, virtual=1, micro_batches=count)
+    steady, out = count - warm, _Builder()
+    forward = [Compute(False, index, sizes.rank) for index in range(count)]
+    backward = [Compute(True, index, sizes.rank) for index in range(count)]
+    for step in forward[:warm]:
+        out.exchange(sizes.receive(step))
+        out.compute(step)
+        out.exchange(sizes.send(step))
+    if steady:
+        out.exchange(sizes.receive(forward[warm]))
+    for index in range(steady):
+        out.compute(forward[warm + index])
+        out.exchange(sizes.send(forward[warm + index]), sizes.receive(backward[index]))
+        out.compute(backward[index])
+        last = index == steady - 1
+        out.exchange(sizes.send(backward[index]), () if last else sizes.receive(forward[warm + index + 1]))
+    for step in backward[steady:]:
+        out.exchange(sizes.receive(step))
+        out.compute(step)
+        out.exchange(sizes.send(step))
+    return tuple(out.steps)
+
+
+def _interleaved(sizes: _Sizes) -> Program:
+    total = sizes.micro_batches * sizes.virtual
+    warm = warmup_passes(sizes.rank, pipeline=sizes.pipeline, virtual=sizes.virtual, micro_batches=sizes.micro_batches)
+    steady, out = total - warm, _Builder()
+
+    def next_forward(index: int) -> tuple[Transfer, ...]:
+        return sizes.receive(sizes.forward(index + 1)) if index + 1 < total else ()
+
+    def next_backward(index: int) -> tuple[Transfer, ...]:
+        return sizes.receive(sizes.backward(index + 1)) if index + 1 < total else ()
+
+    out.exchange(sizes.receive(sizes.forward(0)))
+    for index in range(warm):
+        out.compute(sizes.forward(index))
+        first_gradient = next_backward(-1) if index == warm - 1 and steady else ()
+        out.exchange(sizes.send(sizes.forward(index)), next_forward(index), first_gradient)
+    for index in range(steady):
+        forward, backward = sizes.forward(index + warm), sizes.backward(index)
+        out.compute(forward)
+        out.compute(backward)
+        received = () if index == steady - 1 else next_forward(index + warm)
+        out.exchange(sizes.send(forward), sizes.send(backward), received, next_backward(index))
+    if not steady:
+        out.exchange(next_backward(-1))
+    for index in range(steady, total):
+        out.compute(sizes.backward(index))
+        out.exchange(sizes.send(sizes.backward(index)), next_backward(index))
+    return tuple(out.steps)

@@ -1,0 +1,104 @@
+"""The real commands refuse a layout that cannot work: exit 2, one line, the nearest that would; nothing starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+model: {preset: 7b}
+parallel: {tensor: 4, pipeline: 4, sequence_parallel: true}
+optimizer: {lr: 4.2e-5}
+data: {sources: [{path: data}], tokenizer: tok, seq_length: 4096, multimodal_fraction: 0.3}
+training: {stage: 2, steps: 100, global_batch_size: 64}
+run: {dir: %s}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "7b.yaml"
+    file.write_text(RECIPE % (tmp_path / "run"))
+    return file
+
+
+def megavl(*arguments: object, world: int = 16) -> tuple[int, str, str]:
+    """Exit code and both outputs of one rank of `world`, whose peers never come."""
+    launched = {"WORLD_SIZE": str(world), "RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29999"}
+    command = [sys.executable, "-m", "megavl", *map(str, arguments)]
+    done = subprocess.run(
+        command, env={**os.environ, **launched}, capture_output=True, text=True, check=False, timeout=100
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["parallel.tensor=3"], 16, "parallel.tensor: 3 does not divide model.llm.num_attention_heads 32"),
+        (["parallel.layout=[8,8,8,8]"], 16, "parallel.layout: [8, 8, 8, 8] adds up to 32 layers"),
+        ([], 96, "training.global_batch_size: 64 is no multiple of data-parallel ranks 6"),
+        (["parallel.virtual_pipeline=2", "training.global_batch_size=12"], 32, "6 micro-batches a step"),
+        (["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.vision=split_tp"], 16, "parallel.vision"),
+        ([], 24, "24 processes are no multiple of parallel.tensor 4 x parallel.pipeline 4 = 16"),
+    ],
+    ids=["heads", "layers", "batch", "virtual stages", "vision", "world"],
+)
+def test_training_is_refused_before_anything_starts(path: Path, overrides: list[str], world: int, message: str) -> None:
+    code, out, error = megavl("train", path, *overrides, world=world)
+    assert code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1, "one message, no traceback"
+    assert message in error
+    assert f"nearest that works on {world} devices: parallel.tensor=" in error
+    assert not (path.parent / "run").exists()
+    assert out == ""
+
+
+def test_the_layout_that_is_named_works(path: Path) -> None:
+    _, _, error = megavl("train", path, "parallel.tensor=3", world=16)
+    named = re.findall(r"\S+=\S+", error.partition("nearest that works on 16 devices: ")[2])
+    assert len(named) >= 5
+    code, out, error = megavl("plan", path, *named, "--devices", 16, "--device", "a100", "--top", 0)
+    assert code == 0, error
+    assert "16 x a100: tensor 2 x pipeline 4 x data 2" in out or "16 x a100: tensor 4 x pipeline 4" in out
+
+
+def test_too_little_memory_is_refused_with_a_layout_that_fits(path: Path) -> None:
+    one = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false"]
+    code, out, error = megavl("plan", path, *one, "--devices", 8, "--device", "a100-pcie", "--top", 0)
+    assert code == 2
+    assert error.startswith("error: parallel: pipeline rank 0 needs ") and error.count("\n") == 1
+    assert "one a100-pcie has 37.25 GiB; nearest that works on 8 devices: parallel.tensor=" in error
+    assert "ABOVE 90%" in out, "the plan itself is shown"
+
+
+def test_an_open_cut_is_planned_but_not_trained(path: Path) -> None:
+    code, _, error = megavl("train", path, "parallel=auto")
+    assert code == 2
+    assert "`megavl plan" in error and "parallel: auto" in error
+    code, _, error = megavl("plan", path, "parallel=auto", "--device", "a100")
+    assert (code, error.partition(":")[2][:10]) == (2, " --devices")
+    began = time.monotonic()
+    code, out, error = megavl("plan", path, "parallel=auto", "--devices", 16, "--device", "a100", "--top", 3)
+    assert code == 0, error
+    assert time.monotonic() - began < 60
+    pasted = [line for line in out.splitlines() if re.match(r"(parallel|recompute|training): \{", line)]
+    assert len(pasted) == 3
+    recipe = path.with_name("pasted.yaml")
+    merged = path.read_text().replace("parallel: {tensor: 4, pipeline: 4, sequence_parallel: true}", pasted[0])
+    recipe.write_text(merged + pasted[1] + "\n")
+    code, again, error = megavl("plan", recipe, "--devices", 16, "--device", "a100", "--top", 0, "--json")
+    assert code == 0, error
+    assert "16 x a100: tensor" in out and '"fits": true' in again
+
+
+def test_no_cut_at_all_says_why(path: Path) -> None:
+    code, _, error = megavl("plan", path, "parallel=auto", "--devices", 1, "--device", "a100-pcie")
+    assert code == 2
+    assert "cuts works on 1 x a100-pcie" in error and "too little memory" in error

@@ -1,0 +1,58 @@
+"""Recipes that the planner's tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megavl.config.load import load_model_config
+from megavl.config.recipe import (
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    RecomputeConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+
+
+def recipe_of(
+    preset: str = "7b",
+    *,
+    fraction: float = 0.3,
+    stage: int = 2,
+    train: tuple[str, ...] | None = None,
+    batch: int = 64,
+    micro: int = 1,
+    precision: str = "bf16",
+    warmup: int = 0,
+    steps: int = 10,
+    recompute: RecomputeConfig | None = None,
+    layers: int | None = None,
+    **parallel: Any,
+) -> Recipe:
+    """A small recipe; further arguments are `parallel.*` keys."""
+    model = load_model_config(preset, **({} if layers is None else {"llm": {"num_layers": layers}}))
+    return Recipe(
+        model=model,
+        parallel=ParallelConfig(**parallel),
+        recompute=recompute or RecomputeConfig(),
+        optimizer=OptimizerConfig(lr=1e-4),
+        data=DataConfig(
+            sources=(SourceConfig(path="data"),),
+            tokenizer="tok",
+            seq_length=4096 if preset in ("1b", "7b") else 512,
+            multimodal_fraction=fraction,
+            modality_warmup_steps=warmup,
+        ),
+        training=TrainingConfig(
+            stage=stage,  # type: ignore[arg-type]
+            train=train,
+            steps=steps,
+            global_batch_size=batch,
+            micro_batch_size=micro,
+            precision=precision,  # type: ignore[arg-type]
+        ),
+        run=RunConfig(dir="run"),
+    )

@@ -1,0 +1,206 @@
+"""Seconds of blocks: against published throughput, against the FLOPs formula, and how they react to the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from megavl.config.errors import UsageError
+from megavl.config.recipe import RecomputeConfig
+from megavl.planner.blocks import decoder_layer_blocks, head_block, vision_blocks
+from megavl.planner.cost import MFU_CONVENTION, train_flops
+from megavl.planner.devices import DEVICES, Link, find_device
+from megavl.planner.plan import plan_recipe
+from megavl.planner.predict import step_time
+from megavl.planner.scenario import Scenario, make_scenario
+from megavl.planner.times import DeviceTimes, FlatTimes, Pass, all_reduce, exchange_time, flat_times, gather_time
+from megavl.planner.work import all_work
+from tests.unit.planner.recipes import recipe_of
+
+TEXT = frozenset({"llm"})
+
+
+def scenario_of(**changes: object) -> Scenario:
+    return make_scenario(recipe_of(**changes))  # type: ignore[arg-type]
+
+
+def test_work_is_the_flops_formula() -> None:
+    """One device, nothing recomputed: forward and backward FLOPs of every block are `cost.train_flops`'s."""
+    scenario = scenario_of(stage=3)
+    found = {block.name: block.forward.flops + block.backward.flops for block in all_work(scenario, "multimodal")}
+    trainable = frozenset(scenario.recipe.trainable_parts)
+    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, attention_span=4096)
+    assert found["decoder layer"] == train_flops(layer, trainable=trainable)
+    assert found["head + loss"] == train_flops(
+        [head_block(scenario.recipe.model.llm, tokens=4096)], trainable=trainable
+    )
+    assert found["embedding"] == 0
+    siglip = [block for block in vision_blocks(scenario.recipe.model) if block.name.startswith("siglip")]
+    assert found["SigLIP"] == train_flops(siglip, trainable=trainable)
+    sam = [block for block in vision_blocks(scenario.recipe.model) if block.name.startswith("sam")]
+    assert found["SAM"] == train_flops(sam, trainable=trainable) + sum(block.overhead for block in sam)
+
+
+def test_parameters_of_the_block_table_are_the_models() -> None:
+    scenario = scenario_of()
+    blocks = {block.name: block for block in all_work(scenario, "multimodal")}
+    layers = scenario.recipe.model.llm.num_layers
+    assert sum(b.parameters * (layers if b.name == "decoder layer" else 1) for b in blocks.values()) == 7_331_390_721
+    assert blocks["SAM"].trained == 5_898_240 + 787_457
+    assert blocks["SigLIP"].trained == 0
+    assert blocks["decoder layer"].trained == blocks["decoder layer"].parameters
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_recompute_costs_time_and_keeps_less(granularity: str) -> None:
+    def layer(recompute: RecomputeConfig) -> tuple[float, float]:
+        scenario = scenario_of(recompute=recompute)
+        block = next(block for block in all_work(scenario, "text") if block.name == "decoder layer")
+        return block.backward.flops, block.kept
+
+    plain, again = layer(RecomputeConfig()), layer(RecomputeConfig(granularity=granularity, modules=("mlp",)))  # type: ignore[arg-type]
+    assert again[0] > plain[0]
+    assert again[1] < plain[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "low", "high", "source"),
+    [
+        ("a100", 0.60, 0.70, "fms-fsdp 68% at 4,096 tokens, MPT-7B 64% at 2,048"),
+        ("h100", 0.44, 0.54, "MaxText 50.1%, fms-fsdp 46% at 4,096 tokens"),
+    ],
+)
+def test_predicted_mfu_of_a_7b_text_model_is_near_the_best_published(
+    device: str, low: float, high: float, source: str, report_table: Callable[..., None]
+) -> None:
+    """bf16, one rank per model replica as under FSDP; the memory for it is not asked for here."""
+    recipe = recipe_of(fraction=0.0, train=("llm",), batch=64)
+    found = plan_recipe(recipe, devices=8, device=device).text.mfu
+    report_table((f"7B text on {device}", f"predicted {found:.1%}", f"published {source}"))
+    assert found is not None
+    assert low <= found <= high
+
+
+def test_mfu_is_the_efficiency_when_nothing_is_lost() -> None:
+    """One stage, no encoders, no recompute: every FLOP is useful."""
+    plan = plan_recipe(recipe_of(fraction=0.0, train=("llm",)), devices=8, efficiency=0.45)
+    assert plan.expected.mfu == pytest.approx(0.45)
+    assert plan.expected.bubble == 0
+    assert plan.layout is None
+    assert plan.mfu_convention == MFU_CONVENTION
+
+
+@pytest.mark.parametrize("efficiency", [0.0, -1.0, 1.5])
+def test_a_share_out_of_range_is_refused(efficiency: float) -> None:
+    with pytest.raises(UsageError, match="--efficiency"):
+        flat_times(find_device("h100"), precision="bf16", efficiency=efficiency)
+
+
+def test_a_share_of_no_peak_is_refused() -> None:
+    with pytest.raises(UsageError, match="no peak of cpu"):
+        flat_times(find_device("cpu"), precision="fp32", efficiency=0.5)
+
+
+def test_tensor_parallelism_divides_the_decoder_and_pays_for_it() -> None:
+    source = DeviceTimes(device=find_device("h100"))
+    one, four = (source.blocks(scenario_of(tensor=t), "multimodal") for t in (1, 4))
+    assert one.layer.forward / 4 < four.layer.forward < one.layer.forward
+    assert four.vision == one.vision, "every tensor-parallel rank repeats the encoders"
+
+
+def test_placements_spread_the_encoders() -> None:
+    source = DeviceTimes(device=find_device("h100"))
+    sizes = {"tensor": 4, "pipeline": 4, "batch": 64}
+    by_name = {name: scenario_of(vision=name, **sizes) for name in ("recompute", "split_tp", "split_all")}
+    within = {name: source.blocks(scenario, "multimodal").vision.forward for name, scenario in by_name.items()}
+    assert within["split_all"] < within["split_tp"] < within["recompute"]
+    assert within["split_tp"] > within["recompute"] * 2 / 5, "5 images on 4 ranks: one rank has 2"
+    steps = {name: step_time(by_name[name], (8, 8, 8, 6), source, "multimodal") for name in by_name}
+    assert steps["split_all"].seconds < steps["split_tp"].seconds < steps["recompute"].seconds
+    assert steps["split_all"].extras.before > 0 == steps["split_tp"].extras.before
+    text = [step_time(by_name[name], (8, 8, 8, 6), source, "text") for name in by_name]
+    assert text[0].pipeline_s == text[1].pipeline_s == text[2].pipeline_s
+
+
+def test_gathering_shares_costs_what_other_ranks_encoded() -> None:
+    device = find_device("h100")
+    scenario = scenario_of(tensor=4, vision="split_tp")
+    padded = 4 * 2 * 576 * 4096 * 2
+    expected = device.local.latency + padded * 3 / 4 / device.local.bandwidth
+    assert gather_time(scenario, "multimodal", device).forward == pytest.approx(expected)
+    for other in (scenario_of(tensor=4), scenario_of(tensor=4, vision="split_all")):
+        assert gather_time(other, "multimodal", device) == Pass()
+    assert gather_time(scenario, "text", device) == Pass()
+
+
+def test_features_go_to_the_first_stage_and_trained_towers_around() -> None:
+    device = find_device("h100")
+    sizes = {"pipeline": 4, "batch": 16, "vision": "split_all"}
+    frozen, trained = (exchange_time(scenario_of(stage=stage, **sizes), "multimodal", device) for stage in (1, 3))
+    # 16 micro-batches of 5 images, a quarter on each rank; two towers' features of 576 x 1024 in bf16.
+    features = 20 * 3 * 2 * 576 * 1024 * 2 / device.local.bandwidth
+    frozen_towers = exchange_time(scenario_of(train=("llm",), **sizes), "multimodal", device)
+    assert frozen_towers.forward == pytest.approx(device.local.latency + features)
+    assert frozen_towers.backward == 0
+    assert frozen.backward > 0, "the SAM downsamples train in every stage"
+    assert trained.forward > frozen.forward > frozen_towers.forward
+    assert exchange_time(scenario_of(stage=3, **sizes), "text", device) == Pass()
+
+
+def test_a_tower_that_trains_from_its_first_layer_runs_twice_ahead_of_the_pipeline() -> None:
+    """`split_all` re-runs SigLIP for its gradient in stage 3, SAM's trunk stays frozen."""
+
+    def towers(vision: str) -> dict[str, tuple[float, float]]:
+        scenario = scenario_of(stage=3, pipeline=2, vision=vision)
+        blocks = all_work(scenario, "multimodal")
+        return {block.name: (block.forward.flops, block.backward.flops) for block in blocks}
+
+    within, ahead = towers("recompute"), towers("split_all")
+    forward, backward = within["SigLIP"]
+    assert ahead["SigLIP"] == (forward, backward + forward)
+    assert ahead["SAM"] == within["SAM"]
+
+
+def test_a_text_only_step_encodes_one_blank_image_under_overlap_alone() -> None:
+    source = DeviceTimes(device=find_device("h100"))
+    anchored = step_time(scenario_of(), (30,), source, "text").extras.anchor
+    assert anchored > 0
+    overlaps = {"overlap_grad_reduce": False, "overlap_param_gather": False}
+    assert step_time(scenario_of(**overlaps), (30,), source, "text").extras.anchor == 0
+    assert step_time(scenario_of(train=("llm",)), (30,), source, "text").extras.anchor == 0
+
+
+def test_overlap_hides_gradient_reduction() -> None:
+    source = DeviceTimes(device=find_device("a100"))
+    hidden, shown = (
+        step_time(
+            make_scenario(recipe_of(overlap_grad_reduce=on, overlap_param_gather=on), devices=64), (30,), source, "text"
+        )
+        for on in (True, False)
+    )
+    assert hidden.extras.reduce < shown.extras.reduce / 10
+    assert hidden.extras.update < shown.extras.update
+
+
+def test_proportional_times_know_nothing_but_flops() -> None:
+    scenario = scenario_of(tensor=2, pipeline=2)
+    times = FlatTimes(flops_per_s=2.0).blocks(scenario, "text")
+    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, attention_span=4096)
+    assert times.layer.total == train_flops(layer, trainable=TEXT) / 2 / 2
+    assert FlatTimes().transfer(scenario) == 0
+
+
+def test_collectives() -> None:
+    link = Link(bandwidth=100.0, latency=1.0)
+    assert all_reduce(400.0, ranks=4, link=link) == pytest.approx(1 + 2 * 300 / 100)
+    assert all_reduce(400.0, ranks=1, link=link) == 0
+
+
+def test_peaks_and_sources_of_known_devices() -> None:
+    assert find_device("a100").peak_flops["bf16"] == 312e12
+    assert find_device("h200").peak_flops["bf16"] == find_device("h100").peak_flops["bf16"] == 989.5e12
+    assert not DEVICES["cpu"].peak_flops
+    for device in DEVICES.values():
+        assert len(device.sources) >= 3
+        assert all(device.matrix_flops[p] <= peak for p, peak in device.peak_flops.items())
