@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -21,10 +22,11 @@ from megavl.data.loader import StepLoader
 from megavl.data.mixture import check_epochs, recipe_mixture, render, source_plans
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
-from megavl.parallel import broadcast, groups
+from megavl.parallel import broadcast, cpu_runtime, groups
 from megavl.parallel.groups import Position
-from megavl.planner.cost import mfu, step_flops
-from megavl.planner.devices import find_device
+from megavl.planner.check import check_layout
+from megavl.planner.cost import MFU_CONVENTION, mfu, step_flops
+from megavl.planner.devices import Device, find_device
 from megavl.planner.layout import layout_string, resolve_layout
 from megavl.train.exit_status import ExitStatus
 from megavl.train.feed import next_step
@@ -50,7 +52,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
         0 when all steps are done, 75 when a signal asked to stop and the state is saved.
     """
     world = groups.world_size_from_env()
-    recipe.data_parallel(world)
+    check_layout(recipe, devices=world, device=_known_device())
     _use_threads(recipe, world=world)
     status.section = "joining the process group"
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
@@ -60,11 +62,14 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
     status.section = "opening the data"
     tokenizer, dataset, sampler = _open_data(recipe, position=position)
     status.section = "building the model"
-    state = _build_state(recipe, dataset=dataset, tokenizer=tokenizer)
+    layout = _shared_layout(recipe)
+    state = _build_state(recipe, dataset=dataset, tokenizer=tokenizer, layout=layout)
     status.section = "loading weights"
     progress = _start(recipe, state, position=position)
     status.step = progress.step
-    _say(position, _opening_line(recipe, position=position, progress=progress))
+    _say(position, _opening_line(recipe, layout, position=position, progress=progress))
+    if _peak_flops(recipe):
+        _say(position, MFU_CONVENTION)
     if progress.step >= recipe.training.steps:
         groups.stop()
         return 0
@@ -159,13 +164,13 @@ def _open_data(recipe: Recipe, *, position: Position) -> tuple[Tokenizer, Datase
     return tokenizer, dataset, Sampler(dataset.counts, mixture=mixture)
 
 
-def _build_state(recipe: Recipe, *, dataset: Dataset, tokenizer: Tokenizer) -> RunState:
+def _build_state(recipe: Recipe, *, dataset: Dataset, tokenizer: Tokenizer, layout: tuple[int, ...]) -> RunState:
     training = recipe.training
     model = build_rank_model(
         recipe.model,
         parallel=recipe.parallel,
         recompute=recipe.recompute,
-        layout=layout_string(resolve_layout(recipe)),
+        layout=layout_string(layout),
         dtype=_DTYPES[training.precision],
         train=recipe.trainable_parts,
         seed=training.seed,
@@ -273,13 +278,34 @@ def _row(
     }
 
 
-def _peak_flops(recipe: Recipe) -> float | None:
-    """Dense peak of this device, where it is one the planner knows; MFU is left out elsewhere."""
+def _known_device() -> Device | None:
+    """This device's row in the planner's table, with the memory that it really has; None where it has no row."""
     if not torch.cuda.is_available():
-        return None
+        return find_device("cpu")
     name = torch.cuda.get_device_name().lower()
-    known = next((device for device in ("h200", "h100", "a100") if device in name), None)
-    return find_device(known).peak_flops.get(recipe.training.precision) if known else None
+    known = next((row for row in ("h200", "h100", "a100") if row in name), None)
+    if known is None:
+        return None
+    row = find_device("a100-pcie" if known == "a100" and "pcie" in name else known)
+    return dataclasses.replace(row, memory_bytes=torch.cuda.get_device_properties().total_memory)
+
+
+def _peak_flops(recipe: Recipe) -> float | None:
+    """Dense peak of this device, where the planner knows one; MFU is left out elsewhere."""
+    device = _known_device()
+    return device.peak_flops.get(recipe.training.precision) if device else None
+
+
+def _shared_layout(recipe: Recipe) -> tuple[int, ...]:
+    """Decoder layers per stage on these devices; what `megavl plan` shows for the same `--devices` and `--device`.
+
+    Rank 0 decides: memory of equal devices differs by a few MiB, which may move a layer.
+    """
+    found: list[tuple[int, ...]] = [()]
+    if dist.get_rank() == 0:
+        found[0] = resolve_layout(recipe, devices=dist.get_world_size(), device=_known_device())
+    dist.broadcast_object_list(found, src=0, device=cpu_runtime.device())
+    return found[0]
 
 
 def _handle_bad_step(
@@ -307,9 +333,9 @@ def _save(state: RunState, progress: Progress, *, position: Position, must: bool
     _say(position, f"saved {path}")
 
 
-def _opening_line(recipe: Recipe, *, position: Position, progress: Progress) -> str:
+def _opening_line(recipe: Recipe, layout: tuple[int, ...], *, position: Position, progress: Progress) -> str:
     parallel = recipe.parallel
-    split = "+".join(str(count) for count in resolve_layout(recipe))
+    split = "+".join(str(count) for count in layout)
     verb = f"resuming after step {progress.step}" if progress.step else "starting"
     return (
         f"{verb}: {recipe.model.preset}, stage {recipe.training.stage}, tp {parallel.tensor} x pp {parallel.pipeline} "
