@@ -1,0 +1,246 @@
+"""Predicted against measured step time of the tiny model on this machine's CPU, by layout and modality.
+
+Calibrates on one rank and on as many as compute at once, then trains a few steps under each layout, everything several
+times in turns. What else runs on the machine is watched: of the repetitions of one thing the least disturbed counts.
+Writes `launch/bench/results/plan_cpu_<YYYYMM>.md`.
+
+    python launch/bench/plan_cpu.py [--repetitions 3] [--steps 24] [--work runs/plan_cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "launch/recipes/tiny/stage2.yaml"
+SEQ_LENGTH, IMAGES, BATCH = 512, 8, 8
+LAYOUTS: dict[str, list[str]] = {
+    "TP 1 x PP 1": ["parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto"],
+    "TP 2 x PP 1": ["parallel.tensor=2", "parallel.pipeline=1", "parallel.layout=auto"],
+    "TP 2 x PP 1, split_tp": [
+        *("parallel.tensor=2", "parallel.pipeline=1", "parallel.layout=auto", "parallel.vision=split_tp"),
+    ],
+    "TP 1 x PP 2, layers 2+2": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.layout=[2,2]"],
+    "TP 1 x PP 2, layers 1+3": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.layout=[1,3]"],
+    "TP 1 x PP 2, layers 0+4": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.layout=[0,4]"],
+    "TP 1 x PP 2, layers 2+2, split_all": [
+        *("parallel.tensor=1", "parallel.pipeline=2", "parallel.layout=[2,2]", "parallel.vision=split_all"),
+    ],
+    "TP 1 x PP 2 x virtual 2": [
+        *("parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]"),
+    ],
+    "TP 2 x PP 2, layers 2+2": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.layout=[2,2]"],
+}
+CALIBRATIONS = ((1, 1), (1, 2), (2, 2), (2, 4))
+"""(tensor, processes) that the layouts need."""
+KINDS = ("text", "multimodal")
+WARM_UP = 4
+"""Steps of a run that do not count."""
+QUIET = 0.1
+"""Share of the machine that others may use for a repetition to count as undisturbed."""
+
+
+@dataclass
+class Measured:
+    """Repetitions of one thing."""
+
+    values: list[dict[str, Any]] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    """Share of the machine that other programs used meanwhile."""
+
+    def best(self) -> tuple[dict[str, Any], float]:
+        """The least disturbed repetition."""
+        index = min(range(len(self.others)), key=self.others.__getitem__)
+        return self.values[index], self.others[index]
+
+
+def main() -> int:
+    """Calibrate, measure, predict, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--work", type=Path, default=Path("runs/plan_cpu"), help="made anew")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    shutil.rmtree(arguments.work, ignore_errors=True)
+    arguments.work.mkdir(parents=True)
+    settings = build_data(arguments.work)
+    calibrations = {key: Measured() for key in CALIBRATIONS}
+    layouts = {name: Measured() for name in LAYOUTS}
+    for turn in range(arguments.repetitions):
+        for (tensor, processes), found in calibrations.items():
+            path = arguments.work / f"calibration-{tensor}-{processes}-{turn}.json"
+            found.others.append(calibrate(path, settings, tensor=tensor, processes=processes))
+            found.values.append(json.loads(path.read_text()))
+            print(f"turn {turn}: calibration {tensor}, {processes}: others {found.others[-1]:.0%}", flush=True)
+        for name, found in layouts.items():
+            value, others = train(arguments.work / "run", settings, LAYOUTS[name], steps=arguments.steps)
+            found.values.append(value)
+            found.others.append(others)
+            print(f"turn {turn}: {name}: {value}, others {others:.0%}", flush=True)
+    whole = arguments.work / "calibration.json"
+    whole.write_text(json.dumps(merged(calibrations)))
+    rows, errors = [], []
+    for name, found in layouts.items():
+        value, others = found.best()
+        predicted = predict(whole, settings, LAYOUTS[name])
+        for kind in KINDS:
+            errors.append(predicted[kind] / value[kind] - 1)
+            rows.append(
+                f"| {name} | {kind} | {predicted[kind]:.3f} | {value[kind]:.3f} | {errors[-1]:+.1%} | {others:.0%} |"
+            )
+            print(rows[-1], flush=True)
+    path = ROOT / "launch/bench/results" / f"plan_cpu_{time.strftime('%Y%m')}.md"
+    path.write_text(report(rows, errors, calibrations, layouts, arguments), encoding="utf-8")
+    print(path)
+    return 0
+
+
+def build_data(work: Path) -> list[str]:
+    """A corpus whose multimodal sequences all hold the same number of images; the overrides that every run shares."""
+    tool("build_corpus.py", "demo", "--output", work / "corpus", "--samples", 600)
+    tool(
+        *("preprocess.py", "--input", work / "corpus/text.jsonl", work / "corpus/captions.jsonl"),
+        *("--output", work / "shards", "--tokenizer", work / "corpus/tokenizer", "--image-preset", "tiny-hybrid"),
+        *("--seq-length", SEQ_LENGTH, "--max-images-per-sequence", IMAGES, "--workers", 1),
+    )
+    return [
+        f"data.sources=[{{path: {work}/shards}}]",
+        *(f"data.tokenizer={work}/corpus/tokenizer", f"data.seq_length={SEQ_LENGTH}", "run.tensorboard=false"),
+        *("checkpoint.init=null", "checkpoint.allow_random_init=true", "checkpoint.interval=100000"),
+        *(f"training.global_batch_size={BATCH}", "training.micro_batch_size=1", "optimizer.warmup_steps=1"),
+        *("data.multimodal_fraction=0.5", "data.modality_warmup_steps=0"),
+    ]
+
+
+def calibrate(path: Path, settings: list[str], *, tensor: int, processes: int) -> float:
+    """Measure blocks; the share of the machine that others used."""
+    sizes = [f"parallel.tensor={tensor}", "parallel.pipeline=1", "parallel.layout=auto"]
+    command = [*launcher(processes), "plan", RECIPE, *settings, *sizes, "--calibrate", str(path), "--repeats", "24"]
+    return watched(command)
+
+
+def train(run: Path, settings: list[str], layout: list[str], *, steps: int) -> tuple[dict[str, float], float]:
+    """Lower quartile of the step time by modality, and the share of the machine that others used."""
+    shutil.rmtree(run, ignore_errors=True)
+    sizes = dict(entry.split("=", 1) for entry in layout)
+    processes = int(sizes["parallel.tensor"]) * int(sizes["parallel.pipeline"])
+    command = [*launcher(processes), "train", RECIPE, *settings, *layout]
+    others = watched([*command, f"training.steps={steps}", f"run.dir={run}"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
+    found = {}
+    for kind in KINDS:
+        times = [row["step_time_s"] for row in rows if row["modality"] == kind]
+        found[kind] = statistics.quantiles(times, n=4)[0]
+    assert {row["images"] for row in rows} == {0, IMAGES * BATCH}, "image counts vary"
+    return found, others
+
+
+def predict(calibration: Path, settings: list[str], layout: list[str]) -> dict[str, float]:
+    """Step time by modality as `megavl plan` says."""
+    options = ["--device", "cpu", "--calibration", str(calibration), "--images", str(IMAGES), "--json"]
+    command = [sys.executable, "-m", "megavl", "plan", RECIPE, *settings, *layout, *options]
+    done = subprocess.run(command, check=True, env=environment(), capture_output=True, text=True)
+    raw = json.loads(done.stdout)
+    return {kind: raw[kind]["seconds"] for kind in KINDS}
+
+
+def merged(calibrations: dict[tuple[int, int], Measured]) -> dict[str, Any]:
+    """One file of the least disturbed repetitions."""
+    best = [found.best()[0] for found in calibrations.values()]
+    return {**best[0], "entries": [entry for raw in best for entry in raw["entries"]]}
+
+
+def launcher(processes: int) -> list[str]:
+    """Start of a command on a number of ranks."""
+    port = random.SystemRandom().randint(12000, 31999)
+    return [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *("--master-port", str(port), "-m", "megavl"),
+    ]
+
+
+def watched(command: list[str]) -> float:
+    """Run to the end; the share of all cores that other programs used meanwhile."""
+    busy, own, began = busy_seconds(), own_seconds(), time.monotonic()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    elapsed = (time.monotonic() - began) * (os.cpu_count() or 1)
+    return max(0.0, (busy_seconds() - busy) - (own_seconds() - own)) / elapsed
+
+
+def busy_seconds() -> float:
+    """Seconds that all cores have computed since the machine started."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Seconds that this program and its finished children have computed."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, no GPU."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def tool(script: str, *arguments: Any) -> None:
+    """Run one of the data tools."""
+    command = [sys.executable, f"data_tools/{script}", *map(str, arguments)]
+    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def report(
+    rows: list[str],
+    errors: list[float],
+    calibrations: dict[tuple[int, int], Measured],
+    layouts: dict[str, Measured],
+    arguments: argparse.Namespace,
+) -> str:
+    """Markdown with the command, versions, and how quiet the machine was."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    sizes = [abs(error) for error in errors]
+    used = [found.best()[1] for found in (*calibrations.values(), *layouts.values())]
+    every = [share for found in (*calibrations.values(), *layouts.values()) for share in found.others]
+    calm = "undisturbed" if max(used) < QUIET else "DISTURBED"
+    lines = [
+        "# Planner against measurement on the CPU",
+        "",
+        f"`python launch/bench/plan_cpu.py --repetitions {arguments.repetitions} --steps {arguments.steps}`; "
+        f"Python {platform.python_version()}, {versions}; {platform.machine()}, {os.cpu_count()} cores, gloo, fp32, "
+        "one thread a rank.",
+        f"Recipe `{RECIPE}`: {BATCH} sequences of {SEQ_LENGTH} tokens a step in micro-batches of one, {IMAGES} images "
+        "in every multimodal sequence.",
+        f"Predicted: `megavl plan --calibration`, from blocks measured with {CALIBRATIONS} (tensor, processes). "
+        f"Measured: lower quartile of the steps after {WARM_UP}.",
+        f"{arguments.repetitions} repetitions in turns; of each thing the least disturbed one counts. Other programs "
+        f"then used at most {max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}.",
+        "",
+        "| layout | step | predicted s | measured s | error | used by others |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Mean error {statistics.mean(sizes):.1%}, worst {max(sizes):.1%}, over {len(sizes)} combinations.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
