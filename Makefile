@@ -46,7 +46,8 @@ test: $(STAMP)  ## every test that is not slow (make check runs the contract tes
 test-all: $(STAMP)  ## the slow tests too
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# Each client wants packages that nothing else here needs, so each gets an environment of its own.
+# Each client wants packages that nothing else here needs, so each gets an environment of its own. torchvision must be of
+# torch's build: where torch is CPU-only, TORCH_INDEX must name the index that has both.
 test-clients: $(STAMP)  ## exports in the released client, in transformers 5, and through torchvision
 	test -x $(CLIENTS)/released/bin/python || $(PYTHON) -m venv $(CLIENTS)/released
 	test -x $(CLIENTS)/newer/bin/python || $(PYTHON) -m venv $(CLIENTS)/newer

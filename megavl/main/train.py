@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
 from functools import partial
 from typing import NoReturn
 
-from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError
+from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError, UsageError
+from megavl.config.recipe import Recipe
 from megavl.main.open_recipe import open_recipe
 from megavl.planner.check import checked_scenario
 from megavl.train.exit_status import ExitStatus
@@ -33,7 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = open_recipe(arguments.recipe, overrides=arguments.overrides, devices=devices)
     # What cannot work is refused before torch and megatron-core are imported, which takes seconds; whether the device
     # has the memory is known only with torch.
-    checked_scenario(recipe, devices=devices, device=None)
+    try:
+        checked_scenario(recipe, devices=devices, device=None)
+    except UsageError as error:
+        return _refuse(recipe, error)
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train
@@ -64,6 +69,17 @@ def run(arguments: argparse.Namespace) -> int:
     if rank == 0:
         status.write(code, "pre-empted and saved" if code == EXIT_PREEMPTED else "finished")
     return code
+
+
+def _refuse(recipe: Recipe, error: UsageError) -> int:
+    """Every rank comes to the same conclusion, so one speaks for all; an earlier run's status must not stand."""
+    if os.environ.get("RANK", "0") == "0":
+        status = ExitStatus(recipe.run.dir, rank=0)
+        with contextlib.suppress(OSError):
+            status.clear()
+            status.write(error.exit_code, str(error))
+        raise error
+    return error.exit_code
 
 
 def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:

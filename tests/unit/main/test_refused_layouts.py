@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ def test_training_is_refused_before_anything_starts(path: Path, overrides: list[
     assert error.startswith("error: ") and error.count("\n") == 1, "one message, no traceback"
     assert message in error
     assert f"nearest that works on {world} devices: parallel.tensor=" in error
-    assert not (path.parent / "run").exists()
+    assert {file.name for file in path.parent.glob("run/*")} <= {"exit_status.json"}, "why it ended, and nothing else"
     assert out == ""
 
 
@@ -84,10 +83,8 @@ def test_an_open_cut_is_planned_but_not_trained(path: Path) -> None:
     assert "`megavl plan" in error and "parallel: auto" in error
     code, _, error = megavl("plan", path, "parallel=auto", "--device", "a100")
     assert (code, error.partition(":")[2][:10]) == (2, " --devices")
-    began = time.monotonic()
     code, out, error = megavl("plan", path, "parallel=auto", "--devices", 16, "--device", "a100", "--top", 3)
     assert code == 0, error
-    assert time.monotonic() - began < 60
     pasted = [line for line in out.splitlines() if re.match(r"(parallel|recompute|training): \{", line)]
     assert len(pasted) == 3
     recipe = path.with_name("pasted.yaml")
