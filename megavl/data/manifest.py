@@ -208,7 +208,8 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
         sha256: what the file must hash to; default: anything.
 
     Raises:
-        DataError: missing, not of this kind, of another version, or of another hash.
+        DataError: missing, not of this kind, of another version, of another hash, or not byte for byte what `to_json`
+            makes of its content.
     """
     try:
         raw = Path(path).read_bytes()
@@ -233,10 +234,19 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
                 f"{path}: has format version {version!r}, this code reads {FORMAT_VERSION}; "
                 "preprocess the dataset again with this version"
             )
-        return TypeAdapter(kind).validate_python(content)
+        manifest = TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: {where}: {first['msg']}; preprocess the dataset again") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); preprocess the dataset again") from error
+    written = to_json(manifest)
+    if raw != written:
+        # White space and the spelling of characters and numbers can change without changing the content.
+        place = next((n for n, (a, b) in enumerate(zip(raw, written)) if a != b), min(len(raw), len(written)))
+        raise DataError(
+            f"{path}: byte {place} is not the one that preprocessing wrote; restore the file or start "
+            "data_tools/preprocess.py again with --no-resume"
+        )
+    return manifest

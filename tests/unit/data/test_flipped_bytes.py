@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from megavl.config.errors import DataError
 from megavl.data.dataset import Dataset
 from megavl.data.image import ImageError
 from megavl.data.image_worker import load_canvas
-from megavl.data.manifest import MODALITIES, Modality
+from megavl.data.manifest import MODALITIES, DatasetManifest, Modality, ShardManifest, read_manifest
 from megavl.data.table import ReadHandles
 from tests.unit.data.corpus_files import GEOMETRY, make_corpus, make_tokenizer, open_small, run_preprocess
 
@@ -69,6 +71,43 @@ def test_refused_by_name_at_open_and_by_verify(
             assert verify.main([str(out)]) == 3, what
             assert name in capsys.readouterr().err, what
     assert verify.main([str(out)]) == 0
+
+
+def spellings(text: str) -> dict[str, str]:
+    """The same JSON content in other bytes."""
+    return {
+        "tab": text.replace("\n ", "\n\t", 1),
+        "carriage return": text.replace("\n", "\r", 1),
+        "space for line feed": text[:-1] + " ",
+        "no line feed": text[:-1],
+        "compact": json.dumps(json.loads(text)),
+        "escaped letter": text.replace('"megavl', '"\\u006degavl', 1),
+        "number": re.sub(r'("seq_length": )(\d+)', r"\1\2e0", text, count=1),
+        "key twice": text.replace("{\n", '{\n "version": 0,\n', 1),
+    }
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "text-00000.json", "multimodal-00001.json"])
+def test_a_manifest_in_another_spelling_is_refused(
+    made: tuple[Path, Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, tokenizer = made
+    path = out / name
+    clean = path.read_bytes()
+    for what, text in spellings(clean.decode()).items():
+        assert text.encode() != clean and (what == "number" or json.loads(text) == json.loads(clean)), what
+        path.write_bytes(text.encode())
+        try:
+            with pytest.raises(DataError) as caught:
+                open_small(out, tokenizer=tokenizer)
+            assert name in str(caught.value), what
+            assert verify.main([str(out)]) == 3, what
+            assert name in capsys.readouterr().err, what
+            kind = DatasetManifest if name == "manifest.json" else ShardManifest
+            with pytest.raises(DataError, match=name):
+                read_manifest(path, kind=kind)
+        finally:
+            path.write_bytes(clean)
 
 
 def read_all(dataset: Dataset) -> dict[tuple[Modality, int], tuple[np.ndarray, list[np.ndarray | None], list[str]]]:
