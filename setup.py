@@ -1,12 +1,14 @@
 """Packaging of MegaVL; tool settings are in pyproject.toml."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 setup(
     name="megavl",
-    version="0.1.0",
+    # Run by path: the package itself cannot be imported before it is installed.
+    version=runpy.run_path(str(Path(__file__).parent / "megavl/config/version.py"))["VERSION"],
     description="3D-parallel training of DeepSeek-VL on megatron-core",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

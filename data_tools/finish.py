@@ -19,6 +19,7 @@ from data_tools.histograms import histograms
 from data_tools.job import Job, Unit, tokenizer_at
 from data_tools.output import Output, UnitSummary
 from megavl.config.errors import DataError
+from megavl.config.version import VERSION
 from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import (
     MODALITIES,
@@ -86,6 +87,7 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
     entry = _write_packs(directory, samples, packs)
     shards = tuple(shard for summary in summaries for shard in summary.shards)
     content = DatasetManifest(
+        code_version=VERSION,
         config_sha256=job.config_sha256,
         pack=job.pack_settings,
         shards=shards,
@@ -94,6 +96,7 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
         multimodal_packs=packs["multimodal"].count,
         tokenizer=tokenizer_at(job.tokenizer).entry,
         geometry=geometry_entry(job.geometry),
+        templates=tuple(sorted({item.template for item in job.inputs})),
         fingerprint="",
     )
     manifest = replace(content, fingerprint=fingerprint(content))

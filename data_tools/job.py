@@ -16,6 +16,7 @@ from data_tools.readers.parquet_table import column_names
 from data_tools.readers.stretches import Stretch
 from megavl.config.errors import UsageError
 from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
+from megavl.config.version import VERSION
 from megavl.data.image import Verification
 from megavl.data.manifest import FORMAT_VERSION, PackSettings, to_json
 from megavl.data.template import Template
@@ -85,7 +86,8 @@ class Job:
         """What the bytes of the output follow from."""
         apart = {"output", "fail_on_error", "dry_run", "tokenizer", "image_map"}
         settings = {key: value for key, value in asdict(self).items() if key not in apart}
-        plain: dict[str, Any] = json.loads(json.dumps({**settings, "format_version": FORMAT_VERSION}))
+        made_by = {"format_version": FORMAT_VERSION, "code_version": VERSION}
+        plain: dict[str, Any] = json.loads(json.dumps({**settings, **made_by}))
         return plain
 
     @property

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from data_tools.commit import NewFile, sync_directory, write_file
 from data_tools.image_source import LoadedImage
+from megavl.config.version import VERSION
 from megavl.data.image import FORMATS
 from megavl.data.index_file import index_bytes
 from megavl.data.manifest import (
@@ -105,6 +106,7 @@ class ShardWriter:
         sync_directory(self._directory)
         identity, tokens = self._identity, sum(self._lengths)
         manifest = ShardManifest(
+            code_version=VERSION,
             config_sha256=identity.config_sha256,
             name=self.name,
             modality=self._modality,

@@ -19,7 +19,7 @@ from megavl.config.errors import DataError
 from megavl.config.model import STRICT
 from megavl.config.presets import ImageGeometry
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when files of an older version can no longer be read."""
 
 Modality = Literal["text", "multimodal"]
@@ -113,6 +113,8 @@ class ShardManifest:
 
     format: Literal["megavl-shard"] = "megavl-shard"
     version: int = FORMAT_VERSION
+    code_version: str
+    """`megavl.config.version.VERSION` of the code that wrote it."""
     config_sha256: str
     """Of the settings and inputs of the preprocessing run."""
     name: str
@@ -164,6 +166,8 @@ class DatasetManifest:
 
     format: Literal["megavl-dataset"] = "megavl-dataset"
     version: int = FORMAT_VERSION
+    code_version: str
+    """Of all shards too: a run is not continued by another version."""
     config_sha256: str
     pack: PackSettings
     shards: tuple[ShardEntry, ...]
@@ -172,6 +176,8 @@ class DatasetManifest:
     multimodal_packs: int
     tokenizer: TokenizerEntry
     geometry: GeometryEntry
+    templates: tuple[str, ...]
+    """Of the inputs, sorted, each once."""
     fingerprint: str
     """See `fingerprint`."""
 

@@ -78,7 +78,7 @@ def test_unfinished_run_is_no_dataset(copy: Path, made: tuple[Path, Path]) -> No
 def test_other_version_is_refused(copy: Path, made: tuple[Path, Path]) -> None:
     content = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(DataError, match="version 99, this code reads 1"):
+    with pytest.raises(DataError, match="version 99, this code reads 2"):
         open_small(copy, tokenizer=made[1])
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from megavl.config.presets import IMAGE_PRESETS
+from megavl.config.version import VERSION
 from megavl.data.index_file import index_bytes
 from megavl.data.manifest import (
     PACK_ROW,
@@ -86,6 +87,7 @@ def make_dataset(folder: Path, packs: int) -> Path:
     np.save(folder / "packs.npy", rows)
     parts = ("tokens.bin", "tokens.idx", "samples.npy", "spans.npy")
     shard = ShardManifest(
+        code_version=VERSION,
         config_sha256="0",
         name=name,
         modality="text",
@@ -106,6 +108,7 @@ def make_dataset(folder: Path, packs: int) -> Path:
     (folder / f"{name}.json").write_bytes(to_json(shard))
     digest = hashlib.sha256(to_json(shard)).hexdigest()
     content = DatasetManifest(
+        code_version=VERSION,
         config_sha256="0",
         pack=PackSettings(packed=True, seq_length=8, max_images=1),
         shards=(ShardEntry(name=name, sha256=digest, samples=packs, tokens=packs, images=0),),
@@ -114,6 +117,7 @@ def make_dataset(folder: Path, packs: int) -> Path:
         multimodal_packs=0,
         tokenizer=TOKENIZER,
         geometry=GEOMETRY,
+        templates=("plain",),
         fingerprint="",
     )
     (folder / "manifest.json").write_bytes(to_json(replace(content, fingerprint=fingerprint(content))))

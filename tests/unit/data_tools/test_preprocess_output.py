@@ -1,5 +1,6 @@
 """What preprocessing writes: readable by the stock class, exactly the tokenizer's tokens, checked byte by byte."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -13,8 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools import verify
 from data_tools.histograms import histogram_lines, histograms
+from megavl.config.version import VERSION
 from megavl.data.dataset import Source
 from megavl.data.index_file import ReadHandles
+from megavl.data.manifest import FORMAT_VERSION
 from tests.unit.data.corpus_files import (
     IMAGE_TOKENS,
     SEQ_LENGTH,
@@ -65,6 +68,30 @@ def test_stock_dataset_gives_the_tokens_of_the_tokenizer(made: Path, corpus: lis
         text = reference.encode(record["text"], add_special_tokens=False)
         assert np.array(captions[number]).tolist() == [bos, *[image] * IMAGE_TOKENS, *text, eos]
         assert np.array(images[number]).tobytes() == (corpus[1].parent / record["image"]).read_bytes()
+
+
+def test_manifests_say_with_what_the_dataset_was_made(made: Path, tokenizer: Path) -> None:
+    whole = json.loads((made / "manifest.json").read_text())
+    shards = [json.loads((made / f"{entry['name']}.json").read_text()) for entry in whole["shards"]]
+    setup = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert {manifest["code_version"] for manifest in (whole, *shards)} == {setup.stdout.split()[-1]} == {VERSION}
+    assert whole["templates"] == ["deepseek", "plain"] and {shard["template"] for shard in shards} == set(
+        whole["templates"]
+    )
+    digest = hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+    for manifest in (whole, *shards):
+        assert manifest["tokenizer"]["sha256"] == digest and manifest["geometry"]["tokens"] == IMAGE_TOKENS
+        assert manifest["version"] == FORMAT_VERSION
+
+
+def test_a_run_is_not_continued_by_another_version(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = [write_jsonl(tmp_path / "t.jsonl", [{"text": "red"}])]
+    assert run_preprocess(inputs, tokenizer=tokenizer, output=tmp_path / "out") == 0
+    monkeypatch.setattr("data_tools.job.VERSION", "9.9.9")
+    assert run_preprocess(inputs, tokenizer=tokenizer, output=tmp_path / "out") == 2
+    assert "other settings or inputs (code_version)" in capsys.readouterr().err
 
 
 def test_conversations_follow_the_template(made: Path, corpus: list[Path], tokenizer: Path) -> None:
