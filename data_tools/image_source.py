@@ -30,7 +30,7 @@ class ImageSource:
     """How references in records become images."""
 
     root: str
-    """Folder that paths are relative to and may not leave."""
+    """Folder that paths are relative to and may not leave, through symbolic links neither."""
     handles: ReadHandles
     """Input files in which images lie."""
     image_map: ImageMap | None
@@ -48,7 +48,8 @@ class ImageSource:
         if not name or "://" in name:
             return False
         try:
-            return os.path.lexists(self._path(name))
+            self._path(name)
+            return os.path.lexists(os.path.join(self.root, name))
         except (ImageError, ValueError):
             return True
 
@@ -84,10 +85,20 @@ class ImageSource:
         return self.image_map.find(name) or name
 
     def _path(self, name: str) -> str:
-        root = os.path.abspath(self.root)
-        path = os.path.normpath(os.path.join(root, name))
-        if os.path.commonpath([root, path]) != root:
+        """The file itself, behind all symbolic links, so that what is checked is what is opened."""
+        given = os.path.join(self.root, name)
+        # As it is spelled too: what comes after `..` must not depend on which folders exist.
+        if not _is_inside(os.path.abspath(self.root), os.path.abspath(given)):
             raise ImageError(f"outside --image-root {self.root}", "image_outside_root")
+        try:
+            path = os.path.realpath(given)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"cannot read {given} ({error})", "image_missing") from error
+        if not _is_inside(os.path.realpath(self.root), path):
+            raise ImageError(
+                f"a symbolic link leads to {path}, outside --image-root {self.root}; give a folder that holds both",
+                "image_outside_root",
+            )
         return path
 
     def _read(self, name: str) -> bytes:
@@ -106,6 +117,10 @@ class ImageSource:
         with os.fdopen(handle, "rb") as stream:
             _check_size(status.st_size)
             return stream.read()
+
+
+def _is_inside(root: str, path: str) -> bool:
+    return os.path.commonpath([root, path]) == root
 
 
 def _check_size(size: int) -> None:

@@ -217,3 +217,31 @@ def test_full_disk_leaves_nothing_half_written(tokenizer: Path, tmp_path: Path) 
     assert "images.bin" in limited.stderr and "cannot write" in limited.stderr and "Traceback" not in limited.stderr
     assert [file.name for file in out.iterdir() if file.is_file()] == ["job.json"]
     assert run_preprocess([path], tokenizer=tokenizer, output=out) == 0
+
+
+def test_links_may_not_lead_out_of_the_image_root(tokenizer: Path, tmp_path: Path) -> None:
+    real, outside = tmp_path / "real", tmp_path / "outside"
+    make_images(real / "images", count=2)
+    make_images(outside / "images", count=2)
+    (tmp_path / "realistic").mkdir()
+    make_images(tmp_path / "realistic/images", count=2)
+    (real / "file.png").symlink_to(outside / "images/1.png")
+    (real / "folder").symlink_to(outside / "images")
+    (real / "twice").symlink_to("folder/1.png")
+    (real / "beside").symlink_to("../realistic/images/1.png")
+    (real / "kept.png").symlink_to("images/1.png")
+    (real / "nothing.png").symlink_to("images/gone.png")
+    (real / "loop.png").symlink_to("loop.png")
+    root = tmp_path / "root"
+    root.symlink_to(real)
+    bad = ["file.png", "folder/1.png", "twice", "beside", "folder/../../outside/images/1.png", "gone/../../real/x.png"]
+    good = ["images/1.png", "kept.png", f"{root}/images/1.png"]
+    missing = ["nothing.png", "loop.png", "a\0b.png"]
+    names = [*bad, *good, *missing]
+    path = write_jsonl(tmp_path / "c.jsonl", [{"image": name, "text": "red"} for name in names])
+    more = ["--image-root", str(root), "--max-bad-frac", "0.9"]
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
+    assert _reasons(tmp_path / "out") == {"image_outside_root": [1, 2, 3, 4, 5, 6], "image_missing": [10, 11, 12]}
+    details = [json.loads(line)["detail"] for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert all(f"outside --image-root {root}" in detail for detail in details[:6])
+    assert f"leads to {outside / 'images/1.png'}" in details[0]
