@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -102,6 +103,11 @@ def test_the_rest_is_as_if_it_had_not_been(
     for part in ("tokens.bin", "tokens.idx", "images.bin", "images.idx", "images.npy", "spans.npy"):
         mixed, clean = ((tmp_path / name / f"multimodal-00000.{part}").read_bytes() for name in ("mixed", "clean"))
         assert mixed == clean, part
+    tables = [np.load(tmp_path / name / "multimodal-00000.samples.npy") for name in ("mixed", "clean")]
+    kept = [number for number, (_, why) in enumerate(lines, start=1) if why is None]
+    assert tables[0]["place"].tolist() == kept and tables[1]["place"].tolist() == [*range(1, len(kept) + 1)]
+    for column in tables[0].dtype.names:
+        assert column == "place" or np.array_equal(tables[0][column], tables[1][column]), column
     assert (tmp_path / "mixed/packs.npy").read_bytes() == (tmp_path / "clean/packs.npy").read_bytes()
     rejects = [json.loads(line) for line in (tmp_path / "mixed/rejects.jsonl").read_text().splitlines()]
     found = {(reject["record"], reject["reason"]) for reject in rejects}
