@@ -67,7 +67,7 @@ def _sequence(view: PackView) -> str:
         for n, segment in enumerate(view.segments)
     )
     segments = "".join(_segment(segment, number=n) for n, segment in enumerate(view.segments))
-    return f'<section>{head}<div class="bar">{parts}</div>{segments}</section>'
+    return f'<section>{head}<div class="bar">{parts}</div><div class="segments">{segments}</div></section>'
 
 
 def _segment(segment: Segment, *, number: int) -> str:

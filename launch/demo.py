@@ -32,6 +32,8 @@ STAGES = {
     "stage3": ["conversations.json"],
 }
 """Inputs of each stage, from the corpus."""
+SHOWN_STAGE = "stage2"
+"""The data of which the demo makes a page: it has text and images."""
 KILLED_STAGE, STEPS_BEYOND_SAVE = "stage2", 5
 RANKS = 4
 LEAST_ACCURACY, MOST_BLIND_GAIN, MOST_DIFFERENCE = 0.8, 0.1, 1e-5
@@ -103,6 +105,7 @@ def _build_data(out: Path, *, seed: int) -> None:
             *("--image-preset", "tiny-hybrid", "--seq-length", SEQ_LENGTH),
             *("--max-images-per-sequence", IMAGES_PER_SEQUENCE, "--system-prompt", ""),
         )
+    _python("data_tools/inspect.py", out / "data" / SHOWN_STAGE, "--html", out / "inspect.html")
 
 
 def _train(out: Path) -> tuple[list[dict[str, Any]], bool]:
@@ -236,6 +239,7 @@ def _print_table(summary: dict[str, Any], *, path: Path) -> None:
             f"{row['tokens_per_s']:,.0f} tokens/s"
             for row in summary["stages"]
         ),
+        f"data        {path.parent / 'inspect.html'} shows sequences of {SHOWN_STAGE}",
         f"resume      after kill -9: {'bitwise the same losses' if summary['resume_bitwise'] else 'DIFFERENT LOSSES'}",
         f"export      {summary['hf_native']}, {summary['hf_original']}",
         f"parity      logits of transformers differ by at most {summary['hf_max_rel_diff']:.1e} (relative)",
