@@ -28,7 +28,7 @@ class NewFile:
         try:
             self._stream = self._temporary.open("w+b")
         except OSError as error:
-            raise _storage_error(self._temporary, error) from error
+            raise storage_error(self._temporary, error) from error
 
     def write(self, data: bytes | memoryview) -> None:
         """Append.
@@ -39,7 +39,7 @@ class NewFile:
         try:
             self._stream.write(data)
         except OSError as error:
-            raise _storage_error(self._temporary, error) from error
+            raise storage_error(self._temporary, error) from error
         self._digest.update(data)
         self.size += len(data)
 
@@ -53,7 +53,7 @@ class NewFile:
             self._stream.flush()
             return os.pread(self._stream.fileno(), size, start)
         except OSError as error:
-            raise _storage_error(self._temporary, error) from error
+            raise storage_error(self._temporary, error) from error
 
     def commit(self) -> FileEntry:
         """Make the content durable under its final name."""
@@ -63,7 +63,7 @@ class NewFile:
             self._stream.close()
             os.replace(self._temporary, self.path)
         except OSError as error:
-            raise _storage_error(self._temporary, error) from error
+            raise storage_error(self._temporary, error) from error
         return FileEntry(name=self.path.name, size=self.size, sha256=self._digest.hexdigest())
 
     def discard(self) -> None:
@@ -95,7 +95,7 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        raise _storage_error(path, error) from error
+        raise storage_error(path, error) from error
     finally:
         os.close(handle)
 
@@ -106,5 +106,6 @@ def remove_leftovers(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _storage_error(path: Path, error: OSError) -> StorageError:
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The message for a file that cannot be written."""
     return StorageError(f"{path}: cannot write ({error.strerror}); free or repair the storage and start again")

@@ -2,61 +2,36 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from data_tools.commit import NewFile, sync_directory, write_file
 from data_tools.histograms import histograms
 from data_tools.job import Job, Unit, tokenizer_at
 from data_tools.output import Output, UnitSummary
+from data_tools.pack_table import Block, PackTable, Tally
 from megavl.config.errors import DataError
 from megavl.config.version import VERSION
 from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import (
     MODALITIES,
-    PACK_ROW,
     DatasetManifest,
-    FileEntry,
-    Modality,
     fingerprint,
     geometry_entry,
     to_json,
 )
-from megavl.data.packing import Packs, pack
 from megavl.data.shard import Shard
 
-Numbers = npt.NDArray[np.int32]
 _EXAMPLES = 20
 """Rejected records that the report names per reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """Lengths and image counts of all samples, in the order of shards."""
-
-    lengths: Numbers
-    images: Numbers
-    shards: Numbers
-    """Samples of each shard."""
-
-    @classmethod
-    def joined(cls, parts: Sequence[tuple[Any, Any]]) -> Samples:
-        """From lengths and image counts, shard by shard."""
-        none = np.zeros(0, np.int32)
-        return cls(
-            lengths=np.concatenate([none, *(np.asarray(lengths, np.int32) for lengths, _ in parts)]),
-            images=np.concatenate([none, *(np.asarray(images, np.int32) for _, images in parts)]),
-            shards=np.array([len(lengths) for lengths, _ in parts], np.int32),
-        )
 
 
 def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str, Any]:
@@ -78,13 +53,14 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
     output.remove_leftovers()
     summaries = [summary for unit in units if (summary := output.read_unit(unit.number)) is not None]
     assert len(summaries) == len(units), "finish is called when every unit is committed"
-    samples = _read_samples(summaries, directory)
-    packs = _pack(job, samples)
     examples = _merge_rejects(output, units, directory)
-    report = build_report(job, units, summaries, samples=samples, packs=packs, examples=examples)
-    write_file(directory / "report.json", to_json(report))
-    check_rejected(report, max_bad_frac=max_bad_frac, where=f"{directory / 'rejects.jsonl'}")
-    entry = _write_packs(directory, samples, packs)
+    packs = _pack(job, partial(_read_samples, summaries, directory))
+    with NewFile(directory / "packs.npy") as file:
+        packs.write(file)
+        report = build_report(job, units, summaries, packs=packs, examples=examples)
+        write_file(directory / "report.json", to_json(report))
+        check_rejected(report, max_bad_frac=max_bad_frac, where=f"{directory / 'rejects.jsonl'}")
+        entry = file.commit()
     shards = tuple(shard for summary in summaries for shard in summary.shards)
     content = DatasetManifest(
         code_version=VERSION,
@@ -92,8 +68,8 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
         pack=job.pack_settings,
         shards=shards,
         packs=entry,
-        text_packs=packs["text"].count,
-        multimodal_packs=packs["multimodal"].count,
+        text_packs=packs.tallies["text"].count,
+        multimodal_packs=packs.tallies["multimodal"].count,
         tokenizer=tokenizer_at(job.tokenizer).entry,
         geometry=geometry_entry(job.geometry),
         templates=tuple(sorted({item.template for item in job.inputs})),
@@ -117,8 +93,9 @@ def dry_run_report(
         summaries: what was found.
         records: records of each input, the number that the estimate is made for.
     """
-    samples = Samples.joined([(summary.lengths, summary.images) for summary in summaries])
-    report = build_report(job, units, summaries, samples=samples, packs=_pack(job, samples), examples={})
+    packs = _pack(job, partial(_counted_samples, summaries))
+    packs.count()
+    report = build_report(job, units, summaries, packs=packs, examples={})
     if any(unit.sample is not None for unit in units):
         report["estimate"] = _estimate(job, units, summaries, report=report, records=records)
     return report
@@ -153,11 +130,12 @@ def build_report(
     units: Sequence[Unit],
     summaries: Sequence[UnitSummary],
     *,
-    samples: Samples,
-    packs: dict[Modality, Packs],
+    packs: PackTable,
     examples: dict[str, list[str]],
 ) -> dict[str, Any]:
     """Counts of everything, the same for the same job."""
+    _, lengths, images_of, samples = packs.kinds.T
+    images_in_all, totals = int(images_of @ samples), packs.tallies["text"].totals + packs.tallies["multimodal"].totals
     rejected: Counter[str] = Counter()
     counts = [Counter[str]() for _ in job.inputs]
     for unit, summary in zip(units, summaries):
@@ -180,15 +158,17 @@ def build_report(
         "records": sum(summary.records for summary in summaries),
         "documents_cut": sum(summary.cut for summary in summaries),
         "images_without_file": sum(summary.images_without_file for summary in summaries),
-        "samples": len(samples.lengths),
-        "tokens": int(samples.lengths.sum(dtype=np.int64)),
-        "images": int(samples.images.sum(dtype=np.int64)),
-        "image_tokens": int(samples.images.sum(dtype=np.int64)) * job.geometry.tokens,
-        **{modality: _sequences(job, samples, packs[modality]) for modality in MODALITIES},
+        "samples": packs.samples,
+        "tokens": int(lengths @ samples),
+        "images": images_in_all,
+        "image_tokens": images_in_all * job.geometry.tokens,
+        **{modality: _sequences(job, packs.tallies[modality]) for modality in MODALITIES},
         "histograms": histograms(
-            lengths=samples.lengths,
-            images=samples.images,
-            fills=np.concatenate([_fills(samples, packs[modality], job.seq_length) for modality in MODALITIES]),
+            lengths=lengths,
+            images=images_of,
+            samples=samples,
+            fills=np.array([*totals], np.float64) / job.seq_length,
+            sequences=np.array([*totals.values()], np.int64),
             seq_length=job.seq_length,
         ),
         "rejected": {
@@ -218,64 +198,37 @@ def check_rejected(report: dict[str, Any], *, max_bad_frac: float, where: str) -
         )
 
 
-def _sequences(job: Job, samples: Samples, packs: Packs) -> dict[str, Any]:
-    lengths, images = samples.lengths[packs.samples], samples.images[packs.samples]
-    held = np.bincount(packs.packs, weights=images, minlength=packs.count)
-    filler = (images == 0) & (held[packs.packs] > 0)
-    room, tokens = packs.count * job.seq_length, int(lengths.sum(dtype=np.int64))
+def _sequences(job: Job, tally: Tally) -> dict[str, Any]:
+    room = tally.count * job.seq_length
     return {
-        "sequences": packs.count,
-        "tokens": tokens,
-        "fill": round(tokens / room, 6) if room else 0.0,
-        "images_per_sequence": round(float(held.sum()) / packs.count, 4) if packs.count else 0.0,
-        "filler_tokens": int(lengths[filler].sum(dtype=np.int64)),
+        "sequences": tally.count,
+        "tokens": tally.tokens,
+        "fill": round(tally.tokens / room, 6) if room else 0.0,
+        "images_per_sequence": round(tally.images / tally.count, 4) if tally.count else 0.0,
+        "filler_tokens": tally.filler_tokens,
     }
 
 
-def _fills(samples: Samples, packs: Packs, seq_length: int) -> npt.NDArray[np.float64]:
-    tokens = np.bincount(packs.packs, weights=samples.lengths[packs.samples], minlength=packs.count)
-    return tokens / seq_length
+def _pack(job: Job, blocks: Callable[[], Iterator[Block]]) -> PackTable:
+    return PackTable(blocks, seq_length=job.seq_length, max_images=job.max_images, packed=job.packed)
 
 
-def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Samples:
-    handles, parts = ReadHandles(), []
-    for entry in (shard for summary in summaries for shard in summary.shards):
+def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Iterator[Block]:
+    """All samples, shard by shard."""
+    handles = ReadHandles()
+    for number, entry in enumerate(shard for summary in summaries for shard in summary.shards):
         shard = Shard(directory, name=entry.name, handles=handles)
-        parts.append((shard.tokens.lengths, shard.samples.column("images")))
-    return Samples.joined(parts)
+        for first, rows in shard.samples.blocks():
+            lengths = shard.tokens.lengths_of(first, len(rows))
+            yield Block(shard=number, first=first, lengths=lengths, images=rows["images"])
+    handles.close()
 
 
-def _pack(job: Job, samples: Samples) -> dict[Modality, Packs]:
-    text, multimodal = pack(
-        samples.lengths,
-        images=samples.images,
-        seq_length=job.seq_length,
-        max_images=job.max_images,
-        packed=job.packed,
-    )
-    return {"text": text, "multimodal": multimodal}
-
-
-def _write_packs(directory: Path, samples: Samples, packs: dict[Modality, Packs]) -> FileEntry:
-    shards = np.repeat(np.arange(len(samples.shards), dtype=np.int32), samples.shards)
-    firsts = np.cumsum(samples.shards, dtype=np.int64) - samples.shards
-    rows = np.zeros(len(samples.lengths), PACK_ROW)
-    row = number = 0
-    for kind, modality in enumerate(MODALITIES):
-        members = packs[modality]
-        part = rows[row : row + len(members.samples)]
-        part["pack"], part["modality"] = members.packs.astype(np.int64) + number, kind
-        part["shard"] = shards[members.samples]
-        part["sample"] = members.samples - firsts[part["shard"]]
-        part["tokens"], part["images"] = samples.lengths[members.samples], samples.images[members.samples]
-        row, number = row + len(part), number + members.count
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
-    with NewFile(directory / "packs.npy") as file:
-        # Not through np.save, which would hold the table three times.
-        file.write(header.getvalue())
-        file.write(rows.view(np.uint8).data)
-        return file.commit()
+def _counted_samples(summaries: Sequence[UnitSummary]) -> Iterator[Block]:
+    """The samples of a run that wrote nothing."""
+    for number, summary in enumerate(summaries):
+        lengths, images = (np.array(column, np.int32) for column in (summary.lengths, summary.images))
+        yield Block(shard=number, first=0, lengths=lengths, images=images)
 
 
 def _merge_rejects(output: Output, units: Sequence[Unit], directory: Path) -> dict[str, list[str]]:

@@ -13,28 +13,36 @@ _FILL = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 _BAR = 30
 _TITLES = {"sample_tokens": "tokens of a sample", "sample_images": "images of a sample", "fill": "fill of a sequence"}
 
-Numbers = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.integer[Any]]
 Histogram = list[dict[str, Any]]
 
 
 def histograms(
-    *, lengths: Numbers, images: Numbers, fills: npt.NDArray[np.float64], seq_length: int
+    *,
+    lengths: Numbers,
+    images: Numbers,
+    samples: Numbers,
+    fills: npt.NDArray[np.float64],
+    sequences: Numbers,
+    seq_length: int,
 ) -> dict[str, Histogram]:
     """Counts per bin; a bin reaches from above the border before it up to its own.
 
     Args:
-        lengths: tokens of each sample.
-        images: images of each sample.
-        fills: filled share of each sequence.
+        lengths: tokens of a sample.
+        images: images of a sample.
+        samples: how many samples have these tokens and images.
+        fills: filled share of a sequence.
+        sequences: how many sequences are filled so far.
         seq_length: tokens of a sequence.
     """
     borders = [32]
     while borders[-1] * 2 < seq_length:
         borders.append(borders[-1] * 2)
     return {
-        "sample_tokens": _counts(lengths, [*(b for b in borders if b < seq_length), seq_length]),
-        "sample_images": _counts(images, list(range(int(images.max(initial=0)) + 1))),
-        "fill": _counts(fills, _FILL),
+        "sample_tokens": _counts(lengths, samples, [*(b for b in borders if b < seq_length), seq_length]),
+        "sample_images": _counts(images, samples, list(range(int(images.max(initial=0)) + 1))),
+        "fill": _counts(fills, sequences, _FILL),
     }
 
 
@@ -53,6 +61,7 @@ def histogram_lines(found: Mapping[str, Histogram]) -> Iterator[str]:
             yield f"  {label:>12} {row['count']:>12,} {'#' * -(-_BAR * row['count'] // most)}"
 
 
-def _counts(values: npt.NDArray[Any], borders: Sequence[float]) -> Histogram:
-    counts = np.bincount(np.searchsorted(borders, values, side="left"), minlength=len(borders))
+def _counts(values: npt.NDArray[Any], times: Numbers, borders: Sequence[float]) -> Histogram:
+    bins = np.searchsorted(borders, values, side="left")
+    counts = np.bincount(bins, weights=times, minlength=len(borders)).astype(np.int64)
     return [{"up_to": border, "count": count} for border, count in zip(borders, counts.tolist())]

@@ -215,9 +215,11 @@ def test_histograms_count_everything_once(made: Path, capsys: pytest.CaptureFixt
 def test_bins_include_their_upper_border() -> None:
     numbers = np.array([1, 32, 33, 64, 65, 100], np.int32)
     fills = np.array([0.4, 0.5, 0.51, 0.999, 1.0])
-    found = histograms(lengths=numbers, images=np.array([0, 2], np.int32), fills=fills, seq_length=100)
-    assert [row["count"] for row in found["sample_tokens"]] == [2, 2, 2]
-    assert [row["count"] for row in found["sample_images"]] == [1, 0, 1]
+    images, times = np.array([0, 2, 0, 2, 0, 0], np.int32), np.array([1, 1, 1, 1, 1, 7])
+    sequences = np.ones(5, np.int64)
+    found = histograms(lengths=numbers, images=images, samples=times, fills=fills, sequences=sequences, seq_length=100)
+    assert [row["count"] for row in found["sample_tokens"]] == [2, 2, 8]
+    assert [row["count"] for row in found["sample_images"]] == [10, 0, 2]
     assert {row["up_to"]: row["count"] for row in found["fill"] if row["count"]} == {0.5: 2, 0.8: 1, 0.999: 1, 1.0: 1}
 
 
