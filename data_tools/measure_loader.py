@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _BATCH = 4
 """Sequences per step."""
 _PREFETCH = 64
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+"""Seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +168,9 @@ def _loaded(loader: StepLoader, *, first: int, steps: int) -> tuple[float, float
     for step in range(first + 2, first + 2 + steps):
         images += sum(len(batch.images) for batch in loader.get(step))
     seconds, after = time.perf_counter() - began, _cpu()
-    workers, own = (1000 * (b - a) / images for a, b in zip(before, after, strict=True))
-    return images / seconds, workers, own, images
+    # The system counts a child's time in ticks, of which a short round may show none.
+    workers, own = (max(b - a, _TICK) for a, b in zip(before, after, strict=True))
+    return images / seconds, 1000 * workers / images, 1000 * own / images, images
 
 
 def _cpu() -> tuple[float, float]:
