@@ -10,16 +10,18 @@ import argparse
 import io
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     # Run as a file: make the repository importable, and keep this folder from shadowing the standard library.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# Both would import this folder's inspect.py above.
+import statistics  # noqa: E402
+from dataclasses import asdict, dataclass  # noqa: E402
 
 import psutil  # noqa: E402
 from PIL import Image  # noqa: E402
