@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = "tests/numerics/decode_speed.py"
+PROGRAM = ("-W", "ignore", "-m", "tests.numerics.decode_speed")
 SIDES = ("transformers", "megavl")
 TOKENS = {"tiny": 128, "wide": 24, "hybrid": 24}
 """Tokens of an answer by model."""
@@ -67,12 +67,12 @@ def main() -> int:
 def measure(case: str, folder: Path, *, rounds: int) -> dict[str, Any]:
     """Rates and times of both sides in every round that counts."""
     model, dtype, batch = case.split()
-    subprocess.run([sys.executable, "-W", "ignore", PROGRAM, "folder", str(folder), "--model", model], check=True)
+    subprocess.run([sys.executable, *PROGRAM, "folder", str(folder), "--model", model], check=True)
     options = ("--model", model, "--dtype", dtype, "--batch-size", batch, "--tokens", str(TOKENS[model]))
     programs, first = {}, {}
     for side in SIDES:
         programs[side] = subprocess.Popen(
-            [sys.executable, "-W", "ignore", PROGRAM, side, str(folder), *options],
+            [sys.executable, *PROGRAM, side, str(folder), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

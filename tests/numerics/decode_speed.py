@@ -2,8 +2,8 @@
 
 Started by `launch/bench/decode.py`, which asks the two in turn and writes the report.
 
-    python tests/numerics/decode_speed.py folder OUT --model wide
-    python tests/numerics/decode_speed.py megavl OUT --dtype bfloat16 --batch-size 4 --tokens 64
+    python -m tests.numerics.decode_speed folder OUT --model wide
+    python -m tests.numerics.decode_speed megavl OUT --dtype bfloat16 --batch-size 4 --tokens 64
 
 Each line of the input asks for one run, which is answered by one JSON line.
 """
