@@ -31,10 +31,10 @@ from data_tools.job import Job, open_input, plan_units, sampled, tokenizer_at  #
 from data_tools.output import Output  # noqa: E402
 from data_tools.readers.formats import FORMATS  # noqa: E402
 from data_tools.submit import LOGS, submit  # noqa: E402
+from megavl.config.chat import SYSTEM_PROMPT  # noqa: E402
 from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
 from megavl.config.presets import IMAGE_PRESETS  # noqa: E402
 from megavl.data.image import MAX_ASPECT  # noqa: E402
-from megavl.data.template import SYSTEM_PROMPT  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_tools.corpus.output import write_json
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
-from megavl.data.template import SYSTEM_PROMPT
 
 PAD, BOS, EOS, IMAGE = "<｜▁pad▁｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
 SPECIAL = (PAD, BOS, EOS, IMAGE)

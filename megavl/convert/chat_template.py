@@ -1,17 +1,13 @@
 """The chat template of the native format, in the words of the released conversation format.
 
-Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/utils/conversation.py` (template "deepseek") and
-`deepseek_vl/models/processing_vlm.py` (system prompt).
+Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/utils/conversation.py` (template "deepseek").
 """
 
 from __future__ import annotations
 
 import json
 
-SYSTEM_PROMPT = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
+from megavl.config.chat import SYSTEM_PROMPT
 
 _TEMPLATE = """\
 {%- set eos = @EOS@ -%}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
@@ -20,7 +21,6 @@ from megavl.convert.lazy import LazyTensor, LoadedTensor, require_exactly
 from megavl.convert.safetensors_out import OutputRow, sync_folder, write_safetensors, write_synced
 from megavl.convert.table import FORMATS, Format, WeightRow, dead_tensors, weight_rows
 from megavl.convert.tokenizer_files import (
-    IMAGE_TOKEN,
     TokenizerFolder,
     fitting_tokenizer,
     tokenizer_config,

@@ -10,12 +10,10 @@ from typing import Any, Literal
 
 import tokenizers
 
+from megavl.config.chat import IMAGE_TOKEN, USUAL_NAMES
 from megavl.config.errors import CheckpointError, DataError
 from megavl.config.model import ModelConfig
 from megavl.convert.safetensors_in import read_json
-
-IMAGE_TOKEN = "<image_placeholder>"
-"""Text of the token that stands for one position of an image."""
 
 _COPIED = (
     "tokenizer.json",
@@ -26,12 +24,6 @@ _COPIED = (
     "merges.txt",
 )
 _CONFIG = "tokenizer_config.json"
-_USUAL_NAMES = {
-    "bos_token": ("<｜begin▁of▁sentence｜>", "<s>", "<bos>", "<|begin_of_text|>"),
-    "eos_token": ("<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
-    "pad_token": ("<pad>",),
-}
-"""Looked for where no file beside tokenizer.json names the token: the names that training looks for, in its order."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ def read_tokenizer(folder: str | Path) -> TokenizerFolder:
     folder = Path(folder)
     vocabulary = _vocabulary(folder)
     config, tokens = _special_tokens(folder, vocabulary)
-    bos, eos, pad = (_id(folder, vocabulary, tokens[part]) for part in _USUAL_NAMES)
+    bos, eos, pad = (_id(folder, vocabulary, tokens[part]) for part in USUAL_NAMES)
     ids = TokenizerIds(bos=bos, eos=eos, pad=pad, image=_id(folder, vocabulary, IMAGE_TOKEN))
     return TokenizerFolder(folder, tokens, ids, config)
 
@@ -210,7 +202,7 @@ def _special_tokens(folder: Path, vocabulary: dict[str, Any]) -> tuple[dict[str,
     """Content of `tokenizer_config.json`, and the texts of BOS, EOS and padding."""
     config, special = _optional(folder / _CONFIG), _optional(folder / "special_tokens_map.json")
     tokens: dict[str, str] = {}
-    for part, usual in _USUAL_NAMES.items():
+    for part, usual in USUAL_NAMES.items():
         named = _text(config.get(part)) or _text(special.get(part))
         text = named or next((name for name in usual if _find(vocabulary, name) is not None), None)
         if text is None and part == "pad_token":

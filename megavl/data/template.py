@@ -14,17 +14,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from megavl.config.chat import IMAGE_TOKEN, SYSTEM_PROMPT
 from megavl.config.errors import DataError
-from megavl.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from megavl.data.tokenizer import Tokenizer
 
 IMAGE_TAG = IMAGE_TOKEN
 """Stands for one image in the text of a turn or a tagged document."""
-
-SYSTEM_PROMPT = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-"""deepseek_vl/models/processing_vlm.py:78."""
 
 Template = Literal["deepseek", "plain", "none"]
 

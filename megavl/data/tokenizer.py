@@ -17,10 +17,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from megavl.config.chat import IMAGE_TOKEN, USUAL_NAMES
 from megavl.config.errors import DataError
 from megavl.data.manifest import TokenizerEntry
 
-IMAGE_TOKEN = "<image_placeholder>"
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,11 +29,6 @@ _COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
-_USUAL_NAMES = {
-    "bos_token": ("<｜begin▁of▁sentence｜>", "<s>", "<bos>", "<|begin_of_text|>"),
-    "eos_token": ("<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
-    "pad_token": ("<pad>",),
-}
 
 
 class Tokenizer(ABC):
@@ -109,7 +104,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.image_id = self._inner.token_to_id(IMAGE_TOKEN)
 
     def _special(self, key: str, named: dict[str, str]) -> int | None:
-        names = (named[key],) if key in named else _USUAL_NAMES[key]
+        names = (named[key],) if key in named else USUAL_NAMES[key]
         ids = (self._inner.token_to_id(name) for name in names)
         return next((token for token in ids if token is not None), None)
 
@@ -212,7 +207,7 @@ def _named_specials(folder: Path) -> dict[str, str]:
             content: Any = json.loads(_read(file))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{file}: not valid JSON ({error}); restore the file") from error
-        for key in _USUAL_NAMES:
+        for key in USUAL_NAMES:
             value = content.get(key) if isinstance(content, dict) else None
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.config.model import ModelConfig
-from megavl.data.template import SYSTEM_PROMPT, Piece, Template, encode_batch
+from megavl.data.template import Piece, Template, encode_batch
 from megavl.data.tokenizer import Tokenizer
 from megavl.evaluate.perplexity import (
     ROW_TOKENS,

@@ -12,7 +12,8 @@ from itertools import takewhile
 
 import torch
 
-from megavl.data.template import SYSTEM_PROMPT, Turn, inference_prompt
+from megavl.config.chat import SYSTEM_PROMPT
+from megavl.data.template import Turn, inference_prompt
 from megavl.generate.engine import Engine
 from megavl.generate.pretrained import Model
 from megavl.generate.prompt import ImageSource, placed

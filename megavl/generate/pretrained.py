@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
-from megavl.data.template import SYSTEM_PROMPT, Piece, Template, Turn, inference_prompt
+from megavl.data.template import Piece, Template, Turn, inference_prompt
 from megavl.data.tokenizer import Tokenizer
 from megavl.generate.decode import Request, generate
 from megavl.generate.open_model import check_layout, check_world, find_model_on_every_rank, load_stage

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.config.model import ModelConfig
 from megavl.config.presets import ImageGeometry
 from megavl.data.image import ImageError, canvas, decode_image
 from megavl.data.template import (
     IMAGE_TAG,
-    SYSTEM_PROMPT,
     Piece,
     Template,
     Turn,

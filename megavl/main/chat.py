@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Talk until `/exit` or the end of the input; 0."""
     choose_device(arguments.device)
-    from megavl.data.template import SYSTEM_PROMPT
+    from megavl.config.chat import SYSTEM_PROMPT
     from megavl.generate.conversation import Conversation
     from megavl.generate.open_model import find_model, loaded
     from megavl.generate.pretrained import Model, Processor

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.adaptor import ADAPTORS
+from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import CheckpointError, DataError, UsageError
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.model import ModelConfig
@@ -24,7 +25,7 @@ from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LazyTensor
 from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import FORMATS
-from megavl.convert.tokenizer_files import IMAGE_TOKEN, fitting_tokenizer, tokenizer_paths, with_image_token
+from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare, open_flat
 from megavl.convert.weight_files import open_file
 from megavl.main.progress import counted

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask the questions, print the table; 0."""
     choose_device(arguments.device)
-    from megavl.data.template import SYSTEM_PROMPT
+    from megavl.config.chat import SYSTEM_PROMPT
     from megavl.evaluate.multiple_choice import evaluate_choices
     from megavl.evaluate.task import read_tasks
     from megavl.generate.open_model import find_model, loaded

@@ -138,8 +138,8 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 
 def _encode(arguments: argparse.Namespace, processor: Processor, prompt: Prompt) -> list[int]:
+    from megavl.config.chat import SYSTEM_PROMPT
     from megavl.config.errors import DataError
-    from megavl.data.template import SYSTEM_PROMPT
     from megavl.generate.prompt import prompt_pieces
 
     systems = (prompt.system, arguments.system, SYSTEM_PROMPT)

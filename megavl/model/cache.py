@@ -8,6 +8,7 @@ Legend: R rows (sequences), N tokens of a step, L positions, A attention heads o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -149,7 +150,7 @@ class KeyValueCache:
 
 
 @dataclass(kw_only=True)
-class Step(PackedSeqParams):
+class Step(PackedSeqParams, ABC):
     """New tokens of some rows, one after the other in one packed row; travels to every attention layer."""
 
     cache: KeyValueCache
@@ -168,6 +169,7 @@ class Step(PackedSeqParams):
         """N."""
         return sum(self.counts)
 
+    @abstractmethod
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
     ) -> torch.Tensor:
@@ -181,11 +183,10 @@ class Step(PackedSeqParams):
         Returns:
             (N, A, D).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def last(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (R, 1, H) at the last token of each row, of (N, 1, H) at all of them."""
-        raise NotImplementedError
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.cos + x.roll(x.shape[-1] // 2, -1) * self.sin

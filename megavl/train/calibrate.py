@@ -23,15 +23,12 @@ from megatron.core.optimizer import ChainedOptimizer
 from tqdm import tqdm
 
 from megavl.config.recipe import Recipe
-from megavl.data.batch import Batch, Modality
-from megavl.data.dataset import open_dataset
+from megavl.data.batch import Modality
 from megavl.data.loader import StepLoader
-from megavl.data.mixture import recipe_mixture
-from megavl.data.sampler import Sampler
-from megavl.data.tokenizer import open_tokenizer
-from megavl.parallel import broadcast, cpu_runtime, groups
+from megavl.parallel import cpu_runtime, groups
 from megavl.parallel.groups import Position
 from megavl.planner.calibration import Calibration, Entry, KindEntry, Seconds, VisionEntry, model_key, recompute_key
+from megavl.train.calibration_steps import MICRO_BATCHES, MadeUpSteps, step_source
 from megavl.train.feed import StepData, StepSource, next_step
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.rank_model import RankModel, build_rank_model
@@ -39,8 +36,6 @@ from megavl.train.step import train_step
 
 LAYERS = 4
 """Decoder layers that are measured; the planner multiplies."""
-MICRO_BATCHES = 2
-"""Per step; the first one of each step is left out."""
 WARM_UP = 2
 """Steps of each kind before anything counts."""
 
@@ -70,7 +65,7 @@ def calibrate(recipe: Recipe, *, images: int, repeats: int) -> Calibration | Non
     samples: dict[str, _Samples] = {}
     with tqdm(total=(len(kinds) + 1) * (repeats + WARM_UP), desc="calibrate", disable=position.rank > 0) as bar:
         for kind in kinds:
-            source = _source(recipe, kind, images=images, position=position, real=real)
+            source = step_source(recipe, kind, images=images, position=position, real=real)
             samples[kind] = _measure(probe, source, repeats=repeats, bar=bar)
         if "multimodal" in kinds:
             one = MadeUpSteps(recipe, images=1, position=position)
@@ -90,36 +85,6 @@ def calibrate(recipe: Recipe, *, images: int, repeats: int) -> Calibration | Non
         versions={name: version(name) for name in ("torch", "megatron-core")},
         entries=(entry,),
     )
-
-
-class MadeUpSteps:
-    """Random micro-batches of one document a sequence, with a fixed number of images each."""
-
-    def __init__(self, recipe: Recipe, *, images: int, position: Position) -> None:
-        self.recipe, self.images = recipe, images
-        self.generator = torch.Generator().manual_seed(recipe.training.seed + position.dp_rank)
-
-    def get(self, step: int) -> list[Batch]:
-        """Micro-batches of any step."""
-        return [self._batch() for _ in range(MICRO_BATCHES)]
-
-    def _batch(self) -> Batch:
-        recipe = self.recipe
-        model, length, count = recipe.model, recipe.data.seq_length, recipe.training.micro_batch_size
-        tokens = torch.randint(model.llm.vocab_size, (count, length), generator=self.generator)
-        tokens[tokens == model.image_token_id] = (model.image_token_id + 1) % model.llm.vocab_size
-        tokens[:, 1 : 1 + self.images * model.image_tokens] = model.image_token_id
-        shape = (count * self.images, 3, model.canvas_size, model.canvas_size)
-        flat = tokens.flatten()
-        return Batch(
-            modality="multimodal" if self.images else "text",
-            tokens=flat,
-            labels=torch.roll(flat, -1),
-            loss_mask=(torch.roll(flat, -1) != model.image_token_id).float(),
-            cu_seqlens=torch.arange(0, (count + 1) * length, length, dtype=torch.int32),
-            images=torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8),
-            sample_ids=tuple(range(count)),
-        )
 
 
 @dataclasses.dataclass
@@ -283,55 +248,6 @@ def _build(recipe: Recipe) -> tuple[RankModel, ChainedOptimizer]:
     optimizer = build_optimizer(model, optimizer=recipe.optimizer, bf16=recipe.training.precision == "bf16")
     set_learning_rate(optimizer, lr=1e-9, weight_decay=0.0)
     return model, optimizer
-
-
-def _source(recipe: Recipe, kind: Modality, *, images: int, position: Position, real: bool) -> StepSource | None:
-    """The recipe's own data where they are there, else made-up ones; the rank that loads gets them."""
-    if not broadcast.is_source():
-        return None
-    if not real or not _draws(recipe, kind):
-        return MadeUpSteps(recipe, images=images if kind == "multimodal" else 0, position=position)
-    recipe = _steps_of(recipe, kind, replicas=position.dp_size)
-    data, training = recipe.data, recipe.training
-    dataset = open_dataset(
-        data.mixture,
-        tokenizer=open_tokenizer(data.tokenizer),
-        seq_length=data.seq_length,
-        geometry=recipe.model.image_geometry,
-        vocab_size=recipe.model.llm.vocab_size,
-        image_token_id=recipe.model.image_token_id,
-        skip_hash=True,
-    )
-    return StepLoader(
-        dataset,
-        sampler=Sampler(dataset.counts, mixture=recipe_mixture(recipe, dataset.counts)),
-        micro_batch_size=training.micro_batch_size,
-        dp_rank=position.dp_rank,
-        dp_size=position.dp_size,
-        num_workers=data.num_workers,
-        prefetch_images=data.prefetch_images,
-        max_bad_in_row=data.max_bad_in_row,
-        cross_document_attention=data.cross_document_attention,
-        total_steps=training.steps,
-    )
-
-
-def _draws(recipe: Recipe, kind: Modality) -> bool:
-    """Whether the recipe ever takes steps of this kind, so that its data must hold some."""
-    data = recipe.data
-    return (
-        data.multimodal_fraction > 0
-        if kind == "multimodal"
-        else data.multimodal_fraction < 1 or data.modality_warmup_steps > 0
-    )
-
-
-def _steps_of(recipe: Recipe, kind: Modality, *, replicas: int) -> Recipe:
-    """The recipe with short steps of one kind only, more of them than are ever taken."""
-    data = dataclasses.replace(recipe.data, multimodal_fraction=float(kind == "multimodal"), modality_warmup_steps=0)
-    batch = MICRO_BATCHES * recipe.training.micro_batch_size * replicas
-    training = dataclasses.replace(recipe.training, global_batch_size=batch, steps=1_000_000)
-    return dataclasses.replace(recipe, data=data, training=training)
 
 
 def _measure(probe: _Probe, source: StepSource | None, *, repeats: int, bar: tqdm[Any]) -> _Samples:

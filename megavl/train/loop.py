@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megavl.config.errors import EXIT_PREEMPTED, CheckpointError, DataError, NumericsError, StorageError
 from megavl.config.load import dump_recipe
 from megavl.config.recipe import Recipe
-from megavl.data.dataset import Dataset, open_dataset
+from megavl.data.dataset import Dataset
 from megavl.data.loader import StepLoader
 from megavl.data.mixture import check_epochs, recipe_mixture, render, source_plans
 from megavl.data.sampler import Sampler
@@ -31,6 +31,7 @@ from megavl.planner.layout import layout_string, resolve_layout
 from megavl.train.exit_status import ExitStatus
 from megavl.train.feed import next_step
 from megavl.train.metrics import MetricsLog
+from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.rank_model import build_rank_model
 from megavl.train.schedule import learning_rate
@@ -143,16 +144,8 @@ def _open_data(recipe: Recipe, *, position: Position) -> tuple[Tokenizer, Datase
     """Open tokenizer and data on every rank, and plan the order of samples, which must be the same everywhere."""
     data = recipe.data
     tokenizer = open_tokenizer(data.tokenizer)
-    dataset = open_dataset(
-        data.mixture,
-        tokenizer=tokenizer,
-        seq_length=data.seq_length,
-        geometry=recipe.model.image_geometry,
-        vocab_size=recipe.model.llm.vocab_size,
-        image_token_id=recipe.model.image_token_id,
-        skip_hash=data.skip_hash,
-        share=(dist.get_rank(), dist.get_world_size()),
-    )
+    share = (dist.get_rank(), dist.get_world_size())
+    dataset = recipe_dataset(recipe, tokenizer=tokenizer, skip_hash=data.skip_hash, share=share)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, dataset.fingerprint)
     if len(set(found)) > 1:
@@ -208,22 +201,7 @@ def _loader(
     if not broadcast.is_source():
         yield None
         return
-    data, training = recipe.data, recipe.training
-    loader = StepLoader(
-        dataset,
-        sampler=sampler,
-        micro_batch_size=training.micro_batch_size,
-        dp_rank=position.dp_rank,
-        dp_size=position.dp_size,
-        num_workers=data.num_workers,
-        prefetch_images=data.prefetch_images,
-        max_bad_in_row=data.max_bad_in_row,
-        cross_document_attention=data.cross_document_attention,
-        total_steps=training.steps,
-        start_step=start_step,
-        # Two lost workers in a row must be noticed before the whole step is taken for hung.
-        worker_timeout_s=min(120.0, recipe.parallel.timeout_s / 3),
-    )
+    loader = step_loader(recipe, dataset, sampler, position=position, start_step=start_step)
     try:
         yield loader
     finally:

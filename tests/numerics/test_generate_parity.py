@@ -18,7 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
-from megavl.data.template import SYSTEM_PROMPT
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.generate.prompt import read_canvases
 from megavl.main.cli import main
 from tests.numerics.compare_with_transformers import pixel_tensors

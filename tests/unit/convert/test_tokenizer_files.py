@@ -8,9 +8,10 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.config.load import load_model_config
-from megavl.convert.chat_template import SYSTEM_PROMPT, chat_template
+from megavl.convert.chat_template import chat_template
 from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
 from megavl.convert.tokenizer_files import (

@@ -2,10 +2,10 @@
 
 import pytest
 
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.data.template import (
     IMAGE_TAG,
-    SYSTEM_PROMPT,
     Encoded,
     Turn,
     conversation_pieces,

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.convert.chat_template import chat_template
 from megavl.convert.tokenizer_files import read_tokenizer, tokenizer_config
 from megavl.data.template import (
     IMAGE_TAG,
-    SYSTEM_PROMPT,
     Encoded,
     Piece,
     Turn,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
-from megavl.data.template import SYSTEM_PROMPT
 from megavl.generate.prompt import answer_text, encode_prompt, prompt_pieces, read_canvases
 from tests.unit.generate import models
 

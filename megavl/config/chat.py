@@ -1,0 +1,19 @@
+"""Fixed words of the released chats, which data, conversion and generation must spell alike.
+
+Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/processing_vlm.py`.
+"""
+
+IMAGE_TOKEN = "<image_placeholder>"
+"""Text of the token that stands for one position of an image, and in a prompt for a whole image."""
+
+SYSTEM_PROMPT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+USUAL_NAMES = {
+    "bos_token": ("<｜begin▁of▁sentence｜>", "<s>", "<bos>", "<|begin_of_text|>"),
+    "eos_token": ("<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
+    "pad_token": ("<pad>",),
+}
+"""Looked for, in this order, where no file beside tokenizer.json names the token."""

@@ -1,0 +1,59 @@
+"""A recipe's data as training reads them."""
+
+from __future__ import annotations
+
+from megavl.config.recipe import Recipe
+from megavl.data.dataset import Dataset, open_dataset
+from megavl.data.loader import StepLoader
+from megavl.data.sampler import Sampler
+from megavl.data.tokenizer import Tokenizer
+from megavl.parallel.groups import Position
+
+
+def recipe_dataset(
+    recipe: Recipe, *, tokenizer: Tokenizer, skip_hash: bool, share: tuple[int, int] = (0, 1)
+) -> Dataset:
+    """Open the recipe's sources.
+
+    Args:
+        recipe: of the run.
+        tokenizer: the recipe's, open.
+        skip_hash: leave out the checksums of whole files.
+        share: part of these checksums that falls to this process, of how many.
+
+    Raises:
+        DataError: as `open_dataset`.
+    """
+    data, model = recipe.data, recipe.model
+    return open_dataset(
+        data.mixture,
+        tokenizer=tokenizer,
+        seq_length=data.seq_length,
+        geometry=model.image_geometry,
+        vocab_size=model.llm.vocab_size,
+        image_token_id=model.image_token_id,
+        skip_hash=skip_hash,
+        share=share,
+    )
+
+
+def step_loader(
+    recipe: Recipe, dataset: Dataset, sampler: Sampler, *, position: Position, start_step: int = 0
+) -> StepLoader:
+    """The loader of this data-parallel rank; whoever opens it closes it."""
+    data, training = recipe.data, recipe.training
+    return StepLoader(
+        dataset,
+        sampler=sampler,
+        micro_batch_size=training.micro_batch_size,
+        dp_rank=position.dp_rank,
+        dp_size=position.dp_size,
+        num_workers=data.num_workers,
+        prefetch_images=data.prefetch_images,
+        max_bad_in_row=data.max_bad_in_row,
+        cross_document_attention=data.cross_document_attention,
+        total_steps=training.steps,
+        start_step=start_step,
+        # Two lost workers in a row must be noticed before the whole step is taken for hung.
+        worker_timeout_s=min(120.0, recipe.parallel.timeout_s / 3),
+    )
