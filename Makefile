@@ -28,7 +28,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH)
-	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[corpus,screens,hf,board,test,dev]'
+	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[corpus,screens,slurm,hf,board,test,dev]'
 	touch $@
 
 demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: at most 10 minutes on 2 cores

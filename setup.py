@@ -37,6 +37,8 @@ setup(
         "board": ["tensorboard>=2.16"],
         # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.
         "parquet": ["pyarrow>=15"],
+        # SLURM arrays of data_tools/preprocess.py; 0.9 and later need a huggingface-hub that transformers 4 refuses.
+        "slurm": ["datatrove>=0.8,<0.9"],
         # What data_tools/build_corpus.py renders with; typst's releases draw differently, so its version is narrow.
         "corpus": [
             "fonttools>=4.50",

@@ -157,6 +157,7 @@ def build_report(
         ],
         "records": sum(summary.records for summary in summaries),
         "documents_cut": sum(summary.cut for summary in summaries),
+        "conversations_cut": sum(summary.shortened for summary in summaries),
         "images_without_file": sum(summary.images_without_file for summary in summaries),
         "samples": packs.samples,
         "tokens": int(lengths @ samples),

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass
+from functools import cached_property
 
 from data_tools.image_map import ImageMap
 from data_tools.readers.record import MAX_IMAGE, Picture, Span
@@ -39,6 +40,10 @@ class ImageSource:
     max_aspect: float
     max_side: int
     """Longer side in pixels above which an image is re-encoded; 0 keeps every file as it is."""
+
+    @cached_property
+    def _real_root(self) -> str:
+        return os.path.realpath(self.root)
 
     def has_file(self, picture: Picture) -> bool:
         """False where no file was ever fetched: an address outside the map, or a path at which nothing is."""
@@ -94,7 +99,7 @@ class ImageSource:
             path = os.path.realpath(given)
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot read {given} ({error})", "image_missing") from error
-        if not _is_inside(os.path.realpath(self.root), path):
+        if not _is_inside(self._real_root, path):
             raise ImageError(
                 f"a symbolic link leads to {path}, outside --image-root {self.root}; give a folder that holds both",
                 "image_outside_root",

@@ -65,6 +65,8 @@ class Job:
     verify: Verification
     max_aspect: float
     system_prompt: str
+    over_long: Literal["drop", "cut"]
+    """What a conversation above the limits of a sequence does."""
     limit: int | None
     output: str
     fail_on_error: bool

@@ -126,7 +126,7 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
 
     Two workers cannot be twice as fast while other programs use the second core; CPU time tells what they cost.
     """
-    _documents(scratch, copies=5)
+    _documents(scratch, copies=20)
     wall: dict[int, list[float]] = {1: [], 2: []}
     cpu: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(repeats):

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_tools.commit import remove_leftovers, sync_directory, write_file
+from data_tools.readers.stretches import Stretch
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import STRICT
 from megavl.data.manifest import ShardEntry, ShardManifest, read_manifest, to_json
@@ -31,6 +32,8 @@ class UnitSummary:
     records: int
     cut: int
     """Documents longer than a sequence, cut into several samples."""
+    shortened: int
+    """Conversations above the limits of a sequence that end after an earlier answer."""
     images_without_file: int
     """Images of interleaved documents that were left out."""
     rejected: dict[str, int]
@@ -112,16 +115,27 @@ class Output:
         if self._read(record) != config:
             write_file(record, to_json(config))
 
-    def is_done(self, number: int, *, config_sha256: str) -> bool:
-        """Whether a unit is committed and its files have their sizes."""
+    def is_done(self, number: int, stretch: Stretch, *, config_sha256: str) -> bool:
+        """Whether a unit is committed, its files have their sizes, and its input is what it was made from.
+
+        Input that was written to after the unit was committed is hashed again.
+        """
         summary = self.read_unit(number)
         if summary is None or summary.config_sha256 != config_sha256:
+            return False
+        changed = os.stat(stretch.path).st_mtime_ns > self._unit_path(number).stat().st_mtime_ns
+        if changed and not summary.shards:
             return False
         for shard in summary.shards:
             path = self.path / f"{shard.name}.json"
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard.sha256:
                 return False
             manifest = read_manifest(path, kind=ShardManifest)
+            source = manifest.sources[0]
+            if (source.name, source.start, source.end) != (stretch.path, stretch.start, stretch.end):
+                return False
+            if changed and source.sha256 != stretch.sha256():
+                return False
             for entry in manifest.files:
                 file = self.path / entry.name
                 if not file.is_file() or file.stat().st_size != entry.size:
@@ -133,7 +147,7 @@ class Output:
         lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
         # A file name in a record may be bytes that are no text.
         write_file(self.rejects_path(summary.number), lines.encode("utf-8", "backslashreplace"))
-        write_file(self._units / f"{summary.number:05d}.json", to_json(summary))
+        write_file(self._unit_path(summary.number), to_json(summary))
         sync_directory(self._units)
 
     def rejects_path(self, number: int) -> Path:
@@ -142,7 +156,7 @@ class Output:
 
     def read_unit(self, number: int) -> UnitSummary | None:
         """A unit's summary, or None when it is not done."""
-        content = self._read(self._units / f"{number:05d}.json")
+        content = self._read(self._unit_path(number))
         try:
             return None if content is None else TypeAdapter(UnitSummary).validate_python(content)
         except ValidationError:
@@ -152,6 +166,9 @@ class Output:
         """Remove temporary files of killed runs."""
         remove_leftovers(self.path)
         remove_leftovers(self._units)
+
+    def _unit_path(self, number: int) -> Path:
+        return self._units / f"{number:05d}.json"
 
     def _clear(self) -> None:
         # The manifest first: from here on this is no dataset.

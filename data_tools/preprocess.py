@@ -22,15 +22,17 @@ if __package__ in (None, ""):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from dataclasses import replace  # noqa: E402
+from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from data_tools.engine import run_units  # noqa: E402
+from data_tools.extras import require  # noqa: E402
 from data_tools.finish import check_rejected, dry_run_report, finish  # noqa: E402
 from data_tools.histograms import histogram_lines  # noqa: E402
 from data_tools.image_map import open_image_map  # noqa: E402
-from data_tools.job import Job, open_input, plan_units, sampled, tokenizer_at  # noqa: E402
+from data_tools.job import Job, Unit, open_input, plan_units, sampled, tokenizer_at  # noqa: E402
 from data_tools.output import Output  # noqa: E402
 from data_tools.readers.formats import FORMATS  # noqa: E402
-from data_tools.submit import LOGS, submit  # noqa: E402
 from megavl.config.chat import SYSTEM_PROMPT  # noqa: E402
 from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
 from megavl.config.presets import IMAGE_PRESETS  # noqa: E402
@@ -70,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pack", action=flag, default=True, help="several samples per sequence")
     add("--max-images-per-sequence", type=_positive, default=5, metavar="K", help="images per sequence")
 
+    add(
+        "--over-long",
+        choices=("drop", "cut"),
+        default="drop",
+        help="a conversation above S or K: reject it, or end it after the last answer that fits; documents are divided",
+    )
+
     add = parser.add_argument_group("images").add_argument
     add("--image-preset", choices=tuple(IMAGE_PRESETS), default="hybrid-1024", help="geometry of the model's images")
     add("--max-side", type=int, default=1024, metavar="PIXELS", help="re-encode larger images; 0: never")
@@ -99,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         if options.engine == "slurm":
-            return _submit(options, sys.argv[1:] if arguments is None else arguments)
+            return _on_slurm(options, sys.argv[1:] if arguments is None else arguments)
         return _run(options)
     except MegaVLError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -109,27 +118,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _submit(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Queue the jobs; inside one of them, do its part."""
     if options.num_tasks == 1 or options.dry_run or options.task:
         raise UsageError(
             "--engine slurm: needs --num-tasks of 2 or more, and neither --task nor --dry-run; "
             "use --engine local for these"
         )
+    require("datatrove", extra="slurm")
+    from data_tools import submit as slurm
+
+    if folder := os.environ.get(slurm.JOB_FOLDER):
+        parts = {slurm.SHARDS: _shards_of_task, slurm.MERGE: _merge_tasks}
+        slurm.run_task(Path(folder), tasks=options.num_tasks, work=partial(parts[Path(folder).name], options))
+        return 0
     job = _job(options)
+    units = plan_units(job)
     output = Output(job.output)
     locks = output.lock(task=0, num_tasks=1)
     output.begin(job.config, resume=options.resume, alone=True)
+    todo = sorted({unit.number % options.num_tasks for unit in _left(job, units)})
     # Released before anything is queued: a task may start at once.
     for lock in locks:
         lock.close()
-    jobs = submit(
-        arguments, output=job.output, tasks=options.num_tasks, workers=options.workers or 1, extra=options.sbatch
+    jobs = slurm.submit(
+        *(arguments,), output=job.output, todo=todo, tasks=options.num_tasks, workers=options.workers or 1,
+        extra=options.sbatch,
+    )  # fmt: skip
+    array = (
+        f"job array {jobs.array} of {len(todo)} tasks, and " if jobs.array else "no task, all shards being there, but "
     )
     print(
-        f"submitted job array {jobs.array} of {options.num_tasks} tasks, and job {jobs.merge}, which makes the dataset "
-        f"when all have ended well; output goes to {job.output}/{LOGS}"
+        f"submitted {array}job {jobs.merge}, which makes the dataset when all have ended well; "
+        f"output goes to {jobs.folder}"
     )
     return 0
+
+
+def _shards_of_task(options: argparse.Namespace, task: int) -> None:
+    changes = {"resume": True, "finish": False, "task": task, "workers": options.workers or 1}
+    _run(argparse.Namespace(**(vars(options) | changes)))
+
+
+def _merge_tasks(options: argparse.Namespace, task: int) -> None:
+    changes = {"resume": True, "finish": True, "task": task, "num_tasks": 1, "workers": 1}
+    _run(argparse.Namespace(**(vars(options) | changes)))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -155,20 +188,16 @@ def _run(options: argparse.Namespace) -> int:
     output = Output(job.output)
     locks = output.lock(task=options.task, num_tasks=options.num_tasks)
     output.begin(job.config, resume=options.resume, alone=options.num_tasks == 1)
-    done = {
-        unit.number for unit in mine if options.resume and output.is_done(unit.number, config_sha256=job.config_sha256)
-    }
-    if done:
-        print(f"{len(done)} of {len(mine)} shards are done already")
+    todo = _left(job, mine) if options.resume else mine
+    if len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} of {len(mine)} shards are done already")
     try:
-        todo = [unit for unit in mine if unit.number not in done]
         run_units(job, todo, count=len(units), workers=workers)
     except BaseException:
         if options.num_tasks == 1:
             output.remove_leftovers()
         raise
-    left = [unit for unit in units if not output.is_done(unit.number, config_sha256=job.config_sha256)]
-    if left:
+    if left := _left(job, units):
         print(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(units)} shards wait for others")
         return 0
     if not options.finish:
@@ -181,6 +210,12 @@ def _run(options: argparse.Namespace) -> int:
     for lock in locks:
         lock.close()
     return 0
+
+
+def _left(job: Job, units: Sequence[Unit]) -> list[Unit]:
+    """Units that are not done."""
+    output = Output(job.output)
+    return [unit for unit in units if not output.is_done(unit.number, unit.stretch, config_sha256=job.config_sha256)]
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -212,6 +247,7 @@ def _job(options: argparse.Namespace) -> Job:
         verify=options.verify,
         max_aspect=options.max_aspect,
         system_prompt=options.system_prompt,
+        over_long=options.over_long,
         limit=options.limit,
         output=options.output,
         fail_on_error=options.on_error == "fail",

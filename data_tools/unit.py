@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,6 @@ _BATCH = 256
 """Records tokenized together, at most."""
 _BATCH_BYTES = 256 << 10
 """Input held in memory at a time, apart from the last record."""
-_BLOCK = 1 << 20
 
 
 @dataclass(kw_only=True)
@@ -38,6 +36,7 @@ class _Tally:
 
     records: int = 0
     cut: int = 0
+    shortened: int = 0
     without_file: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, str]] = field(default_factory=list)
@@ -129,6 +128,7 @@ class _Work:
             config_sha256=self._identity.config_sha256,
             records=self._tally.records,
             cut=self._tally.cut,
+            shortened=self._tally.shortened,
             images_without_file=self._tally.without_file,
             rejected=dict(sorted(self._tally.rejected.items())),
             shards=tuple(shards),
@@ -151,11 +151,8 @@ class _Work:
             raise content
         record = FORMATS[self._input.format].read(parse_json(content) if isinstance(content, bytes) else content)
         record = self._with_files(record)
-        if len(record.pictures) > self._job.max_images and not record.divisible:
-            raise RecordError(
-                f"{len(record.pictures)} images, above --max-images-per-sequence {self._job.max_images}",
-                "too_many_images",
-            )
+        if len(record.pictures) > self._job.max_images and not (record.divisible or self._may_end_early(record)):
+            raise self._too_many_images(record)
         try:
             pieces = self._pieces(record)
             "".join(piece.text for piece in pieces).encode("utf-8")
@@ -206,18 +203,13 @@ class _Work:
                     self._reject(item.place, "image_token", str(error))
 
     def _write(self, item: _Parsed, encoded: Encoded) -> None:
-        limit = self._job.seq_length
-        if len(encoded.ids) > limit and not item.record.divisible:
-            raise RecordError(
-                f"{len(encoded.ids)} tokens, above --seq-length {limit}; only text and interleaved documents are cut",
-                "too_long",
-            )
+        encoded = self._fitting(item.record, encoded)
         highest = int(encoded.ids.max(initial=0))
         if highest >= self._tokenizer.vocab_size:
             raise RecordError(
                 f"the tokenizer gave id {highest}, outside its vocabulary of {self._tokenizer.vocab_size}", "token_id"
             )
-        images = self._images(item.record)
+        images = self._images(item.record.pictures[: encoded.images])
         parts = list(self._cut(encoded))
         self._tally.cut += len(parts) > 1
         used = 0
@@ -230,11 +222,40 @@ class _Work:
                 writer = self._writer("multimodal" if own else "text")
                 writer.add(part.ids, spans=part.spans, images=own, place=item.place)
 
-    def _images(self, record: Record) -> list[LoadedImage]:
-        """All images of a record, checked before the first of its samples is written."""
+    def _fitting(self, record: Record, encoded: Encoded) -> Encoded:
+        """The sample, or its first rounds; only a divisible record may exceed the limits of a sequence here."""
+        job = self._job
+        if record.divisible or (len(encoded.ids) <= job.seq_length and encoded.images <= job.max_images):
+            return encoded
+        if self._may_end_early(record):
+            shorter = first_rounds(
+                *(encoded,), limit=job.seq_length, max_images=job.max_images, eos_id=self._tokenizer.eos_id,
+                image_id=self._tokenizer.image_id, image_tokens=job.geometry.tokens,
+            )  # fmt: skip
+            if shorter is not None:
+                self._tally.shortened += 1
+                return shorter
+        if encoded.images > job.max_images:
+            raise self._too_many_images(record)
+        raise RecordError(
+            f"{len(encoded.ids)} tokens, above --seq-length {job.seq_length}; text and interleaved documents are cut, "
+            "and with --over-long cut conversations after an answer, where one fits",
+            "too_long",
+        )
+
+    def _may_end_early(self, record: Record) -> bool:
+        return self._job.over_long == "cut" and bool(record.turns) and self._input.template == "deepseek"
+
+    def _too_many_images(self, record: Record) -> RecordError:
+        return RecordError(
+            f"{len(record.pictures)} images, above --max-images-per-sequence {self._job.max_images}", "too_many_images"
+        )
+
+    def _images(self, pictures: Sequence[Picture]) -> list[LoadedImage]:
+        """The images of a record, checked before the first of its samples is written."""
         images: list[LoadedImage] = []
         size = 0
-        for picture in record.pictures:
+        for picture in pictures:
             images.append(self._source.load(picture))
             size += len(images[-1].data)
             if size > MAX_IMAGE:
@@ -265,21 +286,9 @@ class _Work:
         self._tally.rejects.append({"reason": reason, "record": where, "detail": detail[:500]})
 
     def _source_entry(self) -> SourceEntry:
-        stretch, digest = self._unit.stretch, hashlib.sha256()
-        # One buffer for all blocks: fresh memory for each would cost more than the reading.
-        block = memoryview(bytearray(min(_BLOCK, stretch.end - stretch.start)))
-        with open(stretch.path, "rb", buffering=0) as stream:
-            stream.seek(stretch.start)
-            left = stretch.end - stretch.start
-            while left and (count := stream.readinto(block[: min(_BLOCK, left)])):
-                digest.update(block[:count])
-                left -= count
+        stretch = self._unit.stretch
         return SourceEntry(
-            name=stretch.path,
-            start=stretch.start,
-            end=stretch.end,
-            sha256=digest.hexdigest(),
-            places=stretch.places,
+            name=stretch.path, start=stretch.start, end=stretch.end, sha256=stretch.sha256(), places=stretch.places
         )
 
 
@@ -327,3 +336,25 @@ def cut(encoded: Encoded, *, limit: int, max_images: int, image_id: int | None, 
         spans = tuple((max(a, start) - start, min(b, end) - start) for a, b in encoded.spans if a < end and b > start)
         yield Encoded(ids=encoded.ids[start:end], spans=spans, images=int((ahead < end).sum()))
         start = end
+
+
+def first_rounds(
+    encoded: Encoded, *, limit: int, max_images: int, eos_id: int | None, image_id: int | None, image_tokens: int
+) -> Encoded | None:
+    """A conversation up to its last answer within both limits; None when not even the first one is.
+
+    Text is tokenized between special tokens, so this is what the shorter conversation alone would give.
+
+    Args:
+        encoded: the conversation; what is supervised of an answer ends with EOS.
+        limit: tokens.
+        max_images: images.
+        eos_id: token at which answers end.
+        image_id: token of images.
+        image_tokens: positions of one image.
+    """
+    for count, (_, end) in reversed(list(enumerate(encoded.spans, start=1))):
+        images = int((encoded.ids[:end] == image_id).sum()) // image_tokens
+        if end <= limit and images <= max_images and encoded.ids[end - 1] == eos_id:
+            return Encoded(ids=encoded.ids[:end], spans=encoded.spans[:count], images=images)
+    return None

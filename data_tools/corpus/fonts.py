@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus.extras import require
+from data_tools.extras import require
 from megavl.config.errors import DataError, UsageError
 
 SYSTEM_FOLDERS = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"))

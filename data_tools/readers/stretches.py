@@ -6,6 +6,7 @@ alone, so any number of workers and tasks makes the same stretches. Nothing is r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from megavl.config.errors import DataError, UsageError
 Places = Literal["line", "item", "member", "row"]
 """What is counted in JSONL, in a JSON array, in a tar archive, in Parquet."""
 _BLOCK = 8 << 20
+_HASHED = 1 << 20
 # A whole string, or one character of structure, or the quote of a string that this block does not finish.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
 
@@ -38,6 +40,19 @@ class Stretch:
     """Records inside; blank lines count too."""
     apart: tuple[int, ...] = ()
     """First members of the keys inside whose members are not adjacent in the whole archive."""
+
+    def sha256(self) -> str:
+        """Of its bytes."""
+        digest = hashlib.sha256()
+        # One buffer for all blocks: fresh memory for each would cost more than the reading.
+        block = memoryview(bytearray(min(_HASHED, self.end - self.start)))
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(self.start)
+            left = self.end - self.start
+            while left and (count := stream.readinto(block[: min(_HASHED, left)])):
+                digest.update(block[:count])
+                left -= count
+        return digest.hexdigest()
 
 
 def places_of(path: str | Path) -> Literal["line", "item"]:

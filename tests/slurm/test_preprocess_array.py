@@ -34,7 +34,7 @@ def run(command: list[str], *, environment: dict[str, str] | None = None) -> str
 
 def content(out: Path) -> dict[str, bytes]:
     files = [file for file in out.rglob("*") if file.is_file() and "lock" not in file.name]
-    return {str(file.relative_to(out)): file.read_bytes() for file in files if file.parent.name != "slurm"}
+    return {str(file.relative_to(out)): file.read_bytes() for file in files if "slurm" not in file.parts}
 
 
 def submit(cluster: Any, command: list[str]) -> list[str]:
@@ -50,17 +50,19 @@ def test_four_tasks_on_two_nodes(cluster: Any, tmp_path: Path, report_table: Any
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     run(arguments(inputs, tokenizer=tokenizer, output=tmp_path / "local"))
     started = time.monotonic()
-    array, merge = submit(cluster, arguments(inputs, tokenizer=tokenizer, output=tmp_path / "out"))
+    # A space: SLURM reads the paths in the scripts' own lines as a shell does.
+    out = tmp_path / "the output"
+    array, merge = submit(cluster, arguments(inputs, tokenizer=tokenizer, output=out))
     fields = cluster.wait_for(merge, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", seconds=180)
     seconds = time.monotonic() - started
-    logs = {path.name: path.read_text() for path in (tmp_path / "out" / "slurm").iterdir()}
+    logs = {path.name: path.read_text() for path in out.glob("slurm/*/*/slurm_logs/*")}
     assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), logs
-    assert set(logs) == {*(f"{array}_{task}.out" for task in range(TASKS)), f"{merge}.out"}
+    assert set(logs) == {*(f"{array}_{task}.out" for task in range(TASKS)), f"{merge}_0.out"}
     shown = cluster.run("scontrol", "--oneliner", "show", "job", array)
     assert set(re.findall(r" NodeList=(\S+)", shown)) == {"vnode1", "vnode2"}
-    units = len(list((tmp_path / "out" / "units").glob("[0-9]*[0-9].json")))
-    assert f"{units} of {units} shards are done already" in logs[f"{merge}.out"] and units > 2 * TASKS
-    assert content(tmp_path / "out") == content(tmp_path / "local")
+    units = len(list((out / "units").glob("[0-9]*[0-9].json")))
+    assert f"{units} of {units} shards are done already" in logs[f"{merge}_0.out"] and units > 2 * TASKS
+    assert content(out) == content(tmp_path / "local")
     report_table(f"{TASKS} tasks on 2 nodes: {units} shards in {seconds:.1f} s with the merge, equal to one process's")
 
 
@@ -73,5 +75,5 @@ def test_a_failed_task_leaves_no_dataset_and_no_waiting_job(cluster: Any, tmp_pa
     fields = cluster.wait_for(merge, "COMPLETED", "FAILED", "CANCELLED", seconds=120)
     assert fields["JobState"] == "CANCELLED"
     assert not (tmp_path / "out/manifest.json").exists()
-    logs = "".join(path.read_text() for path in (tmp_path / "out/slurm").glob(f"{array}_*.out"))
+    logs = "".join(path.read_text() for path in (tmp_path / "out").glob(f"slurm/*/*/slurm_logs/{array}_*.out"))
     assert "text.jsonl:1: empty_text" in logs and "Traceback" not in logs

@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from data_tools.corpus.documents.pages import Page, make_pages
 from data_tools.corpus.documents.reading import pandoc
-from data_tools.corpus.extras import require
 from data_tools.corpus.fonts import NO_CHINESE_FONT, font_folders, open_book
 from data_tools.corpus.output import new_folder, write_jsonl
 from data_tools.corpus.records import Form, Pair, Prompts, RecordWriter, in_order
 from data_tools.corpus.sources import Dropped, Kind, Source, find_sources, heldout_sources, load
 from data_tools.corpus.texts import collect_text
+from data_tools.extras import require
 from megavl.config.errors import DataError
 
 KIND = Kind(

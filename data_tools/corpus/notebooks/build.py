@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.corpus.extras import require
 from data_tools.corpus.notebooks.drawing import Studio, open_studio
 from data_tools.corpus.notebooks.figures import Notebook, NotebookError, read_notebook, reason_against
 from data_tools.corpus.output import new_folder
 from data_tools.corpus.records import Form, Pair, Prompts, RecordWriter, in_order
 from data_tools.corpus.scripts import script_of
 from data_tools.corpus.sources import Dropped, Kind, Source, find_sources, heldout_sources, load
+from data_tools.extras import require
 from megavl.data.image import ImageError, check_image
 
 KIND = Kind(suffixes={".ipynb": "notebook"}, keys={"notebook": "notebook", "content": "notebook", "text": "notebook"})

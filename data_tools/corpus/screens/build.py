@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.corpus.extras import require
 from data_tools.corpus.fonts import NO_CHINESE_FONT, SYSTEM_FOLDERS, find_faces, is_stand_in, visible, writes_chinese
 from data_tools.corpus.output import new_folder
 from data_tools.corpus.records import Form, Pair, Prompts, RecordWriter
@@ -19,6 +18,7 @@ from data_tools.corpus.screens.browser import Browser, PageError, open_browser
 from data_tools.corpus.screens.page_source import shown_source
 from data_tools.corpus.scripts import script_of
 from data_tools.corpus.sources import Dropped, Kind, Source, find_sources, heldout_sources, load
+from data_tools.extras import require
 from megavl.config.errors import DataError
 
 KIND = Kind(suffixes={".html": "html", ".htm": "html"}, keys={"html": "html", "text": "html"})

@@ -121,7 +121,8 @@ def _run(root: Path, count: int) -> tuple[Job, list[Unit]]:
     job = Job(
         inputs=(source,), tokenizer=str(tokenizer.path), tokenizer_sha256=tokenizer.sha256, seq_length=S, packed=True,
         max_images=K, image_preset="hybrid-1024", max_side=0, image_root=None, image_map=None, image_map_sha256=None,
-        verify="header", max_aspect=1.0, system_prompt="", limit=None, output=str(root / "out"), fail_on_error=False,
+        verify="header", max_aspect=1.0, system_prompt="", over_long="drop", limit=None,
+            output=str(root / "out"), fail_on_error=False,
         dry_run=False,
     )  # fmt: skip
     stretch = Stretch(path="in.jsonl", places="line", start=0, end=1, first_place=1, records=SHARD)
@@ -162,7 +163,8 @@ def make_run(root: Path, count: int) -> None:
         digest = file_sha256(out / f"{name}.json")
         shard = ShardEntry(name=name, sha256=digest, samples=size, tokens=tokens, images=int(images.sum()))
         summary = UnitSummary(
-            number=number, config_sha256=job.config_sha256, records=size, cut=0, images_without_file=0, rejected={},
+            number=number, config_sha256=job.config_sha256, records=size, cut=0, shortened=0,
+            images_without_file=0, rejected={},
             shards=(shard,),
         )  # fmt: skip
         Output(job.output).commit_unit(summary, rejects=[])

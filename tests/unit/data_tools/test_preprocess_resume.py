@@ -164,6 +164,28 @@ def test_finished_run_is_recognised_and_redone_only_on_demand(
     assert run("--template", "none", "--no-resume") == 0
 
 
+def test_input_that_was_edited_in_the_middle_is_read_again(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same size and with the same ends; only the shard of the edited stretch is made anew."""
+    (source,) = make_corpus(tmp_path / "in", images=1, texts=150, note="x" * 5000)[:1]
+    out, anew = tmp_path / "out", tmp_path / "anew"
+    assert run_preprocess([source], tokenizer=tokenizer, output=out) == 0
+    os.utime(source)
+    capsys.readouterr()
+    assert run_preprocess([source], tokenizer=tokenizer, output=out) == 0
+    units = len(list(out.glob("units/[0-9]*[0-9].json")))
+    assert units > 2 and f"{units} of {units} shards are done already" in capsys.readouterr().out, "touched only"
+    content = bytearray(source.read_bytes())
+    place = content.index(b"red", len(content) // 2)
+    content[place : place + 3] = b"RED"
+    source.write_bytes(content)
+    assert run_preprocess([source], tokenizer=tokenizer, output=out) == 0
+    assert f"{units - 1} of {units} shards are done already" in capsys.readouterr().out
+    assert run_preprocess([source], tokenizer=tokenizer, output=anew) == 0
+    assert _same(anew, out)
+
+
 def test_second_run_into_one_output_stops(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = _start(corpus, tokenizer, out)

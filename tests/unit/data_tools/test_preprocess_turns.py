@@ -2,7 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from data_tools.unit import first_rounds
+from megavl.data.template import Encoded
 from tests.unit.data.corpus_files import (
     IMAGE_TOKENS,
     make_images,
@@ -50,3 +55,56 @@ def test_an_image_in_a_system_turn_is_part_of_the_sample(tmp_path: Path) -> None
     packed = open_small(out, tokenizer=tokenizer).read(source=0, modality="multimodal", index=0)
     assert [len(member.images) for member in packed.members] == [1]
     assert packed.tokens.tolist().count(3) == IMAGE_TOKENS
+
+
+def _talk(answers: int, *, images: list[str], words: int = 4) -> dict[str, Any]:
+    """Rounds of which the first ones bring an image each."""
+    rounds = [
+        (_says("human", ("<image>" if n < len(images) else "") + f"Which, {n}?"), _says("gpt", "red " * words + str(n)))
+        for n in range(answers)
+    ]
+    return {"images": images, "conversations": [turn for pair in rounds for turn in pair]}
+
+
+def test_over_long_conversations_end_after_an_answer_as_the_shorter_ones_would(tmp_path: Path) -> None:
+    """Too many tokens, too many images, and a first answer that is too long already."""
+    images = make_images(tmp_path / "images", count=4)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    whole = [_talk(9, images=images[:1]), _talk(4, images=images), _talk(2, images=[], words=400), _talk(1, images=[])]
+    # What is kept of them: as many rounds as fit, and those before the third image.
+    path = write_jsonl(tmp_path / "whole.jsonl", whole)
+    out = tmp_path / "out"
+    assert run_preprocess([path], tokenizer=tokenizer, output=out, more=["--over-long", "cut"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert (report["samples"], report["conversations_cut"], report["images"]) == (3, 2, 3)
+    assert {reason: entry["count"] for reason, entry in report["rejected"].items()} == {"too_long": 1}
+    fitting = [rounds for rounds in range(1, 9) if _is_taken(_talk(rounds, images=images[:1]), tmp_path, tokenizer)]
+    assert 1 < max(fitting) < 9
+    kept = [_talk(max(fitting), images=images[:1]), _talk(2, images=images[:2]), _talk(1, images=[])]
+    shorter = tmp_path / "shorter"
+    assert run_preprocess([write_jsonl(tmp_path / "kept.jsonl", kept)], tokenizer=tokenizer, output=shorter) == 0
+    for name in ("multimodal-00000.tokens.bin", "multimodal-00000.images.bin", "multimodal-00000.spans.npy"):
+        assert (out / name).read_bytes() == (shorter / name).read_bytes()
+    dropped = tmp_path / "dropped"
+    assert run_preprocess([path], tokenizer=tokenizer, output=dropped, more=["--max-bad-frac", "0.9"]) == 0
+    rejected = json.loads((dropped / "report.json").read_text())["rejected"]
+    assert {reason: entry["count"] for reason, entry in rejected.items()} == {"too_long": 2, "too_many_images": 1}
+
+
+def _is_taken(talk: dict[str, Any], folder: Path, tokenizer: Path) -> bool:
+    path = write_jsonl(folder / "one.jsonl", [talk])
+    out = folder / f"alone-{len(talk['conversations'])}"
+    return run_preprocess([path], tokenizer=tokenizer, output=out) == 0
+
+
+def test_an_answer_is_not_cut_at_its_own_image() -> None:
+    """Its text before the image is supervised and fits, but does not end with EOS (1)."""
+    ids = np.array([0, 9, 9, 1, 8, 8, 3, 3, 8, 1], np.int32)
+    talk = Encoded(ids=ids, spans=((1, 4), (5, 6), (8, 10)), images=1)
+    limits = {"max_images": 1, "eos_id": 1, "image_id": 3, "image_tokens": 2}
+    shorter = first_rounds(talk, limit=9, **limits)
+    assert shorter is not None
+    assert (shorter.ids.tolist(), shorter.spans, shorter.images) == ([0, 9, 9, 1], ((1, 4),), 0)
+    assert first_rounds(talk, limit=3, **limits) is None
+    whole = first_rounds(talk, limit=10, **limits)
+    assert whole is not None and (len(whole.ids), whole.images) == (10, 1)
