@@ -64,6 +64,8 @@ class RecordWriter:
     form: Form
     prompts: Prompts
     dropped: Dropped
+    category: str
+    """Of all records, an id of the taxonomy."""
     verify: Verification = "scaled"
     counts: Counter[str] = field(default_factory=Counter)
     """Records by file name and by script."""
@@ -113,7 +115,7 @@ class RecordWriter:
         return {"id": identifier, "image": path, "conversations": turns}
 
     def _notes(self, pair: Pair) -> dict[str, Any]:
-        return {"source": pair.source, "script": pair.script, **pair.extra}
+        return {"category": self.category, "source": pair.source, "script": pair.script, **pair.extra}
 
     def finish(self, *, kind: str, options: Mapping[str, Any], licence: str, packages: Iterable[str]) -> dict[str, int]:
         """Write `corpus.json`; returns the records by file.

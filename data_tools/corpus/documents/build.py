@@ -29,6 +29,7 @@ KIND = Kind(
     keys={"markdown": "markdown", "html": "html", "latex": "latex", "text": "text"},
 )
 
+CATEGORY = "recognition/ocr/format"
 PROMPTS: Prompts = {
     "latin": (
         "Transcribe this page.",
@@ -99,7 +100,9 @@ def build_documents(output: Path, options: DocumentOptions) -> dict[str, int]:
                 side=options.side,
             )
 
-        writer = RecordWriter(folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped)
+        writer = RecordWriter(
+            folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped, category=CATEGORY
+        )
         results = in_order(pages_of, sources, workers=options.workers)
         with writer, tqdm(total=len(sources), unit="document", desc="documents", disable=None) as progress:
             for source, (pages, lost) in zip(sources, results, strict=True):

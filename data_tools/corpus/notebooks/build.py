@@ -20,6 +20,7 @@ from megavl.data.image import ImageError, check_image
 
 KIND = Kind(suffixes={".ipynb": "notebook"}, keys={"notebook": "notebook", "content": "notebook", "text": "notebook"})
 
+CATEGORY = "conversion/code/chart"
 PROMPTS: Prompts = {
     "latin": (
         "Write the code that draws this chart.",
@@ -76,7 +77,13 @@ def build_notebooks(output: Path, options: NotebookOptions) -> dict[str, int]:
         held = heldout_sources(sources, share=options.heldout, seed=options.seed)
         seen: set[str] = set()
         writer = RecordWriter(
-            folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped, verify="full"
+            folder=folder,
+            seed=options.seed,
+            form=options.form,
+            prompts=PROMPTS,
+            dropped=dropped,
+            category=CATEGORY,
+            verify="full",
         )
         results = in_order(lambda source: take(source, options, studio=studio), sources, workers=options.workers)
         with writer, tqdm(total=len(sources), unit="notebook", desc="notebooks", disable=None) as progress:

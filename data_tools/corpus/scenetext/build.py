@@ -31,6 +31,7 @@ from megavl.config.errors import DataError, UsageError
 
 KIND = Kind(suffixes={".txt": "text", ".md": "text"}, keys={"text": "text"})
 
+CATEGORY = "recognition/ocr/printed"
 PROMPTS: Prompts = {
     "latin": (
         "What text is in this image?",
@@ -98,7 +99,9 @@ def build_scenes(output: Path, options: SceneOptions) -> dict[str, int]:
         def scene(number: int) -> tuple[Split, Pair] | None:
             return draw_scene(number, options, pool=pool, faces=faces, files=files, scripts=scripts)
 
-        writer = RecordWriter(folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped)
+        writer = RecordWriter(
+            folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped, category=CATEGORY
+        )
         numbers = tqdm(range(options.samples), unit="image", desc="scenes", disable=None)
         with writer:
             for drawn in in_order(scene, numbers, workers=options.workers):

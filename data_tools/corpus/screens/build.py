@@ -23,6 +23,7 @@ from megavl.config.errors import DataError
 
 KIND = Kind(suffixes={".html": "html", ".htm": "html"}, keys={"html": "html", "text": "html"})
 
+CATEGORY = "conversion/code/ui"
 PROMPTS: Prompts = {
     "latin": (
         "Write the HTML of this page.",
@@ -78,7 +79,9 @@ async def _build(output: Path, options: ScreenOptions) -> dict[str, int]:
             if chinese is not None and not any(writes_chinese(face) for face in faces):
                 raise DataError(f"{chinese.name}: is written in Chinese, and {NO_CHINESE_FONT}")
             held = heldout_sources(sources, share=options.heldout, seed=options.seed)
-            writer = RecordWriter(folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped)
+            writer = RecordWriter(
+                folder=folder, seed=options.seed, form=options.form, prompts=PROMPTS, dropped=dropped, category=CATEGORY
+            )
             with writer, tqdm(total=len(sources), unit="page", desc="screens", disable=None) as progress:
                 async for source, pair in _shots(sources, browser, options, characters, dropped):
                     if pair is not None:

@@ -54,6 +54,7 @@ def test_records_name_what_was_written(corpus):
     assert len(phrases["train"]) > 10 and not phrases["train"] & phrases["heldout"]
     assert phrases["train"] | phrases["heldout"] <= set(phrases_of(TEXT, script="latin"))
     for record in both["train"] + both["heldout"]:
+        assert record["category"] == "recognition/ocr/printed"
         image = Image.open(corpus / record["image"])
         assert image.format == "JPEG" and max(image.size) <= 320
         assert record["text"].split("\n") == [box["text"] for box in record["boxes"]]

@@ -4,6 +4,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from fractions import Fraction
+from importlib import import_module
 
 import pytest
 import yaml
@@ -298,3 +299,9 @@ def test_image_paths_follow_the_output(tmp_path, capsys):
     assert code == 2 and "give --image-root with a folder above all inputs" in err
     assert run(capsys, *options, "--image-root", tmp_path)[0] == 0
     assert lines(tmp_path / "c/out.jsonl")[0]["image"] == "a/b/i/a.png"
+
+
+@pytest.mark.parametrize("name", ["documents", "notebooks", "screens", "scenetext"])
+def test_builders_name_categories_that_exist(name):
+    category = import_module(f"data_tools.corpus.{name}.build").CATEGORY
+    assert category in [leaf.id for leaf in TREE.leaves()]
