@@ -2,11 +2,13 @@
 
 import base64
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image
 from tests.unit.data.corpus_files import (
     IMAGE_TOKENS,
     arguments,
+    make_corpus,
     make_images,
     make_tokenizer,
     run_preprocess,
@@ -217,6 +220,43 @@ def test_full_disk_leaves_nothing_half_written(tokenizer: Path, tmp_path: Path) 
     assert "images.bin" in limited.stderr and "cannot write" in limited.stderr and "Traceback" not in limited.stderr
     assert [file.name for file in out.iterdir() if file.is_file()] == ["job.json"]
     assert run_preprocess([path], tokenizer=tokenizer, output=out) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of its own, whose size can be changed while it holds files."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def sized(size: str) -> Path:
+        options = f"size={size}" if not os.path.ismount(place) else f"remount,size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("a file system cannot be mounted here")
+        return place
+
+    yield sized
+    if os.path.ismount(place):
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk_keeps_finished_shards_and_goes_on_when_there_is_room(
+    tokenizer: Path, tmp_path: Path, small_disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = make_corpus(tmp_path / "in", images=40, texts=150, note="x" * 5000)[:2]
+    whole = tmp_path / "whole"
+    assert run_preprocess(inputs, tokenizer=tokenizer, output=whole) == 0
+    out = small_disk("100k") / "out"
+    assert run_preprocess(inputs, tokenizer=tokenizer, output=out) == 5
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "free or repair the storage" in error
+    done = list(out.glob("units/[0-9]*[0-9].json"))
+    assert done and not (out / "manifest.json").exists() and not list(out.rglob("*.tmp"))
+    small_disk("50m")
+    assert run_preprocess(inputs, tokenizer=tokenizer, output=out) == 0
+    assert f"{len(done)} of " in capsys.readouterr().out
+    for file in (file for file in whole.rglob("*") if file.is_file() and "lock" not in file.name):
+        assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
 def test_links_may_not_lead_out_of_the_image_root(tokenizer: Path, tmp_path: Path) -> None:
