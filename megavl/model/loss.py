@@ -1,6 +1,6 @@
 """The training loss: next-token negative log-likelihood over the positions that count.
 
-Legend: T tokens of a micro-batch.
+Legend: R positions of a micro-batch whose label counts.
 """
 
 from __future__ import annotations
@@ -8,19 +8,16 @@ from __future__ import annotations
 import torch
 
 
-def masked_loss(
-    mask: torch.Tensor, per_token: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def counted_loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """What megatron-core's schedule wants from the last stage.
 
     Args:
-        mask: float32 (T,), 1 where the label counts.
-        per_token: loss per token (1, T), nats.
+        per_token: loss of each counted token (1, R), nats.
 
     Returns:
-        Sum over the counted tokens, their number, and a report `{"loss": [sum, number]}`.
+        Sum over the tokens, their number, and a report `{"loss": [sum, number]}`.
     """
-    total = (per_token.view(-1).float() * mask).sum()
-    tokens = mask.sum()
+    total = per_token.float().sum()
+    tokens = torch.full_like(total, per_token.numel())
     # megatron-core scales the loss in place later, so the report is a copy.
     return total, tokens.to(torch.int), {"loss": torch.stack([total.detach().clone(), tokens])}

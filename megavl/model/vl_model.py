@@ -1,6 +1,7 @@
 """DeepSeek-VL as one pipeline stage's module.
 
-Legend: T tokens of the micro-batch, I images, C canvas side in pixels, H hidden, V vocabulary, R rows of a cache.
+Legend: T tokens of the micro-batch, R of these whose label counts, I images, C canvas side in pixels, H hidden,
+V vocabulary, B rows of a cache.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class DeepseekVL(MegatronModule):
         images: torch.Tensor | Features,
         packed: Segments | Step,
         labels: torch.Tensor | None = None,
+        loss_rows: torch.Tensor | None = None,
         anchor: bool = False,
     ) -> torch.Tensor:
         """One micro-batch through this stage.
@@ -75,12 +77,13 @@ class DeepseekVL(MegatronModule):
             images: what the placement takes, e.g. uint8 (I, 3, C, C); read on the first stage only.
             packed: segment borders over T; or the rows of a cache that the tokens continue, with the model in eval
                 mode and without labels.
-            labels: int64 (1, T); read on the last stage only.
+            labels: int64 (1, R); on the last stage only.
+            loss_rows: int64 (R,), positions of the labels; read on the last stage only.
             anchor: see `first_stage.embed`.
 
         Returns:
-            Inner stages: hidden states (T, 1, H). Last stage: loss per token (1, T) with labels, logits (1, T, V)
-            without, V split over tensor-parallel ranks. Last stage with a cache: logits (R, V) behind the last token
+            Inner stages: hidden states (T, 1, H). Last stage: loss of each label (1, R), or without labels logits
+            (1, T, V), V split over tensor-parallel ranks. Last stage with a cache: logits (B, V) behind the last token
             of each row, V whole.
         """
         decoder_input = None
@@ -98,7 +101,11 @@ class DeepseekVL(MegatronModule):
         if isinstance(packed, Step):
             return self._continue(decoder_input, packed)
         out: torch.Tensor = self.language_model(
-            None, None, None, decoder_input=decoder_input, labels=labels, packed_seq_params=packed
+            *(None, None, None),
+            decoder_input=decoder_input,
+            labels=labels,
+            loss_mask=loss_rows,
+            packed_seq_params=packed,
         )
         return out
 

@@ -18,7 +18,7 @@ from megavl.planner.blocks import Block, decoder_layer_blocks, embedding_block, 
 
 MFU_CONVENTION = (
     "MFU: useful FLOPs over the vendor's dense peak; 6 x (body + head) + 6 x L x S x d per trained token (causal), "
-    "encoders as they run; recompute, repeated encoders and padding count as time only"
+    "with a label or without; encoders as they run; recompute, repeated encoders and padding count as time only"
 )
 """Printed wherever MFU is."""
 

@@ -125,6 +125,10 @@ class Scenario:
         """Images of one micro-batch."""
         return self.images * self.recipe.training.micro_batch_size if kind == "multimodal" else 0.0
 
+    def loss_tokens(self, kind: Kind) -> float:
+        """Positions of a micro-batch whose label can count: all but those of images; the head runs for these."""
+        return self.tokens - self.micro_batch_images(kind) * self.recipe.model.image_tokens
+
     def tower_images(self, kind: Kind) -> float:
         """Images of a micro-batch that one rank of the first stage runs through the towers within the pipeline."""
         images = self.micro_batch_images(kind)

@@ -211,7 +211,7 @@ class DeviceTimes:
         forward = 2 * all_reduce(hidden, ranks=tensor, link=link)
         gathers = 2 * all_gather(hidden, ranks=tensor, link=link) if scenario.sequence_ranks > 1 else 0.0
         # The vocabulary-parallel loss reduces one number per token three times; the embedding its whole output.
-        loss = 3 * all_reduce(4.0 * scenario.tokens, ranks=tensor, link=link)
+        loss = 3 * all_reduce(4.0 * scenario.loss_tokens(kind), ranks=tensor, link=link)
         looked_up = all_reduce(hidden, ranks=tensor, link=link)
         again = forward if scenario.recipe.recompute.granularity == "full" and layer.backward.flops else 0.0
         recipe, exposed = scenario.recipe, gathers + again if layer.backward.flops else 0.0

@@ -145,12 +145,13 @@ def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
 
 
 def head_work(scenario: Scenario, kind: Kind) -> BlockWork:
-    """Final norm, output layer and loss on one tensor-parallel rank."""
+    """Final norm, and output layer and loss where labels can count, on one tensor-parallel rank."""
     recipe, tensor = scenario.recipe, scenario.tensor
     llm, trainable = recipe.model.llm, _trainable(scenario, kind)
-    block = head_block(llm, tokens=scenario.tokens)
+    rows = scenario.loss_tokens(kind)
+    block = head_block(llm, tokens=round(rows))
     parameters = (block.parameters - llm.hidden_size) / tensor + llm.hidden_size
-    logits = scenario.tokens * llm.vocab_size / tensor
+    logits = rows * llm.vocab_size / tensor
     backward = Work()
     if block.needs_backward(trainable):
         trained = parameters if "llm" in trainable else 0.0

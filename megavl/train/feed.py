@@ -1,6 +1,7 @@
 """A step's micro-batches on every rank that needs them.
 
-Legend: M micro-batches, T tokens of a micro-batch, I images of the step, C canvas side in pixels.
+Legend: M micro-batches, T tokens of a micro-batch, R of these whose label counts, I images of the step, C canvas side
+in pixels.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class MicroBatch:
     tokens: torch.Tensor
     """int64 (1, T)."""
     labels: torch.Tensor
-    """int64 (1, T)."""
-    loss_mask: torch.Tensor
-    """float32 (T,)."""
+    """int64 (1, R)."""
+    loss_rows: torch.Tensor
+    """int64 (R,): positions of these labels, ascending."""
     packed: Segments
     images: torch.Tensor | Features
     """uint8 (I, 3, C, C), empty on inner and last stages; under `split_all` features of the towers, filled in when all
@@ -66,6 +67,7 @@ class _Header:
     borders: tuple[tuple[int, ...], ...]
     image_counts: tuple[int, ...]
     canvas: int
+    loss_tokens: tuple[int, ...]
     sample_ids: tuple[int, ...]
     bad_samples: tuple[str, ...]
 
@@ -113,9 +115,7 @@ def next_step(source: StepSource | None, step: int, *, split_all: bool = False) 
     pieces = images.split(list(counts)) if images.shape[0] else (images,) * count
     return StepData(
         modality=header.modality,
-        micro_batches=tuple(
-            _micro_batch(words[i], masks[i], pieces[i], header.borders[i], anchor=i == count - 1) for i in range(count)
-        ),
+        micro_batches=tuple(_micro_batch(words[i], masks[i], pieces[i], header, number=i) for i in range(count)),
         images=sum(header.image_counts),
         image_counts=header.image_counts,
         own_images=own,
@@ -130,20 +130,23 @@ def _describe(batches: Sequence[Batch]) -> _Header:
         borders=tuple(tuple(batch.cu_seqlens.tolist()) for batch in batches),
         image_counts=tuple(batch.images.shape[0] for batch in batches),
         canvas=batches[0].images.shape[-1],
+        loss_tokens=tuple(int(batch.loss_mask.count_nonzero()) for batch in batches),
         sample_ids=tuple(i for batch in batches for i in batch.sample_ids),
         bad_samples=tuple(text for batch in batches for text in batch.bad_samples),
     )
 
 
 def _micro_batch(
-    words: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, borders: tuple[int, ...], *, anchor: bool
+    words: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, header: _Header, *, number: int
 ) -> MicroBatch:
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    cu_seqlens = torch.tensor(header.borders[number], dtype=torch.int32)
+    # The number of rows came from the host: counting them on the device would wait for it.
+    rows = mask.argsort(descending=True, stable=True)[: header.loss_tokens[number]]
     return MicroBatch(
         tokens=words[0:1],
-        labels=words[1:2],
-        loss_mask=mask,
+        labels=words[1:2, rows],
+        loss_rows=rows,
         packed=segments(cu_seqlens, device=cpu_runtime.device(), on_device=use_transformer_engine()),
         images=images,
-        anchor=anchor,
+        anchor=number == len(header.borders) - 1,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megavl.model.loss import masked_loss
+from megavl.model.loss import counted_loss
 from megavl.parallel import cpu_runtime
 from megavl.train.feed import MicroBatch, StepData
 from megavl.train.optimizer import without_vision
@@ -116,6 +115,7 @@ def _forward(data: Iterator[MicroBatch], stage: DistributedDataParallel) -> tupl
         images=batch.images,
         packed=batch.packed,
         labels=batch.labels if stage.module.post_process else None,
+        loss_rows=batch.loss_rows,
         anchor=batch.anchor and stage.ddp_config.overlap_grad_reduce,
     )
-    return out, partial(masked_loss, batch.loss_mask)
+    return out, counted_loss

@@ -33,6 +33,10 @@ def test_work_is_the_flops_formula() -> None:
     layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, attention_span=4096)
     assert found["decoder layer"] == train_flops(layer, trainable=trainable)
     assert found["head + loss"] == train_flops(
+        [head_block(scenario.recipe.model.llm, tokens=4096 - 5 * 576)], trainable=trainable
+    ), "image tokens carry no loss"
+    on_text = {block.name: block.forward.flops for block in all_work(scenario, "text")}
+    assert on_text["head + loss"] * 3 == train_flops(
         [head_block(scenario.recipe.model.llm, tokens=4096)], trainable=trainable
     )
     assert found["embedding"] == 0

@@ -1,0 +1,82 @@
+"""The head where the loss counts, against the head at every position and a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megavl.config.load import load_model_config
+from megavl.config.recipe import TRAINABLE_PARTS, ParallelConfig, RecomputeConfig
+from megavl.model.attention import segments
+from megavl.model.loss import counted_loss
+from megavl.parallel import groups
+from megavl.train.feed import next_step
+from megavl.train.rank_model import RankModel, build_rank_model
+from tests.distributed.synthetic import SyntheticSteps, random_weights
+
+TOLERANCE = 1e-5
+LENGTH = 160
+CONFIG = load_model_config("tiny-hybrid")
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[RankModel]:
+    groups.start(ParallelConfig(), seed=1)
+    built = build_rank_model(
+        CONFIG,
+        parallel=ParallelConfig(),
+        recompute=RecomputeConfig(),
+        layout=None,
+        dtype=torch.float32,
+        train=TRAINABLE_PARTS,
+        seed=1,
+    )
+    built.chunks[0].module.load_state_dict(dict(random_weights(CONFIG)), strict=False)
+    yield built
+    groups.stop()
+
+
+def steps(modality: str) -> SyntheticSteps:
+    return SyntheticSteps(
+        CONFIG, modality=modality, seq_length=LENGTH, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1
+    )
+
+
+@pytest.mark.parametrize("modality", ["text", "multimodal"])
+def test_loss_and_gradients_are_those_of_the_masked_loss(model: RankModel, modality: str, report_table: Any) -> None:
+    (batch,) = steps(modality).get(0)
+    (micro,) = next_step(steps(modality), 0).micro_batches
+    assert micro.loss_rows.tolist() == batch.loss_mask.nonzero().flatten().tolist()
+    assert 0 < len(micro.loss_rows) < LENGTH and micro.labels[0].tolist() == batch.labels[micro.loss_rows].tolist()
+    stage = model.chunks[0].module
+    weights = dict(stage.named_parameters())
+    inputs = {"tokens": micro.tokens, "images": micro.images, "packed": micro.packed}
+    total, count, _ = counted_loss(stage(**inputs, labels=micro.labels, loss_rows=micro.loss_rows))
+    found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    per_token = F.cross_entropy(stage(**inputs)[0], batch.labels, reduction="none")
+    masked = (per_token * batch.loss_mask).sum()
+    wanted = torch.autograd.grad(masked, list(weights.values()), allow_unused=True)
+    assert int(count) == int(batch.loss_mask.sum())
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True) if b is not None)
+    loss_error = abs(float(total - masked)) / float(masked)
+    report_table(f"{modality}: loss {loss_error:.1e}, gradients {error:.1e} relative (tolerance {TOLERANCE:.0e})")
+    assert max(error, loss_error) <= TOLERANCE
+    assert [a is None for a in found] == [b is None for b in wanted]
+
+
+def test_a_micro_batch_without_labels_has_gradients_of_zero(model: RankModel) -> None:
+    """As when all its samples failed to load; gradient reduction waits for every weight."""
+    stage = model.chunks[0].module
+    none = torch.zeros(0, dtype=torch.int64)
+    packed = segments(torch.tensor([0, 8], dtype=torch.int32), device=torch.device("cpu"), on_device=False)
+    images = torch.zeros((0, 3, CONFIG.canvas_size, CONFIG.canvas_size), dtype=torch.uint8)
+    out = stage(tokens=torch.ones((1, 8), dtype=torch.int64), images=images, packed=packed,
+                labels=none[None], loss_rows=none)  # fmt: skip
+    total, count, report = counted_loss(out)
+    weights = list(stage.language_model.parameters())
+    assert (float(total), int(count), report["loss"].tolist()) == (0.0, 0, [0.0, 0.0])
+    assert not any(gradient.any() for gradient in torch.autograd.grad(total, weights))
