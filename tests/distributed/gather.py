@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import ChainedOptimizer
 
 from megavl.train.rank_model import RankModel
 
@@ -20,6 +21,37 @@ def complete_gradients(model: RankModel) -> None:
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def vision_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+    """Copies of what this rank holds of the vision side, by `NAME KEY`; all ranks together hold everything.
+
+    Names decide, not the optimizer's groups: a weight in a wrong group must show. Keys are `weight`, of a trained one
+    only the share that this rank updates (the rest may still wait to be gathered), and `master`, `exp_avg`,
+    `exp_avg_sq` and `step` of that share.
+    """
+    found = {}
+    for name, weight in (pair for chunk in model.chunks for pair in chunk.module.named_parameters()):
+        if not name.startswith("vision."):
+            continue
+        if not weight.requires_grad:
+            found[f"{name} weight"] = weight
+        for part in optimizer.chained_optimizers:
+            place = part.model_param_group_index_map.get(weight)
+            if place is not None:
+                share = part._get_model_param_range_map(weight)["param"]
+                master = part.optimizer.param_groups[place[0]]["params"][place[1]]
+                state = {"weight": weight.view(-1)[share.start : share.end], "master": master}
+                state |= part.optimizer.state[master]
+                found |= {f"{name} {key}": value for key, value in state.items()}
+    return {key: value.detach().clone() for key, value in found.items()}
+
+
+def gather_counts(counts: dict[str, int]) -> dict[str, int]:
+    """Sums over all ranks. Collective."""
+    total = torch.tensor(list(counts.values()))
+    dist.all_reduce(total)
+    return dict(zip(counts, total.tolist(), strict=True))
 
 
 def gather(model: RankModel, *, what: str) -> dict[str, torch.Tensor] | None:
