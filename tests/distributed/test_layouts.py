@@ -74,7 +74,7 @@ CASES: dict[str, str | None] = {
     "tp2 pp2 sp full-by-2": None,
     "tp2 split_tp": None,
     "tp2 pp2 sp split_tp": "dp2 mbs2",
-    "tp2 dp2 split_tp mbs2": None,
+    "tp2 dp2 split_tp": None,
     "pp2 split_all": None,
     "tp2 pp2 sp split_all": "tp2 pp2 sp split_tp",
     "pp2 dp2 split_all": None,
@@ -147,8 +147,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         for rank in range(4)
     ]
     outputs = [worker.communicate(timeout=600)[0] for worker in workers]
-    for rank, (worker, output) in enumerate(zip(workers, outputs)):
-        assert worker.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
+    failed = {rank: output[-3000:] for rank, output in enumerate(outputs) if workers[rank].returncode}
+    # All of them: where one rank fails, the others only see a connection closed.
+    assert not failed, "\n".join(f"rank {rank}:\n{output}" for rank, output in failed.items())
     return {name: torch.load(root / f"{name}.pt", mmap=True) for name in CASES}
 
 
