@@ -93,7 +93,7 @@ def build_rank_model(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=parallel.bucket_size,
         # These would start megatron-core's rerun machinery; bad steps are handled here.
         check_for_nan_in_grad=False,

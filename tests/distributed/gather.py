@@ -10,12 +10,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megavl.train.rank_model import RankModel
 
 
 def complete_gradients(model: RankModel) -> None:
     """After a reduce-scatter each data-parallel rank holds its share of a bucket; fetch the others."""
+    if not model.chunks[0].ddp_config.use_distributed_optimizer:
+        return
     for buffer in (buffer for chunk in model.chunks for buffer in chunk.buffers):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
@@ -36,14 +39,17 @@ def vision_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, tor
             continue
         if not weight.requires_grad:
             found[f"{name} weight"] = weight
-        for part in optimizer.chained_optimizers:
-            place = part.model_param_group_index_map.get(weight)
-            if place is not None:
-                share = part._get_model_param_range_map(weight)["param"]
+        for part in optimizer.chained_optimizers if weight.requires_grad else ():
+            if not isinstance(part, DistributedOptimizer):
+                share, master = weight, getattr(weight, "main_param", weight)
+            elif (place := part.model_param_group_index_map.get(weight)) is not None:
+                own = part._get_model_param_range_map(weight)["param"]
+                share = weight.view(-1)[own.start : own.end]
                 master = part.optimizer.param_groups[place[0]]["params"][place[1]]
-                state = {"weight": weight.view(-1)[share.start : share.end], "master": master}
-                state |= part.optimizer.state[master]
-                found |= {f"{name} {key}": value for key, value in state.items()}
+            else:
+                continue
+            state = {"weight": share, "master": master, **part.optimizer.state[master]}
+            found |= {f"{name} {key}": value for key, value in state.items()}
     return {key: value.detach().clone() for key, value in found.items()}
 
 

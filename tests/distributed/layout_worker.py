@@ -95,7 +95,7 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
 
 
 def _parallel(case: dict[str, Any]) -> ParallelConfig:
-    overlap = case.get("overlap", True)
+    overlap, distributed_optimizer = case.get("overlap", True), case.get("distributed_optimizer", True)
     return ParallelConfig(
         tensor=case.get("tp", 1),
         pipeline=case.get("pp", 1),
@@ -103,8 +103,9 @@ def _parallel(case: dict[str, Any]) -> ParallelConfig:
         sequence_parallel=case.get("sp", False),
         layout=tuple(case["layout"]) if "layout" in case else "auto",
         vision=case.get("vision", "recompute"),
+        distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
+        overlap_param_gather=overlap and distributed_optimizer,
         # Small buckets, so that every overlap path is taken and buckets end in padding.
         bucket_size=20_000,
         timeout_s=120,
