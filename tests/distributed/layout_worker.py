@@ -30,8 +30,8 @@ from tests.distributed.synthetic import SyntheticSteps
 
 SEQ_LENGTH = 160
 BATCH = 4
-# With two replicas 3 against 2 images, later 1 against 4; a step may end with a micro-batch without any.
-IMAGE_COUNTS = (1, 2, 2, 0)
+# With two replicas 2 against 3 images, later 4 against 1; a step may begin or end with a micro-batch without any.
+IMAGE_COUNTS = (2, 0, 1, 2)
 
 
 def run_case(case: dict[str, Any], *, out: Path) -> None:
