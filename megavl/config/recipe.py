@@ -46,10 +46,13 @@ class ParallelConfig:
     """Where the encoders run. `recompute`: repeated on every tensor-parallel rank of the first stage (paper, section
     3.3). `split_tp`: each of these ranks encodes a share of a micro-batch's images. `split_all`: before the pipeline
     starts, all tensor x pipeline ranks encode equal shares of the step's images."""
+    distributed_optimizer: bool = True
+    """Divide the optimizer's state and update over data-parallel ranks; without, each holds and computes all of it.
+    Checkpoints are the same."""
     overlap_grad_reduce: bool = True
     """Reduce gradients bucket by bucket during the backward pass."""
     overlap_param_gather: bool = True
-    """Gather updated weights during the next forward pass; needs overlap_grad_reduce."""
+    """Gather updated weights during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
     bucket_size: Positive = 40_000_000
     """Parameters per gradient bucket (megatron-core's own default at small data parallelism)."""
     timeout_s: Positive = 600
@@ -333,6 +336,11 @@ def _check_parallel(recipe: Recipe) -> None:
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UsageError(
             "parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce, which is false; set both or none"
+        )
+    if parallel.overlap_param_gather and not parallel.distributed_optimizer:
+        raise UsageError(
+            "parallel.overlap_param_gather: true needs parallel.distributed_optimizer, which is false: every rank "
+            "updates all weights, and nothing is gathered; set both or none"
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise UsageError(

@@ -50,7 +50,7 @@ def embed(
     if (images[0] if isinstance(images, tuple) else images).shape[0]:
         vectors = placement.embeddings(vision, images).flatten(0, 1)  # (I * P, H)
         x = x.masked_scatter(positions.view(-1, 1, 1), vectors.to(x.dtype))
-    if anchor and not placement.here(images) and any(weight.requires_grad for weight in vision.parameters()):
+    if anchor and not placement.here(images) and vision.trains:
         x = x + placement.anchor(vision, images).to(x.dtype)
     if sequence_parallel:
         x = tensor_parallel.scatter_to_sequence_parallel_region(x)

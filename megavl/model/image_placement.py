@@ -38,7 +38,9 @@ def _embed_share(vision: VisionEncoder, images: torch.Tensor) -> torch.Tensor:
     if len(share):
         own = vision(images[share.start : share.stop])
     else:
-        own = vision.siglip.pos_embed.new_empty((0, vision.image_tokens, vision.out_width))
+        # Every rank must go backward through a decoder, even a frozen one, or none: its collectives meet there.
+        shape = (0, vision.image_tokens, vision.out_width)
+        own = vision.siglip.pos_embed.new_empty(shape, requires_grad=vision.trains)
     return gather_images(own, count=images.shape[0], group=mpu.get_tensor_model_parallel_group())
 
 

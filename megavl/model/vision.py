@@ -70,6 +70,11 @@ class VisionEncoder(VisionTowers):
         self.image_tokens, self.out_width = config.image_tokens, config.llm.hidden_size
         self.adaptor = build_adaptor(config)
 
+    @property
+    def trains(self) -> bool:
+        """Whether any weight wants a gradient."""
+        return any(weight.requires_grad for weight in self.parameters())
+
     def project(self, features: Features) -> torch.Tensor:
         """Features of the towers to (I, P, H)."""
         out: torch.Tensor = self.adaptor(features[0], features[1] if len(features) > 1 else None)

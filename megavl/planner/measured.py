@@ -82,7 +82,7 @@ class MeasuredTimes:
             before=up_front.forward,
             after=up_front.backward,
             reduce=reduce,
-            update=entry.update_s_per_parameter * trained / scenario.data_parallel,
+            update=entry.update_s_per_parameter * trained / scenario.optimizer_ranks,
             anchor=anchor,
             loading=entry.step_s + self._part(entry, kind).loading * scenario.micro_batches,
         )

@@ -4,7 +4,7 @@ Legend: `scenario.py`'s, and a attention heads, s = t under sequence parallelism
 
 - weights: e per parameter, frozen ones included; gradients: 4 per trained parameter (fp32 accumulation).
 - optimizer: two fp32 moments, 8 per trained parameter, and a fp32 master copy, 4 more, in bf16; divided over
-  data-parallel ranks.
+  data-parallel ranks by the distributed optimizer.
 - a decoder layer keeps, per token, (4 + 2e) x H/s in each of two norms (fp32 input, normalised, output), 6e x H/t in
   attention (fused qkv, rotated q and k, output) with 4 x a/t of log-sums, and 5e x F/t in the MLP (gate and up, up
   again, activated gate, product). The final norm keeps as much as another one.
@@ -117,7 +117,7 @@ def rank_memory(scenario: Scenario, rank: int, layout: Sequence[int]) -> RankMem
     return RankMemory(
         weights=(parameters + copies) * scenario.element,
         gradients=4 * trained,
-        optimizer=math.ceil(trained * per_weight / scenario.data_parallel),
+        optimizer=math.ceil(trained * per_weight / scenario.optimizer_ranks),
         activations=activations,
     )
 

@@ -86,6 +86,11 @@ class Scenario:
         return self.devices // (self.tensor * self.pipeline)
 
     @property
+    def optimizer_ranks(self) -> int:
+        """Ranks over which the optimizer's state and update are divided."""
+        return self.data_parallel if self.recipe.parallel.distributed_optimizer else 1
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches m per step and data-parallel rank."""
         training = self.recipe.training

@@ -246,9 +246,11 @@ class DeviceTimes:
         gradients, weights = 4.0 * trained, float(scenario.element * trained)
         link = self._data_link(scenario)
         scatter, gather = (all_gather(size, ranks=ranks, link=link) for size in (gradients, weights))
+        if not parallel.distributed_optimizer:
+            scatter, gather = all_reduce(gradients, ranks=ranks, link=link), 0.0
         reduce = max(scatter / buckets, scatter - last_backward) if parallel.overlap_grad_reduce else scatter
         exposed = gather / buckets if parallel.overlap_param_gather else gather
-        update = _OPTIMIZER_BYTES * trained / ranks / self.device.memory_bandwidth
+        update = _OPTIMIZER_BYTES * trained / scenario.optimizer_ranks / self.device.memory_bandwidth
         return StepExtras(
             before=up_front.forward, after=up_front.backward, reduce=reduce, update=update + exposed, anchor=anchor
         )

@@ -1,8 +1,10 @@
-"""megatron-core's distributed optimizer with torch AdamW, made to resume and reshard exactly.
+"""megatron-core's optimizers with torch AdamW, made to resume and reshard exactly.
 
-Stock 0.16.1 cannot resume this pair: its load template needs state that does not exist yet, all parameters come back
-sharing one step tensor, and buckets that end in padding are saved at shifted offsets. The subclass below repairs that,
-lets a text-only step leave the vision weights alone, and skips steps whose gradient is not finite.
+Stock 0.16.1 cannot resume the distributed one: its load template needs state that does not exist yet, all parameters
+come back sharing one step tensor, and buckets that end in padding are saved at shifted offsets. The others save one
+step count, under keys of their own. The subclasses below repair that, write the same files with and without
+`parallel.distributed_optimizer`, let a text-only step leave the vision weights alone, and skip steps whose gradient is
+not finite.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import (
     ChainedOptimizer,
     OptimizerConfig,
@@ -22,6 +27,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 
 from megavl.config import recipe as recipes
 from megavl.config.errors import CheckpointError
@@ -35,13 +41,14 @@ _STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf16: bool) -> ChainedOptimizer:
-    """AdamW over this rank's shard of the trainable weights, in named groups.
+    """AdamW over this rank's trainable weights, or its shard of them, in named groups.
 
     Args:
         model: this rank's.
         optimizer: hyper-parameters.
         bf16: weights are bf16; the optimizer keeps fp32 master weights.
     """
+    settings = model.chunks[0].ddp_config
     config = OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -52,17 +59,17 @@ def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf1
         adam_eps=optimizer.eps,
         clip_grad=optimizer.clip_grad,
         bf16=bf16,
-        use_distributed_optimizer=True,
-        overlap_param_gather=model.chunks[0].ddp_config.overlap_param_gather,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
     )
     overrides = {**get_standard_config_overrides(config), ParamKey(name="*vision.*"): {"name": VISION_GROUP}}
     chained = get_megatron_optimizer(config, list(model.chunks), config_overrides=overrides)
     if not isinstance(chained, ChainedOptimizer):
         chained = ChainedOptimizer([chained])
     for part in chained.chained_optimizers:
-        assert type(part) is DistributedOptimizer, f"expected the distributed optimizer, found {type(part).__name__}"
+        assert type(part) in _ADOPTED, f"found {type(part).__name__}, which is none of {[*_ADOPTED]}"
         # Adds methods and no constructor state, so adopting the built object is enough.
-        part.__class__ = ReshardableDistributedOptimizer
+        part.__class__ = _ADOPTED[type(part)]
     return chained
 
 
@@ -89,8 +96,8 @@ def without_vision(chained: ChainedOptimizer, *, active: bool) -> Iterator[None]
             part.optimizer.param_groups = groups
 
 
-class ReshardableDistributedOptimizer(DistributedOptimizer):
-    """Saves and loads torch AdamW under any tensor, pipeline and data-parallel size."""
+class _Resumable(MegatronOptimizer):
+    """What both kinds of optimizer do alike; goes in front of megatron-core's class."""
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -140,13 +147,7 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
                 # One tensor each: torch's AdamW advances a shared one once per parameter.
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]))
         if "param_state" in state_dict:
-            self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """State for dist_checkpointing; on a fresh optimizer the moments are allocated first."""
-        self._allocate()
-        out: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        return out
+            self._load_tensors(state_dict["param_state"])
 
     def _allocate(self) -> None:
         for group in self.optimizer.param_groups:
@@ -156,6 +157,22 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    def _load_tensors(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
+        raise NotImplementedError
+
+
+class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
+    """Each data-parallel rank updates its shard; files fit any tensor, pipeline and data-parallel size."""
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """State for dist_checkpointing; on a fresh optimizer the moments are allocated first."""
+        self._allocate()
+        out: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        return out
+
+    def _load_tensors(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
+        self.load_parameter_state_from_fully_reshardable(tensors)
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -177,6 +194,52 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
                 for key in _STATE_KEYS:
                     tensors[key] = _with_padding(tensors[key], buffer)
         return state
+
+
+class _Whole(_Resumable):
+    """Every data-parallel rank updates all its weights; files are those of the distributed optimizer."""
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """State for dist_checkpointing; on a fresh optimizer the moments are allocated first."""
+        self._allocate()
+        places = {main: place for place, main in enumerate(self.get_parameters())}
+        tensors: dict[int, dict[str, Any]] = {}
+        weights, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        for weight in nested_values(weights):
+            main = getattr(weight.data, "main_param", weight.data)
+            if main in places:
+                tensors[places[main]] = {
+                    key: make_sharded_optimizer_tensor(weight, tensor, prefix=f"optimizer.state.{key}")
+                    for key, tensor in self._tensors(main).items()
+                }
+        assert len(tensors) == len(places), "a trained weight is not in the model's state"
+        return {**self.state_dict(), "param_state": tensors, "param_state_sharding_type": "fully_reshardable"}
+
+    def _load_tensors(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
+        for place, main in enumerate(self.get_parameters()):
+            for key, tensor in self._tensors(main).items():
+                tensor.copy_(tensors[place][key])
+
+    def _tensors(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = {"param": main.detach(), **self.optimizer.state[main]}
+        return {key: state[key] for key in _STATE_KEYS}
+
+
+class WholeFP32Optimizer(_Whole, FP32Optimizer):
+    """`_Whole` for fp32 weights."""
+
+
+class WholeBF16Optimizer(_Whole, Float16OptimizerWithFloat16Params):
+    """`_Whole` for bf16 weights with fp32 master weights."""
+
+
+_ADOPTED = {
+    DistributedOptimizer: ReshardableDistributedOptimizer,
+    FP32Optimizer: WholeFP32Optimizer,
+    Float16OptimizerWithFloat16Params: WholeBF16Optimizer,
+}
 
 
 def _with_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:

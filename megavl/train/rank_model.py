@@ -35,6 +35,18 @@ class RankModel:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    def gather_vision(self) -> None:
+        """Complete the vision weights in one order on all replicas, before a step's first micro-batch. Collective.
+
+        Left to the modules that use them, their gathers would start in the order of this replica's images, which is not
+        that of another one where a micro-batch, or a rank's share of it, has none; gathers would then be mixed up.
+        """
+        first = self.chunks[0]
+        if first.ddp_config.overlap_param_gather and first.module.vision is not None:
+            for weight in first.module.vision.parameters():
+                if weight.requires_grad:
+                    first.param_to_bucket_group[weight].finish_param_sync()
+
     def sharded_weights(self) -> dict[str, Any]:
         """Weights of each stage for dist_checkpointing; only the names inside, from `model.` on, are stored."""
         return {f"stage{i}": chunk.module.sharded_state_dict(prefix="model.") for i, chunk in enumerate(self.chunks)}
@@ -81,7 +93,7 @@ def build_rank_model(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=parallel.bucket_size,
         # These would start megatron-core's rerun machinery; bad steps are handled here.
         check_for_nan_in_grad=False,

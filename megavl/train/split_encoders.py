@@ -59,7 +59,7 @@ class SplitEncoders:
         self._copy(self._weights)
 
     def encode(self, data: StepData) -> StepData:
-        """Encode this rank's share and hand the features to the first stage. Collective.
+        """Encode this rank's share and hand the features to the first stage; its weights must be whole. Collective.
 
         Returns:
             The step, its micro-batches carrying features instead of images.
@@ -133,11 +133,6 @@ class SplitEncoders:
         return [torch.zeros_like(w) if g is None else g for w, g in zip(self._trained, found)]
 
     def _copy(self, weights: Sequence[torch.Tensor]) -> None:
-        if self._first is not None and self._first.ddp_config.overlap_param_gather:
-            for weight in weights:
-                if weight.requires_grad:
-                    # Updated weights may still wait to be gathered from the replicas.
-                    self._first.param_to_bucket_group[weight].finish_param_sync()
         if mpu.get_pipeline_model_parallel_world_size() > 1:
             group = mpu.get_pipeline_model_parallel_group()
             copy_from(mpu.get_pipeline_model_parallel_first_rank(), weights, group=group)

@@ -48,6 +48,7 @@ def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = F
     Returns:
         This rank's sum of the loss over tokens and their number: zero except on the last stage.
     """
+    model.gather_vision()
     if model.encoders is not None:
         data = model.encoders.encode(data)
     first = data.micro_batches[0]

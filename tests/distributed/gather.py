@@ -9,17 +9,55 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megavl.train.rank_model import RankModel
 
 
 def complete_gradients(model: RankModel) -> None:
     """After a reduce-scatter each data-parallel rank holds its share of a bucket; fetch the others."""
+    if not model.chunks[0].ddp_config.use_distributed_optimizer:
+        return
     for buffer in (buffer for chunk in model.chunks for buffer in chunk.buffers):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def vision_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+    """Copies of what this rank holds of the vision side, by `NAME KEY`; all ranks together hold everything.
+
+    Names decide, not the optimizer's groups: a weight in a wrong group must show. Keys are `weight`, of a trained one
+    only the share that this rank updates (the rest may still wait to be gathered), and `master`, `exp_avg`,
+    `exp_avg_sq` and `step` of that share.
+    """
+    found = {}
+    for name, weight in (pair for chunk in model.chunks for pair in chunk.module.named_parameters()):
+        if not name.startswith("vision."):
+            continue
+        if not weight.requires_grad:
+            found[f"{name} weight"] = weight
+        for part in optimizer.chained_optimizers if weight.requires_grad else ():
+            if not isinstance(part, DistributedOptimizer):
+                share, master = weight, getattr(weight, "main_param", weight)
+            elif (place := part.model_param_group_index_map.get(weight)) is not None:
+                own = part._get_model_param_range_map(weight)["param"]
+                share = weight.view(-1)[own.start : own.end]
+                master = part.optimizer.param_groups[place[0]]["params"][place[1]]
+            else:
+                continue
+            state = {"weight": share, "master": master, **part.optimizer.state[master]}
+            found |= {f"{name} {key}": value for key, value in state.items()}
+    return {key: value.detach().clone() for key, value in found.items()}
+
+
+def gather_counts(counts: dict[str, int]) -> dict[str, int]:
+    """Sums over all ranks. Collective."""
+    total = torch.tensor(list(counts.values()))
+    dist.all_reduce(total)
+    return dict(zip(counts, total.tolist(), strict=True))
 
 
 def gather(model: RankModel, *, what: str) -> dict[str, torch.Tensor] | None:

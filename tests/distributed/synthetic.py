@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -31,7 +31,10 @@ def random_weights(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str,
 
 
 class SyntheticSteps:
-    """Global batches that depend on (step, slot) alone, cut for one data-parallel rank; image counts are uneven."""
+    """Global batches that depend on (step, slot) alone, cut for one data-parallel rank.
+
+    Every sequence packs two documents of uneven length and a padding tail; image counts are uneven.
+    """
 
     def __init__(
         self,
@@ -43,9 +46,11 @@ class SyntheticSteps:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        image_counts: Sequence[int] = (1, 2),
     ) -> None:
+        """Sequence `slot` of multimodal step `step` holds `image_counts[(step + slot) % len]` images, at most 2."""
         self.config, self.modality, self.seq_length = config, modality, seq_length
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.image_counts = micro_batch_size, image_counts
         share = global_batch_size // dp_size
         self.slots = range(dp_rank * share, (dp_rank + 1) * share)
 
@@ -80,7 +85,8 @@ class SyntheticSteps:
         cut = int(torch.randint(length // 3, length // 2, (1,), generator=generator))
         pad = int(torch.randint(1, 9, (1,), generator=generator))
         lengths = [cut, length - cut - pad, pad]
-        count = 1 + slot % 2 if self.modality == "multimodal" else 0
+        counts = self.image_counts
+        count = counts[(step + slot) % len(counts)] if self.modality == "multimodal" else 0
         canvas = self.config.canvas_size
         images = torch.randint(0, 256, (count, 3, canvas, canvas), generator=generator, dtype=torch.uint8)
         for start in (2, cut + 3)[:count]:

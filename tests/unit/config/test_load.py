@@ -62,6 +62,7 @@ def test_base_is_laid_under(recipe: Path, tmp_path: Path) -> None:
         ("parallel.vision=split_tp", ["parallel.vision: split_tp", "parallel.tensor ranks, which is 1", "recompute"]),
         ("parallel.vision=split_all", ["parallel.vision: split_all", "parallel.tensor x parallel.pipeline"]),
         ("parallel.overlap_grad_reduce=false", ["parallel.overlap_param_gather"]),
+        ("parallel.distributed_optimizer=false", ["parallel.overlap_param_gather: true", "distributed_optimizer"]),
         ("data.seq_length=9", ["data.seq_length: 9", "9 tokens"]),
         ("data.sources=[]", ["data.sources", "empty"]),
         ("training.train=[llm,vision]", ["training.train", "'vision'", "siglip"]),

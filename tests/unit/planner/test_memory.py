@@ -103,6 +103,13 @@ def test_weights_gradients_and_optimizer_state(precision: str, element: int, sta
     assert found.total == found.weights + found.gradients + found.optimizer + found.activations
 
 
+def test_without_the_distributed_optimizer_every_replica_holds_its_whole_state() -> None:
+    whole = memory(recipe(distributed_optimizer=False, overlap_param_gather=False), data_parallel=4)
+    shared = memory(recipe(), data_parallel=4)
+    assert whole.optimizer == 4 * shared.optimizer
+    assert (whole.weights, whole.gradients, whole.activations) == (shared.weights, shared.gradients, shared.activations)
+
+
 def test_a_frozen_language_model_has_no_gradients() -> None:
     found = memory(recipe(stage=1))
     assert (found.gradients, found.optimizer) == (0, 0)

@@ -187,6 +187,23 @@ def test_overlap_hides_gradient_reduction() -> None:
     assert hidden.extras.update < shown.extras.update
 
 
+def test_without_the_distributed_optimizer_gradients_travel_twice_and_every_replica_updates_all() -> None:
+    source = DeviceTimes(device=find_device("a100"))
+    shared, whole = (
+        step_time(
+            make_scenario(
+                recipe_of(distributed_optimizer=on, overlap_grad_reduce=False, overlap_param_gather=False), devices=64
+            ),
+            (30,),
+            source,
+            "text",
+        ).extras
+        for on in (True, False)
+    )
+    assert whole.reduce == pytest.approx(2 * shared.reduce, rel=1e-3)
+    assert whole.update > shared.update
+
+
 def test_proportional_times_know_nothing_but_flops() -> None:
     scenario = scenario_of(tensor=2, pipeline=2)
     times = FlatTimes(flops_per_s=2.0).blocks(scenario, "text")

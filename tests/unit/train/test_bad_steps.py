@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -28,10 +29,12 @@ def world() -> Iterator[None]:
     groups.stop()
 
 
-def _build(bf16: bool = False) -> tuple:
+def _build(bf16: bool = False, distributed_optimizer: bool = True) -> tuple:
     model = build_rank_model(
         CONFIG,
-        parallel=PARALLEL,
+        parallel=dataclasses.replace(
+            PARALLEL, distributed_optimizer=distributed_optimizer, overlap_param_gather=distributed_optimizer
+        ),
         recompute=RecomputeConfig(),
         layout=None,
         dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -55,9 +58,10 @@ def _weights(model: RankModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.chunks[0].module.named_parameters()}
 
 
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_not_finite_gradient_skips_the_step(bf16: bool) -> None:
-    model, optimizer = _build(bf16)
+def test_not_finite_gradient_skips_the_step(bf16: bool, distributed_optimizer: bool) -> None:
+    model, optimizer = _build(bf16, distributed_optimizer)
     good = train_step(model, optimizer, _data("multimodal"), stop_flag=False)
     assert not good.skipped and good.grad_norm > 0
     before = _weights(model)
@@ -77,8 +81,9 @@ def test_not_finite_gradient_skips_the_step(bf16: bool) -> None:
     assert not train_step(model, optimizer, _data("text"), stop_flag=False).skipped
 
 
-def test_groups_separate_vision_and_decay() -> None:
-    model, optimizer = _build()
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_groups_separate_vision_and_decay(distributed_optimizer: bool) -> None:
+    model, optimizer = _build(distributed_optimizer=distributed_optimizer)
     seen = {(group.get("name"), group["wd_mult"]): group for group in optimizer.param_groups}
     assert set(seen) == {(None, 1.0), (None, 0.0), (VISION_GROUP, 1.0), (VISION_GROUP, 0.0)}
     assert {key: group["weight_decay"] for key, group in seen.items()} == {
