@@ -248,6 +248,9 @@ class RunConfig:
     """Directory of metrics.jsonl, exit_status.json, the resolved recipe, TensorBoard files."""
     tensorboard: bool = True
     """Write scalars for TensorBoard where it is installed."""
+    timeline_steps: tuple[Positive, ...] = ()
+    """Steps that are recorded: what every rank did from when to when, in `timeline/step_NNNNNN.json` (for Perfetto) and
+    `.svg` in run.dir."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -278,6 +281,11 @@ class Recipe:
             raise UsageError(
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds training.steps "
                 f"{self.training.steps}; shorten the warm-up or train longer"
+            )
+        if late := [step for step in self.run.timeline_steps if step > self.training.steps]:
+            raise UsageError(
+                f"run.timeline_steps: {late[0]} exceeds training.steps {self.training.steps}; name earlier steps or "
+                "train longer"
             )
 
     @property
