@@ -44,12 +44,15 @@ IMAGES, BATCH = 4, 10
 """Images of a multimodal sequence; sequences, and micro-batches, of a step."""
 RECORDED = 4
 """Steps at the end of a run that are recorded and do not count for the step time."""
+CALIBRATIONS = 2
+"""At most; each takes as long as a run."""
 OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
-MODEL = (
-    *("model.llm.num_layers=12", "model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
+ENCODERS = (
+    *("model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
     *("model.sam.depth=16", "model.sam.global_attn_indexes=[3,7,11,15]"),
 )
+MODEL = ("model.llm.num_layers=12", *ENCODERS)
 SIZES = ("parallel.tensor=1", "parallel.pipeline=2", f"training.global_batch_size={BATCH}")
 VARIANTS = {"even": "recompute", "rebalanced": "recompute", "split_all": "split_all"}
 """Name and `parallel.vision`; the recorded steps of each stay in its folder."""
@@ -93,7 +96,7 @@ def main() -> int:
     arguments.work.mkdir(parents=True)
     settings = [*build_data(arguments.work, images=IMAGES), *MODEL]
     calibrations = {(1, processes): Measured() for processes in (1, 2)}
-    for turn in range(arguments.repetitions):
+    for turn in range(min(arguments.repetitions, CALIBRATIONS)):
         for (tensor, processes), found in calibrations.items():
             path = arguments.work / f"calibration-{processes}-{turn}.json"
             found.others.append(calibrate(path, settings, tensor=tensor, processes=processes))
