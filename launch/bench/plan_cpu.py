@@ -110,13 +110,13 @@ def main() -> int:
     return 0
 
 
-def build_data(work: Path) -> list[str]:
-    """A corpus whose multimodal sequences all hold the same number of images; the overrides that every run shares."""
+def build_data(work: Path, *, images: int = IMAGES) -> list[str]:
+    """A corpus whose multimodal sequences all hold so many images; the overrides that every run shares."""
     tool("build_corpus.py", "demo", "--output", work / "corpus", "--samples", 600)
     tool(
         *("preprocess.py", "--input", work / "corpus/text.jsonl", work / "corpus/captions.jsonl"),
         *("--output", work / "shards", "--tokenizer", work / "corpus/tokenizer", "--image-preset", "tiny-hybrid"),
-        *("--seq-length", SEQ_LENGTH, "--max-images-per-sequence", IMAGES, "--workers", 1),
+        *("--seq-length", SEQ_LENGTH, "--max-images-per-sequence", images, "--workers", 1),
     )
     return [
         f"data.sources=[{{path: {work}/shards}}]",

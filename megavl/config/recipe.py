@@ -16,6 +16,9 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+Grouping = Literal["step", "sequence"]
+"""What is wholly text or wholly multimodal."""
+
 TRAINABLE_PARTS = ("llm", "adaptor", "sam_downsamples", "sam_hd", "sam_neck", "sam_trunk", "siglip")
 """Selectable groups of parameters; what each covers is stated in `megavl/model/trainable.py`."""
 
@@ -160,6 +163,9 @@ class DataConfig:
     """Target share of multimodal steps; 0.3 in stage 2."""
     modality_warmup_steps: NonNegative = 0
     """Steps over which the multimodal share rises linearly from 0 to the target."""
+    grouping: Grouping = "step"
+    """`step`: every step is wholly text or wholly multimodal on all ranks (paper, section 3.2.2). `sequence`: each step
+    holds its share of both, shuffled over micro-batches and ranks, which is slower; for comparison."""
     cross_document_attention: bool = False
     """Let attention cross document borders inside a packed sequence; the paper does not say."""
     num_workers: NonNegative = 2
@@ -251,6 +257,9 @@ class RunConfig:
     """Directory of metrics.jsonl, exit_status.json, the resolved recipe, TensorBoard files."""
     tensorboard: bool = True
     """Write scalars for TensorBoard where it is installed."""
+    timeline_steps: tuple[Positive, ...] = ()
+    """Steps that are recorded: what every rank did from when to when, in `timeline/step_NNNNNN.json` (for Perfetto) and
+    `.svg` in run.dir."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -281,6 +290,11 @@ class Recipe:
             raise UsageError(
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds training.steps "
                 f"{self.training.steps}; shorten the warm-up or train longer"
+            )
+        if late := [step for step in self.run.timeline_steps if step > self.training.steps]:
+            raise UsageError(
+                f"run.timeline_steps: {late[0]} exceeds training.steps {self.training.steps}; name earlier steps or "
+                "train longer"
             )
 
     @property

@@ -21,7 +21,8 @@ class Batch:
     """
 
     modality: Modality
-    """The same on every rank in the same step."""
+    """Of the step, the same on every rank; where modalities are mixed in a step, a multimodal one may hold batches
+    without images."""
     tokens: torch.Tensor
     """int64 (T,); each image stands as `image_tokens` copies of the image token id."""
     labels: torch.Tensor

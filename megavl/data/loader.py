@@ -96,7 +96,7 @@ class StepLoader:
 
     def modality(self, step: int) -> Modality:
         """Modality of a step, the same on every rank."""
-        return self._sampler.plan.modality(step)
+        return self._sampler.mixture.modality(step)
 
     def get(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step.

@@ -1,7 +1,8 @@
 """Which source each sequence of a run comes from, and how often a run uses each source: closed forms of the step.
 
 A step's modality comes from the modality plan, so `data.multimodal_fraction` alone decides how many steps are
-multimodal. Weights say how the sequences of one modality are shared among the sources that have it.
+multimodal. Under `data.grouping: sequence` the plan counts sequences instead, and a step's are shuffled over its slots.
+Weights say how the sequences of one modality are shared among the sources that have it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavl.config.errors import DataError
-from megavl.config.recipe import DataConfig, MixtureSource, Recipe
+from megavl.config.recipe import DataConfig, Grouping, MixtureSource, Recipe
 from megavl.data.interleave import Interleave
 from megavl.data.manifest import MODALITIES, DatasetManifest, Modality, read_manifest
-from megavl.data.plan import ModalityPlan, as_fraction
+from megavl.data.permutation import permutation
+from megavl.data.plan import ModalityPlan, as_fraction, keyed_number
 
 Counts = Mapping[Modality, int]
 """Packed sequences of a source, per modality."""
@@ -55,19 +57,25 @@ class Mixture:
     """Origin of every sequence of a run."""
 
     def __init__(
-        self, weights: Sequence[Mapping[Modality, float]], *, plan: ModalityPlan, global_batch_size: int
+        self,
+        weights: Sequence[Mapping[Modality, float]],
+        *,
+        plan: ModalityPlan,
+        global_batch_size: int,
+        grouping: Grouping = "step",
     ) -> None:
         """Lay out how sources alternate.
 
         Args:
             weights: of each source in each modality; 0 where it is not drawn.
-            plan: modality of each step.
+            plan: modality of each step; of each sequence where these are not grouped.
             global_batch_size: sequences per step.
+            grouping: what is wholly of one modality.
 
         Raises:
             UsageError: weights without a common step that is coarse enough.
         """
-        self.plan, self.global_batch_size = plan, global_batch_size
+        self.plan, self.global_batch_size, self.grouping = plan, global_batch_size, grouping
         self.sources = len(weights)
         self._drawn = {m: [number for number, weight in enumerate(weights) if weight[m] > 0] for m in MODALITIES}
         self._orders = {
@@ -79,10 +87,19 @@ class Mixture:
     def origin(self, *, step: int, slot: int) -> Origin:
         """Origin of the sequence in slot 0 .. global_batch_size - 1 of a step."""
         assert 0 <= slot < self.global_batch_size
-        modality = self.plan.modality(step)
-        position = self.plan.steps_before(step) * self.global_batch_size + slot
+        modality, position = self._position(step, slot)
         number, place = self._orders[modality].at(position)
         return Origin(source=self._drawn[modality][number], modality=modality, place=place)
+
+    def modality(self, step: int) -> Modality:
+        """`text` where all sequences of a step are."""
+        return "multimodal" if self.multimodal_before(step + 1) > self.multimodal_before(step) else "text"
+
+    def multimodal_before(self, steps: int) -> int:
+        """Multimodal sequences of the first `steps` steps."""
+        if self.grouping == "step":
+            return self.plan.multimodal_before(steps) * self.global_batch_size
+        return self.plan.multimodal_before(steps * self.global_batch_size)
 
     def share(self, *, source: int, modality: Modality) -> float:
         """Share of the modality's sequences that come from a source."""
@@ -95,10 +112,21 @@ class Mixture:
         """Sequences of a source in the first `steps` steps."""
         if source not in self._drawn[modality]:
             return 0
-        multimodal = self.plan.multimodal_before(steps)
-        of_modality = multimodal if modality == "multimodal" else steps - multimodal
+        multimodal = self.multimodal_before(steps)
+        of_modality = multimodal if modality == "multimodal" else steps * self.global_batch_size - multimodal
         number = self._drawn[modality].index(source)
-        return self._orders[modality].before(of_modality * self.global_batch_size, source=number)
+        return self._orders[modality].before(of_modality, source=number)
+
+    def _position(self, step: int, slot: int) -> tuple[Modality, int]:
+        """Modality of a slot, and how many sequences of that modality come before it."""
+        size, multimodal = self.global_batch_size, self.multimodal_before(step)
+        here = self.multimodal_before(step + 1) - multimodal
+        place = slot
+        if self.grouping == "sequence":
+            place = permutation(size, keyed_number("slots", self.plan.seed, step))(slot)
+        if place < here:
+            return "multimodal", multimodal + place
+        return "text", step * size - multimodal + place - here
 
 
 def recipe_mixture(recipe: Recipe, counts: Sequence[Counts | None]) -> Mixture:
@@ -113,10 +141,13 @@ def recipe_mixture(recipe: Recipe, counts: Sequence[Counts | None]) -> Mixture:
         UsageError: weights without a common step that is coarse enough.
     """
     data, training = recipe.data, recipe.training
-    plan = ModalityPlan(seed=training.seed, fraction=data.multimodal_fraction, warmup_steps=data.modality_warmup_steps)
+    unit = training.global_batch_size if data.grouping == "sequence" else 1
+    plan = ModalityPlan(
+        seed=training.seed, fraction=data.multimodal_fraction, warmup_steps=data.modality_warmup_steps * unit
+    )
     weights = [_weights(source, count) for source, count in zip(data.mixture, counts, strict=True)]
     _check_modalities(data, weights)
-    return Mixture(weights, plan=plan, global_batch_size=training.global_batch_size)
+    return Mixture(weights, plan=plan, global_batch_size=training.global_batch_size, grouping=data.grouping)
 
 
 def source_plans(
@@ -182,7 +213,13 @@ def preview(recipe: Recipe) -> list[str]:
 
 def render(rows: Sequence[SourcePlan], *, mixture: Mixture, steps: int) -> list[str]:
     """Aligned lines for people."""
-    multimodal = mixture.plan.multimodal_before(steps)
+    size, sequences = mixture.global_batch_size, mixture.multimodal_before(steps)
+    share = f"({sequences / (steps * size):.2%})"
+    kinds = f"{steps - sequences // size:,} text steps, {sequences // size:,} multimodal ones {share}"
+    if mixture.grouping == "sequence":
+        kinds = (
+            f"{steps * size - sequences:,} text sequences, {sequences:,} multimodal ones {share}, mixed in every step"
+        )
     table = [
         (row.name, row.modality, f"{row.share:.2%}", f"{row.drawn:,} sequences", _epochs(row))
         if row.drawn
@@ -191,8 +228,7 @@ def render(rows: Sequence[SourcePlan], *, mixture: Mixture, steps: int) -> list[
     ]
     widths = [max(map(len, column)) for column in zip(*table)]
     return [
-        f"data: {steps:,} steps of {mixture.global_batch_size:,} sequences; {steps - multimodal:,} text steps, "
-        f"{multimodal:,} multimodal ones ({multimodal / steps:.2%})",
+        f"data: {steps:,} steps of {size:,} sequences; {kinds}",
         *("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip() for cells in table),
     ]
 

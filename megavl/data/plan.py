@@ -68,8 +68,3 @@ class ModalityPlan:
     def modality(self, step: int) -> Modality:
         """Modality of a step."""
         return "multimodal" if self.multimodal_before(step + 1) > self.multimodal_before(step) else "text"
-
-    def steps_before(self, step: int) -> int:
-        """Earlier steps of the same modality as `step`."""
-        multimodal = self.multimodal_before(step)
-        return multimodal if self.modality(step) == "multimodal" else step - multimodal

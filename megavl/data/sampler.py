@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from megavl.data.manifest import Modality
 from megavl.data.mixture import Counts, Mixture
+from megavl.data.permutation import permutation
 from megavl.data.plan import ModalityPlan, keyed_number
 
 ORDER_VERSION = 2
 """Raised when the same seed gives another order; part of every dataset fingerprint that a checkpoint stores."""
-
-_ROUNDS = 8
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +26,6 @@ class PackRef:
     modality: Modality
     index: int
     """Among the source's packs of that modality."""
-
-
-class Permutation:
-    """A permutation of range(size): a Feistel network over an even number of bits, walked until it lands inside."""
-
-    def __init__(self, size: int, *, key: int) -> None:
-        """Args: number of elements, and the key that selects the permutation."""
-        self._size = size
-        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
-        self._keys = [keyed_number("round", key, number) for number in range(_ROUNDS)]
-
-    def __call__(self, index: int) -> int:
-        """Element at a place."""
-        assert 0 <= index < self._size
-        mask = (1 << self._half) - 1
-        value = index
-        while True:
-            left, right = value >> self._half, value & mask
-            for key in self._keys:
-                left, right = right, left ^ (_mix(right + key) & mask)
-            value = left << self._half | right
-            if value < self._size:
-                return value
 
 
 class Sampler:
@@ -78,22 +52,9 @@ class Sampler:
         source, modality = origin.source, origin.modality
         count = self._counts[source][modality]
         epoch, place = divmod(origin.place, count)
-        order = _permutation(count, keyed_number("order", self.plan.seed, source, modality, epoch))
+        order = permutation(count, keyed_number("order", self.plan.seed, source, modality, epoch))
         return PackRef(source=source, modality=modality, index=order(place))
 
     def global_batch(self, step: int) -> list[PackRef]:
         """The packs of a step, in order."""
         return [self.sample(step=step, slot=slot) for slot in range(self.mixture.global_batch_size)]
-
-
-@lru_cache(maxsize=256)
-def _permutation(size: int, key: int) -> Permutation:
-    return Permutation(size, key=key)
-
-
-def _mix(value: int) -> int:
-    """Finaliser of SplitMix64."""
-    value &= _MASK
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
-    return value ^ value >> 31

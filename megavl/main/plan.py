@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         source = _times(uncut, device, args)
         scenario, layout, ranking = _best(uncut, source, device, args)
     plan = plan_scenario(scenario, layout, source, device)
-    mixing = compare_mixing(scenario, layout, source, steps=_MIXED_STEPS) if args.mixing else None
+    drawn = max(_MIXED_STEPS, _MIXED_PIPELINES // scenario.data_parallel)
+    mixing = compare_mixing(scenario, layout, source, steps=drawn) if args.mixing else None
     blocks = block_table(scenario) if args.blocks else None
     if args.timeline:
         write_timeline(args.timeline, scenario, layout, source)
@@ -154,8 +155,8 @@ def _as_text(
     return "\n\n".join(parts)
 
 
-_MIXED_STEPS = 8
-"""Of random mixtures, drawn for each replica."""
+_MIXED_STEPS, _MIXED_PIPELINES = 8, 256
+"""Steps of random mixtures at least, and replicas of all of them: few replicas need more steps for the same mean."""
 
 
 def _times(recipe: Recipe, device: Device, args: argparse.Namespace) -> TimeSource:

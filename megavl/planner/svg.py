@@ -1,4 +1,4 @@
-"""A Gantt chart of simulated steps: one panel per kind of step, one row per pipeline rank."""
+"""A Gantt chart of steps, simulated or measured: one panel per kind of step, one row per rank."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ COLOURS = {
     "head forward": "#7fd6b4",
     "head backward": "#009e73",
     "transfer": "#cc79a7",
+    "waiting": "#f3dfe9",
     "gradient reduction": "#8c6bb1",
     "optimizer": "#6b6b6b",
     "loading": "#a89f91",
 }
-"""What a box can be, after the colour-blind safe palette of Okabe and Ito; the ground shows where a rank is idle."""
+"""What a box can be, after the colour-blind safe palette of Okabe and Ito; the ground shows where a rank is idle.
+`waiting` is measured: an exchange between stages or ranks from its call to its end, the other end's delay included."""
 IDLE = "#f0f0ee"
 _DARK = {"encoders backward", "decoder backward", "head backward", "gradient reduction", "optimizer"}
 

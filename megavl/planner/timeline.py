@@ -1,4 +1,4 @@
-"""A simulated step as a picture (SVG) and as a trace for Perfetto or chrome://tracing (JSON)."""
+"""A step as a picture (SVG) and as a trace for Perfetto or chrome://tracing (JSON): simulated here, or measured."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def write_timeline(path: str | Path, scenario: Scenario, layout: tuple[int, ...]
         raise UsageError(f"--timeline: {path} ends in {target.suffix or 'nothing'}; name a .svg or a .json file")
     limit = MOST_ROUNDS[target.suffix] * scenario.pipeline
     panels = [panel(scenario, layout, source, kind, most=limit) for kind in kinds_of(scenario)]
-    text = draw(panels, title=title(scenario, layout, source)) if target.suffix == ".svg" else trace(panels)
+    text = draw(panels, title=title(scenario, layout, source.name)) if target.suffix == ".svg" else trace(panels)
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--timeline: cannot write {path}: {error}; choose a writable place") from error
 
 
-def title(scenario: Scenario, layout: Sequence[int], source: TimeSource) -> str:
-    """What the picture is of."""
+def title(scenario: Scenario, layout: Sequence[int], origin: str) -> str:
+    """What the picture is of, and where its times come from."""
     virtual = f" x virtual {scenario.virtual}" if scenario.virtual > 1 else ""
     return (
         f"{scenario.recipe.model.preset}, tensor {scenario.tensor} x pipeline {scenario.pipeline}{virtual} x data "
-        f"{scenario.data_parallel}, layers {'+'.join(map(str, layout))}, vision {scenario.vision}; {source.name}"
+        f"{scenario.data_parallel}, layers {'+'.join(map(str, layout))}, vision {scenario.vision}; {origin}"
     )
 
 
@@ -70,7 +70,7 @@ def panel(
     return Panel(
         kind=kind,
         segments=tuple(shifted + _outside(extras, pipeline=scenario.pipeline, begin=end)),
-        ranks=tuple(_row_name(scenario, rank, layout) for rank in range(scenario.pipeline)),
+        ranks=tuple(row_name(scenario, rank, layout) for rank in range(scenario.pipeline)),
         busy=tuple(busy / run.seconds for busy in run.busy),
         seconds=run.seconds + extras.total,
         bubble=run.bubble,
@@ -88,7 +88,7 @@ def _shortened(scenario: Scenario, micro_batches: int) -> Scenario:
 
 
 def trace(panels: Sequence[Panel]) -> str:
-    """Trace Event Format: one process per kind of step, one thread per pipeline rank, microseconds."""
+    """Trace Event Format: one process per kind of step, one thread per row, microseconds."""
     events: list[dict[str, object]] = []
     for process, part in enumerate(panels):
         events.append(_named("process_name", process, 0, f"{part.kind} step"))
@@ -115,7 +115,8 @@ def _named(what: str, process: int, thread: int, name: str) -> dict[str, object]
     return {"name": what, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def _row_name(scenario: Scenario, rank: int, layout: Sequence[int]) -> str:
+def row_name(scenario: Scenario, rank: int, layout: Sequence[int]) -> str:
+    """What a pipeline rank holds."""
     held = layout[rank :: scenario.pipeline]
     first = "encoders + " if rank == 0 and scenario.vision != "split_all" else ""
     head = " + head" if rank == scenario.pipeline - 1 else ""

@@ -30,6 +30,7 @@ from megavl.parallel.groups import Position
 from megavl.planner.calibration import Calibration, Entry, KindEntry, Seconds, VisionEntry, model_key, recompute_key
 from megavl.train.calibration_steps import MICRO_BATCHES, MadeUpSteps, step_source
 from megavl.train.feed import StepData, StepSource, next_step
+from megavl.train.marks import mark_blocks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.rank_model import RankModel, build_rank_model
 from megavl.train.step import train_step
@@ -109,9 +110,9 @@ class _Probe:
         self.model, self.optimizer = model, optimizer
         self.marks: list[tuple[str, float]] = []
         (chunk,) = model.chunks
-        stage, decoder = chunk.module, chunk.module.language_model.decoder
-        self.layers = len(decoder.layers)
-        stage.register_forward_pre_hook(lambda *_: self.mark("begin"))
+        stage = chunk.module
+        self.layers = len(stage.language_model.decoder.layers)
+        mark_blocks(stage, self.mark)
         for name in ("siglip", "sam", "adaptor"):
             part = getattr(stage.vision, name)
             if part is not None:
@@ -119,9 +120,6 @@ class _Probe:
                 part.register_forward_hook(lambda *_, name=name: self.mark(f"{name} end"))
         stage.vision.adaptor.register_forward_pre_hook(self._enter_adaptor)
         stage.vision.register_forward_hook(lambda *_: self.mark("vision"))
-        decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
-        decoder.final_layernorm.register_forward_pre_hook(self._leave_decoder)
-        stage.register_forward_hook(self._leave_head)
         finalize = chunk.config.finalize_model_grads_func
 
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -167,24 +165,6 @@ class _Probe:
         for features in args:
             if features is not None and features.requires_grad:
                 features.register_hook(lambda _: self.mark("adaptor back"))
-
-    def _enter_decoder(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mark("embedded")
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
-        assert hidden is not None, "the decoder was called without hidden states"
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: self.mark("layers back"))
-
-    def _leave_decoder(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self.mark("layers")
-        if args[0].requires_grad:
-            args[0].register_hook(lambda _: self.mark("head back"))
-
-    def _leave_head(self, module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        if out.requires_grad:
-            out.register_hook(lambda _: self.mark("head"))
-        else:
-            self.mark("head")
 
 
 def low(values: list[float]) -> float:

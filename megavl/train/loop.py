@@ -34,10 +34,12 @@ from megavl.train.metrics import MetricsLog
 from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.rank_model import build_rank_model
+from megavl.train.recorder import Recorder
 from megavl.train.schedule import learning_rate
 from megavl.train.signals import StopFlag
 from megavl.train.state import Progress, RunState
 from megavl.train.step import StepResult, train_step
+from megavl.train.timeline import write_timeline
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -75,7 +77,9 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
         groups.stop()
         return 0
     with _loader(recipe, dataset, sampler, position=position, start_step=progress.step) as source:
-        stopped = _run_steps(recipe, state, source, progress, position=position, stop=stop, status=status)
+        stopped = _run_steps(
+            recipe, state, source, progress, layout=layout, position=position, stop=stop, status=status
+        )
     groups.stop()
     return EXIT_PREEMPTED if stopped else 0
 
@@ -86,6 +90,7 @@ def _run_steps(
     source: StepLoader | None,
     progress: Progress,
     *,
+    layout: tuple[int, ...],
     position: Position,
     stop: StopFlag,
     status: ExitStatus,
@@ -93,20 +98,27 @@ def _run_steps(
     training, optimizer = recipe.training, recipe.optimizer
     with _log(recipe, progress, position=position) as log:
         while progress.step < training.steps:
-            began = time.perf_counter()
             step = progress.step + 1
             status.step, status.section = step, "loading data"
-            data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
+            recorder = Recorder(state.model, position=position) if step in recipe.run.timeline_steps else None
+            began = time.perf_counter()
+            with state.model.timed("loading"):
+                data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
             rate = learning_rate(optimizer, step=step, steps=training.steps)
             set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
             status.section = "training"
             result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised)
             progress = Progress(step=step, bad_steps=progress.bad_steps + 1 if result.skipped else 0)
+            seconds = time.perf_counter() - began
             if log is not None:
-                seconds = time.perf_counter() - began
                 log.write(
                     _row(recipe, result, modality=data.modality, step=step, lr=rate, seconds=seconds, at=position)
                 )
+            if recorder is not None:
+                line = write_timeline(
+                    recorder.stop(), recipe=recipe, layout=layout, step=step, modality=data.modality, seconds=seconds
+                )
+                _say(position, line)
             if result.skipped:
                 _handle_bad_step(recipe, progress, result, sample_ids=data.sample_ids, position=position)
             last = step == training.steps

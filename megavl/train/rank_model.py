@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,16 @@ class RankModel:
     """Its pipeline stages: one, or `parallel.virtual_pipeline` of them."""
     encoders: SplitEncoders | None
     """Under `parallel.vision: split_all`, the towers that encode before the pipeline starts."""
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A part of the step that goes by `name` where the step is recorded (`recorder.py`)."""
+        timers = self.chunks[0].config.timers
+        if timers is not None:
+            timers(name).start()
+        yield
+        if timers is not None:
+            timers(name).stop()
 
     def zero_grad(self) -> None:
         """Empty the gradient buffers."""
@@ -107,18 +118,21 @@ def build_rank_model(
     if parallel.vision == "split_all":
         encoders = SplitEncoders(chunks, model, dtype=dtype, train=train)
         encoders.copy_weights()
-    _set_hooks(chunks, encoders)
-    return RankModel(chunks=chunks, encoders=encoders)
+    rank_model = RankModel(chunks=chunks, encoders=encoders)
+    _set_hooks(rank_model)
+    return rank_model
 
 
-def _set_hooks(chunks: tuple[DistributedDataParallel, ...], encoders: SplitEncoders | None) -> None:
+def _set_hooks(model: RankModel) -> None:
     """What megatron-core's schedule calls; every stage of a rank shares one configuration."""
+    chunks, encoders = model.chunks, model.encoders
     config = chunks[0].config
     config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
 
     def finalize(*args: Any, **kwargs: Any) -> None:
         if encoders is not None:
-            encoders.backward()
+            with model.timed("encoders backward"):
+                encoders.backward()
         finalize_model_grads(*args, **kwargs)
 
     config.finalize_model_grads_func = finalize

@@ -52,6 +52,7 @@ class SplitEncoders:
         self._own: Features = ()
         self._given: list[torch.Tensor] = []
         self._counts: tuple[int, ...] = ()
+        self._text = True
         self._stale = False
 
     def copy_weights(self) -> None:
@@ -64,6 +65,7 @@ class SplitEncoders:
         Returns:
             The step, its micro-batches carrying features instead of images.
         """
+        self._text = data.modality == "text"
         self._counts = tuple(len(part) for part in shares(data.images, ranks=self._group.size()))
         everything = self._spread(data) if data.images else self._empty()
         pieces = (
@@ -87,10 +89,11 @@ class SplitEncoders:
             return
         if any(self._counts):
             sums = sum_over(self._weight_gradients(self._return()), group=self._group)
-            self._stale = True
             if self._first is not None:
                 for weight, gradient in zip(self._trained, sums):
                     weight.main_grad.add_(gradient)  # type: ignore[union-attr]
+        # Without images of its own too, where those of other replicas train the towers.
+        self._stale = self._stale or not self._text
         self._own, self._given = (), []
         if self._first is not None and self._first.ddp_config.overlap_grad_reduce:
             for weight in self._trained:

@@ -99,6 +99,7 @@ class RunState:
             "data_fingerprint": self.fingerprint,
             "multimodal_fraction": data.multimodal_fraction,
             "modality_warmup_steps": data.modality_warmup_steps,
+            "grouping": data.grouping,
             "cross_document_attention": data.cross_document_attention,
             "stage": training.stage,
             "trainable_parts": list(self.recipe.trainable_parts),

@@ -50,7 +50,8 @@ def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = F
     """
     model.gather_vision()
     if model.encoders is not None:
-        data = model.encoders.encode(data)
+        with model.timed("encoders forward"):
+            data = model.encoders.encode(data)
     first = data.micro_batches[0]
     feeds = [iter(data.micro_batches) for _ in model.chunks]
     reports = get_forward_backward_func()(
@@ -90,13 +91,14 @@ def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *,
         dtype=torch.float64,
         device=cpu_runtime.device(),
     )
-    dist.all_reduce(totals)
-    multimodal = int(totals[4])
+    with model.timed("waiting"):
+        dist.all_reduce(totals)
+        multimodal = int(totals[4])
     assert multimodal in (0, dist.get_world_size()), f"{multimodal} ranks ran a multimodal step, the others a text one"
     loss = float(totals[0]) / max(1.0, float(totals[1]))
     updated, grad_norm = False, None
     if torch.isfinite(totals[0]):
-        with without_vision(optimizer, active=data.modality == "text"):
+        with without_vision(optimizer, active=data.modality == "text"), model.timed("optimizer"):
             updated, grad_norm, _ = optimizer.step()
     return StepResult(
         loss=loss,

@@ -67,6 +67,7 @@ def test_base_is_laid_under(recipe: Path, tmp_path: Path) -> None:
         ("data.sources=[]", ["data.sources", "empty"]),
         ("training.train=[llm,vision]", ["training.train", "'vision'", "siglip"]),
         ("optimizer.warmup_steps=11", ["optimizer.warmup_steps: 11", "training.steps 10"]),
+        ("run.timeline_steps=[3,11]", ["run.timeline_steps: 11", "training.steps 10"]),
         ("optimizer.milestones=[0.5]", ["optimizer.factors"]),
         ("model.sam=null", ["model.adaptor.kind", "needs a model.sam"]),
         ("model.sam.neck_channels=8", ["model.sam.neck_channels", "64"]),

@@ -18,7 +18,7 @@ def test_every_prefix_has_the_right_count_to_within_one(seed: int, percent: int,
     for step in range(150):
         assert plan.wanted_before(step) == wanted
         assert abs(seen - wanted) < 1
-        assert plan.steps_before(step) == (seen if plan.modality(step) == "multimodal" else step - seen)
+        assert plan.multimodal_before(step) == seen
         share = Fraction(percent, 100) * (min(Fraction(1), Fraction(step, warmup)) if warmup else 1)
         wanted += share
         seen += plan.modality(step) == "multimodal"

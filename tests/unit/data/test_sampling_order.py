@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavl.config.errors import UsageError
+from megavl.config.recipe import Grouping
 from megavl.data.interleave import MAX_PERIOD, Interleave
 from megavl.data.manifest import MODALITIES, Modality
 from megavl.data.mixture import Mixture
+from megavl.data.permutation import Permutation
 from megavl.data.plan import ModalityPlan
-from megavl.data.sampler import PackRef, Permutation, Sampler
+from megavl.data.sampler import PackRef, Sampler
 
 Pair = tuple[float, float]
 """Text, multimodal."""
@@ -31,15 +33,16 @@ def make_sampler(
     size: int = 4,
     fraction: float = 0.5,
     warmup: int = 0,
+    grouping: Grouping = "step",
 ) -> Sampler:
     asked = weights or [(1.0, 1.0)] * len(counts)
     drawn = [
         {m: weight if count else 0.0 for m, weight, count in zip(MODALITIES, pair, have, strict=True)}
         for pair, have in zip(asked, counts, strict=True)
     ]
-    plan = ModalityPlan(seed=seed, fraction=fraction, warmup_steps=warmup)
+    plan = ModalityPlan(seed=seed, fraction=fraction, warmup_steps=warmup * (size if grouping == "sequence" else 1))
     by_name = [dict(zip(MODALITIES, have, strict=True)) for have in counts]
-    return Sampler(by_name, mixture=Mixture(drawn, plan=plan, global_batch_size=size))
+    return Sampler(by_name, mixture=Mixture(drawn, plan=plan, global_batch_size=size, grouping=grouping))
 
 
 @st.composite
@@ -53,6 +56,7 @@ def samplers(draw: Callable[..., Any]) -> Sampler:
         size=draw(st.sampled_from([1, 2, 4, 12])),
         fraction=draw(st.integers(0, 20)) / 20,
         warmup=draw(st.integers(0, 30)),
+        grouping=draw(st.sampled_from(["step", "sequence"])),
     )
 
 
@@ -93,13 +97,17 @@ def test_weights_without_a_common_step_are_refused() -> None:
 @settings(deadline=None, max_examples=40)
 @given(samplers())
 def test_each_epoch_of_each_source_uses_every_sequence_once(sampler: Sampler) -> None:
-    drawn: dict[tuple[int, Modality], list[int]] = {}
+    drawn: dict[tuple[int, Modality], dict[int, int]] = {}
     for step in range(40):
         refs = sampler.global_batch(step)
-        assert {ref.modality for ref in refs} == {sampler.plan.modality(step)}
-        for ref in refs:
-            drawn.setdefault((ref.source, ref.modality), []).append(ref.index)
-    for (source, modality), indices in drawn.items():
+        found = {ref.modality for ref in refs}
+        assert sampler.mixture.modality(step) == ("multimodal" if "multimodal" in found else "text")
+        assert len(found) == 1 or sampler.mixture.grouping == "sequence"
+        for slot, ref in enumerate(refs):
+            place = sampler.mixture.origin(step=step, slot=slot).place
+            drawn.setdefault((ref.source, ref.modality), {})[place] = ref.index
+    for (source, modality), by_place in drawn.items():
+        indices = [by_place[place] for place in range(len(by_place))]
         count = sampler._counts[source][modality]
         for first in range(0, len(indices), count):
             epoch = indices[first : first + count]
@@ -117,6 +125,41 @@ def test_what_a_run_draws_is_known_before(sampler: Sampler, steps: int) -> None:
             found = drawn[source, modality]
             assert mixture.drawn(steps, source=source, modality=modality) == found
             assert abs(found - of_modality * mixture.share(source=source, modality=modality)) < 1 + 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**40), st.integers(0, 20), st.sampled_from([2, 4, 12]), st.integers(0, 30))
+def test_mixed_steps_each_hold_their_share(seed: int, twentieths: int, size: int, warmup: int) -> None:
+    sampler = make_sampler(
+        [(30, 30)], seed=seed, size=size, fraction=twentieths / 20, warmup=warmup, grouping="sequence"
+    )
+    found = 0
+    for step in range(40):
+        wanted = sampler.plan.wanted_before((step + 1) * size) - sampler.plan.wanted_before(step * size)
+        here = sum(ref.modality == "multimodal" for ref in sampler.global_batch(step))
+        found += here
+        assert abs(here - wanted) <= 1
+        assert abs(found - sampler.plan.wanted_before((step + 1) * size)) <= 1
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**40), st.sampled_from([4, 12]), st.integers(0, 10))
+def test_mixing_draws_the_sequences_of_grouped_steps(seed: int, size: int, tenths: int) -> None:
+    """Over a run whose target is a whole number of steps."""
+
+    def drawn(grouping: Grouping) -> Counter[PackRef]:
+        sampler = make_sampler([(17, 23), (9, 40)], seed=seed, size=size, fraction=tenths / 10, grouping=grouping)
+        return Counter(ref for step in range(20) for ref in sampler.global_batch(step))
+
+    assert drawn("step") == drawn("sequence")
+
+
+def test_mixed_steps_shuffle_their_slots() -> None:
+    sampler = make_sampler([(50, 50)], size=12, fraction=0.5, grouping="sequence")
+    patterns = {tuple(ref.modality for ref in sampler.global_batch(step)) for step in range(20)}
+    assert len(patterns) > 15
+    first = sum(sampler.sample(step=step, slot=0).modality == "multimodal" for step in range(400))
+    assert 160 < first < 240
 
 
 def share_of(sampler: Sampler, step: int, *, rank: int, ranks: int) -> list[PackRef]:

@@ -74,7 +74,7 @@ def test_svg_is_xml_with_a_row_per_rank_and_a_box_per_segment(tmp_path: Path) ->
     assert used | {"idle"} <= set(texts), "the legend names every colour"
     assert sum(text.startswith("rank ") for text in texts) == 4
     assert any(text.startswith("multimodal step: ") and "bubble" in text for text in texts)
-    assert title(scenario, LAYOUT, SOURCE) in texts
+    assert title(scenario, LAYOUT, SOURCE.name) in texts
     right = max(float(box.get("x", 0)) + float(box.get("width", 0)) for box in root.iter(f"{SVG}rect"))
     assert right <= float(root.get("width", 0)) + 1e-6
 

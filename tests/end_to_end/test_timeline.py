@@ -1,0 +1,141 @@
+"""A recorded step of real processes: every pass once and in megatron-core's order, and the same losses as without."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavl.planner.schedule import Compute, passes
+from tests.tiny_run import metrics, run_training
+
+STEPS, MICRO_BATCHES = 6, 4
+SIZES = (
+    *("parallel.tensor=1", "parallel.pipeline=2", f"training.steps={STEPS}", "checkpoint.interval=100"),
+    *(f"training.global_batch_size={MICRO_BATCHES}", "training.micro_batch_size=1"),
+)
+EVERY = f"run.timeline_steps={list(range(1, STEPS + 1))}"
+# Clocks are read one after the other and written with six digits.
+TINY = 1e-4
+
+
+@pytest.fixture(scope="module")
+def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Metrics of the run that nobody recorded."""
+    run = tmp_path_factory.mktemp("plain")
+    done = run_training(dataset, run, *SIZES, "parallel.layout=[2,2]", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert not (run / "timeline").exists()
+    return metrics(run)
+
+
+@pytest.fixture(scope="module")
+def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with every step recorded."""
+    run = tmp_path_factory.mktemp("recorded")
+    done = run_training(dataset, run, *SIZES, "parallel.layout=[2,2]", EVERY, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"timeline of step {STEPS}: {run}/timeline/step_{STEPS:06d}.svg" in done.stdout
+    return run
+
+
+def test_recording_changes_no_loss(plain: list[dict[str, Any]], recorded: Path) -> None:
+    rows = metrics(recorded)
+    for name in ("loss", "grad_norm", "images"):
+        assert [row[name] for row in rows] == [row[name] for row in plain]
+    assert {row["modality"] for row in rows} == {"text", "multimodal"}
+
+
+def test_every_pass_occurs_once_and_in_the_order_of_the_schedule(recorded: Path) -> None:
+    for step in range(1, STEPS + 1):
+        check_order(read(recorded, step), virtual=1)
+
+
+def test_parts_fill_the_step_without_overlap(recorded: Path) -> None:
+    for step, row in enumerate(metrics(recorded), start=1):
+        rows = read(recorded, step)
+        assert len(rows) == 2
+        for boxes in rows.values():
+            check_times(boxes, step_s=row["step_time_s"])
+
+
+def test_encoders_and_head_stand_on_their_stages(recorded: Path) -> None:
+    for step, row in enumerate(metrics(recorded), start=1):
+        rows = read(recorded, step)
+        blocks = {rank: {box["cat"] for box in boxes} for rank, boxes in rows.items()}
+        both = {"decoder forward", "decoder backward", "waiting", "loading", "gradient reduction", "optimizer"}
+        encoders, head = {"encoders forward", "encoders backward"}, {"head forward", "head backward"}
+        assert blocks == {0: both | encoders, 1: both | head}
+        encoded = [box["args"]["micro_batch"] for box in rows[0] if box["cat"] == "encoders forward"]
+        # The last micro-batch of a text step encodes a blank image, so that gradients reduce as on other steps.
+        assert encoded == ([*range(MICRO_BATCHES)] if row["modality"] == "multimodal" else [MICRO_BATCHES - 1])
+
+
+def test_the_picture_has_a_row_per_rank(recorded: Path) -> None:
+    root = ElementTree.parse(recorded / "timeline/step_000002.svg").getroot()
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "rank 0: encoders + 2 layers" in texts and "rank 1: 2 layers + head" in texts
+    assert any("tensor 1 x pipeline 2 x data 1, layers 2+2" in text and "measured, step 2" in text for text in texts)
+
+
+def test_virtual_stages(dataset: Path, tmp_path: Path) -> None:
+    sizes = ("parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]", "training.steps=2")
+    done = run_training(dataset, tmp_path, *SIZES, *sizes, "run.timeline_steps=[2]", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted((tmp_path / "timeline").iterdir())] == ["step_000002.json", "step_000002.svg"]
+    rows = read(tmp_path, 2)
+    check_order(rows, virtual=2)
+    for boxes in rows.values():
+        check_times(boxes, step_s=metrics(tmp_path)[1]["step_time_s"])
+
+
+def test_encoders_ahead_of_the_pipeline_on_every_rank(dataset: Path, tmp_path: Path) -> None:
+    sizes = ("parallel.vision=split_all", "parallel.layout=[2,2]", "training.steps=2", "data.multimodal_fraction=1.0")
+    parts = "training.train=[llm,adaptor,siglip]"
+    done = run_training(dataset, tmp_path, *SIZES, *sizes, parts, "run.timeline_steps=[2]", processes=2)
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path, 2)
+    check_order(rows, virtual=1)
+    for boxes in rows.values():
+        check_times(boxes, step_s=metrics(tmp_path)[1]["step_time_s"])
+        outside = {box["cat"]: box for box in boxes if box["args"]["micro_batch"] is None}
+        inside = [box for box in boxes if box["args"]["micro_batch"] is not None]
+        assert end(outside["encoders forward"]) <= inside[0]["ts"]
+        assert outside["encoders backward"]["ts"] >= end(inside[-1])
+
+
+def read(run: Path, step: int) -> dict[int, list[dict[str, Any]]]:
+    """Boxes of each row, by their beginning."""
+    rows = defaultdict(list)
+    for event in json.loads((run / f"timeline/step_{step:06d}.json").read_text())["traceEvents"]:
+        if event["ph"] == "X":
+            rows[event["tid"]].append(event)
+    return {rank: sorted(boxes, key=lambda box: box["ts"]) for rank, boxes in rows.items()}
+
+
+def check_order(rows: dict[int, list[dict[str, Any]]], *, virtual: int) -> None:
+    """A pass is a run of boxes of one micro-batch, stage and way."""
+    for rank, boxes in rows.items():
+        steps = [
+            Compute(box["cat"].endswith("backward"), box["args"]["micro_batch"], box["args"]["stage"])
+            for box in boxes
+            if box["args"]["micro_batch"] is not None
+        ]
+        found = tuple(step for step, _ in itertools.groupby(steps))
+        assert found == passes(rank, pipeline=2, virtual=virtual, micro_batches=MICRO_BATCHES)
+
+
+def check_times(boxes: list[dict[str, Any]], *, step_s: float) -> None:
+    """One thing at a time, and at least four fifths of the step explained."""
+    assert boxes[0]["ts"] >= 0
+    assert all(end(a) <= b["ts"] + TINY * 1e6 for a, b in itertools.pairwise(boxes))
+    assert 0.8 * step_s <= sum(box["dur"] for box in boxes) / 1e6 <= step_s + TINY
+
+
+def end(box: dict[str, Any]) -> float:
+    return box["ts"] + box["dur"]
