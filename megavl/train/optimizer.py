@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,8 +159,9 @@ class _Resumable(MegatronOptimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
+    @abstractmethod
     def _load_tensors(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
-        raise NotImplementedError
+        """Take over master weights and moments, by the weights' places in this rank's groups."""
 
 
 class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
