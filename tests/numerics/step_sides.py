@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megavl.convert.table import weight_rows
 from megavl.data.batch import Batch
 from megavl.model import decoder
-from megavl.model.trainable import part_of
+from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
 from megavl.train.calibration_steps import MICRO_BATCHES, MadeUpSteps
 from megavl.train.feed import StepData, next_step
@@ -42,6 +42,9 @@ class Side(Protocol):
 
     def step(self, data: Any) -> Any:
         """One optimizer step; its loss, nats per token, as a number or a tensor of one."""
+
+    def update_bytes(self, kind: str) -> int:
+        """Bytes that an update reads and writes at least."""
 
 
 class GivenSteps:
@@ -137,6 +140,13 @@ class MegaVL:
         result = train_step(self.model, self.optimizer, data, stop_flag=False)
         assert not result.skipped, f"loss {result.loss}: the step was skipped"
         return result.loss
+
+    def update_bytes(self, kind: str) -> int:
+        """Gradient, master weight and two moments, fp32, all but the first written back; and the bf16 weight."""
+        (chunk,) = self.model.chunks
+        named = [(name, weight) for name, weight in chunk.module.named_parameters() if weight.requires_grad]
+        moved = [weight for name, weight in named if kind == "multimodal" or not is_vision(name)]
+        return sum(weight.numel() * (28 + (2 if weight.dtype == torch.bfloat16 else 0)) for weight in moved)
 
 
 @contextlib.contextmanager
@@ -247,3 +257,7 @@ class Transformers:
         self.optimizer.step()
         self.marks.mark("other")
         return torch.stack(losses).sum()
+
+    def update_bytes(self, kind: str) -> int:
+        """Gradient, weight and two moments in the type of the step, all but the first written back."""
+        return sum(7 * weight.numel() * weight.element_size() for weight in self.parameters if weight.grad is not None)

@@ -83,7 +83,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="transformers' model through torch.compile")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
-    parser.add_argument("--profile", type=Path, help="write a Chrome trace (.json.gz) of one more step of the last kind")
+    parser.add_argument(
+        "--profile", type=Path, help="write a Chrome trace (.json.gz) of one more step of the last kind"
+    )
     arguments = parser.parse_args(words)
     if arguments.side == "transformers" and arguments.part != "whole":
         parser.error("--side transformers: has no pipeline stages; use --part whole")
@@ -141,7 +143,8 @@ def measure(side: Side, work: Work, kind: str, *, arguments: argparse.Namespace,
         "flops_per_s": flops / middle,
         "mfu": None if vendor is None else mfu(flops, seconds=middle, devices=1, peak_flops=vendor),
         "peak_bytes": peak,
-        "planned_bytes": work.memory().total,
+        "planned_bytes": work.planned_bytes(),
+        "update_bytes": side.update_bytes(kind),
         "losses": losses,
         "regions": None if arguments.compile else regions(steps),
     }
@@ -163,10 +166,10 @@ def profile(side: Side, data: Any, path: Path) -> dict[str, Any]:
 
     on_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities, record_shapes=False) as found:
-        with record_function("training step"):
-            side.step(data)
-            torch.cuda.synchronize() if on_cuda else None
+    with profile(activities=activities) as found, record_function("training step"):
+        side.step(data)
+        if on_cuda:
+            torch.cuda.synchronize()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "trace.json"

@@ -20,14 +20,19 @@ from typing import Any
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
 from megavl.planner.blocks import head_block
-from megavl.planner.cost import active_parts, step_flops, train_flops
+from megavl.planner.cost import MFU_CONVENTION, active_parts, step_flops, train_flops
 from megavl.planner.devices import DEVICES, USABLE_SHARE
 from megavl.planner.memory import RankMemory, rank_memory
 from megavl.planner.scenario import PACKED_IMAGES, make_scenario
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("whole", "first", "last")
-MODELS = {"1b": ("1b", "1b"), "7b": ("7b", "7b"), "tiny": ("tiny", "tiny-hybrid"), "tiny-siglip": ("tiny", "tiny-siglip")}
+MODELS = {
+    "1b": ("1b", "1b"),
+    "7b": ("7b", "7b"),
+    "tiny": ("tiny", "tiny-hybrid"),
+    "tiny-siglip": ("tiny", "tiny-siglip"),
+}
 """Folder of the recipe and preset of the sizes."""
 TINY = ("tiny", "tiny-siglip")
 
@@ -66,6 +71,12 @@ class Work:
             found -= train_flops([head_block(recipe.model.llm, tokens=self.tokens)], trainable=trainable)
         return found
 
+    def planned_bytes(self) -> int:
+        """Largest memory that is expected: the planner's, and while torch's AdamW updates, when no activation is alive,
+        one more fp32 copy of what trains."""
+        memory = self.memory()
+        return memory.total - memory.activations + max(memory.activations, memory.gradients)
+
     def memory(self) -> RankMemory:
         """What the planner expects the part to take, bytes."""
         # The planner knows a slice as a stage of two; the other stage holds one layer.
@@ -78,11 +89,20 @@ class Work:
             parallel=dataclasses.replace(self.recipe.parallel, pipeline=stages),
             training=dataclasses.replace(self.recipe.training, global_batch_size=1),
         )
-        return rank_memory(make_scenario(recipe, images=PACKED_IMAGES), stages - 1 if self.part == "last" else 0, layout)
+        return rank_memory(
+            make_scenario(recipe, images=PACKED_IMAGES), stages - 1 if self.part == "last" else 0, layout
+        )
 
 
 def make_work(
-    model: str, *, part: str, layers: int, micro_batches: int, recompute: str, precision: str, memory_bytes: float | None
+    model: str,
+    *,
+    part: str,
+    layers: int,
+    micro_batches: int,
+    recompute: str,
+    precision: str,
+    memory_bytes: float | None,
 ) -> Work:
     """The work of a case.
 
@@ -114,7 +134,7 @@ def make_work(
 
     if layers:
         return of(min(layers, most))
-    fitting = [n for n in range(1, most + 1) if memory_bytes is None or of(n).memory().total <= memory_bytes]
+    fitting = [n for n in range(1, most + 1) if memory_bytes is None or of(n).planned_bytes() <= memory_bytes]
     if not fitting:
         raise SystemExit(f"error: {model} {part}: not even one layer fits {memory_bytes:,} bytes")
     return of(max(fitting))
@@ -133,8 +153,9 @@ def plan(case: str, *, memory_bytes: float) -> dict[str, Any]:
         "of_layers": make_work(
             model, part="whole", layers=1000, micro_batches=1, recompute=recompute, precision="bf16", memory_bytes=None
         ).recipe.model.llm.num_layers,
-        "bytes": {**dataclasses.asdict(memory), "total": memory.total},
+        "bytes": {**dataclasses.asdict(memory), "peak": work.planned_bytes()},
         "usable_bytes": memory_bytes,
+        "convention": MFU_CONVENTION,
     }
 
 
