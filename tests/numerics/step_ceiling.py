@@ -18,23 +18,22 @@ import torch
 
 PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192), (4096, 2048, 11264), (4096, 4096, 22016))
 """Rows, inner and columns: squares, and the two decoders' gate-and-up projections over 4096 tokens."""
-TINY_PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (512, 128, 704))
+CPU_PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (512, 128, 704))
 COPY_BYTES = 4 * 2**30
-TINY_COPY_BYTES = 64 * 2**20
+CPU_COPY_BYTES = 64 * 2**20
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--threads", type=int, help="threads on a CPU; default: torch's own")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     on_cuda = torch.cuda.is_available()
+    if arguments.threads and not on_cuda:
+        torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if on_cuda else "cpu")
-    shapes = TINY_PRODUCTS if arguments.tiny else PRODUCTS
+    shapes = PRODUCTS if on_cuda else CPU_PRODUCTS
     found: dict[str, Any] = {
         "cuda": on_cuda,
         "device": torch.cuda.get_device_name() if on_cuda else f"{platform.machine()}, {os.cpu_count()} cores",
@@ -50,9 +49,7 @@ def main() -> int:
         }
         found["products"][precision] = rates
         found["flops_per_s"][precision] = max(rates.values())
-    found["copy_bytes_per_s"] = copy(
-        TINY_COPY_BYTES if arguments.tiny else COPY_BYTES, device, repeats=arguments.repeats
-    )
+    found["copy_bytes_per_s"] = copy(COPY_BYTES if on_cuda else CPU_COPY_BYTES, device, repeats=arguments.repeats)
     print(json.dumps(found))
     return 0
 

@@ -172,8 +172,8 @@ def _end_part(stage: torch.nn.Module, work: Work) -> None:
     if work.part == "last":
         weight = next(stage.parameters())
         shape = (work.recipe.data.seq_length, 1, work.recipe.model.llm.hidden_size)
-        hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight).requires_grad_()
-        stage.register_forward_pre_hook(lambda *_: stage.set_input_tensor(hidden))
+        hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+        stage.register_forward_pre_hook(lambda *_: stage.set_input_tensor(hidden.detach().requires_grad_()))
 
 
 @dataclass(frozen=True, kw_only=True)

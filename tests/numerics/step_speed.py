@@ -43,7 +43,7 @@ OPERATORS = 15
 def main() -> int:
     """Measure and print."""
     arguments = parse()
-    if arguments.threads:
+    if arguments.threads and not torch.cuda.is_available():
         torch.set_num_threads(arguments.threads)
     if arguments.precision == "fp32":
         # Convolutions would otherwise round to TF32 on CUDA.
@@ -82,7 +82,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="transformers' gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="transformers' model through torch.compile")
     parser.add_argument("--lr", type=float, default=1e-6)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--threads", type=int, help="threads on a CPU; default: torch's own")
     parser.add_argument(
         "--profile", type=Path, help="write a Chrome trace (.json.gz) of one more step of the last kind"
     )
@@ -177,7 +177,8 @@ def profile(side: Side, data: Any, path: Path) -> dict[str, Any]:
         with plain.open("rb") as source, gzip.open(path, "wb") as target:
             shutil.copyfileobj(source, target)
     name = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    rows = [row for row in found.key_averages() if getattr(row, name) > 0 and row.key != "training step"]
+    # Annotations, such as the optimizer's, span kernels and the pauses between them.
+    rows = [row for row in found.key_averages() if getattr(row, name) > 0 and not row.is_user_annotation]
     if on_cuda:
         rows = [row for row in rows if row.device_type == DeviceType.CUDA]
     rows.sort(key=lambda row: -getattr(row, name))
@@ -201,7 +202,7 @@ def profile(side: Side, data: Any, path: Path) -> dict[str, Any]:
         kernels = [
             (event.time_range.start, event.time_range.end)
             for event in found.events()
-            if event.device_type == DeviceType.CUDA and not event.name.startswith("training step")
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
         ]
         out["idle"] = idle_share(kernels)
     return out
