@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,11 @@ def hardware(ceilings: dict[str, Any]) -> str:
 def versions() -> str:
     """What was measured."""
     names = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
-    return f"Python {platform.python_version()}, {names}"
+    try:
+        engine = version("transformer-engine")
+    except PackageNotFoundError:
+        engine = "absent"
+    return f"Python {platform.python_version()}, {names}, Transformer Engine {engine}"
 
 
 def rows_of(cases: dict[str, Any], case: Case, ceilings: dict[str, Any]) -> list[str]:
