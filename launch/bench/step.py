@@ -18,9 +18,10 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -134,27 +135,33 @@ def chosen(arguments: argparse.Namespace, *, on_gpu: bool) -> list[Case]:
 
 
 def ask(module: str, *words: object, limit: float) -> list[dict[str, Any]]:
-    """The JSON lines that a program printed."""
-    done = run(module, *words, limit=limit)
-    if isinstance(done, str):
-        raise SystemExit(f"error: {module}: {done}")
-    return done
+    """The JSON lines that a program printed, which must end well."""
+    rows, failure = run(module, *words, limit=limit)
+    if failure:
+        raise SystemExit(f"error: {module}: {failure}")
+    return rows
 
 
-def run(module: str, *words: object, limit: float) -> list[dict[str, Any]] | str:
-    """The JSON lines that a program printed, or why there are none."""
+def run(module: str, *words: object, limit: float) -> tuple[list[dict[str, Any]], str]:
+    """The JSON lines that a program printed, and why there are no more; empty where it ended well."""
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if "--compile" in words:
         environment.pop("TORCHDYNAMO_DISABLE", None)
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"not done after {limit:.0f} s"
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception|error)\b", line)]
-        return " ".join((lines or done.stderr.splitlines() or [f"code {done.returncode}"])[-1].split())[:300]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run(command, env=environment, stdout=out, stderr=errors, timeout=limit).returncode
+            failure = f"code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            failure = f"not done after {limit:.0f} s"
+        out.seek(0)
+        errors.seek(0)
+        rows = [json.loads(line) for line in out if line.startswith("{")]
+        if failure.startswith("code"):
+            said = errors.read().splitlines()
+            named = [line for line in said if re.match(r"\S*(Error|Exception|error)\b", line)]
+            failure = " ".join((named or said or [failure])[-1].split())[:300]
+    return rows, failure
 
 
 def plan(ceilings: dict[str, Any]) -> dict[str, Any]:
@@ -179,11 +186,9 @@ def words_of(case: Case, *, layers: int, quick: bool) -> list[object]:
 def measure(case: Case, words: Sequence[object], *, limit: float) -> dict[str, Any]:
     """What one case printed by kind, or why it failed."""
     began = time.perf_counter()
-    done = run("tests.numerics.step_speed", *words, limit=limit)
-    if isinstance(done, str):
-        return {"failed": done}
-    print(f"{case.name}: {time.perf_counter() - began:.0f} s", flush=True)
-    return {row["kind"]: row for row in done}
+    rows, failure = run("tests.numerics.step_speed", *words, limit=limit)
+    print(f"{case.name}: {time.perf_counter() - began:.0f} s {failure}", flush=True)
+    return {row["kind"]: row for row in rows} | ({"failed": failure} if failure else {})
 
 
 def sound(cases: dict[str, Any]) -> bool:
@@ -227,14 +232,17 @@ def rows_of(cases: dict[str, Any], case: Case, ceilings: dict[str, Any]) -> list
     """A line of the table for each kind of step."""
     lines = []
     for kind in case.kinds:
-        found = cases.get(case.name)
+        found = cases.get(case.name, {})
         head = f"| {case.model} {case.part}: {' '.join([NAMES[case.side], *case.options])} | {kind} |"
-        if found is None or "failed" in found:
-            reason = NOT_MEASURED if found is None else "failed, see below"
+        if kind not in found:
+            reason = "failed, see below" if "failed" in found else NOT_MEASURED
             lines.append(f"{head} {reason} |{' |' * 7}")
             continue
         row = found[kind]
         precision = "fp32" if "fp32" in case.options else "bf16"
+        # The planner's formulas are MegaVL's, and a process holds more than its tensors.
+        planned = ceilings["cuda"] and case.side == "megavl"
+        expected = f" ({row['planned_bytes'] / 2**30:.2f})" if planned else ""
         cells = [
             str(row["layers"]),
             f"{1000 * row['step_s']:,.1f}",
@@ -242,7 +250,7 @@ def rows_of(cases: dict[str, Any], case: Case, ceilings: dict[str, Any]) -> list
             "no peak known" if row["mfu"] is None else f"{row['mfu']:.1%}",
             f"{row['flops_per_s'] / ceilings['flops_per_s'][precision]:.1%}",
             against_transformers(cases, case, kind),
-            f"{row['peak_bytes'] / 2**30:.2f} ({row['planned_bytes'] / 2**30:.2f})",
+            f"{row['peak_bytes'] / 2**30:.2f}{expected}",
             f"{row['losses'][0]:.5f}",
         ]
         lines.append(f"{head} {' | '.join(cells)} |")
@@ -331,10 +339,23 @@ def where_the_time_goes(cases: dict[str, Any], ceilings: dict[str, Any]) -> list
     return lines
 
 
-def failures(cases: dict[str, Any]) -> list[str]:
-    """What was tried and did not run."""
-    lines = [f"- {name}: `{found['failed']}`" for name, found in cases.items() if "failed" in found]
-    return lines or ["Nothing that was tried failed."]
+def tried(cases: dict[str, Any]) -> list[str]:
+    """What each switch of transformers changed, whether it helped or not, and what did not run."""
+    lines = []
+    for case in (*FULL, *TINY):
+        if not case.options or case.options[-1] not in ("--checkpointing", "--compile"):
+            continue
+        base = cases.get(replace(case, options=case.options[:-1]).name, {})
+        found = cases.get(case.name, {})
+        for kind in case.kinds:
+            if kind in found and kind in base:
+                speed = found[kind]["tokens_per_s"] / base[kind]["tokens_per_s"]
+                memory = found[kind]["peak_bytes"] / base[kind]["peak_bytes"]
+                lines.append(
+                    f"- {case.name}, {kind}: {speed:.2f} of the tokens/s without it, {memory:.2f} of the memory"
+                )
+    lines += [f"- {name}: did not run, `{found['failed']}`" for name, found in cases.items() if "failed" in found]
+    return lines or [NOT_MEASURED]
 
 
 def fitting(plans: dict[str, Any]) -> list[str]:
@@ -417,9 +438,9 @@ def report(found: dict[str, Any]) -> str:
             "",
             *where_the_time_goes(cases, ceilings),
             "",
-            "## What did not run",
+            "## What was tried",
             "",
-            *failures(cases),
+            *tried(cases),
             "",
             "## How it was measured",
             "",

@@ -95,6 +95,7 @@ def test_with_figures_of_a_gpu(step: ModuleType) -> None:
     cases = {
         "1b whole megavl": {"text": made_up(**fast, seconds=rising), "multimodal": made_up(**slow, seconds=steady)},
         "1b whole transformers": {kind: made_up(**slow, seconds=steady) for kind in ("text", "multimodal")},
+        "1b whole transformers checkpointing": {"text": made_up(**fast, seconds=steady)},
         "1b whole transformers compile": {"failed": "RuntimeError: no compiler"},
         "7b last megavl": {"text": made_up(**fast, seconds=steady)},
     }
@@ -115,7 +116,7 @@ def test_with_figures_of_a_gpu(step: ModuleType) -> None:
     assert "Dry run" not in report
     full = {(row[0], row[1]): row[2:] for row in rows(report, "## Full size")}
     assert full["1b whole: MegaVL", "text"] == [
-        *("24", "1,000.0", "32,768", "60.0%", "50.0%", "2.00", "3.00 (4.00)", "11.50000")
+        *("24", "1,000.0", "32,768", "60.0%", "50.0%", "1.00", "3.00 (4.00)", "11.50000")
     ]
     assert full["1b whole: transformers --compile", "text"] == ["failed, see below", *[""] * 7]
     assert full["7b whole: MegaVL", "text"] == ["not measured", *[""] * 7]
@@ -123,7 +124,8 @@ def test_with_figures_of_a_gpu(step: ModuleType) -> None:
     shares = ["10.0%", "60.0%", "10.0%", "0.0%", "15.0%", "5.0%", "25.0%"]
     # 300 GB in 15% of a second are half of what the copy moves.
     assert rows(report, "## Where the time goes")[-1] == ["7b last megavl", "text", *shares, "50.0%"]
-    assert "- 1b whole transformers compile: `RuntimeError: no compiler`" in report
+    assert "- 1b whole transformers compile: did not run, `RuntimeError: no compiler`" in report
+    assert "- 1b whole transformers checkpointing, text: 2.00 of the tokens/s without it, 1.00 of the memory" in report
     assert step.sound(cases)
     assert not step.sound(cases | {"7b last megavl": {"failed": "OutOfMemoryError"}})
 
@@ -136,10 +138,14 @@ def test_unequal_losses_are_no_success(step: ModuleType) -> None:
     assert not step.sound(cases | {TINY[2]: {"text": theirs}})
 
 
-def test_a_failure_says_why(step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_says_why_and_leaves_what_came_before(
+    step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(step, "ROOT", tmp_path)
-    (tmp_path / "broken.py").write_text("raise ValueError('too\\n  large')")
-    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)")
     monkeypatch.chdir(tmp_path)
-    assert step.run("broken", limit=60) == "ValueError: too"
-    assert step.run("slow", limit=1) == "not done after 1 s"
+    (tmp_path / "broken.py").write_text("print('{\"kind\": \"text\"}')\nraise ValueError('too large')")
+    (tmp_path / "slow.py").write_text("print('{\"kind\": 1}', flush=True)\nimport time\ntime.sleep(60)")
+    assert step.run("broken", limit=60) == ([{"kind": "text"}], "ValueError: too large")
+    assert step.run("slow", limit=5) == ([{"kind": 1}], "not done after 5 s")
+    with pytest.raises(SystemExit, match="error: broken: ValueError: too large"):
+        step.ask("broken", limit=60)
