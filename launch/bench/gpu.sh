@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One GPU, one command: CUDA against the CPU (tests), then training steps, ceilings and peers into a report under
-# launch/bench/results. Without a GPU the tiny version of every part runs, and says so. Arguments go to step.py.
+# One GPU, one command: CUDA against the CPU, the device's ceilings, and training steps against their peers, all in a
+# report under launch/bench/results. Without a GPU the tiny version of every part runs, and says so. Arguments go to
+# step.py.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -8,12 +9,8 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-
-if "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-  "$PYTHON" -m pytest -q -rs tests/numerics/test_cuda.py
-else
+if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
   echo "gpu.sh: no GPU here. The tiny version of every part runs on the CPU; full-size columns stay empty, and the" \
     "tests of CUDA against the CPU (tests/numerics/test_cuda.py) are left out."
 fi
-"$PYTHON" launch/bench/step.py "$@"
+exec "$PYTHON" launch/bench/step.py "$@"

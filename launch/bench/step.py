@@ -4,7 +4,7 @@ First the ceilings (matrix product, copy), then every case in a process of its o
 then `launch/bench/results/step_<device>_<YYYYMM>.md` from the JSON beside it, in which `--case` replaces single cases.
 Where there is no GPU only the tiny cases run, and the full-size columns stay empty. Needs the extras `test` and `hf`.
 
-    bash launch/bench/gpu.sh                       # this, and the tests that need CUDA
+    bash launch/bench/gpu.sh
     python launch/bench/step.py [--case "1b whole megavl" ...] [--quick] [--out DIR]
 """
 
@@ -109,7 +109,9 @@ def main() -> int:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.case else {}
     plans = plan(ceilings)
     found: dict[str, Any] = {"cases": kept.get("cases", {}), "ceilings": ceilings, "plans": plans}
-    found |= {"versions": versions(), "load": os.getloadavg()[0]}
+    found |= {"versions": versions(), "load": os.getloadavg()[0], "cuda_tests": kept.get("cuda_tests")}
+    if ceilings["cuda"] and not arguments.case:
+        found["cuda_tests"] = cuda_tests()
     for case in chosen(arguments, on_gpu=ceilings["cuda"]):
         print(f"{case.name} ...", flush=True)
         layers = plans[f"{case.model} {case.part}"]["layers"] if case in FULL else 0
@@ -119,7 +121,17 @@ def main() -> int:
     content = report(found)
     path.with_suffix(".md").write_text(content, encoding="utf-8")
     print(f"{content}\n{path.with_suffix('.md')}")
-    return 0 if sound(found["cases"]) else 1
+    return 0 if sound(found["cases"]) and (found["cuda_tests"] or {"passed": True})["passed"] else 1
+
+
+def cuda_tests() -> dict[str, Any]:
+    """Whether CUDA agrees with the CPU, and what the tests printed about it."""
+    print("tests/numerics/test_cuda.py ...", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "tests/numerics/test_cuda.py"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    shown = [line for line in lines[:-1] if "CUDA against CPU" in line or line.startswith(("FAILED", "ERROR"))]
+    return {"passed": done.returncode == 0, "lines": [*shown, *lines[-1:]]}
 
 
 def chosen(arguments: argparse.Namespace, *, on_gpu: bool) -> list[Case]:
@@ -433,6 +445,12 @@ def report(found: dict[str, Any]) -> str:
             TABLE,
             "|---" * 10 + "|",
             *(line for case in TINY for line in rows_of(cases, case, ceilings)),
+            "",
+            "## CUDA against the CPU",
+            "",
+            "`tests/numerics/test_cuda.py`: the tiny model's first loss in fp32, and twenty steps in bf16.",
+            "",
+            *(f"- {line}" for line in (found["cuda_tests"] or {"lines": [NOT_MEASURED]})["lines"]),
             "",
             "## Where the time goes",
             "",

@@ -47,6 +47,8 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     report, found = path.read_text(), json.loads(path.with_suffix(".json").read_text())
     assert "**Dry run: there is no GPU on this machine.**" in report
 
+    assert "twenty steps in bf16.\n\n- not measured\n" in report
+
     full = rows(report, "## Full size")
     assert len(full) > 20 and {row[0].split()[0] for row in full} == {"1b", "7b"}
     assert all(row[2] == "not measured" and not any(row[3:]) for row in full)
@@ -112,8 +114,10 @@ def test_with_figures_of_a_gpu(step: ModuleType) -> None:
     plan = {"layers": 24, "of_layers": 30, "bytes": sizes, "usable_bytes": 135e9, "convention": "MFU: causal"}
     plans = {"1b whole": plan, "7b last": plan}
     assert step.hardware(ceilings) == "nvidia-h200"
-    report = step.report({"cases": cases, "ceilings": ceilings, "plans": plans, "versions": "torch", "load": 0.0})
-    assert "Dry run" not in report
+    tests = {"passed": True, "lines": ["first loss, CUDA against CPU", "3 passed"]}
+    found = {"cases": cases, "ceilings": ceilings, "plans": plans, "cuda_tests": tests}
+    report = step.report(found | {"versions": "torch", "load": 0.0})
+    assert "Dry run" not in report and "\n- first loss, CUDA against CPU\n- 3 passed\n" in report
     full = {(row[0], row[1]): row[2:] for row in rows(report, "## Full size")}
     assert full["1b whole: MegaVL", "text"] == [
         *("24", "1,000.0", "32,768", "60.0%", "50.0%", "1.00", "3.00 (4.00)", "11.50000")
