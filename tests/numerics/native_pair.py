@@ -111,15 +111,21 @@ def random_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Ten
 
 def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor], *, attention: str) -> PreTrainedModel:
     """The native class, its sizes and tensors as MegaVL would export them."""
-    model_class = DeepseekVLForConditionalGeneration if config.sam is None else DeepseekVLHybridForConditionalGeneration
-    ids = TokenizerIds(bos=0, eos=EOS, pad=2, image=config.image_token_id)
-    raw = side_files(config, ids=ids, dtype="float32")["config.json"]
-    model = model_class._from_config(model_class.config_class.from_dict(raw), attn_implementation=attention)
+    model = new_transformers_model(config, attention=attention, dtype=torch.float32)
     state: dict[str, torch.Tensor] = {}
     for row in weight_rows(config, "native"):
         state |= zip(row.keys, row.transform.from_flat(weights[row.flat]))
     model.load_state_dict(state, strict=True)
     return model.eval()
+
+
+def new_transformers_model(config: ModelConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The native class with the weights that transformers begins with."""
+    model_class = DeepseekVLForConditionalGeneration if config.sam is None else DeepseekVLHybridForConditionalGeneration
+    ids = TokenizerIds(bos=0, eos=EOS, pad=2, image=config.image_token_id)
+    raw = side_files(config, ids=ids, dtype="float32")["config.json"]
+    hf_config = model_class.config_class.from_dict(raw)
+    return model_class._from_config(hf_config, attn_implementation=attention, dtype=dtype)
 
 
 def prompt_with_images(config: ModelConfig, sizes: Sequence[tuple[int, int]], *, seed: int = 0) -> Prompt:

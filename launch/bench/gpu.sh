@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# One GPU, one command: CUDA against the CPU, the device's ceilings, and training steps against their peers, all in a
+# report under launch/bench/results. Without a GPU the tiny version of every part runs, and says so. Arguments go to
+# step.py.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
+fi
+if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+  echo "gpu.sh: no GPU here. The tiny version of every part runs on the CPU; full-size columns stay empty, and the" \
+    "tests of CUDA against the CPU (tests/numerics/test_cuda.py) are left out."
+fi
+exec "$PYTHON" launch/bench/step.py "$@"

@@ -1,0 +1,484 @@
+"""Full training steps of the 1.3B and the 7B on one GPU, against transformers and megatron-core's stock attention.
+
+First the ceilings (matrix product, copy), then every case in a process of its own (`tests/numerics/step_speed.py`),
+then `launch/bench/results/step_<device>_<YYYYMM>.md` from the JSON beside it, in which `--case` replaces single cases.
+Where there is no GPU only the tiny cases run, and the full-size columns stay empty. Needs the extras `test` and `hf`.
+
+    bash launch/bench/gpu.sh
+    python launch/bench/step.py [--case "1b whole megavl" ...] [--quick] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {
+    "megavl": "MegaVL",
+    "megatron-local": "megatron-core's local attention",
+    "transformers": "transformers",
+}
+NOT_MEASURED = "not measured"
+ONE_THREAD = ("--threads", 1)
+"""Where there is no GPU; cores may be shared."""
+BOTH = ("text", "multimodal")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process."""
+
+    model: str
+    part: str
+    side: str
+    options: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = BOTH
+    steps: int = 20
+    micro_batches: int = 8
+
+    @property
+    def name(self) -> str:
+        """What `--case` takes."""
+        return " ".join([self.model, self.part, self.side, *(word.lstrip("-") for word in self.options)])
+
+
+FULL = (
+    Case("1b", "whole", "megavl", steps=200),
+    Case("1b", "whole", "megatron-local"),
+    Case("1b", "whole", "transformers"),
+    Case("1b", "whole", "transformers", ("--checkpointing",)),
+    Case("1b", "whole", "transformers", ("--compile",)),
+    Case("7b", "whole", "megavl"),
+    Case("7b", "whole", "transformers"),
+    Case("7b", "whole", "transformers", ("--checkpointing",)),
+    Case("7b", "first", "megavl"),
+    Case("7b", "first", "megatron-local", ("--recompute", "selective")),
+    Case("7b", "last", "megavl", kinds=("text",)),
+    Case("7b", "last", "megatron-local", ("--recompute", "selective"), kinds=("text",)),
+)
+"""In bf16, on a GPU only."""
+TINY_OPTIONS = ("--precision", "fp32")
+TINY = (
+    *(Case("tiny", "whole", side, TINY_OPTIONS, steps=5, micro_batches=2) for side in NAMES),
+    Case("tiny", "whole", "transformers", (*TINY_OPTIONS, "--checkpointing"), steps=5, micro_batches=2),
+    Case("tiny", "whole", "transformers", (*TINY_OPTIONS, "--compile"), steps=5, micro_batches=2),
+    Case("tiny", "whole", "megavl", ("--precision", "bf16"), steps=5, micro_batches=2),
+    Case("tiny", "first", "megavl", TINY_OPTIONS, steps=5, micro_batches=2),
+    Case("tiny", "last", "megavl", TINY_OPTIONS, kinds=("text",), steps=5, micro_batches=2),
+    *(
+        Case("tiny-siglip", "whole", side, TINY_OPTIONS, steps=5, micro_batches=2)
+        for side in ("megavl", "transformers")
+    ),
+)
+"""Anywhere; equal weights on every side, so that losses must be equal."""
+PROFILED = ("1b whole megavl", "1b whole transformers", "7b first megavl", "tiny whole megavl precision fp32")
+LOSS_TOLERANCE = 1e-5
+"""Largest relative difference of the tiny model's first losses from MegaVL's, fp32."""
+
+
+def main() -> int:
+    """Measure, print and write the report."""
+    names = [case.name for case in (*FULL, *TINY)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--case", action="append", choices=names, metavar="CASE", help="default: all. " + "; ".join(names)
+    )
+    parser.add_argument("--quick", action="store_true", help="two steps of the tiny model on the three sides, alone")
+    parser.add_argument("--out", type=Path, default=ROOT / "launch/bench/results", help="where the report goes")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that a case may take")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()
+    os.chdir(ROOT)
+    (ceilings,) = ask("tests.numerics.step_ceiling", *ONE_THREAD, limit=arguments.limit)
+    path = arguments.out / f"step_{hardware(ceilings)}_{time.strftime('%Y%m')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.case else {}
+    plans = plan(ceilings)
+    found: dict[str, Any] = {"cases": kept.get("cases", {}), "ceilings": ceilings, "plans": plans}
+    found |= {"versions": versions(), "load": os.getloadavg()[0], "cuda_tests": kept.get("cuda_tests")}
+    if ceilings["cuda"] and not arguments.case:
+        found["cuda_tests"] = cuda_tests()
+    for case in chosen(arguments, on_gpu=ceilings["cuda"]):
+        print(f"{case.name} ...", flush=True)
+        layers = plans[f"{case.model} {case.part}"]["layers"] if case in FULL else 0
+        words = words_of(case, layers=layers, quick=arguments.quick)
+        found["cases"][case.name] = measure(case, words, limit=arguments.limit)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    content = report(found)
+    path.with_suffix(".md").write_text(content, encoding="utf-8")
+    print(f"{content}\n{path.with_suffix('.md')}")
+    return 0 if sound(found["cases"]) and (found["cuda_tests"] or {"passed": True})["passed"] else 1
+
+
+def cuda_tests() -> dict[str, Any]:
+    """Whether CUDA agrees with the CPU, and what the tests printed about it."""
+    print("tests/numerics/test_cuda.py ...", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "tests/numerics/test_cuda.py"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    shown = [line for line in lines[:-1] if "CUDA against CPU" in line or line.startswith(("FAILED", "ERROR"))]
+    return {"passed": done.returncode == 0, "lines": [*shown, *lines[-1:]]}
+
+
+def chosen(arguments: argparse.Namespace, *, on_gpu: bool) -> list[Case]:
+    """The cases to run here."""
+    if arguments.quick:
+        return list(TINY[: len(NAMES)])
+    cases = [*(FULL if on_gpu else ()), *TINY]
+    if arguments.case:
+        cases = [case for case in cases if case.name in arguments.case]
+        if len(cases) < len(set(arguments.case)):
+            raise SystemExit("error: --case: full-size cases need a GPU, and there is none")
+    return cases
+
+
+def ask(module: str, *words: object, limit: float) -> list[dict[str, Any]]:
+    """The JSON lines that a program printed, which must end well."""
+    rows, failure = run(module, *words, limit=limit)
+    if failure:
+        raise SystemExit(f"error: {module}: {failure}")
+    return rows
+
+
+def run(module: str, *words: object, limit: float) -> tuple[list[dict[str, Any]], str]:
+    """The JSON lines that a program printed, and why there are no more; empty where it ended well."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if "--compile" in words:
+        environment.pop("TORCHDYNAMO_DISABLE", None)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run(command, env=environment, stdout=out, stderr=errors, timeout=limit).returncode
+            failure = f"code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            failure = f"not done after {limit:.0f} s"
+        out.seek(0)
+        errors.seek(0)
+        rows = [json.loads(line) for line in out if line.startswith("{")]
+        if failure.startswith("code"):
+            said = errors.read().splitlines()
+            named = [line for line in said if re.match(r"\S*(Error|Exception|error)\b", line)]
+            failure = " ".join((named or said or [failure])[-1].split())[:300]
+    return rows, failure
+
+
+def plan(ceilings: dict[str, Any]) -> dict[str, Any]:
+    """How many layers of each full-size part the device holds; without a GPU, an H200 by its data sheet."""
+    parts = list(dict.fromkeys(f"{case.model} {case.part}" for case in FULL))
+    memory = ("--memory", ceilings["memory_bytes"]) if ceilings["cuda"] else ()
+    rows = ask("tests.numerics.step_work", *(f"{part} none" for part in parts), *memory, limit=600)
+    return dict(zip(parts, rows, strict=True))
+
+
+def words_of(case: Case, *, layers: int, quick: bool) -> list[object]:
+    """Arguments of the measuring program."""
+    words = ["--side", case.side, "--model", case.model, "--part", case.part, "--layers", layers, *case.options]
+    words += ["--kind", *case.kinds, "--micro-batches", case.micro_batches]
+    words += ["--steps", 2 if quick else case.steps, "--warm-up", 1 if quick else 3]
+    words += ONE_THREAD
+    if case.name in PROFILED:
+        words += ["--profile", f"runs/step_traces/{case.name.replace(' ', '_')}.json.gz"]
+    return words
+
+
+def measure(case: Case, words: Sequence[object], *, limit: float) -> dict[str, Any]:
+    """What one case printed by kind, or why it failed."""
+    began = time.perf_counter()
+    rows, failure = run("tests.numerics.step_speed", *words, limit=limit)
+    print(f"{case.name}: {time.perf_counter() - began:.0f} s {failure}", flush=True)
+    return {row["kind"]: row for row in rows} | ({"failed": failure} if failure else {})
+
+
+def sound(cases: dict[str, Any]) -> bool:
+    """Whether MegaVL ran wherever it was asked to, and the first losses of all sides of a tiny model are the same."""
+    ours = [found for name, found in cases.items() if " megavl" in name]
+    return (
+        not any("failed" in found for found in ours) and max(loss_errors(cases).values(), default=0) <= LOSS_TOLERANCE
+    )
+
+
+def loss_errors(cases: dict[str, Any]) -> dict[str, float]:
+    """Relative difference of the first loss from MegaVL's, by case and kind."""
+    errors = {}
+    for case in TINY:
+        ours = cases.get(f"{case.model} whole megavl precision fp32", {})
+        for kind in case.kinds:
+            row = cases.get(case.name, {}).get(kind)
+            if case.part == "whole" and "fp32" in case.options and row and kind in ours:
+                errors[f"{case.name} {kind}"] = abs(row["losses"][0] / ours[kind]["losses"][0] - 1)
+    return errors
+
+
+def hardware(ceilings: dict[str, Any]) -> str:
+    """Name of the device for the report's file."""
+    if ceilings["cuda"]:
+        return re.sub(r"[^a-z0-9]+", "-", str(ceilings["device"]).lower())
+    return f"{platform.machine()}-{os.cpu_count()}cores"
+
+
+def versions() -> str:
+    """What was measured."""
+    names = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
+    try:
+        engine = version("transformer-engine")
+    except PackageNotFoundError:
+        engine = "absent"
+    return f"Python {platform.python_version()}, {names}, Transformer Engine {engine}"
+
+
+def rows_of(cases: dict[str, Any], case: Case, ceilings: dict[str, Any]) -> list[str]:
+    """A line of the table for each kind of step."""
+    lines = []
+    for kind in case.kinds:
+        found = cases.get(case.name, {})
+        head = f"| {case.model} {case.part}: {' '.join([NAMES[case.side], *case.options])} | {kind} |"
+        if kind not in found:
+            reason = "failed, see below" if "failed" in found else NOT_MEASURED
+            lines.append(f"{head} {reason} |{' |' * 7}")
+            continue
+        row = found[kind]
+        precision = "fp32" if "fp32" in case.options else "bf16"
+        # The planner's formulas are MegaVL's, and a process holds more than its tensors.
+        planned = ceilings["cuda"] and case.side == "megavl"
+        expected = f" ({row['planned_bytes'] / 2**30:.2f})" if planned else ""
+        cells = [
+            str(row["layers"]),
+            f"{1000 * row['step_s']:,.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            "no peak known" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            f"{row['flops_per_s'] / ceilings['flops_per_s'][precision]:.1%}",
+            against_transformers(cases, case, kind),
+            f"{row['peak_bytes'] / 2**30:.2f}{expected}",
+            f"{row['losses'][0]:.5f}",
+        ]
+        lines.append(f"{head} {' | '.join(cells)} |")
+    return lines
+
+
+def against_transformers(cases: dict[str, Any], case: Case, kind: str) -> str:
+    """Tokens per second against the fastest of transformers' settings on the same work; above 1 is faster."""
+    best = best_rate(cases, case, kind)
+    return "-" if best is None else f"{cases[case.name][kind]['tokens_per_s'] / best:.2f}"
+
+
+def best_rate(cases: dict[str, Any], case: Case, kind: str) -> float | None:
+    """Tokens per second of the fastest of transformers' settings on a case's work."""
+    peers = [c for c in (*FULL, *TINY) if (c.model, c.part, c.side) == (case.model, case.part, "transformers")]
+    rates = [cases[c.name][kind]["tokens_per_s"] for c in peers if kind in cases.get(c.name, {})]
+    return max(rates, default=None)
+
+
+def goals(cases: dict[str, Any]) -> list[str]:
+    """The goals for one H200, and what was reached."""
+    small = FULL[0]
+    text, images = (cases.get(small.name, {}).get(kind) for kind in BOTH)
+    large = [
+        cases[case.name]["text"]["mfu"]
+        for case in FULL
+        if case.model == "7b" and case.side == "megavl" and "text" in cases.get(case.name, {})
+    ]
+    speedups = []
+    for kind, row in (("text", text), ("multimodal", images)):
+        best = best_rate(cases, small, kind)
+        if row and best:
+            speedups.append(row["tokens_per_s"] / best)
+    ratio = images["tokens_per_s"] / text["tokens_per_s"] if text and images else None
+    slowest = max((drift(row["seconds"]) for row in (text, images) if row), default=None)
+    rows = (
+        ("1.3B, MFU of text steps", ">= 50%", text and text["mfu"], "{:.1%}"),
+        ("7B or its slices, MFU of text steps, the best", ">= 52%", max(filter(None, large), default=None), "{:.1%}"),
+        ("1.3B, tokens/s of multimodal against text steps", ">= 0.93", ratio, "{:.2f}"),
+        ("1.3B, tokens/s against transformers' best, the smaller", ">= 1.5", min(speedups, default=None), "{:.2f}"),
+        ("1.3B, the last 10% of 200 steps against the first 10%, the larger", "no drift", slowest, "{:.3f}"),
+    )
+    return [
+        f"| {what} | {goal} | {NOT_MEASURED if value is None else shape.format(value)} |"
+        for what, goal, value, shape in rows
+    ]
+
+
+def drift(seconds: list[float]) -> float:
+    """Median step of the last tenth over that of the first."""
+    part = max(1, len(seconds) // 10)
+    return statistics.median(seconds[-part:]) / statistics.median(seconds[:part])
+
+
+def where_the_time_goes(cases: dict[str, Any], ceilings: dict[str, Any]) -> list[str]:
+    """Regions of every case, and the largest operators of the profiled ones."""
+    measured = [(case, kind) for case in (*FULL, *TINY) for kind in case.kinds if kind in cases.get(case.name, {})]
+    shown = [(case, kind, cases[case.name][kind]["regions"]) for case, kind in measured]
+    regions = next((list(found) for _, _, found in shown if found), [])
+    head = ["case", "step", *regions, "idle", "optimizer's traffic, of the copy"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    profiles = []
+    for case, kind, found in shown:
+        profile = cases[case.name][kind].get("profile")
+        if profile:
+            profiles.append((case, kind, profile))
+        if found:
+            idle = f"{profile['idle']:.1%}" if profile and profile["idle"] is not None else "-"
+            row = cases[case.name][kind]
+            rate = row["update_bytes"] / (found["optimizer"] * statistics.mean(row["seconds"]))
+            cells = [*(f"{found[name]:.1%}" for name in regions), idle, f"{rate / ceilings['copy_bytes_per_s']:.1%}"]
+            lines.append(f"| {case.name} | {kind} | {' | '.join(cells)} |")
+    for case, kind, profile in profiles:
+        lines += ["", f"### {case.name}, one {kind} step", ""]
+        whole = sum(row["share"] for row in profile["operators"])
+        lines += [
+            f"{profile['clock']}: {profile['milliseconds']:,.1f} ms together, {whole:.0%} of them in the operators "
+            f"below. Chrome trace: `{profile['trace']}`.",
+            "",
+            "| operator | calls | ms | share |",
+            "|---|---|---|---|",
+        ]
+        for row in profile["operators"]:
+            name = row["name"].replace("|", "\\|")[:100]
+            lines.append(f"| `{name}` | {row['calls']} | {row['ms']:,.2f} | {row['share']:.1%} |")
+    return lines
+
+
+def tried(cases: dict[str, Any]) -> list[str]:
+    """What each switch of transformers changed, whether it helped or not, and what did not run."""
+    lines = []
+    for case in (*FULL, *TINY):
+        if not case.options or case.options[-1] not in ("--checkpointing", "--compile"):
+            continue
+        base = cases.get(replace(case, options=case.options[:-1]).name, {})
+        found = cases.get(case.name, {})
+        for kind in case.kinds:
+            if kind in found and kind in base:
+                speed = found[kind]["tokens_per_s"] / base[kind]["tokens_per_s"]
+                memory = found[kind]["peak_bytes"] / base[kind]["peak_bytes"]
+                lines.append(
+                    f"- {case.name}, {kind}: {speed:.2f} of the tokens/s without it, {memory:.2f} of the memory"
+                )
+    lines += [f"- {name}: did not run, `{found['failed']}`" for name, found in cases.items() if "failed" in found]
+    return lines or [NOT_MEASURED]
+
+
+def fitting(plans: dict[str, Any]) -> list[str]:
+    """What the device is expected to hold."""
+    lines = ["| part | decoder layers | weights GB | gradients | optimizer | activations | peak |", "|---" * 7 + "|"]
+    for part, row in plans.items():
+        cells = [
+            f"{row['bytes'][key] / 1e9:.1f}" for key in ("weights", "gradients", "optimizer", "activations", "peak")
+        ]
+        lines.append(f"| {part} | {row['layers']} of {row['of_layers']} | {' | '.join(cells)} |")
+    return lines
+
+
+TABLE = (
+    "| case | step | layers | step ms | tokens/s | MFU | of the matrix product | tokens/s against transformers' best "
+    "| peak GiB (expected) | first loss |"
+)
+
+
+def report(found: dict[str, Any]) -> str:
+    """Markdown with the command, ceilings, figures, goals, and where the time goes."""
+    cases, ceilings, plans = found["cases"], found["ceilings"], found["plans"]
+    errors = loss_errors(cases)
+    dry = (
+        "**Dry run: there is no GPU on this machine.** Every part of the command ran at tiny size on the CPU; the "
+        "full-size columns are empty, and none of them is estimated. `bash launch/bench/gpu.sh` on a machine with one "
+        "GPU fills them."
+    )
+    some = next(iter(plans.values()))
+    device = "The device" if ceilings["cuda"] else "An H200 (141 GB by its data sheet)"
+    worst = f"{max(errors.values()):.1e}" if errors else NOT_MEASURED
+    return "\n".join(
+        [
+            f"# Training steps on {ceilings['device']}",
+            "",
+            f"`bash launch/bench/gpu.sh`; {found['versions']}, CUDA {ceilings['cuda_version'] or 'absent'}; "
+            f"load average {found['load']:.1f} at the start.",
+            "",
+            *([] if ceilings["cuda"] else [dry, ""]),
+            "## Ceilings",
+            "",
+            "| | TFLOP/s bf16 | TFLOP/s fp32 |",
+            "|---|---|---|",
+            *(
+                f"| {shape} | {rate / 1e12:,.3f} | {ceilings['products']['fp32'][shape] / 1e12:,.3f} |"
+                for shape, rate in ceilings["products"]["bf16"].items()
+            ),
+            "",
+            f"A copy reads and writes {ceilings['copy_bytes_per_s'] / 1e9:,.1f} GB/s. Shares below are of the fastest "
+            "product of the same type.",
+            "",
+            "## Full size, bf16",
+            "",
+            TABLE,
+            "|---" * 10 + "|",
+            *(line for case in FULL for line in rows_of(cases, case, ceilings)),
+            "",
+            "| goal for one H200 | | reached |",
+            "|---|---|---|",
+            *goals(cases),
+            "",
+            f"{device} is planned with up to {some['usable_bytes'] / 1e9:.1f} GB; the whole 7B with fp32 master "
+            "weights and moments exceeds that, and megatron-core's precision-aware optimizer needs Transformer Engine. "
+            "So it is measured with as many layers as the planner's formulas allow, and one more fp32 copy of what "
+            "trains while torch's AdamW updates: with vision side, embedding and head (`whole`), as a first pipeline "
+            "stage (`first`, no head) and as a last one (`last`, no vision side).",
+            "",
+            *fitting(plans),
+            "",
+            "## Tiny size, fp32 where not said otherwise",
+            "",
+            f"All sides hold the same weights. Largest relative difference of a first loss from MegaVL's: {worst} "
+            f"(limit {LOSS_TOLERANCE:.0e}).",
+            "",
+            TABLE,
+            "|---" * 10 + "|",
+            *(line for case in TINY for line in rows_of(cases, case, ceilings)),
+            "",
+            "## CUDA against the CPU",
+            "",
+            "`tests/numerics/test_cuda.py`: the tiny model's first loss in fp32, and twenty steps in bf16.",
+            "",
+            *(f"- {line}" for line in (found["cuda_tests"] or {"lines": [NOT_MEASURED]})["lines"]),
+            "",
+            "## Where the time goes",
+            "",
+            *where_the_time_goes(cases, ceilings),
+            "",
+            "## What was tried",
+            "",
+            *tried(cases),
+            "",
+            "## How it was measured",
+            "",
+            f"- {some['convention']}.",
+            "- Work: the second stage's recipe (decoder and adaptor train, the towers are frozen), sequences of 4,096 "
+            "tokens (tiny: 512) of random tokens, each one document, with five images or none; 8 sequences a step "
+            "(tiny: 2), one forward pass each. Batches are on the device before the step begins; transformers gets "
+            "normalised pixels, MegaVL uint8.",
+            "- transformers: its own class, loss and SDPA, weights and moments in the type of the step, torch's fused "
+            "AdamW, clipping at norm 1. MegaVL: fp32 gradients, master weights and moments. megatron-core's local "
+            "attention: MegaVL with `DotProductAttention` in place of `PackedAttention`.",
+            "- Times: CUDA events (on a CPU, the host's clock, one thread); the measuring waits for the device behind "
+            "the last step only. The median of the steps behind three that warm up. Regions lie between events where "
+            "tensors pass from part to part, forward and back; `vision` holds the embedding. Idle: share of a profiled "
+            "step in which no kernel ran. The optimizer's traffic is what an update must read and write at least.",
+            "- Memory: the largest sum of tensors on CUDA; on a CPU the process, libraries included.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""CUDA computes what the CPU computes: the same weights, batches and recipe, in a process for each device.
+
+`bash launch/bench/gpu.sh` runs this file on a machine with a GPU; elsewhere only the band itself is tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavl.config.recipe import ParallelConfig
+from megavl.parallel import groups
+from tests.numerics.native_pair import random_tensors
+from tests.numerics.step_marks import Marks
+from tests.numerics.step_sides import MegaVL, made_up_batches
+from tests.numerics.step_work import make_work
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("text", "multimodal")
+LOSS_TOLERANCE = 1e-4
+"""Relative, fp32, of the first loss."""
+STEPS = 20
+BAND = 0.05
+"""Relative, bf16, of every loss along 20 steps in which the loss falls to less than two thirds. On the CPU bf16 stays
+within 1.6e-2 of fp32."""
+LR = 1e-3
+ON_CUDA = torch.cuda.is_available()
+
+needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="no CUDA here; launch/bench/gpu.sh runs this on a GPU")
+
+
+@cache
+def curves(device: str, precision: str, *, steps: int, lr: float = LR) -> dict[str, list[float]]:
+    """Losses of training the tiny model, by kind of step; the multimodal steps follow the text ones."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.numerics.step_speed", "--model", "tiny", "--threads", "1"]
+    command += ["--precision", precision, "--warm-up", "0", "--steps", str(steps), "--lr", str(lr)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {row["kind"]: row["losses"] for row in rows}
+
+
+def distance(found: list[float], expected: list[float]) -> float:
+    """Largest relative difference of two curves."""
+    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+
+
+@needs_cuda
+def test_the_first_loss_in_fp32(report_table) -> None:
+    # So low a rate that the text step leaves the weights to the multimodal one as they were.
+    cpu, cuda = (curves(device, "fp32", steps=1, lr=1e-12) for device in ("cpu", "cuda"))
+    errors = {kind: distance(cuda[kind][:1], cpu[kind][:1]) for kind in KINDS}
+    report_table(f"first loss, CUDA against CPU, fp32: {errors}, limit {LOSS_TOLERANCE:.0e}")
+    assert max(errors.values()) <= LOSS_TOLERANCE
+
+
+@needs_cuda
+def test_twenty_steps_in_bf16(report_table) -> None:
+    cpu, cuda = (curves(device, "bf16", steps=STEPS) for device in ("cpu", "cuda"))
+    errors = {kind: distance(cuda[kind], cpu[kind]) for kind in KINDS}
+    report_table(f"{STEPS} steps, CUDA against CPU, bf16: {errors}, band {BAND}")
+    assert max(errors.values()) <= BAND
+
+
+def test_the_band_holds_rounding_and_nothing_else(report_table) -> None:
+    groups.start(ParallelConfig(), seed=1)
+    try:
+        fp32, bf16, slower = own_curve("fp32", lr=LR), own_curve("bf16", lr=LR), own_curve("fp32", lr=LR / 2)
+    finally:
+        groups.stop()
+    assert fp32[-1] < 2 / 3 * fp32[0], "the band is tried where the loss falls"
+    rounding, wrong = distance(bf16, fp32), distance(slower, fp32)
+    report_table(f"{STEPS} steps here: bf16 against fp32 {rounding:.1e}, half the rate {wrong:.1e}, band {BAND}")
+    assert rounding <= BAND < wrong
+
+
+def own_curve(precision: str, *, lr: float) -> list[float]:
+    """Losses of text steps of the tiny model in this process."""
+    words = {"part": "whole", "layers": 0, "micro_batches": 2, "recompute": "none", "memory_bytes": None}
+    work = make_work("tiny", precision=precision, **words)
+    side = MegaVL(work, marks=Marks(), lr=lr, local=False, weights=random_tensors(work.recipe.model))
+    data = [side.prepare(batches, "text") for batches in made_up_batches(work, "text", steps=2)]
+    return [side.step(data[step % 2]) for step in range(STEPS)]
