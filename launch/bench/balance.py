@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,17 +61,21 @@ GOALS = {"gain": 1.15, "stages": 1.05}
 """Least gain of rebalancing, and most that the slowest stage may exceed the mean by afterwards."""
 
 
+Pair = tuple[float, float]
+"""Of rank 0 and rank 1."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One repetition of one variant; lower quartile of the step times, medians of what was recorded."""
+    """One repetition of one variant; lower quartile of the step times, medians of recorded steps."""
 
     text_s: float
     multimodal_s: float
-    stages_s: tuple[float, float]
-    """Computing of each stage in a multimodal step, within the schedule."""
+    stages_s: Pair
+    """Computing of each stage, one multimodal micro-batch within the schedule; lower quartile."""
     ahead_s: float
     """Encoders before and after the schedule on the slower rank."""
-    waiting_s: tuple[float, float]
+    waiting_s: Pair
     """Of each rank."""
 
     @property
@@ -143,36 +148,43 @@ def train(run: Path, settings: list[str], name: str, layers: tuple[int, ...], *,
         kind: statistics.quantiles([rows[i]["step_time_s"] for i in counted if rows[i]["modality"] == kind], n=4)[0]
         for kind in ("text", "multimodal")
     }
-    traces = [read_trace(run, step) for step in recorded if rows[step - 1]["modality"] == "multimodal"]
-    stages, ahead, waiting = zip(*traces)
+    steps_with_images = [step for step in recorded if rows[step - 1]["modality"] == "multimodal"]
+    passes, ahead, waiting = read_traces(run, steps_with_images)
     return Run(
         text_s=times["text"],
         multimodal_s=times["multimodal"],
-        stages_s=middle(stages),
+        stages_s=pair_of([statistics.quantiles(values, n=4)[0] for values in zip(*passes)]),
         ahead_s=max(middle(ahead)),
         waiting_s=middle(waiting),
     ), others
 
 
-def read_trace(run: Path, step: int) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
-    """Seconds of each rank: passes, encoders outside the schedule, waiting."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in json.loads((run / f"timeline/step_{step:06d}.json").read_text())["traceEvents"]:
-        if event["ph"] == "X":
-            inside = event["args"]["micro_batch"] is not None
-            what = "pass" if inside else event["cat"].split()[0]
-            sums[what][event["tid"]] += event["dur"] / 1e6
-    passes, ahead, waiting = ((sums[name][0], sums[name][1]) for name in ("pass", "encoders", "waiting"))
-    return passes, ahead, waiting
+def read_traces(run: Path, steps: list[int]) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """Seconds of each rank: passes of every micro-batch; encoders outside the schedule and waiting of every step."""
+    passes: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    outside: dict[tuple[int, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for step in steps:
+        for event in json.loads((run / f"timeline/step_{step:06d}.json").read_text())["traceEvents"]:
+            if event["ph"] == "X":
+                number = event["args"]["micro_batch"]
+                part = outside[step, event["cat"].split()[0]] if number is None else passes[step, number]
+                part[event["tid"]] += event["dur"] / 1e6
+    ahead, waiting = ([pair_of(outside[step, name]) for step in steps] for name in ("encoders", "waiting"))
+    return [pair_of(part) for part in passes.values()], ahead, waiting
 
 
-def middle(pairs: tuple[tuple[float, float], ...]) -> tuple[float, float]:
-    """Median of each rank."""
-    first, second = (statistics.median(values) for values in zip(*pairs))
+def pair_of(values: Sequence[float]) -> Pair:
+    """Rank 0's and rank 1's."""
+    first, second = values
     return first, second
 
 
-def pair(seconds: tuple[float, float]) -> str:
+def middle(pairs: list[Pair]) -> Pair:
+    """Median of each rank."""
+    return pair_of([statistics.median(values) for values in zip(*pairs)])
+
+
+def pair(seconds: Pair) -> str:
     """Of rank 0 and rank 1."""
     return f"{seconds[0]:.3f}, {seconds[1]:.3f}"
 
@@ -225,8 +237,8 @@ def report(
         f"Even split: stage 0 takes {overload:.2f} times as long as stage 1 (7B at TP 4 x PP 4: {OVERLOAD}). The other "
         "splits: `megavl plan --calibration`, for multimodal steps.",
         f"Step times: lower quartile of {arguments.steps} steps of both kinds after {WARM_UP}. Stages: computing of a "
-        f"multimodal step within the schedule, and waiting; medians over the multimodal ones of {RECORDED} recorded "
-        "steps.",
+        f"multimodal micro-batch within the schedule, lower quartile over {RECORDED} recorded steps; encoders outside "
+        "the schedule and waiting: medians of a step.",
         f"{arguments.repetitions} repetitions in turns; of each variant the least disturbed one counts. Other programs "
         f"then used at most {max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}.",
         "",

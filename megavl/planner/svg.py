@@ -105,10 +105,14 @@ def _legend(panels: Sequence[Panel]) -> Iterator[str]:
 
 
 def _panel(panel: Panel, *, y: float, scale: float) -> Iterator[str]:
-    shown = "" if panel.micro_batches == panel.whole else f", drawn with {panel.micro_batches} of {panel.whole}"
+    shown = (
+        ""
+        if panel.micro_batches == panel.whole
+        else f", drawn with {panel.micro_batches} of {panel.whole} micro-batches"
+    )
     yield (
         f'<text x="16" y="{y + 16:.0f}" class="b">{panel.kind} step: {panel.seconds:.4g} s, bubble '
-        f"{panel.bubble:.1%}{shown} micro-batches</text>"
+        f"{panel.bubble:.1%}{shown}</text>"
     )
     top = y + _HEAD
     for rank, name in enumerate(panel.ranks):
