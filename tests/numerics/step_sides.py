@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megavl.convert.table import weight_rows
 from megavl.data.batch import Batch
+from megavl.generate.weights import flat_name
 from megavl.model import decoder
 from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
@@ -93,9 +94,9 @@ class MegaVL:
     def __init__(
         self, work: Work, *, marks: Marks, lr: float, local: bool, weights: dict[str, torch.Tensor] | None
     ) -> None:
-        recipe, self.marks = work.recipe, marks
+        recipe, self.marks, self.local = work.recipe, marks, local
         precision = recipe.training.precision
-        with _part(work.part), _stock_modules() if local else contextlib.nullcontext():
+        with _part(work.part), _modules(local=local):
             self.model = build_rank_model(
                 recipe.model,
                 parallel=recipe.parallel,
@@ -107,9 +108,8 @@ class MegaVL:
             )
         (chunk,) = self.model.chunks
         if weights is not None:
-            # `_extra_state` entries and towers of other stages are not among the weights of this part.
-            mine = chunk.module.state_dict()
-            chunk.module.load_state_dict({name: weights[name] for name in mine if name in weights}, strict=False)
+            for name, parameter in chunk.module.named_parameters():
+                parameter.data.copy_(weights[flat_name(name)])
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=precision == "bf16")
         set_learning_rate(self.optimizer, lr=lr, weight_decay=0.0)
         _end_part(chunk.module, work)
@@ -132,7 +132,8 @@ class MegaVL:
 
     def prepare(self, batches: list[Batch], kind: str) -> StepData:
         """As the training loop gets it."""
-        return next_step(GivenSteps(batches), 0)
+        with _modules(local=self.local):
+            return next_step(GivenSteps(batches), 0)
 
     def step(self, data: StepData) -> float:
         """As the training loop takes it."""
@@ -157,11 +158,12 @@ def _part(part: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _stock_modules() -> Iterator[None]:
-    # Transformer Engine, where it is installed, would bring its own attention.
-    with mock.patch.multiple(decoder, PackedAttention=LocalAttention, HAVE_TE=False):
-        yield
+def _modules(*, local: bool) -> contextlib.AbstractContextManager[Any]:
+    """MegaVL's modules, or megatron-core's stock attention in them."""
+    if not local:
+        return contextlib.nullcontext()
+    # Transformer Engine, where it is installed, would bring its own.
+    return mock.patch.multiple(decoder, PackedAttention=LocalAttention, HAVE_TE=False)
 
 
 def _end_part(stage: torch.nn.Module, work: Work) -> None:
