@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 32_000
 SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
 DOCUMENTS = 600
+COPIES = 20
+"""Of the documents, where whole commands are timed."""
 IMAGES = 200
 BATCH = 256
 S, K, IMAGE_TOKENS = 4096, 5, 576
@@ -122,15 +124,18 @@ def packing(scratch: Path, *, repeats: int) -> dict[str, Any]:
 
 
 def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
-    """Wall and CPU time of the whole command with two workers against one.
+    """Wall and CPU time of the whole command with two workers against one, and of bare tokenizing processes.
 
-    Two workers cannot be twice as fast while other programs use the second core; CPU time tells what they cost.
+    Two workers cannot be twice as fast where the cores share caches, or while other programs use the second one; CPU
+    time tells what they cost, and the bare processes, which share nothing, what this machine gives to anyone.
     """
-    _documents(scratch, copies=20)
+    _documents(scratch, copies=COPIES)
     wall: dict[int, list[float]] = {1: [], 2: []}
     cpu: dict[int, list[float]] = {1: [], 2: []}
+    bare: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(repeats):
         for count in (1, 2):
+            bare[count].append(_bare_processes(scratch, count=count))
             start, before = time.perf_counter(), os.times()
             _command(scratch, "text.jsonl", workers=count)
             after = os.times()
@@ -142,11 +147,30 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
         "seconds_1": min(wall[1]),
         "seconds_2": min(wall[2]),
         "ratio": min(wall[1]) / min(wall[2]),
+        "bare_ratio": min(bare[1]) / min(bare[2]),
         "cpu_1": min(cpu[1]),
         "cpu_2": min(cpu[2]),
         "all": [wall[1], wall[2]],
         "all_cpu": [cpu[1], cpu[2]],
+        "all_bare": [bare[1], bare[2]],
     }
+
+
+def _bare_processes(scratch: Path, *, count: int) -> float:
+    """Seconds in which `count` processes together tokenize what `workers` preprocesses, start-up included."""
+    code = (
+        "import json, sys; from megavl.data.tokenizer import open_tokenizer\n"
+        f"scratch, part = {str(scratch)!r}, {DOCUMENTS * COPIES // count}\n"
+        "tokenizer = open_tokenizer(scratch + '/tokenizer')\n"
+        "texts = [json.loads(line)['text'] for line in open(scratch + '/text.jsonl', encoding='utf-8')][:part]\n"
+        f"for start in range(0, part, {BATCH}):\n"
+        f"    tokenizer.encode_batch(texts[start : start + {BATCH}])"
+    )
+    started = time.perf_counter()
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(count)]
+    codes = [process.wait() for process in running]
+    assert not any(codes), f"tokenizing ended with {codes}"
+    return time.perf_counter() - started
 
 
 def memory(scratch: Path, *, repeats: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Trains a tiny model whose encoders make stage 0 of an even split about 1.64 times as slow as the other stage (the 7B's
 at TP 4 x PP 4) on two single-threaded processes, PP 2: split evenly, as `megavl plan` balances it from a calibration,
 and under `parallel.vision: split_all` with its own balanced split. Everything runs several times in turns; what else
-runs on the machine is watched, and of the repetitions of one thing the least disturbed counts. Stage times are those of
+runs on the machine is watched, and of the repetitions of one thing the fastest counts. Stage times are those of
 recorded steps (`run.timeline_steps`). Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
     python launch/bench/balance.py [--repetitions 3] [--steps 12] [--work runs/balance]
@@ -33,6 +33,7 @@ from plan_cpu import (
     SEQ_LENGTH,
     WARM_UP,
     Measured,
+    block_seconds,
     build_data,
     calibrate,
     environment,
@@ -100,7 +101,7 @@ def main() -> int:
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     settings = [*build_data(arguments.work, images=IMAGES), *MODEL]
-    calibrations = {(1, processes): Measured() for processes in (1, 2)}
+    calibrations = {(1, processes): Measured(block_seconds) for processes in (1, 2)}
     for turn in range(min(arguments.repetitions, CALIBRATIONS)):
         for (tensor, processes), found in calibrations.items():
             path = arguments.work / f"calibration-{processes}-{turn}.json"
@@ -201,7 +202,7 @@ def report(
     arguments: argparse.Namespace,
 ) -> str:
     """Markdown with the command, versions, goals, and how quiet the machine was."""
-    best = {name: min(found, key=lambda pair: pair[1]) for name, found in runs.items()}
+    best = {name: min(found, key=lambda pair: pair[0].multimodal_s) for name, found in runs.items()}
     even, rebalanced, split = (best[name][0] for name in VARIANTS)
     gains = {name: even.multimodal_s / run.multimodal_s for name, (run, _) in best.items()}
     used = [share for _, share in best.values()] + [found.best()[1] for found in calibrations.values()]
@@ -239,7 +240,7 @@ def report(
         f"Step times: lower quartile of {arguments.steps} steps of both kinds after {WARM_UP}. Stages: computing of a "
         f"multimodal micro-batch within the schedule, lower quartile over {RECORDED} recorded steps; encoders outside "
         "the schedule and waiting: medians of a step.",
-        f"{arguments.repetitions} repetitions in turns; of each variant the least disturbed one counts. Other programs "
+        f"{arguments.repetitions} repetitions in turns; of each variant the fastest counts. Other programs "
         f"then used at most {max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}.",
         "",
         "| split | layers | multimodal s/step | against even | text s/step | multimodal / text tokens/s "

@@ -97,7 +97,8 @@ def report(found: dict[str, Any], *, repeats: int) -> str:
         f"- Workers: {workers['seconds_1']:.1f} s with one, {workers['seconds_2']:.1f} s with two, start-up included; "
         f"all times {', '.join(f'{one:.1f}/{two:.1f}' for one, two in zip(*workers['all']))}. CPU time, which other "
         f"programs change less: {workers['cpu_1']:.1f} s and {workers['cpu_2']:.1f} s, so two free cores would give "
-        f"{2 * workers['cpu_1'] / workers['cpu_2']:.2f} at most.",
+        f"{2 * workers['cpu_1'] / workers['cpu_2']:.2f} at most. Two bare tokenizing processes, which share "
+        f"nothing, are {workers['bare_ratio']:.2f} times as fast as one on this machine.",
         f"- Memory: {memory['mib_1']:.0f} MiB, then {memory['mib_10']:.0f} MiB on "
         f"{memory['input_bytes'] / 1e6:.0f} MB.",
         "",
