@@ -6,7 +6,7 @@ and under `parallel.vision: split_all` with its own balanced split. Everything r
 runs on the machine is watched, and of the repetitions of one thing the fastest counts. Stage times are those of
 recorded steps (`run.timeline_steps`). Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
-    python launch/bench/balance.py [--repetitions 3] [--steps 12] [--work runs/balance]
+    python launch/bench/balance.py [--repetitions 3] [--steps 8] [--work runs/balance]
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from plan_cpu import (
     watched,
 )
 
-IMAGES, BATCH = 4, 10
+IMAGES, BATCH = 4, 24
 """Images of a multimodal sequence; sequences, and micro-batches, of a step."""
 RECORDED = 4
 """Steps at the end of a run that are recorded and do not count for the step time."""
@@ -52,7 +52,7 @@ OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
 ENCODERS = (
     *("model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
-    *("model.sam.depth=16", "model.sam.global_attn_indexes=[3,7,11,15]"),
+    *("model.sam.depth=17", "model.sam.global_attn_indexes=[3,7,11,15]"),
 )
 MODEL = ("model.llm.num_layers=12", *ENCODERS)
 SIZES = ("parallel.tensor=1", "parallel.pipeline=2", f"training.global_batch_size={BATCH}")
@@ -94,7 +94,7 @@ def main() -> int:
     """Calibrate, balance, measure in turns, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="of a run, that count")
+    parser.add_argument("--steps", type=int, default=8, help="of a run, that count")
     parser.add_argument("--work", type=Path, default=Path("runs/balance"), help="made anew")
     arguments = parser.parse_args()
     os.chdir(ROOT)
