@@ -131,10 +131,15 @@ def check_order(rows: dict[int, list[dict[str, Any]]], *, virtual: int) -> None:
 
 
 def check_times(boxes: list[dict[str, Any]], *, step_s: float) -> None:
-    """One thing at a time, and at least four fifths of the step explained."""
+    """One thing at a time, most of this rank's time explained, and the step in its own unit.
+
+    Bounds are wide: the step is timed on rank 0, and a busy machine stops processes anywhere.
+    """
     assert boxes[0]["ts"] >= 0
     assert all(end(a) <= b["ts"] + TINY * 1e6 for a, b in itertools.pairwise(boxes))
-    assert 0.8 * step_s <= sum(box["dur"] for box in boxes) / 1e6 <= step_s + TINY
+    whole = (end(boxes[-1]) - boxes[0]["ts"]) / 1e6
+    assert 0.5 * whole <= sum(box["dur"] for box in boxes) / 1e6
+    assert 0.5 * step_s <= whole <= 2 * step_s
 
 
 def end(box: dict[str, Any]) -> float:
