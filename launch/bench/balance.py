@@ -27,7 +27,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from plan_cpu import (
-    QUIET,
     RECIPE,
     ROOT,
     SEQ_LENGTH,
@@ -37,6 +36,7 @@ from plan_cpu import (
     build_data,
     calibrate,
     environment,
+    how_quiet,
     launcher,
     merged,
     watched,
@@ -208,7 +208,6 @@ def report(
     used = [share for _, share in best.values()] + [found.best()[1] for found in calibrations.values()]
     every = [share for found in runs.values() for _, share in found]
     every += [share for found in calibrations.values() for share in found.others]
-    calm = "undisturbed" if max(used) < QUIET else "DISTURBED"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     rows = [
         f"| {name} | {'+'.join(map(str, layers[name]))} | {run.multimodal_s:.3f} | {gains[name]:.3f} "
@@ -240,8 +239,7 @@ def report(
         f"Step times: lower quartile of {arguments.steps} steps of both kinds after {WARM_UP}. Stages: computing of a "
         f"multimodal micro-batch within the schedule, lower quartile over {RECORDED} recorded steps; encoders outside "
         "the schedule and waiting: medians of a step.",
-        f"{arguments.repetitions} repetitions in turns; of each variant the fastest counts. Other programs "
-        f"then used at most {max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}.",
+        how_quiet(used, every, repetitions=arguments.repetitions),
         "",
         "| split | layers | multimodal s/step | against even | text s/step | multimodal / text tokens/s "
         "| stages s | slowest / mean | encoders outside s | waiting s | used by others |",

@@ -27,7 +27,6 @@ from typing import Any
 
 from balance import ENCODERS, hardware
 from plan_cpu import (
-    QUIET,
     RECIPE,
     ROOT,
     SEQ_LENGTH,
@@ -36,6 +35,7 @@ from plan_cpu import (
     build_data,
     calibrate,
     environment,
+    how_quiet,
     launcher,
     merged,
     watched,
@@ -185,7 +185,6 @@ def report(
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     used = [found.best()[1] for found in (*runs.values(), *calibrations.values())]
     every = [share for found in (*runs.values(), *calibrations.values()) for share in found.others]
-    calm = "undisturbed" if max(used) < QUIET else "DISTURBED"
     cores = os.cpu_count() or 1
     shared = [
         f"{replicas} processes share {cores} cores: a replica that waits leaves its core to the slower ones, so mixing "
@@ -205,8 +204,7 @@ def report(
         "share of both, shuffled over replicas and micro-batches. Both train on the same sequences.",
         f"Mean of {arguments.steps} steps after {WARM_UP}. Simulated: `megavl plan --mixing --calibration`, where each "
         "sequence draws its kind alone. Gain: how much more a second does when steps are grouped.",
-        f"{arguments.repetitions} repetitions in turns; of each thing the fastest counts. Other programs "
-        f"then used at most {max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}.",
+        how_quiet(used, every, repetitions=arguments.repetitions),
         *shared,
         "",
         "| replicas | grouped s/step | mixed s/step | gain | simulated grouped s | simulated mixed s | planner's gain "

@@ -224,6 +224,15 @@ def tool(script: str, *arguments: Any) -> None:
     subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def how_quiet(used: list[float], every: list[float], *, repetitions: int) -> str:
+    """The sentence of a report on what else ran: shares of the machine, of those repetitions that count and of all."""
+    calm = "undisturbed" if max(used) < QUIET else "DISTURBED"
+    return (
+        f"{repetitions} repetitions in turns; of each thing the fastest counts. Other programs then used at most "
+        f"{max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}."
+    )
+
+
 def report(
     rows: list[str],
     errors: list[float],
@@ -236,7 +245,6 @@ def report(
     sizes = [abs(error) for error in errors]
     used = [found.best()[1] for found in (*calibrations.values(), *layouts.values())]
     every = [share for found in (*calibrations.values(), *layouts.values()) for share in found.others]
-    calm = "undisturbed" if max(used) < QUIET else "DISTURBED"
     lines = [
         "# Planner against measurement on the CPU",
         "",
@@ -247,8 +255,7 @@ def report(
         "in every multimodal sequence.",
         f"Predicted: `megavl plan --calibration`, from blocks measured with {CALIBRATIONS} (tensor, processes). "
         f"Measured: lower quartile of the steps after {WARM_UP}.",
-        f"{arguments.repetitions} repetitions in turns; of each thing the fastest counts. Other programs "
-        f"then used at most {max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}.",
+        how_quiet(used, every, repetitions=arguments.repetitions),
         "",
         "| layout | step | predicted s | measured s | error | used by others |",
         "|---|---|---|---|---|---|",
