@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from balance import ENCODERS, hardware
+from balance import hardware
 from plan_cpu import (
     RECIPE,
     ROOT,
@@ -53,7 +53,10 @@ WARM_UP = 5
 GOAL = 0.05
 """Most by which the simulated gain may differ from the measured one."""
 PAPER_IMAGES = (3, 5)
-MODEL = ("model.llm.num_layers=4", *ENCODERS)
+MODEL = (
+    *("model.llm.num_layers=4", "model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
+    *("model.sam.depth=17", "model.sam.global_attn_indexes=[3,7,11,15]"),
+)
 
 
 def main() -> int:

@@ -52,6 +52,14 @@ CALIBRATIONS = ((1, 1), (1, 2), (2, 2), (2, 4))
 KINDS = ("text", "multimodal")
 WARM_UP = 4
 """Steps of a run that do not count."""
+SLOWED = 1.12
+"""From which a core counts as slowed down: its time for the loop against the best of all."""
+UNDISTURBED = (
+    "the ranks change cores after every turn. The neighbours of a virtual machine slow single cores by half for "
+    "seconds at a time, so a short loop runs on all cores before and after every step, which counts as undisturbed "
+    f"where none of them took over {SLOWED} times the least."
+)
+"""What reports say of `paired_steps`."""
 QUIET = 0.1
 """Share of the machine that others may use for a repetition to count as undisturbed."""
 
@@ -117,17 +125,17 @@ def main() -> int:
     return 0
 
 
-def build_data(work: Path, *, images: int = IMAGES) -> list[str]:
+def build_data(work: Path, *, images: int = IMAGES, seq_length: int = SEQ_LENGTH) -> list[str]:
     """A corpus whose multimodal sequences all hold so many images; the overrides that every run shares."""
     tool("build_corpus.py", "demo", "--output", work / "corpus", "--samples", 600)
     tool(
         *("preprocess.py", "--input", work / "corpus/text.jsonl", work / "corpus/captions.jsonl"),
         *("--output", work / "shards", "--tokenizer", work / "corpus/tokenizer", "--image-preset", "tiny-hybrid"),
-        *("--seq-length", SEQ_LENGTH, "--max-images-per-sequence", images, "--workers", 1),
+        *("--seq-length", seq_length, "--max-images-per-sequence", images, "--workers", 1),
     )
     return [
         f"data.sources=[{{path: {work}/shards}}]",
-        *(f"data.tokenizer={work}/corpus/tokenizer", f"data.seq_length={SEQ_LENGTH}", "run.tensorboard=false"),
+        *(f"data.tokenizer={work}/corpus/tokenizer", f"data.seq_length={seq_length}", "run.tensorboard=false"),
         *("checkpoint.init=null", "checkpoint.allow_random_init=true", "checkpoint.interval=100000"),
         *(f"training.global_batch_size={BATCH}", "training.micro_batch_size=1", "optimizer.warmup_steps=1"),
         *("data.multimodal_fraction=0.5", "data.modality_warmup_steps=0"),
@@ -182,13 +190,38 @@ def merged(calibrations: dict[tuple[int, int], Measured]) -> dict[str, Any]:
     return {**best[0], "entries": [entry for raw in best for entry in raw["entries"]]}
 
 
-def launcher(processes: int) -> list[str]:
+def launcher(processes: int, module: str = "megavl") -> list[str]:
     """Start of a command on a number of ranks."""
     port = random.SystemRandom().randint(12000, 31999)
     return [
         *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
-        *("--master-port", str(port), "-m", "megavl"),
+        *("--master-port", str(port), "-m", module),
     ]
+
+
+def paired_steps(
+    out: Path,
+    settings: list[str],
+    variants: dict[str, tuple[str, ...]],
+    *,
+    processes: int,
+    turns: int,
+    steps: int,
+) -> tuple[list[dict[str, Any]], float]:
+    """Undisturbed steps of variants of the recipe by turns in the same processes, and the share that others used."""
+    words = [word for name, own in variants.items() for word in ("--variant", name, *own)]
+    command = [*launcher(processes, "tests.numerics.paired_steps"), RECIPE, *settings, "training.steps=100000", *words]
+    others = watched([*command, "--turns", str(turns), "--steps", str(steps), "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    best = min(row["probe_s"] for row in rows)
+    calm = [row for row in rows if row["probe_s"] <= SLOWED * best]
+    print(f"{len(calm)} of {len(rows)} steps undisturbed; others {others:.0%}", flush=True)
+    return calm, others
+
+
+def hardware() -> str:
+    """For names of reports."""
+    return f"{platform.machine()}-{os.cpu_count()}cores"
 
 
 def watched(command: list[str]) -> float:
@@ -215,7 +248,8 @@ def own_seconds() -> float:
 
 def environment() -> dict[str, str]:
     """One thread a rank, no GPU."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    fixed = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **fixed}
 
 
 def tool(script: str, *arguments: Any) -> None:
@@ -224,13 +258,10 @@ def tool(script: str, *arguments: Any) -> None:
     subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def how_quiet(used: list[float], every: list[float], *, repetitions: int) -> str:
-    """The sentence of a report on what else ran: shares of the machine, of those repetitions that count and of all."""
+def how_quiet(used: list[float]) -> str:
+    """The sentence of a report on what else ran: shares of the machine while those things were measured that count."""
     calm = "undisturbed" if max(used) < QUIET else "DISTURBED"
-    return (
-        f"{repetitions} repetitions in turns; of each thing the fastest counts. Other programs then used at most "
-        f"{max(used):.0%} of the machine, {max(every):.0%} in the worst repetition: {calm}."
-    )
+    return f"Other programs used at most {max(used):.0%} of the machine meanwhile: {calm}."
 
 
 def report(
@@ -244,7 +275,6 @@ def report(
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     sizes = [abs(error) for error in errors]
     used = [found.best()[1] for found in (*calibrations.values(), *layouts.values())]
-    every = [share for found in (*calibrations.values(), *layouts.values()) for share in found.others]
     lines = [
         "# Planner against measurement on the CPU",
         "",
@@ -255,7 +285,7 @@ def report(
         "in every multimodal sequence.",
         f"Predicted: `megavl plan --calibration`, from blocks measured with {CALIBRATIONS} (tensor, processes). "
         f"Measured: lower quartile of the steps after {WARM_UP}.",
-        how_quiet(used, every, repetitions=arguments.repetitions),
+        f"{arguments.repetitions} repetitions in turns; of each thing the fastest counts. {how_quiet(used)}",
         "",
         "| layout | step | predicted s | measured s | error | used by others |",
         "|---|---|---|---|---|---|",

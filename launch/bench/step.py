@@ -431,9 +431,8 @@ def report(found: dict[str, Any]) -> str:
             "",
             f"{device} is planned with up to {some['usable_bytes'] / 1e9:.1f} GB; the whole 7B with fp32 master "
             "weights and moments exceeds that, and megatron-core's precision-aware optimizer needs Transformer Engine. "
-            "So it is measured with as many layers as the planner's formulas allow, and one more fp32 copy of what "
-            "trains while torch's AdamW updates: with vision side, embedding and head (`whole`), as a first pipeline "
-            "stage (`first`, no head) and as a last one (`last`, no vision side).",
+            "So it is measured with as many layers as the planner's formulas allow: with vision side, embedding and "
+            "head (`whole`), as a first pipeline stage (`first`, no head) and as a last one (`last`, no vision side).",
             "",
             *fitting(plans),
             "",

@@ -20,11 +20,26 @@ from megavl.model.cache import Step
 
 @dataclass
 class Segments(PackedSeqParams):
-    """Segment borders of one micro-batch, on the host for RoPE (megatron-core reads them there in every layer) and on
-    the device for the attention kernel."""
+    """Segment borders of one micro-batch, on the host and on the device, and the rotary angles in between."""
 
     borders: tuple[int, ...] = ()
     device_cu_seqlens: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    """int64 (T,), of each token in its segment."""
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    """(T, 1, D / 2) of the rotary angles; the two halves of the channels turn by the same ones."""
+
+    def set_angles(self, angles: torch.Tensor, *, dtype: torch.dtype) -> None:
+        """Look up each token's rotary angles.
+
+        Args:
+            angles: fp32 (L, 1, 1, D) of the first L positions, as megatron-core makes them.
+            dtype: of query and key.
+        """
+        assert self.positions is not None, "segments() sets them"
+        half = angles[:, 0, :, : angles.shape[-1] // 2]
+        self.cos, self.sin = (table.to(dtype)[self.positions] for table in (half.cos(), half.sin()))
 
 
 def segments(cu_seqlens: torch.Tensor, *, device: torch.device, on_device: bool) -> Segments:
@@ -40,6 +55,7 @@ def segments(cu_seqlens: torch.Tensor, *, device: torch.device, on_device: bool)
     longest = max(end - start for start, end in zip(borders, borders[1:]))
     moved = cu_seqlens.to(device, non_blocking=True)
     cu = moved if on_device else cu_seqlens
+    positions = torch.cat([torch.arange(end - start) for start, end in zip(borders, borders[1:])])
     return Segments(
         qkv_format="thd",
         cu_seqlens_q=cu,
@@ -48,11 +64,38 @@ def segments(cu_seqlens: torch.Tensor, *, device: torch.device, on_device: bool)
         max_seqlen_kv=longest,
         borders=borders,
         device_cu_seqlens=moved,
+        positions=positions.to(device, non_blocking=True),
     )
 
 
+class _Rotated(torch.autograd.Function):
+    """Rotary embedding of x (T, A, D) by cos and sin (T, 1, D / 2), in four kernels and without saving x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradients[0], cos, -sin), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    out_low, out_high = out.chunk(2, dim=-1)
+    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+    return out
+
+
 class PackedAttention(nn.Module):
-    """Causal attention inside each segment; plugs into megatron-core's self-attention."""
+    """Rotary embedding and causal attention inside each segment; plugs into megatron-core's self-attention."""
+
+    applies_rotary = True
+    """megatron-core's modules get query and key rotated already."""
 
     def __init__(
         self,
@@ -82,7 +125,7 @@ class PackedAttention(nn.Module):
         """Attend.
 
         Args:
-            query, key, value: (T, A, D), rotary embedding applied to segments, not applied to a step.
+            query, key, value: (T, A, D), without rotary embedding.
             packed_seq_params: segment borders, or the new tokens of cached sequences.
 
         Returns:
@@ -91,6 +134,8 @@ class PackedAttention(nn.Module):
         if isinstance(packed_seq_params, Step):
             return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.scale)
         assert packed_seq_params is not None, "rows are always packed"
+        cos, sin = packed_seq_params.cos, packed_seq_params.sin
+        query, key = (_Rotated.apply(x, cos, sin) for x in (query, key))
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, packed_seq_params)
         pieces = []

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from megavl.config.model import DecoderConfig
 from megavl.config.recipe import ParallelConfig, RecomputeConfig
 from megavl.model.attention import PackedAttention
+from megavl.model.loss import vocab_parallel_loss
 from megavl.model.norm import RMSNorm
 from megavl.model.projection import ColumnProjection, RowProjection
 
@@ -68,10 +69,11 @@ def transformer_config(
         # Weights drawn on the host do not depend on the tensor-parallel size.
         use_cpu_initialization=True,
         perform_initialization=True,
-        # Fused paths are torch.compile'd and want a C++ compiler where CUDA is absent.
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        # torch.compile'd, which wants a C++ compiler where CUDA is absent.
+        bias_activation_fusion=torch.cuda.is_available(),
         bias_dropout_fusion=False,
+        apply_rope_fusion=use_transformer_engine(),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
@@ -94,11 +96,23 @@ def transformer_config(
 
 
 class Decoder(GPTModel):
-    """megatron-core's GPTModel whose head computes logits only where the loss counts.
+    """megatron-core's GPTModel whose head computes logits only where the loss counts, and keeps no copies of them.
 
     Image tokens, questions and padding carry no loss: with five images in 4096 tokens that is 70% of the positions.
     `loss_mask`, which megatron-core reads for multi-token prediction alone, takes the positions of the labels here.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rotary_in_attention = any(getattr(module, "applies_rotary", False) for module in self.modules())
+
+    def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Rotary angles go to `PackedAttention` with the segments, looked up once for all layers."""
+        decoder_input, angles, *rest = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
+        if self._rotary_in_attention:
+            packed_seq_params.set_angles(angles, dtype=self.config.params_dtype)
+            angles = None
+        return (decoder_input, angles, *rest)
 
     def _postprocess(
         self,
@@ -116,6 +130,10 @@ class Decoder(GPTModel):
             hidden_states = hidden_states.index_select(0, loss_mask)
         out: torch.Tensor = super()._postprocess(hidden_states, *args, labels=labels, loss_mask=None, **kwargs)
         return out
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Loss (1, R) of labels (1, R) under logits (R, 1, V)."""
+        return vocab_parallel_loss(logits[:, 0], labels[0], group=self.pg_collection.tp)[None]
 
 
 def build_decoder(

@@ -1,11 +1,71 @@
 """The training loss: next-token negative log-likelihood over the positions that count.
 
-Legend: R positions of a micro-batch whose label counts.
+Legend: R positions of a micro-batch whose label counts, V vocabulary of this tensor-parallel rank.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
+
+CHUNK = 8 << 20
+"""Logits that are computed with in fp32 at once: 32 MiB, which stay in the cache of a GPU."""
+
+
+def vocab_parallel_loss(logits: torch.Tensor, labels: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
+    """Loss of each position, fp32 (R,), nats.
+
+    Like megatron-core's `vocab_parallel_cross_entropy`, of which it is the same sum, but no fp32 copy of all logits is
+    ever made: for 4096 positions of the 102,400-way head that is 1.6 GiB kept for the backward pass and as much again
+    on the way. Rows go through fp32 a few at a time, and the gradient takes the place of the logits.
+
+    Args:
+        logits: (R, V) in the dtype of the weights, V split over the ranks of `group` in their order; overwritten where
+            a gradient is wanted.
+        labels: int64 (R,).
+        group: the tensor-parallel ranks.
+    """
+    out: torch.Tensor = _VocabParallelLoss.apply(logits, labels, group)
+    return out
+
+
+class _VocabParallelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        chunks = logits.split(max(1, CHUNK // logits.shape[1]))
+        largest = logits.amax(dim=1).float()
+        if group.size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        shifts = largest[:, None].split(len(chunks[0]))
+        rows = torch.arange(len(labels), device=labels.device)
+        columns = labels - group.rank() * logits.shape[1]
+        here = (columns >= 0) & (columns < logits.shape[1])
+        columns = columns.where(here, 0)
+        # Relative to the largest logit of the row, so that the loss of a nearly certain label keeps its digits.
+        chosen = (logits[rows, columns].float() - largest).where(here, 0.0)
+        total = torch.cat([(chunk - shift).exp_().sum(dim=1) for chunk, shift in zip(chunks, shifts)])
+        if group.size() > 1:
+            both = torch.stack([total, chosen])
+            dist.all_reduce(both, group=group)
+            total, chosen = both.unbind()
+        loss = total.log() - chosen
+        if ctx.needs_input_grad[0]:
+            shifts = (largest + total.log())[:, None].split(len(chunks[0]))
+            for chunk, shift in zip(chunks, shifts):
+                chunk.copy_((chunk - shift).exp_())
+            # Of a label p - 1, without rounding p to the dtype of the logits.
+            own = torch.expm1(-loss).to(logits.dtype)
+            logits[rows, columns] = own.where(here, logits[rows, columns])
+            ctx.gradient = logits
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *scales: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient: torch.Tensor = ctx.gradient
+        ctx.gradient = None
+        return gradient.mul_(scales[0][:, None]), None, None
 
 
 def counted_loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -5,12 +5,12 @@ Legend: `scenario.py`'s, and a attention heads, s = t under sequence parallelism
 - weights: e per parameter, frozen ones included; gradients: 4 per trained parameter (fp32 accumulation).
 - optimizer: two fp32 moments, 8 per trained parameter, and a fp32 master copy, 4 more, in bf16; divided over
   data-parallel ranks by the distributed optimizer.
-- a decoder layer keeps, per token, (4 + 2e) x H/s in each of two norms (fp32 input, normalised, output), 6e x H/t in
-  attention (fused qkv, rotated q and k, output) with 4 x a/t of log-sums, and 5e x F/t in the MLP (gate and up, up
-  again, activated gate, product). The final norm keeps as much as another one.
-- selective recompute drops the log-sums (core_attn) or the 5e x F/t (mlp); full recompute keeps one input, e x H/s, per
+- a decoder layer keeps, per token, 2e x H/s in each of two norms (input, output), 6e x H/t in attention (fused qkv,
+  rotated q and k, output) with 4 x a/t of log-sums, and 3e x F/t in the MLP (gate and up, their product), as fused
+  kernels do. The final norm keeps as much as another one.
+- selective recompute drops the log-sums (core_attn) or the 3e x F/t (mlp); full recompute keeps one input, e x H/s, per
   recompute.num_layers layers. Either way one recomputed piece is alive at a time.
-- the last stage holds (e + 4) x V/t per token of one micro-batch: logits and their fp32 softmax.
+- the last stage holds e x V/t per token of one micro-batch: logits, or their gradient.
 - the first stage keeps what the trained part of the vision side needs, of every image that the rank encodes, and for a
   moment the largest block that is frozen or recomputed.
 - under `split_all` every rank holds the towers (the first stage's are the model's, the others copies without optimizer
@@ -146,7 +146,7 @@ def outstanding(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -
 def layer_bytes(scenario: Scenario) -> int:
     """Bytes that one decoder layer keeps of one micro-batch, nothing recomputed."""
     llm, tokens, element = scenario.recipe.model.llm, scenario.tokens, scenario.element
-    norms = 2 * (4 + 2 * element) * tokens * llm.hidden_size // scenario.sequence_ranks
+    norms = 2 * 2 * element * tokens * llm.hidden_size // scenario.sequence_ranks
     attention = 6 * element * tokens * llm.hidden_size // scenario.tensor
     return norms + attention + _log_sums(scenario) + _inner(scenario)
 
@@ -170,7 +170,7 @@ def _log_sums(scenario: Scenario) -> int:
 
 
 def _inner(scenario: Scenario) -> int:
-    return 5 * scenario.element * scenario.tokens * scenario.recipe.model.llm.ffn_hidden_size // scenario.tensor
+    return 3 * scenario.element * scenario.tokens * scenario.recipe.model.llm.ffn_hidden_size // scenario.tensor
 
 
 def _input_bytes(scenario: Scenario) -> int:
@@ -258,5 +258,5 @@ def _kept_elements(block: Block, *, trainable: frozenset[str], recomputed: bool)
 def _head_activations(scenario: Scenario) -> int:
     """Bytes of the final norm and of one micro-batch's logits."""
     llm, tokens, element = scenario.recipe.model.llm, scenario.tokens, scenario.element
-    norm = (4 + 2 * element) * tokens * llm.hidden_size // scenario.sequence_ranks
-    return norm + (element + 4) * tokens * llm.vocab_size // scenario.tensor
+    norm = 2 * element * tokens * llm.hidden_size // scenario.sequence_ranks
+    return norm + element * tokens * llm.vocab_size // scenario.tensor

@@ -20,9 +20,9 @@ from megavl.planner.scenario import Kind, Scenario
 from megavl.planner.work import ADAPTOR, Work, embedding_work, head_work, layer_work, vision_work
 
 _ATTENTION_BACKWARD = 2.5 / 2
-_OPTIMIZER_BYTES = 60.0
-"""Bytes moved per trained parameter of a rank's shard by torch's AdamW, kernel by kernel (assumed: twice the 30 of a
-fused one: gradient, master weight, two moments, weight)."""
+_OPTIMIZER_BYTES = 34.0
+"""Bytes moved per trained parameter of a rank's shard by the gradient norm and torch's fused AdamW: the gradient read
+twice, master weight and two moments read and written, the weight written."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What every block asks of one rank's device for one micro-batch: products, attention, bytes moved, bytes kept.
 
 FLOPs come from `blocks.py` and `cost.py`, the one formula. Bytes moved are an estimate of what elementwise kernels read
-and write beside the products: each kept activation is written once and read once by the next kernel (2 x), and read
-with two gradients of its size in the backward pass (4 x); a trained weight's gradient is written, read, and added to
+and write beside the products: of a decoder layer three times what it keeps forward and six times backward, as residual
+sums and gradients that are not kept move too (assumed, so that the MFU of text models comes near published runs); of a
+tower, which keeps more of what moves, two and four times. A trained weight's gradient is written, read, and added to
 the fp32 buffer (12 bytes a weight in bf16: no fused accumulation without Transformer Engine). The loss passes over the
-logits in fp32 about ten times forward and five backward (megatron-core's vocabulary-parallel cross-entropy).
+logits three times forward (two reads and the gradient in their place) and twice backward; its fp32 stays in the cache.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from megavl.planner.cost import active_parts, layer_recompute_flops
 from megavl.planner.memory import layer_bytes, recomputed_bytes, rerun_towers
 from megavl.planner.scenario import Kind, Scenario
 
-_LOGIT_BYTES = (40.0, 20.0)
-"""Bytes moved per logit by the loss, forward and backward."""
+_LAYER_PASSES = (3, 6)
+"""Times that a decoder layer moves the bytes it keeps, forward and backward."""
+_LOGIT_PASSES = (3, 2)
+"""Times that the loss reads or writes a logit, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,12 @@ def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
     norms = 2 * recipe.model.llm.hidden_size
     parameters = (whole - norms) / tensor + norms
     kept, forward = layer_bytes(scenario), _forward([attention, mlp]) * (1 / tensor)
-    forward += Work(moved=2 * kept)
+    forward += Work(moved=_LAYER_PASSES[0] * kept)
     backward = Work()
     if attention.needs_backward(trainable):
         backward = _backward([attention, mlp], trainable) * (1 / tensor)
         trained = parameters if "llm" in trainable else 0.0
-        backward += Work(moved=4 * kept + trained * _gradient_bytes(scenario.element))
+        backward += Work(moved=_LAYER_PASSES[1] * kept + trained * _gradient_bytes(scenario.element))
         backward += _recomputed(scenario, forward)
     return BlockWork(
         name="decoder layer",
@@ -155,15 +158,15 @@ def head_work(scenario: Scenario, kind: Kind) -> BlockWork:
     backward = Work()
     if block.needs_backward(trainable):
         trained = parameters if "llm" in trainable else 0.0
-        moved = _LOGIT_BYTES[1] * logits + trained * _gradient_bytes(scenario.element)
+        moved = _LOGIT_PASSES[1] * scenario.element * logits + trained * _gradient_bytes(scenario.element)
         backward = _backward([block], trainable) * (1 / tensor) + Work(moved=moved)
     return BlockWork(
         name="head + loss",
         parameters=parameters,
         trained=parameters if "llm" in recipe.trainable_parts else 0.0,
-        forward=_forward([block]) * (1 / tensor) + Work(moved=_LOGIT_BYTES[0] * logits),
+        forward=_forward([block]) * (1 / tensor) + Work(moved=_LOGIT_PASSES[0] * scenario.element * logits),
         backward=backward,
-        kept=(scenario.element + 4) * logits,
+        kept=scenario.element * logits,
     )
 
 

@@ -71,6 +71,10 @@ def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf1
         assert type(part) in _ADOPTED, f"found {type(part).__name__}, which is none of {[*_ADOPTED]}"
         # Adds methods and no constructor state, so adopting the built object is enough.
         part.__class__ = _ADOPTED[type(part)]
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            # One kernel that reads and writes everything once, on the CPU too; megatron-core leaves torch's default.
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
     return chained
 
 
@@ -100,6 +104,9 @@ def without_vision(chained: ChainedOptimizer, *, active: bool) -> Iterator[None]
 class _Resumable(MegatronOptimizer):
     """What both kinds of optimizer do alike; goes in front of megatron-core's class."""
 
+    _norm: float | None = None
+    """Of the gradients that were prepared, until it is asked for."""
+
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Copy gradients to the master weights; True skips the step on all ranks.
@@ -107,7 +114,25 @@ class _Resumable(MegatronOptimizer):
         megatron-core would otherwise write NaN into every weight: a NaN norm passes its clipping unseen.
         """
         found_inf: bool = super().prepare_grads()
-        return found_inf or not math.isfinite(float(self.get_grad_norm()))
+        self._norm = None
+        norm = self.get_grad_norm()
+        self._norm = norm
+        return found_inf or not math.isfinite(norm)
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float:
+        """Norm over all ranks, brought to the host once a step.
+
+        Without Transformer Engine or Apex megatron-core's waits for the device once for every weight.
+        """
+        norm, self._norm = self._norm, None
+        if norm is None:
+            gradients = [gradient.detach() for gradient in self.get_main_grads_for_grad_norm()]
+            # Without any, torch answers on the host.
+            total = torch.nn.utils.get_total_norm(gradients).to(cpu_runtime.device()).square()
+            dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
+            norm = float(total) ** 0.5
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but tensors: hyper-parameters of the groups and their step counts, equal on all ranks."""
@@ -143,10 +168,11 @@ class _Resumable(MegatronOptimizer):
                 f"run's {identity}: other weights train now; start a fresh run with checkpoint.init"
             )
         for group, old in zip(groups, saved):
-            group.update({key: value for key, value in old.items() if key != "params"})
+            # How torch computes is this process's affair.
+            group.update({key: value for key, value in old.items() if key not in ("params", "fused")})
             for parameter in group["params"]:
                 # One tensor each: torch's AdamW advances a shared one once per parameter.
-                self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]))
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]), device=parameter.device)
         if "param_state" in state_dict:
             self._load_tensors(state_dict["param_state"])
 
@@ -155,7 +181,7 @@ class _Resumable(MegatronOptimizer):
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0, device=parameter.device)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 

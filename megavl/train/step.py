@@ -5,6 +5,7 @@ Legend: T tokens of a micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,11 @@ class StepResult:
     """Some rank received a pre-emption signal."""
 
 
-def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = False) -> tuple[float, int]:
+def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = False) -> torch.Tensor:
     """Run all micro-batches; gradients end up summed, divided by the global number of loss tokens.
 
     Returns:
-        This rank's sum of the loss over tokens and their number: zero except on the last stage.
+        (2,) on the device: this rank's sum of the loss over tokens and their number, zero except on the last stage.
     """
     model.gather_vision()
     if model.encoders is not None:
@@ -64,50 +65,47 @@ def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = F
         forward_only=forward_only,
     )
     sums = [report["loss"] for report in reports]
-    if not sums:
-        return 0.0, 0
-    total = torch.stack(sums).sum(0)
-    return float(total[0]), int(total[1])
+    return torch.stack(sums).sum(0) if sums else torch.zeros(2, device=cpu_runtime.device())
 
 
 def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *, stop_flag: bool) -> StepResult:
     """Forward, backward, reduce, clip, update; a step with a loss or gradient that is not finite changes nothing."""
     model.zero_grad()
     optimizer.zero_grad()
-    loss_sum, loss_tokens = forward_backward(model, data)
+    loss_and_tokens = forward_backward(model, data)
     # One replica of the last stage reports the loss and one rank of the first stage the images and
     # failed samples of each data rank.
     reports_loss = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
     reports_images = mpu.is_pipeline_first_stage() and mpu.get_tensor_model_parallel_rank() == 0
-    totals = torch.tensor(
+    known = [
+        data.images if reports_images else 0,
+        float(stop_flag),
+        float(data.modality == "multimodal"),
+        len(data.bad_samples) if reports_images else 0,
+    ]
+    totals = torch.cat(
         [
-            loss_sum if reports_loss else 0.0,
-            loss_tokens if reports_loss else 0,
-            data.images if reports_images else 0,
-            float(stop_flag),
-            float(data.modality == "multimodal"),
-            len(data.bad_samples) if reports_images else 0,
-        ],
-        dtype=torch.float64,
-        device=cpu_runtime.device(),
+            loss_and_tokens.double() if reports_loss else loss_and_tokens.new_zeros(2, dtype=torch.float64),
+            torch.tensor(known, dtype=torch.float64, device=loss_and_tokens.device),
+        ]
     )
     with model.timed("waiting"):
         dist.all_reduce(totals)
-        multimodal = int(totals[4])
+        # The first time in a step that the host waits for the device; the gradient norm is the other one.
+        loss_sum, loss_tokens, images, asked_to_stop, multimodal, bad_samples = totals.tolist()
     assert multimodal in (0, dist.get_world_size()), f"{multimodal} ranks ran a multimodal step, the others a text one"
-    loss = float(totals[0]) / max(1.0, float(totals[1]))
     updated, grad_norm = False, None
-    if torch.isfinite(totals[0]):
+    if math.isfinite(loss_sum):
         with without_vision(optimizer, active=data.modality == "text"), model.timed("optimizer"):
             updated, grad_norm, _ = optimizer.step()
     return StepResult(
-        loss=loss,
-        loss_tokens=int(totals[1]),
-        grad_norm=None if grad_norm is None else float(grad_norm),
-        images=int(totals[2]),
-        bad_samples=int(totals[5]),
+        loss=loss_sum / max(1.0, loss_tokens),
+        loss_tokens=int(loss_tokens),
+        grad_norm=grad_norm,
+        images=int(images),
+        bad_samples=int(bad_samples),
         skipped=not updated,
-        asked_to_stop=bool(totals[3] > 0),
+        asked_to_stop=asked_to_stop > 0,
     )
 
 

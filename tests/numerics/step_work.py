@@ -72,10 +72,8 @@ class Work:
         return found
 
     def planned_bytes(self) -> int:
-        """Largest memory that is expected: the planner's, and while torch's AdamW updates, when no activation is alive,
-        one more fp32 copy of what trains."""
-        memory = self.memory()
-        return memory.total - memory.activations + max(memory.activations, memory.gradients)
+        """Largest memory that the planner expects."""
+        return self.memory().total
 
     def memory(self) -> RankMemory:
         """What the planner expects the part to take, bytes."""

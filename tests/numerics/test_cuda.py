@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -68,6 +69,36 @@ def test_twenty_steps_in_bf16(report_table) -> None:
     errors = {kind: distance(cuda[kind], cpu[kind]) for kind in KINDS}
     report_table(f"{STEPS} steps, CUDA against CPU, bf16: {errors}, band {BAND}")
     assert max(errors.values()) <= BAND
+
+
+@needs_cuda
+def test_no_micro_batch_waits_for_the_device(report_table) -> None:
+    """However many there are, the host waits as often: for the loss, the gradient norm and the number of tokens."""
+    groups.start(ParallelConfig(), seed=1)
+    try:
+        waits = {count: host_waits(count) for count in (2, 8)}
+    finally:
+        groups.stop()
+    report_table(f"times that the host waits for the device, by micro-batches of a step: {waits}")
+    assert waits[2] == waits[8]
+
+
+def host_waits(micro_batches: int) -> int:
+    """Synchronising calls of one multimodal step."""
+    words = {"part": "whole", "layers": 0, "recompute": "none", "memory_bytes": None, "precision": "bf16"}
+    work = make_work("tiny", micro_batches=micro_batches, **words)
+    side = MegaVL(work, marks=Marks(), lr=LR, local=False, weights=random_tensors(work.recipe.model))
+    first, second = (side.prepare(batches, KINDS[1]) for batches in made_up_batches(work, KINDS[1], steps=2))
+    side.step(first)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            side.step(second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 def test_the_band_holds_rounding_and_nothing_else(report_table) -> None:

@@ -12,22 +12,45 @@ from megavl.model import sam
 from megavl.model.attention import PackedAttention, segments
 from megavl.model.sam import _by_rows, _folded, _relative_attention, join_windows, split_windows
 
+BORDERS = torch.tensor([0, 10, 11, 30, 37], dtype=torch.int32)
+ANGLES = torch.arange(19.0)[:, None] * 10000.0 ** -(torch.arange(4) / 4)
+"""Of the first 19 positions, for each of the four pairs of channels."""
+
+
+def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What the decoder calls, (T, A, D)."""
+    packed = segments(BORDERS, device=torch.device("cpu"), on_device=False)
+    assert packed.max_seqlen_q == 19
+    packed.set_angles(torch.cat([ANGLES, ANGLES], dim=-1)[:, None, None], dtype=q.dtype)
+    found: torch.Tensor = PackedAttention(None, 1, AttnMaskType.causal, "self")(q, k, v, None, packed_seq_params=packed)
+    return found.view(q.shape)
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A mask over all pairs, and rotation of each token by its place in its segment."""
+    tokens = torch.arange(37)
+    owner = torch.bucketize(tokens, BORDERS[1:], right=True)
+    allowed = (owner[:, None] == owner[None, :]) & (tokens[:, None] >= tokens[None, :])
+    turns = torch.exp(1j * ANGLES.double()[tokens - BORDERS[owner]])[:, None]
+    q, k = (torch.complex(*x.chunk(2, dim=-1)) * turns for x in (q, k))
+    q, k = (torch.cat([x.real, x.imag], dim=-1) for x in (q, k))
+    scores = torch.einsum("qad,kad->aqk", q, k) * 8**-0.5
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("aqk,kad->qad", weights, v)
+
 
 def test_packed_attention_equals_dense_mask(report_table: Any) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(37, 3, 8, dtype=torch.float64) for _ in range(3))
-    borders = torch.tensor([0, 10, 11, 30, 37], dtype=torch.int32)
-    packed = segments(borders, device=torch.device("cpu"), on_device=False)
-    attention = PackedAttention(None, 1, AttnMaskType.causal, "self")
-    found = attention(q, k, v, None, packed_seq_params=packed).view(37, 3, 8)
-    owner = torch.bucketize(torch.arange(37), borders[1:], right=True)
-    allowed = (owner[:, None] == owner[None, :]) & (torch.arange(37)[:, None] >= torch.arange(37)[None, :])
-    scores = torch.einsum("qad,kad->aqk", q, k) * 8**-0.5
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-    error = (found - torch.einsum("aqk,kad->qad", weights, v)).abs().max().item()
-    report_table(f"packed attention against a dense mask, fp64: {error:.1e} (tolerance 1e-12)")
-    assert error < 1e-12
-    assert packed.max_seqlen_q == 19
+    inputs = [torch.randn(37, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(37, 3, 8, dtype=torch.float64)
+    found, expected = (
+        [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+        for out in (function(*inputs) for function in (packed_attention, dense_attention))
+    )
+    # The tables of cosines are made in fp32, as megatron-core's are.
+    error = max(float((a - b).abs().max()) for a, b in zip(found, expected))
+    report_table(f"packed rotary attention and gradients against a dense mask, fp64: {error:.1e} (tolerance 1e-6)")
+    assert error < 1e-6
 
 
 def relative_inputs(grid: int) -> tuple[torch.Tensor, ...]:

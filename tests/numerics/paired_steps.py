@@ -1,0 +1,140 @@
+"""Training steps of one recipe under several settings, by turns in the same processes.
+
+The neighbours of a virtual machine slow one core or another by half, for seconds at a time, and are seen nowhere. So
+before and after every step each core runs the same short loop: a step counts as undisturbed where both found every core
+at its best. Ranks change their cores from turn to turn. Every step is recorded. Rank 0 writes one JSON line a step.
+
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.numerics.paired_steps launch/recipes/tiny/stage2.yaml \
+        data.root=... --variant even "parallel.layout=[2,2]" --variant other "parallel.layout=[1,3]" --out steps.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megavl.config.load import load_recipe
+from megavl.config.recipe import Recipe
+from megavl.data.mixture import recipe_mixture
+from megavl.data.sampler import Sampler
+from megavl.data.tokenizer import open_tokenizer
+from megavl.parallel import broadcast, groups
+from megavl.planner.devices import find_device
+from megavl.planner.layout import layout_string, resolve_layout
+from megavl.train.feed import next_step
+from megavl.train.open_data import recipe_dataset, step_loader
+from megavl.train.optimizer import build_optimizer, set_learning_rate
+from megavl.train.rank_model import build_rank_model
+from megavl.train.recorder import Record, Recorder
+from megavl.train.step import train_step
+
+WARM_UP = 1
+"""Turns that do not count."""
+PROBE = 4096
+"""Numbers that the loop multiplies: they stay in a core's first cache."""
+
+
+class Variant:
+    """A model under its settings, and its data."""
+
+    def __init__(self, recipe: Recipe, *, position: groups.Position) -> None:
+        self.position, self.split_all, self.number = position, recipe.parallel.vision == "split_all", 0
+        layout = resolve_layout(recipe, devices=position.world_size, device=find_device("cpu"))
+        self.model = build_rank_model(
+            recipe.model,
+            parallel=recipe.parallel,
+            recompute=recipe.recompute,
+            layout=layout_string(layout),
+            dtype=torch.float32,
+            train=recipe.trainable_parts,
+            seed=recipe.training.seed,
+        )
+        self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=False)
+        set_learning_rate(self.optimizer, lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
+        self.loader = None
+        if broadcast.is_source():
+            dataset = recipe_dataset(recipe, tokenizer=open_tokenizer(recipe.data.tokenizer), skip_hash=True)
+            sampler = Sampler(dataset.counts, mixture=recipe_mixture(recipe, dataset.counts))
+            self.loader = step_loader(recipe, dataset, sampler, position=position)
+
+    def step(self) -> dict[str, Any]:
+        """The next step, timed from when its data are there to the end of its update. Collective."""
+        data = next_step(self.loader, self.number, split_all=self.split_all)
+        self.number += 1
+        before = probe()
+        recorder = Recorder(self.model, position=self.position)
+        began = time.perf_counter()
+        result = train_step(self.model, self.optimizer, data, stop_flag=False)
+        seconds = time.perf_counter() - began
+        assert not result.skipped, f"loss {result.loss}: the step was skipped"
+        record = recorder.stop()
+        probes = max(before, probe())
+        found: list[Record | None] = [None] * self.position.world_size
+        dist.all_gather_object(found, record)
+        boxes = [
+            {"rank": box.rank, "what": box.what, "micro_batch": box.micro_batch, "seconds": box.end - box.start}
+            for record in found
+            if record is not None
+            for box in record.segments
+        ]
+        row = {"modality": data.modality, "images": result.images, "seconds": seconds, "probe_s": probes}
+        return {**row, "segments": boxes}
+
+
+def probe() -> float:
+    """Seconds that the slowest core takes for the loop, all of them at once. Collective."""
+    # Not with torch, whose calls take longer than such a product where CUDA names are redirected.
+    numbers, out = np.full(PROBE, 0.5, np.float32), np.empty(PROBE, np.float32)
+    dist.barrier()
+    seconds = torch.zeros(1)
+    if dist.get_rank() < (os.cpu_count() or 1):
+        began = time.perf_counter()
+        for _ in range(2 * PROBE):
+            np.multiply(numbers, numbers, out=out)
+        seconds += time.perf_counter() - began
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+def main() -> None:
+    """Take all turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("override", nargs="*", help="of all variants")
+    parser.add_argument("--variant", nargs="+", action="append", required=True, help="name, then its overrides")
+    parser.add_argument("--turns", type=int, default=10, help="that count")
+    parser.add_argument("--steps", type=int, default=2, help="of each variant in a turn")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    recipes = {
+        name: load_recipe(arguments.recipe, overrides=[*arguments.override, *own]) for name, *own in arguments.variant
+    }
+    recipe = next(iter(recipes.values()))
+    position = groups.start(recipe.parallel, seed=recipe.training.seed)
+    variants = {name: Variant(recipe, position=position) for name, recipe in recipes.items()}
+    cores = sorted(os.sched_getaffinity(0))
+    with arguments.out.open("w") if position.rank == 0 else open(os.devnull, "w") as out:
+        for turn in range(-WARM_UP, arguments.turns):
+            os.sched_setaffinity(0, {cores[(position.rank + turn) % len(cores)]})
+            for name, variant in variants.items():
+                for _ in range(arguments.steps):
+                    row = {"turn": turn, "variant": name, **variant.step()}
+                    if turn >= 0:
+                        out.write(json.dumps(row) + "\n")
+    for variant in variants.values():
+        if variant.loader is not None:
+            variant.loader.close()
+    groups.stop()
+
+
+if __name__ == "__main__":
+    main()
