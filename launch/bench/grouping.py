@@ -1,12 +1,11 @@
 """Modality-grouped steps against the same sequences mixed within steps, measured and as the planner simulates them.
 
-Trains a tiny model on 2 and on 4 data-parallel processes of one thread each, with `data.grouping: step` and `sequence`,
-at 60% multimodal as in the paper's ablation (arXiv 2403.05525, Figure 8). Everything runs several times in turns; what
-else runs on the machine is watched, and of the repetitions of one thing the fastest counts. Beside it stands
-`megavl plan --mixing`, from blocks measured here, and at the paper's scale. Writes
-`launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
+A tiny model trains on 2 and on 4 data-parallel processes of one thread each, with `data.grouping: step` and `sequence`,
+at 60% multimodal as in the paper's ablation (arXiv 2403.05525, Figure 8). Both take their steps by turns in the same
+processes, and undisturbed ones count (`tests/numerics/paired_steps.py`). Beside them stands `megavl plan --mixing`,
+from blocks measured here, and at the paper's scale. Writes `launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
 
-    python launch/bench/grouping.py [--repetitions 2] [--steps 30] [--work runs/grouping]
+    python launch/bench/grouping.py [--turns 40] [--work runs/grouping]
 """
 
 from __future__ import annotations
@@ -21,35 +20,37 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from balance import hardware
 from plan_cpu import (
+    KINDS,
     RECIPE,
     ROOT,
-    SEQ_LENGTH,
+    UNDISTURBED,
     Measured,
     block_seconds,
     build_data,
     calibrate,
     environment,
+    hardware,
     how_quiet,
-    launcher,
     merged,
-    watched,
+    paired_steps,
 )
 from plan_paper import CLUSTERS, MIXING_ASSUMPTIONS, RUNS, plan
 
-IMAGES, MICRO_BATCHES, FRACTION = 4, 4, 0.6
-"""Images of a multimodal sequence, micro-batches of a replica, share of multimodal sequences."""
+SEQ_LENGTH, IMAGES, MICRO_BATCHES, FRACTION = 256, 2, 4, 0.6
+"""Tokens and images of a multimodal sequence, micro-batches of a replica, share of multimodal sequences."""
 REPLICAS = (2, 4)
 GROUPINGS = ("step", "sequence")
 DRAWS = 4000
 """Mixed steps drawn where replicas share cores."""
-WARM_UP = 5
-"""Steps of a run that do not count; like those that do, a multiple of five, in which exactly three are multimodal."""
+STEPS = 5
+"""Of a grouping in a turn; when grouped, three of them are multimodal."""
+CALIBRATIONS = 2
 GOAL = 0.05
 """Most by which the simulated gain may differ from the measured one."""
 PAPER_IMAGES = (3, 5)
@@ -59,43 +60,50 @@ MODEL = (
 )
 
 
+@dataclass(frozen=True)
+class Gain:
+    """What was measured with so many replicas."""
+
+    grouped_s: float
+    """Mean step: medians of the undisturbed steps of each kind, in the share of the recipe."""
+    mixed_s: float
+    """Mean undisturbed step."""
+    counts: tuple[int, int]
+    """Undisturbed steps, grouped and mixed."""
+
+    @property
+    def gain(self) -> float:
+        """How much more a second does when steps are grouped."""
+        return self.mixed_s / self.grouped_s - 1
+
+
 def main() -> int:
     """Calibrate, measure in turns, simulate, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=30, help="of a run, that count; a multiple of 5")
+    parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--work", type=Path, default=Path("runs/grouping"), help="made anew")
     arguments = parser.parse_args()
-    if arguments.steps % 5:
-        parser.error(
-            f"--steps: {arguments.steps} is no multiple of 5, so its share of multimodal steps is not {FRACTION}"
-        )
     os.chdir(ROOT)
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     sizes = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", f"data.multimodal_fraction={FRACTION}"]
-    settings = [*build_data(arguments.work, images=IMAGES), *MODEL, *sizes]
+    settings = [*build_data(arguments.work, images=IMAGES, seq_length=SEQ_LENGTH), *MODEL, *sizes]
     calibrations = {(1, replicas): Measured(block_seconds) for replicas in REPLICAS}
-    runs = {
-        (replicas, grouping): Measured(lambda value: value["seconds"])
-        for replicas in REPLICAS
-        for grouping in GROUPINGS
-    }
-    for turn in range(arguments.repetitions):
+    for turn in range(CALIBRATIONS):
         for (tensor, replicas), found in calibrations.items():
             path = arguments.work / f"calibration-{replicas}-{turn}.json"
             found.others.append(calibrate(path, settings, tensor=tensor, processes=replicas))
             found.values.append(json.loads(path.read_text()))
-            print(f"turn {turn}: calibration, {replicas} processes: others {found.others[-1]:.0%}", flush=True)
-        for (replicas, grouping), found in runs.items():
-            value, others = train(arguments.work / "run", settings, replicas, grouping, steps=arguments.steps)
-            found.values.append(value)
-            found.others.append(others)
-            print(f"turn {turn}: {replicas} replicas, {grouping}: {value}, others {others:.0%}", flush=True)
+            print(f"calibration {turn}, {replicas} processes: others {found.others[-1]:.0%}", flush=True)
     whole = arguments.work / "calibration.json"
     whole.write_text(json.dumps(merged(calibrations)))
-    rows = [row(replicas, runs, simulated(whole, settings, replicas)) for replicas in REPLICAS]
-    text = report(rows, list(paper()), runs, calibrations, arguments)
+    used, rows = [found.best()[1] for found in calibrations.values()], []
+    for replicas in REPLICAS:
+        gain, others = measure(arguments.work / f"steps-{replicas}.jsonl", settings, replicas, turns=arguments.turns)
+        used.append(others)
+        rows.append(row(replicas, gain, simulated(whole, settings, replicas)))
+        print(rows[-1], flush=True)
+    text = report(rows, list(paper()), used, arguments)
     print(text)
     path = ROOT / "launch/bench/results" / f"grouping_{hardware()}_{time.strftime('%Y%m')}.md"
     path.write_text(text, encoding="utf-8")
@@ -108,18 +116,26 @@ def batch(replicas: int) -> str:
     return f"training.global_batch_size={MICRO_BATCHES * replicas}"
 
 
-def train(
-    run: Path, settings: list[str], replicas: int, grouping: str, *, steps: int
-) -> tuple[dict[str, float], float]:
-    """Mean seconds and images of a step, and the share of the machine that others used."""
-    shutil.rmtree(run, ignore_errors=True)
-    options = [batch(replicas), f"data.grouping={grouping}", f"training.steps={WARM_UP + steps}", f"run.dir={run}"]
-    others = watched([*launcher(replicas), "train", RECIPE, *settings, *options])
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
-    mean = {name: statistics.mean(row[name] for row in rows) for name in ("step_time_s", "images")}
-    wanted = FRACTION * IMAGES * MICRO_BATCHES * replicas
-    assert abs(mean["images"] - wanted) <= IMAGES / steps + 1e-9, f"{mean['images']} images a step, not {wanted}"
-    return {"seconds": mean["step_time_s"], "images": mean["images"]}, others
+def measure(out: Path, settings: list[str], replicas: int, *, turns: int) -> tuple[Gain, float]:
+    """Both groupings by turns, and the share of the machine that others used."""
+    variants = {grouping: (f"data.grouping={grouping}",) for grouping in GROUPINGS}
+    calm, others = paired_steps(
+        out, [*settings, batch(replicas)], variants, processes=replicas, turns=turns, steps=STEPS
+    )
+    times = {
+        (grouping, kind): [row["seconds"] for row in calm if (row["variant"], row["modality"]) == (grouping, kind)]
+        for grouping in GROUPINGS
+        for kind in KINDS
+    }
+    grouped, mixed = [times["step", kind] for kind in KINDS], times["sequence", "multimodal"]
+    if not all(grouped) or not mixed:
+        raise SystemExit(f"error: too few undisturbed steps with {replicas} replicas")
+    share = (1 - FRACTION, FRACTION)
+    return Gain(
+        grouped_s=sum(part * statistics.median(found) for part, found in zip(share, grouped)),
+        mixed_s=statistics.mean(mixed),
+        counts=(sum(map(len, grouped)), len(mixed)),
+    ), others
 
 
 def simulated(calibration: Path, settings: list[str], replicas: int) -> dict[str, Any]:
@@ -149,17 +165,15 @@ def gain_on_shared_cores(found: dict[str, Any], replicas: int, *, cores: int) ->
     return (total / DRAWS + outside) / grouped - 1
 
 
-def row(replicas: int, runs: dict[tuple[int, str], Measured], found: dict[str, Any]) -> str:
+def row(replicas: int, measured: Gain, found: dict[str, Any]) -> str:
     """One line of the table."""
-    (grouped, of_grouped), (mixed, of_mixed) = (runs[replicas, grouping].best() for grouping in GROUPINGS)
-    gain = mixed["seconds"] / grouped["seconds"] - 1
     mixing, shared = found["mixing"], gain_on_shared_cores(found, replicas, cores=os.cpu_count() or 1)
-    error = shared - gain
+    error = shared - measured.gain
     met = "met" if abs(error) <= GOAL else "MISSED"
     return (
-        f"| {replicas} | {grouped['seconds']:.3f} | {mixed['seconds']:.3f} | {gain:+.1%} | {mixing['grouped_s']:.3f} "
-        f"| {mixing['mixed_s']:.3f} | {mixing['gain']:+.1%} | {shared:+.1%} | {100 * error:+.1f} points, {met} "
-        f"| {max(of_grouped, of_mixed):.0%} |"
+        f"| {replicas} | {measured.grouped_s:.3f} | {measured.mixed_s:.3f} | {measured.gain:+.1%} "
+        f"| {mixing['grouped_s']:.3f} | {mixing['mixed_s']:.3f} | {mixing['gain']:+.1%} | {shared:+.1%} "
+        f"| {100 * error:+.1f} points, {met} | {measured.counts[0]}, {measured.counts[1]} |"
     )
 
 
@@ -177,17 +191,9 @@ def paper() -> Any:
                 )
 
 
-def report(
-    rows: list[str],
-    published: list[str],
-    runs: dict[tuple[int, str], Measured],
-    calibrations: dict[tuple[int, int], Measured],
-    arguments: argparse.Namespace,
-) -> str:
+def report(rows: list[str], published: list[str], used: list[float], arguments: argparse.Namespace) -> str:
     """Markdown with the command, versions, what was compared, and how quiet the machine was."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    used = [found.best()[1] for found in (*runs.values(), *calibrations.values())]
-    every = [share for found in (*runs.values(), *calibrations.values()) for share in found.others]
     cores = os.cpu_count() or 1
     shared = [
         f"{replicas} processes share {cores} cores: a replica that waits leaves its core to the slower ones, so mixing "
@@ -198,20 +204,22 @@ def report(
     lines = [
         "# Modality-grouped steps against mixed ones",
         "",
-        f"`python launch/bench/grouping.py --repetitions {arguments.repetitions} --steps {arguments.steps}`; "
-        f"Python {platform.python_version()}, {versions}; {platform.machine()}, {cores} cores, gloo, fp32, one thread "
-        "a process.",
+        f"`python launch/bench/grouping.py --turns {arguments.turns}`; Python {platform.python_version()}, {versions}; "
+        f"{platform.machine()}, {cores} cores, gloo, fp32, one thread a process.",
         f"Recipe `{RECIPE}`, TP 1 x PP 1, {MICRO_BATCHES} micro-batches of one {SEQ_LENGTH}-token sequence a replica, "
         f"{IMAGES} images in every multimodal one, {FRACTION:.0%} multimodal; {' '.join(MODEL)}.",
         "Grouped (`data.grouping: step`): every step is wholly one kind. Mixed (`sequence`): every step holds its "
         "share of both, shuffled over replicas and micro-batches. Both train on the same sequences.",
-        f"Mean of {arguments.steps} steps after {WARM_UP}. Simulated: `megavl plan --mixing --calibration`, where each "
-        "sequence draws its kind alone. Gain: how much more a second does when steps are grouped.",
-        how_quiet(used, every, repetitions=arguments.repetitions),
+        f"{arguments.turns} turns in the same processes, in each of which both take {STEPS} steps; {UNDISTURBED} Mean "
+        "of the undisturbed steps, from when the data are there; when grouped, of both kinds' medians. Simulated: "
+        "`megavl plan --mixing --calibration`, where each sequence draws its kind alone. Gain: how much more a second "
+        "does when steps are grouped.",
+        how_quiet(used),
         *shared,
         "",
         "| replicas | grouped s/step | mixed s/step | gain | simulated grouped s | simulated mixed s | planner's gain "
-        f"| simulated on {cores} cores | difference, goal {100 * GOAL:.0f} points | used by others |",
+        f"| simulated on {cores} cores | difference, goal {100 * GOAL:.0f} points "
+        "| undisturbed steps, grouped and mixed |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",

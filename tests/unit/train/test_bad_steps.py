@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
@@ -56,6 +57,31 @@ def _data(modality: str, step: int = 0):
 def _weights(model: RankModel) -> dict[str, torch.Tensor]:
     model.gather_weights()
     return {name: p.detach().clone() for name, p in model.chunks[0].module.named_parameters()}
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_norm_is_megatron_cores_and_one_kernel_updates(bf16: bool, distributed_optimizer: bool) -> None:
+    model, optimizer = _build(bf16, distributed_optimizer)
+    (part,) = optimizer.chained_optimizers
+    seen: list[float] = []
+
+    def update() -> bool:
+        # Clipping has scaled the gradients to a norm of 1 by now.
+        seen.append(get_grad_norm_fp32(part.get_main_grads_for_grad_norm(), grad_stats_parallel_group=None))
+        return type(part).step_with_ready_grads(part)
+
+    part.step_with_ready_grads = update
+    found = train_step(model, optimizer, _data("multimodal"), stop_flag=False)
+    assert found.grad_norm > 1 and seen == [pytest.approx(1.0, rel=1e-5)]
+    assert all(group["fused"] for group in optimizer.param_groups)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert train_step(model, optimizer, _data("text"), stop_flag=False).grad_norm > 0
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    optimizer.load_state_dict(state)
+    assert all(group["fused"] for group in optimizer.param_groups), "a file does not say how torch computes"
 
 
 @pytest.mark.parametrize("distributed_optimizer", [True, False])
