@@ -57,8 +57,7 @@ USUAL = 0.15
 UNDISTURBED = (
     "the ranks change cores after every turn. The neighbours of a virtual machine slow single cores by half for "
     "seconds at a time, so a short loop runs on all cores before and after every step, which counts as undisturbed "
-    f"where the slower loop took as long as usual, within {USUAL:.0%}. What a core has left is spent by a loop of idle "
-    "priority: cores slow each other, and a rank that waits would make the others faster, as it does not among GPUs."
+    f"where the slower loop took as long as usual, within {USUAL:.0%}."
 )
 """What reports say of `paired_steps`."""
 QUIET = 0.1

@@ -2,9 +2,7 @@
 
 The neighbours of a virtual machine slow one core or another by half, for seconds at a time, and are seen nowhere. So
 before and after every step each core runs the same short loop: a step is undisturbed where both found every core as
-fast as usual. Cores of one processor also slow each other, and a rank that waits would make the others faster, as it
-does not among GPUs: whatever a core has left, an idle program spends. Ranks change their cores from turn to turn. Every
-step is recorded. Rank 0 writes one JSON line a step.
+fast as usual. Ranks change their cores from turn to turn. Every step is recorded. Rank 0 writes one JSON line a step.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.numerics.paired_steps launch/recipes/tiny/stage2.yaml \
         data.root=... --variant even "parallel.layout=[2,2]" --variant other "parallel.layout=[1,3]" --out steps.jsonl
@@ -14,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,29 +104,6 @@ def probe() -> float:
     return float(seconds)
 
 
-def spend(core: int) -> None:
-    """Multiply for ever on one core, whenever nothing else wants it."""
-    os.sched_setaffinity(0, {core})
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    numbers, out = np.full(PROBE, 0.5, np.float32), np.empty(PROBE, np.float32)
-    while True:
-        np.multiply(numbers, numbers, out=out)
-
-
-@contextmanager
-def spent(cores: Sequence[int]) -> Iterator[None]:
-    """Meanwhile no core is idle."""
-    programs = [multiprocessing.get_context("spawn").Process(target=spend, args=(core,), daemon=True) for core in cores]
-    for program in programs:
-        program.start()
-    try:
-        yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.join()
-
-
 def main() -> None:
     """Take all turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,8 +122,7 @@ def main() -> None:
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
     variants = {name: Variant(recipe, position=position) for name, recipe in recipes.items()}
     cores = sorted(os.sched_getaffinity(0))
-    writes = position.rank == 0
-    with arguments.out.open("w") if writes else open(os.devnull, "w") as out, spent(cores if writes else ()):
+    with arguments.out.open("w") if position.rank == 0 else open(os.devnull, "w") as out:
         for turn in range(-WARM_UP, arguments.turns):
             os.sched_setaffinity(0, {cores[(position.rank + turn) % len(cores)]})
             for name, variant in variants.items():
