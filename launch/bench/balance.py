@@ -6,7 +6,7 @@ calibration, and under `parallel.vision: split_all` with its own balanced split.
 the same processes, and undisturbed ones count (`tests/numerics/paired_steps.py`).
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
-    python launch/bench/balance.py [--turns 50] [--work runs/balance]
+    python launch/bench/balance.py [--turns 18] [--work runs/balance]
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from plan_cpu import (
     paired_steps,
 )
 
-SEQ_LENGTH, IMAGES, BATCH = 256, 2, 16
+SEQ_LENGTH, IMAGES, BATCH = 256, 2, 24
 """Tokens and images of a multimodal sequence; sequences, and micro-batches, of a step. Short steps find quiet cores."""
 CALIBRATIONS = 2
 OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
 MODEL = (
     *("model.llm.num_layers=6", "model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
-    *("model.sam.depth=8", "model.sam.global_attn_indexes=[1,3,5,7]"),
+    *("model.sam.depth=7", "model.sam.global_attn_indexes=[1,3,5,6]"),
 )
 EVEN = (3, 3)
 SIZES = (
@@ -93,7 +93,7 @@ class Variant:
 def main() -> int:
     """Calibrate, balance, measure in turns, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=50)
+    parser.add_argument("--turns", type=int, default=18)
     parser.add_argument("--work", type=Path, default=Path("runs/balance"), help="made anew")
     arguments = parser.parse_args()
     os.chdir(ROOT)
