@@ -185,6 +185,7 @@ def report(variants: dict[str, Variant], used: list[float], arguments: argparse.
         f"| {found.ahead_s:.3f} | {pair(found.waiting_s)} | {found.counts[0]}, {found.counts[1]} |"
         for name, found in variants.items()
     ]
+    slowed = sum(rebalanced.stages_s) / sum(even.stages_s) - 1
     gain, over_rebalanced = even.multimodal_s / rebalanced.multimodal_s, rebalanced.multimodal_s / split.multimodal_s
     goals = {
         f"rebalanced {gain:.3f} x as fast as even, goal {GOALS['gain']} (ideal {even.slowest:.3f}, the slowest stage "
@@ -206,6 +207,8 @@ def report(variants: dict[str, Variant], used: list[float], arguments: argparse.
         f"{arguments.turns} turns in the same two processes, in each of which every variant takes {STEPS} steps; "
         f"{UNDISTURBED} Times are medians over the undisturbed steps, from when the data are there. Stages: computing "
         "of a multimodal micro-batch within the schedule.",
+        f"After rebalancing both stages together compute {slowed:+.1%} for the same micro-batch: where that is above "
+        "zero, cores slow each other when both are busy, which is no work of the split's.",
         how_quiet(used),
         "",
         "| split | layers | multimodal s/step | against even | text s/step | multimodal / text tokens/s | stages s "

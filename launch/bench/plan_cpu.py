@@ -212,11 +212,14 @@ def paired_steps(
     words = [word for name, own in variants.items() for word in ("--variant", name, *own)]
     command = [*launcher(processes, "tests.numerics.paired_steps"), RECIPE, *settings, "training.steps=100000", *words]
     others = watched([*command, "--turns", str(turns), "--steps", str(steps), "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    return undisturbed(out), others
+
+
+def undisturbed(path: Path) -> list[dict[str, Any]]:
+    """Of the steps that were written, those that no neighbour disturbed."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     usual = statistics.median(row["probe_s"] for row in rows)
-    calm = [row for row in rows if abs(row["probe_s"] / usual - 1) <= USUAL]
-    print(f"{len(calm)} of {len(rows)} steps undisturbed; others {others:.0%}", flush=True)
-    return calm, others
+    return [row for row in rows if abs(row["probe_s"] / usual - 1) <= USUAL]
 
 
 def hardware() -> str:
