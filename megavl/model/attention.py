@@ -69,7 +69,7 @@ def segments(cu_seqlens: torch.Tensor, *, device: torch.device, on_device: bool)
 
 
 class _Rotated(torch.autograd.Function):
-    """Rotary embedding of x (T, A, D) by cos and sin (T, 1, D / 2), in four kernels and without saving x."""
+    """Rotary embedding of x (T, A, D) by cos and sin (T, 1, D / 2), without saving x."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -86,8 +86,9 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     low, high = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
     out_low, out_high = out.chunk(2, dim=-1)
-    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
-    torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+    # Products are rounded before they are added, as in transformers; `addcmul` would not.
+    torch.mul(low, cos, out=out_low).sub_(high * sin)
+    torch.mul(high, cos, out=out_high).add_(low * sin)
     return out
 
 
