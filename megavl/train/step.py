@@ -91,7 +91,7 @@ def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *,
     )
     with model.timed("waiting"):
         dist.all_reduce(totals)
-        # The first time in a step that the host waits for the device; the gradient norm is the other one.
+        # One transfer. Besides, the host waits for megatron-core's number of tokens and for the gradient norm.
         loss_sum, loss_tokens, images, asked_to_stop, multimodal, bad_samples = totals.tolist()
     assert multimodal in (0, dist.get_world_size()), f"{multimodal} ranks ran a multimodal step, the others a text one"
     updated, grad_norm = False, None
