@@ -6,12 +6,13 @@ calibration, and under `parallel.vision: split_all` with its own balanced split.
 the same processes, and undisturbed ones count (`tests/numerics/paired_steps.py`).
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
-    python launch/bench/balance.py [--turns 18] [--work runs/balance]
+    python launch/bench/balance.py [--turns 18] [--work runs/balance] [--more]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -40,18 +41,21 @@ from plan_cpu import (
     how_quiet,
     merged,
     paired_steps,
+    undisturbed,
 )
 
-SEQ_LENGTH, IMAGES, BATCH = 256, 2, 24
+SEQ_LENGTH, IMAGES, BATCH = 128, 2, 8
 """Tokens and images of a multimodal sequence; sequences, and micro-batches, of a step. Short steps find quiet cores."""
 CALIBRATIONS = 2
 OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
 MODEL = (
-    *("model.llm.num_layers=6", "model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
+    *("model.llm.num_layers=10", "model.llm.hidden_size=256", "model.llm.ffn_hidden_size=800"),
+    *("model.sam.width=384", "model.sam.heads=6", "model.sam.mlp_dim=1664"),
     *("model.sam.depth=7", "model.sam.global_attn_indexes=[1,3,5,6]"),
 )
-EVEN = (3, 3)
+"""Wide enough that matrix products take most of the time: two cores that share their units slow these least."""
+EVEN = [5, 5]
 SIZES = (
     *("parallel.tensor=1", "parallel.pipeline=2", f"training.global_batch_size={BATCH}"),
     "data.multimodal_fraction=0.8",
@@ -60,6 +64,8 @@ VARIANTS = {"even": "recompute", "rebalanced": "recompute", "split_all": "split_
 """Name and `parallel.vision`."""
 GOALS = {"gain": 1.15, "stages": 1.05}
 """Least gain of rebalancing, and most that the slowest stage may exceed the mean by afterwards."""
+LEAST = 4
+"""Undisturbed multimodal steps of a variant that its medians take."""
 STEPS = 5
 """Of a variant in a turn: one of text, four with images."""
 Pair = tuple[float, float]
@@ -70,19 +76,19 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Variant:
-    """Medians of one variant's undisturbed steps."""
+    """Medians of one variant's undisturbed multimodal steps."""
 
-    layers: tuple[int, ...]
-    text_s: float
-    multimodal_s: float
+    layers: list[int]
+    seconds: float
+    text: float
+    """Step of text against a multimodal one, over all steps."""
     stages_s: Pair
-    """Computing of each stage, one multimodal micro-batch within the schedule."""
+    """Computing of each stage, one micro-batch within the schedule."""
     ahead_s: float
-    """Encoders before and after the schedule on the slower rank, multimodal steps."""
+    """Encoders before and after the schedule on the slower rank."""
     waiting_s: Pair
-    """Of each rank, multimodal steps."""
-    counts: tuple[int, int]
-    """Steps of text and with images."""
+    """Of each rank."""
+    count: int
 
     @property
     def slowest(self) -> float:
@@ -95,33 +101,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=18)
     parser.add_argument("--work", type=Path, default=Path("runs/balance"), help="made anew")
+    parser.add_argument("--more", action="store_true", help="take further turns of the run that stands there")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    shutil.rmtree(arguments.work, ignore_errors=True)
-    arguments.work.mkdir(parents=True)
-    settings = [*build_data(arguments.work, images=IMAGES, seq_length=SEQ_LENGTH), *MODEL]
-    calibrations = {(1, processes): Measured(block_seconds) for processes in (1, 2)}
-    for turn in range(CALIBRATIONS):
-        for (tensor, processes), found in calibrations.items():
-            path = arguments.work / f"calibration-{processes}-{turn}.json"
-            found.others.append(calibrate(path, settings, tensor=tensor, processes=processes))
-            found.values.append(json.loads(path.read_text()))
-            print(f"calibration {turn}, {processes} processes: others {found.others[-1]:.0%}", flush=True)
-    whole = arguments.work / "calibration.json"
-    whole.write_text(json.dumps(merged(calibrations)))
-    layers = {"even": EVEN, **{name: balanced(whole, settings, VARIANTS[name]) for name in list(VARIANTS)[1:]}}
-    print(f"layers: {layers}", flush=True)
+    record = arguments.work / "run.json"
+    run = json.loads(record.read_text()) if arguments.more else prepare(arguments.work)
     choices = {
-        name: (f"parallel.layout={list(layers[name])}", f"parallel.vision={vision}")
+        name: (f"parallel.layout={run['layers'][name]}", f"parallel.vision={vision}")
         for name, vision in VARIANTS.items()
     }
     rows, others = paired_steps(
-        arguments.work / "steps.jsonl", [*settings, *SIZES], choices, processes=2, turns=arguments.turns, steps=STEPS
+        *(arguments.work / "steps.jsonl", [*run["settings"], *SIZES], choices),
+        processes=2,
+        turns=arguments.turns,
+        steps=STEPS,
     )
+    run["others"].append(others)
+    record.write_text(json.dumps(run))
     assert {row["images"] for row in rows} == {0, IMAGES * BATCH}, "image counts vary"
-    variants = {name: read(rows, name, layers[name]) for name in VARIANTS}
-    used = [others, *(found.best()[1] for found in calibrations.values())]
-    text = report(variants, used, arguments)
+    text = report(rows, run["layers"], run["others"])
     print(text)
     path = ROOT / "launch/bench/results" / f"balance_{hardware()}_{time.strftime('%Y%m')}.md"
     path.write_text(text, encoding="utf-8")
@@ -129,20 +127,41 @@ def main() -> int:
     return 0
 
 
-def balanced(calibration: Path, settings: list[str], vision: str) -> tuple[int, ...]:
+def prepare(work: Path) -> dict[str, Any]:
+    """Data, calibrations and splits: overrides of all variants, layers of each, what others used of the machine."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    settings = [*build_data(work, images=IMAGES, seq_length=SEQ_LENGTH), *MODEL]
+    calibrations = {(1, processes): Measured(block_seconds) for processes in (1, 2)}
+    for turn in range(CALIBRATIONS):
+        for (tensor, processes), found in calibrations.items():
+            path = work / f"calibration-{processes}-{turn}.json"
+            found.others.append(calibrate(path, settings, tensor=tensor, processes=processes))
+            found.values.append(json.loads(path.read_text()))
+            print(f"calibration {turn}, {processes} processes: others {found.others[-1]:.0%}", flush=True)
+    whole = work / "calibration.json"
+    whole.write_text(json.dumps(merged(calibrations)))
+    layers = {"even": EVEN, **{name: balanced(whole, settings, VARIANTS[name]) for name in list(VARIANTS)[1:]}}
+    print(f"layers: {layers}", flush=True)
+    return {"settings": settings, "layers": layers, "others": [found.best()[1] for found in calibrations.values()]}
+
+
+def balanced(calibration: Path, settings: list[str], vision: str) -> list[int]:
     """The split that `megavl plan` makes for multimodal steps."""
     options = ["--device", "cpu", "--calibration", str(calibration), "--images", str(IMAGES), "--json"]
     choice = ["parallel.layout=auto", f"parallel.vision={vision}", "data.multimodal_fraction=1.0"]
     command = [sys.executable, "-m", "megavl", "plan", RECIPE, *settings, *SIZES, *choice, *options]
     done = subprocess.run(command, check=True, env=environment(), capture_output=True, text=True)
-    return tuple(rank["layers"][0] for rank in json.loads(done.stdout)["ranks"])
+    return [rank["layers"][0] for rank in json.loads(done.stdout)["ranks"]]
 
 
-def read(rows: Rows, name: str, layers: tuple[int, ...]) -> Variant:
+def read(rows: Rows, name: str, layers: list[int]) -> Variant:
     """One variant's steps."""
-    text, images = ([row for row in rows if (row["variant"], row["modality"]) == (name, kind)] for kind in KINDS)
-    if not text or not images:
-        raise SystemExit(f"error: {len(text)} text and {len(images)} multimodal steps of {name} were undisturbed")
+    images = [row for row in undisturbed(rows) if row["variant"] == name and row["images"]]
+    if len(images) < LEAST:
+        raise SystemExit(f"error: {len(images)} multimodal steps of {name} were undisturbed; take more turns: --more")
+    every = [[row["seconds"] for row in rows if (row["variant"], row["modality"]) == (name, kind)] for kind in KINDS]
+    text, multimodal = map(statistics.median, every)
     parts = [sums(row["segments"]) for row in images]
 
     def middle(what: str) -> Pair:
@@ -151,12 +170,12 @@ def read(rows: Rows, name: str, layers: tuple[int, ...]) -> Variant:
     first, second = middle("passes")
     return Variant(
         layers=layers,
-        text_s=statistics.median(row["seconds"] for row in text),
-        multimodal_s=statistics.median(row["seconds"] for row in images),
+        seconds=statistics.median(row["seconds"] for row in images),
+        text=text / multimodal,
         stages_s=(first / BATCH, second / BATCH),
         ahead_s=max(middle("encoders")),
         waiting_s=middle("waiting"),
-        counts=(len(text), len(images)),
+        count=len(images),
     )
 
 
@@ -174,19 +193,20 @@ def pair(seconds: Pair) -> str:
     return f"{seconds[0]:.3f}, {seconds[1]:.3f}"
 
 
-def report(variants: dict[str, Variant], used: list[float], arguments: argparse.Namespace) -> str:
+def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
     """Markdown with the command, versions, goals, and how quiet the machine was."""
+    variants = {name: read(rows, name, layers[name]) for name in VARIANTS}
+    starts = 1 + sum(after["turn"] < before["turn"] for before, after in itertools.pairwise(rows))
     even, rebalanced, split = (variants[name] for name in VARIANTS)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    rows = [
-        f"| {name} | {'+'.join(map(str, found.layers))} | {found.multimodal_s:.3f} "
-        f"| {even.multimodal_s / found.multimodal_s:.3f} | {found.text_s:.3f} "
-        f"| {found.text_s / found.multimodal_s:.3f} | {pair(found.stages_s)} | {found.slowest:.3f} "
-        f"| {found.ahead_s:.3f} | {pair(found.waiting_s)} | {found.counts[0]}, {found.counts[1]} |"
+    lines = [
+        f"| {name} | {'+'.join(map(str, found.layers))} | {found.seconds:.3f} | {even.seconds / found.seconds:.3f} "
+        f"| {found.text:.3f} | {pair(found.stages_s)} | {found.slowest:.3f} | {found.ahead_s:.3f} "
+        f"| {pair(found.waiting_s)} | {found.count} |"
         for name, found in variants.items()
     ]
     slowed = sum(rebalanced.stages_s) / sum(even.stages_s) - 1
-    gain, over_rebalanced = even.multimodal_s / rebalanced.multimodal_s, rebalanced.multimodal_s / split.multimodal_s
+    gain, over_rebalanced = even.seconds / rebalanced.seconds, rebalanced.seconds / split.seconds
     goals = {
         f"rebalanced {gain:.3f} x as fast as even, goal {GOALS['gain']} (ideal {even.slowest:.3f}, the slowest stage "
         "against the mean before)": gain >= GOALS["gain"],
@@ -195,30 +215,32 @@ def report(variants: dict[str, Variant], used: list[float], arguments: argparse.
             rebalanced.slowest <= GOALS["stages"]
         ),
     }
-    lines = [
+    text = [
         "# Rebalanced stages against even ones",
         "",
-        f"`python launch/bench/balance.py --turns {arguments.turns}`; Python {platform.python_version()}, {versions}; "
+        f"`python launch/bench/balance.py`; Python {platform.python_version()}, {versions}; "
         f"{platform.machine()}, {os.cpu_count()} cores, gloo, fp32, two processes of one thread each.",
         f"Recipe `{RECIPE}`, TP 1 x PP 2, {BATCH} micro-batches of one {SEQ_LENGTH}-token sequence, {IMAGES} images "
         f"in every multimodal one; {' '.join(MODEL)}.",
         f"Even split: stage 0 takes {even.stages_s[0] / even.stages_s[1]:.2f} times as long as stage 1 (7B at TP 4 x "
         f"PP 4: {OVERLOAD}). The other splits: `megavl plan --calibration`, for multimodal steps.",
-        f"{arguments.turns} turns in the same two processes, in each of which every variant takes {STEPS} steps; "
-        f"{UNDISTURBED} Times are medians over the undisturbed steps, from when the data are there. Stages: computing "
-        "of a multimodal micro-batch within the schedule.",
+        f"{len(rows) // (STEPS * len(VARIANTS))} turns ({starts} start{'s' * (starts > 1)} of two processes), in each "
+        f"of which every variant takes {STEPS} steps in the same processes; {UNDISTURBED} Times are medians over the "
+        "undisturbed multimodal steps, all data in memory; "
+        "throughput of multimodal against text is of medians over all steps, for both kinds are disturbed alike. "
+        "Stages: computing of a micro-batch within the schedule.",
         f"After rebalancing both stages together compute {slowed:+.1%} for the same micro-batch: where that is above "
         "zero, cores slow each other when both are busy, which is no work of the split's.",
         how_quiet(used),
         "",
-        "| split | layers | multimodal s/step | against even | text s/step | multimodal / text tokens/s | stages s "
-        "| slowest / mean | encoders outside s | waiting s | undisturbed steps, text and multimodal |",
-        "|---" * 11 + "|",
-        *rows,
+        "| split | layers | multimodal s/step | against even | multimodal / text tokens/s | stages s "
+        "| slowest / mean | encoders outside s | waiting s | undisturbed steps |",
+        "|---" * 10 + "|",
+        *lines,
         "",
         *(f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals.items()),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from plan_cpu import (
     how_quiet,
     merged,
     paired_steps,
+    undisturbed,
 )
 from plan_paper import CLUSTERS, MIXING_ASSUMPTIONS, RUNS, plan
 
@@ -119,9 +120,10 @@ def batch(replicas: int) -> str:
 def measure(out: Path, settings: list[str], replicas: int, *, turns: int) -> tuple[Gain, float]:
     """Both groupings by turns, and the share of the machine that others used."""
     variants = {grouping: (f"data.grouping={grouping}",) for grouping in GROUPINGS}
-    calm, others = paired_steps(
+    rows, others = paired_steps(
         out, [*settings, batch(replicas)], variants, processes=replicas, turns=turns, steps=STEPS
     )
+    calm = undisturbed(rows)
     times = {
         (grouping, kind): [row["seconds"] for row in calm if (row["variant"], row["modality"]) == (grouping, kind)]
         for grouping in GROUPINGS
@@ -211,7 +213,7 @@ def report(rows: list[str], published: list[str], used: list[float], arguments: 
         "Grouped (`data.grouping: step`): every step is wholly one kind. Mixed (`sequence`): every step holds its "
         "share of both, shuffled over replicas and micro-batches. Both train on the same sequences.",
         f"{arguments.turns} turns in the same processes, in each of which both take {STEPS} steps; {UNDISTURBED} Mean "
-        "of the undisturbed steps, from when the data are there; when grouped, of both kinds' medians. Simulated: "
+        "of the undisturbed steps, all data in memory; when grouped, of both kinds' medians. Simulated: "
         "`megavl plan --mixing --calibration`, where each sequence draws its kind alone. Gain: how much more a second "
         "does when steps are grouped.",
         how_quiet(used),

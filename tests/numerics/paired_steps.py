@@ -1,8 +1,10 @@
 """Training steps of one recipe under several settings, by turns in the same processes.
 
-The neighbours of a virtual machine slow one core or another by half, for seconds at a time, and are seen nowhere. So
-before and after every step each core runs the same short loop: a step is undisturbed where both found every core as
-fast as usual. Ranks change their cores from turn to turn. Every step is recorded. Rank 0 writes one JSON line a step.
+Where cores are virtual, the host at times makes two of them share one, or neighbours fill the other half: for seconds
+both are slower by half, as is seen nowhere. So before and after every step all cores run the same short loop, steps
+wait a while for it to be quick, and a step is undisturbed where it was quick before and after. Ranks change their cores
+from turn to turn. All data are loaded before the first turn, for decoding processes would take time from ranks that
+fill their cores. Every step is recorded. Rank 0 writes one JSON line a step.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.numerics.paired_steps launch/recipes/tiny/stage2.yaml \
         data.root=... --variant even "parallel.layout=[2,2]" --variant other "parallel.layout=[1,3]" --out steps.jsonl
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -23,6 +26,7 @@ import torch.distributed as dist
 
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
+from megavl.data.batch import Batch
 from megavl.data.mixture import recipe_mixture
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import open_tokenizer
@@ -40,13 +44,18 @@ WARM_UP = 1
 """Turns that do not count."""
 PROBE = 4096
 """Numbers that the loop multiplies: they stay in a core's first cache."""
+QUICK = 0.25
+"""By which a loop may be slower than the quickest and still count as quick."""
+PATIENCE = 150
+"""Loops in a row that a step waits for quick cores."""
 
 
 class Variant:
-    """A model under its settings, and its data."""
+    """A model under its settings, and the data of all its steps."""
 
-    def __init__(self, recipe: Recipe, *, position: groups.Position) -> None:
-        self.position, self.split_all, self.number = position, recipe.parallel.vision == "split_all", 0
+    def __init__(self, recipe: Recipe, *, position: groups.Position, probe: Probe, steps: int) -> None:
+        self.position, self.probe = position, probe
+        self.split_all, self.number = recipe.parallel.vision == "split_all", 0
         layout = resolve_layout(recipe, devices=position.world_size, device=find_device("cpu"))
         self.model = build_rank_model(
             recipe.model,
@@ -59,24 +68,20 @@ class Variant:
         )
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=False)
         set_learning_rate(self.optimizer, lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
-        self.loader = None
-        if broadcast.is_source():
-            dataset = recipe_dataset(recipe, tokenizer=open_tokenizer(recipe.data.tokenizer), skip_hash=True)
-            sampler = Sampler(dataset.counts, mixture=recipe_mixture(recipe, dataset.counts))
-            self.loader = step_loader(recipe, dataset, sampler, position=position)
+        self.data = Loaded(recipe, position=position, steps=steps) if broadcast.is_source() else None
 
     def step(self) -> dict[str, Any]:
-        """The next step, timed from when its data are there to the end of its update. Collective."""
-        data = next_step(self.loader, self.number, split_all=self.split_all)
+        """The next step, timed to the end of its update. Collective."""
+        data = next_step(self.data, self.number, split_all=self.split_all)
         self.number += 1
-        before = probe()
+        before = self.probe.when_quick()
         recorder = Recorder(self.model, position=self.position)
         began = time.perf_counter()
         result = train_step(self.model, self.optimizer, data, stop_flag=False)
         seconds = time.perf_counter() - began
         assert not result.skipped, f"loss {result.loss}: the step was skipped"
         record = recorder.stop()
-        probes = max(before, probe())
+        probes = max(before, self.probe())
         found: list[Record | None] = [None] * self.position.world_size
         dist.all_gather_object(found, record)
         boxes = [
@@ -89,19 +94,50 @@ class Variant:
         return {**row, "segments": boxes}
 
 
-def probe() -> float:
-    """Seconds that the slowest core takes for the loop, all of them at once. Collective."""
-    # Not with torch, whose calls take longer than such a product where CUDA names are redirected.
-    numbers, out = np.full(PROBE, 0.5, np.float32), np.empty(PROBE, np.float32)
-    dist.barrier()
-    seconds = torch.zeros(1)
-    if dist.get_rank() < (os.cpu_count() or 1):
-        began = time.perf_counter()
-        for _ in range(2 * PROBE):
-            np.multiply(numbers, numbers, out=out)
-        seconds += time.perf_counter() - began
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds)
+class Loaded:
+    """Steps that are already in memory."""
+
+    def __init__(self, recipe: Recipe, *, position: groups.Position, steps: int) -> None:
+        dataset = recipe_dataset(recipe, tokenizer=open_tokenizer(recipe.data.tokenizer), skip_hash=True)
+        sampler = Sampler(dataset.counts, mixture=recipe_mixture(recipe, dataset.counts))
+        loader = step_loader(recipe, dataset, sampler, position=position)
+        self.steps = [loader.get(step) for step in range(steps)]
+        loader.close()
+
+    def get(self, step: int) -> list[Batch]:
+        """This data-parallel rank's micro-batches of a step."""
+        return self.steps[step]
+
+
+class Probe:
+    """The short loop, on all cores at once."""
+
+    def __init__(self) -> None:
+        # Not with torch, whose calls take longer than such a product where CUDA names are redirected.
+        self.numbers, self.out = np.full(PROBE, 0.5, np.float32), np.empty(PROBE, np.float32)
+        self.quickest = math.inf
+
+    def __call__(self) -> float:
+        """Seconds of the slowest core. Collective."""
+        dist.barrier()
+        seconds = torch.zeros(1)
+        if dist.get_rank() < (os.cpu_count() or 1):
+            began = time.perf_counter()
+            for _ in range(2 * PROBE):
+                np.multiply(self.numbers, self.numbers, out=self.out)
+            seconds += time.perf_counter() - began
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        self.quickest = min(self.quickest, float(seconds))
+        return float(seconds)
+
+    def when_quick(self) -> float:
+        """As soon as all cores are quick, or patience ends. Collective."""
+        # Without a pause: a core that wakes is seldom quick at first.
+        for _ in range(PATIENCE):
+            seconds = self()
+            if seconds <= (1 + QUICK) * self.quickest:
+                break
+        return seconds
 
 
 def main() -> None:
@@ -112,7 +148,7 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", action="append", required=True, help="name, then its overrides")
     parser.add_argument("--turns", type=int, default=10, help="that count")
     parser.add_argument("--steps", type=int, default=2, help="of each variant in a turn")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="goes on at its end")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     recipes = {
@@ -120,9 +156,11 @@ def main() -> None:
     }
     recipe = next(iter(recipes.values()))
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
-    variants = {name: Variant(recipe, position=position) for name, recipe in recipes.items()}
+    count = (WARM_UP + arguments.turns) * arguments.steps
+    probe = Probe()
+    variants = {name: Variant(recipe, position=position, probe=probe, steps=count) for name, recipe in recipes.items()}
     cores = sorted(os.sched_getaffinity(0))
-    with arguments.out.open("w") if position.rank == 0 else open(os.devnull, "w") as out:
+    with arguments.out.open("a") if position.rank == 0 else open(os.devnull, "w") as out:
         for turn in range(-WARM_UP, arguments.turns):
             os.sched_setaffinity(0, {cores[(position.rank + turn) % len(cores)]})
             for name, variant in variants.items():
@@ -130,9 +168,6 @@ def main() -> None:
                     row = {"turn": turn, "variant": name, **variant.step()}
                     if turn >= 0:
                         out.write(json.dumps(row) + "\n")
-    for variant in variants.values():
-        if variant.loader is not None:
-            variant.loader.close()
     groups.stop()
 
 
