@@ -22,7 +22,7 @@ Key = tuple[int, float, int, Layout]
 
 _SMALL_SPACE = 120
 """Layouts that are simulated one and all."""
-_NEAR = 1.03
+_NEAR = 1.05
 """Layouts whose closed form is within this factor of the best one are simulated."""
 _SIMULATED = 16
 """At most so many per round."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -87,6 +87,7 @@ def test_small_spaces_give_the_fastest_layout_of_all(
     vision=SECONDS,
     head=SECONDS,
 )
+@example(layers=4, pipeline=4, fraction=0.0, vision=0.0, head=1.869140625)
 def test_the_guided_search_finds_it_too(
     layers: int, pipeline: int, fraction: float, vision: float, head: float
 ) -> None:
