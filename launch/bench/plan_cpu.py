@@ -55,8 +55,8 @@ WARM_UP = 4
 QUICK = 0.25
 """By which the loop before and after a step may be slower than the quickest of all."""
 UNDISTURBED = (
-    "the ranks change cores after every turn. The host of a virtual machine at times makes two cores share one, which "
-    "slows both by half for seconds at a time, so a short loop runs on all cores before and after every step: a step "
+    "the ranks change cores after every turn. Cores of a virtual machine slow down by half for up to seconds at a "
+    "time, for reasons not seen from inside, so a short loop runs on all cores before and after every step: a step "
     "waits about a second for it to be quick, and counts as undisturbed where the slower loop took at most "
     f"{QUICK:.0%} longer than the quickest of all."
 )

@@ -1,10 +1,10 @@
 """Training steps of one recipe under several settings, by turns in the same processes.
 
-Where cores are virtual, the host at times makes two of them share one, or neighbours fill the other half: for seconds
-both are slower by half, as is seen nowhere. So before and after every step all cores run the same short loop, steps
-wait a while for it to be quick, and a step is undisturbed where it was quick before and after. Ranks change their cores
-from turn to turn. All data are loaded before the first turn, for decoding processes would take time from ranks that
-fill their cores. Every step is recorded. Rank 0 writes one JSON line a step.
+Virtual cores, one or both, slow down by half for up to seconds at a time, for reasons that are not seen from inside.
+So before and after every step all cores run the same short loop, steps wait a while for it to be quick, and a step is
+undisturbed where it was quick before and after. Ranks change their cores from turn to turn. All data are loaded before
+the first turn, for decoding processes would take time from ranks that fill their cores. Every step is recorded. Rank 0
+writes one JSON line a step.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.numerics.paired_steps launch/recipes/tiny/stage2.yaml \
         data.root=... --variant even "parallel.layout=[2,2]" --variant other "parallel.layout=[1,3]" --out steps.jsonl

@@ -2,15 +2,18 @@
 
 Every node is a set of namespaces with its own address, host name, `/etc/hosts`, `/dev/shm` and process table; the file
 system is shared, as a cluster's is. This machine plays login node and controller. Nothing under /etc changes, and
-all processes and the bridge go away with the fixture.
+all processes and the bridge go away with the fixture. Bridge, addresses and ports are the machine's, so there is one
+cluster at a time: who tests beside waits for it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -211,16 +214,18 @@ def _start(cluster: Cluster) -> None:
     _until(ready, cluster, "start of the nodes", seconds=30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A two-node cluster, or a skip that says why there is none."""
-    reason = _missing()
-    if reason:
-        print(f"no SLURM cluster: {reason}")
-        pytest.skip(f"no SLURM cluster: {reason}")
-    running = Cluster(state=tmp_path_factory.mktemp("slurm"))
-    try:
-        _start(running)
-        yield running
-    finally:
-        running.stop()
+    with (Path(tempfile.gettempdir()) / "megavl-slurm.lock").open("w") as only_one:
+        fcntl.flock(only_one, fcntl.LOCK_EX)
+        reason = _missing()
+        if reason:
+            print(f"no SLURM cluster: {reason}")
+            pytest.skip(f"no SLURM cluster: {reason}")
+        running = Cluster(state=tmp_path_factory.mktemp("slurm"))
+        try:
+            _start(running)
+            yield running
+        finally:
+            running.stop()
