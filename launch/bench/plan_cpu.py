@@ -216,7 +216,8 @@ def paired_steps(
     """
     words = [word for name, own in variants.items() for word in ("--variant", name, *own)]
     command = [*launcher(processes, "tests.numerics.paired_steps"), RECIPE, *settings, "training.steps=100000", *words]
-    others = watched([*command, "--turns", str(turns), "--steps", str(steps), "--out", str(out)])
+    counts = ["--turns", str(turns), "--steps", str(steps), "--quick", str(QUICK)]
+    others = watched([*command, *counts, "--out", str(out)])
     return [json.loads(line) for line in out.read_text().splitlines()], others
 
 

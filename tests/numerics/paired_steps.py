@@ -7,7 +7,8 @@ the first turn, for decoding processes would take time from ranks that fill thei
 writes one JSON line a step.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.numerics.paired_steps launch/recipes/tiny/stage2.yaml \
-        data.root=... --variant even "parallel.layout=[2,2]" --variant other "parallel.layout=[1,3]" --out steps.jsonl
+        data.root=... --variant even "parallel.layout=[2,2]" --variant other "parallel.layout=[1,3]" \
+        --quick 0.25 --out steps.jsonl
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ WARM_UP = 1
 """Turns that do not count."""
 PROBE = 4096
 """Numbers that the loop multiplies: they stay in a core's first cache."""
-QUICK = 0.25
-"""By which a loop may be slower than the quickest and still count as quick."""
 PATIENCE = 150
 """Loops in a row that a step waits for quick cores."""
 
@@ -112,10 +111,10 @@ class Loaded:
 class Probe:
     """The short loop, on all cores at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tolerance: float) -> None:
         # Not with torch, whose calls take longer than such a product where CUDA names are redirected.
         self.numbers, self.out = np.full(PROBE, 0.5, np.float32), np.empty(PROBE, np.float32)
-        self.quickest = math.inf
+        self.tolerance, self.quickest = tolerance, math.inf
 
     def __call__(self) -> float:
         """Seconds of the slowest core. Collective."""
@@ -135,7 +134,7 @@ class Probe:
         # Without a pause: a core that wakes is seldom quick at first.
         for _ in range(PATIENCE):
             seconds = self()
-            if seconds <= (1 + QUICK) * self.quickest:
+            if seconds <= (1 + self.tolerance) * self.quickest:
                 break
         return seconds
 
@@ -148,6 +147,9 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", action="append", required=True, help="name, then its overrides")
     parser.add_argument("--turns", type=int, default=10, help="that count")
     parser.add_argument("--steps", type=int, default=2, help="of each variant in a turn")
+    parser.add_argument(
+        "--quick", type=float, required=True, help="by which a loop may be slower than the quickest and count as quick"
+    )
     parser.add_argument("--out", type=Path, required=True, help="goes on at its end")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,7 +159,7 @@ def main() -> None:
     recipe = next(iter(recipes.values()))
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
     count = (WARM_UP + arguments.turns) * arguments.steps
-    probe = Probe()
+    probe = Probe(tolerance=arguments.quick)
     variants = {name: Variant(recipe, position=position, probe=probe, steps=count) for name, recipe in recipes.items()}
     cores = sorted(os.sched_getaffinity(0))
     with arguments.out.open("a") if position.rank == 0 else open(os.devnull, "w") as out:

@@ -1,0 +1,48 @@
+"""Steps under several settings by turns, as the benchmarks of balance and grouping take them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ["parallel.tensor=1", "parallel.pipeline=2", "training.global_batch_size=2", "training.micro_batch_size=1"]
+VARIANTS = {"even": ("parallel.layout=[2,2]",), "uneven": ("parallel.layout=[1,3]",)}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """launch/bench/plan_cpu.py, which only its neighbours import."""
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("bench_plan_cpu", ROOT / "launch/bench/plan_cpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_turns_are_equal_work_and_go_on(bench: ModuleType, tmp_path: Path) -> None:
+    settings = [*bench.build_data(tmp_path / "data", images=1, seq_length=128), *SIZES, "data.multimodal_fraction=0.5"]
+    out = tmp_path / "steps.jsonl"
+    for turns in (1, 2):
+        rows, others = bench.paired_steps(out, settings, VARIANTS, processes=2, turns=turns, steps=2)
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()] and 0 <= others < 1
+
+    assert [row["turn"] for row in rows] == [0] * 4 + [0] * 4 + [1] * 4
+    assert [row["variant"] for row in rows] == ["even", "even", "uneven", "uneven"] * 3
+    kinds = {name: [(row["modality"], row["images"]) for row in rows if row["variant"] == name] for name in VARIANTS}
+    assert kinds["even"] == kinds["uneven"] and set(kinds["even"]) == {("text", 0), ("multimodal", 2)}
+    for row in rows:
+        spent = [sum(box["seconds"] for box in row["segments"] if box["rank"] == rank) for rank in (0, 1)]
+        assert row["probe_s"] > 0 and row["seconds"] > 0 and min(spent) > 0
+
+
+def test_steps_beside_slow_cores_are_left_out(bench: ModuleType) -> None:
+    rows = [{"probe_s": seconds} for seconds in (1.2, 1.0, 1.25, 1.26, 1.9)]
+    assert bench.undisturbed(rows) == rows[:3]
