@@ -45,7 +45,7 @@ from plan_cpu import (
 )
 
 SEQ_LENGTH, IMAGES, BATCH = 128, 2, 20
-"""Tokens and images of a multimodal sequence; sequences, and micro-batches, of a step. Short steps find quiet cores."""
+"""Tokens and images of a multimodal sequence; sequences (micro-batches) of a step, of which fewer would gain less."""
 CALIBRATIONS = 2
 OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
