@@ -100,7 +100,7 @@ def main() -> int:
     """Calibrate, balance, measure in turns, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=18)
-    parser.add_argument("--work", type=Path, default=Path("runs/balance"), help="made anew")
+    parser.add_argument("--work", type=Path, default=Path("runs/balance"), help="made anew, but for --more")
     parser.add_argument("--more", action="store_true", help="take further turns of the run that stands there")
     arguments = parser.parse_args()
     os.chdir(ROOT)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,14 +19,9 @@ TINY += ("tiny whole transformers precision fp32",)
 
 
 @pytest.fixture(scope="module")
-def step() -> ModuleType:
-    """launch/bench/step.py, which nothing imports otherwise."""
-    spec = importlib.util.spec_from_file_location("bench_step", ROOT / "launch/bench/step.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def step(open_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    """launch/bench/step.py."""
+    return open_benchmark("step")
 
 
 def rows(report: str, heading: str) -> list[list[str]]:

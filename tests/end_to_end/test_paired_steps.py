@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,15 +15,10 @@ VARIANTS = {"even": ("parallel.layout=[2,2]",), "uneven": ("parallel.layout=[1,3
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """launch/bench/plan_cpu.py, which only its neighbours import."""
+def bench(open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """launch/bench/plan_cpu.py, whose recipe is named from the root."""
     monkeypatch.chdir(ROOT)
-    spec = importlib.util.spec_from_file_location("bench_plan_cpu", ROOT / "launch/bench/plan_cpu.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return open_benchmark("plan_cpu")
 
 
 def test_turns_are_equal_work_and_go_on(bench: ModuleType, tmp_path: Path) -> None:
