@@ -3,7 +3,8 @@
 A tiny model whose encoders make stage 0 of an even split about 1.64 times as slow as the other stage (the 7B's at
 TP 4 x PP 4) trains on two single-threaded processes, PP 2: split evenly, as `megavl plan` balances it from a
 calibration, and under `parallel.vision: split_all` with its own balanced split. All three take their steps by turns in
-the same processes, and undisturbed ones count (`tests/numerics/paired_steps.py`).
+the same processes (`tests/numerics/paired_steps.py`), which also time a short loop at every micro-batch: from the share
+of slow loops follows what a step takes while no core is slow.
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
     python launch/bench/balance.py [--turns 18] [--work runs/balance] [--more]
@@ -27,11 +28,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from plan_cpu import (
     KINDS,
+    QUICK,
     RECIPE,
     ROOT,
-    UNDISTURBED,
     Measured,
     block_seconds,
     build_data,
@@ -41,7 +43,6 @@ from plan_cpu import (
     how_quiet,
     merged,
     paired_steps,
-    undisturbed,
 )
 
 SEQ_LENGTH, IMAGES, BATCH = 128, 2, 24
@@ -64,8 +65,8 @@ VARIANTS = {"even": "recompute", "rebalanced": "recompute", "split_all": "split_
 """Name and `parallel.vision`."""
 GOALS = {"gain": 1.15, "stages": 1.05}
 """Least gain of rebalancing, and most that the slowest stage may exceed the mean by afterwards."""
-LEAST = 4
-"""Undisturbed multimodal steps of a variant that its medians take."""
+LEAST = 24
+"""Multimodal steps of a variant that its figures take."""
 STEPS = 5
 """Of a variant in a turn: one of text, four with images."""
 Pair = tuple[float, float]
@@ -76,20 +77,24 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Variant:
-    """Medians of one variant's undisturbed multimodal steps."""
+    """One variant's multimodal steps, as they are where no core is slow, but for the medians."""
 
     layers: list[int]
     seconds: float
-    every: float
-    """Seconds over all multimodal steps, disturbed ones too."""
+    error: float
+    """Standard error of the seconds."""
+    median: float
+    """Seconds as they were."""
     text: float
-    """Step of text against a multimodal one, over all steps."""
+    """Step of text against a multimodal one, as they were."""
     stages_s: Pair
     """Computing of each stage, one micro-batch within the schedule."""
     ahead_s: float
     """Encoders before and after the schedule on the slower rank."""
     waiting_s: Pair
     """Of each rank."""
+    slow: Pair
+    """Share of slow loops on each rank, mean over steps."""
     count: int
 
     @property
@@ -159,27 +164,51 @@ def balanced(calibration: Path, settings: list[str], vision: str) -> list[int]:
 
 def read(rows: Rows, name: str, layers: list[int]) -> Variant:
     """One variant's steps."""
-    images = [row for row in undisturbed(rows) if row["variant"] == name and row["images"]]
+    quickest = min(loop for row in rows for rank in row["glances_s"] for loop in rank)
+    text, images = ([row for row in rows if (row["variant"], row["modality"]) == (name, kind)] for kind in KINDS)
     if len(images) < LEAST:
-        raise SystemExit(f"error: {len(images)} multimodal steps of {name} were undisturbed; take more turns: --more")
-    every = [[row["seconds"] for row in rows if (row["variant"], row["modality"]) == (name, kind)] for kind in KINDS]
-    text, multimodal = map(statistics.median, every)
+        raise SystemExit(f"error: {len(images)} multimodal steps of {name}; take more turns: --more")
+    loops = np.array([row["glances_s"] for row in images])  # (steps, ranks, micro-batches)
+    slow = np.mean(loops > (1 + QUICK) * quickest, axis=2)
+    seconds = np.array([row["seconds"] for row in images])
     parts = [sums(row["segments"]) for row in images]
 
-    def middle(what: str) -> Pair:
-        return statistics.median(part[what, 0] for part in parts), statistics.median(part[what, 1] for part in parts)
+    def both(what: str, cores: tuple[slice, slice] = (slice(0, 1), slice(1, 2))) -> Pair:
+        """A rank's own core decides what it computes."""
+        spent = np.array([[part[what, rank] for rank in (0, 1)] for part in parts])
+        first, second = (without_slow(spent[:, rank], slow[:, cores[rank]])[0] for rank in (0, 1))
+        return first, second
 
-    first, second = middle("passes")
+    first, second = both("passes")
+    value, error = without_slow(seconds, slow)
     return Variant(
         layers=layers,
-        seconds=statistics.median(row["seconds"] for row in images),
-        every=multimodal,
-        text=text / multimodal,
+        seconds=value,
+        error=error,
+        median=float(np.median(seconds)),
+        text=float(statistics.median(row["seconds"] for row in text) / np.median(seconds)),
         stages_s=(first / BATCH, second / BATCH),
-        ahead_s=max(middle("encoders")),
-        waiting_s=middle("waiting"),
+        ahead_s=max(both("encoders")),
+        waiting_s=both("waiting", cores=(slice(2), slice(2))),
+        slow=(float(slow[:, 0].mean()), float(slow[:, 1].mean())),
         count=len(images),
     )
+
+
+def without_slow(values: np.ndarray, slow: np.ndarray) -> tuple[float, float]:
+    """What the values come to where no loop is slow, and the standard error of that.
+
+    Least squares of `value = a + b slow_0 + ...`, of which a is wanted.
+
+    Args:
+        values: one per step.
+        slow: shares of slow loops, (steps, ranks that matter).
+    """
+    known = np.column_stack([np.ones(len(values)), slow])
+    solve = np.linalg.pinv(known)
+    found = solve @ values
+    variance = np.sum((values - known @ found) ** 2) / (len(values) - known.shape[1])
+    return float(found[0]), float(np.sqrt(variance * (solve @ solve.T)[0, 0]))
 
 
 def sums(segments: Rows) -> dict[tuple[str, int], float]:
@@ -203,9 +232,10 @@ def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
     even, rebalanced, split = (variants[name] for name in VARIANTS)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     lines = [
-        f"| {name} | {'+'.join(map(str, found.layers))} | {found.seconds:.3f} | {even.seconds / found.seconds:.3f} "
-        f"| {found.every:.3f} | {even.every / found.every:.3f} | {found.text:.3f} | {pair(found.stages_s)} "
-        f"| {found.slowest:.3f} | {found.ahead_s:.3f} | {pair(found.waiting_s)} | {found.count} |"
+        f"| {name} | {'+'.join(map(str, found.layers))} | {found.seconds:.3f} ± {found.error:.3f} "
+        f"| {even.seconds / found.seconds:.3f} | {found.median:.3f} | {even.median / found.median:.3f} "
+        f"| {found.text:.3f} | {pair(found.stages_s)} | {found.slowest:.3f} | {found.ahead_s:.3f} "
+        f"| {pair(found.waiting_s)} | {found.slow[0]:.0%}, {found.slow[1]:.0%} | {found.count} |"
         for name, found in variants.items()
     ]
     slowed = sum(rebalanced.stages_s) / sum(even.stages_s) - 1
@@ -228,18 +258,21 @@ def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
         f"Even split: stage 0 takes {even.stages_s[0] / even.stages_s[1]:.2f} times as long as stage 1 (7B at TP 4 x "
         f"PP 4: {OVERLOAD}). The other splits: `megavl plan --calibration`, for multimodal steps.",
         f"{len(rows) // (STEPS * len(VARIANTS))} turns ({starts} start{'s' * (starts > 1)} of two processes), in each "
-        f"of which every variant takes {STEPS} steps in the same processes; {UNDISTURBED} Times are medians over the "
-        "undisturbed multimodal steps, all data in memory; "
-        "those marked all, and throughput of multimodal against text, are over all of them, disturbed ones too. "
-        "Stages: computing of a micro-batch within the schedule.",
+        f"of which every variant takes {STEPS} steps in the same processes; the ranks change cores after every turn, "
+        "and all data are in memory. Cores of a virtual machine slow down by half for up to seconds at a time, for "
+        "reasons not seen from inside, so each rank times a loop of 0.2 ms at every micro-batch, which is slow where "
+        f"it takes {QUICK:.0%} longer than the quickest of all. Figures of multimodal steps are what least squares on "
+        "the shares of slow loops give for a step without any, with the standard error: on both ranks' shares, what a "
+        "rank computes on its own. Medians and the throughput of multimodal against text are of all steps as they "
+        "were. Stages: computing of a micro-batch within the schedule.",
         f"After rebalancing both stages together compute {slowed:+.1%} for the same micro-batch, which a split by "
         "itself does not change.",
         how_quiet(used),
         "",
-        "| split | layers | multimodal s/step | against even | all s/step | against even "
-        "| multimodal / text tokens/s | stages s "
-        "| slowest / mean | encoders outside s | waiting s | undisturbed steps |",
-        "|---" * 12 + "|",
+        "| split | layers | multimodal s/step | against even | median s/step | against even "
+        "| multimodal / text tokens/s | stages s | slowest / mean | encoders outside s | waiting s | slow loops "
+        "| steps |",
+        "|---" * 13 + "|",
         *lines,
         "",
         *(f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals.items()),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +36,25 @@ def test_turns_are_equal_work_and_go_on(bench: ModuleType, tmp_path: Path) -> No
     for row in rows:
         spent = [sum(box["seconds"] for box in row["segments"] if box["rank"] == rank) for rank in (0, 1)]
         assert row["probe_s"] > 0 and row["seconds"] > 0 and min(spent) > 0
+        # Two micro-batches on each rank.
+        assert [len(loops) for loops in row["glances_s"]] == [2, 2] and min(map(min, row["glances_s"])) > 0
 
 
 def test_steps_beside_slow_cores_are_left_out(bench: ModuleType) -> None:
     rows = [{"probe_s": seconds} for seconds in (1.2, 1.0, 1.25, 1.26, 1.9)]
     assert bench.undisturbed(rows) == rows[:3]
+
+
+def test_a_step_beside_quick_cores_follows_from_slow_ones(
+    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch/bench"))
+    without_slow = open_benchmark("balance").without_slow
+    rng = np.random.default_rng(0)
+    slow = rng.uniform(0.3, 1.0, (64, 2))
+    exact = 2.5 + 0.7 * slow[:, 0] + 0.1 * slow[:, 1]
+    assert without_slow(exact, slow) == pytest.approx((2.5, 0), abs=1e-9)
+    assert without_slow(exact - 0.7 * slow[:, 0], slow * [0, 1])[0] == pytest.approx(2.5)  # one core is never slow
+    found = [without_slow(exact + rng.normal(0, 0.05, 64), slow) for _ in range(200)]
+    off = [(value - 2.5) / error for value, error in found]
+    assert abs(np.mean(off)) < 0.25 and 0.85 < np.std(off) < 1.15, "standard errors are as large as the errors"

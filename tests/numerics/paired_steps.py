@@ -2,7 +2,8 @@
 
 Virtual cores, one or both, slow down by half for up to seconds at a time, for reasons that are not seen from inside.
 So before and after every step all cores run the same short loop, steps wait a while for it to be quick, and a step is
-undisturbed where it was quick before and after. Ranks change their cores from turn to turn. All data are loaded before
+undisturbed where it was quick before and after. What happens within a longer step is seen by a still shorter loop at
+every micro-batch, of each rank by itself. Ranks change their cores from turn to turn. All data are loaded before
 the first turn, for decoding processes would take time from ranks that fill their cores. Every step is recorded. Rank 0
 writes one JSON line a step.
 
@@ -45,6 +46,8 @@ WARM_UP = 1
 """Turns that do not count."""
 PROBE = 4096
 """Numbers that the loop multiplies: they stay in a core's first cache."""
+GLANCE = 200
+"""Repetitions of the multiplication after a forward pass: 0.2 ms."""
 PATIENCE = 150
 """Loops in a row that a step waits for quick cores."""
 
@@ -67,6 +70,10 @@ class Variant:
         )
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=False)
         set_learning_rate(self.optimizer, lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
+        self.glances: list[float] = []
+        for chunk in self.model.chunks:
+            # Behind the forward pass: before it, a core that has waited would only just be waking.
+            chunk.module.register_forward_hook(lambda *_: self.glances.append(probe.glance()))
         self.data = Loaded(recipe, position=position, steps=steps) if broadcast.is_source() else None
 
     def step(self) -> dict[str, Any]:
@@ -74,6 +81,7 @@ class Variant:
         data = next_step(self.data, self.number, split_all=self.split_all)
         self.number += 1
         before = self.probe.when_quick()
+        self.glances.clear()
         recorder = Recorder(self.model, position=self.position)
         began = time.perf_counter()
         result = train_step(self.model, self.optimizer, data, stop_flag=False)
@@ -81,16 +89,16 @@ class Variant:
         assert not result.skipped, f"loss {result.loss}: the step was skipped"
         record = recorder.stop()
         probes = max(before, self.probe())
-        found: list[Record | None] = [None] * self.position.world_size
-        dist.all_gather_object(found, record)
+        found: list[tuple[Record | None, list[float]]] = [(None, [])] * self.position.world_size
+        dist.all_gather_object(found, (record, self.glances))
         boxes = [
             {"rank": box.rank, "what": box.what, "micro_batch": box.micro_batch, "seconds": box.end - box.start}
-            for record in found
+            for record, _ in found
             if record is not None
             for box in record.segments
         ]
         row = {"modality": data.modality, "images": result.images, "seconds": seconds, "probe_s": probes}
-        return {**row, "segments": boxes}
+        return {**row, "glances_s": [glances for _, glances in found], "segments": boxes}
 
 
 class Loaded:
@@ -121,13 +129,22 @@ class Probe:
         dist.barrier()
         seconds = torch.zeros(1)
         if dist.get_rank() < (os.cpu_count() or 1):
-            began = time.perf_counter()
-            for _ in range(2 * PROBE):
-                np.multiply(self.numbers, self.numbers, out=self.out)
-            seconds += time.perf_counter() - began
+            seconds += self.multiply(2 * PROBE)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         self.quickest = min(self.quickest, float(seconds))
         return float(seconds)
+
+    def glance(self) -> float:
+        """Seconds of a short stretch of it, on this core alone."""
+        self.multiply(GLANCE // 8)  # fills the cache
+        return self.multiply(GLANCE)
+
+    def multiply(self, times: int) -> float:
+        """Seconds."""
+        began = time.perf_counter()
+        for _ in range(times):
+            np.multiply(self.numbers, self.numbers, out=self.out)
+        return time.perf_counter() - began
 
     def when_quick(self) -> float:
         """As soon as all cores are quick, or patience ends. Collective."""
