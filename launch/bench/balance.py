@@ -3,8 +3,8 @@
 A tiny model whose encoders make stage 0 of an even split about 1.64 times as slow as the other stage (the 7B's at
 TP 4 x PP 4) trains on two single-threaded processes, PP 2: split evenly, as `megavl plan` balances it from a
 calibration, and under `parallel.vision: split_all` with its own balanced split. All three take their steps by turns in
-the same processes (`tests/numerics/paired_steps.py`), which also time a short loop at every micro-batch: from the share
-of slow loops follows what a step takes while no core is slow.
+the same processes (`tests/numerics/paired_steps.py`), which also time a short loop at every micro-batch: cycles of the
+schedule count whose loops were quick on all cores.
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
     python launch/bench/balance.py [--turns 18] [--work runs/balance] [--more]
@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,12 +50,12 @@ CALIBRATIONS = 2
 OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
 MODEL = (
-    *("model.llm.num_layers=8", "model.llm.hidden_size=256", "model.llm.ffn_hidden_size=800"),
+    *("model.llm.num_layers=10", "model.llm.hidden_size=256", "model.llm.ffn_hidden_size=800"),
     *("model.sam.width=384", "model.sam.heads=6", "model.sam.mlp_dim=1536"),
     *("model.sam.depth=6", "model.sam.global_attn_indexes=[1,3,4,5]"),
 )
 """Wide enough that matrix products take most of the time: these vary least where cores slow down."""
-EVEN = [4, 4]
+EVEN = [5, 5]
 SIZES = (
     *("parallel.tensor=1", "parallel.pipeline=2", f"training.global_batch_size={BATCH}"),
     "data.multimodal_fraction=0.8",
@@ -65,8 +64,8 @@ VARIANTS = {"even": "recompute", "rebalanced": "recompute", "split_all": "split_
 """Name and `parallel.vision`."""
 GOALS = {"gain": 1.15, "stages": 1.05}
 """Least gain of rebalancing, and most that the slowest stage may exceed the mean by afterwards."""
-LEAST = 24
-"""Multimodal steps of a variant that its figures take."""
+LEAST = 40
+"""Cycles and passes that a median takes."""
 STEPS = 5
 """Of a variant in a turn: one of text, four with images."""
 Pair = tuple[float, float]
@@ -77,25 +76,26 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant's multimodal steps, as they are where no core is slow, but for the medians."""
+    """One variant's multimodal steps."""
 
     layers: list[int]
-    seconds: float
-    error: float
-    """Standard error of the seconds."""
+    cycle_s: float
+    """From the end of one backward pass of stage 0 to the end of the next, while cores were quick."""
+    rest_s: float
+    """Of a step: pipeline fill, encoders outside of the schedule, update."""
+    cycles: int
+    """That were measured beside quick cores."""
+    stages_s: Pair
+    """Computing of each stage, one micro-batch within the schedule, while its core was quick."""
     median: float
-    """Seconds as they were."""
+    """Seconds of a step as it was."""
     text: float
     """Step of text against a multimodal one, as they were."""
-    stages_s: Pair
-    """Computing of each stage, one micro-batch within the schedule."""
-    ahead_s: float
-    """Encoders before and after the schedule on the slower rank."""
-    waiting_s: Pair
-    """Of each rank."""
-    slow: Pair
-    """Share of slow loops on each rank, mean over steps."""
-    count: int
+
+    @property
+    def seconds(self) -> float:
+        """A step whose cycles are all as they are beside quick cores."""
+        return (BATCH - 1) * self.cycle_s + self.rest_s
 
     @property
     def slowest(self) -> float:
@@ -166,58 +166,55 @@ def read(rows: Rows, name: str, layers: list[int]) -> Variant:
     """One variant's steps."""
     quickest = min(loop for row in rows for rank in row["glances_s"] for loop in rank)
     text, images = ([row for row in rows if (row["variant"], row["modality"]) == (name, kind)] for kind in KINDS)
-    if len(images) < LEAST:
-        raise SystemExit(f"error: {len(images)} multimodal steps of {name}; take more turns: --more")
-    loops = np.array([row["glances_s"] for row in images])  # (steps, ranks, micro-batches)
-    slow = np.mean(loops > (1 + QUICK) * quickest, axis=2)
-    seconds = np.array([row["seconds"] for row in images])
-    parts = [sums(row["segments"]) for row in images]
-
-    def both(what: str, cores: tuple[slice, slice] = (slice(0, 1), slice(1, 2))) -> Pair:
-        """A rank's own core decides what it computes."""
-        spent = np.array([[part[what, rank] for rank in (0, 1)] for part in parts])
-        first, second = (without_slow(spent[:, rank], slow[:, cores[rank]])[0] for rank in (0, 1))
-        return first, second
-
-    first, second = both("passes")
-    value, error = without_slow(seconds, slow)
+    stages: tuple[list[float], list[float]] = ([], [])
+    cycles, rests = [], []
+    for row in images:
+        quick = np.array(row["glances_s"]) <= (1 + QUICK) * quickest  # (ranks, micro-batches)
+        for rank, found in enumerate(stages):
+            spent = passes(row["segments"], rank)
+            found += [spent[at] for at in range(1, BATCH - 1) if quick[rank, at - 1 : at + 2].all()]
+        lengths = cycle_lengths(row["segments"])
+        cycles += [lengths[at - 1] for at in range(1, BATCH - 2) if quick[:, at - 1 : at + 3].all()]
+        rests.append(row["seconds"] - sum(lengths))
+    if min(map(len, (cycles, *stages))) < LEAST:
+        raise SystemExit(f"error: {len(cycles)} cycles of {name} beside quick cores; take more turns: --more")
+    median = statistics.median(row["seconds"] for row in images)
     return Variant(
         layers=layers,
-        seconds=value,
-        error=error,
-        median=float(np.median(seconds)),
-        text=float(statistics.median(row["seconds"] for row in text) / np.median(seconds)),
-        stages_s=(first / BATCH, second / BATCH),
-        ahead_s=max(both("encoders")),
-        waiting_s=both("waiting", cores=(slice(2), slice(2))),
-        slow=(float(slow[:, 0].mean()), float(slow[:, 1].mean())),
-        count=len(images),
+        cycle_s=statistics.median(cycles),
+        rest_s=statistics.median(rests),
+        cycles=len(cycles),
+        stages_s=(statistics.median(stages[0]), statistics.median(stages[1])),
+        median=median,
+        text=statistics.median(row["seconds"] for row in text) / median,
     )
 
 
-def without_slow(values: np.ndarray, slow: np.ndarray) -> tuple[float, float]:
-    """What the values come to where no loop is slow, and the standard error of that.
-
-    Least squares of `value = a + b slow_0 + ...`, of which a is wanted.
-
-    Args:
-        values: one per step.
-        slow: shares of slow loops, (steps, ranks that matter).
-    """
-    known = np.column_stack([np.ones(len(values)), slow])
-    solve = np.linalg.pinv(known)
-    found = solve @ values
-    variance = np.sum((values - known @ found) ** 2) / (len(values) - known.shape[1])
-    return float(found[0]), float(np.sqrt(variance * (solve @ solve.T)[0, 0]))
-
-
-def sums(segments: Rows) -> dict[tuple[str, int], float]:
-    """Seconds of each rank of a step: in passes, and outside of them by what was done."""
-    found: dict[tuple[str, int], float] = defaultdict(float)
+def passes(segments: Rows, rank: int) -> list[float]:
+    """Seconds that a rank computes for each micro-batch."""
+    found = [0.0] * BATCH
     for segment in segments:
-        what = segment["what"].split()[0] if segment["micro_batch"] is None else "passes"
-        found[what, segment["rank"]] += segment["seconds"]
+        if segment["rank"] == rank and segment["micro_batch"] is not None:
+            found[segment["micro_batch"]] += segment["seconds"]
     return found
+
+
+def cycle_lengths(segments: Rows) -> list[float]:
+    """Seconds from the end of each backward pass of stage 0 to the end of the next, waiting and all."""
+    now, ends = 0.0, [0.0] * BATCH
+    for segment in segments:
+        if segment["rank"] == 0:
+            now += segment["seconds"]
+            # Of a pass's several parts the last one ends it.
+            if segment["micro_batch"] is not None and "backward" in segment["what"]:
+                ends[segment["micro_batch"]] = now
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def quick_share(rows: Rows) -> float:
+    """Share of loops that were quick."""
+    loops = [loop for row in rows for rank in row["glances_s"] for loop in rank]
+    return sum(loop <= (1 + QUICK) * min(loops) for loop in loops) / len(loops)
 
 
 def pair(seconds: Pair) -> str:
@@ -232,10 +229,9 @@ def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
     even, rebalanced, split = (variants[name] for name in VARIANTS)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     lines = [
-        f"| {name} | {'+'.join(map(str, found.layers))} | {found.seconds:.3f} ± {found.error:.3f} "
-        f"| {even.seconds / found.seconds:.3f} | {found.median:.3f} | {even.median / found.median:.3f} "
-        f"| {found.text:.3f} | {pair(found.stages_s)} | {found.slowest:.3f} | {found.ahead_s:.3f} "
-        f"| {pair(found.waiting_s)} | {found.slow[0]:.0%}, {found.slow[1]:.0%} | {found.count} |"
+        f"| {name} | {'+'.join(map(str, found.layers))} | {found.seconds:.3f} | {even.seconds / found.seconds:.3f} "
+        f"| {found.cycle_s:.4f} | {found.rest_s:.3f} | {found.cycles} | {pair(found.stages_s)} | {found.slowest:.3f} "
+        f"| {found.median:.3f} | {even.median / found.median:.3f} | {found.text:.3f} |"
         for name, found in variants.items()
     ]
     slowed = sum(rebalanced.stages_s) / sum(even.stages_s) - 1
@@ -260,19 +256,20 @@ def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
         f"{len(rows) // (STEPS * len(VARIANTS))} turns ({starts} start{'s' * (starts > 1)} of two processes), in each "
         f"of which every variant takes {STEPS} steps in the same processes; the ranks change cores after every turn, "
         "and all data are in memory. Cores of a virtual machine slow down by half for up to seconds at a time, for "
-        "reasons not seen from inside, so each rank times a loop of 0.2 ms at every micro-batch, which is slow where "
-        f"it takes {QUICK:.0%} longer than the quickest of all. Figures of multimodal steps are what least squares on "
-        "the shares of slow loops give for a step without any, with the standard error: on both ranks' shares, what a "
-        "rank computes on its own. Medians and the throughput of multimodal against text are of all steps as they "
-        "were. Stages: computing of a micro-batch within the schedule.",
+        "reasons not seen from inside, so each rank times a loop of 0.2 ms at every micro-batch, which is quick where "
+        f"it takes at most {QUICK:.0%} longer than the quickest of all; {quick_share(rows):.0%} were.",
+        "A cycle lasts from the end of one backward pass of stage 0 to the end of the next and counts where the loops "
+        "of both ranks were quick from the micro-batch before it to two behind; a pass counts where those of its rank "
+        f"were before, in and after it. A step is {BATCH - 1} cycles and the rest (pipeline fill, encoders outside of "
+        "the schedule, update); all are medians, of multimodal steps. Medians of whole steps, and the throughput of "
+        "multimodal against text, are of all steps as they were.",
         f"After rebalancing both stages together compute {slowed:+.1%} for the same micro-batch, which a split by "
         "itself does not change.",
         how_quiet(used),
         "",
-        "| split | layers | multimodal s/step | against even | median s/step | against even "
-        "| multimodal / text tokens/s | stages s | slowest / mean | encoders outside s | waiting s | slow loops "
-        "| steps |",
-        "|---" * 13 + "|",
+        "| split | layers | s/step | against even | cycle s | rest s | cycles | stages s | slowest / mean "
+        "| whole steps: median s | against even | multimodal / text tokens/s |",
+        "|---" * 12 + "|",
         *lines,
         "",
         *(f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals.items()),

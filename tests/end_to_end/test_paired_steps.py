@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,16 +44,34 @@ def test_steps_beside_slow_cores_are_left_out(bench: ModuleType) -> None:
     assert bench.undisturbed(rows) == rows[:3]
 
 
-def test_a_step_beside_quick_cores_follows_from_slow_ones(
+def test_cycles_beside_slow_cores_are_left_out(
     open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "launch/bench"))
-    without_slow = open_benchmark("balance").without_slow
-    rng = np.random.default_rng(0)
-    slow = rng.uniform(0.3, 1.0, (64, 2))
-    exact = 2.5 + 0.7 * slow[:, 0] + 0.1 * slow[:, 1]
-    assert without_slow(exact, slow) == pytest.approx((2.5, 0), abs=1e-9)
-    assert without_slow(exact - 0.7 * slow[:, 0], slow * [0, 1])[0] == pytest.approx(2.5)  # one core is never slow
-    found = [without_slow(exact + rng.normal(0, 0.05, 64), slow) for _ in range(200)]
-    off = [(value - 2.5) / error for value, error in found]
-    assert abs(np.mean(off)) < 0.25 and 0.85 < np.std(off) < 1.15, "standard errors are as large as the errors"
+    balance = open_benchmark("balance")
+    count = balance.BATCH
+    rows = []
+    for number in range(10):
+        slow = [{number + 4}, {number + 4, number + 5}]  # micro-batches of each rank
+        boxes = [("waiting", None, 0.5)]
+        for at in range(count):
+            # A slow core takes 0.3 s longer for a micro-batch, for which the other one waits.
+            boxes.append(("waiting", None, 0.3 if slow[1] & {at} else 0.02))
+            boxes += [("decoder forward", at, 0.1), ("decoder backward", at, 0.45 if slow[0] & {at} else 0.15)]
+            boxes.append(("adaptor backward", at, 0.05))
+        first = [{"what": what, "micro_batch": at, "rank": 0, "seconds": spent} for what, at, spent in boxes]
+        second = [{**box, "rank": 1} for box in first if box["micro_batch"] is not None]
+        loops = [[1.5 + number if at in slow[rank] else 1.1 for at in range(count)] for rank in (0, 1)]
+        loops[0][0] = 1.0
+        seconds = 1.0 + sum(box["seconds"] for box in first)
+        common = {"variant": "even", "glances_s": loops, "segments": first + second, "seconds": seconds}
+        rows += [{**common, "modality": "multimodal"}, {**common, "modality": "text", "seconds": seconds / 2}]
+    found = balance.read(rows, "even", [5, 5])
+    assert found.cycle_s == pytest.approx(0.32) and found.stages_s == pytest.approx((0.3, 0.3))
+    # 21 cycles of a step have a micro-batch before and two behind; one slow one of either rank takes five of them.
+    assert found.cycles == 10 * (count - 3 - 5)
+    assert found.rest_s == pytest.approx(1.0 + 0.5 + 0.32)
+    assert found.seconds == pytest.approx((count - 1) * 0.32 + 1.82) and found.median > found.seconds
+    assert found.text == pytest.approx(0.5)
+    with pytest.raises(SystemExit, match="cycles of even beside quick cores; take more turns"):
+        balance.read(rows[:4], "even", [5, 5])
