@@ -1,1 +1,1 @@
-"""Multiple choice by perplexity."""
+"""Multiple choice by perplexity, written answers, and bits per byte of texts."""

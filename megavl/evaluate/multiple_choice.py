@@ -69,7 +69,7 @@ def evaluate_choices(
     blind_found = iter(found[len(questions) :])
     answers = [
         Answered(
-            question=question,
+            entry=question,
             perplexities=tuple(values),
             blind_perplexities=tuple(next(blind_found)) if images else None,
         )

@@ -1,76 +1,130 @@
-"""Multiple-choice tasks: JSON lines, checked before any of them is asked."""
+"""Tasks: JSON lines, checked before any of them is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import DataError
 from megavl.data.template import IMAGE_TAG
 
+_STRICT = ConfigDict(strict=True)
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True))
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class _Line:
     """A line as it is written; further keys are passed over."""
 
     id: str
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
     images: tuple[str, ...] = ()
     kind: str | None = None
 
 
-_LINE = TypeAdapter(_Line)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class _Choices(_Line):
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class _Answers(_Line):
+    prompt: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class _Text(_Line):
+    text: str
+
+
+def _shape(line: Any) -> str:
+    shapes = ("choices", "answers", "text")
+    return next((key for key in shapes if isinstance(line, dict) and key in line), "choices")
+
+
+_LINE: TypeAdapter[_Choices | _Answers | _Text] = TypeAdapter(
+    Annotated[
+        Annotated[_Choices, Tag("choices")] | Annotated[_Answers, Tag("answers")] | Annotated[_Text, Tag("text")],
+        Discriminator(_shape),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """One question with its options."""
+class Entry:
+    """What every line of a task has."""
 
     id: str
     place: str
     """`file:line`, for messages."""
     images: tuple[Path, ...]
+    kind: str
+    """Group in the report; the file's name where the line gives none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Entry):
+    """One question with its options."""
+
     prompt: str
     """With one IMAGE_TAG per image, or none: images then stand in front."""
     choices: tuple[str, ...]
     answer: int
     """Index of the right choice."""
-    kind: str
-    """Group in the report; the file's name where the line gives none."""
 
 
-def read_tasks(paths: Sequence[str | Path], *, limit: int | None = None) -> list[Question]:
-    """Questions of all files, in order.
+@dataclass(frozen=True, kw_only=True)
+class OpenQuestion(Entry):
+    """One question that is answered in writing."""
+
+    prompt: str
+    """As in `Question`."""
+    answers: tuple[str, ...]
+    """Each of them is right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage(Entry):
+    """A text that is read, behind its images."""
+
+    text: str
+
+
+Task = Question | OpenQuestion | Passage
+
+
+def read_tasks(paths: Sequence[str | Path], *, limit: int | None = None) -> list[Task]:
+    """Entries of all files, in order.
 
     Args:
         paths: JSONL files; images are relative to the file.
-        limit: most questions taken from each file; None takes all.
+        limit: most entries taken from each file; None takes all.
 
     Raises:
-        DataError: a file is missing or holds no question, or a line is malformed; the message gives file:line.
+        DataError: a file is missing or holds no entry, or a line is malformed; the message gives file:line.
     """
-    return [question for path in paths for question in _read_task(Path(path), limit=limit)]
+    return [entry for path in paths for entry in _read_task(Path(path), limit=limit)]
 
 
-def _read_task(path: Path, *, limit: int | None) -> list[Question]:
+def _read_task(path: Path, *, limit: int | None) -> list[Task]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise DataError(f"{path}: cannot read the task ({reason}); give a JSONL file") from error
-    questions: list[Question] = []
+    entries: list[Task] = []
     for number, line in _lines(text):
-        if len(questions) == limit:
+        if len(entries) == limit:
             break
-        questions.append(_question(line, path=path, place=f"{path}:{number}"))
-    if not questions:
+        entries.append(_entry(line, path=path, place=f"{path}:{number}"))
+    if not entries:
         raise DataError(f"{path}: no question in it; give a JSONL file with one question a line")
-    return questions
+    return entries
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -80,40 +134,64 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _question(text: str, *, path: Path, place: str) -> Question:
+def _entry(text: str, *, path: Path, place: str) -> Task:
     try:
         line = _LINE.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # The first part is the shape that was tried.
+        key = ".".join(str(part) for part in first["loc"][1:])
         found = "" if first["type"] in ("missing", "json_invalid") else f", found {str(first['input'])[:80]!r}"
         raise DataError(
-            f"{place}: {key + ': ' if key else ''}{first['msg']}{found}; a line is one JSON object with id, prompt, "
-            "choices and answer, and images and kind where it has them"
+            f"{place}: {key + ': ' if key else ''}{first['msg']}{found}; a line is one JSON object with id, and either "
+            "prompt, choices and answer, or prompt and answers, or text; and images and kind where it has them"
         ) from None
+    images = tuple(path.parent / image for image in line.images)
+    common: dict[str, Any] = {"id": line.id, "place": place, "images": images, "kind": line.kind or path.stem}
+    found_entry: Task
+    if isinstance(line, _Text):
+        _check_text(line, place=place)
+        found_entry = Passage(**common, text=line.text)
+    else:
+        _check_prompt(line.prompt, images=len(images), place=place)
+        if isinstance(line, _Answers):
+            _check_answers(line.answers, place=place)
+            found_entry = OpenQuestion(**common, prompt=line.prompt, answers=line.answers)
+        else:
+            _check_choices(line, place=place)
+            found_entry = Question(**common, prompt=line.prompt, choices=line.choices, answer=line.answer)
+    if absent := next((image for image in images if not image.is_file()), None):
+        raise DataError(f"{place}: images: {absent} does not exist; paths are relative to the JSONL file")
+    return found_entry
+
+
+def _check_prompt(prompt: str, *, images: int, place: str) -> None:
+    if not prompt.strip():
+        raise DataError(f"{place}: prompt: is empty; give the question")
+    places = prompt.count(IMAGE_TAG)
+    if places not in (0, images):
+        raise DataError(
+            f"{place}: prompt: has {places} {IMAGE_TAG} for {images} images; give one for each, "
+            "or none to put all images in front"
+        )
+
+
+def _check_choices(line: _Choices, *, place: str) -> None:
     if len(line.choices) < 2 or len(set(line.choices)) < len(line.choices) or not all(map(str.strip, line.choices)):
         raise DataError(f"{place}: choices: {list(line.choices)} must be two or more different, non-empty texts")
     if not 0 <= line.answer < len(line.choices):
         raise DataError(
             f"{place}: answer: {line.answer} is no index of the {len(line.choices)} choices; the first choice is 0"
         )
-    if not line.prompt.strip():
-        raise DataError(f"{place}: prompt: is empty; give the question")
-    places = line.prompt.count(IMAGE_TAG)
-    if places not in (0, len(line.images)):
-        raise DataError(
-            f"{place}: prompt: has {places} {IMAGE_TAG} for {len(line.images)} images; give one for each, "
-            "or none to put all images in front"
-        )
-    images = tuple(path.parent / image for image in line.images)
-    if absent := next((image for image in images if not image.is_file()), None):
-        raise DataError(f"{place}: images: {absent} does not exist; paths are relative to the JSONL file")
-    return Question(
-        id=line.id,
-        place=place,
-        images=images,
-        prompt=line.prompt,
-        choices=line.choices,
-        answer=line.answer,
-        kind=line.kind or path.stem,
-    )
+
+
+def _check_answers(answers: Sequence[str], *, place: str) -> None:
+    if not answers or not all(map(str.strip, answers)):
+        raise DataError(f"{place}: answers: {list(answers)} must be one or more non-empty texts")
+
+
+def _check_text(line: _Text, *, place: str) -> None:
+    if not line.text:
+        raise DataError(f"{place}: text: is empty; give the text to be read")
+    if IMAGE_TAG in line.text and line.images:
+        raise DataError(f"{place}: text: holds {IMAGE_TAG}, but images stand in front of a text; leave it out")

@@ -18,12 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tasks",
         metavar="TASK.jsonl",
         nargs="+",
-        help='one {"id", "images", "prompt", "choices", "answer", "kind"} a line; images relative to the file',
+        help='lines of {"id", "images", "kind"} with {"prompt", "choices", "answer"} (option of lowest perplexity), '
+        '{"prompt", "answers"} (written answer) or {"text"} (bits per byte); images relative to the file',
     )
-    parser.add_argument("--json", metavar="OUT", help="write the figures and every question's perplexities there")
+    parser.add_argument("--json", metavar="OUT", help="write the figures, perplexities and answers there")
     parser.add_argument("--limit", metavar="N", type=int, help="ask the first N questions of each file only")
     parser.add_argument(
-        "--blind", action="store_true", help="ask again with the images of other questions, and report that too"
+        "--blind",
+        action="store_true",
+        help="ask questions with choices again with the images of other ones, and report that too",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of --blind (default: %(default)s)")
     parser.add_argument(
@@ -33,33 +36,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of the prompt, as in megavl generate (default: %(default)s)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=512, help="of a written answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=8, help="answers under way at a time (default: %(default)s)"
+    )
     add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the questions, print the table; 0."""
+    """Ask the questions, print the tables; 0."""
     choose_device(arguments.device)
     from megavl.config.chat import SYSTEM_PROMPT
-    from megavl.evaluate.multiple_choice import evaluate_choices
+    from megavl.evaluate.ask import evaluate
     from megavl.evaluate.task import read_tasks
     from megavl.generate.open_model import find_model, loaded
 
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UsageError(f"--limit: {arguments.limit} must be at least 1")
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise UsageError(f"--json: {Path(arguments.json).parent} is no directory; create it first")
-    questions = read_tasks(arguments.tasks, limit=arguments.limit)
+    tasks = read_tasks(arguments.tasks, limit=arguments.limit)
     source = find_model(arguments.model)
     with loaded(source, dtype=arguments.dtype) as model:
-        report = evaluate_choices(
+        report = evaluate(
             model,
-            questions,
+            tasks,
             tokenizer=source.tokenizer,
             config=source.config,
             template=arguments.template,
             system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
             blind=arguments.blind,
             seed=arguments.seed,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
         )
     print(report.table())
     if arguments.json:

@@ -42,6 +42,22 @@ def test_table_and_report(folder, task, tmp_path, capsys):
     assert again.read_text() == out.read_text()
 
 
+def test_all_ways_of_asking_at_once(folder, task, tmp_path, capsys):
+    more, out = tmp_path / "more.jsonl", tmp_path / "report.json"
+    lines = [
+        {"id": "o", "prompt": "which colour is it?", "answers": ["red"]},
+        {"id": "t", "text": "it is green", "images": [str(task.parent / "images/0-0.png")]},
+    ]
+    more.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ask(folder, task, more, "--json", out, "--max-new-tokens", "3", "--blind") == 0
+    tables = [table.splitlines() for table in capsys.readouterr().out.split("\n\n")]
+    report = json.loads(out.read_text())
+    assert [table[0].split()[2] for table in tables] == ["accuracy", "exact", "bits_per_byte"]
+    assert list(report)[-2:] == ["written", "text"] and report["n"] == 9
+    assert tables[1][-1].split() == ["all", "1", f"{report['written']['exact']:.3f}", "0.000"]
+    assert tables[2][-1].split()[2:4] == [f"{report['text']['bits_per_byte']:.3f}", str(len("it is green"))]
+
+
 def test_limit_and_without_blind(folder, task, tmp_path):
     out = tmp_path / "report.json"
     assert ask(folder, task, task, "--json", out, "--limit", "2", "--template", "plain") == 0
@@ -58,6 +74,12 @@ def test_mistakes(folder, task, tmp_path, capsys):
     assert "gone" in refused(capsys)
     assert ask(folder, task, "--limit", "0") == 2
     assert "--limit: 0" in refused(capsys)
+    assert ask(folder, task, "--max-new-tokens", "0") == 2
+    assert "--max-new-tokens: 0" in refused(capsys)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"id": "t", "text": "it is green"}))
+    assert ask(folder, texts, "--blind") == 3
+    assert "--blind: no question has an image" in refused(capsys)
     assert ask(folder, task, "--json", tmp_path / "no" / "report.json") == 2
     assert "create it first" in refused(capsys)
 

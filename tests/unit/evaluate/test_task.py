@@ -7,9 +7,11 @@ import json
 import pytest
 
 from megavl.config.errors import DataError
-from megavl.evaluate.task import read_tasks
+from megavl.evaluate.task import OpenQuestion, Passage, Question, read_tasks
 
 GOOD = {"id": "a", "images": [], "prompt": "Which?", "choices": ["x", "y"], "answer": 1, "kind": "k"}
+OPEN = {"id": "b", "prompt": "Which?", "answers": ["x", "y"]}
+TEXT = {"id": "c", "text": "a text"}
 
 
 def write(path, *lines):
@@ -34,6 +36,15 @@ def test_a_line_may_leave_out_kind_and_images_and_hold_more(tmp_path):
     assert (question.kind, question.images, question.place) == ("words", (), f"{tmp_path}/words.jsonl:2")
 
 
+def test_the_keys_of_a_line_say_how_it_is_asked(task, tmp_path):
+    picture = task.parent / "images/0-0.png"
+    lines = [GOOD, OPEN, {**TEXT, "images": [str(picture)]}, {**GOOD, "answers": ["passed over"], "text": ""}]
+    found = read_tasks([write(tmp_path / "mixed.jsonl", *lines)])
+    assert list(map(type, found)) == [Question, OpenQuestion, Passage, Question]
+    assert found[1].answers == ("x", "y") and (found[2].text, found[2].images) == ("a text", (picture,))
+    assert [entry.kind for entry in found] == ["k", "mixed", "mixed", "k"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -50,6 +61,14 @@ def test_a_line_may_leave_out_kind_and_images_and_hold_more(tmp_path):
         ({**GOOD, "prompt": "<image_placeholder>Which?"}, "prompt: has 1 <image_placeholder> for 0 images"),
         ({**GOOD, "images": ["gone.png"]}, "images: .*gone.png does not exist"),
         ({key: GOOD[key] for key in ("id", "prompt", "choices")}, "answer: Field required"),
+        ({"id": "a"}, "prompt: Field required.*or text"),
+        ({**OPEN, "answers": []}, "answers: .*one or more"),
+        ({**OPEN, "answers": ["x", " "]}, "answers: .*non-empty"),
+        ({**OPEN, "answers": "x"}, "answers: .*found 'x'"),
+        ({**OPEN, "prompt": ""}, "prompt: is empty"),
+        ({**TEXT, "text": ""}, "text: is empty"),
+        ({**TEXT, "text": "a <image_placeholder>", "images": ["gone.png"]}, "text: holds <image_placeholder>"),
+        ({**TEXT, "images": ["gone.png"]}, "images: .*gone.png does not exist"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, message):

@@ -1,0 +1,109 @@
+"""Bits per byte: how many bits the model needs for each UTF-8 byte of texts, whatever its vocabulary.
+
+Source: Gao et al., The Pile (arXiv:2101.00027), section 3.1; DeepSeek-VL, section 4, uses it for language modelling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from megavl.config.errors import DataError
+from megavl.config.model import ModelConfig
+from megavl.data.template import Piece, document_pieces, encode_batch
+from megavl.data.tokenizer import Tokenizer
+from megavl.evaluate.perplexity import ROW_TOKENS, EncodedOption, EncodedQuestion, option_perplexities
+from megavl.evaluate.task import Passage
+from megavl.model.vl_model import DeepseekVL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A text, and the bits that the model needs for it."""
+
+    entry: Passage
+    tokens: int
+    bits: float
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return len(self.entry.text.encode())
+
+
+def encode_passages(
+    passages: Sequence[Passage], *, tokenizer: Tokenizer, config: ModelConfig
+) -> list[list[EncodedQuestion]]:
+    """Windows of each text, as documents are trained: BOS and the images, then the text.
+
+    A text longer than the model's positions has several windows. Every token is predicted once; a further window
+    begins with the last token of the one before it.
+
+    Raises:
+        DataError: a text with images is longer than the model's positions, or yields the image token; with file:line.
+    """
+    limit = config.llm.max_position_embeddings
+    found = []
+    for passage in passages:
+        images = [Piece(kind="image") for _ in passage.images]
+        pieces = [Piece(kind="bos"), *images, *document_pieces(passage.text, template="none", tagged=False)]
+        try:
+            (sample,) = encode_batch([pieces], tokenizer=tokenizer, image_tokens=config.image_tokens)
+        except DataError as error:
+            raise DataError(f"{passage.place}: {error}") from error
+        ids, start = tuple(map(int, sample.ids)), 1 + config.image_tokens * len(images)
+        if images and len(ids) > limit:
+            raise DataError(
+                f"{passage.place}: text: {len(ids)} tokens with its images exceed the model's {limit} positions; "
+                "shorten the text"
+            )
+        found.append(
+            [
+                EncodedQuestion(
+                    place=passage.place,
+                    options=(EncodedOption(ids=ids[first : first + limit], start=1 if first else start),),
+                    images=passage.images,
+                )
+                for first in range(0, len(ids) - 1, limit - 1)
+            ]
+        )
+    return found
+
+
+def read_passages(
+    model: DeepseekVL,
+    passages: Sequence[Passage],
+    windows: Sequence[Sequence[EncodedQuestion]],
+    *,
+    config: ModelConfig,
+    row_tokens: int = ROW_TOKENS,
+) -> list[Read]:
+    """Read all texts.
+
+    Args:
+        model: a one-rank model in eval mode.
+        passages: from `read_tasks`.
+        windows: from `encode_passages`.
+        config: sizes of the model.
+        row_tokens: most tokens of a packed row.
+
+    Raises:
+        ImageError: an image cannot be read.
+        NumericsError: a perplexity is not finite.
+    """
+    every = [window for of_passage in windows for window in of_passage]
+    with tqdm(total=len(every), unit="window", desc="read", disable=None if every else True) as bar:
+        values = iter(
+            option_perplexities(
+                model, every, geometry=config.image_geometry, row_tokens=row_tokens, progress=bar.update
+            )
+        )
+    found = []
+    for passage, of_passage in zip(passages, windows, strict=True):
+        tokens = [len(window.options[0].ids) - window.options[0].start for window in of_passage]
+        bits = math.fsum(count * math.log2(next(values)[0]) for count in tokens)
+        found.append(Read(entry=passage, tokens=sum(tokens), bits=bits))
+    return found
