@@ -164,12 +164,12 @@ def balanced(calibration: Path, settings: list[str], vision: str) -> list[int]:
 
 def read(rows: Rows, name: str, layers: list[int]) -> Variant:
     """One variant's steps."""
-    quickest = min(loop for row in rows for rank in row["glances_s"] for loop in rank)
+    limit = longest_quick(rows)
     text, images = ([row for row in rows if (row["variant"], row["modality"]) == (name, kind)] for kind in KINDS)
     stages: tuple[list[float], list[float]] = ([], [])
     cycles, rests = [], []
     for row in images:
-        quick = np.array(row["glances_s"]) <= (1 + QUICK) * quickest  # (ranks, micro-batches)
+        quick = np.array(row["glances_s"]) <= limit  # (ranks, micro-batches)
         for rank, found in enumerate(stages):
             spent = passes(row["segments"], rank)
             found += [spent[at] for at in range(1, BATCH - 1) if quick[rank, at - 1 : at + 2].all()]
@@ -177,7 +177,8 @@ def read(rows: Rows, name: str, layers: list[int]) -> Variant:
         cycles += [lengths[at - 1] for at in range(1, BATCH - 2) if quick[:, at - 1 : at + 3].all()]
         rests.append(row["seconds"] - sum(lengths))
     if min(map(len, (cycles, *stages))) < LEAST:
-        raise SystemExit(f"error: {len(cycles)} cycles of {name} beside quick cores; take more turns: --more")
+        counts = f"{len(cycles)} cycles and {len(stages[0])}, {len(stages[1])} passes"
+        raise SystemExit(f"error: {counts} of {name} beside quick cores, {LEAST} needed; take more turns: --more")
     median = statistics.median(row["seconds"] for row in images)
     return Variant(
         layers=layers,
@@ -211,10 +212,15 @@ def cycle_lengths(segments: Rows) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
+def longest_quick(rows: Rows) -> float:
+    """Seconds that a loop may take and be quick."""
+    return (1 + QUICK) * min(loop for row in rows for rank in row["glances_s"] for loop in rank)
+
+
 def quick_share(rows: Rows) -> float:
     """Share of loops that were quick."""
-    loops = [loop for row in rows for rank in row["glances_s"] for loop in rank]
-    return sum(loop <= (1 + QUICK) * min(loops) for loop in loops) / len(loops)
+    limit = longest_quick(rows)
+    return statistics.mean(loop <= limit for row in rows for rank in row["glances_s"] for loop in rank)
 
 
 def pair(seconds: Pair) -> str:

@@ -73,5 +73,6 @@ def test_cycles_beside_slow_cores_are_left_out(
     assert found.rest_s == pytest.approx(1.0 + 0.5 + 0.32)
     assert found.seconds == pytest.approx((count - 1) * 0.32 + 1.82) and found.median > found.seconds
     assert found.text == pytest.approx(0.5)
-    with pytest.raises(SystemExit, match="cycles of even beside quick cores; take more turns"):
+    assert balance.quick_share(rows) == pytest.approx(1 - 1.5 / count)
+    with pytest.raises(SystemExit, match="32 cycles and .* of even beside quick cores, 40 needed; take more turns"):
         balance.read(rows[:4], "even", [5, 5])
