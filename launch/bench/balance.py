@@ -164,12 +164,11 @@ def balanced(calibration: Path, settings: list[str], vision: str) -> list[int]:
 
 def read(rows: Rows, name: str, layers: list[int]) -> Variant:
     """One variant's steps."""
-    limit = longest_quick(rows)
-    text, images = ([row for row in rows if (row["variant"], row["modality"]) == (name, kind)] for kind in KINDS)
+    own = [(row, quick) for row, quick in zip(rows, quick_loops(rows), strict=True) if row["variant"] == name]
+    text, images = ([step for step in own if step[0]["modality"] == kind] for kind in KINDS)
     stages: tuple[list[float], list[float]] = ([], [])
     cycles, rests = [], []
-    for row in images:
-        quick = np.array(row["glances_s"]) <= limit  # (ranks, micro-batches)
+    for row, quick in images:
         for rank, found in enumerate(stages):
             spent = passes(row["segments"], rank)
             found += [spent[at] for at in range(1, BATCH - 1) if quick[rank, at - 1 : at + 2].all()]
@@ -179,7 +178,7 @@ def read(rows: Rows, name: str, layers: list[int]) -> Variant:
     if min(map(len, (cycles, *stages))) < LEAST:
         counts = f"{len(cycles)} cycles and {len(stages[0])}, {len(stages[1])} passes"
         raise SystemExit(f"error: {counts} of {name} beside quick cores, {LEAST} needed; take more turns: --more")
-    median = statistics.median(row["seconds"] for row in images)
+    median = statistics.median(row["seconds"] for row, _ in images)
     return Variant(
         layers=layers,
         cycle_s=statistics.median(cycles),
@@ -187,7 +186,7 @@ def read(rows: Rows, name: str, layers: list[int]) -> Variant:
         cycles=len(cycles),
         stages_s=(statistics.median(stages[0]), statistics.median(stages[1])),
         median=median,
-        text=statistics.median(row["seconds"] for row in text) / median,
+        text=statistics.median(row["seconds"] for row, _ in text) / median,
     )
 
 
@@ -212,15 +211,27 @@ def cycle_lengths(segments: Rows) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
-def longest_quick(rows: Rows) -> float:
-    """Seconds that a loop may take and be quick."""
-    return (1 + QUICK) * min(loop for row in rows for rank in row["glances_s"] for loop in rank)
+def starts(rows: Rows) -> list[Rows]:
+    """Steps of each start of the two processes, which counts its turns from 0."""
+    cuts = [at for at in range(1, len(rows)) if rows[at]["turn"] < rows[at - 1]["turn"]]
+    return [rows[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(rows)])]
+
+
+def quick_loops(rows: Rows) -> list[np.ndarray]:
+    """Which loops of each step were quick, (ranks, micro-batches).
+
+    Against the quickest of the same start: cores may run at another clock in the next one.
+    """
+    found = []
+    for start in starts(rows):
+        loops = np.array([row["glances_s"] for row in start])
+        found += list(loops <= (1 + QUICK) * loops.min())
+    return found
 
 
 def quick_share(rows: Rows) -> float:
     """Share of loops that were quick."""
-    limit = longest_quick(rows)
-    return statistics.mean(loop <= limit for row in rows for rank in row["glances_s"] for loop in rank)
+    return float(np.mean(quick_loops(rows)))
 
 
 def pair(seconds: Pair) -> str:
@@ -231,8 +242,8 @@ def pair(seconds: Pair) -> str:
 def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
     """Markdown with the command, versions, goals, and how quiet the machine was."""
     variants = {name: read(rows, name, layers[name]) for name in VARIANTS}
-    starts = 1 + sum(after["turn"] < before["turn"] for before, after in itertools.pairwise(rows))
     even, rebalanced, split = (variants[name] for name in VARIANTS)
+    begun = len(starts(rows))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     lines = [
         f"| {name} | {'+'.join(map(str, found.layers))} | {found.seconds:.3f} | {even.seconds / found.seconds:.3f} "
@@ -259,11 +270,11 @@ def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
         f"in every multimodal one; {' '.join(MODEL)}.",
         f"Even split: stage 0 takes {even.stages_s[0] / even.stages_s[1]:.2f} times as long as stage 1 (7B at TP 4 x "
         f"PP 4: {OVERLOAD}). The other splits: `megavl plan --calibration`, for multimodal steps.",
-        f"{len(rows) // (STEPS * len(VARIANTS))} turns ({starts} start{'s' * (starts > 1)} of two processes), in each "
+        f"{len(rows) // (STEPS * len(VARIANTS))} turns ({begun} start{'s' * (begun > 1)} of two processes), in each "
         f"of which every variant takes {STEPS} steps in the same processes; the ranks change cores after every turn, "
         "and all data are in memory. Cores of a virtual machine slow down by half for up to seconds at a time, for "
         "reasons not seen from inside, so each rank times a loop of 0.2 ms at every micro-batch, which is quick where "
-        f"it takes at most {QUICK:.0%} longer than the quickest of all; {quick_share(rows):.0%} were.",
+        f"it takes at most {QUICK:.0%} longer than the quickest of its start; {quick_share(rows):.0%} were.",
         "A cycle lasts from the end of one backward pass of stage 0 to the end of the next and counts where the loops "
         "of both ranks were quick from the micro-batch before it to two behind; a pass counts where those of its rank "
         f"were before, in and after it. A step is {BATCH - 1} cycles and the rest (pipeline fill, encoders outside of "

@@ -52,6 +52,7 @@ def test_cycles_beside_slow_cores_are_left_out(
     count = balance.BATCH
     rows = []
     for number in range(10):
+        clock = 1.0 if number < 5 else 0.7  # of the cores, in two starts
         slow = [{number + 4}, {number + 4, number + 5}]  # micro-batches of each rank
         boxes = [("waiting", None, 0.5)]
         for at in range(count):
@@ -61,10 +62,11 @@ def test_cycles_beside_slow_cores_are_left_out(
             boxes.append(("adaptor backward", at, 0.05))
         first = [{"what": what, "micro_batch": at, "rank": 0, "seconds": spent} for what, at, spent in boxes]
         second = [{**box, "rank": 1} for box in first if box["micro_batch"] is not None]
-        loops = [[1.5 + number if at in slow[rank] else 1.1 for at in range(count)] for rank in (0, 1)]
-        loops[0][0] = 1.0
+        loops = [[(1.5 if at in slow[rank] else 1.1) * clock for at in range(count)] for rank in (0, 1)]
+        loops[0][0] = clock
         seconds = 1.0 + sum(box["seconds"] for box in first)
-        common = {"variant": "even", "glances_s": loops, "segments": first + second, "seconds": seconds}
+        common = {"variant": "even", "turn": number % 5, "segments": first + second}
+        common |= {"glances_s": loops, "seconds": seconds}
         rows += [{**common, "modality": "multimodal"}, {**common, "modality": "text", "seconds": seconds / 2}]
     found = balance.read(rows, "even", [5, 5])
     assert found.cycle_s == pytest.approx(0.32) and found.stages_s == pytest.approx((0.3, 0.3))
