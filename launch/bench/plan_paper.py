@@ -165,6 +165,8 @@ def report(days: list[str], mixing: list[str]) -> str:
         "|---|---|---|---|---|---|",
         *days,
         "",
+        f"{plan(RUNS[0], next(iter(CLUSTERS)), '--top', '0')['mfu_convention']}.",
+        "",
         "## Grouped against randomly mixed modality",
         "",
         "The paper reports +20% for grouped steps (Figure 8). Simulated with the recipe's layout:",

@@ -58,6 +58,9 @@ class ParallelConfig:
     """Gather updated weights during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
     bucket_size: Positive = 40_000_000
     """Parameters per gradient bucket (megatron-core's own default at small data parallelism)."""
+    deterministic: bool = False
+    """The same run computes the same bits on CUDA too: torch, cuBLAS, NCCL and megatron-core choose only algorithms
+    that do, some of them slower, and an operation that has none ends the run. A CPU always does."""
     timeout_s: Positive = 600
     """Seconds after which a collective that some rank never reached ends the run with code 7."""
 
@@ -278,6 +281,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_parallel(self)
         _check_batch(self)
+        if self.training.train == ():
+            raise UsageError(f"training.train: names nothing; choose from {', '.join(TRAINABLE_PARTS)}")
         for part in self.training.train or ():
             if part not in TRAINABLE_PARTS:
                 raise UsageError(f"training.train: unknown part {part!r}; choose from {', '.join(TRAINABLE_PARTS)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ _COMMANDS = {
     "inspect": "what a checkpoint holds, verified",
 }
 """Each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""
+_OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
+"""How `key.path=value` begins."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"megavl.main.{name}")
             module.add_arguments(sub)
             runs[name] = module.run
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes a command's positional arguments only where they stand together.
+    behind = [word for word in rest if _OVERRIDE.match(word)]
+    if "overrides" not in parsed or behind != rest:
+        parsed = parser.parse_args(arguments)
+    else:
+        parsed.overrides += behind
     try:
         return int(runs[parsed.command](parsed))
     except MegaVLError as error:

@@ -44,7 +44,7 @@ def open_recipe(
     try:
         return load_recipe(path, overrides=overrides)
     except UsageError as error:
-        if ": parallel." not in str(error):
+        if "parallel." not in str(error):
             raise
         try:
             uncut = load_recipe(path, overrides=[*overrides, *_UNCUT])

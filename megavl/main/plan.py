@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
 from megavl.main.open_recipe import open_recipe, open_uncut
-from megavl.planner.calibration import check_calibration, merge, read_calibration, write_calibration
+from megavl.planner.calibration import check_calibration, check_device, merge, read_calibration, write_calibration
 from megavl.planner.check import check_memory, checked_scenario
 from megavl.planner.devices import DEVICES, Device, find_device
 from megavl.planner.layout import layout_of
@@ -164,6 +165,7 @@ def _times(recipe: Recipe, device: Device, args: argparse.Namespace) -> TimeSour
         return choose_times(recipe, device, efficiency=args.efficiency)
     found = read_calibration(args.calibration)
     check_calibration(found, recipe, path=args.calibration)
+    check_device(found, device, path=args.calibration)
     return MeasuredTimes(calibration=found, device=device, path=args.calibration)
 
 
@@ -191,7 +193,18 @@ def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
     """Measure on the processes that were started and add what was found to the file."""
     if args.repeats < 2:
         raise UsageError(f"--repeats: {args.repeats} measured steps say nothing; give 2 or more")
-    # Before torch is imported, which takes seconds: an old file of something else is refused.
+    world, tensor = os.environ.get("WORLD_SIZE", "1"), recipe.parallel.tensor
+    # What is no number is refused where ranks meet.
+    if world.isdigit() and int(world) % tensor:
+        raise UsageError(
+            f"--calibrate: parallel.tensor {tensor} does not divide the number of processes, {world}; start "
+            f"`torchrun --nproc-per-node {tensor} -m megavl plan ... --calibrate {args.calibrate}`, or measure with "
+            "parallel.tensor=1 parallel.sequence_parallel=false"
+        )
+    # Before anything is measured, which takes minutes: an old file of something else is refused.
+    folder = Path(args.calibrate).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--calibrate: cannot write {args.calibrate}: its folder is missing or not writable")
     old = read_calibration(args.calibrate) if Path(args.calibrate).exists() else None
     if old is not None:
         check_calibration(old, recipe, path=args.calibrate)

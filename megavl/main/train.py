@@ -7,11 +7,12 @@ import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from functools import partial
 from typing import NoReturn
 
 from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError, UsageError
-from megavl.config.recipe import Recipe
+from megavl.config.load import read_raw
 from megavl.main.open_recipe import open_recipe
 from megavl.planner.check import checked_scenario
 from megavl.train.exit_status import ExitStatus
@@ -32,13 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
     # Usually set by the launcher; a value that is no number is refused by `groups`, with a better message.
     world = os.environ.get("WORLD_SIZE", "1")
     devices = int(world) if world.isdigit() else None
-    recipe = open_recipe(arguments.recipe, overrides=arguments.overrides, devices=devices)
     # What cannot work is refused before torch and megatron-core are imported, which takes seconds; whether the device
     # has the memory is known only with torch.
     try:
+        recipe = open_recipe(arguments.recipe, overrides=arguments.overrides, devices=devices)
         checked_scenario(recipe, devices=devices, device=None)
     except UsageError as error:
-        return _refuse(recipe, error)
+        return _refuse(_run_dir(arguments), error)
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train
@@ -71,15 +72,26 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _refuse(recipe: Recipe, error: UsageError) -> int:
+def _run_dir(arguments: argparse.Namespace) -> str | None:
+    """Where a recipe that cannot be opened says that its run goes; None where it does not say."""
+    try:
+        run = read_raw(arguments.recipe, overrides=arguments.overrides).get("run")
+    except UsageError:
+        return None
+    found = run.get("dir") if isinstance(run, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def _refuse(run_dir: str | None, error: UsageError) -> int:
     """Every rank comes to the same conclusion, so one speaks for all; an earlier run's status must not stand."""
-    if os.environ.get("RANK", "0") == "0":
-        status = ExitStatus(recipe.run.dir, rank=0)
+    if os.environ.get("RANK", "0") != "0":
+        return error.exit_code
+    if run_dir is not None:
+        status = ExitStatus(run_dir, rank=0)
         with contextlib.suppress(OSError):
             status.clear()
             status.write(error.exit_code, str(error))
-        raise error
-    return error.exit_code
+    raise error
 
 
 def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:

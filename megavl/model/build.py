@@ -106,7 +106,9 @@ def build_to_generate(
         layout: megatron-core's layout string, None for one stage.
         dtype: dtype of the weights.
     """
-    config = transformer_config(model.llm, parallel=parallel, recompute=RecomputeConfig(), layout=layout, dtype=dtype)
+    config = transformer_config(
+        model.llm, parallel=parallel, recompute=RecomputeConfig(), layout=layout, dtype=dtype, generates=True
+    )
     with torch.device("meta"):
         stage = DeepseekVL(
             config,

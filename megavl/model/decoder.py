@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +47,7 @@ def transformer_config(
     recompute: RecomputeConfig,
     layout: str | None,
     dtype: torch.dtype,
+    generates: bool = False,
 ) -> TransformerConfig:
     """megatron-core's configuration of the decoder.
 
@@ -50,6 +57,7 @@ def transformer_config(
         recompute: activation recompute.
         layout: megatron-core's layout string; None when there is one stage (which would be read as virtual stages).
         dtype: dtype of weights and of pipeline transfers.
+        generates: for inference, where torch.compile would start anew for every number of tokens.
     """
     full = recompute.granularity == "full"
     return TransformerConfig(
@@ -70,8 +78,7 @@ def transformer_config(
         use_cpu_initialization=True,
         perform_initialization=True,
         masked_softmax_fusion=False,
-        # torch.compile'd, which wants a C++ compiler where CUDA is absent.
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=not generates and _compiles_kernels(),
         bias_dropout_fusion=False,
         apply_rope_fusion=use_transformer_engine(),
         params_dtype=dtype,
@@ -80,6 +87,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=layout,
+        deterministic_mode=parallel.deterministic,
         sequence_parallel=parallel.sequence_parallel,
         # Text and image batches differ widely in their number of loss tokens.
         calculate_per_token_loss=True,
@@ -93,6 +101,21 @@ def transformer_config(
         recompute_num_layers=recompute.num_layers if full else None,
         recompute_modules=list(recompute.modules) if recompute.granularity == "selective" else None,
     )
+
+
+def _compiles_kernels() -> bool:
+    """Whether torch.compile can make CUDA kernels: Triton builds a launcher for each with the host's C compiler."""
+    if not torch.cuda.is_available():
+        return False
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    found = find_spec("triton") is not None and any(map(shutil.which, compilers)) and headers.is_file()
+    if not found:
+        warnings.warn(
+            "no Triton, C compiler or Python headers (python3-dev): SwiGLU runs as separate kernels, slower",
+            stacklevel=2,
+        )
+    return found
 
 
 class Decoder(GPTModel):

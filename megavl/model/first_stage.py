@@ -46,10 +46,13 @@ def embed(
         (T, 1, H), or (T / tensor-parallel size, 1, H) with sequence parallelism.
     """
     x = embedding(input_ids=tokens, position_ids=None)  # (T, 1, H)
-    positions = tokens == image_token_id
     if (images[0] if isinstance(images, tuple) else images).shape[0]:
         vectors = placement.embeddings(vision, images).flatten(0, 1)  # (I * P, H)
-        x = x.masked_scatter(positions.view(-1, 1, 1), vectors.to(x.dtype))
+        # Their number is known on the host: finding it in a mask, as masked_scatter's backward pass does, would wait
+        # for the device.
+        marked = (tokens[0] == image_token_id).int()
+        rows = marked.argsort(descending=True, stable=True)[: vectors.shape[0]]
+        x = x.index_copy(0, rows, vectors.unsqueeze(1).to(x.dtype))
     if anchor and not placement.here(images) and vision.trains:
         x = x + placement.anchor(vision, images).to(x.dtype)
     if sequence_parallel:

@@ -18,6 +18,13 @@ from megavl.parallel import cpu_runtime
 
 _ABORT_LATER_S = 60
 """Added to NCCL's own timeout, seconds."""
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Switches that reduce (NVLink SHARP) add in no fixed order.
+    "NCCL_ALGO": "^NVLS",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+"""What cuBLAS, NCCL and Transformer Engine ask for, beside torch's and megatron-core's own switches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +83,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
         PeerError: the ranks did not find each other within `parallel.timeout_s`.
     """
     cpu_runtime.install()
-    # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    prepare_libraries(parallel)
     rank, world = rank_from_env(), world_size_from_env()
     if world > 1 and "MASTER_ADDR" not in os.environ:
         raise UsageError(
@@ -110,6 +116,16 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return position()
+
+
+def prepare_libraries(parallel: ParallelConfig) -> None:
+    """What CUDA's libraries read from the environment when they start, so before anything touches the device."""
+    # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.use_deterministic_algorithms(parallel.deterministic)
+    if parallel.deterministic:
+        for name, value in _DETERMINISTIC.items():
+            os.environ.setdefault(name, value)
 
 
 def _take_device() -> None:

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from megavl.config.errors import UsageError
 from megavl.config.model import STRICT, ModelConfig
 from megavl.config.recipe import Recipe
+from megavl.planner.devices import Device
 
 FORMAT = 1
 """Version of the file."""
@@ -199,6 +200,19 @@ def check_calibration(calibration: Calibration, recipe: Recipe, *, path: str | P
                 f"--calibration: {path} was measured for {name} {found!r}, the recipe has {value!r}; measure this "
                 "recipe with `megavl plan ... --calibrate FILE`"
             )
+
+
+def check_device(calibration: Calibration, device: Device, *, path: str | Path) -> None:
+    """Refuse a file that was measured on another kind of device: memory, links and peak come from the device's table.
+
+    Raises:
+        UsageError: with both names.
+    """
+    if device.name.partition("-")[0] not in calibration.device.lower():
+        raise UsageError(
+            f"--calibration: {path} was measured on {calibration.device!r}, --device is {device.name}; name the "
+            "device that was measured"
+        )
 
 
 def _key(entry: Entry) -> tuple[object, ...]:

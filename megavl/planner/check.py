@@ -101,7 +101,7 @@ def checked_scenario(
     try:
         return make_scenario(recipe, devices=devices, images=images)
     except UsageError as error:
-        if devices is None or devices < 1 or (images is not None and images < 0):
+        if devices is None or devices < 1 or str(error).startswith("--images"):
             raise
         text = nearest_text(recipe, Asked.of(recipe), devices=devices, device=device)
         raise UsageError(f"{error}{text}") from None

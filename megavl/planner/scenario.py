@@ -170,6 +170,16 @@ def checked_devices(count: int) -> int:
     return count
 
 
+def _check_images(recipe: Recipe, images: float) -> None:
+    most = recipe.data.seq_length / recipe.model.image_tokens
+    # Not a number compares with nothing.
+    if not 0 <= images <= most:
+        raise UsageError(
+            f"--images: a sequence of {recipe.data.seq_length} tokens cannot have {images} images of "
+            f"{recipe.model.image_tokens} tokens; give 0 to {most:.1f}"
+        )
+
+
 def make_scenario(recipe: Recipe, *, devices: int | None = None, images: float | None = None) -> Scenario:
     """Check the sizes against each other and fill in what the recipe implies.
 
@@ -183,8 +193,8 @@ def make_scenario(recipe: Recipe, *, devices: int | None = None, images: float |
     """
     world = recipe.parallel.tensor * recipe.parallel.pipeline if devices is None else devices
     checked_devices(world)
-    if images is not None and images < 0:
-        raise UsageError(f"--images: {images} is no number of images; give 0 or more")
+    if images is not None:
+        _check_images(recipe, images)
     recipe.data_parallel(world)
     found = float(expected_images(recipe) if images is None else images)
     return Scenario(recipe=recipe, devices=world, images=found, share=multimodal_share(recipe))

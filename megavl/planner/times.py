@@ -206,7 +206,7 @@ class DeviceTimes:
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         """Seconds of one micro-batch."""
         embedding, layer, head = embedding_work(scenario, kind), layer_work(scenario, kind), head_work(scenario, kind)
-        link, tensor = self.device.local, scenario.tensor
+        link, tensor = tensor_link(scenario, self.device), scenario.tensor
         hidden = scenario.hidden_bytes
         forward = 2 * all_reduce(hidden, ranks=tensor, link=link)
         gathers = 2 * all_gather(hidden, ranks=tensor, link=link) if scenario.sequence_ranks > 1 else 0.0
@@ -297,6 +297,11 @@ class DeviceTimes:
         return Link(bandwidth=bandwidth, latency=device.network.latency)
 
 
+def tensor_link(scenario: Scenario, device: Device) -> Link:
+    """Between tensor-parallel ranks, which are neighbours: on one node as long as they fit there."""
+    return device.local if scenario.tensor <= device.per_node else device.network
+
+
 def gather_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:
     """Under `split_tp`, gathering a micro-batch's embeddings; their gradients need no exchange."""
     ranks = scenario.tensor
@@ -305,7 +310,9 @@ def gather_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:
     model = scenario.recipe.model
     each = float(model.image_tokens * model.llm.hidden_size * scenario.element)
     # Shares are padded to the largest.
-    return Pass(all_gather(each * scenario.adaptor_images(kind) * ranks, ranks=ranks, link=device.local))
+    return Pass(
+        all_gather(each * scenario.adaptor_images(kind) * ranks, ranks=ranks, link=tensor_link(scenario, device))
+    )
 
 
 def exchange_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:

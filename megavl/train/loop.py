@@ -55,6 +55,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
         0 when all steps are done, 75 when a signal asked to stop and the state is saved.
     """
     world = groups.world_size_from_env()
+    groups.prepare_libraries(recipe.parallel)
     check_layout(recipe, devices=world, device=_known_device())
     _use_threads(recipe, world=world)
     status.section = "joining the process group"

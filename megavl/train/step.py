@@ -86,7 +86,7 @@ def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *,
     totals = torch.cat(
         [
             loss_and_tokens.double() if reports_loss else loss_and_tokens.new_zeros(2, dtype=torch.float64),
-            torch.tensor(known, dtype=torch.float64, device=loss_and_tokens.device),
+            torch.tensor(known, dtype=torch.float64).to(loss_and_tokens.device, non_blocking=True),
         ]
     )
     with model.timed("waiting"):

@@ -103,6 +103,7 @@ def _parallel(case: dict[str, Any]) -> ParallelConfig:
         sequence_parallel=case.get("sp", False),
         layout=tuple(case["layout"]) if "layout" in case else "auto",
         vision=case.get("vision", "recompute"),
+        deterministic=case.get("deterministic", False),
         distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed_optimizer,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -25,9 +26,12 @@ from tests.numerics.step_work import make_work
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("text", "multimodal")
+# torch asks for it once in a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 LOSS_TOLERANCE = 1e-4
 """Relative, fp32, of the first loss."""
 STEPS = 20
+ALONE = ParallelConfig()
 BAND = 0.05
 """Relative, bf16, of every loss along 20 steps in which the loss falls to less than two thirds. On the CPU bf16 stays
 within 1.6e-2 of fp32."""
@@ -42,7 +46,9 @@ def curves(device: str, precision: str, *, steps: int, lr: float = LR) -> dict[s
     """Losses of training the tiny model, by kind of step; the multimodal steps follow the text ones."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.numerics.step_speed", "--model", "tiny", "--threads", "1"]
     command += ["--precision", precision, "--warm-up", "0", "--steps", str(steps), "--lr", str(lr)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
+    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment |= {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -101,6 +107,17 @@ def host_waits(micro_batches: int) -> int:
     return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
+def test_a_deterministic_run_repeats_its_bits() -> None:
+    parallel = ParallelConfig(deterministic=True)
+    groups.start(parallel, seed=1)
+    try:
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        first, second = (own_curve("bf16", lr=LR, kind="multimodal", parallel=parallel) for _ in range(2))
+    finally:
+        groups.stop()
+    assert first == second and first[-1] < first[0]
+
+
 def test_the_band_holds_rounding_and_nothing_else(report_table) -> None:
     groups.start(ParallelConfig(), seed=1)
     try:
@@ -113,10 +130,11 @@ def test_the_band_holds_rounding_and_nothing_else(report_table) -> None:
     assert rounding <= BAND < wrong
 
 
-def own_curve(precision: str, *, lr: float) -> list[float]:
-    """Losses of text steps of the tiny model in this process."""
+def own_curve(precision: str, *, lr: float, kind: str = "text", parallel: ParallelConfig = ALONE) -> list[float]:
+    """Losses of the tiny model's steps in this process."""
     words = {"part": "whole", "layers": 0, "micro_batches": 2, "recompute": "none", "memory_bytes": None}
     work = make_work("tiny", precision=precision, **words)
+    work = dataclasses.replace(work, recipe=dataclasses.replace(work.recipe, parallel=parallel))
     side = MegaVL(work, marks=Marks(), lr=lr, local=False, weights=random_tensors(work.recipe.model))
-    data = [side.prepare(batches, "text") for batches in made_up_batches(work, "text", steps=2)]
+    data = [side.prepare(batches, kind) for batches in made_up_batches(work, kind, steps=2)]
     return [side.step(data[step % 2]) for step in range(STEPS)]

@@ -65,6 +65,7 @@ def test_base_is_laid_under(recipe: Path, tmp_path: Path) -> None:
         ("parallel.distributed_optimizer=false", ["parallel.overlap_param_gather: true", "distributed_optimizer"]),
         ("data.seq_length=9", ["data.seq_length: 9", "9 tokens"]),
         ("data.sources=[]", ["data.sources", "empty"]),
+        ("training.train=[]", ["training.train", "names nothing", "siglip"]),
         ("training.train=[llm,vision]", ["training.train", "'vision'", "siglip"]),
         ("optimizer.warmup_steps=11", ["optimizer.warmup_steps: 11", "training.steps 10"]),
         ("run.timeline_steps=[3,11]", ["run.timeline_steps: 11", "training.steps 10"]),

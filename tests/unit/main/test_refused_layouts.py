@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -46,16 +47,22 @@ def megavl(*arguments: object, world: int = 16) -> tuple[int, str, str]:
         (["parallel.virtual_pipeline=2", "training.global_batch_size=12"], 32, "6 micro-batches a step"),
         (["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.vision=split_tp"], 16, "parallel.vision"),
         ([], 24, "24 processes are no multiple of parallel.tensor 4 x parallel.pipeline 4 = 16"),
+        (["data.seq_length=4098"], 16, "1 x 4098 tokens of a micro-batch are no multiple of parallel.tensor 4"),
     ],
-    ids=["heads", "layers", "batch", "virtual stages", "vision", "world"],
+    ids=["heads", "layers", "batch", "virtual stages", "vision", "world", "sequence"],
 )
 def test_training_is_refused_before_anything_starts(path: Path, overrides: list[str], world: int, message: str) -> None:
+    status = path.parent / "run" / "exit_status.json"
+    status.parent.mkdir()
+    status.write_text(json.dumps({"code": 75, "reason": "of an earlier start"}))
     code, out, error = megavl("train", path, *overrides, world=world)
     assert code == 2, error
     assert error.startswith("error: ") and error.count("\n") == 1, "one message, no traceback"
     assert message in error
     assert f"nearest that works on {world} devices: parallel.tensor=" in error
-    assert {file.name for file in path.parent.glob("run/*")} <= {"exit_status.json"}, "why it ended, and nothing else"
+    assert list(path.parent.glob("run/*")) == [status], "why it ended, and nothing else"
+    found = json.loads(status.read_text())
+    assert found["code"] == 2 and f"error: {found['reason']}\n" == error and not found["resumable"]
     assert out == ""
 
 
@@ -75,6 +82,32 @@ def test_too_little_memory_is_refused_with_a_layout_that_fits(path: Path) -> Non
     assert error.startswith("error: parallel: pipeline rank 0 needs ") and error.count("\n") == 1
     assert "one a100-pcie has 37.25 GiB; nearest that works on 8 devices: parallel.tensor=" in error
     assert "ABOVE 90%" in out, "the plan itself is shown"
+
+
+def test_overrides_may_stand_behind_options(path: Path) -> None:
+    options = ("--device", "a100", "--top", 0, "--json")
+    before, behind = (
+        megavl("plan", path, *words) for words in (("parallel.tensor=2", *options), (*options, "parallel.tensor=2"))
+    )
+    assert before[0] == 0 and json.loads(before[1])["tensor"] == 2 and before == behind
+    code, _, error = megavl("plan", path, *options, "parallel.tensor=2", "--tp")
+    assert code == 2 and "unrecognized arguments" in error and "--tp" in error
+
+
+@pytest.mark.parametrize("images", ["nan", "-1", "7.2", "inf"])
+def test_images_that_no_sequence_holds_are_refused(path: Path, images: str) -> None:
+    code, out, error = megavl("plan", path, f"--images={images}")
+    assert (code, out) == (2, "")
+    assert error.startswith("error: --images: a sequence of 4096 tokens cannot have ") and "give 0 to 7.1" in error
+
+
+def test_a_calibration_is_refused_before_it_takes_time(path: Path) -> None:
+    file = path.with_name("c.json")
+    code, _, error = megavl("plan", path, "--calibrate", file, world=6)
+    assert code == 2 and "parallel.tensor 4 does not divide the number of processes, 6; start `torchrun" in error
+    code, _, error = megavl("plan", path, "--calibrate", path / "c.json", world=4)
+    assert code == 2 and "its folder is missing or not writable" in error
+    assert not file.exists()
 
 
 def test_an_open_cut_is_planned_but_not_trained(path: Path) -> None:

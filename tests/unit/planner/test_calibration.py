@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from megavl.planner.calibration import (
     Seconds,
     VisionEntry,
     check_calibration,
+    check_device,
     merge,
     model_key,
     read_calibration,
@@ -127,6 +129,22 @@ def test_a_file_of_something_else_is_refused() -> None:
     for other in (recipe_of("tiny-siglip", precision="fp32"), recipe_of("tiny-hybrid"), recipe_of("7b")):
         with pytest.raises(UsageError, match="was measured for"):
             check_calibration(calibration(entry(1)), other, path="c.json")
+
+
+@pytest.mark.parametrize(
+    ("measured", "named", "fits"),
+    [
+        ("x86_64 CPU, 2 cores, 1 threads a rank", "cpu", True),
+        ("x86_64 CPU, 2 cores, 1 threads a rank", "h200", False),
+        ("NVIDIA H200", "h200", True),
+        ("NVIDIA H200", "h100", False),
+        ("NVIDIA A100-PCIE-40GB", "a100-pcie", True),
+    ],
+)
+def test_a_file_of_another_device_is_refused(measured: str, named: str, fits: bool) -> None:
+    file = dataclasses.replace(calibration(entry(1)), device=measured)
+    with contextlib.nullcontext() if fits else pytest.raises(UsageError, match=f"--device is {named}"):
+        check_device(file, find_device(named), path="c.json")
 
 
 def test_recompute_has_a_key() -> None:

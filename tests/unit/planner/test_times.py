@@ -175,6 +175,14 @@ def test_a_text_only_step_encodes_one_blank_image_under_overlap_alone() -> None:
     assert step_time(scenario_of(train=("llm",)), (30,), source, "text").extras.anchor == 0
 
 
+def test_tensor_ranks_beyond_a_node_exchange_over_the_network() -> None:
+    source = DeviceTimes(device=find_device("a100"))
+    near, far = (
+        source.blocks(make_scenario(recipe_of(tensor=tensor), devices=16), "text").layer.forward for tensor in (8, 16)
+    )
+    assert far > 2 * near
+
+
 def test_overlap_hides_gradient_reduction() -> None:
     source = DeviceTimes(device=find_device("a100"))
     hidden, shown = (
