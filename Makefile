@@ -13,7 +13,8 @@ BIN := .venv/bin
 CLIENTS := .venv-clients
 STAMP := .venv/.megavl-installed
 # Importing megatron-core also imports torch's compiler, which nothing here uses: 40% of a rank's start.
-PYTEST := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q -rs --durations=10
+# Tests compare with what the CPU computes, on a machine with GPUs too; launch/bench/gpu.sh runs those that need one.
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q -rs --durations=10
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-clients check bench golden clean

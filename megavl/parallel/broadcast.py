@@ -23,6 +23,8 @@ def is_source() -> bool:
 
 def share_object(value: Any) -> Any:
     """Send a small object from the source to its model-parallel group."""
+    if mpu.get_model_parallel_group().size() == 1:
+        return value
     box = [value]
     dist.broadcast_object_list(
         box,

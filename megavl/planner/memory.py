@@ -14,10 +14,11 @@ Legend: `scenario.py`'s, and a attention heads, s = t under sequence parallelism
 - the first stage keeps what the trained part of the vision side needs, of every image that the rank encodes, and for a
   moment the largest block that is frozen or recomputed.
 - under `split_all` every rank holds the towers (the first stage's are the model's, the others copies without optimizer
-  state) and encodes its share of the whole step's images at once; a tower whose first layers train is run again for its
-  gradient, so that all its activations of these images are alive then. The first stage holds the features of all
-  images, with gradients where a tower trains, until the pipeline is through. Then the towers' weight gradients, e
-  bytes each, are summed in fp32.
+  state) and encodes its share of the whole step's images a few at a time; a tower whose first layers train is run
+  again for its gradient, so that all its activations of these few are alive then, where only its last layers train it
+  keeps what these need of all of the share. The first stage holds the features of all images, with gradients where a
+  tower trains, until the pipeline is through. Then the towers' weight gradients are summed in fp32, over the pieces
+  and in a copy over the ranks.
 - a rank holds as many micro-batches of each of its stages as the schedule's order leaves outstanding: under 1F1B
   min(p - rank, m), under interleaving what `schedule.py` counts.
 
@@ -32,10 +33,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megavl.config.model import ModelConfig
+from megavl.config.recipe import TRAINABLE_PARTS
 from megavl.planner.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.cost import active_parts
-from megavl.planner.scenario import Scenario
+from megavl.planner.scenario import ENCODED_AT_ONCE, Scenario
 from megavl.planner.schedule import passes
+
+_ADAPTOR = frozenset({"adaptor"})
+_TOWERS = frozenset(TRAINABLE_PARTS) - {"llm", "adaptor"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,7 @@ def rank_memory(scenario: Scenario, rank: int, layout: Sequence[int]) -> RankMem
         if stage == 0 and multimodal:
             counts = {True: scenario.tower_images("multimodal"), False: scenario.adaptor_images("multimodal")}
             for towers, images in counts.items():
-                per_image, largest = _image_activations(scenario, towers=towers)
+                per_image, largest = _image_activations(scenario, parts=_TOWERS if towers else _ADAPTOR)
                 stays, passing = stays + math.ceil(images * per_image), passing + math.ceil(images * largest)
         kept.append(stays)
         transient = max(transient, passing)
@@ -197,18 +202,20 @@ def tower_parameters(scenario: Scenario) -> tuple[int, int]:
     return sum(block.parameters for block in blocks), sum(b.parameters for b in blocks if b.part in trained)
 
 
-def _image_activations(scenario: Scenario, *, towers: bool) -> tuple[int, int]:
-    """Bytes that towers or adaptor keep per image, and bytes of their largest block alive only while it runs."""
+def _image_activations(scenario: Scenario, *, parts: frozenset[str]) -> tuple[int, int]:
+    """Bytes that parts of the vision side keep per image, and bytes of their largest block alive only while it runs."""
     recipe = scenario.recipe
-    kept, transient = _image_elements(recipe.model, recipe.trainable_parts, recipe.recompute.vision, towers)
+    kept, transient = _image_elements(recipe.model, recipe.trainable_parts, recipe.recompute.vision, parts)
     return kept * scenario.element, transient * scenario.element
 
 
 @lru_cache(maxsize=64)
-def _image_elements(model: ModelConfig, trained: tuple[str, ...], recomputed: bool, towers: bool) -> tuple[int, int]:
+def _image_elements(
+    model: ModelConfig, trained: tuple[str, ...], recomputed: bool, parts: frozenset[str]
+) -> tuple[int, int]:
     kept, transient = 0, 0
     for block in vision_blocks(model):
-        if (block.part == "adaptor") == towers:
+        if block.part not in parts:
             continue
         stays = _kept_elements(block, trainable=frozenset(trained), recomputed=recomputed)
         kept += stays
@@ -231,18 +238,25 @@ def rerun_towers(scenario: Scenario) -> frozenset[str]:
     return frozenset(name for name, part in (("siglip", "siglip"), ("sam", "sam_trunk")) if part in trained)
 
 
+def _rerun_parts(scenario: Scenario) -> frozenset[str]:
+    """Groups of parameters of the towers that run again."""
+    names = rerun_towers(scenario)
+    return frozenset(part for part in _TOWERS if part.partition("_")[0] in names)
+
+
 def _towers_at_work(scenario: Scenario) -> int:
     """Bytes alive while a rank encodes its share of the step's images, runs it again, or sums weight gradients."""
-    kept, transient = _image_activations(scenario, towers=True)
-    images, rerun = scenario.images_up_front("multimodal"), bool(rerun_towers(scenario))
-    encoding = math.ceil(images * (kept + transient if rerun else transient))
-    return max(encoding, (scenario.element + 4) * tower_parameters(scenario)[1])
+    _, transient = _image_activations(scenario, parts=_TOWERS)
+    again, _ = _image_activations(scenario, parts=_rerun_parts(scenario))
+    encoding = math.ceil(min(scenario.images_up_front("multimodal"), ENCODED_AT_ONCE) * (again + transient))
+    sums = 4 * tower_parameters(scenario)[1]
+    return sums + max(encoding, sums)
 
 
 def _up_front_activations(scenario: Scenario, *, first: bool) -> int:
     """What `split_all` keeps while the pipeline runs: for the rank's images, and all features on the first stage."""
-    kept, _ = _image_activations(scenario, towers=True)
-    out = 0.0 if rerun_towers(scenario) else scenario.images_up_front("multimodal") * kept
+    kept, _ = _image_activations(scenario, parts=_TOWERS - _rerun_parts(scenario))
+    out = scenario.images_up_front("multimodal") * kept
     if first:
         whole = scenario.micro_batch_images("multimodal") * scenario.micro_batches
         out += whole * scenario.feature_bytes * (2 if tower_parameters(scenario)[1] else 1)

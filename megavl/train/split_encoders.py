@@ -21,6 +21,7 @@ from megavl.config.model import ModelConfig
 from megavl.model.build import build_towers
 from megavl.model.vision import Features, VisionTowers
 from megavl.parallel.images import copy_from, exchange_images, shares, sum_over
+from megavl.planner.scenario import ENCODED_AT_ONCE as AT_ONCE
 from megavl.train.feed import StepData
 
 
@@ -49,7 +50,7 @@ class SplitEncoders:
         # A tower whose first layers train would keep all its activations until the pipeline is done.
         self._rerun = [name for name, part in (("siglip", "siglip"), ("sam", "sam_trunk")) if part in train]
         self._shape = (2 if model.sam else 1, model.image_tokens, model.siglip.width)
-        self._own: Features = ()
+        self._own: list[Features] = []
         self._given: list[torch.Tensor] = []
         self._counts: tuple[int, ...] = ()
         self._text = True
@@ -94,7 +95,7 @@ class SplitEncoders:
                     weight.main_grad.add_(gradient)  # type: ignore[union-attr]
         # Without images of its own too, where those of other replicas train the towers.
         self._stale = self._stale or not self._text
-        self._own, self._given = (), []
+        self._own, self._given = [], []
         if self._first is not None and self._first.ddp_config.overlap_grad_reduce:
             for weight in self._trained:
                 self._first.param_to_bucket_group[weight].register_grad_ready(weight, self._first.force_all_reduce)
@@ -108,8 +109,8 @@ class SplitEncoders:
         own = self._empty()
         if data.own_images.shape[0]:
             with torch.set_grad_enabled(bool(self._trained)):
-                self._own = self._towers.encode(data.own_images, rerun=self._rerun)
-            own = torch.stack([tower.detach() for tower in self._own], dim=1)
+                self._own = [self._towers.encode(part, rerun=self._rerun) for part in data.own_images.split(AT_ONCE)]
+            own = torch.cat([torch.stack([tower.detach() for tower in part], dim=1) for part in self._own])
         send = [own.shape[0] if rank < self._tensor else 0 for rank in range(self._group.size())]
         receive = self._counts if self._first is not None else [0] * self._group.size()
         return exchange_images(torch.cat([own] * self._tensor), send=send, receive=receive, group=self._group)
@@ -127,13 +128,17 @@ class SplitEncoders:
         return exchange_images(rows, send=send, receive=receive, group=self._group)
 
     def _weight_gradients(self, gradients: torch.Tensor) -> list[torch.Tensor]:
-        if not self._own:
-            return [torch.zeros_like(weight) for weight in self._trained]
-        pairs = [(tower, gradient) for tower, gradient in zip(self._own, gradients.unbind(1)) if tower.requires_grad]
-        found = torch.autograd.grad(
-            [tower for tower, _ in pairs], self._trained, [gradient for _, gradient in pairs], allow_unused=True
-        )
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(self._trained, found)]
+        """fp32, of this rank's images."""
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in self._trained]
+        for features, piece in zip(self._own, gradients.split(AT_ONCE)):
+            pairs = [(tower, gradient) for tower, gradient in zip(features, piece.unbind(1)) if tower.requires_grad]
+            found = torch.autograd.grad(
+                [tower for tower, _ in pairs], self._trained, [gradient for _, gradient in pairs], allow_unused=True
+            )
+            for total, gradient in zip(sums, found):
+                if gradient is not None:
+                    total.add_(gradient)
+        return sums
 
     def _copy(self, weights: Sequence[torch.Tensor]) -> None:
         if mpu.get_pipeline_model_parallel_world_size() > 1:

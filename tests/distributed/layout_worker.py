@@ -20,6 +20,7 @@ from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.parallel import broadcast, groups
 from megavl.planner.layout import layout_string
+from megavl.train import split_encoders
 from megavl.train.feed import StepData, next_step
 from megavl.train.optimizer import build_optimizer
 from megavl.train.rank_model import RankModel, build_rank_model
@@ -29,6 +30,8 @@ from tests.distributed.gather import complete_gradients, gather, gather_counts, 
 from tests.distributed.synthetic import SyntheticSteps
 
 SEQ_LENGTH = 160
+# Pieces of a rank's share of up to three images.
+split_encoders.AT_ONCE = 2
 BATCH = 4
 # With two replicas 2 against 3 images, later 4 against 1; a step may begin or end with a micro-batch without any.
 IMAGE_COUNTS = (2, 0, 1, 2)
