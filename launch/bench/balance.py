@@ -212,8 +212,9 @@ def cycle_lengths(segments: Rows) -> list[float]:
 
 
 def starts(rows: Rows) -> list[Rows]:
-    """Steps of each start of the two processes, which counts its turns from 0."""
-    cuts = [at for at in range(1, len(rows)) if rows[at]["turn"] < rows[at - 1]["turn"]]
+    """Steps of each start of the two processes, which counts its turns from 0, each from the first variant on."""
+    places = [(row["turn"], [*VARIANTS].index(row["variant"])) for row in rows]
+    cuts = [at for at in range(1, len(rows)) if places[at] < places[at - 1]]
     return [rows[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(rows)])]
 
 

@@ -22,7 +22,7 @@ _COMMANDS = {
     "inspect": "what a checkpoint holds, verified",
 }
 """Each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""
-_OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 """How `key.path=value` begins."""
 
 

@@ -24,6 +24,7 @@ from megavl.planner.scenario import (
     ELEMENT_BYTES,
     PLACEMENTS,
     Scenario,
+    check_images,
     checked_devices,
     expected_images,
     make_scenario,
@@ -193,6 +194,8 @@ def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
     """Measure on the processes that were started and add what was found to the file."""
     if args.repeats < 2:
         raise UsageError(f"--repeats: {args.repeats} measured steps say nothing; give 2 or more")
+    if args.images is not None:
+        check_images(recipe, args.images)
     world, tensor = os.environ.get("WORLD_SIZE", "1"), recipe.parallel.tensor
     # What is no number is refused where ranks meet.
     if world.isdigit() and int(world) % tensor:
@@ -203,7 +206,8 @@ def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
         )
     # Before anything is measured, which takes minutes: an old file of something else is refused.
     folder = Path(args.calibrate).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    writes = os.environ.get("RANK", "0") == "0"
+    if writes and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UsageError(f"--calibrate: cannot write {args.calibrate}: its folder is missing or not writable")
     old = read_calibration(args.calibrate) if Path(args.calibrate).exists() else None
     if old is not None:

@@ -77,9 +77,9 @@ def build_stages(
     return stages
 
 
-def build_towers(model: ModelConfig, *, dtype: torch.dtype, train: tuple[str, ...]) -> VisionTowers:
+def build_towers(model: ModelConfig, *, dtype: torch.dtype, train: tuple[str, ...], recompute: bool) -> VisionTowers:
     """The vision towers alone on this rank's device, without meaningful weights, the frozen groups marked."""
-    towers = VisionTowers(model)
+    towers = VisionTowers(model, recompute=recompute)
     settle(towers, dtype=dtype)
     freeze(towers, train=train, prefix="vision.")
     return towers

@@ -107,7 +107,7 @@ def _compiles_kernels() -> bool:
     """Whether torch.compile can make CUDA kernels: Triton builds a launcher for each with the host's C compiler."""
     if not torch.cuda.is_available():
         return False
-    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     found = find_spec("triton") is not None and any(map(shutil.which, compilers)) and headers.is_file()
     if not found:

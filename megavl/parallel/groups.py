@@ -21,7 +21,7 @@ _ABORT_LATER_S = 60
 _DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # Switches that reduce (NVLink SHARP) add in no fixed order.
-    "NCCL_ALGO": "^NVLS",
+    "NCCL_ALGO": "^NVLS,NVLSTree",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
 }
 """What cuBLAS, NCCL and Transformer Engine ask for, beside torch's and megatron-core's own switches."""
@@ -122,8 +122,8 @@ def prepare_libraries(parallel: ParallelConfig) -> None:
     """What CUDA's libraries read from the environment when they start, so before anything touches the device."""
     # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    torch.use_deterministic_algorithms(parallel.deterministic)
     if parallel.deterministic:
+        torch.use_deterministic_algorithms(True)
         for name, value in _DETERMINISTIC.items():
             os.environ.setdefault(name, value)
 

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from megavl.config.errors import UsageError
 from megavl.config.model import STRICT, ModelConfig
 from megavl.config.recipe import Recipe
-from megavl.planner.devices import Device
+from megavl.planner.devices import Device, known_device
 
 FORMAT = 1
 """Version of the file."""
@@ -208,10 +208,11 @@ def check_device(calibration: Calibration, device: Device, *, path: str | Path) 
     Raises:
         UsageError: with both names.
     """
-    if device.name.partition("-")[0] not in calibration.device.lower():
+    known = known_device(calibration.device)
+    if known is not None and known.name != device.name:
         raise UsageError(
-            f"--calibration: {path} was measured on {calibration.device!r}, --device is {device.name}; name the "
-            "device that was measured"
+            f"--calibration: {path} was measured on {calibration.device!r}, --device is {device.name}; use "
+            f"--device {known.name}"
         )
 
 

@@ -7,6 +7,7 @@ A share is what large, favourable shapes reach. Where nobody published a measure
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -199,6 +200,15 @@ DEVICES: dict[str, Device] = {
     ),
 }
 """Devices by the name that `--device` takes."""
+
+
+def known_device(text: str) -> Device | None:
+    """Row of the device that calls itself `text`, as torch and calibrations name it; None where it has none."""
+    words = re.split(r"[^a-z0-9]+", text.lower())
+    known = next((name for name in ("cpu", "h200", "h100", "a100") if name in words), None)
+    if known is None:
+        return None
+    return DEVICES["a100-pcie" if known == "a100" and "pcie" in words else known]
 
 
 def find_device(name: str) -> Device:

@@ -16,7 +16,8 @@ Legend: `scenario.py`'s, and a attention heads, s = t under sequence parallelism
 - under `split_all` every rank holds the towers (the first stage's are the model's, the others copies without optimizer
   state) and encodes its share of the whole step's images a few at a time; a tower whose first layers train is run
   again for its gradient, so that all its activations of these few are alive then, where only its last layers train it
-  keeps what these need of all of the share. The first stage holds the features of all images, with gradients where a
+  keeps what these need of all of the share. Pixels (3 bytes each) and features of a share stay where something trains,
+  and what a tower that runs again starts from. The first stage holds the features of all images, with gradients where a
   tower trains, until the pipeline is through. Then the towers' weight gradients are summed in fp32, over the pieces
   and in a copy over the ranks.
 - a rank holds as many micro-batches of each of its stages as the schedule's order leaves outstanding: under 1F1B
@@ -256,7 +257,13 @@ def _towers_at_work(scenario: Scenario) -> int:
 def _up_front_activations(scenario: Scenario, *, first: bool) -> int:
     """What `split_all` keeps while the pipeline runs: for the rank's images, and all features on the first stage."""
     kept, _ = _image_activations(scenario, parts=_TOWERS - _rerun_parts(scenario))
-    out = scenario.images_up_front("multimodal") * kept
+    model, rerun = scenario.recipe.model, rerun_towers(scenario)
+    each = 3.0 * model.canvas_size**2 + kept
+    if tower_parameters(scenario)[1]:
+        each += scenario.feature_bytes
+    for tower, side in (("siglip", model.siglip.image_size), ("sam", model.canvas_size)):
+        each += 3.0 * scenario.element * side**2 * (tower in rerun)
+    out = scenario.images_up_front("multimodal") * each
     if first:
         whole = scenario.micro_batch_images("multimodal") * scenario.micro_batches
         out += whole * scenario.feature_bytes * (2 if tower_parameters(scenario)[1] else 1)

@@ -172,7 +172,12 @@ def checked_devices(count: int) -> int:
     return count
 
 
-def _check_images(recipe: Recipe, images: float) -> None:
+def check_images(recipe: Recipe, images: float) -> None:
+    """Refuse a number of images that no sequence of the recipe holds.
+
+    Raises:
+        UsageError: with the most that fit.
+    """
     most = recipe.data.seq_length / recipe.model.image_tokens
     # Not a number compares with nothing.
     if not 0 <= images <= most:
@@ -196,7 +201,7 @@ def make_scenario(recipe: Recipe, *, devices: int | None = None, images: float |
     world = recipe.parallel.tensor * recipe.parallel.pipeline if devices is None else devices
     checked_devices(world)
     if images is not None:
-        _check_images(recipe, images)
+        check_images(recipe, images)
     recipe.data_parallel(world)
     found = float(expected_images(recipe) if images is None else images)
     return Scenario(recipe=recipe, devices=world, images=found, share=multimodal_share(recipe))

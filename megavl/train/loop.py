@@ -26,7 +26,7 @@ from megavl.parallel import broadcast, cpu_runtime, groups
 from megavl.parallel.groups import Position
 from megavl.planner.check import check_layout
 from megavl.planner.cost import MFU_CONVENTION, mfu, step_flops
-from megavl.planner.devices import Device, find_device
+from megavl.planner.devices import Device, find_device, known_device
 from megavl.planner.layout import layout_string, resolve_layout
 from megavl.train.exit_status import ExitStatus
 from megavl.train.feed import next_step
@@ -273,11 +273,9 @@ def _known_device() -> Device | None:
     """This device's row in the planner's table, with the memory that it really has; None where it has no row."""
     if not torch.cuda.is_available():
         return find_device("cpu")
-    name = torch.cuda.get_device_name().lower()
-    known = next((row for row in ("h200", "h100", "a100") if row in name), None)
-    if known is None:
+    row = known_device(torch.cuda.get_device_name())
+    if row is None:
         return None
-    row = find_device("a100-pcie" if known == "a100" and "pcie" in name else known)
     return dataclasses.replace(row, memory_bytes=torch.cuda.get_device_properties().total_memory)
 
 

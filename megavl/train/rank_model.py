@@ -116,7 +116,7 @@ def build_rank_model(
     )
     encoders = None
     if parallel.vision == "split_all":
-        encoders = SplitEncoders(chunks, model, dtype=dtype, train=train)
+        encoders = SplitEncoders(chunks, model, dtype=dtype, train=train, recompute=recompute.vision)
         encoders.copy_weights()
     rank_model = RankModel(chunks=chunks, encoders=encoders)
     _set_hooks(rank_model)

@@ -100,6 +100,7 @@ CASES: dict[str, str | None] = {
     "stage3 1x1x1": None,
     "stage3 tp2 dp2 sp full": None,
     "stage3 tp2 dp2 split_tp": None,
+    "stage3 pp2 split_all full": None,
     "stage3 pp2 dp2 split_all selective-mlp": None,
     "stage3 tp2 pp2 sp vpp2 split_tp full": "stage3 pp2 dp2 split_all selective-mlp",
     "pooling 1x1x1": None,

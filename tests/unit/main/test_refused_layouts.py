@@ -66,6 +66,14 @@ def test_training_is_refused_before_anything_starts(path: Path, overrides: list[
     assert out == ""
 
 
+def test_a_refusal_that_was_typed_leaves_a_run_under_way_alone(path: Path) -> None:
+    command = [sys.executable, "-m", "megavl", "train", str(path), "optimizer.lrr=1"]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 2 and "lrr" in done.stderr
+    assert not (path.parent / "run").exists()
+
+
 def test_the_layout_that_is_named_works(path: Path) -> None:
     _, _, error = megavl("train", path, "parallel.tensor=3", world=16)
     named = re.findall(r"\S+=\S+", error.partition("nearest that works on 16 devices: ")[2])
@@ -86,9 +94,8 @@ def test_too_little_memory_is_refused_with_a_layout_that_fits(path: Path) -> Non
 
 def test_overrides_may_stand_behind_options(path: Path) -> None:
     options = ("--device", "a100", "--top", 0, "--json")
-    before, behind = (
-        megavl("plan", path, *words) for words in (("parallel.tensor=2", *options), (*options, "parallel.tensor=2"))
-    )
+    overrides = ("parallel.tensor=2", "data.sources=[{name: web-code}]", "data.sources.web-code.path=elsewhere")
+    before, behind = (megavl("plan", path, *words) for words in ((*overrides, *options), (*options, *overrides)))
     assert before[0] == 0 and json.loads(before[1])["tensor"] == 2 and before == behind
     code, _, error = megavl("plan", path, *options, "parallel.tensor=2", "--tp")
     assert code == 2 and "unrecognized arguments" in error and "--tp" in error
@@ -103,6 +110,8 @@ def test_images_that_no_sequence_holds_are_refused(path: Path, images: str) -> N
 
 def test_a_calibration_is_refused_before_it_takes_time(path: Path) -> None:
     file = path.with_name("c.json")
+    code, _, error = megavl("plan", path, "--calibrate", file, "--images", "nan", world=4)
+    assert code == 2 and "cannot have nan images" in error
     code, _, error = megavl("plan", path, "--calibrate", file, world=6)
     assert code == 2 and "parallel.tensor 4 does not divide the number of processes, 6; start `torchrun" in error
     code, _, error = megavl("plan", path, "--calibrate", path / "c.json", world=4)

@@ -139,6 +139,11 @@ def test_a_file_of_something_else_is_refused() -> None:
         ("NVIDIA H200", "h200", True),
         ("NVIDIA H200", "h100", False),
         ("NVIDIA A100-PCIE-40GB", "a100-pcie", True),
+        ("NVIDIA A100-PCIE-40GB", "a100", False),
+        ("NVIDIA A100-SXM4-80GB", "a100", True),
+        # Without a row of its own another one's links and memory are taken.
+        ("NVIDIA L40S", "a100-pcie", True),
+        ("NVIDIA GH200 480GB", "h100", True),
     ],
 )
 def test_a_file_of_another_device_is_refused(measured: str, named: str, fits: bool) -> None:

@@ -92,8 +92,8 @@ def test_split_encoders_take_memory_off_the_first_stage() -> None:
 
 
 def test_split_encoders_work_on_a_few_images_at_a_time() -> None:
-    """More images of a step add their features to the first stage, and to all ranks what a trained end of SAM needs."""
-    shares = {}
+    """Images of a share keep pixels, where something trains features, and what a trained end of SAM needs."""
+    each = {}
     for train in (("llm", "adaptor"), ("llm", "adaptor", "siglip"), ("llm", "adaptor", "siglip", "sam_downsamples")):
         few, many = (recipe(train=train, vision="split_all", batch=batch) for batch in (64, 256))
         scenarios = [make_scenario(given, devices=16) for given in (few, many)]
@@ -101,11 +101,13 @@ def test_split_encoders_work_on_a_few_images_at_a_time() -> None:
         first, inner = (
             [memory(given, rank=rank, data_parallel=1).activations for given in (few, many)] for rank in (0, 1)
         )
-        shares[train] = (inner[1] - inner[0]) / 60
+        each[train] = (inner[1] - inner[0]) / 60
         features = 5 * (256 - 64) * scenarios[0].feature_bytes * (1 if len(train) == 2 else 2)
         assert first[1] - first[0] == pytest.approx(features + inner[1] - inner[0], rel=1e-6)
-    frozen, siglip, ends = shares.values()
-    assert frozen == siglip == 0 < ends < 100e6
+    frozen, siglip, ends = each.values()
+    assert frozen == 3 * 1024**2
+    assert siglip == frozen + 2 * 2 * 576 * 1024 + 2 * 3 * 384**2
+    assert siglip < ends < siglip + 100e6
 
 
 @pytest.mark.parametrize(("precision", "element", "state"), [("bf16", 2, 12), ("fp32", 4, 8)])
