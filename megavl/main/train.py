@@ -85,16 +85,17 @@ def _run_dir(arguments: argparse.Namespace) -> str | None:
 def _refuse(run_dir: str | None, error: UsageError) -> int:
     """Every rank comes to the same conclusion, so one speaks for all; an earlier run's status must not stand.
 
-    Without a launcher, which would hide the exit code, nothing is written: the command may have been typed beside a run
-    that is under way in this directory, and whose ranks would take this for its end.
+    Where there is no status a run may be under way, whose ranks would take this one for its end. So it is written there
+    only under a launcher, which hides the exit code; who typed the command sees it.
     """
     if os.environ.get("RANK", "0") != "0":
         return error.exit_code
-    if run_dir is not None and "RANK" in os.environ:
+    if run_dir is not None:
         status = ExitStatus(run_dir, rank=0)
         with contextlib.suppress(OSError):
-            status.clear()
-            status.write(error.exit_code, str(error))
+            if "RANK" in os.environ or status.path.exists():
+                status.clear()
+                status.write(error.exit_code, str(error))
     raise error
 
 
