@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.readers.tar_archive import members
+from data_tools.readers.tar_archive import Member, members
 from tests.unit.data.corpus_files import make_tokenizer, run_preprocess
 from tests.unit.data_tools.format_files import (
     IMAGE,
@@ -289,11 +289,13 @@ def test_compressed_files_are_refused(
             st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=300),
             st.integers(0, 1500),
             st.booleans(),
-        ),
+            # A file whose name ends so is a directory to tar and to us, and none to the standard library.
+        ).filter(lambda file: file[2] or not file[0].endswith("/")),
         max_size=8,
     ),
     format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
+@example(files=[("/0", 0, False), ("/", 0, True)], format=tarfile.GNU_FORMAT)
 def test_members_are_those_that_the_standard_library_finds(
     tmp_path: Path, files: list[tuple[str, int, bool]], format: int
 ) -> None:
@@ -310,7 +312,12 @@ def test_members_are_those_that_the_standard_library_finds(
         for one in found:
             # Any header is a place to start from.
             again = list(members(stream.fileno(), start=one.begin, end=end, number=one.number))
-            assert again == found[one.number - 1 :]
+            assert list(map(_comparable, again)) == list(map(_comparable, found[one.number - 1 :]))
+
+
+def _comparable(one: Member) -> tuple[Member, str]:
+    """Errors of equal text are not equal."""
+    return one._replace(problem=None), str(one.problem)
 
 
 def test_archives_joined_end_to_end_are_read_wholly(tokenizer: Path, tmp_path: Path) -> None:
