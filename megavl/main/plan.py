@@ -204,7 +204,7 @@ def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
             f"`torchrun --nproc-per-node {tensor} -m megavl plan ... --calibrate {args.calibrate}`, or measure with "
             "parallel.tensor=1 parallel.sequence_parallel=false"
         )
-    # Before anything is measured, which takes minutes: an old file of something else is refused.
+    # Before anything is measured, which takes minutes: no place to write, or a file of something else.
     folder = Path(args.calibrate).parent
     writes = os.environ.get("RANK", "0") == "0"
     if writes and not (folder.is_dir() and os.access(folder, os.W_OK)):

@@ -119,7 +119,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
 
 
 def prepare_libraries(parallel: ParallelConfig) -> None:
-    """What CUDA's libraries read from the environment when they start, so before anything touches the device."""
+    """Switches of torch, and what CUDA's libraries read from the environment, before anything touches the device."""
     # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if parallel.deterministic:

@@ -14,7 +14,7 @@ from megavl.planner.devices import Device
 from megavl.planner.layout import layout_of
 from megavl.planner.memory import rank_memory
 from megavl.planner.render import format_bytes
-from megavl.planner.scenario import Scenario, expected_images, make_scenario, multimodal_share
+from megavl.planner.scenario import Scenario, check_images, expected_images, make_scenario, multimodal_share
 from megavl.planner.search import Choice, choices, recomputes, scenario_with
 from megavl.planner.times import DeviceTimes, FlatTimes, TimeSource
 
@@ -97,11 +97,13 @@ def check_layout(recipe: Recipe, *, devices: int, device: Device | None) -> None
 def checked_scenario(
     recipe: Recipe, *, devices: int | None, device: Device | None, images: float | None = None
 ) -> Scenario:
-    """`make_scenario`, whose errors then name the nearest layout that works."""
+    """`make_scenario`, whose errors of layout then name the nearest one that works."""
+    if images is not None:
+        check_images(recipe, images)
     try:
         return make_scenario(recipe, devices=devices, images=images)
     except UsageError as error:
-        if devices is None or devices < 1 or str(error).startswith("--images"):
+        if devices is None or devices < 1:
             raise
         text = nearest_text(recipe, Asked.of(recipe), devices=devices, device=device)
         raise UsageError(f"{error}{text}") from None

@@ -16,10 +16,10 @@ Legend: `scenario.py`'s, and a attention heads, s = t under sequence parallelism
 - under `split_all` every rank holds the towers (the first stage's are the model's, the others copies without optimizer
   state) and encodes its share of the whole step's images a few at a time; a tower whose first layers train is run
   again for its gradient, so that all its activations of these few are alive then, where only its last layers train it
-  keeps what these need of all of the share. Pixels (3 bytes each) and features of a share stay where something trains,
-  and what a tower that runs again starts from. The first stage holds the features of all images, with gradients where a
-  tower trains, until the pipeline is through. Then the towers' weight gradients are summed in fp32, over the pieces
-  and in a copy over the ranks.
+  keeps what these need of all of the share. Pixels of a share (3 bytes each) stay, where a tower trains its features
+  too, and what a tower that runs again starts from. The first stage holds the features of all images, with gradients
+  where a tower trains, until the pipeline is through. Then the towers' weight gradients are summed in fp32, over the
+  pieces and in a copy over the ranks.
 - a rank holds as many micro-batches of each of its stages as the schedule's order leaves outstanding: under 1F1B
   min(p - rank, m), under interleaving what `schedule.py` counts.
 

@@ -21,7 +21,7 @@ from megavl.config.model import ModelConfig
 from megavl.model.build import build_towers
 from megavl.model.vision import Features, VisionTowers
 from megavl.parallel.images import copy_from, exchange_images, shares, sum_over
-from megavl.planner.scenario import ENCODED_AT_ONCE as AT_ONCE
+from megavl.planner.scenario import ENCODED_AT_ONCE
 from megavl.train.feed import StepData
 
 
@@ -115,7 +115,9 @@ class SplitEncoders:
         own = self._empty()
         if data.own_images.shape[0]:
             with torch.set_grad_enabled(bool(self._trained)):
-                self._own = [self._towers.encode(part, rerun=self._rerun) for part in data.own_images.split(AT_ONCE)]
+                self._own = [
+                    self._towers.encode(part, rerun=self._rerun) for part in data.own_images.split(ENCODED_AT_ONCE)
+                ]
             own = torch.cat([torch.stack([tower.detach() for tower in part], dim=1) for part in self._own])
         if not self._trained:
             self._own = []
@@ -146,7 +148,7 @@ class SplitEncoders:
     def _weight_gradients(self, gradients: torch.Tensor) -> list[torch.Tensor]:
         """fp32, of this rank's images."""
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in self._trained]
-        for features, piece in zip(self._own, gradients.split(AT_ONCE)):
+        for features, piece in zip(self._own, gradients.split(ENCODED_AT_ONCE)):
             pairs = [(tower, gradient) for tower, gradient in zip(features, piece.unbind(1)) if tower.requires_grad]
             found = torch.autograd.grad(
                 [tower for tower, _ in pairs], self._trained, [gradient for _, gradient in pairs], allow_unused=True

@@ -31,7 +31,7 @@ from tests.distributed.synthetic import SyntheticSteps
 
 SEQ_LENGTH = 160
 # Pieces of a rank's share of up to three images.
-split_encoders.AT_ONCE = 2
+split_encoders.ENCODED_AT_ONCE = 2
 BATCH = 4
 # With two replicas 2 against 3 images, later 4 against 1; a step may begin or end with a micro-batch without any.
 IMAGE_COUNTS = (2, 0, 1, 2)

@@ -39,6 +39,17 @@ def test_turns_are_equal_work_and_go_on(bench: ModuleType, tmp_path: Path) -> No
         assert [len(loops) for loops in row["glances_s"]] == [2, 2] and min(map(min, row["glances_s"])) > 0
 
 
+def test_starts_of_a_single_turn_are_told_apart(
+    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "launch/bench")
+    balance = open_benchmark("balance")
+    turn = [{"turn": 0, "variant": name, "glances_s": [[1.0]]} for name in balance.VARIANTS for _ in range(2)]
+    faster = [{**row, "glances_s": [[0.7]]} for row in turn]
+    assert balance.starts([*turn, *faster]) == [turn, faster]
+    assert balance.quick_share([*turn, *faster]) == 1
+
+
 def test_steps_beside_slow_cores_are_left_out(bench: ModuleType) -> None:
     rows = [{"probe_s": seconds} for seconds in (1.2, 1.0, 1.25, 1.26, 1.9)]
     assert bench.undisturbed(rows) == rows[:3]
