@@ -2,8 +2,9 @@
 
 A tiny model whose encoders make stage 0 of an even split about 1.64 times as slow as the other stage (the 7B's at
 TP 4 x PP 4) trains on two single-threaded processes, PP 2: split evenly, as `megavl plan` balances it from a
-calibration, and under `parallel.vision: split_all` with its own balanced split. All three take their steps by turns in
-the same processes (`tests/numerics/paired_steps.py`), which also time a short loop at every micro-batch: cycles of the
+calibration, and under `parallel.vision: split_all` with its own balanced split. How deep SAM must be for that hangs on
+the machine, so a pilot run measures the even split with two depths first. All three take their steps by turns in the
+same processes (`tests/numerics/paired_steps.py`), which also time a short loop at every micro-batch: cycles of the
 schedule count whose loops were quick on all cores.
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
@@ -52,9 +53,12 @@ OVERLOAD = 1.64
 MODEL = (
     *("model.llm.num_layers=10", "model.llm.hidden_size=256", "model.llm.ffn_hidden_size=800"),
     *("model.sam.width=384", "model.sam.heads=6", "model.sam.mlp_dim=1536"),
-    *("model.sam.depth=6", "model.sam.global_attn_indexes=[1,3,4,5]"),
+    "model.sam.global_attn_indexes=[1,3,4,5]",
 )
 """Wide enough that matrix products take most of the time: these vary least where cores slow down."""
+PILOT_DEPTHS = (6, 10)
+"""SAM's layers in the pilot run."""
+PILOT_TURNS = 3
 EVEN = [5, 5]
 SIZES = (
     *("parallel.tensor=1", "parallel.pipeline=2", f"training.global_batch_size={BATCH}"),
@@ -64,6 +68,8 @@ VARIANTS = {"even": "recompute", "rebalanced": "recompute", "split_all": "split_
 """Name and `parallel.vision`."""
 GOALS = {"gain": 1.15, "stages": 1.05}
 """Least gain of rebalancing, and most that the slowest stage may exceed the mean by afterwards."""
+QUICKEST = 0.05
+"""Quantile of a rank's loops that the others are held against: a single one may outrun all others by a fifth."""
 LEAST = 40
 """Cycles and passes that a median takes."""
 STEPS = 5
@@ -126,7 +132,7 @@ def main() -> int:
     run["others"].append(others)
     record.write_text(json.dumps(run))
     assert {row["images"] for row in rows} == {0, IMAGES * BATCH}, "image counts vary"
-    text = report(rows, run["layers"], run["others"])
+    text = report(rows, run)
     print(text)
     path = ROOT / "launch/bench/results" / f"balance_{hardware()}_{time.strftime('%Y%m')}.md"
     path.write_text(text, encoding="utf-8")
@@ -139,6 +145,8 @@ def prepare(work: Path) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     settings = [*build_data(work, images=IMAGES, seq_length=SEQ_LENGTH), *MODEL]
+    depth = encoder_depth(work, settings)
+    settings.append(sam_depth(depth))
     calibrations = {(1, processes): Measured(block_seconds) for processes in (1, 2)}
     for turn in range(CALIBRATIONS):
         for (tensor, processes), found in calibrations.items():
@@ -150,7 +158,33 @@ def prepare(work: Path) -> dict[str, Any]:
     whole.write_text(json.dumps(merged(calibrations)))
     layers = {"even": EVEN, **{name: balanced(whole, settings, VARIANTS[name]) for name in list(VARIANTS)[1:]}}
     print(f"layers: {layers}", flush=True)
-    return {"settings": settings, "layers": layers, "others": [found.best()[1] for found in calibrations.values()]}
+    others = [found.best()[1] for found in calibrations.values()]
+    return {"settings": settings, "depth": depth, "layers": layers, "others": others}
+
+
+def sam_depth(layers: int) -> str:
+    """An override."""
+    return f"model.sam.depth={layers}"
+
+
+def encoder_depth(work: Path, settings: list[str]) -> int:
+    """SAM's layers with which an even split's stage 0 takes `OVERLOAD` times as long as stage 1 on this machine."""
+    choices = {sam_depth(depth): (sam_depth(depth), f"parallel.layout={EVEN}") for depth in PILOT_DEPTHS}
+    rows, _ = paired_steps(
+        work / "pilot.jsonl", [*settings, *SIZES], choices, processes=2, turns=PILOT_TURNS, steps=STEPS
+    )
+    found = [overload([row for row in rows if row["variant"] == name]) for name in choices]
+    depth = round(float(np.interp(OVERLOAD, found, PILOT_DEPTHS)))
+    shown = ", ".join(f"{ratio:.2f} with {layers}" for ratio, layers in zip(found, PILOT_DEPTHS))
+    print(f"pilot: stage 0 takes {shown} layers of SAM times as long as stage 1; {depth} are taken", flush=True)
+    return depth
+
+
+def overload(rows: Rows) -> float:
+    """Stage 0 against stage 1, medians of all multimodal micro-batches."""
+    images = [row["segments"] for row in rows if row["modality"] == "multimodal"]
+    one, other = (statistics.median(itertools.chain(*(passes(boxes, rank) for boxes in images))) for rank in (0, 1))
+    return one / other
 
 
 def balanced(calibration: Path, settings: list[str], vision: str) -> list[int]:
@@ -221,12 +255,12 @@ def starts(rows: Rows) -> list[Rows]:
 def quick_loops(rows: Rows) -> list[np.ndarray]:
     """Which loops of each step were quick, (ranks, micro-batches).
 
-    Against the quickest of the same start: cores may run at another clock in the next one.
+    Against the rank's quickest of the same start: cores may run at another clock in the next one.
     """
     found = []
     for start in starts(rows):
         loops = np.array([row["glances_s"] for row in start])
-        found += list(loops <= (1 + QUICK) * loops.min())
+        found += list(loops <= (1 + QUICK) * np.quantile(loops, QUICKEST, axis=(0, 2), keepdims=True))
     return found
 
 
@@ -240,9 +274,9 @@ def pair(seconds: Pair) -> str:
     return f"{seconds[0]:.3f}, {seconds[1]:.3f}"
 
 
-def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
+def report(rows: Rows, run: dict[str, Any]) -> str:
     """Markdown with the command, versions, goals, and how quiet the machine was."""
-    variants = {name: read(rows, name, layers[name]) for name in VARIANTS}
+    variants = {name: read(rows, name, run["layers"][name]) for name in VARIANTS}
     even, rebalanced, split = (variants[name] for name in VARIANTS)
     begun = len(starts(rows))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
@@ -268,14 +302,15 @@ def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
         f"`python launch/bench/balance.py`; Python {platform.python_version()}, {versions}; "
         f"{platform.machine()}, {os.cpu_count()} cores, gloo, fp32, two processes of one thread each.",
         f"Recipe `{RECIPE}`, TP 1 x PP 2, {BATCH} micro-batches of one {SEQ_LENGTH}-token sequence, {IMAGES} images "
-        f"in every multimodal one; {' '.join(MODEL)}.",
+        f"in every multimodal one; {' '.join(MODEL)}; SAM with {run['depth']} layers, chosen by a pilot run.",
         f"Even split: stage 0 takes {even.stages_s[0] / even.stages_s[1]:.2f} times as long as stage 1 (7B at TP 4 x "
         f"PP 4: {OVERLOAD}). The other splits: `megavl plan --calibration`, for multimodal steps.",
         f"{len(rows) // (STEPS * len(VARIANTS))} turns ({begun} start{'s' * (begun > 1)} of two processes), in each "
         f"of which every variant takes {STEPS} steps in the same processes; the ranks change cores after every turn, "
         "and all data are in memory. Cores of a virtual machine slow down by half for up to seconds at a time, for "
         "reasons not seen from inside, so each rank times a loop of 0.2 ms at every micro-batch, which is quick where "
-        f"it takes at most {QUICK:.0%} longer than the quickest of its start; {quick_share(rows):.0%} were.",
+        f"it takes at most {QUICK:.0%} longer than the quickest {QUICKEST:.0%} of its rank in that start; "
+        f"{quick_share(rows):.0%} were.",
         "A cycle lasts from the end of one backward pass of stage 0 to the end of the next and counts where the loops "
         "of both ranks were quick from the micro-batch before it to two behind; a pass counts where those of its rank "
         f"were before, in and after it. A step is {BATCH - 1} cycles and the rest (pipeline fill, encoders outside of "
@@ -283,7 +318,7 @@ def report(rows: Rows, layers: dict[str, list[int]], used: list[float]) -> str:
         "multimodal against text, are of all steps as they were.",
         f"After rebalancing both stages together compute {slowed:+.1%} for the same micro-batch, which a split by "
         "itself does not change.",
-        how_quiet(used),
+        how_quiet(run["others"]),
         "",
         "| split | layers | s/step | against even | cycle s | rest s | cycles | stages s | slowest / mean "
         "| whole steps: median s | against even | multimodal / text tokens/s |",
