@@ -8,7 +8,7 @@ same processes (`tests/numerics/paired_steps.py`), which also time a short loop 
 schedule count whose loops were quick on all cores.
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
-    python launch/bench/balance.py [--turns 18] [--work runs/balance] [--more]
+    python launch/bench/balance.py [--turns 6] [--work runs/balance] [--more]
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ from plan_cpu import (
     paired_steps,
 )
 
-SEQ_LENGTH, IMAGES, BATCH = 128, 2, 24
-"""Tokens and images of a multimodal sequence; sequences (micro-batches) of a step, of which fewer would gain less."""
+SEQ_LENGTH, IMAGES, BATCH = 128, 2, 72
+"""Tokens and images of a multimodal sequence; sequences (micro-batches) of a step, as many as a replica of the 7B takes:
+2,304 over the 32 replicas that 512 devices make at TP 4 x PP 4."""
 CALIBRATIONS = 2
 OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
@@ -58,7 +59,7 @@ MODEL = (
 """Wide enough that matrix products take most of the time: these vary least where cores slow down."""
 PILOT_DEPTHS = (6, 10)
 """SAM's layers in the pilot run."""
-PILOT_TURNS = 3
+PILOT_TURNS = 1
 EVEN = [5, 5]
 SIZES = (
     *("parallel.tensor=1", "parallel.pipeline=2", f"training.global_batch_size={BATCH}"),
@@ -112,7 +113,7 @@ class Variant:
 def main() -> int:
     """Calibrate, balance, measure in turns, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=18)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("runs/balance"), help="made anew, but for --more")
     parser.add_argument("--more", action="store_true", help="take further turns of the run that stands there")
     arguments = parser.parse_args()
