@@ -45,22 +45,22 @@ from plan_cpu import (
     paired_steps,
 )
 
-SEQ_LENGTH, IMAGES, BATCH = 128, 2, 72
-"""Tokens and images of a multimodal sequence; sequences (micro-batches) of a step, as many as a replica of the 7B takes:
-2,304 over the 32 replicas that 512 devices make at TP 4 x PP 4."""
+SEQ_LENGTH, IMAGES, BATCH = 128, 2, 24
+"""Tokens and images of a multimodal sequence; sequences (micro-batches) of a step, of which fewer would gain less."""
 CALIBRATIONS = 2
 OVERLOAD = 1.64
 """Stage 0 against the mean decoder stage, 7B."""
 MODEL = (
-    *("model.llm.num_layers=10", "model.llm.hidden_size=256", "model.llm.ffn_hidden_size=800"),
+    *("model.llm.num_layers=20", "model.llm.hidden_size=256", "model.llm.ffn_hidden_size=800"),
     *("model.sam.width=384", "model.sam.heads=6", "model.sam.mlp_dim=1536"),
-    "model.sam.global_attn_indexes=[1,3,4,5]",
+    "model.sam.global_attn_indexes=[1,3,5,7]",
 )
-"""Wide enough that matrix products take most of the time: these vary least where cores slow down."""
-PILOT_DEPTHS = (6, 10)
+"""Wide enough that matrix products take most of the time, which vary least where cores slow down, and deep enough that
+stages meet for a small part of it and can be cut evenly."""
+PILOT_DEPTHS = (8, 20)
 """SAM's layers in the pilot run."""
 PILOT_TURNS = 1
-EVEN = [5, 5]
+EVEN = [10, 10]
 SIZES = (
     *("parallel.tensor=1", "parallel.pipeline=2", f"training.global_batch_size={BATCH}"),
     "data.multimodal_fraction=0.8",
