@@ -70,7 +70,7 @@ VARIANTS = {"even": "recompute", "rebalanced": "recompute", "split_all": "split_
 GOALS = {"gain": 1.15, "stages": 1.05}
 """Least gain of rebalancing, and most that the slowest stage may exceed the mean by afterwards."""
 QUICKEST = 0.05
-"""Quantile of a rank's loops that the others are held against: a single one may outrun all others by a fifth."""
+"""Quantile of a rank's loops that the others are held against: one alone may outrun all others by over a tenth."""
 LEAST = 40
 """Cycles and passes that a median takes."""
 STEPS = 5
@@ -175,10 +175,11 @@ def encoder_depth(work: Path, settings: list[str]) -> int:
         work / "pilot.jsonl", [*settings, *SIZES], choices, processes=2, turns=PILOT_TURNS, steps=STEPS
     )
     found = [overload([row for row in rows if row["variant"] == name]) for name in choices]
-    depth = round(float(np.interp(OVERLOAD, found, PILOT_DEPTHS)))
     shown = ", ".join(f"{ratio:.2f} with {layers}" for ratio, layers in zip(found, PILOT_DEPTHS))
-    print(f"pilot: stage 0 takes {shown} layers of SAM times as long as stage 1; {depth} are taken", flush=True)
-    return depth
+    print(f"pilot: stage 0 takes {shown} layers of SAM times as long as stage 1", flush=True)
+    if not found[0] <= OVERLOAD <= found[1]:
+        raise SystemExit(f"error: {OVERLOAD} lies outside of what the pilot run saw; change PILOT_DEPTHS")
+    return round(float(np.interp(OVERLOAD, found, PILOT_DEPTHS)))
 
 
 def overload(rows: Rows) -> float:

@@ -50,6 +50,43 @@ def test_starts_of_a_single_turn_are_told_apart(
     assert balance.quick_share([*turn, *faster]) == 1
 
 
+def test_one_quicker_loop_makes_no_other_rank_slow(
+    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch/bench"))
+    balance = open_benchmark("balance")
+    loops = [[0.8, *[1.0] * 59], [*[1.15] * 59, 2.0]]
+    (quick,) = balance.quick_loops([{"turn": 0, "variant": "even", "glances_s": loops}])
+    assert quick[0].all() and quick[1, :-1].all() and not quick[1, -1]
+
+
+def test_the_encoders_are_as_deep_as_the_pilot_run_says(
+    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch/bench"))
+    balance = open_benchmark("balance")
+    ratios = dict.fromkeys(balance.PILOT_DEPTHS, 0.0)
+
+    def pilot(out: Path, settings: list[str], variants: dict[str, tuple[str, ...]], **_: int) -> object:
+        rows = []
+        for name, ratio in zip(variants, ratios.values(), strict=True):
+            boxes = [
+                {"rank": rank, "micro_batch": at, "seconds": seconds}
+                for rank, seconds in ((0, ratio), (1, 1.0))
+                for at in range(balance.BATCH)
+            ]
+            rows.append({"variant": name, "modality": "multimodal", "segments": boxes})
+        return rows, 0.0
+
+    monkeypatch.setattr(balance, "paired_steps", pilot)
+    low, high = balance.PILOT_DEPTHS
+    ratios.update({low: balance.OVERLOAD - 0.1, high: balance.OVERLOAD + 0.1})
+    assert balance.encoder_depth(tmp_path, []) == (low + high) / 2
+    ratios[high] = balance.OVERLOAD - 0.05
+    with pytest.raises(SystemExit, match="outside of what the pilot run saw"):
+        balance.encoder_depth(tmp_path, [])
+
+
 def test_steps_beside_slow_cores_are_left_out(bench: ModuleType) -> None:
     rows = [{"probe_s": seconds} for seconds in (1.2, 1.0, 1.25, 1.26, 1.9)]
     assert bench.undisturbed(rows) == rows[:3]
