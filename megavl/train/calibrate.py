@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer
 from tqdm import tqdm
 
 from megavl.config.recipe import Recipe
@@ -31,7 +30,7 @@ from megavl.planner.calibration import Calibration, Entry, KindEntry, Seconds, V
 from megavl.train.calibration_steps import MICRO_BATCHES, MadeUpSteps, step_source
 from megavl.train.feed import StepData, StepSource, next_step
 from megavl.train.marks import mark_blocks
-from megavl.train.optimizer import build_optimizer, set_learning_rate
+from megavl.train.optimizer import Optimizer, build_optimizer, set_learning_rate
 from megavl.train.rank_model import RankModel, build_rank_model
 from megavl.train.step import train_step
 
@@ -106,7 +105,7 @@ class _Samples:
 class _Probe:
     """Marks in the model; one list of (name, time) per step."""
 
-    def __init__(self, model: RankModel, optimizer: ChainedOptimizer) -> None:
+    def __init__(self, model: RankModel, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
         self.marks: list[tuple[str, float]] = []
         (chunk,) = model.chunks
@@ -138,16 +137,16 @@ class _Probe:
         self.marks.clear()
         step, spent = self.optimizer.step, 0.0
 
-        def timed() -> Any:
+        def timed(loss: torch.Tensor) -> Any:
             nonlocal spent
             torch.cuda.synchronize()
             began = time.perf_counter()
-            out = step()
+            out = step(loss)
             torch.cuda.synchronize()
             spent = time.perf_counter() - began
             return out
 
-        self.optimizer.step = timed
+        self.optimizer.step = timed  # type: ignore[method-assign]
         torch.cuda.synchronize()
         began = time.perf_counter()
         train_step(self.model, self.optimizer, data, stop_flag=False)
@@ -215,7 +214,7 @@ def _reduced(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, llm=llm), parallel=parallel)
 
 
-def _build(recipe: Recipe) -> tuple[RankModel, ChainedOptimizer]:
+def _build(recipe: Recipe) -> tuple[RankModel, Optimizer]:
     model = build_rank_model(
         recipe.model,
         parallel=recipe.parallel,

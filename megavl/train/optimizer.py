@@ -1,22 +1,22 @@
-"""megatron-core's optimizers with torch AdamW, made to resume and reshard exactly.
+"""megatron-core's optimizers with torch AdamW, made to resume and reshard exactly, and to decide on the device.
 
 Stock 0.16.1 cannot resume the distributed one: its load template needs state that does not exist yet, all parameters
 come back sharing one step tensor, and buckets that end in padding are saved at shifted offsets. The others save one
 step count, under keys of their own. The subclasses below repair that, write the same files with and without
-`parallel.distributed_optimizer`, let a text-only step leave the vision weights alone, and skip steps whose gradient is
-not finite.
+`parallel.distributed_optimizer`, let a text-only step leave the vision weights alone, and skip steps whose loss or
+gradient is not finite, without a wait of the host for the gradient norm.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -41,7 +41,11 @@ VISION_GROUP = "vision"
 _STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf16: bool) -> ChainedOptimizer:
+_CLIP_EPS = 1e-6
+"""Added to the norm that clipping divides by, as in torch and megatron-core."""
+
+
+def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf16: bool) -> Optimizer:
     """AdamW over this rank's trainable weights, or its shard of them, in named groups.
 
     Args:
@@ -63,6 +67,8 @@ def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf1
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
     )
+    # Transformer Engine's and Apex's, where they are installed, want the host's decision about a step.
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
     overrides = {**get_standard_config_overrides(config), ParamKey(name="*vision.*"): {"name": VISION_GROUP}}
     chained = get_megatron_optimizer(config, list(model.chunks), config_overrides=overrides)
     if not isinstance(chained, ChainedOptimizer):
@@ -71,10 +77,10 @@ def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf1
         assert type(part) in _ADOPTED, f"found {type(part).__name__}, which is none of {[*_ADOPTED]}"
         # Adds methods and no constructor state, so adopting the built object is enough.
         part.__class__ = _ADOPTED[type(part)]
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            # One kernel that reads and writes everything once, on the CPU too; megatron-core leaves torch's default.
-            for group in part.optimizer.param_groups:
-                group["fused"] = True
+        # One kernel that reads and writes everything once, on the CPU too; megatron-core leaves torch's default.
+        for group in part.param_groups:
+            group["fused"] = True
+    chained.__class__ = Optimizer
     return chained
 
 
@@ -101,38 +107,45 @@ def without_vision(chained: ChainedOptimizer, *, active: bool) -> Iterator[None]
             part.optimizer.param_groups = groups
 
 
+class Optimizer(ChainedOptimizer):
+    """megatron-core's, whose step never brings a number to the host."""
+
+    @torch.no_grad()
+    def step(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip to `clip_grad` and update; a loss or gradient that is not finite leaves everything as it was.
+
+        megatron-core would write NaN into every weight: a NaN norm passes its clipping unseen.
+
+        Args:
+            loss: of the global batch, one number, equal on all ranks.
+
+        Returns:
+            The gradients' norm over all ranks before clipping, fp32, and whether weights changed; both () on the
+            device.
+        """
+        self.prepare_grads()
+        norm = self._norm()
+        updated = norm.isfinite() & loss.isfinite()
+        most = self.config.clip_grad
+        for part in self.chained_optimizers:
+            if not part.is_stub_optimizer:
+                # torch's fused kernel divides gradients by the first, and does nothing where the second is 1.
+                part.optimizer.grad_scale = ((norm + _CLIP_EPS) / most).clamp(min=1.0) if most else None
+                part.optimizer.found_inf = (~updated).float()
+        self.step_with_ready_grads()
+        return norm, updated
+
+    def _norm(self) -> torch.Tensor:
+        parts = self.chained_optimizers
+        gradients = [gradient.detach() for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+        # Without any, torch answers on the host.
+        total = torch.nn.utils.get_total_norm(gradients).to(cpu_runtime.device()).square()
+        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
+        return total.sqrt()
+
+
 class _Resumable(MegatronOptimizer):
     """What both kinds of optimizer do alike; goes in front of megatron-core's class."""
-
-    _norm: float | None = None
-    """Of the gradients that were prepared, until it is asked for."""
-
-    @torch.no_grad()
-    def prepare_grads(self) -> bool:
-        """Copy gradients to the master weights; True skips the step on all ranks.
-
-        megatron-core would otherwise write NaN into every weight: a NaN norm passes its clipping unseen.
-        """
-        found_inf: bool = super().prepare_grads()
-        self._norm = None
-        norm = self.get_grad_norm()
-        self._norm = norm
-        return found_inf or not math.isfinite(norm)
-
-    @torch.no_grad()
-    def get_grad_norm(self) -> float:
-        """Norm over all ranks, brought to the host once a step.
-
-        Without Transformer Engine or Apex megatron-core's waits for the device once for every weight.
-        """
-        norm, self._norm = self._norm, None
-        if norm is None:
-            gradients = [gradient.detach() for gradient in self.get_main_grads_for_grad_norm()]
-            # Without any, torch answers on the host.
-            total = torch.nn.utils.get_total_norm(gradients).to(cpu_runtime.device()).square()
-            dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
-            norm = float(total) ** 0.5
-        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but tensors: hyper-parameters of the groups and their step counts, equal on all ranks."""
@@ -144,8 +157,7 @@ class _Resumable(MegatronOptimizer):
             counts = [
                 int(self.optimizer.state[p]["step"]) for p in group["params"] if "step" in self.optimizer.state[p]
             ]
-            # torch's AdamW counts in the state of each weight, Transformer Engine's and Apex's in the group.
-            steps[index] = max([*counts, int(group.get("step", 0))])
+            steps[index] = max(counts, default=0)
         dist.all_reduce(steps, op=dist.ReduceOp.MAX)
         for index, group in enumerate(plain):
             group["step"] = int(steps[index])

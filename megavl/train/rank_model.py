@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megavl.config.model import ModelConfig
@@ -123,16 +125,37 @@ def build_rank_model(
     return rank_model
 
 
+def _divide_by_tokens(stages: Sequence[DistributedDataParallel], num_tokens: torch.Tensor) -> None:
+    """Turn gradients of sums over the replicas' tokens into those of their mean.
+
+    megatron-core does it alike, but has the host wait for the number.
+
+    Args:
+        stages: this rank's.
+        num_tokens: int32 (), loss tokens of this replica; zero but on the last stage.
+    """
+    dist.broadcast(
+        num_tokens,
+        src=mpu.get_pipeline_model_parallel_last_rank(),
+        group=mpu.get_pipeline_model_parallel_group(),
+    )
+    dist.all_reduce(num_tokens, group=mpu.get_data_parallel_group())
+    scale = 1.0 / num_tokens.clamp(min=1)
+    for stage in stages:
+        stage.scale_gradients(scale)
+
+
 def _set_hooks(model: RankModel) -> None:
     """What megatron-core's schedule calls; every stage of a rank shares one configuration."""
     chunks, encoders = model.chunks, model.encoders
     config = chunks[0].config
     config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
 
-    def finalize(*args: Any, **kwargs: Any) -> None:
+    def finalize(stages: Sequence[DistributedDataParallel], num_tokens: torch.Tensor, **kwargs: Any) -> None:
         if encoders is not None:
             with model.timed("encoders backward"):
                 encoders.backward()
-        finalize_model_grads(*args, **kwargs)
+        finalize_model_grads(stages, **kwargs)
+        _divide_by_tokens(stages, num_tokens)
 
     config.finalize_model_grads_func = finalize

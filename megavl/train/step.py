@@ -5,7 +5,6 @@ Legend: T tokens of a micro-batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavl.model.loss import counted_loss
 from megavl.parallel import cpu_runtime
 from megavl.train.feed import MicroBatch, StepData
-from megavl.train.optimizer import without_vision
+from megavl.train.optimizer import Optimizer, without_vision
 from megavl.train.rank_model import RankModel
 
 
@@ -68,8 +66,11 @@ def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = F
     return torch.stack(sums).sum(0) if sums else torch.zeros(2, device=cpu_runtime.device())
 
 
-def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *, stop_flag: bool) -> StepResult:
-    """Forward, backward, reduce, clip, update; a step with a loss or gradient that is not finite changes nothing."""
+def train_step(model: RankModel, optimizer: Optimizer, data: StepData, *, stop_flag: bool) -> StepResult:
+    """Forward, backward, reduce, clip, update; a step with a loss or gradient that is not finite changes nothing.
+
+    The host waits for the device once, at the end.
+    """
     model.zero_grad()
     optimizer.zero_grad()
     loss_and_tokens = forward_backward(model, data)
@@ -91,20 +92,18 @@ def train_step(model: RankModel, optimizer: ChainedOptimizer, data: StepData, *,
     )
     with model.timed("waiting"):
         dist.all_reduce(totals)
-        # One transfer. Besides, the host waits for megatron-core's number of tokens and for the gradient norm.
-        loss_sum, loss_tokens, images, asked_to_stop, multimodal, bad_samples = totals.tolist()
+    with without_vision(optimizer, active=data.modality == "text"), model.timed("optimizer"):
+        norm, updated = optimizer.step(totals[0])
+    found = torch.cat([totals, torch.stack([norm.double(), updated.double()])]).tolist()
+    loss_sum, loss_tokens, images, asked_to_stop, multimodal, bad_samples, grad_norm, changed = found
     assert multimodal in (0, dist.get_world_size()), f"{multimodal} ranks ran a multimodal step, the others a text one"
-    updated, grad_norm = False, None
-    if math.isfinite(loss_sum):
-        with without_vision(optimizer, active=data.modality == "text"), model.timed("optimizer"):
-            updated, grad_norm, _ = optimizer.step()
     return StepResult(
         loss=loss_sum / max(1.0, loss_tokens),
         loss_tokens=int(loss_tokens),
-        grad_norm=grad_norm,
+        grad_norm=grad_norm if changed else None,
         images=int(images),
         bad_samples=int(bad_samples),
-        skipped=not updated,
+        skipped=not changed,
         asked_to_stop=asked_to_stop > 0,
     )
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer
 
 from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import load_model_config
@@ -22,7 +21,7 @@ from megavl.parallel import broadcast, groups
 from megavl.planner.layout import layout_string
 from megavl.train import split_encoders
 from megavl.train.feed import StepData, next_step
-from megavl.train.optimizer import build_optimizer
+from megavl.train.optimizer import Optimizer, build_optimizer
 from megavl.train.rank_model import RankModel, build_rank_model
 from megavl.train.state import restore_state, save_state
 from megavl.train.step import StepResult, forward_backward, train_step
@@ -116,7 +115,7 @@ def _parallel(case: dict[str, Any]) -> ParallelConfig:
     )
 
 
-def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[RankModel, ChainedOptimizer]:
+def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[RankModel, Optimizer]:
     config, bf16 = load_model_config("tiny-hybrid", **case["sizes"]), case.get("bf16", False)
     stages = parallel.pipeline * parallel.virtual_pipeline
     even = (config.llm.num_layers // stages,) * stages
@@ -133,16 +132,16 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[RankModel
 
 
 def _step_with_gradients(
-    model: RankModel, optimizer: ChainedOptimizer, data: StepData
+    model: RankModel, optimizer: Optimizer, data: StepData
 ) -> tuple[StepResult, dict[str, torch.Tensor] | None]:
     """A step, and on rank 0 the gradients that its update is made from."""
     kept: list[Any] = []
     update = optimizer.step
 
-    def keep_and_update() -> Any:
+    def keep_and_update(loss: torch.Tensor) -> Any:
         complete_gradients(model)
         kept.append(gather(model, what="grad"))
-        return update()
+        return update(loss)
 
     optimizer.step = keep_and_update
     try:
@@ -152,9 +151,7 @@ def _step_with_gradients(
     return result, kept[0]
 
 
-def _text_step(
-    model: RankModel, optimizer: ChainedOptimizer, data: StepData, steps: list[StepResult]
-) -> dict[str, int]:
+def _text_step(model: RankModel, optimizer: Optimizer, data: StepData, steps: list[StepResult]) -> dict[str, int]:
     """Append a text step; counts over all ranks of what it found and left of the vision side."""
     before = vision_state(model, optimizer)
     steps.append(train_step(model, optimizer, data, stop_flag=False))

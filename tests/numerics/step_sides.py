@@ -121,9 +121,9 @@ class MegaVL:
             marks.mark("communication")
             return finalize(*args, **kwargs)
 
-        def marked_update() -> Any:
+        def marked_update(loss: torch.Tensor) -> Any:
             marks.mark("optimizer")
-            out = update()
+            out = update(loss)
             marks.mark("other")
             return out
 
