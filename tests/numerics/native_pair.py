@@ -123,7 +123,8 @@ def new_transformers_model(config: ModelConfig, *, attention: str, dtype: torch.
     """The native class with the weights that transformers begins with."""
     model_class = DeepseekVLForConditionalGeneration if config.sam is None else DeepseekVLHybridForConditionalGeneration
     ids = TokenizerIds(bos=0, eos=EOS, pad=2, image=config.image_token_id)
-    raw = side_files(config, ids=ids, dtype="float32")["config.json"]
+    # The parts' own entries decide about their weights, whatever the whole is asked for.
+    raw = side_files(config, ids=ids, dtype=str(dtype).removeprefix("torch."))["config.json"]
     hf_config = model_class.config_class.from_dict(raw)
     return model_class._from_config(hf_config, attn_implementation=attention, dtype=dtype)
 

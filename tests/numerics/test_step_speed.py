@@ -63,6 +63,21 @@ def test_all_sides_train_alike(model: str, report_table) -> None:
             assert max(errors) < TOLERANCE
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-siglip"])
+def test_transformers_trains_in_bf16_from_its_own_weights(model: str) -> None:
+    """As the large models do, whose weights nobody draws for it."""
+    work = tiny(model)
+    training = dataclasses.replace(work.recipe.training, precision="bf16")
+    work = dataclasses.replace(work, recipe=dataclasses.replace(work.recipe, training=training))
+    settings = TransformersSettings(checkpointing=True, compiled=False)
+    side = Transformers(work, marks=Marks(), lr=LR, settings=settings, weights=None)
+    assert {parameter.dtype for parameter in side.model.parameters()} == {torch.bfloat16}
+    assert side.model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32, "as from_pretrained leaves it"
+    for kind in KINDS:
+        found = losses(side, work, kind)
+        assert found[-1] < found[0]
+
+
 def test_the_local_attention_is_megatron_cores_own() -> None:
     work = tiny()
     names = {}
