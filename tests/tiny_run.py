@@ -56,11 +56,13 @@ def train_command(dataset: Path, run: Path, *overrides: str, processes: int) -> 
     ]
 
 
-def run_training(dataset: Path, run: Path, *overrides: str, processes: int) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
+def run_training(
+    dataset: Path, run: Path, *overrides: str, processes: int, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, in `environment()` or another."""
     command = train_command(dataset, run, *overrides, processes=processes)
     return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=env or environment(), capture_output=True, text=True, timeout=240, check=False
     )
 
 

@@ -75,7 +75,7 @@ def gather(model: RankModel, *, what: str) -> dict[str, torch.Tensor] | None:
         if what == "grad":
             found = getattr(parameter, "main_grad", None)
             item.data = torch.zeros_like(parameter) if found is None else found.view_as(parameter)
-        item.data = item.data.detach().float().clone()
+        item.data = item.data.detach().float().cpu().clone()
     apply_factories(state)
     pieces = [
         (

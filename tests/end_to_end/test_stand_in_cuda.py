@@ -1,0 +1,147 @@
+"""MegaVL's paths for CUDA on a stand-in for CUDA devices (`tests/numerics/stand_in_cuda`): right places and numbers.
+
+No CUDA kernel runs here; `bash launch/bench/gpu.sh` runs the same tests on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import ROOT, environment, metrics, run_training
+
+pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+TOLERANCE = 1e-5
+"""Relative, fp32, of losses along a run: attention and collectives sum in other orders."""
+BAND = 0.02
+"""The same in bf16."""
+
+MANNERS = """
+import warnings
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+assert torch.cuda.is_available() and torch.ones(2).pin_memory().is_pinned()
+x = torch.arange(6.0, device="cuda").view(2, 3)
+assert x.is_cuda and x.T.device == torch.device("cuda:0") and x[1].untyped_storage().data_ptr() == x.data_ptr()
+view = x[:, 1:]
+view.mul_(2)
+assert x.tolist() == [[0, 2, 4], [3, 8, 10]], "views share memory"
+for wrong in (lambda: x + torch.ones(3), lambda: x @ torch.ones(3, 2), lambda: torch.cat([x, torch.ones(1, 3)])):
+    try:
+        wrong()
+    except RuntimeError as error:
+        assert "same device" in str(error)
+    else:
+        raise AssertionError("tensors of two devices were taken")
+
+torch.cuda.set_sync_debug_mode("warn")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = (x * 2).sum() + torch.ones((), device="cuda")
+    torch.ones(3).to("cuda", non_blocking=True)
+    assert not caught, "none of these waits"
+    for waits in (y.item, lambda: x.nonzero(), lambda: x[x > 2], lambda: x.cpu(), lambda: torch.ones(3).to("cuda")):
+        caught.clear()
+        waits()
+        assert caught, "all of these wait"
+torch.cuda.set_sync_debug_mode("default")
+
+before = torch.cuda.memory_allocated()
+held = torch.zeros(1000, device="cuda")
+assert torch.cuda.memory_allocated() - before == 4000
+del held
+assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() >= before + 4000
+
+q, k, v = (torch.randn(12, 2, 16, device="cuda").bfloat16().requires_grad_() for _ in range(3))
+borders = torch.tensor([0, 5, 12], dtype=torch.int32, device="cuda")
+out = varlen_attn(q, k, v, borders, borders, 7, 7, scale=0.3, window_size=(-1, 0))
+weight = torch.randn_like(out)
+found = torch.autograd.grad((out * weight).sum(), (q, k, v))
+pieces = [
+    F.scaled_dot_product_attention(*(t[a:b].float().transpose(0, 1) for t in (q, k, v)), is_causal=True, scale=0.3)
+    for a, b in ((0, 5), (5, 12))
+]
+expected = torch.cat([piece.transpose(0, 1) for piece in pieces])
+wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+for one, other in zip((out, *found), (expected, *wanted)):
+    assert ((one - other).abs().max() / other.abs().max()) < 2e-2
+"""
+
+
+def stand_in() -> dict[str, str]:
+    """Environment of a process that finds eight devices."""
+    path = os.pathsep.join((str(ROOT / "tests/numerics/stand_in_cuda"), str(ROOT)))
+    return {**environment(), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+def run(*words: str) -> str:
+    """Output of Python's on the stand-in."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::UserWarning:megatron", *words],
+        cwd=ROOT,
+        env=stand_in(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_it_takes_and_refuses_what_a_gpu_does() -> None:
+    run("-c", MANNERS)
+
+
+def test_what_a_gpu_is_tested_for(report_table) -> None:
+    """Losses of the CPU in fp32 and bf16, and one wait of the host in a step."""
+    names = "first_loss or twenty_steps or host_waits"
+    found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/numerics/test_cuda.py", "-k", names)
+    assert "3 passed" in found, found
+    for line in found.splitlines():
+        if "CUDA against CPU" in line or "host waits" in line:
+            report_table(f"stand-in: {line.strip()}")
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout", "limit"),
+    [
+        ("fp32", ("parallel.tensor=2", "parallel.pipeline=2", "parallel.layout=[1,3]"), TOLERANCE),
+        (
+            "bf16",
+            (
+                *("parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.pipeline=2"),
+                *("parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]", "parallel.vision=split_all"),
+            ),
+            BAND,
+        ),
+    ],
+    ids=["fp32 tp2 pp2", "bf16 pp2 vpp2 split_all dp2"],
+)
+def test_a_run_trains_as_on_the_cpu(
+    dataset: Path, tmp_path: Path, precision: str, layout: tuple[str, ...], limit: float, report_table
+) -> None:
+    words = (*layout, f"training.precision={precision}", "training.steps=6", "training.micro_batch_size=1")
+    rows = {}
+    for name, where in (("cpu", environment()), ("stand-in", stand_in())):
+        done = run_training(dataset, tmp_path / name, *words, "run.timeline_steps=[2]", processes=4, env=where)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows[name] = metrics(tmp_path / name)
+        assert (tmp_path / name / "timeline/step_000002.svg").is_file()
+    assert [row["step"] for row in rows["stand-in"]] == [1, 2, 3, 4, 5, 6]
+    assert {row["modality"] for row in rows["cpu"]} == {"text", "multimodal"}
+    peaks = [row["mfu"] for row in rows["stand-in"]]
+    assert all(peaks), "the stand-in's name is in the table of devices"
+    errors = {
+        name: max(abs(a[name] / b[name] - 1) for a, b in zip(rows["stand-in"], rows["cpu"], strict=True))
+        for name in ("loss", "grad_norm")
+    }
+    report_table(f"six steps in {precision} on the stand-in, against the CPU: {errors}, limit {limit:.0e}")
+    assert errors["loss"] <= limit
