@@ -7,6 +7,7 @@ in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,7 +73,60 @@ class _Header:
     bad_samples: tuple[str, ...]
 
 
-def next_step(source: StepSource | None, step: int, *, split_all: bool = False) -> StepData:
+@dataclass(frozen=True, kw_only=True)
+class HostStep:
+    """A step's micro-batches on the host, in one piece each and ready to be copied; page-locked where CUDA is."""
+
+    header: _Header
+    words: torch.Tensor
+    """int64 (M, 2, T): tokens and labels."""
+    masks: torch.Tensor
+    """fp32 (M, T)."""
+    images: torch.Tensor
+    """uint8 (I, 3, C, C)."""
+
+
+class Ahead:
+    """Puts the next step together in a thread while the device computes this one.
+
+    On a CPU the thread would take its time from the cores that train.
+    """
+
+    def __init__(self, source: StepSource, *, steps: int) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            source: asked by one thread, a step at a time.
+            steps: of the run; none is loaded beyond.
+        """
+        self._source, self._steps = source, steps
+        device = cpu_runtime.device()
+        self._thread = ThreadPoolExecutor(1, "megavl-next-step", initializer=_use, initargs=(device,))
+        self._coming: dict[int, Future[HostStep]] = {}
+
+    def get(self, step: int) -> HostStep:
+        """The step, and the following one on its way. Raises what the source raised for it."""
+        coming = self._coming.pop(step, None) or self._start(step)
+        found = coming.result()
+        if step + 1 < self._steps:
+            self._coming[step + 1] = self._start(step + 1)
+        return found
+
+    def close(self) -> None:
+        """Wait until the source is left alone."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _start(self, step: int) -> Future[HostStep]:
+        return self._thread.submit(lambda: _put_together(self._source.get(step)))
+
+
+def _use(device: torch.device) -> None:
+    """Let this thread lock its pages through the rank's own GPU, not the first."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def next_step(source: StepSource | Ahead | None, step: int, *, split_all: bool = False) -> StepData:
     """Load a step on the source rank and share it.
 
     Args:
@@ -83,25 +137,20 @@ def next_step(source: StepSource | None, step: int, *, split_all: bool = False) 
     Raises:
         DataError: loading failed; the same on every rank of the model-parallel group.
     """
-    batches: Sequence[Batch] = ()
-    header: _Header | str
+    host: HostStep | None = None
+    header: _Header | str | None = None
     if source is not None:
         try:
-            batches = source.get(step)
-            header = _describe(batches)
+            host = source.get(step) if isinstance(source, Ahead) else _put_together(source.get(step))
+            header = host.header
         except DataError as error:
             header = str(error)
-    else:
-        header = ""
     header = broadcast.share_object(header)
     if isinstance(header, str):
         raise DataError(header)
+    assert header is not None, "the source describes the step"
     count, length = len(header.borders), header.borders[0][-1]
-    words = masks = images = None
-    if batches:
-        words = torch.stack([torch.stack([batch.tokens, batch.labels]) for batch in batches])
-        masks = torch.stack([batch.loss_mask for batch in batches])
-        images = torch.cat([batch.images for batch in batches])
+    words, masks, images = (host.words, host.masks, host.images) if host is not None else (None, None, None)
     words = broadcast.share_tensor(words, shape=(count, 2, length), dtype=torch.int64)
     masks = broadcast.share_tensor(masks, shape=(count, length), dtype=torch.float32)
     shape = (sum(header.image_counts), 3, header.canvas, header.canvas)
@@ -122,6 +171,24 @@ def next_step(source: StepSource | None, step: int, *, split_all: bool = False) 
         sample_ids=header.sample_ids,
         bad_samples=header.bad_samples,
     )
+
+
+def _put_together(batches: Sequence[Batch]) -> HostStep:
+    words = _joined([row for batch in batches for row in (batch.tokens, batch.labels)])
+    masks = _joined([batch.loss_mask for batch in batches])
+    return HostStep(
+        header=_describe(batches),
+        words=words.view(len(batches), 2, -1),
+        masks=masks.view(len(batches), -1),
+        images=_joined([batch.images for batch in batches]),
+    )
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One after the other; copied to CUDA from here, they need neither the host nor another copy."""
+    shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+    out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=torch.cuda.is_available())
+    return torch.cat(tensors, out=out)
 
 
 def _describe(batches: Sequence[Batch]) -> _Header:

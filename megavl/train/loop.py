@@ -29,7 +29,7 @@ from megavl.planner.cost import MFU_CONVENTION, mfu, step_flops
 from megavl.planner.devices import Device, find_device, known_device
 from megavl.planner.layout import layout_string, resolve_layout
 from megavl.train.exit_status import ExitStatus
-from megavl.train.feed import next_step
+from megavl.train.feed import Ahead, next_step
 from megavl.train.metrics import MetricsLog
 from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
@@ -88,7 +88,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
 def _run_steps(
     recipe: Recipe,
     state: RunState,
-    source: StepLoader | None,
+    source: StepLoader | Ahead | None,
     progress: Progress,
     *,
     layout: tuple[int, ...],
@@ -210,14 +210,17 @@ def _start(recipe: Recipe, state: RunState, *, position: Position) -> Progress:
 @contextmanager
 def _loader(
     recipe: Recipe, dataset: Dataset, sampler: Sampler, *, position: Position, start_step: int
-) -> Iterator[StepLoader | None]:
+) -> Iterator[StepLoader | Ahead | None]:
     if not broadcast.is_source():
         yield None
         return
     loader = step_loader(recipe, dataset, sampler, position=position, start_step=start_step)
+    ahead = Ahead(loader, steps=recipe.training.steps) if torch.cuda.is_available() else None
     try:
-        yield loader
+        yield ahead or loader
     finally:
+        if ahead is not None:
+            ahead.close()
         loader.close()
 
 

@@ -72,6 +72,16 @@ expected = torch.cat([piece.transpose(0, 1) for piece in pieces])
 wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
 for one, other in zip((out, *found), (expected, *wanted)):
     assert ((one - other).abs().max() / other.abs().max()) < 2e-2
+
+from megavl.config.load import load_model_config
+from megavl.train.feed import Ahead
+from tests.distributed.synthetic import SyntheticSteps
+
+sizes = {"seq_length": 128, "global_batch_size": 2, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+ahead = Ahead(SyntheticSteps(load_model_config("tiny-siglip"), modality="multimodal", **sizes), steps=1)
+step = ahead.get(0)
+assert step.words.is_pinned() and step.masks.is_pinned() and step.images.is_pinned() and len(step.images) == 3
+ahead.close()
 """
 
 
