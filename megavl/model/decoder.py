@@ -28,6 +28,7 @@ from megavl.model.attention import PackedAttention
 from megavl.model.loss import vocab_parallel_loss
 from megavl.model.norm import RMSNorm
 from megavl.model.projection import ColumnProjection, RowProjection
+from megavl.model.weight_gradients import fuses_weight_gradients
 
 try:
     from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
@@ -81,6 +82,7 @@ def transformer_config(
         bias_activation_fusion=not generates and _compiles_kernels(),
         bias_dropout_fusion=False,
         apply_rope_fusion=use_transformer_engine(),
+        gradient_accumulation_fusion=not generates and fuses_weight_gradients(),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,

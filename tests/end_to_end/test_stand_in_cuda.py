@@ -84,6 +84,49 @@ assert step.words.is_pinned() and step.masks.is_pinned() and step.images.is_pinn
 ahead.close()
 """
 
+GRADIENTS = """
+from unittest import mock
+
+import torch
+from megavl.config.recipe import ParallelConfig
+from megavl.model import decoder, weight_gradients
+from megavl.parallel import groups
+from tests.numerics.native_pair import random_tensors
+from tests.numerics.step_marks import Marks
+from tests.numerics.step_sides import MegaVL, made_up_batches
+from tests.numerics.step_work import make_work
+
+groups.start(ParallelConfig(), seed=1)
+words = {"part": "whole", "layers": 2, "recompute": "none", "memory_bytes": None}
+
+
+def gradients(precision, fused):
+    work = make_work("tiny", micro_batches=3, precision=precision, **words)
+    with mock.patch.object(decoder, "fuses_weight_gradients", lambda: fused):
+        side = MegaVL(work, marks=Marks(), lr=1e-12, local=False, weights=random_tensors(work.recipe.model))
+    calls = weight_gradients.layers.fused_weight_gradient_mlp_cuda
+    with mock.patch.object(calls, "wgrad_gemm_accum_fp32", wraps=weight_gradients.add_weight_gradient) as product:
+        side.step(side.prepare(made_up_batches(work, "text", steps=1)[0], "text"))
+    # Four projections a layer and the head.
+    assert product.call_count == (3 * (2 * 4 + 1) if fused else 0), product.call_count
+    (chunk,) = side.model.chunks
+    named = chunk.module.language_model.named_parameters()
+    return {name: weight.main_grad.double().clone() for name, weight in named if "linear_fc1" in name}
+
+
+def distance(one, other):
+    apart = sum((one[name] - other[name]).square().sum() for name in one)
+    return float((apart / sum(value.square().sum() for value in other.values())).sqrt())
+
+
+assert weight_gradients.fuses_weight_gradients()
+exact = gradients("fp32", False)
+print("fp32 fused", distance(gradients("fp32", True), exact))
+rounded, fused = (gradients("bf16", fused) for fused in (False, True))
+print("bf16 rounded", distance(rounded, exact), "fused", distance(fused, exact), "apart", distance(fused, rounded))
+assert distance(gradients("fp32", True), exact) < 1e-6 and 1e-4 < distance(fused, rounded) < 1e-2
+"""
+
 
 def stand_in() -> dict[str, str]:
     """Environment of a process that finds eight devices."""
@@ -108,6 +151,10 @@ def run(*words: str) -> str:
 
 def test_it_takes_and_refuses_what_a_gpu_does() -> None:
     run("-c", MANNERS)
+
+
+def test_weight_gradients_are_added_in_fp32(report_table) -> None:
+    report_table(f"weight gradients against fp32: {run('-c', GRADIENTS).strip().replace(chr(10), ', ')}")
 
 
 def test_what_a_gpu_is_tested_for(report_table) -> None:

@@ -34,6 +34,8 @@ from typing import Any
 SOURCE = Path(__file__).with_name("device.cpp")
 NAME = "NVIDIA H200 (stand-in on the host)"
 MEMORY_BYTES = 141 * 10**9
+_KEPT: list[Any] = []
+"""Registered kernels, which would go with their library."""
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -53,6 +55,7 @@ class Finder(importlib.abc.MetaPathFinder):
             run(torch)
             _replace_names(torch, device)
             _replace_attention(torch)
+            _replace_products(torch)
 
         spec.loader.exec_module = run_and_replace  # type: ignore[method-assign]
         return spec
@@ -264,7 +267,20 @@ def _replace_attention(torch: Any) -> None:
 
     kernels.impl("_flash_attention_forward", forward)
     kernels.impl("_flash_attention_backward", backward)
-    torch.library._megavl_stand_in = kernels  # as long as torch itself
+    _KEPT.append(kernels)
+
+
+def _replace_products(torch: Any) -> None:
+    """torch's product of half-precision matrices that is added to an fp32 one, which CPUs lack."""
+    kernels = torch.library.Library("aten", "IMPL", "CUDA")
+
+    def addmm(total: Any, one: Any, other: Any, out_dtype: Any, *, beta: float = 1, alpha: float = 1, out: Any) -> Any:
+        assert one.dtype == other.dtype and out_dtype == out.dtype == total.dtype == torch.float32
+        assert one.dtype in (torch.float16, torch.bfloat16), f"no product of {one.dtype} has another type"
+        return torch.addmm(total, one.float(), other.float(), beta=beta, alpha=alpha, out=out)
+
+    kernels.impl("addmm.dtype_out", addmm)
+    _KEPT.append(kernels)
 
 
 sys.meta_path.insert(0, Finder())

@@ -1,0 +1,54 @@
+"""Weight gradients that a matrix product adds to megatron-core's fp32 buffers itself, by torch instead of Apex.
+
+Otherwise every micro-batch's gradient is rounded to bf16, written, read again and added: megatron-core knows the
+product that accumulates only from Apex's extension `fused_weight_gradient_mlp_cuda`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from megatron.core.tensor_parallel import layers
+
+from megavl.parallel import cpu_runtime
+
+
+def add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
+    """Add grad^T x to the gradient of a weight.
+
+    Args:
+        x: (T, H), inputs of the projection.
+        grad: (T, F), of its outputs.
+        total: fp32 (F, H), added to in place and not rounded in between.
+    """
+    if x.dtype == total.dtype:
+        torch.addmm(total, grad.t(), x, out=total)
+    else:
+        torch.addmm(total, grad.t(), x, total.dtype, out=total)
+
+
+@cache
+def fuses_weight_gradients() -> bool:
+    """Whether megatron-core's projections may add to fp32 gradients; makes them use torch where Apex is absent."""
+    device = cpu_runtime.device()
+    if device.type != "cuda":
+        return False
+    if layers._grad_accum_fusion_available:
+        return True
+    ones, total = torch.ones(16, 16, device=device, dtype=torch.bfloat16), torch.full((16, 16), 2.0**-12, device=device)
+    try:
+        add_weight_gradient(ones, ones, total)
+    except (RuntimeError, TypeError) as error:
+        warnings.warn(
+            f"torch {torch.__version__} does not add products of bf16 to fp32 here ({str(error).splitlines()[0]}): "
+            "weight gradients are rounded to bf16 in every micro-batch",
+            stacklevel=2,
+        )
+        return False
+    assert bool((total == 16 + 2.0**-12).all()), "the product lost what was there"
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+    layers._grad_accum_fusion_available = True
+    return True
