@@ -5,7 +5,9 @@ Legend: T tokens of the micro-batch, A attention heads of this rank, D channels 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from megavl.model.cache import Step
+
+Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""x (T, A, D) by cos and sin (T, 1, D / 2)."""
 
 
 @dataclass
@@ -72,14 +77,26 @@ class _Rotated(torch.autograd.Function):
     """Rotary embedding of x (T, A, D) by cos and sin (T, 1, D / 2), without saving x."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: Rotation) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        ctx.rotate = rotate
+        return rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(gradients[0], cos, -sin), None, None
+        return ctx.rotate(gradients[0], cos, -sin), None, None, None
+
+
+@cache
+def compiled_rotation() -> Rotation:
+    """`_rotate` as one kernel, which reads and writes everything once; torch.compile makes it at the first call."""
+    return torch.compile(_rotate_at_once)
+
+
+def _rotate_at_once(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -112,6 +129,8 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.scale = softmax_scale
+        # megatron-core's mark for torch.compile being wanted and able.
+        self.rotate = compiled_rotation() if config.bias_activation_fusion else _rotate
 
     def forward(
         self,
@@ -136,7 +155,7 @@ class PackedAttention(nn.Module):
             return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.scale)
         assert packed_seq_params is not None, "rows are always packed"
         cos, sin = packed_seq_params.cos, packed_seq_params.sin
-        query, key = (_Rotated.apply(x, cos, sin) for x in (query, key))
+        query, key = (_Rotated.apply(x, cos, sin, self.rotate) for x in (query, key))
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, packed_seq_params)
         pieces = []

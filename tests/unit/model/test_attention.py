@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
 
 from megavl.model import sam
 from megavl.model.attention import PackedAttention, segments
@@ -17,12 +19,21 @@ ANGLES = torch.arange(19.0)[:, None] * 10000.0 ** -(torch.arange(4) / 4)
 """Of the first 19 positions, for each of the four pairs of channels."""
 
 
-def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compiles: bool) -> torch.Tensor:
     """What the decoder calls, (T, A, D)."""
     packed = segments(BORDERS, device=torch.device("cpu"), on_device=False)
     assert packed.max_seqlen_q == 19
     packed.set_angles(torch.cat([ANGLES, ANGLES], dim=-1)[:, None, None], dtype=q.dtype)
-    found: torch.Tensor = PackedAttention(None, 1, AttnMaskType.causal, "self")(q, k, v, None, packed_seq_params=packed)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=24,
+        num_attention_heads=3,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=compiles,
+    )
+    attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
+    found: torch.Tensor = attention(q, k, v, None, packed_seq_params=packed)
     return found.view(q.shape)
 
 
@@ -39,13 +50,14 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return torch.einsum("aqk,kad->qad", weights, v)
 
 
-def test_packed_attention_equals_dense_mask(report_table: Any) -> None:
+@pytest.mark.parametrize("compiles", [False, True], ids=["", "for torch.compile"])
+def test_packed_attention_equals_dense_mask(compiles: bool, report_table: Any) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(37, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(37, 3, 8, dtype=torch.float64)
     found, expected = (
         [out, *torch.autograd.grad((out * weight).sum(), inputs)]
-        for out in (function(*inputs) for function in (packed_attention, dense_attention))
+        for out in (packed_attention(*inputs, compiles=compiles), dense_attention(*inputs))
     )
     # The tables of cosines are made in fp32, as megatron-core's are.
     error = max(float((a - b).abs().max()) for a, b in zip(found, expected))
