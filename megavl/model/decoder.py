@@ -114,8 +114,8 @@ def _compiles_kernels() -> bool:
     found = find_spec("triton") is not None and any(map(shutil.which, compilers)) and headers.is_file()
     if not found:
         warnings.warn(
-            "no Triton, C compiler or Python headers (python3-dev): SwiGLU and rotary embedding run as separate kernels, "
-            "slower",
+            "no Triton, C compiler or Python headers (python3-dev): SwiGLU and rotary embedding run as separate "
+            "kernels, slower",
             stacklevel=2,
         )
     return found
