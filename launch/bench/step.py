@@ -58,6 +58,8 @@ class Case:
 
 FULL = (
     Case("1b", "whole", "megavl", steps=200),
+    Case("1b", "whole", "megavl", ("--uncompiled",)),
+    Case("1b", "whole", "megavl", ("--rounded-gradients",)),
     Case("1b", "whole", "megatron-local"),
     Case("1b", "whole", "transformers"),
     Case("1b", "whole", "transformers", ("--checkpointing",)),
@@ -85,6 +87,8 @@ TINY = (
     ),
 )
 """Anywhere; equal weights on every side, so that losses must be equal."""
+SWITCHES = ("--checkpointing", "--compile", "--uncompiled", "--rounded-gradients")
+"""Options that the report compares with the case without them."""
 PROFILED = ("1b whole megavl", "1b whole transformers", "7b first megavl", "tiny whole megavl precision fp32")
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference of the tiny model's first losses from MegaVL's, fp32."""
@@ -359,10 +363,10 @@ def where_the_time_goes(cases: dict[str, Any], ceilings: dict[str, Any]) -> list
 
 
 def tried(cases: dict[str, Any]) -> list[str]:
-    """What each switch of transformers changed, whether it helped or not, and what did not run."""
+    """What each switch changed, whether it helped or not, and what did not run."""
     lines = []
     for case in (*FULL, *TINY):
-        if not case.options or case.options[-1] not in ("--checkpointing", "--compile"):
+        if not set(case.options[-1:]) & set(SWITCHES):
             continue
         base = cases.get(replace(case, options=case.options[:-1]).name, {})
         found = cases.get(case.name, {})

@@ -9,6 +9,7 @@ Prints one JSON line for every kind of step. `launch/bench/step.py` calls it and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gzip
 import json
@@ -21,12 +22,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
 from megavl.config.recipe import ParallelConfig
+from megavl.model import decoder
 from megavl.parallel import groups
 from megavl.planner.cost import mfu
 from megavl.planner.devices import DEVICES, USABLE_SHARE
@@ -81,6 +84,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none", help="of our decoder")
     parser.add_argument("--checkpointing", action="store_true", help="transformers' gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="transformers' model through torch.compile")
+    parser.add_argument("--uncompiled", action="store_true", help="MegaVL without torch.compile")
+    parser.add_argument("--rounded-gradients", action="store_true", help="MegaVL's weight gradients added after bf16")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--threads", type=int, help="threads on a CPU; default: torch's own")
     parser.add_argument(
@@ -93,6 +98,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--recompute is MegaVL's; use --checkpointing")
     if arguments.side != "transformers" and (arguments.checkpointing or arguments.compile):
         parser.error("--checkpointing and --compile are transformers'; use --recompute")
+    if arguments.side != "megavl" and (arguments.uncompiled or arguments.rounded_gradients):
+        parser.error("--uncompiled and --rounded-gradients are MegaVL's")
     if arguments.part == "last" and "multimodal" in arguments.kind:
         parser.error("--part last: sees no images; use --kind text")
     return arguments
@@ -110,7 +117,11 @@ def build(work: Work, arguments: argparse.Namespace, *, marks: Marks) -> Side:
         return Transformers(work, marks=marks, lr=arguments.lr, settings=settings, weights=weights)
     groups.start(ParallelConfig(), seed=work.recipe.training.seed)
     local = arguments.side == "megatron-local"
-    return MegaVL(work, marks=marks, lr=arguments.lr, local=local, weights=weights)
+    switches = {"_compiles_kernels": arguments.uncompiled, "fuses_weight_gradients": arguments.rounded_gradients}
+    with contextlib.ExitStack() as left_out:
+        for name in (name for name, off in switches.items() if off):
+            left_out.enter_context(mock.patch.object(decoder, name, lambda: False))
+        return MegaVL(work, marks=marks, lr=arguments.lr, local=local, weights=weights)
 
 
 def measure(side: Side, work: Work, kind: str, *, arguments: argparse.Namespace, marks: Marks) -> dict[str, Any]:
