@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 CLIENTS := .venv-clients
 STAMP := .venv/.megavl-installed
-# Importing megatron-core also imports torch's compiler, which nothing here uses: 40% of a rank's start.
+# Importing megatron-core also imports torch's compiler, which only CUDA uses: 40% of a rank's start.
 # Tests compare with what the CPU computes, on a machine with GPUs too; launch/bench/gpu.sh runs those that need one.
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q -rs --durations=10
 

@@ -90,7 +90,7 @@ class _Rotated(torch.autograd.Function):
 
 @cache
 def compiled_rotation() -> Rotation:
-    """`_rotate` as one kernel, which reads and writes everything once; torch.compile makes it at the first call."""
+    """`_rotate` as one kernel by torch.compile, which reads, writes and rounds everything once."""
     return torch.compile(_rotate_at_once)
 
 

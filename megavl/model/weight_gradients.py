@@ -25,7 +25,7 @@ def add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor
         total: fp32 (F, H), added to in place and not rounded in between.
     """
     if x.dtype == total.dtype:
-        torch.addmm(total, grad.t(), x, out=total)
+        total.addmm_(grad.t(), x)
     else:
         torch.addmm(total, grad.t(), x, total.dtype, out=total)
 
@@ -38,17 +38,20 @@ def fuses_weight_gradients() -> bool:
         return False
     if layers._grad_accum_fusion_available:
         return True
-    ones, total = torch.ones(16, 16, device=device, dtype=torch.bfloat16), torch.full((16, 16), 2.0**-12, device=device)
+    small = 2.0**-12
+    ones, total = torch.ones(16, 16, device=device, dtype=torch.bfloat16), torch.full((16, 16), small, device=device)
     try:
         add_weight_gradient(ones, ones, total)
+        problem = "" if bool((total == 16 + small).all()) else f"16 + {small} gave {float(total[0, 0])}"
     except (RuntimeError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+    if problem:
         warnings.warn(
-            f"torch {torch.__version__} does not add products of bf16 to fp32 here ({str(error).splitlines()[0]}): "
-            "weight gradients are rounded to bf16 in every micro-batch",
+            f"torch {torch.__version__} does not add products of bf16 to fp32 here ({problem}): weight gradients are "
+            "rounded to bf16 in every micro-batch",
             stacklevel=2,
         )
         return False
-    assert bool((total == 16 + 2.0**-12).all()), "the product lost what was there"
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
     layers._grad_accum_fusion_available = True
     return True

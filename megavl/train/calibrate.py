@@ -28,7 +28,7 @@ from megavl.parallel import cpu_runtime, groups
 from megavl.parallel.groups import Position
 from megavl.planner.calibration import Calibration, Entry, KindEntry, Seconds, VisionEntry, model_key, recompute_key
 from megavl.train.calibration_steps import MICRO_BATCHES, MadeUpSteps, step_source
-from megavl.train.feed import StepData, StepSource, next_step
+from megavl.train.feed import Ahead, StepData, StepSource, next_step
 from megavl.train.marks import mark_blocks
 from megavl.train.optimizer import Optimizer, build_optimizer, set_learning_rate
 from megavl.train.rank_model import RankModel, build_rank_model
@@ -231,9 +231,11 @@ def _build(recipe: Recipe) -> tuple[RankModel, Optimizer]:
 
 def _measure(probe: _Probe, source: StepSource | None, *, repeats: int, bar: tqdm[Any]) -> _Samples:
     out = _Samples()
+    # As in training, where a step's data is put together while the device computes.
+    ahead = Ahead(source, steps=WARM_UP + repeats) if source is not None and torch.cuda.is_available() else None
     for step in range(WARM_UP + repeats):
         began = time.perf_counter()
-        data = next_step(source, step)
+        data = next_step(ahead or source, step)
         loading = time.perf_counter() - began
         update, fixed = probe.run(data)
         bar.update()
@@ -246,6 +248,8 @@ def _measure(probe: _Probe, source: StepSource | None, *, repeats: int, bar: tqd
         for found in probe.blocks()[1:]:
             for name, seconds in found.items():
                 out.blocks[name].append(seconds)
+    if ahead is not None:
+        ahead.close()
     if isinstance(source, StepLoader):
         source.close()
     return out

@@ -75,21 +75,22 @@ class _Header:
 
 @dataclass(frozen=True, kw_only=True)
 class HostStep:
-    """A step's micro-batches on the host, in one piece each and ready to be copied; page-locked where CUDA is."""
+    """A step's micro-batches on the host, ready to be copied: page-locked where CUDA is."""
 
     header: _Header
     words: torch.Tensor
     """int64 (M, 2, T): tokens and labels."""
     masks: torch.Tensor
     """fp32 (M, T)."""
-    images: torch.Tensor
-    """uint8 (I, 3, C, C)."""
+    images: tuple[torch.Tensor, ...]
+    """uint8 (I, 3, C, C) of each micro-batch: torch rounds the size of locked memory up to a power of two."""
 
 
 class Ahead:
     """Puts the next step together in a thread while the device computes this one.
 
-    On a CPU the thread would take its time from the cores that train.
+    A replica's images of two steps are on the host then. On a CPU the thread would take its time from the cores that
+    train.
     """
 
     def __init__(self, source: StepSource, *, steps: int) -> None:
@@ -150,21 +151,23 @@ def next_step(source: StepSource | Ahead | None, step: int, *, split_all: bool =
         raise DataError(header)
     assert header is not None, "the source describes the step"
     count, length = len(header.borders), header.borders[0][-1]
-    words, masks, images = (host.words, host.masks, host.images) if host is not None else (None, None, None)
-    words = broadcast.share_tensor(words, shape=(count, 2, length), dtype=torch.int64)
-    masks = broadcast.share_tensor(masks, shape=(count, length), dtype=torch.float32)
+    words, masks, images = ((host.words,), (host.masks,), host.images) if host is not None else ((), (), ())
+    tokens_and_labels = broadcast.share_tensor(words, shape=(count, 2, length), dtype=torch.int64)
+    loss_masks = broadcast.share_tensor(masks, shape=(count, length), dtype=torch.float32)
     shape = (sum(header.image_counts), 3, header.canvas, header.canvas)
     own = None
     if split_all:
         own = broadcast.scatter_images(images, shape=shape, dtype=torch.uint8)
-        images = own[:0]
+        canvases = own[:0]
     else:
-        images = broadcast.share_with_first_stage(images, shape=shape, dtype=torch.uint8)
-    counts = header.image_counts if images.shape[0] else (0,) * count
-    pieces = images.split(list(counts)) if images.shape[0] else (images,) * count
+        canvases = broadcast.share_with_first_stage(images, shape=shape, dtype=torch.uint8)
+    counts = header.image_counts if canvases.shape[0] else (0,) * count
+    pieces = canvases.split(list(counts)) if canvases.shape[0] else (canvases,) * count
     return StepData(
         modality=header.modality,
-        micro_batches=tuple(_micro_batch(words[i], masks[i], pieces[i], header, number=i) for i in range(count)),
+        micro_batches=tuple(
+            _micro_batch(tokens_and_labels[i], loss_masks[i], pieces[i], header, number=i) for i in range(count)
+        ),
         images=sum(header.image_counts),
         image_counts=header.image_counts,
         own_images=own,
@@ -174,21 +177,17 @@ def next_step(source: StepSource | Ahead | None, step: int, *, split_all: bool =
 
 
 def _put_together(batches: Sequence[Batch]) -> HostStep:
-    words = _joined([row for batch in batches for row in (batch.tokens, batch.labels)])
-    masks = _joined([batch.loss_mask for batch in batches])
     return HostStep(
         header=_describe(batches),
-        words=words.view(len(batches), 2, -1),
-        masks=masks.view(len(batches), -1),
-        images=_joined([batch.images for batch in batches]),
+        words=_locked(torch.stack([torch.stack([batch.tokens, batch.labels]) for batch in batches])),
+        masks=_locked(torch.stack([batch.loss_mask for batch in batches])),
+        images=tuple(_locked(batch.images) for batch in batches),
     )
 
 
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """One after the other; copied to CUDA from here, they need neither the host nor another copy."""
-    shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-    out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=torch.cuda.is_available())
-    return torch.cat(tensors, out=out)
+def _locked(tensor: torch.Tensor) -> torch.Tensor:
+    """Where a copy to CUDA needs no host."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def _describe(batches: Sequence[Batch]) -> _Header:

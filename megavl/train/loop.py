@@ -215,12 +215,16 @@ def _loader(
         yield None
         return
     loader = step_loader(recipe, dataset, sampler, position=position, start_step=start_step)
-    ahead = Ahead(loader, steps=recipe.training.steps) if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        ahead = Ahead(loader, steps=recipe.training.steps)
+        yield ahead
+        # Not where a step failed: the thread may wait for a slow disk, and the process is about to leave.
+        ahead.close()
+        loader.close()
+        return
     try:
-        yield ahead or loader
+        yield loader
     finally:
-        if ahead is not None:
-            ahead.close()
         loader.close()
 
 

@@ -128,18 +128,18 @@ class Optimizer(ChainedOptimizer):
         updated = norm.isfinite() & loss.isfinite()
         most = self.config.clip_grad
         for part in self.chained_optimizers:
-            if not part.is_stub_optimizer:
-                # torch's fused kernel divides gradients by the first, and does nothing where the second is 1.
-                part.optimizer.grad_scale = ((norm + _CLIP_EPS) / most).clamp(min=1.0) if most else None
-                part.optimizer.found_inf = (~updated).float()
+            # torch's fused kernel divides gradients by the first, and does nothing where the second is 1.
+            part.optimizer.grad_scale = ((norm + _CLIP_EPS) / most).clamp(min=1.0) if most else None
+            part.optimizer.found_inf = (~updated).float()
         self.step_with_ready_grads()
         return norm, updated
 
     def _norm(self) -> torch.Tensor:
         parts = self.chained_optimizers
         gradients = [gradient.detach() for part in parts for gradient in part.get_main_grads_for_grad_norm()]
-        # Without any, torch answers on the host.
-        total = torch.nn.utils.get_total_norm(gradients).to(cpu_runtime.device()).square()
+        # Without any, torch would answer on the host.
+        gradients = gradients or [torch.zeros(1, device=cpu_runtime.device())]
+        total = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return total.sqrt()
 

@@ -139,7 +139,7 @@ def _divide_by_tokens(stages: Sequence[DistributedDataParallel], num_tokens: tor
         src=mpu.get_pipeline_model_parallel_last_rank(),
         group=mpu.get_pipeline_model_parallel_group(),
     )
-    dist.all_reduce(num_tokens, group=mpu.get_data_parallel_group())
+    dist.all_reduce(num_tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
     scale = 1.0 / num_tokens.clamp(min=1)
     for stage in stages:
         stage.scale_gradients(scale)

@@ -12,13 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_run import ROOT, environment, metrics, run_training
 
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="the stand-in takes the place of CUDA in a CPU build"),
+]
 TOLERANCE = 1e-5
 """Relative, fp32, of losses along a run: attention and collectives sum in other orders."""
-BAND = 0.02
+BAND = 1e-3
 """The same in bf16."""
 
 MANNERS = """
@@ -80,7 +84,8 @@ from tests.distributed.synthetic import SyntheticSteps
 sizes = {"seq_length": 128, "global_batch_size": 2, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
 ahead = Ahead(SyntheticSteps(load_model_config("tiny-siglip"), modality="multimodal", **sizes), steps=1)
 step = ahead.get(0)
-assert step.words.is_pinned() and step.masks.is_pinned() and step.images.is_pinned() and len(step.images) == 3
+assert step.words.is_pinned() and step.masks.is_pinned() and all(part.is_pinned() for part in step.images)
+assert [len(part) for part in step.images] == [1, 2]
 ahead.close()
 """
 
@@ -120,11 +125,21 @@ def distance(one, other):
 
 
 assert weight_gradients.fuses_weight_gradients()
-exact = gradients("fp32", False)
-print("fp32 fused", distance(gradients("fp32", True), exact))
-rounded, fused = (gradients("bf16", fused) for fused in (False, True))
-print("bf16 rounded", distance(rounded, exact), "fused", distance(fused, exact), "apart", distance(fused, rounded))
-assert distance(gradients("fp32", True), exact) < 1e-6 and 1e-4 < distance(fused, rounded) < 1e-2
+exact, fused = gradients("fp32", False), gradients("fp32", True)
+print("fp32", distance(fused, exact))
+assert distance(fused, exact) < 1e-6
+assert 1e-4 < distance(gradients("bf16", True), gradients("bf16", False)) < 1e-2
+
+# Three micro-batches through one projection.
+pairs = [[torch.randn(64, width, device="cuda").bfloat16() for width in (24, 40)] for _ in range(3)]
+exact = sum(grad.double().t() @ x.double() for x, grad in pairs)
+total, rounded = (torch.zeros(40, 24, device="cuda") for _ in range(2))
+for x, grad in pairs:
+    weight_gradients.add_weight_gradient(x, grad, total)
+    rounded += grad.t() @ x
+errors = [float((found.double() - exact).norm() / exact.norm()) for found in (total, rounded)]
+print("bf16 added in fp32", errors[0], "and after rounding", errors[1])
+assert errors[0] < 1e-6 < 1e-4 < errors[1]
 """
 
 
@@ -158,10 +173,10 @@ def test_weight_gradients_are_added_in_fp32(report_table) -> None:
 
 
 def test_what_a_gpu_is_tested_for(report_table) -> None:
-    """Losses of the CPU in fp32 and bf16, and one wait of the host in a step."""
-    names = "first_loss or twenty_steps or host_waits"
+    """Losses of the CPU in fp32, and one wait of the host in a step; bf16 is tried below."""
+    names = "first_loss or host_waits"
     found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/numerics/test_cuda.py", "-k", names)
-    assert "3 passed" in found, found
+    assert "2 passed" in found, found
     for line in found.splitlines():
         if "CUDA against CPU" in line or "host waits" in line:
             report_table(f"stand-in: {line.strip()}")
@@ -185,14 +200,14 @@ def test_what_a_gpu_is_tested_for(report_table) -> None:
 def test_a_run_trains_as_on_the_cpu(
     dataset: Path, tmp_path: Path, precision: str, layout: tuple[str, ...], limit: float, report_table
 ) -> None:
-    words = (*layout, f"training.precision={precision}", "training.steps=6", "training.micro_batch_size=1")
+    words = (*layout, f"training.precision={precision}", "training.steps=5", "training.micro_batch_size=1")
     rows = {}
     for name, where in (("cpu", environment()), ("stand-in", stand_in())):
         done = run_training(dataset, tmp_path / name, *words, "run.timeline_steps=[2]", processes=4, env=where)
         assert done.returncode == 0, done.stderr[-3000:]
         rows[name] = metrics(tmp_path / name)
         assert (tmp_path / name / "timeline/step_000002.svg").is_file()
-    assert [row["step"] for row in rows["stand-in"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows["stand-in"]] == [1, 2, 3, 4, 5]
     assert {row["modality"] for row in rows["cpu"]} == {"text", "multimodal"}
     peaks = [row["mfu"] for row in rows["stand-in"]]
     assert all(peaks), "the stand-in's name is in the table of devices"
@@ -200,5 +215,5 @@ def test_a_run_trains_as_on_the_cpu(
         name: max(abs(a[name] / b[name] - 1) for a, b in zip(rows["stand-in"], rows["cpu"], strict=True))
         for name in ("loss", "grad_norm")
     }
-    report_table(f"six steps in {precision} on the stand-in, against the CPU: {errors}, limit {limit:.0e}")
-    assert errors["loss"] <= limit
+    report_table(f"five steps in {precision} on the stand-in, against the CPU: {errors}, limit {limit:.0e}")
+    assert errors["loss"] <= limit and errors["grad_norm"] <= 10 * limit

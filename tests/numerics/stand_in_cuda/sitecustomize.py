@@ -63,6 +63,8 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def load(torch_folder: Path) -> ctypes.CDLL:
     """The devices' library, above torch's own."""
+    if (torch_folder / "lib/libtorch_cuda.so").exists():
+        raise ImportError("this torch was built with CUDA, whose place the stand-in takes; install one without")
     for name in ("libtorch_global_deps.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch_folder / "lib" / name), ctypes.RTLD_GLOBAL)
     device = ctypes.CDLL(str(build(torch_folder)))

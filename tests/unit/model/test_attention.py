@@ -50,7 +50,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return torch.einsum("aqk,kad->qad", weights, v)
 
 
-@pytest.mark.parametrize("compiles", [False, True], ids=["", "for torch.compile"])
+@pytest.mark.parametrize("compiles", [False, True], ids=["in place", "in the form for torch.compile"])
 def test_packed_attention_equals_dense_mask(compiles: bool, report_table: Any) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(37, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]

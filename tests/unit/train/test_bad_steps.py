@@ -15,7 +15,7 @@ from megavl.parallel import groups
 from megavl.train.feed import next_step
 from megavl.train.optimizer import VISION_GROUP, build_optimizer, set_learning_rate
 from megavl.train.rank_model import RankModel, build_rank_model
-from megavl.train.step import train_step
+from megavl.train.step import forward_backward, train_step
 from tests.distributed.synthetic import SyntheticSteps
 
 PARALLEL = ParallelConfig()
@@ -57,6 +57,21 @@ def _data(modality: str, step: int = 0):
 def _weights(model: RankModel) -> dict[str, torch.Tensor]:
     model.gather_weights()
     return {name: p.detach().clone() for name, p in model.chunks[0].module.named_parameters()}
+
+
+def _state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+    """Every weight, master weight, moment and step count."""
+    found = _weights(model)
+    (part,) = optimizer.chained_optimizers
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        state = {"master": parameter, **part.optimizer.state[parameter]}
+        found |= {f"{index} {key}": value.detach().clone() for key, value in state.items()}
+    return found
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _moments(optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
@@ -142,6 +157,23 @@ def test_not_finite_gradient_skips_the_step(bf16: bool, distributed_optimizer: b
     with torch.no_grad():
         weight.copy_(kept)
     assert not train_step(model, optimizer, _data("text"), stop_flag=False).skipped
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_loss_that_is_not_finite_changes_no_bit(bf16: bool, distributed_optimizer: bool) -> None:
+    """Though every gradient is finite: no weight, master, moment or step count."""
+    model, optimizer = _build(bf16, distributed_optimizer)
+    train_step(model, optimizer, _data("multimodal"), stop_flag=False)
+    model.zero_grad()
+    forward_backward(model, _data("multimodal", 1))
+    before = _state(model, optimizer)
+    norm, updated = optimizer.step(torch.tensor(float("nan"), dtype=torch.float64))
+    assert norm.isfinite() and norm > 0 and not updated
+    assert before and _same(before, _state(model, optimizer))
+    norm, updated = optimizer.step(torch.tensor(1.0, dtype=torch.float64))
+    after = _state(model, optimizer)
+    assert updated and not any(torch.equal(before[name], after[name]) for name in before if name.endswith(" step"))
 
 
 @pytest.mark.parametrize("distributed_optimizer", [True, False])

@@ -35,6 +35,7 @@ class Watched:
         )
         self.asked: list[int] = []
         self.threads: set[str] = set()
+        self.waits_for: dict[int, threading.Event] = {}
         self.begun = {step: threading.Event() for step in range(STEPS + 1)}
 
     def get(self, step: int) -> list[Batch]:
@@ -42,6 +43,8 @@ class Watched:
         self.asked.append(step)
         self.threads.add(threading.current_thread().name)
         self.begun[step].set()
+        if step in self.waits_for:
+            self.waits_for[step].wait(timeout=30)
         if step == BAD_STEP:
             raise DataError(f"step {step} is damaged")
         return self.source.get(step)
@@ -77,9 +80,15 @@ def test_steps_ahead_are_the_steps() -> None:
 
 
 def test_closing_waits_for_the_source() -> None:
-    watched = Watched()
+    watched, goes_on = Watched(), threading.Event()
+    watched.waits_for = {1: goes_on}
     ahead = Ahead(watched, steps=STEPS)
     next_step(ahead, 0)
-    ahead.close()
-    asked = list(watched.asked)
-    assert asked in ([0], [0, 1]) and not [t for t in threading.enumerate() if t.name.startswith("megavl-next-step")]
+    assert watched.begun[1].wait(timeout=30)
+    closing = threading.Thread(target=ahead.close)
+    closing.start()
+    closing.join(timeout=0.2)
+    assert closing.is_alive(), "the source is at work"
+    goes_on.set()
+    closing.join(timeout=30)
+    assert not closing.is_alive() and watched.asked == [0, 1]

@@ -1,0 +1,91 @@
+"""One process of two replicas: the gradients of rank 1 become NaN, and no rank may change a bit.
+
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed.bad_rank 0|1 0|1
+
+The arguments switch bf16 and the distributed optimizer. Every rank prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import torch
+
+from megavl.config.load import load_model_config
+from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.parallel import groups
+from megavl.train.feed import next_step
+from megavl.train.optimizer import Optimizer, build_optimizer, set_learning_rate
+from megavl.train.rank_model import RankModel, build_rank_model
+from megavl.train.step import train_step
+from tests.distributed.synthetic import SyntheticSteps
+
+CONFIG = load_model_config("tiny-siglip")
+
+
+def main() -> int:
+    """A good step, a bad one, another good one."""
+    bf16, distributed = (word == "1" for word in sys.argv[1:])
+    parallel = ParallelConfig(distributed_optimizer=distributed, overlap_param_gather=distributed)
+    position = groups.start(parallel, seed=1)
+    model = build_rank_model(
+        CONFIG,
+        parallel=parallel,
+        recompute=RecomputeConfig(),
+        layout=None,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        train=TRAINABLE_PARTS,
+        seed=1,
+    )
+    optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-3), bf16=bf16)
+    set_learning_rate(optimizer, lr=1e-3, weight_decay=0.1)
+    source = SyntheticSteps(
+        CONFIG,
+        modality="multimodal",
+        seq_length=128,
+        global_batch_size=2,
+        micro_batch_size=1,
+        dp_rank=position.dp_rank,
+        dp_size=position.dp_size,
+    )
+    steps = [train_step(model, optimizer, next_step(source, 0), stop_flag=False)]
+    before = state(model, optimizer)
+    if position.rank == 1:
+        weight = next(model.chunks[0].module.language_model.decoder.layers.parameters())
+        handle = weight.register_hook(lambda gradient: gradient * float("nan"))
+    steps.append(train_step(model, optimizer, next_step(source, 1), stop_flag=False))
+    after = state(model, optimizer)
+    if position.rank == 1:
+        handle.remove()
+    steps.append(train_step(model, optimizer, next_step(source, 2), stop_flag=False))
+    later = state(model, optimizer)
+    row = {
+        "rank": position.rank,
+        "skipped": [step.skipped for step in steps],
+        "losses": [step.loss for step in steps],
+        "tensors": len(before),
+        "changed": [name for name in before if not torch.equal(before[name], after[name])],
+        "moved later": sum(not torch.equal(after[name], later[name]) for name in after),
+    }
+    # One write: lines of two processes would mix.
+    os.write(1, f"{json.dumps(row)}\n".encode())
+    groups.stop()
+    return 0
+
+
+def state(model: RankModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """This rank's weights, and its share of masters, moments and step counts."""
+    model.gather_weights()
+    found = {name: weight.detach().clone() for name, weight in model.chunks[0].module.named_parameters()}
+    (part,) = optimizer.chained_optimizers
+    masters = [weight for group in part.param_groups for weight in group["params"]]
+    for index, master in enumerate(masters):
+        kept = {"master": master, **part.optimizer.state[master]}
+        found |= {f"{index} {key}": value.detach().clone() for key, value in kept.items()}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
