@@ -17,9 +17,10 @@ from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.parallel import groups
 from megavl.train.feed import next_step
-from megavl.train.optimizer import Optimizer, build_optimizer, set_learning_rate
-from megavl.train.rank_model import RankModel, build_rank_model
+from megavl.train.optimizer import build_optimizer, set_learning_rate
+from megavl.train.rank_model import build_rank_model
 from megavl.train.step import train_step
+from tests.distributed.gather import own_state
 from tests.distributed.synthetic import SyntheticSteps
 
 CONFIG = load_model_config("tiny-siglip")
@@ -51,16 +52,16 @@ def main() -> int:
         dp_size=position.dp_size,
     )
     steps = [train_step(model, optimizer, next_step(source, 0), stop_flag=False)]
-    before = state(model, optimizer)
+    before = own_state(model, optimizer)
     if position.rank == 1:
         weight = next(model.chunks[0].module.language_model.decoder.layers.parameters())
         handle = weight.register_hook(lambda gradient: gradient * float("nan"))
     steps.append(train_step(model, optimizer, next_step(source, 1), stop_flag=False))
-    after = state(model, optimizer)
+    after = own_state(model, optimizer)
     if position.rank == 1:
         handle.remove()
     steps.append(train_step(model, optimizer, next_step(source, 2), stop_flag=False))
-    later = state(model, optimizer)
+    later = own_state(model, optimizer)
     row = {
         "rank": position.rank,
         "skipped": [step.skipped for step in steps],
@@ -73,18 +74,6 @@ def main() -> int:
     os.write(1, f"{json.dumps(row)}\n".encode())
     groups.stop()
     return 0
-
-
-def state(model: RankModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """This rank's weights, and its share of masters, moments and step counts."""
-    model.gather_weights()
-    found = {name: weight.detach().clone() for name, weight in model.chunks[0].module.named_parameters()}
-    (part,) = optimizer.chained_optimizers
-    masters = [weight for group in part.param_groups for weight in group["params"]]
-    for index, master in enumerate(masters):
-        kept = {"master": master, **part.optimizer.state[master]}
-        found |= {f"{index} {key}": value.detach().clone() for key, value in kept.items()}
-    return found
 
 
 if __name__ == "__main__":

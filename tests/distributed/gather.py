@@ -53,6 +53,18 @@ def vision_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, tor
     return {key: value.detach().clone() for key, value in found.items()}
 
 
+def own_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+    """Copies of this rank's weights, and of its share of master weights, moments and step counts."""
+    model.gather_weights()
+    found = {name: weight.detach().clone() for name, weight in model.chunks[0].module.named_parameters()}
+    (part,) = optimizer.chained_optimizers
+    masters = [weight for group in part.param_groups for weight in group["params"]]
+    for index, master in enumerate(masters):
+        kept = {"master": master, **part.optimizer.state[master]}
+        found |= {f"{index} {key}": value.detach().clone() for key, value in kept.items()}
+    return found
+
+
 def gather_counts(counts: dict[str, int]) -> dict[str, int]:
     """Sums over all ranks. Collective."""
     total = torch.tensor(list(counts.values()))

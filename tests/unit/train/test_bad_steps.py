@@ -16,6 +16,7 @@ from megavl.train.feed import next_step
 from megavl.train.optimizer import VISION_GROUP, build_optimizer, set_learning_rate
 from megavl.train.rank_model import RankModel, build_rank_model
 from megavl.train.step import forward_backward, train_step
+from tests.distributed.gather import own_state
 from tests.distributed.synthetic import SyntheticSteps
 
 PARALLEL = ParallelConfig()
@@ -57,17 +58,6 @@ def _data(modality: str, step: int = 0):
 def _weights(model: RankModel) -> dict[str, torch.Tensor]:
     model.gather_weights()
     return {name: p.detach().clone() for name, p in model.chunks[0].module.named_parameters()}
-
-
-def _state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
-    """Every weight, master weight, moment and step count."""
-    found = _weights(model)
-    (part,) = optimizer.chained_optimizers
-    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(parameters):
-        state = {"master": parameter, **part.optimizer.state[parameter]}
-        found |= {f"{index} {key}": value.detach().clone() for key, value in state.items()}
-    return found
 
 
 def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -167,12 +157,12 @@ def test_a_loss_that_is_not_finite_changes_no_bit(bf16: bool, distributed_optimi
     train_step(model, optimizer, _data("multimodal"), stop_flag=False)
     model.zero_grad()
     forward_backward(model, _data("multimodal", 1))
-    before = _state(model, optimizer)
+    before = own_state(model, optimizer)
     norm, updated = optimizer.step(torch.tensor(float("nan"), dtype=torch.float64))
     assert norm.isfinite() and norm > 0 and not updated
-    assert before and _same(before, _state(model, optimizer))
+    assert before and _same(before, own_state(model, optimizer))
     norm, updated = optimizer.step(torch.tensor(1.0, dtype=torch.float64))
-    after = _state(model, optimizer)
+    after = own_state(model, optimizer)
     assert updated and not any(torch.equal(before[name], after[name]) for name in before if name.endswith(" step"))
 
 
