@@ -15,7 +15,8 @@ setup(
     author="MegaVL authors",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["megavl", "megavl.*"]),
+    packages=find_packages(include=["megavl", "megavl.*", "data_tools", "data_tools.*"]),
+    package_data={"data_tools": ["categories/*.yaml", "viewer/*.css"]},
     entry_points={"console_scripts": ["megavl = megavl.main.cli:main"]},
     install_requires=[
         "torch>=2.11",

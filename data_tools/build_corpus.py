@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
-if __name__ == "__main__":
-    # Python puts this file's folder first, where inspect.py would hide the standard library's module of that name.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-import argparse  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import NoReturn  # noqa: E402
-
-from data_tools.corpus.number_option import whole  # noqa: E402
-from data_tools.corpus.pair_commands import PAIR_COMMANDS, add_pair_commands, run_pairs  # noqa: E402
-from data_tools.corpus.pictures import FAMILIES  # noqa: E402
-from data_tools.corpus.recipes import build_demo, build_pictures, build_text, build_tokenizer  # noqa: E402
-from data_tools.corpus.texts import DEBIAN  # noqa: E402
-from data_tools.corpus.vocabulary import SMALLEST  # noqa: E402
-from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
+from data_tools.corpus.demo.pictures import FAMILIES
+from data_tools.corpus.demo.recipes import build_demo, build_pictures, build_text, build_tokenizer
+from data_tools.corpus.demo.texts import DEBIAN
+from data_tools.corpus.demo.vocabulary import SMALLEST
+from data_tools.corpus.number_option import whole
+from data_tools.corpus.pairs.commands import PAIR_COMMANDS, add_pair_commands, run_pairs
+from megavl.config.errors import MegaVLError, UsageError
 
 LARGEST = 1_000_000
 """Most pictures, held-out questions of a kind, or vocabulary entries."""

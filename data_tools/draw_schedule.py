@@ -7,18 +7,13 @@ wanted number, which never differ by a whole step. Needs matplotlib (`pip instal
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):
-    # Run as a file: make the repository importable, and keep this folder from shadowing the standard library.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-from megavl.config.errors import MegaVLError, StorageError, UsageError  # noqa: E402
-from megavl.config.load import load_recipe  # noqa: E402
-from megavl.data.plan import ModalityPlan  # noqa: E402
+from megavl.config.errors import MegaVLError, StorageError, UsageError
+from megavl.config.load import load_recipe
+from megavl.data.plan import ModalityPlan
 
 _POINTS = 400
 """Steps that are drawn, evenly spaced."""

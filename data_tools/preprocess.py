@@ -12,31 +12,26 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    # Run as a file: make the repository importable, and keep this folder from shadowing the standard library.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from data_tools.pipeline.engine import run_units
+from data_tools.pipeline.extras import require
+from data_tools.pipeline.finish import check_rejected, dry_run_report, finish
+from data_tools.pipeline.histograms import histogram_lines
+from data_tools.pipeline.image_map import open_image_map
+from data_tools.pipeline.job import Job, Unit, open_input, plan_units, sampled, tokenizer_at
+from data_tools.pipeline.output import Output
+from data_tools.readers.formats import FORMATS
+from megavl.config.chat import SYSTEM_PROMPT
+from megavl.config.errors import MegaVLError, UsageError
+from megavl.config.presets import IMAGE_PRESETS
+from megavl.data.image import MAX_ASPECT
 
 # One unit per process is the parallelism here; the tokenizer's own threads would only compete.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from dataclasses import replace  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from data_tools.engine import run_units  # noqa: E402
-from data_tools.extras import require  # noqa: E402
-from data_tools.finish import check_rejected, dry_run_report, finish  # noqa: E402
-from data_tools.histograms import histogram_lines  # noqa: E402
-from data_tools.image_map import open_image_map  # noqa: E402
-from data_tools.job import Job, Unit, open_input, plan_units, sampled, tokenizer_at  # noqa: E402
-from data_tools.output import Output  # noqa: E402
-from data_tools.readers.formats import FORMATS  # noqa: E402
-from megavl.config.chat import SYSTEM_PROMPT  # noqa: E402
-from megavl.config.errors import MegaVLError, UsageError  # noqa: E402
-from megavl.config.presets import IMAGE_PRESETS  # noqa: E402
-from megavl.data.image import MAX_ASPECT  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,7 +121,7 @@ def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             "use --engine local for these"
         )
     require("datatrove", extra="slurm")
-    from data_tools import submit as slurm
+    from data_tools.pipeline import submit as slurm
 
     if folder := os.environ.get(slurm.JOB_FOLDER):
         parts = {slurm.SHARDS: _shards_of_task, slurm.MERGE: _merge_tasks}

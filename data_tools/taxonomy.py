@@ -5,32 +5,26 @@ The categories are those of the paper (taxonomy.yaml) or of a file in the same f
 
 from __future__ import annotations
 
-import os
+import argparse
+import json
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
 
-if __name__ == "__main__":
-    # Python puts this file's folder first, where inspect.py would hide the standard library's module of that name.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tqdm import tqdm
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import tempfile  # noqa: E402
-from collections import Counter  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from fractions import Fraction  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
-
-from tqdm import tqdm  # noqa: E402
-
-from data_tools.categories.coverage import Coverage, cover, svg, table  # noqa: E402
-from data_tools.categories.records import moved, new_file, read_records  # noqa: E402
-from data_tools.categories.sampling import check_supply, choose, order, read_weights  # noqa: E402
-from data_tools.categories.tagging import Tagger, read_names, read_rules  # noqa: E402
-from data_tools.categories.tree import PAPER, Taxonomy, read_taxonomy, within  # noqa: E402
-from data_tools.corpus.number_option import whole  # noqa: E402
-from data_tools.corpus.output import write_line  # noqa: E402
-from megavl.config.errors import DataError, MegaVLError, UsageError  # noqa: E402
+from data_tools.categories.coverage import Coverage, cover, svg, table
+from data_tools.categories.records import moved, new_file, read_records
+from data_tools.categories.sampling import check_supply, choose, order, read_weights
+from data_tools.categories.tagging import Tagger, read_names, read_rules
+from data_tools.categories.tree import PAPER, Taxonomy, read_taxonomy, within
+from data_tools.corpus.number_option import whole
+from data_tools.corpus.output import write_line
+from megavl.config.errors import DataError, MegaVLError, UsageError
 
 
 class _Parser(argparse.ArgumentParser):

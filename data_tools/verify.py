@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 
-if __package__ in (None, ""):
-    # Run as a file: make the repository importable, and keep this folder from shadowing the standard library.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+import numpy as np
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from megavl.config.errors import DataError, MegaVLError  # noqa: E402
-from megavl.data.dataset import Source  # noqa: E402
-from megavl.data.image import ImageError, check_image  # noqa: E402
-from megavl.data.index_file import ReadHandles  # noqa: E402
-from megavl.data.shard import Shard  # noqa: E402
+from megavl.config.errors import DataError, MegaVLError
+from megavl.data.dataset import Source
+from megavl.data.image import ImageError, check_image
+from megavl.data.index_file import ReadHandles
+from megavl.data.shard import Shard
 
 
 def verify(path: str) -> dict[str, int]:

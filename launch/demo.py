@@ -105,7 +105,7 @@ def _build_data(out: Path, *, seed: int) -> None:
             *("--image-preset", "tiny-hybrid", "--seq-length", SEQ_LENGTH),
             *("--max-images-per-sequence", IMAGES_PER_SEQUENCE, "--system-prompt", ""),
         )
-    _python("data_tools/inspect.py", out / "data" / SHOWN_STAGE, "--html", out / "inspect.html")
+    _python("data_tools/view.py", out / "data" / SHOWN_STAGE, "--html", out / "inspect.html")
 
 
 def _train(out: Path) -> tuple[list[dict[str, Any]], bool]:

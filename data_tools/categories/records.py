@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_tools.readers.stretches import divide, records
+from data_tools.readers.splits import divide, records
 from megavl.config.errors import DataError, StorageError, UsageError
 
 _STRETCH = 64 << 20

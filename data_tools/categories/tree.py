@@ -13,7 +13,7 @@ import yaml
 
 from megavl.config.errors import DataError, UsageError
 
-PAPER = Path(__file__).resolve().parents[1] / "taxonomy.yaml"
+PAPER = Path(__file__).with_name("taxonomy.yaml")
 """The paper's own."""
 _KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 

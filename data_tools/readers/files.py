@@ -8,7 +8,7 @@ from itertools import islice
 from data_tools.readers.formats import FORMATS, Container, recognise
 from data_tools.readers.parquet_table import MAGIC, column_names, divide_parquet, parquet_entries, parquet_format
 from data_tools.readers.record import MAX_RECORD, Entry, RecordError, parse_json
-from data_tools.readers.stretches import Stretch, divide, records
+from data_tools.readers.splits import Stretch, divide, records
 from data_tools.readers.tar_archive import divide_tar, is_tar, tar_entries
 from megavl.config.errors import DataError, UsageError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.readers.record import Entry, RecordError
-from data_tools.readers.stretches import Stretch
+from data_tools.readers.splits import Stretch
 from megavl.config.errors import DataError, UsageError
 
 MAGIC = b"PAR1"

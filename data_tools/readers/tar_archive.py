@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.readers.record import MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
-from data_tools.readers.stretches import Stretch
+from data_tools.readers.splits import Stretch
 from megavl.config.errors import DataError, UsageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

@@ -4,7 +4,7 @@ A tiny model whose encoders make stage 0 of an even split about 1.64 times as sl
 TP 4 x PP 4) trains on two single-threaded processes, PP 2: split evenly, as `megavl plan` balances it from a
 calibration, and under `parallel.vision: split_all` with its own balanced split. How deep SAM must be for that hangs on
 the machine, so a pilot run measures the even split with two depths first. All three take their steps by turns in the
-same processes (`tests/numerics/paired_steps.py`), which also time a short loop at every micro-batch: cycles of the
+same processes (`engines/paired_steps.py`), which also time a short loop at every micro-batch: cycles of the
 schedule count whose loops were quick on all cores.
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 

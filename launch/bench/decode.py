@@ -1,6 +1,6 @@
 """Greedy decoding of MegaVL against transformers' `generate`: one exported folder, the same prompts, asked in turn.
 
-Both programs (`tests/numerics/decode_speed.py`) hold their model loaded and answer one after the other, so that both
+Both programs (`engines/decode_speed.py`) hold their model loaded and answer one after the other, so that both
 meet the same machine; a round's rates are compared with each other only. Every prompt has one image. Writes
 `launch/bench/results/decode_<processor>_<YYYYMM>.md` from the JSON beside it, which keeps the cases measured earlier.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ("-W", "ignore", "-m", "tests.numerics.decode_speed")
+PROGRAM = ("-W", "ignore", "-m", "launch.bench.engines.decode_speed")
 SIDES = ("transformers", "megavl")
 TOKENS = {"tiny": 128, "wide": 24, "hybrid": 24}
 """Tokens of an answer by model."""

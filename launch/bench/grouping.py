@@ -2,7 +2,7 @@
 
 A tiny model trains on 2 and on 4 data-parallel processes of one thread each, with `data.grouping: step` and `sequence`,
 at 60% multimodal as in the paper's ablation (arXiv 2403.05525, Figure 8). Both take their steps by turns in the same
-processes, and undisturbed ones count (`tests/numerics/paired_steps.py`). Beside them stands `megavl plan --mixing`,
+processes, and undisturbed ones count (`engines/paired_steps.py`). Beside them stands `megavl plan --mixing`,
 from blocks measured here, and at the paper's scale. Writes `launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
 
     python launch/bench/grouping.py [--turns 40] [--work runs/grouping]

@@ -1,7 +1,7 @@
 """Images per second of the training loader, against bare decoding and resizing on the same machine.
 
 Makes JPEG files of two sizes, preprocesses them for both released image geometries, lets
-`data_tools/measure_loader.py` measure each dataset, and writes
+`launch/bench/engines/measure_loader.py` measure each dataset, and writes
 `launch/bench/results/loader_<processor>_<YYYYMM>.md`.
 
     python launch/bench/loader.py [--images 100] [--rounds 7] [--workers 1]
@@ -44,7 +44,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for width, height in SIZES:
             captions, kilobytes = make_images(Path(folder) / str(width), (width, height), count=arguments.images)
-            run("build_corpus.py", "tokenizer", "--output", captions.parent / "tokenizer", "--input", captions)
+            run(
+                "data_tools/build_corpus.py",
+                "tokenizer",
+                "--output",
+                captions.parent / "tokenizer",
+                "--input",
+                captions,
+            )
             for preset in PRESETS:
                 result = measure(captions, preset=preset, rounds=arguments.rounds, workers=arguments.workers)
                 rows.append(row((width, height), kilobytes, preset, result))
@@ -77,21 +84,29 @@ def make_images(folder: Path, size: tuple[int, int], *, count: int) -> tuple[Pat
 
 
 def measure(captions: Path, *, preset: str, rounds: int, workers: int) -> dict[str, Any]:
-    """What data_tools/measure_loader.py found on the captions, packed for a geometry."""
+    """What launch/bench/engines/measure_loader.py found on the captions, packed for a geometry."""
     output = captions.parent / preset
     run(
-        *("preprocess.py", "--input", captions, "--output", output, "--tokenizer", captions.parent / "tokenizer"),
+        *(
+            "data_tools/preprocess.py",
+            "--input",
+            captions,
+            "--output",
+            output,
+            "--tokenizer",
+            captions.parent / "tokenizer",
+        ),
         *("--image-preset", preset, "--workers", 1),
     )
     result: dict[str, Any] = json.loads(
-        run("measure_loader.py", output, "--rounds", rounds, "--workers", workers, "--json")
+        run("launch/bench/engines/measure_loader.py", output, "--rounds", rounds, "--workers", workers, "--json")
     )
     return result
 
 
 def run(script: str, *arguments: Any) -> str:
-    """Standard output of a data tool."""
-    command = [sys.executable, f"data_tools/{script}", *map(str, arguments)]
+    """Standard output of a program."""
+    command = [sys.executable, script, *map(str, arguments)]
     return subprocess.run(
         command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
     ).stdout

@@ -215,7 +215,13 @@ def paired_steps(
         All steps of the file, at whose end these were put.
     """
     words = [word for name, own in variants.items() for word in ("--variant", name, *own)]
-    command = [*launcher(processes, "tests.numerics.paired_steps"), RECIPE, *settings, "training.steps=100000", *words]
+    command = [
+        *launcher(processes, "launch.bench.engines.paired_steps"),
+        RECIPE,
+        *settings,
+        "training.steps=100000",
+        *words,
+    ]
     counts = ["--turns", str(turns), "--steps", str(steps), "--quick", str(QUICK)]
     others = watched([*command, *counts, "--out", str(out)])
     return [json.loads(line) for line in out.read_text().splitlines()], others

@@ -1,6 +1,6 @@
 """Preprocessing against its primitives on the same machine: text, images, packing, two workers, memory.
 
-Calls `data_tools/measure_preprocess.py` for each measurement, and writes
+Calls `launch/bench/engines/measure_preprocess.py` for each measurement, and writes
 `launch/bench/results/preprocess_<processor>_<YYYYMM>.md` and the numbers beside it as `.json`.
 
     python launch/bench/preprocess.py [--repeats 5]
@@ -46,7 +46,7 @@ def main() -> int:
 
 def measure(name: str, *, scratch: str, repeats: int) -> Any:
     """What one measurement prints."""
-    command = [sys.executable, "data_tools/measure_preprocess.py", name, "--scratch", scratch]
+    command = [sys.executable, "launch/bench/engines/measure_preprocess.py", name, "--scratch", scratch]
     command += ["--repeats", str(repeats)]
     done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)

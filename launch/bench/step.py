@@ -1,6 +1,6 @@
 """Full training steps of the 1.3B and the 7B on one GPU, against transformers and megatron-core's stock attention.
 
-First the ceilings (matrix product, copy), then every case in a process of its own (`tests/numerics/step_speed.py`),
+First the ceilings (matrix product, copy), then every case in a process of its own (`engines/step_speed.py`),
 then `launch/bench/results/step_<device>_<YYYYMM>.md` from the JSON beside it, in which `--case` replaces single cases.
 Where there is no GPU only the tiny cases run, and the full-size columns stay empty. Needs the extras `test` and `hf`.
 
@@ -107,7 +107,7 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     os.chdir(ROOT)
-    (ceilings,) = ask("tests.numerics.step_ceiling", *ONE_THREAD, limit=arguments.limit)
+    (ceilings,) = ask("launch.bench.engines.step_ceiling", *ONE_THREAD, limit=arguments.limit)
     path = arguments.out / f"step_{hardware(ceilings)}_{time.strftime('%Y%m')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.case else {}
@@ -191,7 +191,7 @@ def plan(ceilings: dict[str, Any]) -> dict[str, Any]:
     """How many layers of each full-size part the device holds; without a GPU, an H200 by its data sheet."""
     parts = list(dict.fromkeys(f"{case.model} {case.part}" for case in FULL))
     memory = ("--memory", ceilings["memory_bytes"]) if ceilings["cuda"] else ()
-    rows = ask("tests.numerics.step_work", *(f"{part} none" for part in parts), *memory, limit=600)
+    rows = ask("launch.bench.engines.step_work", *(f"{part} none" for part in parts), *memory, limit=600)
     return dict(zip(parts, rows, strict=True))
 
 
@@ -209,7 +209,7 @@ def words_of(case: Case, *, layers: int, quick: bool) -> list[object]:
 def measure(case: Case, words: Sequence[object], *, limit: float) -> dict[str, Any]:
     """What one case printed by kind, or why it failed."""
     began = time.perf_counter()
-    rows, failure = run("tests.numerics.step_speed", *words, limit=limit)
+    rows, failure = run("launch.bench.engines.step_speed", *words, limit=limit)
     print(f"{case.name}: {time.perf_counter() - began:.0f} s {failure}", flush=True)
     return {row["kind"]: row for row in rows} | ({"failed": failure} if failure else {})
 

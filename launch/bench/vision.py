@@ -49,8 +49,8 @@ def main() -> int:
 
 
 def measure(*words: object) -> dict[str, Any]:
-    """What tests/numerics/vision_speed.py printed, run as a process of its own."""
-    command = [sys.executable, "-m", "tests.numerics.vision_speed", *map(str, words)]
+    """What launch/bench/engines/vision_speed.py printed, run as a process of its own."""
+    command = [sys.executable, "-m", "launch.bench.engines.vision_speed", *map(str, words)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -14,7 +14,7 @@ import torch
 from megavl.checkpoint.directory import check, checkpoint_name, set_aside, temporary_name
 from megavl.checkpoint.durable import copy_durably, sync_directory, write_durably
 from megavl.checkpoint.manifest import MANIFEST, encode_manifest, file_record, read_manifest, remember, safe_name
-from megavl.checkpoint.restricted import BACKEND, BACKEND_MARK, COMMON, METADATA, load_object
+from megavl.checkpoint.safe_unpickle import BACKEND, BACKEND_MARK, COMMON, METADATA, load_object
 from megavl.config.errors import CheckpointError
 
 _OWN = (MANIFEST, METADATA, COMMON, BACKEND)

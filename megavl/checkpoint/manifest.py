@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: what it holds, with the size and sha256 of every file; written last, verified first.
 
-Hashes guard against damage. Forged checkpoints are the business of `megavl.checkpoint.restricted`.
+Hashes guard against damage. Forged checkpoints are the business of `megavl.checkpoint.safe_unpickle`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from megavl.checkpoint.directory import check, recover
 from megavl.checkpoint.manifest import MANIFEST
 from megavl.checkpoint.names import PREFIX, flat_names, is_stacked
-from megavl.checkpoint.restricted import check_backend, load_item, read_metadata
+from megavl.checkpoint.safe_unpickle import check_backend, load_item, read_metadata
 from megavl.config.errors import CheckpointError, UsageError
 from megavl.config.load import model_config_from_dict
 from megavl.config.model import ModelConfig

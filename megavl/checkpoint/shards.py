@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megavl.checkpoint import agreement
+from megavl.checkpoint import collective_errors
 from megavl.checkpoint.durable import storage_errors
 from megavl.checkpoint.fault import strike
-from megavl.checkpoint.restricted import load_item
+from megavl.checkpoint.safe_unpickle import load_item
 from megavl.config.errors import CheckpointError, MegaVLError
 
 
@@ -62,7 +62,7 @@ def write_shards(sharded: ShardedStateDict, directory: Path, *, step: int) -> No
 
 def own_shards(directory: Path) -> list[Path]:
     """Shard files that this rank wrote."""
-    return sorted(directory.glob(f"__{agreement.rank()}_*.distcp"))
+    return sorted(directory.glob(f"__{collective_errors.rank()}_*.distcp"))
 
 
 class RestrictedLoad(LoadShardedStrategy):
@@ -128,7 +128,7 @@ class _SavePlanner(MCoreSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if self._resolved == 1:
-            strike("mid_shard", rank=agreement.rank(), step=self._step)
+            strike("mid_shard", rank=collective_errors.rank(), step=self._step)
         self._resolved += 1
         data: torch.Tensor | io.BytesIO = super().resolve_data(write_item)
         return data
@@ -137,7 +137,7 @@ class _SavePlanner(MCoreSavePlanner):
 class _Writer(checkpoint.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         # Translated here: on its way to the other ranks an exception loses its cause.
-        with storage_errors(f"{self.path}: rank {agreement.rank()} writing its shard"):
+        with storage_errors(f"{self.path}: rank {collective_errors.rank()} writing its shard"):
             return super().write_data(plan, planner)
 
     def storage_meta(self) -> StorageMeta:

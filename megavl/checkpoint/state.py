@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from megavl.checkpoint import agreement
+from megavl.checkpoint import collective_errors
 from megavl.checkpoint.manifest import verify
-from megavl.checkpoint.restricted import METADATA, check_backend, read_common, read_metadata
+from megavl.checkpoint.safe_unpickle import METADATA, check_backend, read_common, read_metadata
 from megavl.checkpoint.shards import RestrictedCommonLoad, RestrictedLoad
 from megavl.config.errors import CheckpointError
 
@@ -49,7 +49,7 @@ def split_state(state: ShardedStateDict) -> tuple[ShardedStateDict, StateDict, i
         written = [entry for entry in entries if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id)]
         return sum(entry.data.nbytes for entry in written), [entry.without_data() for entry in entries]
 
-    gathered = agreement.on_every_rank(inspect)
+    gathered = collective_errors.on_every_rank(inspect)
     _check_cover([bases for _, bases in gathered], source="state")
     return *split[0], sum(size for size, _ in gathered)
 
@@ -82,7 +82,7 @@ def load_state(
         CheckpointError: damaged, hostile, or not what `state` asks for, naming file and key.
     """
     path = Path(path)
-    agreement.on_rank_zero(lambda: bool(verify(path, skip_hash=skip_hash)))
+    collective_errors.on_rank_zero(lambda: bool(verify(path, skip_hash=skip_hash)))
     read: list[tuple[Metadata, StateDict]] = []
 
     def inspect() -> list[ShardedBase]:
@@ -93,7 +93,7 @@ def load_state(
             _check_entry(entry, read[0][0], path=path, convert_dtype=convert_dtype)
         return [entry.without_data() for entry in entries]
 
-    asked = agreement.on_every_rank(inspect)
+    asked = collective_errors.on_every_rank(inspect)
     metadata, common = read[0]
     _check_left_over(asked, metadata, path=path, strict=strict)
     _check_cover(asked, source=str(path))
@@ -156,7 +156,7 @@ def _part(key: str) -> str:
 
 def _check_cover(bases: list[list[ShardedBase]], *, source: str) -> None:
     def check() -> None:
-        if agreement.world_size() == 1 and not bases[0]:
+        if collective_errors.world_size() == 1 and not bases[0]:
             return
         try:
             validate_sharding_integrity(bases)
@@ -164,7 +164,7 @@ def _check_cover(bases: list[list[ShardedBase]], *, source: str) -> None:
             text = " ".join(str(error).split())[:400]
             raise CheckpointError(f"{source}: the ranks do not cover every tensor exactly once: {text}") from error
 
-    agreement.on_rank_zero(check)
+    collective_errors.on_rank_zero(check)
 
 
 def _copy_containers(node: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 
-from megavl.checkpoint import agreement, commit
+from megavl.checkpoint import collective_errors, commit
 from megavl.checkpoint.directory import LATEST, check, point_latest, recover, retire, sweep
 from megavl.checkpoint.directory import checkpoint_name as checkpoint_name
 from megavl.checkpoint.durable import storage_errors
@@ -47,7 +47,7 @@ class CheckpointStore:
         self._keep = keep
         self._skip_hash = skip_hash
         self._settled: set[Path] = set()
-        agreement.on_rank_zero(self._open)
+        collective_errors.on_rank_zero(self._open)
 
     def save(
         self,
@@ -73,9 +73,9 @@ class CheckpointStore:
             CheckpointError: a valid checkpoint of this iteration exists, or the shards do not cover the state.
         """
         doing = f"{self._directory}: saving iteration {iteration}"
-        me = agreement.rank()
+        me = collective_errors.rank()
         final = self._directory / checkpoint_name(iteration)
-        if final in self._settled and agreement.on_rank_zero(lambda: self._is_valid(final)):
+        if final in self._settled and collective_errors.on_rank_zero(lambda: self._is_valid(final)):
             return final
 
         def prepare() -> Path:
@@ -86,8 +86,8 @@ class CheckpointStore:
                 return commit.make_temporary(self._directory, iteration)
 
         sharded, common, size = split_state(state)
-        agreement.on_every_rank(lambda: strike("before_mkdir", rank=me, step=iteration))
-        temporary = agreement.on_rank_zero(prepare)
+        collective_errors.on_every_rank(lambda: strike("before_mkdir", rank=me, step=iteration))
+        temporary = collective_errors.on_rank_zero(prepare)
         try:
             write_shards(sharded, temporary, step=iteration)
             self._seal(temporary, iteration, common=common, content=content, files=files, doing=doing)
@@ -109,7 +109,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: the directory holds checkpoints or a tracker, but no valid checkpoint.
         """
-        found = agreement.on_rank_zero(lambda: self._newest(allow_fresh))
+        found = collective_errors.on_rank_zero(lambda: self._newest(allow_fresh))
         if found is not None:
             self._settled.add(found)
         return found
@@ -168,7 +168,7 @@ class CheckpointStore:
         doing: str,
     ) -> None:
         """Add what rank 0 writes, hash every file on the rank that wrote it, and list them in the manifest."""
-        me = agreement.rank()
+        me = collective_errors.rank()
 
         def hash_own() -> dict[str, dict[str, Any]]:
             with storage_errors(f"{doing}: rank {me}"):
@@ -180,7 +180,7 @@ class CheckpointStore:
                     paths += commit.other_files(temporary)
                 return commit.records_of(temporary, paths)
 
-        gathered = agreement.on_every_rank(hash_own)
+        gathered = collective_errors.on_every_rank(hash_own)
         records = {name: record for part in gathered for name, record in part.items()}
 
         def manifest() -> None:
@@ -188,15 +188,15 @@ class CheckpointStore:
                 commit.write_manifest(
                     temporary,
                     iteration=iteration,
-                    world_size=agreement.world_size(),
+                    world_size=collective_errors.world_size(),
                     content=content,
                     records=records,
                 )
 
-        agreement.on_rank_zero(manifest)
+        collective_errors.on_rank_zero(manifest)
 
     def _publish(self, temporary: Path, iteration: int, *, doing: str) -> None:
-        me = agreement.rank()
+        me = collective_errors.rank()
 
         def ready() -> None:
             with storage_errors(f"{doing}: rank {me}"):
@@ -207,11 +207,11 @@ class CheckpointStore:
                 return commit.publish(temporary, self._directory, iteration)
 
         # Nothing is committed unless every rank is still alive at this point.
-        agreement.on_every_rank(ready)
-        agreement.on_rank_zero(rename)
+        collective_errors.on_every_rank(ready)
+        collective_errors.on_rank_zero(rename)
 
     def _follow_up(self, final: Path, iteration: int) -> None:
-        me = agreement.rank()
+        me = collective_errors.rank()
 
         def tidy() -> None:
             point_latest(self._directory, final)
@@ -220,4 +220,4 @@ class CheckpointStore:
         strike("after_rename", rank=me, step=iteration)
         if me:
             strike("mid_retention", rank=me, step=iteration)
-        agreement.on_rank_zero(tidy)
+        collective_errors.on_rank_zero(tidy)

@@ -30,7 +30,7 @@ from megavl.checkpoint.durable import storage_errors, write_durably
 from megavl.checkpoint.hashed import HashedFiles
 from megavl.checkpoint.names import extra_state_keys, language_model_names, place_of
 from megavl.checkpoint.reader import MODEL_FILE
-from megavl.checkpoint.restricted import METADATA
+from megavl.checkpoint.safe_unpickle import METADATA
 from megavl.config.errors import CheckpointError
 from megavl.config.load import to_dict
 from megavl.config.model import ModelConfig

@@ -15,6 +15,7 @@ from megavl.config.errors import DataError
 from megavl.config.model import ModelConfig
 from megavl.data.template import Piece, Template, encode_batch
 from megavl.data.tokenizer import Tokenizer
+from megavl.evaluate.image_shuffle import wrong_images
 from megavl.evaluate.perplexity import (
     ROW_TOKENS,
     EncodedOption,
@@ -24,7 +25,6 @@ from megavl.evaluate.perplexity import (
 )
 from megavl.evaluate.report import Answered, Report
 from megavl.evaluate.task import Question
-from megavl.evaluate.wrong_images import wrong_images
 from megavl.generate.prompt import prompt_pieces
 from megavl.model.vl_model import DeepseekVL
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from megavl.evaluate.bits_per_byte import Read
+from megavl.evaluate.free_form import Written
 from megavl.evaluate.task import Entry, Question
-from megavl.evaluate.written import Written
 
 
 @dataclass(frozen=True, kw_only=True)

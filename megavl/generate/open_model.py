@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megavl.checkpoint import agreement
+from megavl.checkpoint import collective_errors
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.config.errors import DataError, UsageError
 from megavl.config.model import ModelConfig
@@ -25,7 +25,7 @@ from megavl.generate.weights import LazyTensor, load_weights
 from megavl.model.build import build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
-from megavl.planner.layout import balance_weights, layout_string
+from megavl.planner.layouts.layout import balance_weights, layout_string
 
 ALONE = ParallelConfig()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,8 +72,8 @@ def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
 def find_model_on_every_rank(path: str | Path) -> ModelSource:
     """`find_model`, ending alike on every rank; hashes are compared by rank 0 alone, before the others look."""
     first: list[ModelSource] = []
-    agreement.on_rank_zero(lambda: first.append(find_model(path)))
-    agreement.on_every_rank(lambda: None if first else first.append(find_model(path, skip_hash=True)))
+    collective_errors.on_rank_zero(lambda: first.append(find_model(path)))
+    collective_errors.on_every_rank(lambda: None if first else first.append(find_model(path, skip_hash=True)))
     return first[0]
 
 
@@ -99,9 +99,9 @@ def world(parallel: ParallelConfig) -> Iterator[None]:
     """
     check_world(parallel)
     groups.start(parallel, seed=0)
-    several = agreement.world_size() > 1
+    several = collective_errors.world_size() > 1
     if several and not torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", agreement.world_size()))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", collective_errors.world_size()))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     try:
         yield
@@ -157,7 +157,7 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     model = build_to_generate(source.config, parallel=parallel, layout=layout_string(layers), dtype=_DTYPES[name])
     at = groups.position()
-    agreement.on_every_rank(
+    collective_errors.on_every_rank(
         lambda: load_weights(
             model,
             source.tensors,

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Ask the questions, print the tables; 0."""
     choose_device(arguments.device)
     from megavl.config.chat import SYSTEM_PROMPT
-    from megavl.evaluate.ask import evaluate
+    from megavl.evaluate.run_tasks import evaluate
     from megavl.evaluate.task import read_tasks
     from megavl.generate.open_model import find_model, loaded
 

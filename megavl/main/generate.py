@@ -102,7 +102,7 @@ def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
 
 def _answer(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     """Everything that can be wrong with the prompts is found before the weights are read."""
-    from megavl.checkpoint import agreement
+    from megavl.checkpoint import collective_errors
     from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
     from megavl.generate.pretrained import Model, Processor
 
@@ -111,8 +111,8 @@ def _answer(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
         source = find_model_on_every_rank(arguments.model)
         check_layout(source.config, parallel)
         processor = Processor(source.config, source.tokenizer)
-        prompts = agreement.on_rank_zero(lambda: _prompts(arguments))
-        ids = agreement.on_rank_zero(lambda: [_encode(arguments, processor, prompt) for prompt in prompts])
+        prompts = collective_errors.on_rank_zero(lambda: _prompts(arguments))
+        ids = collective_errors.on_rank_zero(lambda: [_encode(arguments, processor, prompt) for prompt in prompts])
         first = _canvases(processor, prompts[0])
         model = Model(load_stage(source, dtype=arguments.dtype, parallel=parallel), processor)
         requests = _requests(arguments, model, prompts, ids, first=first, sampling=sampling)
@@ -153,7 +153,7 @@ def _encode(arguments: argparse.Namespace, processor: Processor, prompt: Prompt)
 
 def _canvases(processor: Processor, prompt: Prompt) -> torch.Tensor:
     """Images of a prompt on the ranks that encode them; a damaged one ends all ranks alike."""
-    from megavl.checkpoint import agreement
+    from megavl.checkpoint import collective_errors
     from megavl.config.errors import DataError
     from megavl.parallel import groups
 
@@ -165,7 +165,7 @@ def _canvases(processor: Processor, prompt: Prompt) -> torch.Tensor:
         except DataError as error:
             raise DataError(f"{prompt.place}: {error}" if prompt.place else str(error)) from error
 
-    agreement.on_every_rank(read)
+    collective_errors.on_every_rank(read)
     return found[0]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe, read_raw
 from megavl.config.recipe import Recipe
-from megavl.planner.check import Asked, nearest_text
-from megavl.planner.devices import Device
+from megavl.planner.hardware.devices import Device
+from megavl.planner.layouts.check import Asked, nearest_text
 
 _UNCUT = (
     *("parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.layout=auto"),

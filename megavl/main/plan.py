@@ -12,14 +12,21 @@ from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
 from megavl.main.open_recipe import open_recipe, open_uncut
-from megavl.planner.calibration import check_calibration, check_device, merge, read_calibration, write_calibration
-from megavl.planner.check import check_memory, checked_scenario
-from megavl.planner.devices import DEVICES, Device, find_device
-from megavl.planner.layout import layout_of
-from megavl.planner.measured import MeasuredTimes
-from megavl.planner.mixing import Mixing, compare_mixing
+from megavl.planner.cost.work import BlockWork
+from megavl.planner.hardware.calibration import (
+    check_calibration,
+    check_device,
+    merge,
+    read_calibration,
+    write_calibration,
+)
+from megavl.planner.hardware.devices import DEVICES, Device, find_device
+from megavl.planner.layouts.check import check_memory, checked_scenario
+from megavl.planner.layouts.layout import layout_of
+from megavl.planner.layouts.search import Ranking, search
 from megavl.planner.plan import Plan, block_table, choose_times, plan_scenario, to_json
-from megavl.planner.render import render, render_blocks, render_mixing, render_ranking
+from megavl.planner.report.text import render, render_blocks, render_mixing, render_ranking
+from megavl.planner.report.timeline import write_timeline
 from megavl.planner.scenario import (
     ELEMENT_BYTES,
     PLACEMENTS,
@@ -29,10 +36,9 @@ from megavl.planner.scenario import (
     expected_images,
     make_scenario,
 )
-from megavl.planner.search import Ranking, search
-from megavl.planner.timeline import write_timeline
-from megavl.planner.times import TimeSource
-from megavl.planner.work import BlockWork
+from megavl.planner.simulation.measured import MeasuredTimes
+from megavl.planner.simulation.mixing import Mixing, compare_mixing
+from megavl.planner.simulation.times import TimeSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +218,7 @@ def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
     old = read_calibration(args.calibrate) if Path(args.calibrate).exists() else None
     if old is not None:
         check_calibration(old, recipe, path=args.calibrate)
-    from megavl.train.calibrate import calibrate
+    from megavl.train.profile.calibrate import calibrate
 
     images = expected_images(recipe) if args.images is None else round(args.images)
     new = calibrate(recipe, images=images, repeats=args.repeats)

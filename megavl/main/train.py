@@ -14,8 +14,8 @@ from typing import NoReturn
 from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError, UsageError
 from megavl.config.load import read_raw
 from megavl.main.open_recipe import open_recipe
-from megavl.planner.check import checked_scenario
-from megavl.train.exit_status import ExitStatus
+from megavl.planner.layouts.check import checked_scenario
+from megavl.train.supervise.exit_status import ExitStatus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train
-    from megavl.train.watcher import Watcher
+    from megavl.train.supervise.watchdog import Watchdog
 
     rank = rank_from_env()
     status = ExitStatus(recipe.run.dir, rank=rank)
     if rank == 0:
         status.clear()
-    watcher = Watcher(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status))
+    watcher = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status))
     watcher.start()
     try:
         code = train(recipe, status=status)

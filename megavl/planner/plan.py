@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megavl.config.recipe import Recipe
-from megavl.planner.cost import MFU_CONVENTION, mfu
-from megavl.planner.devices import Device, find_device
-from megavl.planner.layout import layout_of, layout_string
-from megavl.planner.memory import RankMemory, rank_memory, rank_parameters, rank_stages
-from megavl.planner.predict import StepTime, step_time
+from megavl.planner.cost.flops import MFU_CONVENTION, mfu
+from megavl.planner.cost.memory import RankMemory, rank_memory, rank_parameters, rank_stages
+from megavl.planner.cost.work import BlockWork, all_work
+from megavl.planner.hardware.devices import Device, find_device
+from megavl.planner.layouts.layout import layout_of, layout_string
+from megavl.planner.layouts.search import useful_flops
 from megavl.planner.scenario import Kind, Scenario, make_scenario
-from megavl.planner.search import useful_flops
-from megavl.planner.times import DeviceTimes, FlatTimes, TimeSource, flat_times
-from megavl.planner.work import BlockWork, all_work
+from megavl.planner.simulation.predict import StepTime, step_time
+from megavl.planner.simulation.times import DeviceTimes, FlatTimes, TimeSource, flat_times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class StepPlan:
     """One kind of optimizer step over all devices, or the mean of both kinds."""
 
     flops: float
-    """Useful FLOPs, `megavl.planner.cost.step_flops`."""
+    """Useful FLOPs, `megavl.planner.cost.flops.step_flops`."""
     seconds: float
     tokens_per_s: float
     mfu: float | None
@@ -53,7 +53,7 @@ class StepPlan:
     pipeline_s: float
     """Seconds of the schedule."""
     outside_s: dict[str, float]
-    """Seconds outside the schedule, by name: `megavl.planner.times.StepExtras`."""
+    """Seconds outside the schedule, by name: `megavl.planner.simulation.times.StepExtras`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def plan_recipe(
     Args:
         recipe: one training stage.
         devices: world size.
-        device: row of `megavl.planner.devices.DEVICES`.
+        device: row of `megavl.planner.hardware.devices.DEVICES`.
         efficiency: share of the peak that a busy device reaches, above 0 to 1; default: the device's table.
         images: images of a multimodal sequence; default: what packing allows.
         source: where seconds come from, instead of table or share.

@@ -24,22 +24,22 @@ from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.parallel import broadcast, cpu_runtime, groups
 from megavl.parallel.groups import Position
-from megavl.planner.check import check_layout
-from megavl.planner.cost import MFU_CONVENTION, mfu, step_flops
-from megavl.planner.devices import Device, find_device, known_device
-from megavl.planner.layout import layout_string, resolve_layout
-from megavl.train.exit_status import ExitStatus
-from megavl.train.feed import Ahead, next_step
+from megavl.planner.cost.flops import MFU_CONVENTION, mfu, step_flops
+from megavl.planner.hardware.devices import Device, find_device, known_device
+from megavl.planner.layouts.check import check_layout
+from megavl.planner.layouts.layout import layout_string, resolve_layout
+from megavl.train.batch_broadcast import StepPrefetcher, next_step
 from megavl.train.metrics import MetricsLog
+from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
-from megavl.train.rank_model import build_rank_model
-from megavl.train.recorder import Recorder
+from megavl.train.profile.step_profiler import StepProfiler
+from megavl.train.profile.timeline import write_timeline
 from megavl.train.schedule import learning_rate
-from megavl.train.signals import StopFlag
 from megavl.train.state import Progress, RunState
 from megavl.train.step import StepResult, train_step
-from megavl.train.timeline import write_timeline
+from megavl.train.supervise.exit_status import ExitStatus
+from megavl.train.supervise.signals import StopFlag
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,7 +88,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
 def _run_steps(
     recipe: Recipe,
     state: RunState,
-    source: StepLoader | Ahead | None,
+    source: StepLoader | StepPrefetcher | None,
     progress: Progress,
     *,
     layout: tuple[int, ...],
@@ -101,7 +101,7 @@ def _run_steps(
         while progress.step < training.steps:
             step = progress.step + 1
             status.step, status.section = step, "loading data"
-            recorder = Recorder(state.model, position=position) if step in recipe.run.timeline_steps else None
+            recorder = StepProfiler(state.model, position=position) if step in recipe.run.timeline_steps else None
             began = time.perf_counter()
             with state.model.timed("loading"):
                 data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
@@ -172,7 +172,7 @@ def _open_data(recipe: Recipe, *, position: Position) -> tuple[Tokenizer, Datase
 
 def _build_state(recipe: Recipe, *, dataset: Dataset, tokenizer: Tokenizer, layout: tuple[int, ...]) -> RunState:
     training = recipe.training
-    model = build_rank_model(
+    model = build_model_chunks(
         recipe.model,
         parallel=recipe.parallel,
         recompute=recipe.recompute,
@@ -210,13 +210,13 @@ def _start(recipe: Recipe, state: RunState, *, position: Position) -> Progress:
 @contextmanager
 def _loader(
     recipe: Recipe, dataset: Dataset, sampler: Sampler, *, position: Position, start_step: int
-) -> Iterator[StepLoader | Ahead | None]:
+) -> Iterator[StepLoader | StepPrefetcher | None]:
     if not broadcast.is_source():
         yield None
         return
     loader = step_loader(recipe, dataset, sampler, position=position, start_step=start_step)
     if torch.cuda.is_available():
-        ahead = Ahead(loader, steps=recipe.training.steps)
+        ahead = StepPrefetcher(loader, steps=recipe.training.steps)
         yield ahead
         # Not where a step failed: the thread may wait for a slow disk, and the process is about to leave.
         ahead.close()

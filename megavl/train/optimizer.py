@@ -33,7 +33,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megavl.config import recipe as recipes
 from megavl.config.errors import CheckpointError
 from megavl.parallel import cpu_runtime
-from megavl.train.rank_model import RankModel
+from megavl.train.model_chunks import ModelChunks
 
 VISION_GROUP = "vision"
 """Name of the parameter groups that a text-only step leaves alone."""
@@ -45,7 +45,7 @@ _CLIP_EPS = 1e-6
 """Added to the norm that clipping divides by, as in torch and megatron-core."""
 
 
-def build_optimizer(model: RankModel, *, optimizer: recipes.OptimizerConfig, bf16: bool) -> Optimizer:
+def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, bf16: bool) -> Optimizer:
     """AdamW over this rank's trainable weights, or its shard of them, in named groups.
 
     Args:

@@ -22,7 +22,7 @@ from megavl.model.build import build_towers
 from megavl.model.vision import Features, VisionTowers
 from megavl.parallel.images import copy_from, exchange_images, shares, sum_over
 from megavl.planner.scenario import ENCODED_AT_ONCE
-from megavl.train.feed import StepData
+from megavl.train.batch_broadcast import StepData
 
 
 class SplitEncoders:

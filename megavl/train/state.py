@@ -16,7 +16,7 @@ from megavl.checkpoint.store import CheckpointStore, read_manifest
 from megavl.config.errors import UsageError
 from megavl.config.load import dump_recipe, to_dict
 from megavl.config.recipe import Recipe
-from megavl.train.rank_model import RankModel
+from megavl.train.model_chunks import ModelChunks
 
 FORMAT_VERSION = 1
 
@@ -38,7 +38,7 @@ class RunState:
         self,
         recipe: Recipe,
         *,
-        model: RankModel,
+        model: ModelChunks,
         optimizer: ChainedOptimizer,
         fingerprint: str,
         tokenizer_files: dict[str, Path],
@@ -117,7 +117,7 @@ class RunState:
             )
 
 
-def save_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, Any]:
+def save_state(model: ModelChunks, optimizer: ChainedOptimizer) -> dict[str, Any]:
     """Sharded state of weights and optimizer, for `CheckpointStore.save`. Collective."""
     model.gather_weights()
     weights = model.sharded_weights()
@@ -125,7 +125,7 @@ def save_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, Any]:
 
 
 def restore_state(
-    model: RankModel, optimizer: ChainedOptimizer, load: Callable[[dict[str, Any]], dict[str, Any]]
+    model: ModelChunks, optimizer: ChainedOptimizer, load: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     """Fill weights and optimizer from what `load` makes of the sharded state that this layout asks for. Collective."""
     weights = model.sharded_weights()

@@ -17,9 +17,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavl.model.loss import counted_loss
 from megavl.parallel import cpu_runtime
-from megavl.train.feed import MicroBatch, StepData
+from megavl.train.batch_broadcast import MicroBatch, StepData
+from megavl.train.model_chunks import ModelChunks
 from megavl.train.optimizer import Optimizer, without_vision
-from megavl.train.rank_model import RankModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class StepResult:
     """Some rank received a pre-emption signal."""
 
 
-def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = False) -> torch.Tensor:
+def forward_backward(model: ModelChunks, data: StepData, *, forward_only: bool = False) -> torch.Tensor:
     """Run all micro-batches; gradients end up summed, divided by the global number of loss tokens.
 
     Returns:
@@ -66,7 +66,7 @@ def forward_backward(model: RankModel, data: StepData, *, forward_only: bool = F
     return torch.stack(sums).sum(0) if sums else torch.zeros(2, device=cpu_runtime.device())
 
 
-def train_step(model: RankModel, optimizer: Optimizer, data: StepData, *, stop_flag: bool) -> StepResult:
+def train_step(model: ModelChunks, optimizer: Optimizer, data: StepData, *, stop_flag: bool) -> StepResult:
     """Forward, backward, reduce, clip, update; a step with a loss or gradient that is not finite changes nothing.
 
     The host waits for the device once, at the end.

@@ -16,9 +16,9 @@ import torch
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.parallel import groups
-from megavl.train.feed import next_step
+from megavl.train.batch_broadcast import next_step
+from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
-from megavl.train.rank_model import build_rank_model
 from megavl.train.step import train_step
 from tests.distributed.gather import own_state
 from tests.distributed.synthetic import SyntheticSteps
@@ -31,7 +31,7 @@ def main() -> int:
     bf16, distributed = (word == "1" for word in sys.argv[1:])
     parallel = ParallelConfig(distributed_optimizer=distributed, overlap_param_gather=distributed)
     position = groups.start(parallel, seed=1)
-    model = build_rank_model(
+    model = build_model_chunks(
         CONFIG,
         parallel=parallel,
         recompute=RecomputeConfig(),

@@ -12,10 +12,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megavl.train.rank_model import RankModel
+from megavl.train.model_chunks import ModelChunks
 
 
-def complete_gradients(model: RankModel) -> None:
+def complete_gradients(model: ModelChunks) -> None:
     """After a reduce-scatter each data-parallel rank holds its share of a bucket; fetch the others."""
     if not model.chunks[0].ddp_config.use_distributed_optimizer:
         return
@@ -26,7 +26,7 @@ def complete_gradients(model: RankModel) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
-def vision_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+def vision_state(model: ModelChunks, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
     """Copies of what this rank holds of the vision side, by `NAME KEY`; all ranks together hold everything.
 
     Names decide, not the optimizer's groups: a weight in a wrong group must show. Keys are `weight`, of a trained one
@@ -53,7 +53,7 @@ def vision_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, tor
     return {key: value.detach().clone() for key, value in found.items()}
 
 
-def own_state(model: RankModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+def own_state(model: ModelChunks, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
     """Copies of this rank's weights, and of its share of master weights, moments and step counts."""
     model.gather_weights()
     found = {name: weight.detach().clone() for name, weight in model.chunks[0].module.named_parameters()}
@@ -72,7 +72,7 @@ def gather_counts(counts: dict[str, int]) -> dict[str, int]:
     return dict(zip(counts, total.tolist(), strict=True))
 
 
-def gather(model: RankModel, *, what: str) -> dict[str, torch.Tensor] | None:
+def gather(model: ModelChunks, *, what: str) -> dict[str, torch.Tensor] | None:
     """Global tensors on rank 0, None elsewhere.
 
     Args:

@@ -18,11 +18,11 @@ from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.parallel import broadcast, groups
-from megavl.planner.layout import layout_string
+from megavl.planner.layouts.layout import layout_string
 from megavl.train import split_encoders
-from megavl.train.feed import StepData, next_step
+from megavl.train.batch_broadcast import StepData, next_step
+from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import Optimizer, build_optimizer
-from megavl.train.rank_model import RankModel, build_rank_model
 from megavl.train.state import restore_state, save_state
 from megavl.train.step import StepResult, forward_backward, train_step
 from tests.distributed.gather import complete_gradients, gather, gather_counts, vision_state
@@ -115,11 +115,11 @@ def _parallel(case: dict[str, Any]) -> ParallelConfig:
     )
 
 
-def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[RankModel, Optimizer]:
+def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[ModelChunks, Optimizer]:
     config, bf16 = load_model_config("tiny-hybrid", **case["sizes"]), case.get("bf16", False)
     stages = parallel.pipeline * parallel.virtual_pipeline
     even = (config.llm.num_layers // stages,) * stages
-    model = build_rank_model(
+    model = build_model_chunks(
         config,
         parallel=parallel,
         recompute=RecomputeConfig(**case.get("recompute", {})),
@@ -132,7 +132,7 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[RankModel
 
 
 def _step_with_gradients(
-    model: RankModel, optimizer: Optimizer, data: StepData
+    model: ModelChunks, optimizer: Optimizer, data: StepData
 ) -> tuple[StepResult, dict[str, torch.Tensor] | None]:
     """A step, and on rank 0 the gradients that its update is made from."""
     kept: list[Any] = []
@@ -151,7 +151,7 @@ def _step_with_gradients(
     return result, kept[0]
 
 
-def _text_step(model: RankModel, optimizer: Optimizer, data: StepData, steps: list[StepResult]) -> dict[str, int]:
+def _text_step(model: ModelChunks, optimizer: Optimizer, data: StepData, steps: list[StepResult]) -> dict[str, int]:
     """Append a text step; counts over all ranks of what it found and left of the vision side."""
     before = vision_state(model, optimizer)
     steps.append(train_step(model, optimizer, data, stop_flag=False))

@@ -12,9 +12,9 @@ import torch
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.parallel import groups
-from megavl.train.feed import next_step
+from megavl.train.batch_broadcast import next_step
+from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
-from megavl.train.rank_model import build_rank_model
 from megavl.train.schedule import learning_rate
 from megavl.train.step import train_step
 from tests.distributed.synthetic import SyntheticSteps, random_weights
@@ -47,7 +47,7 @@ def test_loss_curve(update_golden: bool, report_table: Any) -> None:
 def _curve() -> list[float]:
     config, parallel = load_model_config("tiny-hybrid"), ParallelConfig()
     settings = OptimizerConfig(lr=1e-3, warmup_steps=2)
-    model = build_rank_model(
+    model = build_model_chunks(
         config,
         parallel=parallel,
         recompute=RecomputeConfig(),

@@ -78,11 +78,11 @@ for one, other in zip((out, *found), (expected, *wanted)):
     assert ((one - other).abs().max() / other.abs().max()) < 2e-2
 
 from megavl.config.load import load_model_config
-from megavl.train.feed import Ahead
+from megavl.train.batch_broadcast import StepPrefetcher
 from tests.distributed.synthetic import SyntheticSteps
 
 sizes = {"seq_length": 128, "global_batch_size": 2, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
-ahead = Ahead(SyntheticSteps(load_model_config("tiny-siglip"), modality="multimodal", **sizes), steps=1)
+ahead = StepPrefetcher(SyntheticSteps(load_model_config("tiny-siglip"), modality="multimodal", **sizes), steps=1)
 step = ahead.get(0)
 assert step.words.is_pinned() and step.masks.is_pinned() and all(part.is_pinned() for part in step.images)
 assert [len(part) for part in step.images] == [1, 2]
@@ -97,9 +97,9 @@ from megavl.config.recipe import ParallelConfig
 from megavl.model import decoder, weight_gradients
 from megavl.parallel import groups
 from tests.numerics.native_pair import random_tensors
-from tests.numerics.step_marks import Marks
-from tests.numerics.step_sides import MegaVL, made_up_batches
-from tests.numerics.step_work import make_work
+from launch.bench.engines.step_marks import Marks
+from launch.bench.engines.step_sides import MegaVL, made_up_batches
+from launch.bench.engines.step_work import make_work
 
 groups.start(ParallelConfig(), seed=1)
 words = {"part": "whole", "layers": 2, "recompute": "none", "memory_bytes": None}

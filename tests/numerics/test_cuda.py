@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.bench.engines.step_marks import Marks
+from launch.bench.engines.step_sides import MegaVL, made_up_batches
+from launch.bench.engines.step_work import make_work
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import groups
 from tests.numerics.native_pair import random_tensors
-from tests.numerics.step_marks import Marks
-from tests.numerics.step_sides import MegaVL, made_up_batches
-from tests.numerics.step_work import make_work
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("text", "multimodal")
@@ -44,7 +44,17 @@ needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="no CUDA here; launch/bench/
 @cache
 def curves(device: str, precision: str, *, steps: int, lr: float = LR) -> dict[str, list[float]]:
     """Losses of training the tiny model, by kind of step; the multimodal steps follow the text ones."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.numerics.step_speed", "--model", "tiny", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "launch.bench.engines.step_speed",
+        "--model",
+        "tiny",
+        "--threads",
+        "1",
+    ]
     command += ["--precision", precision, "--warm-up", "0", "--steps", str(steps), "--lr", str(lr)]
     path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}

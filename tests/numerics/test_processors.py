@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
+from launch.bench.engines.compare_processors import SIZES, differences, exported_processor
 from megavl.config.load import load_model_config
-from tests.numerics.compare_processors import SIZES, differences, exported_processor
 from tests.numerics.native_pair import native_pair, prompt_with_images
 from tests.numerics.original_pixels import background
 from tests.numerics.small_models import MODELS

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.bench.engines.step_marks import REGIONS, Marks
+from launch.bench.engines.step_sides import MegaVL, Transformers, TransformersSettings, made_up_batches
+from launch.bench.engines.step_speed import idle_share, measure, parse, vendor_peak
+from launch.bench.engines.step_work import PARTS, make_work
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import groups
 from tests.numerics.native_pair import random_tensors
-from tests.numerics.step_marks import REGIONS, Marks
-from tests.numerics.step_sides import MegaVL, Transformers, TransformersSettings, made_up_batches
-from tests.numerics.step_speed import idle_share, measure, parse, vendor_peak
-from tests.numerics.step_work import PARTS, make_work
 
 KINDS = ("text", "multimodal")
 TOLERANCE = 1e-5
@@ -147,7 +147,7 @@ def test_marks_cover_the_step(part: str, tmp_path: Path) -> None:
 
 def test_marks_become_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 3.0, 4.0, 6.0, 10.0, 11.0, 15.0])
-    monkeypatch.setattr("tests.numerics.step_marks.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("launch.bench.engines.step_marks.time.perf_counter", lambda: next(times))
     marks = Marks()
     marks.on_cuda = False
     for name in ("step", "vision", "decoder", "head", "decoder", "step", "optimizer", "end"):

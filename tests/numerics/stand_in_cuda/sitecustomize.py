@@ -1,6 +1,6 @@
 """A stand-in for CUDA devices: programs take their paths for CUDA where there is no GPU.
 
-    PYTHONPATH=tests/numerics/stand_in_cuda:. python -m tests.numerics.step_speed --model tiny
+    PYTHONPATH=tests/numerics/stand_in_cuda:. python -m launch.bench.engines.step_speed --model tiny
 
 Python imports this file at its start, in child processes too. From then on torch has eight devices whose memory is the
 host's and whose kernels are the CPU's (`device.cpp`); to every caller their tensors are CUDA tensors. Tensors of two

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megavl.checkpoint import commit
 from megavl.checkpoint.reader import open_model_tensors
-from megavl.checkpoint.restricted import read_common, read_metadata
+from megavl.checkpoint.safe_unpickle import read_common, read_metadata
 from megavl.config.errors import CheckpointError
 from tests.unit.checkpoint import states
 from tests.unit.checkpoint.ranks import results, run_ranks

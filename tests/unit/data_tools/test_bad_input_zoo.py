@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import unit
+from data_tools.pipeline import task
 from megavl.data.tokenizer import HuggingFaceTokenizer
 from tests.unit.data.corpus_files import make_images, make_tokenizer, run_preprocess
 
@@ -88,7 +88,7 @@ def test_the_rest_is_as_if_it_had_not_been(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The true limit is 64 MB: the same code with a smaller file.
-    monkeypatch.setattr("data_tools.readers.stretches.MAX_RECORD", 1 << 20)
+    monkeypatch.setattr("data_tools.readers.splits.MAX_RECORD", 1 << 20)
     root = tmp_path / "in"
     make_images(root / "images", count=30)
     lines = _lines(root)
@@ -96,7 +96,9 @@ def test_the_rest_is_as_if_it_had_not_been(
     (root / "clean.jsonl").write_bytes(b"\n".join(line for line, why in lines if why is None) + b"\n")
     for name in ("mixed", "clean"):
         # One stretch each, so that shards can be compared; bombs are rejected from their headers.
-        monkeypatch.setattr("data_tools.job._STRETCHES", dict.fromkeys(("text", "paths", "images"), (1 << 30, 1 << 30)))
+        monkeypatch.setattr(
+            "data_tools.pipeline.job._STRETCHES", dict.fromkeys(("text", "paths", "images"), (1 << 30, 1 << 30))
+        )
         more = ["--max-bad-frac", "0.6", "--format", "llava"]
         assert run_preprocess([root / f"{name}.jsonl"], tokenizer=tokenizer, output=tmp_path / name, more=more) == 0
     assert "Traceback" not in capsys.readouterr().err
@@ -143,7 +145,7 @@ def test_batches_change_nothing(tokenizer: Path, tmp_path: Path, monkeypatch: py
     records = [{"image": name, "text": f"A red thing, {n}."} for n, name in enumerate(names)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for size in (1, 256):
-        monkeypatch.setattr(unit, "_BATCH", size)
+        monkeypatch.setattr(task, "_BATCH", size)
         inputs = [tmp_path / "c.jsonl"]
         assert run_preprocess(inputs, tokenizer=tokenizer, output=tmp_path / str(size)) == 0
     files = {file.name for file in (tmp_path / "1").iterdir() if file.is_file()}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_tools import build_corpus
-from data_tools.corpus import pictures
+from data_tools.corpus.demo import pictures
 
 TINY = ["--samples", "3", "--heldout", "4"]
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from data_tools import build_corpus
-from data_tools.corpus.pictures import FAMILIES
-from data_tools.corpus.recipes import TEXT_ONLY_SHARE
+from data_tools.corpus.demo.pictures import FAMILIES
+from data_tools.corpus.demo.recipes import TEXT_ONLY_SHARE
 from megavl.data.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parents[3]

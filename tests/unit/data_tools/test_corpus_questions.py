@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from data_tools.corpus.pictures import FAMILIES, all_questions
-from data_tools.corpus.questions import CHOICES, balanced_choices
+from data_tools.corpus.demo.pictures import FAMILIES, all_questions
+from data_tools.corpus.demo.questions import CHOICES, balanced_choices
 
 QUESTIONS = all_questions()
 MARGIN = 0.05

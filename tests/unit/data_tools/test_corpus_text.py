@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from data_tools.corpus.texts import LONGEST_DOCUMENT, collect_text
+from data_tools.corpus.demo.texts import LONGEST_DOCUMENT, collect_text
 from megavl.config.errors import DataError
 
 PARAGRAPH = "The quick brown fox jumps over the lazy dog, again and again, until the paragraph is long enough. " * 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_tools.image_map import ImageMap
+from data_tools.pipeline.image_map import ImageMap
 from megavl.config.errors import DataError, UsageError
 from tests.unit.data.corpus_files import IMAGE_TOKENS, SEQ_LENGTH, make_tokenizer, run_preprocess, write_jsonl
 from tests.unit.data_tools.format_files import IMAGE_ID, Expected, picture, read_back, rejects, shard_bytes

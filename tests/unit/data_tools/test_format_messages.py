@@ -161,7 +161,7 @@ def test_hostile_data_urls(root: Path, tokenizer: Path) -> None:
 def test_inline_image_above_the_limit_is_not_decoded(
     root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.image_source.MAX_IMAGE", 200)
+    monkeypatch.setattr("data_tools.pipeline.image_source.MAX_IMAGE", 200)
     records = [_talk({"type": "image", "image": url}) for url in (_url(b"x" * 300), _url(picture(1)))]
     assert rejects(_run(root, tokenizer, records)) == [("image_too_large", "in.jsonl:1")]
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import job, verify
+from data_tools import verify
+from data_tools.pipeline import job
 from data_tools.readers.files import divide_file, entries
 from data_tools.readers.formats import Container
 from megavl.data.dataset import Source

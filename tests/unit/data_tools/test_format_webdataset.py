@@ -330,7 +330,7 @@ def test_archives_joined_end_to_end_are_read_wholly(tokenizer: Path, tmp_path: P
 def test_equal_checksums_do_not_make_images_equal(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.shard_writer.zlib.crc32", lambda data: 7)
+    monkeypatch.setattr("data_tools.pipeline.shard_writer.zlib.crc32", lambda data: 7)
     files = [picture(5, kind="JPEG") + bytes([n]) for n in (1, 2, 1)]
     members = [
         part for n, data in enumerate(files) for part in (member(f"{n}.jpg", data), member(f"{n}.txt", b"A thing."))

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools import pack_table
-from data_tools.commit import NewFile
-from data_tools.finish import finish
-from data_tools.job import Input, Job, Unit
-from data_tools.output import Output, UnitSummary
-from data_tools.pack_table import Block, PackTable
-from data_tools.readers.stretches import Stretch
+from data_tools.pipeline import pack_table
+from data_tools.pipeline.commit import NewFile
+from data_tools.pipeline.finish import finish
+from data_tools.pipeline.job import Input, Job, Unit
+from data_tools.pipeline.output import Output, UnitSummary
+from data_tools.pipeline.pack_table import Block, PackTable
+from data_tools.readers.splits import Stretch
 from megavl.config.errors import StorageError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.config.version import VERSION

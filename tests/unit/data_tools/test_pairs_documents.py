@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from data_tools import build_corpus, preprocess
-from data_tools.corpus.documents import blocks, pages
-from data_tools.corpus.documents.pages import make_pages, same_text
-from data_tools.corpus.documents.wording import FORMULA
-from data_tools.corpus.fonts import font_folders, open_book
+from data_tools.corpus.pairs.documents import blocks, pages
+from data_tools.corpus.pairs.documents.pages import make_pages, same_text
+from data_tools.corpus.pairs.documents.wording import FORMULA
+from data_tools.corpus.pairs.fonts import font_folders, open_book
 from data_tools.readers.formats import FORMATS
 
 PACKAGES = ("typst", "pypdfium2", "pypandoc", "fontTools", "matplotlib")
@@ -258,7 +258,7 @@ def test_a_document_that_stops_the_renderer_costs_only_itself(book, monkeypatch)
 
 
 def test_long_blocks_are_parted():
-    from data_tools.corpus.sources import Dropped
+    from data_tools.corpus.pairs.sources import Dropped
 
     words = " ".join(sentences(40))
     for text, format in ((words, "markdown"), (words, "text"), (words.replace(".", ""), "markdown")):
@@ -274,7 +274,7 @@ def test_long_blocks_are_parted():
 
 
 def test_deep_nesting_ends_in_a_count():
-    from data_tools.corpus.sources import Dropped
+    from data_tools.corpus.pairs.sources import Dropped
 
     for text, format in (("> " * 500 + "deep", "markdown"), ("<div><b>" * 3000 + "deep", "html")):
         dropped = Dropped()

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from data_tools import build_corpus
-from data_tools.corpus import fonts
-from data_tools.corpus.notebooks import drawing
-from data_tools.corpus.notebooks.figures import NotebookError, code_lines, read_notebook
-from data_tools.corpus.sandbox import Limits, isolation_problem
+from data_tools.corpus.pairs import fonts
+from data_tools.corpus.pairs.notebooks import drawing
+from data_tools.corpus.pairs.notebooks.figures import NotebookError, code_lines, read_notebook
+from data_tools.corpus.pairs.sandbox import Limits, isolation_problem
 from data_tools.readers.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not (find_spec("nbformat") and find_spec("matplotlib")), reason="needs megavl[corpus]")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from data_tools.corpus.sandbox import INSIDE, PYTHON, Limits, isolation_problem, run_limited
-from data_tools.corpus.system_calls import filter_problem, filter_program
+from data_tools.corpus.pairs.sandbox import INSIDE, PYTHON, Limits, isolation_problem, run_limited
+from data_tools.corpus.pairs.system_calls import filter_problem, filter_program
 
 LIMITS = Limits(seconds=120, cpu_seconds=20, memory=1 << 30, file_size=1 << 20, output=10_000)
 isolated_only = pytest.mark.skipif(isolation_problem() is not None, reason=f"no isolation here: {isolation_problem()}")

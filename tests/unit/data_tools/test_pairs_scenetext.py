@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from data_tools import build_corpus
-from data_tools.corpus.fonts import find_faces, font_folders, is_stand_in, writes_chinese, writes_latin
-from data_tools.corpus.scenetext import drawing
-from data_tools.corpus.scenetext.background import draw_background
-from data_tools.corpus.scenetext.phrases import LONGEST_PHRASE, phrases_of
+from data_tools.corpus.pairs.fonts import find_faces, font_folders, is_stand_in, writes_chinese, writes_latin
+from data_tools.corpus.pairs.scenetext import drawing
+from data_tools.corpus.pairs.scenetext.background import draw_background
+from data_tools.corpus.pairs.scenetext.phrases import LONGEST_PHRASE, phrases_of
 from data_tools.readers.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not find_spec("fontTools"), reason="needs megavl[corpus]")

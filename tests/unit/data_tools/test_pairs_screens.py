@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from data_tools import build_corpus
-from data_tools.corpus.sandbox import isolation_problem
-from data_tools.corpus.screens import browser
-from data_tools.corpus.screens.page_source import shown_source
+from data_tools.corpus.pairs.sandbox import isolation_problem
+from data_tools.corpus.pairs.screens import browser
+from data_tools.corpus.pairs.screens.page_source import shown_source
 from data_tools.readers.formats import FORMATS
 
 MISSING = "Chromium is not installed (Debian: apt install chromium)"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data_tools.corpus.records import in_order
+from data_tools.corpus.pairs.records import in_order
+from data_tools.corpus.pairs.sources import Dropped, Kind, choose_heldout, find_sources, heldout_sources, load
 from data_tools.corpus.scripts import script_of
-from data_tools.corpus.sources import Dropped, Kind, choose_heldout, find_sources, heldout_sources, load
 from megavl.config.errors import DataError, UsageError
 
 KIND = Kind(suffixes={".txt": "text", ".md": "markdown"}, keys={"markdown": "markdown", "text": "text"})
@@ -39,7 +39,7 @@ def test_files_folders_and_records(tmp_path):
 
 
 def test_faults_are_counted_with_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.corpus.sources.LONGEST_SOURCE", 100)
+    monkeypatch.setattr("data_tools.corpus.pairs.sources.LONGEST_SOURCE", 100)
     lines = [
         '{"text": "good"}',
         '{"text": ',

@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import PreTrainedTokenizerFast
 
 from data_tools import verify
-from data_tools.histograms import histogram_lines, histograms
+from data_tools.pipeline.histograms import histogram_lines, histograms
 from megavl.config.version import VERSION
 from megavl.data.dataset import Source
 from megavl.data.index_file import ReadHandles
@@ -89,7 +89,7 @@ def test_a_run_is_not_continued_by_another_version(
 ) -> None:
     inputs = [write_jsonl(tmp_path / "t.jsonl", [{"text": "red"}])]
     assert run_preprocess(inputs, tokenizer=tokenizer, output=tmp_path / "out") == 0
-    monkeypatch.setattr("data_tools.job.VERSION", "9.9.9")
+    monkeypatch.setattr("data_tools.pipeline.job.VERSION", "9.9.9")
     assert run_preprocess(inputs, tokenizer=tokenizer, output=tmp_path / "out") == 2
     assert "other settings or inputs (code_version)" in capsys.readouterr().err
 

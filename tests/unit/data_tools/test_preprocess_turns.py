@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.unit import first_rounds
+from data_tools.pipeline.task import first_rounds
 from megavl.data.template import Encoded
 from tests.unit.data.corpus_files import (
     IMAGE_TOKENS,

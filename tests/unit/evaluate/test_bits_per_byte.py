@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megavl.config.errors import DataError
-from megavl.evaluate.ask import evaluate
 from megavl.evaluate.bits_per_byte import encode_passages, read_passages
+from megavl.evaluate.run_tasks import evaluate
 from megavl.evaluate.task import Passage
 from megavl.generate.prompt import read_canvases
 from megavl.model.attention import segments

@@ -16,8 +16,8 @@ from megavl.config.model import ModelConfig
 from megavl.convert.flat_names import flat_shapes
 from megavl.model.adaptor import build_adaptor
 from megavl.model.vision import VisionEncoder
-from megavl.planner.blocks import Block, vision_blocks
-from megavl.planner.cost import parameter_counts
+from megavl.planner.cost.blocks import Block, vision_blocks
+from megavl.planner.cost.flops import parameter_counts
 from tests.distributed.synthetic import random_weights
 
 CASES = [(kind, depth) for kind, row in ADAPTORS.items() for depth in ((1,) if row.one_layer else (1, 2, 3))]

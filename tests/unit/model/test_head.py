@@ -14,8 +14,8 @@ from megavl.config.recipe import TRAINABLE_PARTS, ParallelConfig, RecomputeConfi
 from megavl.model.attention import segments
 from megavl.model.loss import counted_loss
 from megavl.parallel import groups
-from megavl.train.feed import next_step
-from megavl.train.rank_model import RankModel, build_rank_model
+from megavl.train.batch_broadcast import next_step
+from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from tests.distributed.synthetic import SyntheticSteps, random_weights
 
 TOLERANCE = 1e-5
@@ -24,9 +24,9 @@ CONFIG = load_model_config("tiny-hybrid")
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[RankModel]:
+def model() -> Iterator[ModelChunks]:
     groups.start(ParallelConfig(), seed=1)
-    built = build_rank_model(
+    built = build_model_chunks(
         CONFIG,
         parallel=ParallelConfig(),
         recompute=RecomputeConfig(),
@@ -47,7 +47,7 @@ def steps(modality: str) -> SyntheticSteps:
 
 
 @pytest.mark.parametrize("modality", ["text", "multimodal"])
-def test_loss_and_gradients_are_those_of_the_masked_loss(model: RankModel, modality: str, report_table: Any) -> None:
+def test_loss_and_gradients_are_those_of_the_masked_loss(model: ModelChunks, modality: str, report_table: Any) -> None:
     (batch,) = steps(modality).get(0)
     (micro,) = next_step(steps(modality), 0).micro_batches
     assert micro.loss_rows.tolist() == batch.loss_mask.nonzero().flatten().tolist()
@@ -68,7 +68,7 @@ def test_loss_and_gradients_are_those_of_the_masked_loss(model: RankModel, modal
     assert [a is None for a in found] == [b is None for b in wanted]
 
 
-def test_a_micro_batch_without_labels_has_gradients_of_zero(model: RankModel) -> None:
+def test_a_micro_batch_without_labels_has_gradients_of_zero(model: ModelChunks) -> None:
     """As when all its samples failed to load; gradient reduction waits for every weight."""
     stage = model.chunks[0].module
     none = torch.zeros(0, dtype=torch.int64)

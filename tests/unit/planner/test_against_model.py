@@ -12,8 +12,8 @@ from megavl.config.recipe import TRAINABLE_BY_STAGE
 from megavl.model import sam
 from megavl.model.trainable import part_of
 from megavl.model.vision import VisionEncoder
-from megavl.planner.blocks import vision_blocks
-from megavl.planner.cost import overhead_flops, parameter_counts, train_flops
+from megavl.planner.cost.blocks import vision_blocks
+from megavl.planner.cost.flops import overhead_flops, parameter_counts, train_flops
 
 SETS = {
     "stage 2": TRAINABLE_BY_STAGE[2],

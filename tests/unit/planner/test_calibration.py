@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megavl.config.errors import UsageError
-from megavl.planner.calibration import (
+from megavl.planner.hardware.calibration import (
     Calibration,
     Entry,
     KindEntry,
@@ -24,12 +24,12 @@ from megavl.planner.calibration import (
     recompute_key,
     write_calibration,
 )
-from megavl.planner.devices import find_device
-from megavl.planner.measured import MeasuredTimes
-from megavl.planner.predict import step_time
+from megavl.planner.hardware.devices import find_device
+from megavl.planner.layouts.search import search
 from megavl.planner.scenario import make_scenario
-from megavl.planner.search import search
-from megavl.planner.times import Pass
+from megavl.planner.simulation.measured import MeasuredTimes
+from megavl.planner.simulation.predict import step_time
+from megavl.planner.simulation.times import Pass
 from tests.unit.planner.recipes import recipe_of
 
 RECIPE = recipe_of("tiny-hybrid", precision="fp32", fraction=0.5, batch=8, pipeline=2)

@@ -14,8 +14,8 @@ from transformers import (
 
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_BY_STAGE, RecomputeConfig
-from megavl.planner.blocks import Block, vision_blocks
-from megavl.planner.cost import (
+from megavl.planner.cost.blocks import Block, vision_blocks
+from megavl.planner.cost.flops import (
     layer_recompute_flops,
     mfu,
     parameter_counts,

@@ -14,14 +14,14 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megavl.config.load import load_model_config
 from megavl.convert.flat_names import flat_shapes
-from megavl.planner.balance import ClosedForm, balance, every_layout
-from megavl.planner.blocks import vision_blocks
-from megavl.planner.devices import find_device
-from megavl.planner.layout import balance_weights, layout_string, resolve_layout
-from megavl.planner.memory import rank_memory
-from megavl.planner.predict import expected_seconds
+from megavl.planner.cost.blocks import vision_blocks
+from megavl.planner.cost.memory import rank_memory
+from megavl.planner.hardware.devices import find_device
+from megavl.planner.layouts.balance import ClosedForm, balance, every_layout
+from megavl.planner.layouts.layout import balance_weights, layout_string, resolve_layout
 from megavl.planner.scenario import Kind, Scenario, expected_images, make_scenario, multimodal_share
-from megavl.planner.times import BlockTimes, FlatTimes, Pass, StepExtras
+from megavl.planner.simulation.predict import expected_seconds
+from megavl.planner.simulation.times import BlockTimes, FlatTimes, Pass, StepExtras
 from tests.unit.planner.recipes import recipe_of
 
 

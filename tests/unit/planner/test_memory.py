@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from megavl.config.recipe import Recipe, RecomputeConfig
-from megavl.planner.cost import parameter_counts
-from megavl.planner.layout import resolve_layout
-from megavl.planner.memory import RankMemory, outstanding, rank_memory, rank_parameters, tower_parameters
+from megavl.planner.cost.flops import parameter_counts
+from megavl.planner.cost.memory import RankMemory, outstanding, rank_memory, rank_parameters, tower_parameters
+from megavl.planner.layouts.layout import resolve_layout
 from megavl.planner.scenario import Scenario, make_scenario
-from megavl.planner.simulate import simulate
-from megavl.planner.times import Pass
+from megavl.planner.simulation.simulate import simulate
+from megavl.planner.simulation.times import Pass
 from tests.unit.planner.recipes import recipe_of
 
 

@@ -13,11 +13,11 @@ from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe
 from megavl.main.open_recipe import open_recipe
 from megavl.main.plan import add_arguments, run
-from megavl.planner.cost import MFU_CONVENTION, mfu, step_flops
-from megavl.planner.devices import find_device
-from megavl.planner.layout import resolve_layout
+from megavl.planner.cost.flops import MFU_CONVENTION, mfu, step_flops
+from megavl.planner.hardware.devices import find_device
+from megavl.planner.layouts.layout import resolve_layout
 from megavl.planner.plan import plan_recipe, to_json
-from megavl.planner.render import render
+from megavl.planner.report.text import render
 
 RECIPE = """
 model: {preset: 7b}

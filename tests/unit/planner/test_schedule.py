@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from megavl.planner.schedule import Compute, Exchange, passes, program, warmup_passes
-from megavl.planner.simulate import pipeline_seconds, simulate
-from megavl.planner.times import Pass
+from megavl.planner.simulation.schedule import Compute, Exchange, passes, program, warmup_passes
+from megavl.planner.simulation.simulate import pipeline_seconds, simulate
+from megavl.planner.simulation.times import Pass
 
 SIZES = [
     (p, v, m) for p in (1, 2, 3, 4) for v in (1, 2, 3) for m in (1, 2, 3, 4, 8, 12) if v == 1 or (p > 1 and m % p == 0)
@@ -173,7 +173,7 @@ def test_a_long_step_is_extended(
     virtual: int, report_table: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interleaved steps exactly; under 1F1B two almost equally slow stages may change the pace late."""
-    monkeypatch.setattr("megavl.planner.simulate._SIMULATED", 0)
+    monkeypatch.setattr("megavl.planner.simulation.simulate._SIMULATED", 0)
     draw, worst, tolerance = random.Random(virtual), 0.0, 0.034 if virtual == 1 else 1e-9
     for _ in range(60):
         pipeline = draw.randint(2, 4)

@@ -13,14 +13,14 @@ import yaml
 
 from megavl.config.errors import UsageError
 from megavl.config.load import dump_recipe, load_recipe
-from megavl.planner.balance import every_layout
-from megavl.planner.check import Asked, check_layout, nearest
-from megavl.planner.devices import Device, find_device
-from megavl.planner.memory import fits
-from megavl.planner.predict import expected_seconds
+from megavl.planner.cost.memory import fits
+from megavl.planner.hardware.devices import Device, find_device
+from megavl.planner.layouts.balance import every_layout
+from megavl.planner.layouts.check import Asked, check_layout, nearest
+from megavl.planner.layouts.search import choices, recomputes, scenario_with, search
 from megavl.planner.scenario import make_scenario
-from megavl.planner.search import choices, recomputes, scenario_with, search
-from megavl.planner.times import DeviceTimes
+from megavl.planner.simulation.predict import expected_seconds
+from megavl.planner.simulation.times import DeviceTimes
 from tests.unit.planner.recipes import recipe_of
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from megavl.config.errors import UsageError
-from megavl.planner.devices import find_device
-from megavl.planner.mixing import compare_mixing
-from megavl.planner.predict import step_time
+from megavl.planner.hardware.devices import find_device
+from megavl.planner.report.svg import COLOURS, draw
+from megavl.planner.report.timeline import panel, title, write_timeline
 from megavl.planner.scenario import make_scenario
-from megavl.planner.svg import COLOURS, draw
-from megavl.planner.timeline import panel, title, write_timeline
-from megavl.planner.times import DeviceTimes, FlatTimes
+from megavl.planner.simulation.mixing import compare_mixing
+from megavl.planner.simulation.predict import step_time
+from megavl.planner.simulation.times import DeviceTimes, FlatTimes
 from tests.unit.planner.recipes import recipe_of
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -8,14 +8,22 @@ import pytest
 
 from megavl.config.errors import UsageError
 from megavl.config.recipe import RecomputeConfig
-from megavl.planner.blocks import decoder_layer_blocks, head_block, vision_blocks
-from megavl.planner.cost import MFU_CONVENTION, train_flops
-from megavl.planner.devices import DEVICES, Link, find_device
+from megavl.planner.cost.blocks import decoder_layer_blocks, head_block, vision_blocks
+from megavl.planner.cost.flops import MFU_CONVENTION, train_flops
+from megavl.planner.cost.work import all_work
+from megavl.planner.hardware.devices import DEVICES, Link, find_device
 from megavl.planner.plan import plan_recipe
-from megavl.planner.predict import step_time
 from megavl.planner.scenario import Scenario, make_scenario
-from megavl.planner.times import DeviceTimes, FlatTimes, Pass, all_reduce, exchange_time, flat_times, gather_time
-from megavl.planner.work import all_work
+from megavl.planner.simulation.predict import step_time
+from megavl.planner.simulation.times import (
+    DeviceTimes,
+    FlatTimes,
+    Pass,
+    all_reduce,
+    exchange_time,
+    flat_times,
+    gather_time,
+)
 from tests.unit.planner.recipes import recipe_of
 
 TEXT = frozenset({"llm"})

@@ -12,9 +12,9 @@ from megatron.core.optimizer import ChainedOptimizer
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.parallel import groups
-from megavl.train.feed import next_step
+from megavl.train.batch_broadcast import next_step
+from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import VISION_GROUP, build_optimizer, set_learning_rate
-from megavl.train.rank_model import RankModel, build_rank_model
 from megavl.train.step import forward_backward, train_step
 from tests.distributed.gather import own_state
 from tests.distributed.synthetic import SyntheticSteps
@@ -32,7 +32,7 @@ def world() -> Iterator[None]:
 
 
 def _build(bf16: bool = False, distributed_optimizer: bool = True) -> tuple:
-    model = build_rank_model(
+    model = build_model_chunks(
         CONFIG,
         parallel=dataclasses.replace(
             PARALLEL, distributed_optimizer=distributed_optimizer, overlap_param_gather=distributed_optimizer
@@ -55,7 +55,7 @@ def _data(modality: str, step: int = 0):
     return next_step(source, step)
 
 
-def _weights(model: RankModel) -> dict[str, torch.Tensor]:
+def _weights(model: ModelChunks) -> dict[str, torch.Tensor]:
     model.gather_weights()
     return {name: p.detach().clone() for name, p in model.chunks[0].module.named_parameters()}
 

@@ -13,8 +13,8 @@ import pytest
 from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe
 from megavl.main.plan import add_arguments, run
-from megavl.planner.calibration import read_calibration
-from megavl.train.calibrate import _differences, calibrate, low
+from megavl.planner.hardware.calibration import read_calibration
+from megavl.train.profile.calibrate import _differences, calibrate, low
 
 RECIPE = """
 model: {preset: tiny-hybrid, llm: {num_layers: 5}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megavl.train.exit_status import ExitStatus
 from megavl.train.metrics import MetricsLog
+from megavl.train.supervise.exit_status import ExitStatus
 
 ROW = {
     "step": 0,

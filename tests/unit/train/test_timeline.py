@@ -11,10 +11,10 @@ import pytest
 from megavl.config.recipe import ParallelConfig, RunConfig
 from megavl.parallel import groups
 from megavl.parallel.groups import Position
+from megavl.planner.report.svg import Segment
 from megavl.planner.scenario import make_scenario
-from megavl.planner.svg import Segment
-from megavl.train.recorder import Record
-from megavl.train.timeline import align, measured_panel, write_timeline
+from megavl.train.profile.step_profiler import Record
+from megavl.train.profile.timeline import align, measured_panel, write_timeline
 from tests.unit.planner.recipes import recipe_of
 
 

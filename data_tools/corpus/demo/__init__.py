@@ -1,0 +1,1 @@
+"""The demo corpus: text, tokenizer, drawn pictures with questions."""

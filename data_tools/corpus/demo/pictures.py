@@ -1,0 +1,115 @@
+"""Picture sets on disk: images, captions, conversations and held-out questions of chosen families and levels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.corpus.demo import charts, rendered_text, shapes
+from data_tools.corpus.demo.picture import Answers, Family, Level, Picture, Question
+from data_tools.corpus.demo.questions import PLACEHOLDER, balanced_choices
+from megavl.config.errors import DataError
+
+FAMILIES: Mapping[str, Family] = {"shapes": shapes.LEVELS, "charts": charts.LEVELS, "ocr": rendered_text.LEVELS}
+"""Picture families by the name of the command that builds them."""
+
+Mix = Mapping[tuple[str, str], float]
+"""Share of the training pictures by (family, level)."""
+
+MOST_TURNS = 3
+"""Question and answer pairs in one conversation."""
+_ATTEMPTS = 100
+
+
+@dataclass(kw_only=True)
+class PictureSet:
+    """Records of the pictures written so far."""
+
+    folder: Path
+    seed: int
+    captions: list[dict[str, Any]] = field(default_factory=list)
+    conversations: list[dict[str, Any]] = field(default_factory=list)
+    seen: set[bytes] = field(default_factory=set)
+    """SHA-256 of each image file; no picture is written twice, so training never holds a held-out one."""
+
+    def add_training(self, mix: Mix, *, count: int) -> None:
+        """Draw `count` pictures with a caption and a conversation each; draw the held-out ones first."""
+        names, weights = list(mix), list(mix.values())
+        for number in tqdm(range(count), unit="image", desc="pictures", disable=None):
+            rng = random.Random(f"train/{self.seed}/{number}")
+            family, level_name = rng.choices(names, weights)[0]
+            level = FAMILIES[family][level_name]
+            identifier = f"{family}-{level_name}-{number:06d}"
+            path = f"images/train/{identifier}.png"
+            picture = self._write(path, level=level, rng=rng, wanted={})
+            self.captions.append({"id": identifier, "image": path, "text": picture.caption})
+            turns = list(_turns(picture.answers, level=level, rng=rng))
+            self.conversations.append({"id": identifier, "image": path, "conversations": turns})
+
+    def add_heldout(self, levels: list[tuple[str, str]], *, per_question: int) -> list[dict[str, Any]]:
+        """Draw `per_question` pictures for each kind of question; returns one multiple-choice question on each."""
+        tasks: list[dict[str, Any]] = []
+        kinds = [
+            (level, question) for name, key in levels for level in [FAMILIES[name][key]] for question in level.questions
+        ]
+        for level, question in tqdm(kinds, unit="kind", desc="held-out", disable=None):
+            rng = random.Random(f"heldout/{self.seed}/{question.kind}")
+            for number, choice in enumerate(balanced_choices(question, count=per_question, rng=rng)):
+                identifier = f"{question.kind}-{number:04d}"
+                path = f"images/heldout/{identifier}.png"
+                self._write(path, level=level, rng=rng, wanted={question.kind: choice.value})
+                tasks.append(
+                    {
+                        "id": identifier,
+                        "images": [path],
+                        "prompt": PLACEHOLDER + question.text,
+                        "choices": list(choice.options),
+                        "answer": choice.answer,
+                        "kind": question.kind,
+                    }
+                )
+        # Neighbours in the file then share neither kind nor answer, so a neighbour's picture is a fair wrong picture.
+        random.Random(f"order/{self.seed}").shuffle(tasks)
+        return tasks
+
+    def _write(self, path: str, *, level: Level, rng: random.Random, wanted: Answers) -> Picture:
+        """Draw and save a picture that no earlier one equals."""
+        for _ in range(_ATTEMPTS):
+            picture = level.draw(rng, wanted)
+            buffer = io.BytesIO()
+            picture.image.save(buffer, "PNG", compress_level=3)
+            key = hashlib.sha256(buffer.getvalue()).digest()
+            if key not in self.seen:
+                self.seen.add(key)
+                target = self.folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(buffer.getvalue())
+                return picture
+        raise DataError(f"{path}: no new picture in {_ATTEMPTS} attempts; lower --samples or choose another --level")
+
+
+def _turns(answers: Answers, *, level: Level, rng: random.Random) -> Iterator[dict[str, str]]:
+    """One to three questions of the level in any order; the image stands before the first."""
+    asked = rng.sample(level.questions, rng.randint(1, min(MOST_TURNS, len(level.questions))))
+    for number, question in enumerate(asked):
+        yield {"from": "human", "value": ("<image>" if number == 0 else "") + question.text}
+        yield {"from": "gpt", "value": answers[question.kind]}
+
+
+def all_questions() -> list[Question]:
+    """Every question of every family and level."""
+    return [question for family in FAMILIES.values() for level in family.values() for question in level.questions]
+
+
+def phrases() -> list[str]:
+    """Questions, and answers with the space that stands before them in a conversation."""
+    return [
+        text for question in all_questions() for text in (question.text, *(f" {value}" for value in question.values))
+    ]

@@ -1,0 +1,1 @@
+"""Image-text pairs from documents, notebooks, web pages and scene text."""

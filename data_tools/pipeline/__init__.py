@@ -1,0 +1,1 @@
+"""From records to shards: job, workers, SLURM arrays, shard writer."""

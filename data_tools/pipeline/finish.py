@@ -1,0 +1,248 @@
+"""The last step of a run: packs over all shards, the report, and the manifest that makes it a dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.pipeline.commit import NewFile, sync_directory, write_file
+from data_tools.pipeline.histograms import histograms
+from data_tools.pipeline.job import Job, Unit, tokenizer_at
+from data_tools.pipeline.output import Output, UnitSummary
+from data_tools.pipeline.pack_table import Block, PackTable, Tally
+from megavl.config.errors import DataError
+from megavl.config.version import VERSION
+from megavl.data.index_file import ReadHandles
+from megavl.data.manifest import (
+    MODALITIES,
+    DatasetManifest,
+    fingerprint,
+    geometry_entry,
+    to_json,
+)
+from megavl.data.shard import Shard
+
+_EXAMPLES = 20
+"""Rejected records that the report names per reason."""
+
+
+def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str, Any]:
+    """Pack, report, and commit the dataset.
+
+    Args:
+        job: settings.
+        units: all of them, committed.
+        max_bad_frac: rejected share of the records above which there is no dataset.
+
+    Returns:
+        The report, as in `report.json`.
+
+    Raises:
+        DataError: too many records were rejected, or none is left.
+        StorageError: the output cannot be written.
+    """
+    output, directory = Output(job.output), Path(job.output)
+    output.remove_leftovers()
+    summaries = [summary for unit in units if (summary := output.read_unit(unit.number)) is not None]
+    assert len(summaries) == len(units), "finish is called when every unit is committed"
+    examples = _merge_rejects(output, units, directory)
+    packs = _pack(job, partial(_read_samples, summaries, directory))
+    with NewFile(directory / "packs.npy") as file:
+        packs.write(file)
+        report = build_report(job, units, summaries, packs=packs, examples=examples)
+        write_file(directory / "report.json", to_json(report))
+        check_rejected(report, max_bad_frac=max_bad_frac, where=f"{directory / 'rejects.jsonl'}")
+        entry = file.commit()
+    shards = tuple(shard for summary in summaries for shard in summary.shards)
+    content = DatasetManifest(
+        code_version=VERSION,
+        config_sha256=job.config_sha256,
+        pack=job.pack_settings,
+        shards=shards,
+        packs=entry,
+        text_packs=packs.tallies["text"].count,
+        multimodal_packs=packs.tallies["multimodal"].count,
+        tokenizer=tokenizer_at(job.tokenizer).entry,
+        geometry=geometry_entry(job.geometry),
+        templates=tuple(sorted({item.template for item in job.inputs})),
+        fingerprint="",
+    )
+    manifest = replace(content, fingerprint=fingerprint(content))
+    sync_directory(directory)
+    write_file(directory / "manifest.json", to_json(manifest))
+    sync_directory(directory)
+    return {**report, "fingerprint": manifest.fingerprint}
+
+
+def dry_run_report(
+    job: Job, units: Sequence[Unit], summaries: Sequence[UnitSummary], *, records: Sequence[int]
+) -> dict[str, Any]:
+    """The report of a run that wrote nothing.
+
+    Args:
+        job: settings.
+        units: what was looked at, or looked into.
+        summaries: what was found.
+        records: records of each input, the number that the estimate is made for.
+    """
+    packs = _pack(job, partial(_counted_samples, summaries))
+    packs.count()
+    report = build_report(job, units, summaries, packs=packs, examples={})
+    if any(unit.sample is not None for unit in units):
+        report["estimate"] = _estimate(job, units, summaries, report=report, records=records)
+    return report
+
+
+def _estimate(
+    job: Job,
+    units: Sequence[Unit],
+    summaries: Sequence[UnitSummary],
+    *,
+    report: dict[str, Any],
+    records: Sequence[int],
+) -> dict[str, Any]:
+    """Samples, tokens and images of the whole inputs, from the share of each that was looked at."""
+    total: Counter[str] = Counter()
+    for number, whole in enumerate(records):
+        own = [summary for unit, summary in zip(units, summaries) if unit.input == number]
+        seen = sum(summary.records for summary in own)
+        scale = whole / seen if seen else 0.0
+        total["records"] += whole
+        total["samples"] += round(scale * sum(len(summary.lengths) for summary in own))
+        total["tokens"] += round(scale * sum(sum(summary.lengths) for summary in own))
+        total["images"] += round(scale * sum(sum(summary.images) for summary in own))
+    found = sum(report[modality]["tokens"] for modality in MODALITIES)
+    sequences = sum(report[modality]["sequences"] for modality in MODALITIES)
+    fill = found / (sequences * job.seq_length) if sequences else 0.0
+    return {**total, "fill": round(fill, 6), "sequences": round(total["tokens"] / (fill or 1) / job.seq_length)}
+
+
+def build_report(
+    job: Job,
+    units: Sequence[Unit],
+    summaries: Sequence[UnitSummary],
+    *,
+    packs: PackTable,
+    examples: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Counts of everything, the same for the same job."""
+    _, lengths, images_of, samples = packs.kinds.T
+    images_in_all, totals = int(images_of @ samples), packs.tallies["text"].totals + packs.tallies["multimodal"].totals
+    rejected: Counter[str] = Counter()
+    counts = [Counter[str]() for _ in job.inputs]
+    for unit, summary in zip(units, summaries):
+        rejected.update(summary.rejected)
+        images = sum(summary.images) if job.dry_run else sum(shard.images for shard in summary.shards)
+        counts[unit.input].update(
+            records=summary.records, images=images, images_without_file=summary.images_without_file
+        )
+    return {
+        "tokenizer": os.path.abspath(job.tokenizer),
+        "inputs": [
+            {
+                "path": item.path,
+                "format": item.format,
+                "template": item.template,
+                **{name: count[name] for name in ("records", "images", "images_without_file")},
+            }
+            for item, count in zip(job.inputs, counts)
+        ],
+        "records": sum(summary.records for summary in summaries),
+        "documents_cut": sum(summary.cut for summary in summaries),
+        "conversations_cut": sum(summary.shortened for summary in summaries),
+        "images_without_file": sum(summary.images_without_file for summary in summaries),
+        "samples": packs.samples,
+        "tokens": int(lengths @ samples),
+        "images": images_in_all,
+        "image_tokens": images_in_all * job.geometry.tokens,
+        **{modality: _sequences(job, packs.tallies[modality]) for modality in MODALITIES},
+        "histograms": histograms(
+            lengths=lengths,
+            images=images_of,
+            samples=samples,
+            fills=np.array([*totals], np.float64) / job.seq_length,
+            sequences=np.array([*totals.values()], np.int64),
+            seq_length=job.seq_length,
+        ),
+        "rejected": {
+            reason: {"count": count, "examples": examples.get(reason, [])} for reason, count in sorted(rejected.items())
+        },
+    }
+
+
+def check_rejected(report: dict[str, Any], *, max_bad_frac: float, where: str) -> None:
+    """Raise DataError when the rejected share is above the limit, or when nothing is left."""
+    bad = sum(entry["count"] for entry in report["rejected"].values())
+    reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
+    if bad > max_bad_frac * report["records"]:
+        raise DataError(
+            f"{where}: {bad} of {report['records']} records rejected ({reasons}), above --max-bad-frac "
+            f"{max_bad_frac:g}; correct the input or raise the limit"
+        )
+    for item in report["inputs"]:
+        if item["images_without_file"] and not item["images"]:
+            raise DataError(
+                f"{item['path']}: none of its {item['images_without_file']} images has a file; fetch them, give their "
+                "folder as --image-root, and where they are named by address, their files in --image-map"
+            )
+    if not report["samples"]:
+        raise DataError(
+            f"no record left of {report['records']} ({reasons or 'the inputs are empty'}); correct the input"
+        )
+
+
+def _sequences(job: Job, tally: Tally) -> dict[str, Any]:
+    room = tally.count * job.seq_length
+    return {
+        "sequences": tally.count,
+        "tokens": tally.tokens,
+        "fill": round(tally.tokens / room, 6) if room else 0.0,
+        "images_per_sequence": round(tally.images / tally.count, 4) if tally.count else 0.0,
+        "filler_tokens": tally.filler_tokens,
+    }
+
+
+def _pack(job: Job, blocks: Callable[[], Iterator[Block]]) -> PackTable:
+    return PackTable(blocks, seq_length=job.seq_length, max_images=job.max_images, packed=job.packed)
+
+
+def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Iterator[Block]:
+    """All samples, shard by shard."""
+    handles = ReadHandles()
+    for number, entry in enumerate(shard for summary in summaries for shard in summary.shards):
+        shard = Shard(directory, name=entry.name, handles=handles)
+        for first, rows in shard.samples.blocks():
+            lengths = shard.tokens.lengths_of(first, len(rows))
+            yield Block(shard=number, first=first, lengths=lengths, images=rows["images"])
+    handles.close()
+
+
+def _counted_samples(summaries: Sequence[UnitSummary]) -> Iterator[Block]:
+    """The samples of a run that wrote nothing."""
+    for number, summary in enumerate(summaries):
+        lengths, images = (np.array(column, np.int32) for column in (summary.lengths, summary.images))
+        yield Block(shard=number, first=0, lengths=lengths, images=images)
+
+
+def _merge_rejects(output: Output, units: Sequence[Unit], directory: Path) -> dict[str, list[str]]:
+    """Write `rejects.jsonl`; returns the first examples per reason."""
+    examples: dict[str, list[str]] = {}
+    with NewFile(directory / "rejects.jsonl") as merged:
+        for unit in units:
+            with open(output.rejects_path(unit.number), "rb") as stream:
+                for line in stream:
+                    merged.write(line)
+                    reject = json.loads(line)
+                    known = examples.setdefault(reject["reason"], [])
+                    if len(known) < _EXAMPLES:
+                        known.append(reject["record"])
+        merged.commit()
+    return examples

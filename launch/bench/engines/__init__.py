@@ -1,0 +1,1 @@
+"""Programs that the benchmark drivers run in processes of their own."""

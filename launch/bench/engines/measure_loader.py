@@ -1,0 +1,211 @@
+"""How fast the training loader is: `python launch/bench/engines/measure_loader.py DATASET [--workers N]`.
+
+Compares images per second of the loader with what one core does that only decodes and resizes the same files. Rounds
+of both alternate, so that other work on the machine hits both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+from PIL import Image
+from tqdm import tqdm
+
+from megavl.config.errors import DataError, MegaVLError
+from megavl.config.presets import ImageGeometry
+from megavl.config.recipe import ModalityWeights
+from megavl.data.dataset import Dataset, Source
+from megavl.data.manifest import GeometryEntry
+from megavl.data.mixture import Mixture
+from megavl.data.plan import ModalityPlan
+from megavl.data.sampler import Sampler
+from megavl.data.table import ReadHandles
+
+if TYPE_CHECKING:
+    from megavl.data.loader import StepLoader
+
+_BATCH = 4
+"""Sequences per step."""
+_PREFETCH = 64
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+"""Seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderRate:
+    """Medians over rounds for rates, the best round for CPU time."""
+
+    workers: int
+    images: int
+    """Per round of the loader."""
+    bare_per_s: float
+    """Images per second of one core that decodes and resizes."""
+    loader_per_s: float
+    """Images per second of the loader, all workers together, ready as batches."""
+    ratio: float
+    """Loader per worker against bare: the median over pairs of rounds."""
+    cpu_ratio: float
+    """The same in CPU time, from the best round of each: other work on the machine disturbs this less."""
+    bare_cpu_ms: float
+    """CPU time of a bare image."""
+    worker_cpu_ms: float
+    """CPU time of a worker per image."""
+    rank_cpu_ms: float
+    """CPU time of the training process per image."""
+
+
+def measure(path: str, *, workers: int, rounds: int, steps: int) -> LoaderRate:
+    """Alternate rounds of both.
+
+    Args:
+        path: dataset with image-text sequences.
+        workers: decoding processes, at least 1.
+        rounds: pairs of rounds.
+        steps: loader steps per round.
+
+    Raises:
+        DataError: the dataset is damaged, or holds no images.
+    """
+    from megavl.data.loader import StepLoader  # imports torch
+
+    dataset = _open(path)
+    total = rounds * (steps + 2)
+    weights = {"text": 0.0, "multimodal": 1.0}
+    mixture = Mixture([weights], plan=ModalityPlan(seed=0, fraction=1.0), global_batch_size=_BATCH)  # type: ignore[list-item]
+    sampler = Sampler(dataset.counts, mixture=mixture)
+    loader = StepLoader(
+        dataset,
+        sampler=sampler,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        num_workers=workers,
+        prefetch_images=_PREFETCH,
+        max_bad_in_row=1,
+        cross_document_attention=False,
+        total_steps=total,
+    )
+    pairs = []
+    try:
+        for number in tqdm(range(rounds), desc="measure", unit=" rounds", disable=None):
+            first = number * (steps + 2)
+            pairs.append((*_bare(dataset, sampler, step=first), *_loaded(loader, first=first, steps=steps)))
+    finally:
+        loader.close()
+    middle = [statistics.median(column) for column in zip(*pairs)]
+    return LoaderRate(
+        workers=workers,
+        images=int(middle[5]),
+        bare_per_s=middle[0],
+        loader_per_s=middle[2],
+        ratio=statistics.median(pair[2] / workers / pair[0] for pair in pairs),
+        cpu_ratio=min(pair[1] for pair in pairs) / min(pair[3] for pair in pairs),
+        bare_cpu_ms=min(pair[1] for pair in pairs),
+        worker_cpu_ms=min(pair[3] for pair in pairs),
+        rank_cpu_ms=min(pair[4] for pair in pairs),
+    )
+
+
+def _open(path: str) -> Dataset:
+    handles = ReadHandles()
+    source = Source(path, handles=handles)
+    if not source.counts["multimodal"]:
+        raise DataError(f"{path}: holds no sequences with images; name a dataset that does")
+    manifest = source.manifest
+    return Dataset(
+        [source],
+        weights=[ModalityWeights(multimodal=1.0)],
+        pad_id=manifest.tokenizer.pad_id,
+        geometry=_geometry(manifest.geometry),
+        handles=handles,
+    )
+
+
+def _geometry(entry: GeometryEntry) -> ImageGeometry:
+    known = {name: value for name, value in asdict(entry).items() if name not in ("tokens", "resize")}
+    return ImageGeometry(**known)
+
+
+def _bare(dataset: Dataset, sampler: Sampler, *, step: int) -> tuple[float, float]:
+    """Images per second, and CPU milliseconds per image, of Pillow's decoding and bicubic resizing in this process."""
+    size = dataset.geometry.canvas_size
+    files = [
+        image
+        for ref in sampler.global_batch(step) + sampler.global_batch(step + 1)
+        for member in dataset.read(source=0, modality="multimodal", index=ref.index).members
+        for image in member.images
+    ]
+    handles = ReadHandles()
+    began, before = time.perf_counter(), time.process_time()
+    for file in files:
+        image = Image.open(io.BytesIO(handles.read(file.path, offset=file.offset, size=file.size))).convert("RGB")
+        width, height = (max(int(side / max(image.size) * size), dataset.geometry.min_size) for side in image.size)
+        image.resize((width, height), Image.Resampling.BICUBIC)
+    seconds, spent = time.perf_counter() - began, time.process_time() - before
+    return len(files) / seconds, 1000 * spent / len(files)
+
+
+def _loaded(loader: StepLoader, *, first: int, steps: int) -> tuple[float, float, float, int]:
+    """Images per second, CPU milliseconds per image of the workers and of this process, and images."""
+    # Two steps for the workers to start and for what was decoded ahead to be used up.
+    for step in range(first, first + 2):
+        loader.get(step)
+    images, began, before = 0, time.perf_counter(), _cpu()
+    for step in range(first + 2, first + 2 + steps):
+        images += sum(len(batch.images) for batch in loader.get(step))
+    seconds, after = time.perf_counter() - began, _cpu()
+    # The system counts a child's time in ticks, of which a short round may show none.
+    workers, own = (max(b - a, _TICK) for a, b in zip(before, after, strict=True))
+    return images / seconds, 1000 * workers / images, 1000 * own / images, images
+
+
+def _cpu() -> tuple[float, float]:
+    """CPU seconds so far of the children and of this process."""
+    spent = [sum(child.cpu_times()[:2]) for child in psutil.Process().children()]
+    return sum(spent), time.process_time()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="measure_loader.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("dataset", help="folder written by preprocess.py, with images")
+    parser.add_argument("--workers", type=int, default=1, help="decoding processes (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="loader steps per round (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    if min(options.workers, options.rounds, options.steps) < 1:
+        parser.error("--workers, --rounds and --steps: give 1 or more")
+    try:
+        rate = measure(options.dataset, workers=options.workers, rounds=options.rounds, steps=options.steps)
+    except MegaVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if options.json:
+        print(json.dumps(asdict(rate)))
+        return 0
+    print(
+        f"one core, decode and resize: {rate.bare_per_s:.0f} images/s\n"
+        f"loader, {rate.workers} workers: {rate.loader_per_s:.0f} images/s, {rate.ratio:.2f} of that per worker\n"
+        f"CPU per image: {rate.bare_cpu_ms:.2f} ms bare, {rate.worker_cpu_ms:.2f} ms in a worker (ratio "
+        f"{rate.cpu_ratio:.2f}), {rate.rank_cpu_ms:.2f} ms in the training process"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Measures preprocessing against its primitives; launch/bench/preprocess.py calls it and writes the report.
+
+    python launch/bench/engines/measure_preprocess.py {text,images,packing,workers,memory} --scratch DIR [--repeats N]
+
+Prints one JSON object. What is compared is interleaved in one run, and of each the best repeat counts, because other
+programs may run on the machine. Where both sides use one core, CPU time is compared, start-up left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_tools.preprocess import main as preprocess
+from megavl.data.packing import pack
+from megavl.data.tokenizer import open_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+VOCABULARY = 32_000
+SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
+DOCUMENTS = 600
+COPIES = 20
+"""Of the documents, where whole commands are timed."""
+IMAGES = 200
+BATCH = 256
+S, K, IMAGE_TOKENS = 4096, 5, 576
+
+
+def text(scratch: Path, *, repeats: int) -> dict[str, Any]:
+    """Tokenise, pack and write, against `encode_batch` alone."""
+    texts = _documents(scratch, copies=1)
+    tokenizer = open_tokenizer(scratch / "tokenizer")
+
+    def bare() -> int:
+        return sum(len(i) for n in range(0, len(texts), BATCH) for i in tokenizer.encode_batch(texts[n : n + BATCH]))
+
+    tokens = bare()
+    run = _run(scratch, "text.jsonl")
+    best = _best({"bare": bare, "preprocess": run}, repeats=repeats)
+    return {
+        "documents": len(texts),
+        "tokens": tokens,
+        "bare_tokens_per_s": tokens / best["bare"],
+        "tokens_per_s": tokens / best["preprocess"],
+        "ratio": best["bare"] / best["preprocess"],
+    }
+
+
+def images(scratch: Path, *, repeats: int) -> dict[str, Any]:
+    """Images that pass through with scaled verification, against Pillow's draft decoding of the same files."""
+    _documents(scratch, copies=1)
+    folder = scratch / "images"
+    folder.mkdir(exist_ok=True)
+    files = [_photo(number) for number in range(IMAGES)]
+    records = []
+    for number, data in enumerate(files):
+        (folder / f"{number}.jpg").write_bytes(data)
+        records.append(
+            {"image": f"images/{number}.jpg", "text": f"Coloured areas with grain over them, number {number}."}
+        )
+    _write(scratch / "captions.jsonl", records)
+
+    def bare() -> None:
+        for data in files:
+            image = Image.open(io.BytesIO(data))
+            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.load()
+
+    actions: dict[str, Callable[[], object]] = {"bare": bare}
+    for level in ("scaled", "header"):
+        actions[level] = _run(scratch, "captions.jsonl", "--verify", level)
+    best = _best(actions, repeats=repeats)
+    return {
+        "images": IMAGES,
+        "mean_bytes": sum(map(len, files)) // IMAGES,
+        "bare_images_per_s": IMAGES / best["bare"],
+        "images_per_s": IMAGES / best["scaled"],
+        "header_images_per_s": IMAGES / best["header"],
+        "ratio": best["bare"] / best["scaled"],
+    }
+
+
+def packing(scratch: Path, *, repeats: int) -> dict[str, Any]:
+    """Rate and fill on simulated lengths: text lognormal(6.3, 1.1); captions of one image (85%) or two to five."""
+    rows = []
+    for captions, texts in ((0, 1_000_000), (100_000, 220_000), (1_000_000, 2_200_000), (100_000, 0)):
+        lengths, counts = _lengths(captions, texts)
+        call = partial(pack, lengths, images=counts, seq_length=S, max_images=K)
+        seconds = _best({"pack": call}, repeats=min(repeats, 3))["pack"]
+        alone, mixed = call()
+        held = np.bincount(mixed.packs, weights=np.array(counts)[mixed.samples]) if mixed.count else np.zeros(0)
+        rows.append(
+            {
+                "captions": captions,
+                "texts": texts,
+                "samples_per_s": len(lengths) / seconds,
+                "fill": sum(lengths) / (S * (alone.count + mixed.count)),
+                "images_per_sequence": float(np.mean(held)) if len(held) else 0.0,
+                "images_deviation": float(np.std(held)) if len(held) else 0.0,
+            }
+        )
+    return {"cases": rows}
+
+
+def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
+    """Wall and CPU time of the whole command with two workers against one, and of bare tokenizing processes.
+
+    Two workers cannot be twice as fast where the cores share caches, or while other programs use the second one; CPU
+    time tells what they cost, and the bare processes, which share nothing, what this machine gives to anyone.
+    """
+    _documents(scratch, copies=COPIES)
+    wall: dict[int, list[float]] = {1: [], 2: []}
+    cpu: dict[int, list[float]] = {1: [], 2: []}
+    bare: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for count in (1, 2):
+            bare[count].append(_bare_processes(scratch, count=count))
+            start, before = time.perf_counter(), os.times()
+            _command(scratch, "text.jsonl", workers=count)
+            after = os.times()
+            wall[count].append(time.perf_counter() - start)
+            cpu[count].append(
+                after.children_user + after.children_system - before.children_user - before.children_system
+            )
+    return {
+        "seconds_1": min(wall[1]),
+        "seconds_2": min(wall[2]),
+        "ratio": min(wall[1]) / min(wall[2]),
+        "bare_ratio": min(bare[1]) / min(bare[2]),
+        "cpu_1": min(cpu[1]),
+        "cpu_2": min(cpu[2]),
+        "all": [wall[1], wall[2]],
+        "all_cpu": [cpu[1], cpu[2]],
+        "all_bare": [bare[1], bare[2]],
+    }
+
+
+def _bare_processes(scratch: Path, *, count: int) -> float:
+    """Seconds in which `count` processes together tokenize what `workers` preprocesses, start-up included."""
+    code = (
+        "import json, sys; from megavl.data.tokenizer import open_tokenizer\n"
+        f"scratch, part = {str(scratch)!r}, {DOCUMENTS * COPIES // count}\n"
+        "tokenizer = open_tokenizer(scratch + '/tokenizer')\n"
+        "texts = [json.loads(line)['text'] for line in open(scratch + '/text.jsonl', encoding='utf-8')][:part]\n"
+        f"for start in range(0, part, {BATCH}):\n"
+        f"    tokenizer.encode_batch(texts[start : start + {BATCH}])"
+    )
+    started = time.perf_counter()
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(count)]
+    codes = [process.wait() for process in running]
+    assert not any(codes), f"tokenizing ended with {codes}"
+    return time.perf_counter() - started
+
+
+def memory(scratch: Path, *, repeats: int) -> dict[str, Any]:
+    """Peak resident memory of the command with one worker, on an input and on ten times as much."""
+    found = {}
+    for copies in (1, 10):
+        _documents(scratch, copies=copies)
+        found[copies] = _command(scratch, "text.jsonl", workers=1)
+    return {"mib_1": found[1], "mib_10": found[10], "ratio": found[10] / found[1], "input_bytes": _size(scratch)}
+
+
+MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function for function in (text, images, packing, workers, memory)
+}
+
+
+def _best(actions: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Least CPU seconds of each action, taken in turn."""
+    best = dict.fromkeys(actions, float("inf"))
+    for _ in range(repeats):
+        for name, action in actions.items():
+            start = time.process_time()
+            action()
+            best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def _arguments(scratch: Path, name: str, *, workers: int) -> list[str]:
+    shutil.rmtree(scratch / "out", ignore_errors=True)
+    return [
+        *("--input", str(scratch / name), "--output", str(scratch / "out")),
+        *("--tokenizer", str(scratch / "tokenizer"), "--workers", str(workers)),
+    ]
+
+
+def _run(scratch: Path, name: str, *more: str) -> Callable[[], object]:
+    """Preprocessing in this process, imports and tokenizer's opening left out after the first time."""
+
+    def action() -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            code = preprocess([*_arguments(scratch, name, workers=1), *more])
+        assert code == 0, f"preprocess.py ended with {code}"
+
+    return action
+
+
+def _command(scratch: Path, name: str, *, workers: int) -> float:
+    """Run preprocessing in a process of its own; returns the peak resident memory of its first process in MiB."""
+    # The process itself reads its peak: what the system tells a parent includes the parent's own memory.
+    code = (
+        "import re, sys; from data_tools.preprocess import main\n"
+        "if __name__ == '__main__':\n"
+        "    code = main(sys.argv[1:])\n"
+        "    print(re.search('VmHWM:\\\\s*(\\\\d+)', open('/proc/self/status').read())[1])\n"
+        "    sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *_arguments(scratch, name, workers=workers)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def _documents(scratch: Path, *, copies: int) -> list[str]:
+    """Documents of the machine's own text in the lengths of web pages, and a tokenizer trained on them."""
+    source = scratch / "source"
+    if not source.is_dir():
+        command = [sys.executable, "data_tools/build_corpus.py", "text", "--output", str(source), "--size", "12000000"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole = [json.loads(line)["text"] for line in (source / "text.jsonl").read_text(encoding="utf-8").splitlines()]
+    if not (scratch / "tokenizer").is_dir():
+        _train(whole, folder=scratch / "tokenizer")
+    texts = list(_cut("\n\n".join(whole), count=DOCUMENTS))
+    _write(scratch / "text.jsonl", ({"text": piece} for _ in range(copies) for piece in texts))
+    return texts
+
+
+def _cut(content: str, *, count: int) -> Iterator[str]:
+    """Stretches of lognormal length, about 4 characters a token; the text begins again where it ends."""
+    draw, start = np.random.default_rng(0), 0
+    for size in (4 * draw.lognormal(6.3, 1.1, count)).astype(int).clip(8, 16_000).tolist():
+        start = 0 if start + size > len(content) else start
+        yield content[start : start + size] if content[start : start + size].strip() else "blank"
+        start += size
+
+
+def _train(texts: Sequence[str], *, folder: Path) -> None:
+    """Byte-level BPE with the splits of DeepSeek's: line ends, words, other signs, single digits."""
+    inner = Tokenizer(models.BPE())
+    splits = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"]
+    steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
+    steps += [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(name, special=True) for name in SPECIALS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIALS))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+
+
+def _photo(number: int) -> bytes:
+    """A JPEG of 1024 x 768 with large soft areas and grain, of about 200 KB as photographs have."""
+    draw = np.random.default_rng(number)
+    areas = Image.fromarray(draw.integers(0, 256, (48, 64, 3), np.uint8)).resize((1024, 768), Image.Resampling.BICUBIC)
+    grain = draw.normal(0, 9, (768, 1024, 1))
+    out = io.BytesIO()
+    Image.fromarray((np.asarray(areas) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=88)
+    return out.getvalue()
+
+
+def _lengths(captions: int, texts: int) -> tuple[list[int], list[int]]:
+    draw = np.random.default_rng(0)
+    counts = np.where(draw.random(captions) < 0.85, 1, draw.integers(2, 6, captions))
+    with_images = (IMAGE_TOKENS * counts + draw.lognormal(4.2, 1.0, captions)).astype(int).clip(1, S)
+    plain = draw.lognormal(6.3, 1.1, texts).astype(int).clip(1, S)
+    return [*with_images.tolist(), *plain.tolist()], [*counts.tolist(), *([0] * texts)]
+
+
+def _write(path: Path, records: Any) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _size(scratch: Path) -> int:
+    return (scratch / "text.jsonl").stat().st_size
+
+
+def main() -> int:
+    """Run one measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measurement", choices=tuple(MEASUREMENTS))
+    parser.add_argument("--scratch", type=Path, required=True, metavar="DIR", help="folder for inputs and outputs")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N")
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(MEASUREMENTS[options.measurement](options.scratch, repeats=options.repeats)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What a measured training step consists of: recipe, part of the model, decoder layers, FLOPs, and what fits a device.
+
+A part is a pipeline stage's share: `whole` has the vision side, the embedding, the decoder layers and the head, `first`
+lacks the head, `last` has layers and head alone. Run as a program it prints, as one JSON line for each case asked for,
+how many layers the planner's formulas let a device hold.
+
+    python -m launch.bench.engines.step_work --device h200 "7b first none" "7b whole full"
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavl.config.load import load_recipe
+from megavl.config.recipe import Recipe
+from megavl.planner.cost.blocks import head_block
+from megavl.planner.cost.flops import MFU_CONVENTION, active_parts, step_flops, train_flops
+from megavl.planner.cost.memory import RankMemory, rank_memory
+from megavl.planner.hardware.devices import DEVICES, USABLE_SHARE
+from megavl.planner.scenario import PACKED_IMAGES, make_scenario
+
+ROOT = Path(__file__).resolve().parents[3]
+PARTS = ("whole", "first", "last")
+MODELS = {
+    "1b": ("1b", "1b"),
+    "7b": ("7b", "7b"),
+    "tiny": ("tiny", "tiny-hybrid"),
+    "tiny-siglip": ("tiny", "tiny-siglip"),
+}
+"""Folder of the recipe and preset of the sizes."""
+TINY = ("tiny", "tiny-siglip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One measured step, without its modality."""
+
+    recipe: Recipe
+    """The second stage's, on one device, with this part's number of layers."""
+    part: str
+    micro_batches: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.micro_batches * self.recipe.data.seq_length
+
+    def images(self, kind: str) -> int:
+        """Images of a micro-batch: what packing puts there, or none."""
+        return PACKED_IMAGES if kind == "multimodal" else 0
+
+    def flops(self, kind: str) -> int:
+        """Useful FLOPs of a step by the one formula, less those of blocks that this part lacks."""
+        recipe = self.recipe
+        images = 0 if self.part == "last" else self.images(kind) * self.micro_batches
+        found = step_flops(
+            recipe.model,
+            seq_length=recipe.data.seq_length,
+            sequences=self.micro_batches,
+            images=images,
+            trainable_parts=recipe.trainable_parts,
+        )
+        if self.part == "first":
+            trainable = active_parts(recipe.trainable_parts, images=images)
+            found -= train_flops([head_block(recipe.model.llm, tokens=self.tokens)], trainable=trainable)
+        return found
+
+    def planned_bytes(self) -> int:
+        """Largest memory that the planner expects."""
+        return self.memory().total
+
+    def memory(self) -> RankMemory:
+        """What the planner expects the part to take, bytes."""
+        # The planner knows a slice as a stage of two; the other stage holds one layer.
+        llm, stages = self.recipe.model.llm, 1 if self.part == "whole" else 2
+        layout = {"whole": (llm.num_layers,), "first": (llm.num_layers, 1), "last": (1, llm.num_layers)}[self.part]
+        llm = dataclasses.replace(llm, num_layers=sum(layout))
+        recipe = dataclasses.replace(
+            self.recipe,
+            model=dataclasses.replace(self.recipe.model, llm=llm),
+            parallel=dataclasses.replace(self.recipe.parallel, pipeline=stages),
+            training=dataclasses.replace(self.recipe.training, global_batch_size=1),
+        )
+        return rank_memory(
+            make_scenario(recipe, images=PACKED_IMAGES), stages - 1 if self.part == "last" else 0, layout
+        )
+
+
+def make_work(
+    model: str,
+    *,
+    part: str,
+    layers: int,
+    micro_batches: int,
+    recompute: str,
+    precision: str,
+    memory_bytes: float | None,
+) -> Work:
+    """The work of a case.
+
+    Args:
+        model: row of `MODELS`.
+        part: one of `PARTS`.
+        layers: decoder layers; 0 for as many as the model has and `memory_bytes` holds.
+        micro_batches: sequences of a step.
+        recompute: `recompute.granularity`.
+        precision: `training.precision`.
+        memory_bytes: what may be planned with; None: not bounded.
+    """
+    folder, preset = MODELS[model]
+    overrides = [
+        f"model.preset={preset}",
+        f"recompute.granularity={recompute}",
+        f"training={{stage: 2, steps: 1000, global_batch_size: {micro_batches}, precision: {precision}}}",
+        "training.micro_batch_size=1",
+        "optimizer={lr: 1.0e-3, schedule: constant, warmup_steps: 0}",
+        "parallel={tensor: 1, pipeline: 1, sequence_parallel: false, layout: auto}",
+    ]
+    recipe = load_recipe(ROOT / f"launch/recipes/{folder}/stage2.yaml", overrides=overrides)
+    most = recipe.model.llm.num_layers
+
+    def of(count: int) -> Work:
+        llm = dataclasses.replace(recipe.model.llm, num_layers=count)
+        model = dataclasses.replace(recipe.model, llm=llm)
+        return Work(recipe=dataclasses.replace(recipe, model=model), part=part, micro_batches=micro_batches)
+
+    if layers:
+        return of(min(layers, most))
+    fitting = [n for n in range(1, most + 1) if memory_bytes is None or of(n).planned_bytes() <= memory_bytes]
+    if not fitting:
+        raise SystemExit(f"error: {model} {part}: not even one layer fits {memory_bytes:,} bytes")
+    return of(max(fitting))
+
+
+def plan(case: str, *, memory_bytes: float) -> dict[str, Any]:
+    """Layers and bytes of `MODEL PART RECOMPUTE` on a device."""
+    model, part, recompute = case.split()
+    work = make_work(
+        model, part=part, layers=0, micro_batches=1, recompute=recompute, precision="bf16", memory_bytes=memory_bytes
+    )
+    memory = work.memory()
+    return {
+        "case": case,
+        "layers": work.recipe.model.llm.num_layers,
+        "of_layers": make_work(
+            model, part="whole", layers=1000, micro_batches=1, recompute=recompute, precision="bf16", memory_bytes=None
+        ).recipe.model.llm.num_layers,
+        "bytes": {**dataclasses.asdict(memory), "peak": work.planned_bytes()},
+        "usable_bytes": memory_bytes,
+        "convention": MFU_CONVENTION,
+    }
+
+
+def main() -> int:
+    """Print the plans."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="+", help="MODEL PART RECOMPUTE")
+    parser.add_argument("--device", choices=tuple(DEVICES), default="h200")
+    parser.add_argument("--memory", type=float, help="the device's own bytes, instead of the vendor's")
+    arguments = parser.parse_args()
+    memory = arguments.memory or DEVICES[arguments.device].memory_bytes
+    if memory is None:
+        parser.error(f"--device {arguments.device}: it bounds no memory; give --memory")
+    for case in arguments.case:
+        print(json.dumps(plan(case, memory_bytes=USABLE_SHARE * memory)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Parameters, FLOPs, work and memory of every block."""

@@ -1,0 +1,251 @@
+"""What every block asks of one rank's device for one micro-batch: products, attention, bytes moved, bytes kept.
+
+FLOPs come from `blocks.py` and `cost.py`, the one formula. Bytes moved are an estimate of what elementwise kernels read
+and write beside the products: of a decoder layer three times what it keeps forward and six times backward, as residual
+sums and gradients that are not kept move too (assumed, so that the MFU of text models comes near published runs); of a
+tower, which keeps more of what moves, two and four times. A trained weight's gradient is written, read, and added to
+the fp32 buffer (12 bytes a weight in bf16: no fused accumulation without Transformer Engine). The loss passes over the
+logits three times forward (two reads and the gradient in their place) and twice backward; its fp32 stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megavl.config.model import ModelConfig
+from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
+from megavl.planner.cost.flops import active_parts, layer_recompute_flops
+from megavl.planner.cost.memory import layer_bytes, recomputed_bytes, rerun_towers
+from megavl.planner.scenario import Kind, Scenario
+
+_LAYER_PASSES = (3, 6)
+"""Times that a decoder layer moves the bytes it keeps, forward and backward."""
+_LOGIT_PASSES = (3, 2)
+"""Times that the loss reads or writes a logit, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass of a block asks of a device."""
+
+    matrix: float = 0.0
+    """FLOPs of products with weights."""
+    attention: float = 0.0
+    """FLOPs of products of activations."""
+    moved: float = 0.0
+    """Bytes that elementwise kernels read and write."""
+
+    @property
+    def flops(self) -> float:
+        """All FLOPs."""
+        return self.matrix + self.attention
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.matrix + other.matrix, self.attention + other.attention, self.moved + other.moved)
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.matrix * factor, self.attention * factor, self.moved * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWork:
+    """A named block of the model on one rank."""
+
+    name: str
+    """SAM, SigLIP, adaptor (per image), embedding, decoder layer, head + loss (per micro-batch)."""
+    parameters: float
+    """On this rank."""
+    trained: float
+    """Of these, those that train."""
+    forward: Work
+    backward: Work
+    """Activation recompute included."""
+    kept: float
+    """Bytes that stay until the backward pass."""
+
+
+def vision_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
+    """SAM (where there is one), SigLIP and adaptor, of one image."""
+    recipe = scenario.recipe
+    return _towers(
+        recipe.model,
+        trained=frozenset(recipe.trainable_parts),
+        active=_trainable(scenario, kind),
+        again=recipe.recompute.vision,
+        rerun=rerun_towers(scenario) if kind == "multimodal" else frozenset(),
+        element=scenario.element,
+    )
+
+
+@lru_cache(maxsize=64)
+def _towers(
+    model: ModelConfig,
+    *,
+    trained: frozenset[str],
+    active: frozenset[str],
+    again: bool,
+    rerun: frozenset[str],
+    element: int,
+) -> tuple[BlockWork, ...]:
+    towers: dict[str, list[Block]] = {}
+    for block in vision_blocks(model):
+        towers.setdefault(block.name.partition(".")[0], []).append(block)
+    return tuple(
+        _tower(name, towers[key], trained=trained, active=active, again=again, rerun=key in rerun, element=element)
+        for key, name in _TOWERS.items()
+        if key in towers
+    )
+
+
+ADAPTOR = "adaptor"
+"""Name of its block; the other vision blocks are towers."""
+_TOWERS = {"sam": "SAM", "siglip": "SigLIP", "adaptor": ADAPTOR}
+
+
+def embedding_work(scenario: Scenario, kind: Kind) -> BlockWork:
+    """The token embedding's share of one tensor-parallel rank: a look-up, and a dense gradient."""
+    block = embedding_block(scenario.recipe.model.llm)
+    parameters = block.parameters / scenario.tensor
+    trains = "llm" in scenario.recipe.trainable_parts
+    moved = 2 * scenario.hidden_bytes
+    gradient = Work(moved=moved + parameters * _gradient_bytes(scenario.element)) if trains else Work()
+    return BlockWork(
+        name="embedding",
+        parameters=parameters,
+        trained=parameters * trains,
+        forward=Work(moved=moved),
+        backward=gradient,
+        kept=0.0,
+    )
+
+
+def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
+    """One decoder layer on one tensor-parallel rank."""
+    recipe, tensor = scenario.recipe, scenario.tensor
+    trainable, span = _trainable(scenario, kind), recipe.data.seq_length
+    attention, mlp = decoder_layer_blocks(recipe.model.llm, tokens=scenario.tokens, attention_span=span)
+    whole = attention.parameters + mlp.parameters
+    norms = 2 * recipe.model.llm.hidden_size
+    parameters = (whole - norms) / tensor + norms
+    kept, forward = layer_bytes(scenario), _forward([attention, mlp]) * (1 / tensor)
+    forward += Work(moved=_LAYER_PASSES[0] * kept)
+    backward = Work()
+    if attention.needs_backward(trainable):
+        backward = _backward([attention, mlp], trainable) * (1 / tensor)
+        trained = parameters if "llm" in trainable else 0.0
+        backward += Work(moved=_LAYER_PASSES[1] * kept + trained * _gradient_bytes(scenario.element))
+        backward += _recomputed(scenario, forward)
+    return BlockWork(
+        name="decoder layer",
+        parameters=parameters,
+        trained=parameters if "llm" in recipe.trainable_parts else 0.0,
+        forward=forward,
+        backward=backward,
+        kept=float(kept - recomputed_bytes(scenario)) if backward.flops else 0.0,
+    )
+
+
+def head_work(scenario: Scenario, kind: Kind) -> BlockWork:
+    """Final norm, and output layer and loss where labels can count, on one tensor-parallel rank."""
+    recipe, tensor = scenario.recipe, scenario.tensor
+    llm, trainable = recipe.model.llm, _trainable(scenario, kind)
+    rows = scenario.loss_tokens(kind)
+    block = head_block(llm, tokens=round(rows))
+    parameters = (block.parameters - llm.hidden_size) / tensor + llm.hidden_size
+    logits = rows * llm.vocab_size / tensor
+    backward = Work()
+    if block.needs_backward(trainable):
+        trained = parameters if "llm" in trainable else 0.0
+        moved = _LOGIT_PASSES[1] * scenario.element * logits + trained * _gradient_bytes(scenario.element)
+        backward = _backward([block], trainable) * (1 / tensor) + Work(moved=moved)
+    return BlockWork(
+        name="head + loss",
+        parameters=parameters,
+        trained=parameters if "llm" in recipe.trainable_parts else 0.0,
+        forward=_forward([block]) * (1 / tensor) + Work(moved=_LOGIT_PASSES[0] * scenario.element * logits),
+        backward=backward,
+        kept=scenario.element * logits,
+    )
+
+
+def all_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
+    """Every block in the order of the data; vision blocks of one image, the others of one micro-batch."""
+    images = vision_work(scenario, kind) if kind == "multimodal" else ()
+    return (*images, embedding_work(scenario, kind), layer_work(scenario, kind), head_work(scenario, kind))
+
+
+def _trainable(scenario: Scenario, kind: Kind) -> frozenset[str]:
+    return active_parts(scenario.recipe.trainable_parts, images=int(kind == "multimodal"))
+
+
+def _tower(
+    name: str,
+    blocks: Sequence[Block],
+    *,
+    trained: frozenset[str],
+    active: frozenset[str],
+    again: bool,
+    rerun: bool,
+    element: int,
+) -> BlockWork:
+    forward, backward, kept = Work(), Work(), 0
+    for block in blocks:
+        once = _forward([block], overhead=True) + Work(moved=2.0 * element * block.saved)
+        forward += once
+        if not block.needs_backward(active):
+            continue
+        weights = block.parameters if block.part in active else 0
+        moved = 4.0 * element * block.saved + weights * _gradient_bytes(element)
+        backward += _backward([block], active, overhead=True) + Work(moved=moved)
+        recomputed = again and block.checkpoint is not None
+        backward += once if recomputed else Work()
+        kept += element * (block.checkpoint if recomputed and block.checkpoint is not None else block.saved)
+    if rerun:
+        backward, kept = backward + forward, 0
+    return BlockWork(
+        name=name,
+        parameters=sum(block.parameters for block in blocks),
+        trained=sum(block.parameters for block in blocks if block.part in trained),
+        forward=forward,
+        backward=backward,
+        kept=kept,
+    )
+
+
+def _forward(blocks: Sequence[Block], *, overhead: bool = False) -> Work:
+    return Work(
+        matrix=sum(block.linear for block in blocks),
+        attention=sum(block.attention + block.overhead * overhead for block in blocks),
+    )
+
+
+def _backward(blocks: Sequence[Block], trainable: frozenset[str], *, overhead: bool = False) -> Work:
+    matrix, attention = 0, 0
+    for block in blocks:
+        products = 2 * block.attention if block.needs_backward(trainable) else 0
+        matrix += block.backward(trainable) - products
+        attention += products + (2 * block.overhead if overhead and products else 0)
+    return Work(matrix=matrix, attention=attention)
+
+
+def _recomputed(scenario: Scenario, forward: Work) -> Work:
+    """What one decoder layer repeats in the backward pass, on one rank."""
+    recompute, tensor = scenario.recipe.recompute, scenario.tensor
+    if recompute.granularity == "full":
+        return forward
+    flops = layer_recompute_flops(
+        scenario.recipe.model,
+        tokens=scenario.tokens,
+        attention_span=scenario.recipe.data.seq_length,
+        recompute=recompute,
+        trainable=frozenset({"llm"}),
+    )
+    attention = forward.attention if recompute.granularity == "selective" and "core_attn" in recompute.modules else 0.0
+    return Work(matrix=flops / tensor - attention, attention=attention, moved=2.0 * recomputed_bytes(scenario))
+
+
+def _gradient_bytes(element: int) -> float:
+    """Bytes moved per weight to add a micro-batch's gradient to the fp32 buffer."""
+    return 2 * element + 8

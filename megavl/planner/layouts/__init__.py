@@ -1,0 +1,1 @@
+"""How decoder layers are split over stages: balance, search and checks."""

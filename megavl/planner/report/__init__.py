@@ -1,0 +1,1 @@
+"""A plan as text, SVG and a timeline."""

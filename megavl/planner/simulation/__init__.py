@@ -1,0 +1,1 @@
+"""Pipeline schedules, step times and modality mixing, simulated."""

@@ -1,0 +1,1 @@
+"""Step profiler, timeline and calibration of real steps."""

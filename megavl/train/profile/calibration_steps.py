@@ -1,0 +1,80 @@
+"""Steps for a calibration: the recipe's own data, all of one kind, or made-up ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megavl.config.recipe import Recipe
+from megavl.data.batch import Batch, Modality
+from megavl.data.mixture import recipe_mixture
+from megavl.data.sampler import Sampler
+from megavl.data.tokenizer import open_tokenizer
+from megavl.parallel import broadcast
+from megavl.parallel.groups import Position
+from megavl.train.batch_broadcast import StepSource
+from megavl.train.open_data import recipe_dataset, step_loader
+
+MICRO_BATCHES = 2
+"""Per step; the first one of each step is left out."""
+
+
+class MadeUpSteps:
+    """Random micro-batches of one document a sequence, with a fixed number of images each."""
+
+    def __init__(self, recipe: Recipe, *, images: int, position: Position) -> None:
+        self.recipe, self.images = recipe, images
+        self.generator = torch.Generator().manual_seed(recipe.training.seed + position.dp_rank)
+
+    def get(self, step: int) -> list[Batch]:
+        """Micro-batches of any step."""
+        return [self._batch() for _ in range(MICRO_BATCHES)]
+
+    def _batch(self) -> Batch:
+        recipe = self.recipe
+        model, length, count = recipe.model, recipe.data.seq_length, recipe.training.micro_batch_size
+        tokens = torch.randint(model.llm.vocab_size, (count, length), generator=self.generator)
+        tokens[tokens == model.image_token_id] = (model.image_token_id + 1) % model.llm.vocab_size
+        tokens[:, 1 : 1 + self.images * model.image_tokens] = model.image_token_id
+        shape = (count * self.images, 3, model.canvas_size, model.canvas_size)
+        flat = tokens.flatten()
+        return Batch(
+            modality="multimodal" if self.images else "text",
+            tokens=flat,
+            labels=torch.roll(flat, -1),
+            loss_mask=(torch.roll(flat, -1) != model.image_token_id).float(),
+            cu_seqlens=torch.arange(0, (count + 1) * length, length, dtype=torch.int32),
+            images=torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8),
+            sample_ids=tuple(range(count)),
+        )
+
+
+def step_source(recipe: Recipe, kind: Modality, *, images: int, position: Position, real: bool) -> StepSource | None:
+    """The recipe's own data where they are there, else made-up ones; the rank that loads gets them."""
+    if not broadcast.is_source():
+        return None
+    if not real or not _draws(recipe, kind):
+        return MadeUpSteps(recipe, images=images if kind == "multimodal" else 0, position=position)
+    recipe = _steps_of(recipe, kind, replicas=position.dp_size)
+    dataset = recipe_dataset(recipe, tokenizer=open_tokenizer(recipe.data.tokenizer), skip_hash=True)
+    sampler = Sampler(dataset.counts, mixture=recipe_mixture(recipe, dataset.counts))
+    return step_loader(recipe, dataset, sampler, position=position)
+
+
+def _draws(recipe: Recipe, kind: Modality) -> bool:
+    """Whether the recipe ever takes steps of this kind, so that its data must hold some."""
+    data = recipe.data
+    return (
+        data.multimodal_fraction > 0
+        if kind == "multimodal"
+        else data.multimodal_fraction < 1 or data.modality_warmup_steps > 0
+    )
+
+
+def _steps_of(recipe: Recipe, kind: Modality, *, replicas: int) -> Recipe:
+    """The recipe with short steps of one kind only, more of them than are ever taken."""
+    data = dataclasses.replace(recipe.data, multimodal_fraction=float(kind == "multimodal"), modality_warmup_steps=0)
+    batch = MICRO_BATCHES * recipe.training.micro_batch_size * replicas
+    training = dataclasses.replace(recipe.training, global_batch_size=batch, steps=1_000_000)
+    return dataclasses.replace(recipe, data=data, training=training)

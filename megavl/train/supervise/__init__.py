@@ -1,0 +1,1 @@
+"""Watchdog, exit status and signals of a run."""
