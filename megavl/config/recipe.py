@@ -29,6 +29,9 @@ TRAINABLE_BY_STAGE: dict[int, tuple[str, ...]] = {
 }
 """Paper, section 3.2: the downsamples count as adaptor; the HD branch, without source weights, must train."""
 
+ENCODED_AT_ONCE = 16
+"""Images of a rank's share that run through the vision towers together under `parallel.vision: split_all`."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ParallelConfig:
@@ -48,7 +51,7 @@ class ParallelConfig:
     vision: Literal["recompute", "split_tp", "split_all"] = "recompute"
     """Where the encoders run. `recompute`: repeated on every tensor-parallel rank of the first stage (paper, section
     3.3). `split_tp`: each of these ranks encodes a share of a micro-batch's images. `split_all`: before the pipeline
-    starts, all tensor x pipeline ranks encode equal shares of the step's images."""
+    starts, all tensor x pipeline ranks encode equal shares of the step's images, `ENCODED_AT_ONCE` at a time."""
     distributed_optimizer: bool = True
     """Divide the optimizer's state and update over data-parallel ranks; without, each holds and computes all of it.
     Checkpoints are the same."""

@@ -1,39 +1,102 @@
 """The contract between data and model: one micro-batch of packed sequences.
 
-Legend: T tokens of the micro-batch (micro-batch size x sequence length), N segments, I images, C canvas side in pixels.
+Legend: T tokens of the micro-batch (micro-batch size x sequence length), R of these whose next token counts in the
+loss, I images, P positions of an image, C canvas side in pixels, V vision towers, W tower width.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megavl.data.manifest import Modality as Modality
 
+INDICES = ("tokens", "positions", "labels", "loss_rows", "image_rows")
+"""The integer tensors of a batch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of one data-parallel rank; its sequences stand one after another in a single row.
+    """One micro-batch of one data-parallel rank: its sequences, joined into a single row of T tokens.
+
+    The host computes every field once (`make_batch`). The same class travels through the broadcast to the model.
 
     A segment is a run of positions that attend to each other; positions restart at its first token. Padding at the
-    end of a sequence is a segment of its own with loss mask 0, so segments cover all T positions.
+    end of a sequence is a segment of its own, so segments cover all T positions.
     """
 
     modality: Modality
-    """Of the step, the same on every rank; where modalities are mixed in a step, a multimodal one may hold batches
-    without images."""
+    """Of the step, the same on every rank. With `data.grouping: sequence` a multimodal step may hold batches without
+    images."""
+    borders: tuple[int, ...]
+    """First token of each segment, and T at the end."""
     tokens: torch.Tensor
-    """int64 (T,); each image stands as `image_tokens` copies of the image token id."""
+    """int64 (T,); each image stands as P copies of the image token id."""
+    positions: torch.Tensor
+    """int64 (T,), of each token in its segment."""
     labels: torch.Tensor
-    """int64 (T,): the next token of the same segment; 0 where loss_mask is 0."""
-    loss_mask: torch.Tensor
-    """float32 (T,): 1 where the label counts."""
-    cu_seqlens: torch.Tensor
-    """int32 (N + 1,): segment borders, first 0, last T."""
+    """int64 (R,): the token that follows each row of `loss_rows`."""
+    loss_rows: torch.Tensor
+    """int64 (R,): rows of `tokens` whose label counts in the loss, ascending."""
+    image_rows: torch.Tensor
+    """int64 (I * P,): rows of `tokens` that hold images, ascending."""
     images: torch.Tensor
-    """uint8 (I, 3, C, C): square canvases in the order of their placeholders; I is 0 for text."""
-    sample_ids: tuple[int, ...]
+    """uint8 (I, 3, C, C): square canvases in the order of their rows. Empty after the first pipeline stage. Under
+    `parallel.vision: split_all` first this rank's share of them, then the towers' features (I, V, P, W)."""
+    image_count: int
+    """I, on every rank."""
+    sample_ids: tuple[int, ...] = ()
     """Global numbers of the packs, for logs of bad steps."""
     bad_samples: tuple[str, ...] = ()
-    """Samples whose loss mask was zeroed because they failed to load: `file:place: reason`."""
+    """Samples that failed to load and count for nothing in the loss: `file:record: reason`."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with every tensor on a device; `meta` keeps shapes and types alone."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in (*INDICES, "images")}
+        return dataclasses.replace(self, **moved)
+
+
+def make_batch(
+    tokens: torch.Tensor,
+    *,
+    borders: Sequence[int] = (),
+    loss_mask: torch.Tensor | None = None,
+    images: torch.Tensor | None = None,
+    image_token_id: int | None = None,
+    modality: Modality | None = None,
+    sample_ids: Sequence[int] = (),
+    bad_samples: Sequence[str] = (),
+) -> Batch:
+    """A batch on the host, with everything that follows from its tokens.
+
+    Args:
+        tokens: int64 (T,).
+        borders: first token of each segment, and T; default: one segment.
+        loss_mask: (T,), nonzero where the next token counts in the loss; default: nowhere.
+        images: uint8 (I, 3, C, C); default: none.
+        image_token_id: id that marks image positions.
+        modality: of the step; default: by whether there are images.
+        sample_ids: numbers of the packs.
+        bad_samples: samples that failed to load.
+    """
+    borders = tuple(borders) or (0, len(tokens))
+    if images is None:
+        images = torch.zeros((0, 3, 1, 1), dtype=torch.uint8)
+    none = tokens[:0]
+    loss_rows = none if loss_mask is None else loss_mask.nonzero().flatten()
+    return Batch(
+        modality=modality or ("multimodal" if len(images) else "text"),
+        borders=borders,
+        tokens=tokens,
+        positions=torch.cat([torch.arange(end - start) for start, end in zip(borders, borders[1:])]),
+        labels=tokens.roll(-1)[loss_rows],
+        loss_rows=loss_rows,
+        image_rows=(tokens == image_token_id).nonzero().flatten() if len(images) else none,
+        images=images,
+        image_count=len(images),
+        sample_ids=tuple(sample_ids),
+        bad_samples=tuple(bad_samples),
+    )

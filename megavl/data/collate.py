@@ -1,80 +1,66 @@
-"""Packed sequences and their canvases to one `Batch` row.
+"""Packed sequences and their canvases to one `Batch`.
 
-Legend: S sequence length, b sequences of the micro-batch, T = b x S.
+Legend: S sequence length, b sequences of the micro-batch, I images, C canvas side in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megavl.data.batch import Batch, Modality
+from megavl.data.batch import Batch, Modality, make_batch
 from megavl.data.dataset import PackedSequence
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedSequence:
-    """A packed sequence with its pixels."""
-
-    packed: PackedSequence
-    canvases: tuple[npt.NDArray[np.uint8], ...]
-    """(3, C, C) each, in the order of the placeholders."""
-    bad: tuple[tuple[int, str], ...]
-    """Members that failed to load: number, and `file:place: reason`."""
-
-
 def collate(
-    sequences: Sequence[LoadedSequence], *, modality: Modality, canvas_size: int, cross_document_attention: bool
+    sequences: Sequence[PackedSequence],
+    *,
+    canvases: Sequence[npt.NDArray[np.uint8]],
+    canvas_size: int,
+    image_token_id: int | None,
+    modality: Modality,
+    bad_samples: Sequence[str],
+    cross_document_attention: bool,
 ) -> Batch:
     """One micro-batch.
 
-    Labels never cross a sample border, whatever attention does. Positions after the last sample are padding: a segment
-    of its own with loss mask 0.
+    A label never crosses a sample border, whatever attention does. Positions after the last sample are padding: a
+    segment of its own whose labels do not count.
 
     Args:
         sequences: b packed sequences.
+        canvases: (3, C, C) of each image, in the order of their placeholders.
+        canvas_size: C.
+        image_token_id: id of the placeholders.
         modality: of the step.
-        canvas_size: side C in pixels.
+        bad_samples: samples that failed to load, already out of `PackedSequence.supervised`.
         cross_document_attention: one segment per sequence's samples instead of one per sample.
-
-    Returns:
-        A batch of T tokens.
     """
-    length = len(sequences[0].packed.tokens)
+    length = len(sequences[0].tokens)
     borders = [0]
     for number, sequence in enumerate(sequences):
-        base, members = number * length, sequence.packed.members
-        ends = [members[-1].end] if cross_document_attention else [member.end for member in members]
-        borders += [base + end for end in dict.fromkeys([*ends, length])]
-    targets = [_targets(sequence) for sequence in sequences]
-    canvases = [pixels for sequence in sequences for pixels in sequence.canvases]
+        ends = [member.end for member in sequence.members]
+        ends = ends[-1:] if cross_document_attention else ends
+        borders += [number * length + end for end in dict.fromkeys([*ends, length])]
     images = np.stack(canvases) if canvases else np.empty((0, 3, canvas_size, canvas_size), np.uint8)
-    return Batch(
-        modality=modality,
-        tokens=torch.from_numpy(np.concatenate([s.packed.tokens for s in sequences]).astype(np.int64)),
-        labels=torch.from_numpy(np.concatenate([labels for labels, _ in targets])),
-        loss_mask=torch.from_numpy(np.concatenate([mask for _, mask in targets])),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+    return make_batch(
+        torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)),
+        borders=borders,
+        loss_mask=torch.from_numpy(np.concatenate([_loss_mask(sequence) for sequence in sequences])),
         images=torch.from_numpy(images),
-        sample_ids=tuple(sequence.packed.number for sequence in sequences),
-        bad_samples=tuple(text for sequence in sequences for _, text in sequence.bad),
+        image_token_id=image_token_id,
+        modality=modality,
+        sample_ids=[sequence.number for sequence in sequences],
+        bad_samples=bad_samples,
     )
 
 
-def _targets(sequence: LoadedSequence) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Labels (S,) and loss mask (S,): position t predicts t + 1 where that is supervised and of the same sample."""
-    packed = sequence.packed
-    mask = np.zeros(len(packed.tokens), np.float32)
-    mask[:-1] = packed.supervised[1:]
-    for member in packed.members:
-        mask[member.end - 1] = 0
-    for number, _ in sequence.bad:
-        mask[packed.members[number].start : packed.members[number].end] = 0
-    labels = np.zeros(len(packed.tokens), np.int64)
-    labels[:-1] = packed.tokens[1:]
-    labels[mask == 0] = 0
-    return labels, mask
+def _loss_mask(sequence: PackedSequence) -> npt.NDArray[np.bool_]:
+    """(S,): position t counts where the token at t + 1 is supervised and of the same sample."""
+    mask = np.zeros(len(sequence.tokens), np.bool_)
+    mask[:-1] = sequence.supervised[1:]
+    mask[[member.end - 1 for member in sequence.members]] = False
+    return mask

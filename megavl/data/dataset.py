@@ -190,7 +190,7 @@ class Dataset:
         self.geometry = geometry
         self.sources = list(sources)
         self.weights = list(weights)
-        self.pad_id = pad_id
+        self.pad_id, self.image_id = pad_id, sources[0].manifest.tokenizer.image_id
         self.seq_length = sources[0].manifest.pack.seq_length
         self._handles = handles
         sizes = [sum(source.counts.values()) for source in sources]
@@ -251,10 +251,9 @@ class Dataset:
         ids = shard.tokens.read(sample)
         if zlib.crc32(ids.astype("<i4").tobytes()) == int(shard.samples[sample]["crc32"]):
             return ids, ""
-        entry = shard.manifest
-        placeholders = int(shard.samples[sample]["images"]) * entry.geometry.tokens
+        placeholders = int(shard.samples[sample]["images"]) * shard.manifest.geometry.tokens
         substitute = np.full(len(ids), self.pad_id, np.int32)
-        substitute[:placeholders] = -1 if entry.tokenizer.image_id is None else entry.tokenizer.image_id
+        substitute[:placeholders] = -1 if self.image_id is None else self.image_id
         return substitute, f"{shard.tokens.path}: tokens of sample {sample} damaged (crc32)"
 
 

@@ -1,34 +1,23 @@
-"""Micro-batches of every step for one data-parallel rank, decoded ahead of time."""
+"""Micro-batches of every step for one data-parallel rank; the following steps are prefetched."""
 
 from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 from megavl.config.errors import DataError, UsageError
 from megavl.data.batch import Batch, Modality
-from megavl.data.collate import LoadedSequence, collate
+from megavl.data.collate import collate
 from megavl.data.dataset import Dataset, PackedSequence
 from megavl.data.image import ImageError, blank_canvas
 from megavl.data.image_pool import ImagePool
-from megavl.data.sampler import PackRef, Sampler
+from megavl.data.image_worker import Canvas
+from megavl.data.sampler import Sampler
 
-_STEPS_AHEAD = 4
-"""Steps whose sequences are read ahead, as far as `prefetch_images` allows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pending:
-    """A packed sequence whose images are on their way."""
-
-    packed: PackedSequence
-    canvases: tuple[tuple[int, Future[npt.NDArray[np.uint8]]], ...]
-    """Member number and canvas of each image."""
+_PREFETCHED_STEPS = 4
+"""Steps whose sequences are prefetched, as far as `prefetch_images` allows."""
 
 
 class StepLoader:
@@ -56,7 +45,7 @@ class StepLoader:
             dataset: from `open_dataset`.
             sampler: which packs each step holds.
             micro_batch_size: sequences per batch.
-            dp_rank: this rank's place in its data-parallel group.
+            dp_rank: this rank's number in its data-parallel group.
             dp_size: ranks in that group.
             num_workers: decoding processes of this rank; 0 decodes in `get`.
             prefetch_images: images that may be decoded or waiting to be, beside those of the sequence in hand.
@@ -87,8 +76,9 @@ class StepLoader:
         self._total_steps = total_steps
         self._pool = ImagePool(dataset.geometry, workers=num_workers, timeout_s=worker_timeout_s)
         self._max_images = prefetch_images if num_workers else 0
-        self._pending: deque[_Pending] = deque()
-        self._place = self._end = start_step * self._share
+        self._pending: deque[tuple[PackedSequence, list[Future[Canvas]]]] = deque()
+        """Sequences whose images are being decoded, with a future for each image."""
+        self._next = self._end = start_step * self._share
         """Sequences of this rank, counted from the first step: the next to be handed out, and the next to be read."""
         self._images = 0
         """Images of pending sequences."""
@@ -101,13 +91,14 @@ class StepLoader:
     def get(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step.
 
-        A sample that fails to load keeps its place with loss mask 0 and is named in `Batch.bad_samples`.
+        A sample that fails to load keeps its positions, counts for nothing in the loss and is named in
+        `Batch.bad_samples`.
 
         Raises:
             DataError: a file vanished, or `max_bad_in_row` samples in a row failed.
             PeerError: decoding processes cannot start or give no answer.
         """
-        if step * self._share != self._place:
+        if step * self._share != self._next:
             self._go_to(step)
         return [self._micro_batch(self.modality(step)) for _ in range(self._share // self._micro_batch_size)]
 
@@ -117,70 +108,70 @@ class StepLoader:
         self._pool.close()
 
     def _go_to(self, step: int) -> None:
-        for item in self._pending:
-            for _, future in item.canvases:
+        for _, futures in self._pending:
+            for future in futures:
                 future.cancel()
         self._pending.clear()
         self._images = 0
-        self._place = self._end = step * self._share
+        self._next = self._end = step * self._share
 
     def _micro_batch(self, modality: Modality) -> Batch:
-        loaded = []
+        sequences: list[PackedSequence] = []
+        canvases: list[Canvas] = []
+        bad: list[str] = []
         for _ in range(self._micro_batch_size):
             if not self._pending:
                 self._read_next()
-            item = self._pending.popleft()
-            loaded.append(self._finish(item))
-            self._place += 1
-            self._images -= len(item.canvases)
+            sequence, futures = self._pending.popleft()
+            canvases += self._finish(sequence, futures, bad=bad)
+            sequences.append(sequence)
+            self._next += 1
+            self._images -= len(futures)
             self._prefetch()
         return collate(
-            loaded,
-            modality=modality,
+            sequences,
+            canvases=canvases,
             canvas_size=self._geometry.canvas_size,
+            image_token_id=self._dataset.image_id,
+            modality=modality,
+            bad_samples=bad,
             cross_document_attention=self._cross,
         )
 
     def _prefetch(self) -> None:
-        last = min(self._place // self._share + _STEPS_AHEAD, self._total_steps) * self._share
+        last = min(self._next // self._share + _PREFETCHED_STEPS, self._total_steps) * self._share
         while self._images < self._max_images and self._end < last:
             self._read_next()
 
     def _read_next(self) -> None:
         """Read the tokens of the next sequence and have its images decoded."""
         step, slot = divmod(self._end, self._share)
-        item = self._start(self._sampler.sample(step=step, slot=self._first_slot + slot))
-        self._pending.append(item)
-        self._images += len(item.canvases)
+        ref = self._sampler.sample(step=step, slot=self._first_slot + slot)
+        sequence = self._dataset.read(source=ref.source, modality=ref.modality, index=ref.index)
+        futures = [self._pool.submit(image) for member in sequence.members for image in member.images]
+        self._pending.append((sequence, futures))
+        self._images += len(futures)
         self._end += 1
 
-    def _start(self, ref: PackRef) -> _Pending:
-        packed = self._dataset.read(source=ref.source, modality=ref.modality, index=ref.index)
-        canvases = [
-            (number, self._pool.submit(image))
-            for number, member in enumerate(packed.members)
-            for image in member.images
-        ]
-        return _Pending(packed=packed, canvases=tuple(canvases))
-
-    def _finish(self, item: _Pending) -> LoadedSequence:
-        members = item.packed.members
-        reasons = {number: member.damage for number, member in enumerate(members) if member.damage}
-        canvases = []
-        for number, future in item.canvases:
-            try:
-                canvases.append(future.result())
-            except ImageError as error:
-                reasons[number] = f"{error.reason}: {error}"
-                canvases.append(blank_canvas(self._geometry))
-        bad = [(number, f"{members[number].origin}: {reason}") for number, reason in sorted(reasons.items())]
-        for number, member in enumerate(members):
+    def _finish(self, sequence: PackedSequence, futures: Sequence[Future[Canvas]], *, bad: list[str]) -> list[Canvas]:
+        """The sequence's canvases; members that failed to load lose their loss and are added to `bad`."""
+        waiting, canvases = iter(futures), []
+        for member in sequence.members:
+            reason = member.damage
+            for _ in member.images:
+                try:
+                    canvases.append(next(waiting).result())
+                except ImageError as error:
+                    reason = f"{error.reason}: {error}"
+                    canvases.append(blank_canvas(self._geometry))
             # Counted apart, or the text between damaged images would hide that all of them are.
             kind = bool(member.images)
-            self._bad_in_row[kind] = self._bad_in_row[kind] + 1 if number in reasons else 0
-            if number in reasons:
-                self._report(f"{member.origin}: {reasons[number]}", in_row=self._bad_in_row[kind])
-        return LoadedSequence(packed=item.packed, canvases=tuple(canvases), bad=tuple(bad))
+            self._bad_in_row[kind] = self._bad_in_row[kind] + 1 if reason else 0
+            if reason:
+                sequence.supervised[member.start : member.end] = False
+                bad.append(f"{member.origin}: {reason}")
+                self._report(bad[-1], in_row=self._bad_in_row[kind])
+        return canvases
 
     def _report(self, text: str, *, in_row: int) -> None:
         print(f"warning: sample skipped, {text}", file=sys.stderr, flush=True)

@@ -14,8 +14,8 @@ import torch
 
 from megavl.config.errors import NumericsError
 from megavl.config.presets import ImageGeometry
+from megavl.data.batch import make_batch
 from megavl.generate.prompt import read_canvases
-from megavl.model.attention import segments
 from megavl.model.vl_model import DeepseekVL
 
 ROW_TOKENS = 2048
@@ -126,11 +126,13 @@ def _read_row(
     for piece in row:
         borders.append(borders[-1] + len(piece.ids))
     canvases = read_canvases([image for piece in row for image in questions[piece.question].images], geometry=geometry)
-    logits = model(
-        tokens=torch.tensor([[token for piece in row for token in piece.ids]], device=device),
-        images=canvases.to(device),
-        packed=segments(torch.tensor(borders, dtype=torch.int32), device=device, on_device=False),
-    )[0]  # (T, V)
+    batch = make_batch(
+        torch.tensor([token for piece in row for token in piece.ids]),
+        borders=borders,
+        images=canvases,
+        image_token_id=model.image_token_id,
+    )
+    logits = model.logits(batch.to(device))  # (T, V)
     targets: list[int] = []
     positions: list[int] = []
     spans: list[tuple[int, int, int, int]] = []

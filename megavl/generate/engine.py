@@ -36,7 +36,6 @@ class Engine:
         ranks = dist.get_process_group_ranks(mpu.get_model_parallel_group())
         self._alone = len(ranks) == 1
         self._chooser = ranks[-mpu.get_tensor_model_parallel_world_size()]
-        self._nothing = torch.zeros((0, 3, 1, 1), dtype=torch.uint8, device=self._device)
 
     def extend(self, row: int, ids: Sequence[int], *, images: torch.Tensor | None = None) -> torch.Tensor | None:
         """Add tokens to one sequence.
@@ -88,10 +87,13 @@ class Engine:
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
             recv_from_prev_pipeline_rank_(hidden)
             model.set_input_tensor(hidden)
-        tokens = torch.tensor([list(ids)], dtype=torch.int64, device=self._device)
-        canvases = self._nothing if images is None or not model.pre_process else images.to(self._device)
+        tokens = torch.tensor(list(ids), dtype=torch.int64, device=self._device)
+        image_rows = tokens[:0]
+        if images is not None and model.pre_process:
+            images = images.to(self._device)
+            image_rows = tokens.new_tensor([row for row, token in enumerate(ids) if token == model.image_token_id])
         with cpu_runtime.without_redirection():
-            out = model(tokens=tokens, images=canvases, packed=step)
+            out = model.forward_cached(step, tokens=tokens, images=images, image_rows=image_rows)
         if not model.post_process:
             send_to_next_pipeline_rank(out.contiguous())
         self.cache.advance(step)

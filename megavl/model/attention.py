@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn import functional as F
 
+from megavl.data.batch import Batch
 from megavl.model.cache import Step
 
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -25,10 +26,9 @@ Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Segments(PackedSeqParams):
-    """Segment borders of one micro-batch, on the host and on the device, and the rotary angles in between."""
+    """Segment borders of a batch in the form that megatron-core's modules pass on, and the rotary angles."""
 
     borders: tuple[int, ...] = ()
-    device_cu_seqlens: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     """int64 (T,), of each token in its segment."""
     cos: torch.Tensor | None = None
@@ -47,29 +47,20 @@ class Segments(PackedSeqParams):
         self.cos, self.sin = (table.to(dtype)[self.positions] for table in (half.cos(), half.sin()))
 
 
-def segments(cu_seqlens: torch.Tensor, *, device: torch.device, on_device: bool) -> Segments:
-    """Packed-sequence parameters.
-
-    Args:
-        cu_seqlens: int32 (N + 1,) on the host; ends at T.
-        device: where the model runs.
-        on_device: put every tensor there, as Transformer Engine wants.
-    """
-    borders = tuple(cu_seqlens.tolist())
+def segments(batch: Batch) -> Segments:
+    """Packed-sequence parameters of a batch; the borders of its segments follow it to its device."""
+    borders = batch.borders
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32).to(batch.tokens.device, non_blocking=True)
     # The true longest segment: were it T for several segments, RoPE would switch to global positions.
     longest = max(end - start for start, end in zip(borders, borders[1:]))
-    moved = cu_seqlens.to(device, non_blocking=True)
-    cu = moved if on_device else cu_seqlens
-    positions = torch.cat([torch.arange(end - start) for start, end in zip(borders, borders[1:])])
     return Segments(
         qkv_format="thd",
-        cu_seqlens_q=cu,
-        cu_seqlens_kv=cu,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         borders=borders,
-        device_cu_seqlens=moved,
-        positions=positions.to(device, non_blocking=True),
+        positions=batch.positions,
     )
 
 
@@ -168,8 +159,7 @@ class PackedAttention(nn.Module):
     def _varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Segments) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        cu, longest = packed.device_cu_seqlens, packed.max_seqlen_q
-        assert cu is not None, "segments() sets the borders on the device"
+        cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
         # A window of (-1, 0) is torch's way to say causal here.
         out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))
         assert isinstance(out, torch.Tensor), "no auxiliary output was asked for"

@@ -15,7 +15,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import nn
 
 from megavl.model.image_placement import ImagePlacement
-from megavl.model.vision import Features, VisionEncoder
+from megavl.model.vision import VisionEncoder
 
 
 def embed(
@@ -23,10 +23,10 @@ def embed(
     vision: VisionEncoder,
     embedding: nn.Module,
     tokens: torch.Tensor,
-    images: torch.Tensor | Features,
+    images: torch.Tensor | None,
+    image_rows: torch.Tensor,
     placement: ImagePlacement,
-    image_token_id: int,
-    anchor: bool,
+    dummy_image: bool,
     sequence_parallel: bool,
 ) -> torch.Tensor:
     """Text and image embeddings of one micro-batch.
@@ -34,27 +34,28 @@ def embed(
     Args:
         vision: encoders and adaptor.
         embedding: megatron-core's language model embedding (vocabulary split over tensor-parallel ranks).
-        tokens: int64 (1, T); image positions hold `image_token_id`, `P` for each image, checked by the loader.
-        images: what `placement` takes for I images: uint8 (I, 3, C, C), or features of the towers; I may be 0.
+        tokens: int64 (T,).
+        images: what `placement` takes for I images: uint8 (I, 3, C, C), or features of the towers. None where
+            `image_rows` is empty and no dummy image is wanted.
+        image_rows: int64 (I * P,), rows of `tokens` that the images fill.
         placement: which rank encodes them.
-        image_token_id: id that marks an image position.
-        anchor: where this rank encodes no image, tie the trainable vision weights in with weight zero, so that
-            overlapped gradient reduction finds every gradient.
+        dummy_image: where this rank encodes no image, encode a dummy one with weight zero. Overlapped gradient
+            reduction then finds a gradient of every trainable weight.
         sequence_parallel: hand each tensor-parallel rank its share of the sequence.
 
     Returns:
         (T, 1, H), or (T / tensor-parallel size, 1, H) with sequence parallelism.
     """
-    x = embedding(input_ids=tokens, position_ids=None)  # (T, 1, H)
-    if (images[0] if isinstance(images, tuple) else images).shape[0]:
+    x = embedding(input_ids=tokens[None], position_ids=None)  # (T, 1, H)
+    if len(image_rows):
+        assert images is not None, "image rows come with images"
         vectors = placement.embeddings(vision, images).flatten(0, 1)  # (I * P, H)
-        # Their number is known on the host: finding it in a mask, as masked_scatter's backward pass does, would wait
-        # for the device.
-        marked = (tokens[0] == image_token_id).int()
-        rows = marked.argsort(descending=True, stable=True)[: vectors.shape[0]]
-        x = x.index_copy(0, rows, vectors.unsqueeze(1).to(x.dtype))
-    if anchor and not placement.here(images) and vision.trains:
-        x = x + placement.anchor(vision, images).to(x.dtype)
+        # By index, because the backward pass of masked_scatter would wait for the device to count the mask.
+        x = x.index_copy(0, image_rows, vectors.unsqueeze(1).to(x.dtype))
+    if dummy_image and vision.trains:
+        assert images is not None, "a dummy image needs the shape of images"
+        if not placement.own_images(images):
+            x = x + placement.dummy_image(vision, images).to(x.dtype)
     if sequence_parallel:
         x = tensor_parallel.scatter_to_sequence_parallel_region(x)
     # Pipeline sends release the storage of what they sent, so it may not be a view.

@@ -1,31 +1,30 @@
 """Which rank turns the images of a micro-batch into embeddings: one row per `parallel.vision`.
 
-Legend: I images, P tokens per image, H hidden, W tower width, C canvas side in pixels.
+Legend: I images, P tokens per image, H hidden, V towers, W tower width, C canvas side in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 
-from megavl.model.vision import Features, VisionEncoder
+from megavl.model.vision import VisionEncoder
 from megavl.parallel.images import gather_images, shares
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePlacement:
-    """How the first stage comes by the embeddings of a micro-batch's images."""
+    """How the first stage gets the embeddings of a micro-batch's images."""
 
-    embeddings: Callable[[VisionEncoder, Any], torch.Tensor]
+    embeddings: Callable[[VisionEncoder, torch.Tensor], torch.Tensor]
     """(encoder, images) to (I, P, H); I is at least 1."""
-    here: Callable[[Any], int]
+    own_images: Callable[[torch.Tensor], int]
     """Images whose gradient reaches the weights of this rank directly."""
-    anchor: Callable[[VisionEncoder, Any], torch.Tensor]
-    """(encoder, images) to a zero that is tied to every trainable weight that `embeddings` trains directly."""
+    dummy_image: Callable[[VisionEncoder, torch.Tensor], torch.Tensor]
+    """(encoder, images) to a zero that depends on every trainable weight that `embeddings` trains directly."""
 
 
 def _share(images: torch.Tensor) -> range:
@@ -44,23 +43,25 @@ def _embed_share(vision: VisionEncoder, images: torch.Tensor) -> torch.Tensor:
     return gather_images(own, count=images.shape[0], group=mpu.get_tensor_model_parallel_group())
 
 
-def _blank_image(vision: VisionEncoder, images: torch.Tensor) -> torch.Tensor:
+def _project(vision: VisionEncoder, features: torch.Tensor) -> torch.Tensor:
+    return vision.project(features.unbind(1))
+
+
+def _dummy_image(vision: VisionEncoder, images: torch.Tensor) -> torch.Tensor:
     return 0.0 * vision(images.new_zeros(1, *images.shape[1:])).sum()
 
 
-def _blank_features(vision: VisionEncoder, features: Features) -> torch.Tensor:
-    return 0.0 * vision.project(tuple(tower.new_zeros(1, *tower.shape[1:]) for tower in features)).sum()
+def _dummy_features(vision: VisionEncoder, features: torch.Tensor) -> torch.Tensor:
+    return 0.0 * _project(vision, features.new_zeros(1, *features.shape[1:])).sum()
 
 
 PLACEMENTS: Mapping[str, ImagePlacement] = {
     "recompute": ImagePlacement(
-        embeddings=lambda vision, images: vision(images), here=lambda images: images.shape[0], anchor=_blank_image
+        embeddings=lambda vision, images: vision(images), own_images=len, dummy_image=_dummy_image
     ),
-    "split_tp": ImagePlacement(embeddings=_embed_share, here=lambda images: len(_share(images)), anchor=_blank_image),
-    "split_all": ImagePlacement(
-        embeddings=lambda vision, features: vision.project(features),
-        here=lambda features: features[0].shape[0],
-        anchor=_blank_features,
+    "split_tp": ImagePlacement(
+        embeddings=_embed_share, own_images=lambda images: len(_share(images)), dummy_image=_dummy_image
     ),
+    "split_all": ImagePlacement(embeddings=_project, own_images=len, dummy_image=_dummy_features),
 }
-"""Images are uint8 (I, 3, C, C); under `split_all` the towers' features stand for them: (low,) or (low, high)."""
+"""Images are uint8 (I, 3, C, C); under `split_all` the towers' features (I, V, P, W) replace them."""

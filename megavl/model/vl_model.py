@@ -11,12 +11,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavl.config.model import ModelConfig
-from megavl.model.attention import Segments
+from megavl.data.batch import Batch
+from megavl.model.attention import segments
 from megavl.model.cache import KeyValueCache, Step
 from megavl.model.decoder import build_decoder
 from megavl.model.first_stage import embed
 from megavl.model.image_placement import PLACEMENTS
-from megavl.model.vision import Features, VisionEncoder
+from megavl.model.vision import VisionEncoder
 
 
 class DeepseekVL(MegatronModule):
@@ -60,53 +61,45 @@ class DeepseekVL(MegatronModule):
         """Weight shared between embedding and head: none, the head has its own."""
         return None
 
-    def forward(
-        self,
-        *,
-        tokens: torch.Tensor,
-        images: torch.Tensor | Features,
-        packed: Segments | Step,
-        labels: torch.Tensor | None = None,
-        loss_rows: torch.Tensor | None = None,
-        anchor: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, batch: Batch, *, dummy_image: bool = False) -> torch.Tensor:
         """One micro-batch through this stage.
 
         Args:
-            tokens: int64 (1, T).
-            images: what the placement takes, e.g. uint8 (I, 3, C, C); read on the first stage only.
-            packed: segment borders over T; or the rows of a cache that the tokens continue, with the model in eval
-                mode and without labels.
-            labels: int64 (1, R); on the last stage only.
-            loss_rows: int64 (R,), positions of the labels; read on the last stage only.
-            anchor: see `first_stage.embed`.
+            batch: the micro-batch, on the device.
+            dummy_image: see `first_stage.embed`.
 
         Returns:
-            Inner stages: hidden states (T, 1, H). Last stage: loss of each label (1, R), or without labels logits
-            (1, T, V), V split over tensor-parallel ranks. Last stage with a cache: logits (B, V) behind the last token
-            of each row, V whole.
+            Inner stages: hidden states (T, 1, H). Last stage: loss of each label (1, R).
         """
-        decoder_input = None
-        if self.vision is not None:
-            decoder_input = embed(
-                vision=self.vision,
-                embedding=self.language_model.embedding,
-                tokens=tokens,
-                images=images,
-                placement=self.placement,
-                image_token_id=self.image_token_id,
-                anchor=anchor,
-                sequence_parallel=self.config.sequence_parallel,
-            )
-        if isinstance(packed, Step):
-            return self._continue(decoder_input, packed)
-        out: torch.Tensor = self.language_model(
-            *(None, None, None),
-            decoder_input=decoder_input,
-            labels=labels,
-            loss_mask=loss_rows,
-            packed_seq_params=packed,
+        return self._run(batch, labels=batch.labels[None], dummy_image=dummy_image)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits (T, V) of every token's successor, V split over tensor-parallel ranks; only where the head is."""
+        return self._run(batch, labels=None)[0]
+
+    def forward_cached(
+        self, step: Step, *, tokens: torch.Tensor, images: torch.Tensor | None, image_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens that continue cached sequences; the model is in eval mode.
+
+        Args:
+            step: the cache's rows that the tokens continue.
+            tokens: int64 (T,).
+            images: uint8 (I, 3, C, C); read on the first stage only.
+            image_rows: int64 (I * P,), rows of `tokens` that the images fill.
+
+        Returns:
+            Inner stages: hidden states (T, 1, H). Last stage: logits (B, V) after the last token of each row, V whole.
+        """
+        assert not self.training, "a cache is used in eval mode only"
+        # Not through GPTModel.forward, which prepares rotary angles of whole rows and computes logits of every token.
+        hidden: torch.Tensor = self.language_model.decoder(
+            hidden_states=self._embed(tokens, images, image_rows), attention_mask=None, packed_seq_params=step
         )
+        if not self.post_process:
+            return hidden
+        logits, _ = self.language_model.output_layer(step.last(hidden), runtime_gather_output=True)
+        out: torch.Tensor = logits[:, 0]
         return out
 
     def new_cache(self, *, rows: int) -> KeyValueCache:
@@ -125,14 +118,29 @@ class DeepseekVL(MegatronModule):
             device=weight.device,
         )
 
-    def _continue(self, decoder_input: torch.Tensor | None, step: Step) -> torch.Tensor:
-        # Not through GPTModel.forward: it prepares rotary angles of whole rows, and logits at one place of all rows.
-        assert not self.training, "a cache is used in eval mode only"
-        hidden: torch.Tensor = self.language_model.decoder(
-            hidden_states=decoder_input, attention_mask=None, packed_seq_params=step
+    def _run(self, batch: Batch, *, labels: torch.Tensor | None, dummy_image: bool = False) -> torch.Tensor:
+        out: torch.Tensor = self.language_model(
+            *(None, None, None),
+            decoder_input=self._embed(batch.tokens, batch.images, batch.image_rows, dummy_image=dummy_image),
+            labels=labels if self.post_process else None,
+            loss_mask=batch.loss_rows,
+            packed_seq_params=segments(batch),
         )
-        if not self.post_process:
-            return hidden
-        logits, _ = self.language_model.output_layer(step.last(hidden), runtime_gather_output=True)
-        out: torch.Tensor = logits[:, 0]
         return out
+
+    def _embed(
+        self, tokens: torch.Tensor, images: torch.Tensor | None, image_rows: torch.Tensor, *, dummy_image: bool = False
+    ) -> torch.Tensor | None:
+        """Input of the decoder on the first stage; None elsewhere."""
+        if self.vision is None:
+            return None
+        return embed(
+            vision=self.vision,
+            embedding=self.language_model.embedding,
+            tokens=tokens,
+            images=images,
+            image_rows=image_rows,
+            placement=self.placement,
+            dummy_image=dummy_image,
+            sequence_parallel=self.config.sequence_parallel,
+        )

@@ -1,7 +1,6 @@
-"""One rank loads, its model-parallel peers receive: a step's micro-batches before the schedule starts.
+"""One rank loads data; the tensor and pipeline ranks of its replica receive it before the schedule starts.
 
-Everything is exchanged before the first forward pass: a broadcast inside the pipeline schedule would wait for a stage
-that itself waits for the sender's activations.
+A broadcast inside the pipeline schedule would wait for a stage that itself waits for the sender's activations.
 """
 
 from __future__ import annotations
@@ -36,30 +35,36 @@ def share_object(value: Any) -> Any:
     return box[0]
 
 
-def share_tensor(parts: Sequence[torch.Tensor], *, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Send parts of a tensor from the source, empty elsewhere, to every pipeline stage's ranks; it is on the device."""
-    return _share(parts, shape, dtype, src=mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group())
+def share_tensor(value: torch.Tensor | None, *, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Send a tensor from the source, None elsewhere, to its model-parallel group; the result is on the device."""
+    tensor = _on_device([] if value is None else [value], shape, dtype)
+    return _broadcast(tensor, src=mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group())
 
 
-def share_with_first_stage(
-    parts: Sequence[torch.Tensor], *, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
-    """Send parts of a tensor to the tensor-parallel ranks of the first stage; other stages get an empty one, unsent."""
+def share_images(parts: Sequence[torch.Tensor], *, shape: tuple[int, ...], split: bool) -> tuple[range, torch.Tensor]:
+    """Send a step's images from the source to the ranks that encode them.
+
+    Args:
+        parts: uint8 images of each micro-batch on the source, empty elsewhere.
+        shape: (I, 3, C, C) of all images.
+        split: give each rank of the model-parallel group its share; otherwise the tensor-parallel ranks of the first
+            stage get all images, and other stages none.
+
+    Returns:
+        Which of the I images this rank got, and these images on the device.
+    """
+    if split:
+        group = mpu.get_model_parallel_group()
+        parted = shares(shape[0], ranks=group.size())
+        send = [len(part) if is_source() else 0 for part in parted]
+        receive = [0] * group.size()
+        receive[dist.get_group_rank(group, mpu.get_model_parallel_src_rank())] = len(parted[group.rank()])
+        images = _on_device(parts, (sum(send), *shape[1:]), torch.uint8)
+        return parted[group.rank()], exchange_images(images, send=send, receive=receive, group=group)
     if not mpu.is_pipeline_first_stage():
-        return torch.empty((0, *shape[1:]), dtype=dtype, device=cpu_runtime.device())
+        return range(0), _on_device((), (0, *shape[1:]), torch.uint8)
     src, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
-    return _share(parts, shape, dtype, src=src, group=group)
-
-
-def scatter_images(parts: Sequence[torch.Tensor], *, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Cut the first axis of a tensor of the source into one share for each rank of its model-parallel group."""
-    group = mpu.get_model_parallel_group()
-    send = [len(part) for part in shares(shape[0], ranks=group.size())]
-    receive = [0] * group.size()
-    receive[dist.get_group_rank(group, mpu.get_model_parallel_src_rank())] = send[group.rank()]
-    if not is_source():
-        shape, send = (0, *shape[1:]), [0] * group.size()
-    return exchange_images(_on_device(parts, shape, dtype), send=send, receive=receive, group=group)
+    return range(shape[0]), _broadcast(_on_device(parts, shape, torch.uint8), src=src, group=group)
 
 
 def _on_device(parts: Sequence[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -74,10 +79,7 @@ def _on_device(parts: Sequence[torch.Tensor], shape: tuple[int, ...], dtype: tor
     return out
 
 
-def _share(
-    parts: Sequence[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, *, src: int, group: dist.ProcessGroup
-) -> torch.Tensor:
-    tensor = _on_device(parts, shape, dtype)
+def _broadcast(tensor: torch.Tensor, *, src: int, group: dist.ProcessGroup) -> torch.Tensor:
     if tensor.numel() and group.size() > 1:
         dist.broadcast(tensor, src=src, group=group)
     return tensor

@@ -22,8 +22,6 @@ Kind = Literal["text", "multimodal"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Modalities of a step."""
 
-ENCODED_AT_ONCE = 16
-"""Images of a rank's share that `split_all` runs through the towers together."""
 PACKED_IMAGES = 5
 """Images that preprocessing packs into one sequence at most, by default."""
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}

@@ -1,23 +1,20 @@
 """A step's micro-batches on every rank that needs them.
 
-Legend: M micro-batches, T tokens of a micro-batch, R of these whose label counts, I images of the step, C canvas side
-in pixels.
+Legend: I images of the step, C canvas side in pixels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 
 from megavl.config.errors import DataError
-from megavl.data.batch import Batch, Modality
-from megavl.model.attention import Segments, segments
-from megavl.model.decoder import use_transformer_engine
-from megavl.model.vision import Features
+from megavl.data.batch import INDICES, Batch
 from megavl.parallel import broadcast, cpu_runtime
 
 
@@ -28,69 +25,11 @@ class StepSource(Protocol):
         """This data-parallel rank's micro-batches of a step."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """One forward pass, on the device."""
-
-    tokens: torch.Tensor
-    """int64 (1, T)."""
-    labels: torch.Tensor
-    """int64 (1, R)."""
-    loss_rows: torch.Tensor
-    """int64 (R,): positions of these labels, ascending."""
-    packed: Segments
-    images: torch.Tensor | Features
-    """uint8 (I, 3, C, C), empty on inner and last stages; under `split_all` features of the towers, filled in when all
-    ranks have encoded their shares."""
-    anchor: bool
-    """Last micro-batch of the step: gradient reduction starts there, so every gradient must exist."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepData:
-    """A step as this rank sees it."""
-
-    modality: Modality
-    micro_batches: tuple[MicroBatch, ...]
-    images: int
-    """Images of this data-parallel rank's share, all micro-batches."""
-    image_counts: tuple[int, ...]
-    """Images of each micro-batch."""
-    own_images: torch.Tensor | None
-    """Under `split_all`, the share of these that this rank encodes: uint8 (I, 3, C, C)."""
-    sample_ids: tuple[int, ...]
-    bad_samples: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Header:
-    modality: Modality
-    borders: tuple[tuple[int, ...], ...]
-    image_counts: tuple[int, ...]
-    canvas: int
-    loss_tokens: tuple[int, ...]
-    sample_ids: tuple[int, ...]
-    bad_samples: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostStep:
-    """A step's micro-batches on the host, ready to be copied: page-locked where CUDA is."""
-
-    header: _Header
-    words: torch.Tensor
-    """int64 (M, 2, T): tokens and labels."""
-    masks: torch.Tensor
-    """fp32 (M, T)."""
-    images: tuple[torch.Tensor, ...]
-    """uint8 (I, 3, C, C) of each micro-batch: torch rounds the size of locked memory up to a power of two."""
-
-
 class StepPrefetcher:
-    """Puts the next step together in a thread while the device computes this one.
+    """A step source that loads the next step in a thread while the device computes this one.
 
-    A replica's images of two steps are on the host then. On a CPU the thread would take its time from the cores that
-    train.
+    Images come in page-locked memory where CUDA is; those of two steps are on the host then. A CPU run does without
+    the thread, which would take time from the cores that train.
     """
 
     def __init__(self, source: StepSource, *, steps: int) -> None:
@@ -103,10 +42,10 @@ class StepPrefetcher:
         self._source, self._steps = source, steps
         device = cpu_runtime.device()
         self._thread = ThreadPoolExecutor(1, "megavl-next-step", initializer=_use, initargs=(device,))
-        self._coming: dict[int, Future[HostStep]] = {}
+        self._coming: dict[int, Future[list[Batch]]] = {}
 
-    def get(self, step: int) -> HostStep:
-        """The step, and the following one on its way. Raises what the source raised for it."""
+    def get(self, step: int) -> list[Batch]:
+        """The step's micro-batches; starts to load the following step. Raises what the source raised."""
         coming = self._coming.pop(step, None) or self._start(step)
         found = coming.result()
         if step + 1 < self._steps:
@@ -114,11 +53,11 @@ class StepPrefetcher:
         return found
 
     def close(self) -> None:
-        """Wait until the source is left alone."""
+        """Wait until the thread has left the source."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _start(self, step: int) -> Future[HostStep]:
-        return self._thread.submit(lambda: _put_together(self._source.get(step)))
+    def _start(self, step: int) -> Future[list[Batch]]:
+        return self._thread.submit(lambda: [_lock_images(batch) for batch in self._source.get(step)])
 
 
 def _use(device: torch.device) -> None:
@@ -127,7 +66,7 @@ def _use(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def next_step(source: StepSource | StepPrefetcher | None, step: int, *, split_all: bool = False) -> StepData:
+def next_step(source: StepSource | None, step: int, *, split_all: bool = False) -> tuple[Batch, ...]:
     """Load a step on the source rank and share it.
 
     Args:
@@ -135,84 +74,51 @@ def next_step(source: StepSource | StepPrefetcher | None, step: int, *, split_al
         step: 0 for the first.
         split_all: give every rank its share of the step's images, instead of all to the first stage.
 
+    Returns:
+        The replica's micro-batches on the device. Every rank gets the integers of all of them in one message; images
+        go only to the ranks that encode them.
+
     Raises:
         DataError: loading failed; the same on every rank of the model-parallel group.
     """
-    host: HostStep | None = None
-    header: _Header | str | None = None
+    batches: list[Batch] = []
+    problem = ""
     if source is not None:
         try:
-            host = source.get(step) if isinstance(source, StepPrefetcher) else _put_together(source.get(step))
-            header = host.header
+            batches = [_lock_images(batch) for batch in source.get(step)]
         except DataError as error:
-            header = str(error)
-    header = broadcast.share_object(header)
-    if isinstance(header, str):
-        raise DataError(header)
-    assert header is not None, "the source describes the step"
-    count, length = len(header.borders), header.borders[0][-1]
-    words, masks, images = ((host.words,), (host.masks,), host.images) if host is not None else ((), (), ())
-    tokens_and_labels = broadcast.share_tensor(words, shape=(count, 2, length), dtype=torch.int64)
-    loss_masks = broadcast.share_tensor(masks, shape=(count, length), dtype=torch.float32)
-    shape = (sum(header.image_counts), 3, header.canvas, header.canvas)
-    own = None
-    if split_all:
-        own = broadcast.scatter_images(images, shape=shape, dtype=torch.uint8)
-        canvases = own[:0]
-    else:
-        canvases = broadcast.share_with_first_stage(images, shape=shape, dtype=torch.uint8)
-    counts = header.image_counts if canvases.shape[0] else (0,) * count
-    pieces = canvases.split(list(counts)) if canvases.shape[0] else (canvases,) * count
-    return StepData(
-        modality=header.modality,
-        micro_batches=tuple(
-            _micro_batch(tokens_and_labels[i], loss_masks[i], pieces[i], header, number=i) for i in range(count)
-        ),
-        images=sum(header.image_counts),
-        image_counts=header.image_counts,
-        own_images=own,
-        sample_ids=header.sample_ids,
-        bad_samples=header.bad_samples,
+            problem = str(error)
+    problem, described = broadcast.share_object((problem, [batch.to("meta") for batch in batches]))
+    if problem:
+        raise DataError(problem)
+    parts = _share_indices(batches, described)
+    total = sum(batch.image_count for batch in described)
+    shape = (total, *described[0].images.shape[1:])
+    held, images = broadcast.share_images([batch.images for batch in batches], shape=shape, split=split_all)
+    ends = accumulate(batch.image_count for batch in described)
+    counts = [
+        max(0, min(end, held.stop) - max(end - batch.image_count, held.start)) for end, batch in zip(ends, described)
+    ]
+    return tuple(
+        dataclasses.replace(batch, images=own, **part)
+        for batch, own, part in zip(described, images.split(counts), parts, strict=True)
     )
 
 
-def _put_together(batches: Sequence[Batch]) -> HostStep:
-    return HostStep(
-        header=_describe(batches),
-        words=_locked(torch.stack([torch.stack([batch.tokens, batch.labels]) for batch in batches])),
-        masks=_locked(torch.stack([batch.loss_mask for batch in batches])),
-        images=tuple(_locked(batch.images) for batch in batches),
-    )
+def _share_indices(batches: Sequence[Batch], described: Sequence[Batch]) -> list[dict[str, Any]]:
+    """The integer tensors of each micro-batch, sent to every rank as one message of int32."""
+    message = None
+    if batches:
+        message = _locked(torch.cat([getattr(batch, name) for batch in batches for name in INDICES]).int())
+    sizes = [len(getattr(batch, name)) for batch in described for name in INDICES]
+    pieces = iter(broadcast.share_tensor(message, shape=(sum(sizes),), dtype=torch.int32).long().split(sizes))
+    return [{name: next(pieces) for name in INDICES} for _ in described]
+
+
+def _lock_images(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, images=_locked(batch.images))
 
 
 def _locked(tensor: torch.Tensor) -> torch.Tensor:
-    """Where a copy to CUDA needs no host."""
+    """The tensor in page-locked memory, from which a copy to CUDA does not hold up the host."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
-
-def _describe(batches: Sequence[Batch]) -> _Header:
-    return _Header(
-        modality=batches[0].modality,
-        borders=tuple(tuple(batch.cu_seqlens.tolist()) for batch in batches),
-        image_counts=tuple(batch.images.shape[0] for batch in batches),
-        canvas=batches[0].images.shape[-1],
-        loss_tokens=tuple(int(batch.loss_mask.count_nonzero()) for batch in batches),
-        sample_ids=tuple(i for batch in batches for i in batch.sample_ids),
-        bad_samples=tuple(text for batch in batches for text in batch.bad_samples),
-    )
-
-
-def _micro_batch(
-    words: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, header: _Header, *, number: int
-) -> MicroBatch:
-    cu_seqlens = torch.tensor(header.borders[number], dtype=torch.int32)
-    # The number of rows came from the host: counting them on the device would wait for it.
-    rows = mask.argsort(descending=True, stable=True)[: header.loss_tokens[number]]
-    return MicroBatch(
-        tokens=words[0:1],
-        labels=words[1:2, rows],
-        loss_rows=rows,
-        packed=segments(cu_seqlens, device=cpu_runtime.device(), on_device=use_transformer_engine()),
-        images=images,
-        anchor=number == len(header.borders) - 1,
-    )

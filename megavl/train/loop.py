@@ -18,7 +18,6 @@ from megavl.config.errors import EXIT_PREEMPTED, CheckpointError, DataError, Num
 from megavl.config.load import dump_recipe
 from megavl.config.recipe import Recipe
 from megavl.data.dataset import Dataset
-from megavl.data.loader import StepLoader
 from megavl.data.mixture import check_epochs, recipe_mixture, render, source_plans
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
@@ -28,7 +27,7 @@ from megavl.planner.cost.flops import MFU_CONVENTION, mfu, step_flops
 from megavl.planner.hardware.devices import Device, find_device, known_device
 from megavl.planner.layouts.check import check_layout
 from megavl.planner.layouts.layout import layout_string, resolve_layout
-from megavl.train.batch_broadcast import StepPrefetcher, next_step
+from megavl.train.batch_broadcast import StepPrefetcher, StepSource, next_step
 from megavl.train.metrics import MetricsLog
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
@@ -88,7 +87,7 @@ def train(recipe: Recipe, *, status: ExitStatus) -> int:
 def _run_steps(
     recipe: Recipe,
     state: RunState,
-    source: StepLoader | StepPrefetcher | None,
+    source: StepSource | None,
     progress: Progress,
     *,
     layout: tuple[int, ...],
@@ -113,15 +112,16 @@ def _run_steps(
             seconds = time.perf_counter() - began
             if log is not None:
                 log.write(
-                    _row(recipe, result, modality=data.modality, step=step, lr=rate, seconds=seconds, at=position)
+                    _row(recipe, result, modality=data[0].modality, step=step, lr=rate, seconds=seconds, at=position)
                 )
             if recorder is not None:
                 line = write_timeline(
-                    recorder.stop(), recipe=recipe, layout=layout, step=step, modality=data.modality, seconds=seconds
+                    recorder.stop(), recipe=recipe, layout=layout, step=step, modality=data[0].modality, seconds=seconds
                 )
                 _say(position, line)
             if result.skipped:
-                _handle_bad_step(recipe, progress, result, sample_ids=data.sample_ids, position=position)
+                sample_ids = tuple(number for batch in data for number in batch.sample_ids)
+                _handle_bad_step(recipe, progress, result, sample_ids=sample_ids, position=position)
             last = step == training.steps
             if last or result.asked_to_stop or step % recipe.checkpoint.interval == 0:
                 status.section = "saving"
@@ -210,7 +210,7 @@ def _start(recipe: Recipe, state: RunState, *, position: Position) -> Progress:
 @contextmanager
 def _loader(
     recipe: Recipe, dataset: Dataset, sampler: Sampler, *, position: Position, start_step: int
-) -> Iterator[StepLoader | StepPrefetcher | None]:
+) -> Iterator[StepSource | None]:
     if not broadcast.is_source():
         yield None
         return

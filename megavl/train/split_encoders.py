@@ -18,11 +18,11 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 
 from megavl.config.model import ModelConfig
+from megavl.config.recipe import ENCODED_AT_ONCE
+from megavl.data.batch import Batch
 from megavl.model.build import build_towers
 from megavl.model.vision import Features, VisionTowers
 from megavl.parallel.images import copy_from, exchange_images, shares, sum_over
-from megavl.planner.scenario import ENCODED_AT_ONCE
-from megavl.train.batch_broadcast import StepData
 
 
 class SplitEncoders:
@@ -64,26 +64,23 @@ class SplitEncoders:
         """Give every rank the first stage's weights, frozen ones too. Collective."""
         self._copy(self._weights)
 
-    def encode(self, data: StepData) -> StepData:
+    def encode(self, batches: Sequence[Batch]) -> tuple[Batch, ...]:
         """Encode this rank's share and hand the features to the first stage; its weights must be whole. Collective.
 
+        Args:
+            batches: the step's micro-batches, whose images are this rank's share.
+
         Returns:
-            The step, its micro-batches carrying features instead of images.
+            The same with features (I, V, P, W) as images: all of them on the first stage, none elsewhere.
         """
-        self._text = data.modality == "text"
-        self._counts = tuple(len(part) for part in shares(data.images, ranks=self._group.size()))
-        self._features = self._spread(data) if data.images else self._empty()
-        pieces = (
-            self._features.split(list(data.image_counts))
-            if self._first is not None
-            else [self._features] * len(data.image_counts)
-        )
+        self._text = batches[0].modality == "text"
+        counts = [batch.image_count for batch in batches]
+        self._counts = tuple(len(part) for part in shares(sum(counts), ranks=self._group.size()))
+        self._features = self._spread(batches) if sum(counts) else self._empty()
+        pieces = self._features.split(counts) if self._first is not None else [self._features] * len(counts)
         # A leaf for each micro-batch: the gradient of one does not touch the others.
         self._given = [piece.detach().requires_grad_(bool(self._trained)) for piece in pieces]
-        batches = tuple(
-            dataclasses.replace(batch, images=given.unbind(1)) for batch, given in zip(data.micro_batches, self._given)
-        )
-        return dataclasses.replace(data, micro_batches=batches)
+        return tuple(dataclasses.replace(batch, images=given) for batch, given in zip(batches, self._given))
 
     def backward(self) -> None:
         """Add the towers' gradients to the first stage's buffer; after the schedule, before gradients are reduced.
@@ -106,21 +103,20 @@ class SplitEncoders:
             for weight in self._trained:
                 self._first.param_to_bucket_group[weight].register_grad_ready(weight, self._first.force_all_reduce)
 
-    def _spread(self, data: StepData) -> torch.Tensor:
+    def _spread(self, batches: Sequence[Batch]) -> torch.Tensor:
         """(I, V, P, W) of all images on the first stage, (0, V, P, W) elsewhere."""
         if self._stale:
             self._copy(self._trained)
             self._stale = False
-        assert data.own_images is not None, "images were not scattered"
-        own = self._empty()
-        if data.own_images.shape[0]:
-            with torch.set_grad_enabled(bool(self._trained)):
-                self._own = [
-                    self._towers.encode(part, rerun=self._rerun) for part in data.own_images.split(ENCODED_AT_ONCE)
-                ]
-            own = torch.cat([torch.stack([tower.detach() for tower in part], dim=1) for part in self._own])
-        if not self._trained:
-            self._own = []
+        images = [image for batch in batches for image in batch.images]
+        with torch.set_grad_enabled(bool(self._trained)):
+            encoded = [
+                self._towers.encode(torch.stack(images[first : first + ENCODED_AT_ONCE]), rerun=self._rerun)
+                for first in range(0, len(images), ENCODED_AT_ONCE)
+            ]
+        own = torch.cat([torch.stack([tower.detach() for tower in part], dim=1) for part in encoded] or [self._empty()])
+        self._own = encoded if self._trained else []
+        del encoded
         send = [own.shape[0] if rank < self._tensor else 0 for rank in range(self._group.size())]
         receive = self._counts if self._first is not None else [0] * self._group.size()
         return exchange_images(torch.cat([own] * self._tensor), send=send, receive=receive, group=self._group)

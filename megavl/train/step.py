@@ -5,8 +5,9 @@ Legend: T tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megavl.data.batch import Batch
 from megavl.model.loss import counted_loss
 from megavl.parallel import cpu_runtime
-from megavl.train.batch_broadcast import MicroBatch, StepData
 from megavl.train.model_chunks import ModelChunks
 from megavl.train.optimizer import Optimizer, without_vision
 
@@ -41,8 +42,13 @@ class StepResult:
     """Some rank received a pre-emption signal."""
 
 
-def forward_backward(model: ModelChunks, data: StepData, *, forward_only: bool = False) -> torch.Tensor:
+def forward_backward(model: ModelChunks, batches: Sequence[Batch], *, forward_only: bool = False) -> torch.Tensor:
     """Run all micro-batches; gradients end up summed, divided by the global number of loss tokens.
+
+    Args:
+        model: this rank's stages.
+        batches: the replica's micro-batches, from `next_step`.
+        forward_only: leave out the backward passes.
 
     Returns:
         (2,) on the device: this rank's sum of the loss over tokens and their number, zero except on the last stage.
@@ -50,15 +56,14 @@ def forward_backward(model: ModelChunks, data: StepData, *, forward_only: bool =
     model.gather_vision()
     if model.encoders is not None:
         with model.timed("encoders forward"):
-            data = model.encoders.encode(data)
-    first = data.micro_batches[0]
-    feeds = [iter(data.micro_batches) for _ in model.chunks]
+            batches = model.encoders.encode(batches)
+    iterators = [iter(batches) for _ in model.chunks]
     reports = get_forward_backward_func()(
-        forward_step_func=_forward,
-        data_iterator=feeds if len(feeds) > 1 else feeds[0],
+        forward_step_func=partial(_forward, last=batches[-1]),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(model.chunks),
-        num_microbatches=len(data.micro_batches),
-        seq_length=first.tokens.shape[1],
+        num_microbatches=len(batches),
+        seq_length=len(batches[0].tokens),
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -66,23 +71,23 @@ def forward_backward(model: ModelChunks, data: StepData, *, forward_only: bool =
     return torch.stack(sums).sum(0) if sums else torch.zeros(2, device=cpu_runtime.device())
 
 
-def train_step(model: ModelChunks, optimizer: Optimizer, data: StepData, *, stop_flag: bool) -> StepResult:
+def train_step(model: ModelChunks, optimizer: Optimizer, batches: Sequence[Batch], *, stop_flag: bool) -> StepResult:
     """Forward, backward, reduce, clip, update; a step with a loss or gradient that is not finite changes nothing.
 
     The host waits for the device once, at the end.
     """
     model.zero_grad()
     optimizer.zero_grad()
-    loss_and_tokens = forward_backward(model, data)
+    loss_and_tokens = forward_backward(model, batches)
     # One replica of the last stage reports the loss and one rank of the first stage the images and
     # failed samples of each data rank.
     reports_loss = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
     reports_images = mpu.is_pipeline_first_stage() and mpu.get_tensor_model_parallel_rank() == 0
     known = [
-        data.images if reports_images else 0,
+        sum(batch.image_count for batch in batches) if reports_images else 0,
         float(stop_flag),
-        float(data.modality == "multimodal"),
-        len(data.bad_samples) if reports_images else 0,
+        float(batches[0].modality == "multimodal"),
+        sum(len(batch.bad_samples) for batch in batches) if reports_images else 0,
     ]
     totals = torch.cat(
         [
@@ -92,7 +97,7 @@ def train_step(model: ModelChunks, optimizer: Optimizer, data: StepData, *, stop
     )
     with model.timed("waiting"):
         dist.all_reduce(totals)
-    with without_vision(optimizer, active=data.modality == "text"), model.timed("optimizer"):
+    with without_vision(optimizer, active=batches[0].modality == "text"), model.timed("optimizer"):
         norm, updated = optimizer.step(totals[0])
     found = torch.cat([totals, torch.stack([norm.double(), updated.double()])]).tolist()
     loss_sum, loss_tokens, images, asked_to_stop, multimodal, bad_samples, grad_norm, changed = found
@@ -108,14 +113,8 @@ def train_step(model: ModelChunks, optimizer: Optimizer, data: StepData, *, stop
     )
 
 
-def _forward(data: Iterator[MicroBatch], stage: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
+def _forward(data: Iterator[Batch], stage: DistributedDataParallel, *, last: Batch) -> tuple[torch.Tensor, Any]:
     batch = next(data)
-    out = stage(
-        tokens=batch.tokens,
-        images=batch.images,
-        packed=batch.packed,
-        labels=batch.labels if stage.module.post_process else None,
-        loss_rows=batch.loss_rows,
-        anchor=batch.anchor and stage.ddp_config.overlap_grad_reduce,
-    )
+    # Gradient reduction starts in the backward pass of the last micro-batch, so every gradient must exist there.
+    out = stage(batch, dummy_image=batch is last and stage.ddp_config.overlap_grad_reduce)
     return out, counted_loss

@@ -17,10 +17,11 @@ import torch
 from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.data.batch import Batch
 from megavl.parallel import broadcast, groups
 from megavl.planner.layouts.layout import layout_string
 from megavl.train import split_encoders
-from megavl.train.batch_broadcast import StepData, next_step
+from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import Optimizer, build_optimizer
 from megavl.train.state import restore_state, save_state
@@ -54,7 +55,7 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
     model.load_weights(lambda state: store.load(checkpoint, state, strict=False, convert_dtype=True))
     optimizer.reload_model_params()
 
-    def step_data(modality: str, step: int) -> StepData:
+    def step_data(modality: str, step: int) -> tuple[Batch, ...]:
         source = SyntheticSteps(
             config,
             modality=modality,
@@ -132,7 +133,7 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[ModelChun
 
 
 def _step_with_gradients(
-    model: ModelChunks, optimizer: Optimizer, data: StepData
+    model: ModelChunks, optimizer: Optimizer, data: tuple[Batch, ...]
 ) -> tuple[StepResult, dict[str, torch.Tensor] | None]:
     """A step, and on rank 0 the gradients that its update is made from."""
     kept: list[Any] = []
@@ -151,7 +152,9 @@ def _step_with_gradients(
     return result, kept[0]
 
 
-def _text_step(model: ModelChunks, optimizer: Optimizer, data: StepData, steps: list[StepResult]) -> dict[str, int]:
+def _text_step(
+    model: ModelChunks, optimizer: Optimizer, data: tuple[Batch, ...], steps: list[StepResult]
+) -> dict[str, int]:
     """Append a text step; counts over all ranks of what it found and left of the vision side."""
     before = vision_state(model, optimizer)
     steps.append(train_step(model, optimizer, data, stop_flag=False))

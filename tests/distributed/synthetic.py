@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megavl.config.model import ModelConfig
-from megavl.data.batch import Batch
+from megavl.data.batch import Batch, make_batch
 
 
 def random_weights(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,23 +62,21 @@ class SyntheticSteps:
     def _batch(self, step: int, slots: range) -> Batch:
         sequences = [self._sequence(step, slot) for slot in slots]
         borders = [0]
-        for index, (_, _, _, lengths, _) in enumerate(sequences):
+        for index, (_, _, lengths, _) in enumerate(sequences):
             for length in lengths:
                 borders.append(borders[-1] + length)
             assert borders[-1] == (index + 1) * self.seq_length
-        return Batch(
+        return make_batch(
+            torch.cat([s[0] for s in sequences]),
+            borders=borders,
+            loss_mask=torch.cat([s[1] for s in sequences]),
+            images=torch.cat([s[3] for s in sequences]),
+            image_token_id=self.config.image_token_id,
             modality=self.modality,
-            tokens=torch.cat([s[0] for s in sequences]),
-            labels=torch.cat([s[1] for s in sequences]),
-            loss_mask=torch.cat([s[2] for s in sequences]),
-            cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-            images=torch.cat([s[4] for s in sequences]),
-            sample_ids=tuple(slots),
+            sample_ids=slots,
         )
 
-    def _sequence(
-        self, step: int, slot: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
+    def _sequence(self, step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
         generator = torch.Generator().manual_seed(1 + step * 1009 + slot)
         length, image_id = self.seq_length, self.config.image_token_id
         tokens = torch.randint(image_id + 1, self.config.llm.vocab_size, (length,), generator=generator)
@@ -91,8 +89,7 @@ class SyntheticSteps:
         images = torch.randint(0, 256, (count, 3, canvas, canvas), generator=generator, dtype=torch.uint8)
         for start in (2, cut + 3)[:count]:
             tokens[start : start + self.config.image_tokens] = image_id
-        labels = torch.roll(tokens, -1)
-        mask = (labels != image_id).float()
+        mask = torch.roll(tokens, -1) != image_id
         mask[cut - 1] = 0
         mask[length - pad - 1 :] = 0
-        return tokens, torch.where(mask > 0, labels, 0), mask, lengths, images
+        return tokens, mask, lengths, images

@@ -83,9 +83,9 @@ from tests.distributed.synthetic import SyntheticSteps
 
 sizes = {"seq_length": 128, "global_batch_size": 2, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
 ahead = StepPrefetcher(SyntheticSteps(load_model_config("tiny-siglip"), modality="multimodal", **sizes), steps=1)
-step = ahead.get(0)
-assert step.words.is_pinned() and step.masks.is_pinned() and all(part.is_pinned() for part in step.images)
-assert [len(part) for part in step.images] == [1, 2]
+batches = ahead.get(0)
+assert all(batch.images.is_pinned() for batch in batches)
+assert [len(batch.images) for batch in batches] == [1, 2]
 ahead.close()
 """
 

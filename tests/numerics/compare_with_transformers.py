@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from megavl.config.errors import MegaVLError
 from megavl.config.model import ModelConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD
+from megavl.data.batch import make_batch
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.prompt import encode_prompt, prompt_pieces, read_canvases
-from megavl.model.attention import segments
 
 TOLERANCE = 1e-5
 QUESTIONS = 8
@@ -71,10 +71,8 @@ def compare(checkpoint: Path, folder: Path, *, task: Path) -> dict[str, Any]:
             canvases = read_canvases([task.parent / image for image in question["images"]], geometry=geometry)
             pieces = prompt_pieces(question["prompt"], images=len(canvases))
             ids = torch.tensor([encode_prompt(pieces, tokenizer=source.tokenizer, config=config, room=0)])
-            expected = reference(input_ids=ids, **pixel_tensors(canvases, config=config)).logits
-            borders = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
-            packed = segments(borders, device=ids.device, on_device=False)
-            found = model(tokens=ids, images=canvases, packed=packed)
+            expected = reference(input_ids=ids, **pixel_tensors(canvases, config=config)).logits[0]
+            found = model.logits(make_batch(ids[0], images=canvases, image_token_id=config.image_token_id))
             worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     return {"class": f"transformers {transformers.__version__} {name}", "prompts": len(lines), "max_rel_diff": worst}
 

@@ -22,9 +22,9 @@ from megavl.convert.lazy import LoadedTensor
 from megavl.convert.native_format import side_files
 from megavl.convert.table import weight_rows
 from megavl.convert.tokenizer_files import TokenizerIds
+from megavl.data.batch import make_batch
 from megavl.data.image import canvas
 from megavl.generate.weights import load_weights
-from megavl.model.attention import segments
 from megavl.model.build import build_model
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
@@ -60,11 +60,9 @@ class Pair:
 
     def our_logits(self, prompt: Prompt, *, geometry: ImageGeometry | None = None) -> torch.Tensor:
         """(T, V); `geometry` replaces the model's own."""
-        packed = segments(
-            torch.tensor([0, len(prompt.ids)], dtype=torch.int32), device=torch.device("cpu"), on_device=False
-        )
         images = prompt.canvases(geometry or self.config.image_geometry)
-        return self.ours(tokens=torch.tensor([prompt.ids]), images=images, packed=packed)[0]
+        batch = make_batch(torch.tensor(prompt.ids), images=images, image_token_id=self.config.image_token_id)
+        return self.ours.logits(batch)
 
     def their_logits(self, prompt: Prompt) -> torch.Tensor:
         """(T, V)."""

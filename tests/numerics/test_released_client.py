@@ -27,13 +27,13 @@ from megavl.config.presets import IMAGE_PRESETS
 from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LoadedTensor
 from megavl.convert.table import dead_tensors
+from megavl.data.batch import make_batch
 from megavl.data.image import canvas
 from megavl.data.template import Turn, conversation_pieces, encode
 from megavl.data.tokenizer import open_tokenizer
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.prompt import encode_prompt, prompt_pieces
 from megavl.main.cli import main
-from megavl.model.attention import segments
 from tests.numerics.native_pair import TOLERANCE, random_tensors, relative_error
 from tests.numerics.original_pixels import random_picture
 from tests.numerics.released_client import import_client, why_absent
@@ -179,8 +179,7 @@ def test_logits_and_greedy_tokens(export, released, report_table) -> None:
             expected = model.language_model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits[0]
             ids = our_ids(export, text, images=len(pictures))
             images = canvases_of(pictures, export.config)
-            packed = segments(torch.tensor([0, len(ids)], dtype=torch.int32), device=images.device, on_device=False)
-            found = ours(tokens=torch.tensor([ids]), images=images, packed=packed)[0]
+            found = ours.logits(make_batch(torch.tensor(ids), images=images, image_token_id=ours.image_token_id))
             for handle in handles:
                 handle.remove()
             errors = {name: relative_error(mine[name], theirs[name]) for name in mine} if pictures else {}

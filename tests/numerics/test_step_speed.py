@@ -172,7 +172,6 @@ def test_stock_attention_refuses_segments() -> None:
     work = tiny()
     side = MegaVL(work, marks=Marks(), lr=LR, local=True, weights=None)
     (batch, _) = made_up_batches(work, "text", steps=1)[0]
-    length = batch.tokens.shape[0]
-    batch = dataclasses.replace(batch, cu_seqlens=torch.tensor([0, 7, length], dtype=torch.int32))
+    batch = dataclasses.replace(batch, borders=(0, 7, len(batch.tokens)))
     with pytest.raises(AssertionError, match="one document a sequence"):
         side.step(side.prepare([batch], "text"))

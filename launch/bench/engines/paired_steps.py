@@ -98,7 +98,7 @@ class Variant:
             if record is not None
             for box in record.segments
         ]
-        row = {"modality": data.modality, "images": result.images, "seconds": seconds, "probe_s": probes}
+        row = {"modality": data[0].modality, "images": result.images, "seconds": seconds, "probe_s": probes}
         return {**row, "glances_s": [glances for _, glances in found], "segments": boxes}
 
 

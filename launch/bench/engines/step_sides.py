@@ -25,7 +25,7 @@ from megavl.generate.weights import flat_name
 from megavl.model import decoder
 from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
-from megavl.train.batch_broadcast import StepData, next_step
+from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.profile.calibration_steps import MICRO_BATCHES, MadeUpSteps
@@ -130,12 +130,12 @@ class MegaVL:
         chunk.config.finalize_model_grads_func = marked_finalize
         self.optimizer.step = marked_update
 
-    def prepare(self, batches: list[Batch], kind: str) -> StepData:
+    def prepare(self, batches: list[Batch], kind: str) -> tuple[Batch, ...]:
         """As the training loop gets it."""
         with _modules(local=self.local):
             return next_step(GivenSteps(batches), 0)
 
-    def step(self, data: StepData) -> float:
+    def step(self, data: tuple[Batch, ...]) -> float:
         """As the training loop takes it."""
         self.marks.mark("step")
         result = train_step(self.model, self.optimizer, data, stop_flag=False)
@@ -232,10 +232,12 @@ class Transformers:
         """Arguments of the model for every micro-batch."""
         from tests.numerics.compare_with_transformers import pixel_tensors
 
-        total = sum(batch.loss_mask.sum() for batch in batches)
+        total = torch.tensor(float(sum(len(batch.loss_rows) for batch in batches)))
         found = []
         for batch in batches:
-            labels = torch.where(batch.loss_mask > 0, batch.labels, -100)[None].to(self.device)
+            labels = (
+                torch.full_like(batch.tokens, -100).index_copy(0, batch.loss_rows, batch.labels)[None].to(self.device)
+            )
             inputs: dict[str, Any] = {"input_ids": batch.tokens[None].to(self.device), "labels": labels}
             # Labels are shifted already; the sum over the step's tokens is what gradient accumulation needs.
             inputs |= {"shift_labels": labels, "num_items_in_batch": total.to(self.device)}

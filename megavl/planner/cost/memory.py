@@ -34,10 +34,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import TRAINABLE_PARTS
+from megavl.config.recipe import ENCODED_AT_ONCE, TRAINABLE_PARTS
 from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.cost.flops import active_parts
-from megavl.planner.scenario import ENCODED_AT_ONCE, Scenario
+from megavl.planner.scenario import Scenario
 from megavl.planner.simulation.schedule import passes
 
 _ADAPTOR = frozenset({"adaptor"})

@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megavl.config.recipe import Recipe
-from megavl.data.batch import Modality
+from megavl.data.batch import Batch, Modality
 from megavl.data.loader import StepLoader
 from megavl.parallel import cpu_runtime, groups
 from megavl.parallel.groups import Position
@@ -35,7 +36,7 @@ from megavl.planner.hardware.calibration import (
     model_key,
     recompute_key,
 )
-from megavl.train.batch_broadcast import StepData, StepPrefetcher, StepSource, next_step
+from megavl.train.batch_broadcast import StepPrefetcher, StepSource, next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import Optimizer, build_optimizer, set_learning_rate
 from megavl.train.profile.block_hooks import mark_blocks
@@ -140,7 +141,7 @@ class _Probe:
         torch.cuda.synchronize()
         self.marks.append((name, time.perf_counter()))
 
-    def run(self, data: StepData) -> tuple[float, float]:
+    def run(self, data: Sequence[Batch]) -> tuple[float, float]:
         """One step; seconds of the optimizer, and of what is neither a block nor the optimizer."""
         self.marks.clear()
         step, spent = self.optimizer.step, 0.0

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from megavl.config.recipe import Recipe
-from megavl.data.batch import Batch, Modality
+from megavl.data.batch import Batch, Modality, make_batch
 from megavl.data.mixture import recipe_mixture
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import open_tokenizer
@@ -39,14 +39,13 @@ class MadeUpSteps:
         tokens[:, 1 : 1 + self.images * model.image_tokens] = model.image_token_id
         shape = (count * self.images, 3, model.canvas_size, model.canvas_size)
         flat = tokens.flatten()
-        return Batch(
-            modality="multimodal" if self.images else "text",
-            tokens=flat,
-            labels=torch.roll(flat, -1),
-            loss_mask=(torch.roll(flat, -1) != model.image_token_id).float(),
-            cu_seqlens=torch.arange(0, (count + 1) * length, length, dtype=torch.int32),
+        return make_batch(
+            flat,
+            borders=range(0, (count + 1) * length, length),
+            loss_mask=flat.roll(-1) != model.image_token_id,
             images=torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8),
-            sample_ids=tuple(range(count)),
+            image_token_id=model.image_token_id,
+            sample_ids=range(count),
         )
 
 

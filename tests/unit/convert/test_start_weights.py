@@ -16,10 +16,10 @@ from megavl.convert.flat_names import flat_shapes
 from megavl.convert.safetensors_in import SafetensorsFile
 from megavl.convert.verify import compare
 from megavl.convert.weight_files import open_file
+from megavl.data.batch import make_batch
 from megavl.generate.open_model import find_model, loaded
 from megavl.main.cli import main
 from megavl.model.adaptor import build_adaptor
-from megavl.model.attention import segments
 from tests.unit.convert import public_models
 
 TOLERANCE = 1e-5
@@ -69,9 +69,7 @@ def test_towers_and_language_model_compute_what_their_sources_do(public, start, 
         with_detail = tower(high)
         tower.neck_hd.apply(lambda module: [nn.init.zeros_(parameter) for parameter in module.parameters(False)])
         without = tower(high)
-        packed = segments(torch.tensor([0, 40], dtype=torch.int32), device=ids.device, on_device=False)
-        canvas = torch.zeros(0, 3, config.canvas_size, config.canvas_size, dtype=torch.uint8)
-        found["llm"] = model(tokens=ids, images=canvas, packed=packed)
+        found["llm"] = model.logits(make_batch(ids[0]))[None]
     found["sam"] = necks["neck"]
     expected = {
         "siglip": public.siglip.vision_model(low).last_hidden_state,

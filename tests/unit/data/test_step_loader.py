@@ -2,7 +2,7 @@
 
 import shutil
 import struct
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megavl.config.errors import DataError, UsageError
-from megavl.data.batch import Batch
+from megavl.data.batch import INDICES, Batch
 from megavl.data.dataset import Dataset
 from megavl.data.image import canvas, decode_image
 from megavl.data.loader import StepLoader
@@ -60,9 +60,13 @@ def _loader(dataset: Dataset, *, batch: int = 4, fraction: float = 0.5, **change
 
 
 def _equal(first: Batch, second: Batch) -> bool:
-    tensors = ("tokens", "labels", "loss_mask", "cu_seqlens", "images")
-    same = all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
-    return same and (first.modality, first.sample_ids) == (second.modality, second.sample_ids)
+    same = all(torch.equal(getattr(first, name), getattr(second, name)) for name in (*INDICES, "images"))
+    return same and all(getattr(first, name) == getattr(second, name) for name in ("modality", "borders", "sample_ids"))
+
+
+def _counts(batch: Batch) -> torch.Tensor:
+    """Whether the label of each position counts."""
+    return torch.zeros(len(batch.tokens), dtype=torch.bool).index_fill(0, batch.loss_rows, True)
 
 
 def test_ranks_and_workers_do_not_change_the_global_batch(dataset: Dataset) -> None:
@@ -95,31 +99,29 @@ def test_batches_are_well_formed(dataset: Dataset, cross: bool) -> None:
     for step in range(STEPS):
         for batch in loader.get(step):
             seen.add(batch.modality)
-            assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (2 * SEQ_LENGTH,)
-            borders = batch.cu_seqlens.tolist()
+            assert batch.tokens.shape == batch.positions.shape == (2 * SEQ_LENGTH,)
+            borders = list(batch.borders)
             assert borders == sorted(set(borders)) and (borders[0], borders[-1]) == (0, 2 * SEQ_LENGTH)
             assert SEQ_LENGTH in borders
-            placeholders = int((batch.tokens == 3).sum())
-            assert placeholders == IMAGE_TOKENS * len(batch.images)
+            assert torch.equal(batch.image_rows, (batch.tokens == 3).nonzero().flatten())
+            assert len(batch.image_rows) == IMAGE_TOKENS * len(batch.images)
             assert (len(batch.images) > 0) == (batch.modality == "multimodal")
             _check_targets(batch, cross=cross)
     assert seen == {"text", "multimodal"}
 
 
 def _check_targets(batch: Batch, *, cross: bool) -> None:
-    tokens, labels, mask = batch.tokens, batch.labels, batch.loss_mask.bool()
-    shifted = torch.roll(tokens, -1)
-    assert torch.equal(labels[mask], shifted[mask])
-    assert not labels[~mask].any()
+    tokens, labels, mask = batch.tokens, batch.labels, _counts(batch)
+    assert torch.equal(batch.loss_rows, mask.nonzero().flatten())
+    assert torch.equal(labels, torch.roll(tokens, -1)[mask])
     # Image tokens, padding and the BOS that begins each sample are never predicted.
-    assert not set(labels[mask].tolist()) & {0, 2, 3}
-    ends = (batch.cu_seqlens[1:] - 1).long()
-    assert not mask[ends].any()
+    assert not set(labels.tolist()) & {0, 2, 3}
+    assert not mask[[end - 1 for end in batch.borders[1:]]].any()
     if not cross:
-        starts = batch.cu_seqlens[:-1].long()
-        assert set(tokens[starts].tolist()) <= {0, 2}
+        assert set(tokens[list(batch.borders[:-1])].tolist()) <= {0, 2}
         # In a segment of padding nothing counts.
-        for first, last in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist()):
+        for first, last in pairwise(batch.borders):
+            assert batch.positions[first:last].tolist() == list(range(last - first))
             if tokens[first] == 2:
                 assert not mask[first:last].any()
 
@@ -161,8 +163,9 @@ def test_damaged_image_is_skipped_in_place(made: tuple[Path, Path], tmp_path: Pa
     for step in range(4):
         for before, after in zip(good.get(step), bad.get(step)):
             assert torch.equal(before.tokens, after.tokens) and before.images.shape == after.images.shape
-            assert (after.loss_mask <= before.loss_mask).all()
-            assert bool(after.bad_samples) == bool((after.loss_mask < before.loss_mask).any())
+            counted, still = _counts(before), _counts(after)
+            assert (still <= counted).all()
+            assert bool(after.bad_samples) == bool((still < counted).any())
             assert all("image_damaged" in text and ".json" in text for text in after.bad_samples)
             assert all("images.bin at byte" in text for text in after.bad_samples)
             skipped += len(after.bad_samples)
@@ -204,7 +207,7 @@ def test_images_ahead_are_bounded(dataset: Dataset, limit: int) -> None:
     for step in range(STEPS):
         assert all(_equal(a, b) for a, b in zip(free.get(step), bounded.get(step), strict=True))
         held.append(bounded._images)
-        assert bounded._images == sum(len(item.canvases) for item in bounded._pending)
+        assert bounded._images == sum(len(futures) for _, futures in bounded._pending)
     assert limit <= max(held) < limit + IMAGES_PER_PACK
     bounded.close()
 
@@ -219,7 +222,7 @@ def test_damaged_tokens_keep_their_place_and_their_images(made: tuple[Path, Path
     loader = _loader(damaged, fraction=1.0, max_bad_in_row=10**6)
     for batch in loader.get(0):
         assert int((batch.tokens == 3).sum()) == IMAGE_TOKENS * len(batch.images) > 0
-        assert not batch.loss_mask.any() or batch.modality == "multimodal"
+        assert not len(batch.loss_rows) or batch.modality == "multimodal"
         assert "crc32" in batch.bad_samples[0]
 
 

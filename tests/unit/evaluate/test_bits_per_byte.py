@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megavl.config.errors import DataError
+from megavl.data.batch import make_batch
 from megavl.evaluate.bits_per_byte import encode_passages, read_passages
 from megavl.evaluate.run_tasks import evaluate
 from megavl.evaluate.task import Passage
 from megavl.generate.prompt import read_canvases
-from megavl.model.attention import segments
 from tests.unit.generate import models
 
 PRESET = "tiny-hybrid"
@@ -30,9 +30,9 @@ def passages(texts=TEXTS, images=()):
 @torch.no_grad()
 def definition(model, ids, images, start):
     """Bits of the tokens from `start` on, in one pass."""
-    packed = segments(torch.tensor([0, len(ids)], dtype=torch.int32), device=torch.device("cpu"), on_device=False)
     canvases = read_canvases(images, geometry=CONFIG.image_geometry)
-    losses = -model(tokens=torch.tensor([ids]), images=canvases, packed=packed)[0].double().log_softmax(-1)
+    batch = make_batch(torch.tensor(ids), images=canvases, image_token_id=CONFIG.image_token_id)
+    losses = -model.logits(batch).double().log_softmax(-1)
     return sum(float(losses[at - 1, ids[at]]) for at in range(start, len(ids))) / math.log(2)
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megavl.config.errors import DataError, NumericsError
+from megavl.data.batch import make_batch
 from megavl.evaluate.multiple_choice import encode_questions, evaluate_choices
 from megavl.evaluate.perplexity import EncodedOption, EncodedQuestion, option_perplexities, option_segments
 from megavl.evaluate.task import read_tasks
 from megavl.generate.prompt import read_canvases
-from megavl.model.attention import segments
 from megavl.model.vl_model import DeepseekVL
 from tests.unit.generate import models
 
@@ -29,12 +29,9 @@ def model() -> Iterator[DeepseekVL]:
 @torch.no_grad()
 def alone(model: DeepseekVL, option: EncodedOption, images: tuple) -> float:
     """The definition: the whole sequence in one pass, mean over the option's tokens."""
-    ids = torch.tensor([option.ids])
-    packed = segments(
-        torch.tensor([0, len(option.ids)], dtype=torch.int32), device=torch.device("cpu"), on_device=False
-    )
     canvases = read_canvases(images, geometry=CONFIG.image_geometry)
-    losses = -model(tokens=ids, images=canvases, packed=packed)[0].double().log_softmax(-1)
+    batch = make_batch(torch.tensor(option.ids), images=canvases, image_token_id=CONFIG.image_token_id)
+    losses = -model.logits(batch).double().log_softmax(-1)
     scores = [float(losses[at - 1, option.ids[at]]) for at in range(option.start, len(option.ids))]
     return float(torch.tensor(scores).mean().exp())
 

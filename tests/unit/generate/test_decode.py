@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megavl.config.errors import NumericsError
+from megavl.data.batch import make_batch
 from megavl.generate.decode import Request, generate
 from megavl.generate.engine import Engine
 from megavl.generate.sampling import Sampling
-from megavl.model.attention import segments
 from megavl.model.vl_model import DeepseekVL
 from tests.unit.generate import models
 
@@ -47,8 +47,7 @@ def forced(count: int, *, seed: int = 5) -> list[int]:
 
 @torch.no_grad()
 def logits_from_scratch(model: DeepseekVL, ids: Sequence[int], images: torch.Tensor) -> torch.Tensor:
-    packed = segments(torch.tensor([0, len(ids)], dtype=torch.int32), device=torch.device("cpu"), on_device=False)
-    return model(tokens=torch.tensor([list(ids)]), images=images, packed=packed)[0, -1]
+    return model.logits(make_batch(torch.tensor(ids), images=images, image_token_id=model.image_token_id))[-1]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers import DeepseekVLForConditionalGeneration, DeepseekVLHybridForConditionalGeneration
 
 from megavl.config.presets import CLIP_MEAN, CLIP_STD
+from megavl.data.batch import make_batch
 from megavl.generate.decode import Request, generate
 from megavl.generate.prompt import encode_prompt, prompt_pieces, read_canvases
-from megavl.model.attention import segments
 from tests.unit.generate import models
 
 CLASSES = {"tiny-hybrid": DeepseekVLHybridForConditionalGeneration, "tiny-siglip": DeepseekVLForConditionalGeneration}
@@ -48,9 +48,7 @@ def test_logits_and_greedy_tokens(preset, tokenizer_dir, tokenizer, tmp_path, re
             ids = encode_prompt(prompt_pieces(text, images=2), tokenizer=tokenizer, config=config, room=16)
             inputs = {"input_ids": torch.tensor([ids]), **pixel_tensors(canvases, preset)}
             expected = reference(**inputs).logits[0]
-            cuts = torch.tensor([0, len(ids)], dtype=torch.int32)
-            packed = segments(cuts, device=torch.device("cpu"), on_device=False)
-            found = model(tokens=torch.tensor([ids]), images=canvases, packed=packed)[0]
+            found = model.logits(make_batch(torch.tensor(ids), images=canvases, image_token_id=config.image_token_id))
             errors.append(float((found - expected).abs().max() / expected.abs().max()))
             answer = reference.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
             request = Request(ids=ids, images=canvases, max_new_tokens=16)

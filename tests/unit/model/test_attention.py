@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+from megavl.data.batch import make_batch
 from megavl.model import sam
 from megavl.model.attention import PackedAttention, segments
 from megavl.model.sam import _by_rows, _folded, _relative_attention, join_windows, split_windows
@@ -21,7 +22,7 @@ ANGLES = torch.arange(19.0)[:, None] * 10000.0 ** -(torch.arange(4) / 4)
 
 def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compiles: bool) -> torch.Tensor:
     """What the decoder calls, (T, A, D)."""
-    packed = segments(BORDERS, device=torch.device("cpu"), on_device=False)
+    packed = segments(make_batch(torch.zeros(37, dtype=torch.int64), borders=BORDERS.tolist()))
     assert packed.max_seqlen_q == 19
     packed.set_angles(torch.cat([ANGLES, ANGLES], dim=-1)[:, None, None], dtype=q.dtype)
     config = TransformerConfig(

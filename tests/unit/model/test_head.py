@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, ParallelConfig, RecomputeConfig
-from megavl.model.attention import segments
+from megavl.data.batch import make_batch
 from megavl.model.loss import counted_loss
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
@@ -48,19 +48,17 @@ def steps(modality: str) -> SyntheticSteps:
 
 @pytest.mark.parametrize("modality", ["text", "multimodal"])
 def test_loss_and_gradients_are_those_of_the_masked_loss(model: ModelChunks, modality: str, report_table: Any) -> None:
-    (batch,) = steps(modality).get(0)
-    (micro,) = next_step(steps(modality), 0).micro_batches
-    assert micro.loss_rows.tolist() == batch.loss_mask.nonzero().flatten().tolist()
-    assert 0 < len(micro.loss_rows) < LENGTH and micro.labels[0].tolist() == batch.labels[micro.loss_rows].tolist()
+    (batch,) = next_step(steps(modality), 0)
+    assert 0 < len(batch.loss_rows) < LENGTH
     stage = model.chunks[0].module
     weights = dict(stage.named_parameters())
-    inputs = {"tokens": micro.tokens, "images": micro.images, "packed": micro.packed}
-    total, count, _ = counted_loss(stage(**inputs, labels=micro.labels, loss_rows=micro.loss_rows))
+    total, count, _ = counted_loss(stage(batch))
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
-    per_token = F.cross_entropy(stage(**inputs)[0], batch.labels, reduction="none")
-    masked = (per_token * batch.loss_mask).sum()
+    mask = torch.zeros(LENGTH).index_fill(0, batch.loss_rows, 1)
+    per_token = F.cross_entropy(stage.logits(batch), batch.tokens.roll(-1), reduction="none")
+    masked = (per_token * mask).sum()
     wanted = torch.autograd.grad(masked, list(weights.values()), allow_unused=True)
-    assert int(count) == int(batch.loss_mask.sum())
+    assert int(count) == int(mask.sum())
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True) if b is not None)
     loss_error = abs(float(total - masked)) / float(masked)
     report_table(f"{modality}: loss {loss_error:.1e}, gradients {error:.1e} relative (tolerance {TOLERANCE:.0e})")
@@ -71,12 +69,7 @@ def test_loss_and_gradients_are_those_of_the_masked_loss(model: ModelChunks, mod
 def test_a_micro_batch_without_labels_has_gradients_of_zero(model: ModelChunks) -> None:
     """As when all its samples failed to load; gradient reduction waits for every weight."""
     stage = model.chunks[0].module
-    none = torch.zeros(0, dtype=torch.int64)
-    packed = segments(torch.tensor([0, 8], dtype=torch.int32), device=torch.device("cpu"), on_device=False)
-    images = torch.zeros((0, 3, CONFIG.canvas_size, CONFIG.canvas_size), dtype=torch.uint8)
-    out = stage(tokens=torch.ones((1, 8), dtype=torch.int64), images=images, packed=packed,
-                labels=none[None], loss_rows=none)  # fmt: skip
-    total, count, report = counted_loss(out)
+    total, count, report = counted_loss(stage(make_batch(torch.ones(8, dtype=torch.int64))))
     weights = list(stage.language_model.parameters())
     assert (float(total), int(count), report["loss"].tolist()) == (0.0, 0, [0.0, 0.0])
     assert not any(gradient.any() for gradient in torch.autograd.grad(total, weights))
