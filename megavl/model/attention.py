@@ -29,6 +29,7 @@ class Segments(PackedSeqParams):
     """Segment borders of a batch in the form that megatron-core's modules pass on, and the rotary angles."""
 
     borders: tuple[int, ...] = ()
+    device_cu_seqlens: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     """int64 (T,), of each token in its segment."""
     cos: torch.Tensor | None = None
@@ -47,10 +48,18 @@ class Segments(PackedSeqParams):
         self.cos, self.sin = (table.to(dtype)[self.positions] for table in (half.cos(), half.sin()))
 
 
-def segments(batch: Batch) -> Segments:
-    """Packed-sequence parameters of a batch; the borders of its segments follow it to its device."""
+def segments(batch: Batch, *, on_device: bool = True) -> Segments:
+    """Packed-sequence parameters of a batch.
+
+    Args:
+        batch: on its device.
+        on_device: megatron-core's own modules read the borders there, as its fused rotary embedding does. Its plain
+            one reads them on the host and would wait for the device.
+    """
     borders = batch.borders
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32).to(batch.tokens.device, non_blocking=True)
+    on_host = torch.tensor(borders, dtype=torch.int32)
+    moved = on_host.to(batch.tokens.device, non_blocking=True)
+    cu_seqlens = moved if on_device else on_host
     # The true longest segment: were it T for several segments, RoPE would switch to global positions.
     longest = max(end - start for start, end in zip(borders, borders[1:]))
     return Segments(
@@ -60,6 +69,7 @@ def segments(batch: Batch) -> Segments:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         borders=borders,
+        device_cu_seqlens=moved,
         positions=batch.positions,
     )
 
@@ -159,7 +169,8 @@ class PackedAttention(nn.Module):
     def _varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Segments) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        cu, longest = packed.device_cu_seqlens, packed.max_seqlen_q
+        assert cu is not None, "segments() sets them"
         # A window of (-1, 0) is torch's way to say causal here.
         out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))
         assert isinstance(out, torch.Tensor), "no auxiliary output was asked for"

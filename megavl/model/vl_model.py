@@ -124,7 +124,7 @@ class DeepseekVL(MegatronModule):
             decoder_input=self._embed(batch.tokens, batch.images, batch.image_rows, dummy_image=dummy_image),
             labels=labels if self.post_process else None,
             loss_mask=batch.loss_rows,
-            packed_seq_params=segments(batch),
+            packed_seq_params=segments(batch, on_device=self.config.apply_rope_fusion),
         )
         return out
 

@@ -94,7 +94,7 @@ class MegaVL:
     def __init__(
         self, work: Work, *, marks: Marks, lr: float, local: bool, weights: dict[str, torch.Tensor] | None
     ) -> None:
-        recipe, self.marks, self.local = work.recipe, marks, local
+        recipe, self.marks = work.recipe, marks
         precision = recipe.training.precision
         with _part(work.part), _modules(local=local):
             self.model = build_model_chunks(
@@ -132,8 +132,7 @@ class MegaVL:
 
     def prepare(self, batches: list[Batch], kind: str) -> tuple[Batch, ...]:
         """As the training loop gets it."""
-        with _modules(local=self.local):
-            return next_step(GivenSteps(batches), 0)
+        return next_step(GivenSteps(batches), 0)
 
     def step(self, data: tuple[Batch, ...]) -> float:
         """As the training loop takes it."""
