@@ -13,8 +13,8 @@ from tqdm import tqdm
 from megavl.config.errors import DataError, MegaVLError
 from megavl.data.dataset import Source
 from megavl.data.image import ImageError, check_image
-from megavl.data.index_file import ReadHandles
 from megavl.data.shard import Shard
+from megavl.data.table import ReadHandles
 
 
 def verify(path: str) -> dict[str, int]:
@@ -81,7 +81,7 @@ def _images(shard: Shard) -> int:
 
 def _membership(source: Source) -> None:
     """Every sample stands in one sequence, with its own length; no sequence is too long."""
-    lengths = [shard.tokens.lengths for shard in source.shards]
+    lengths = [shard.tokens.lengths_of(0, len(shard.tokens)) for shard in source.shards]
     placed = [np.zeros(len(part), np.int32) for part in lengths]
     last, room = -1, source.manifest.pack.seq_length
     for _, rows in source.packs.blocks():

@@ -20,7 +20,6 @@ from data_tools.pipeline.output import Output, UnitSummary
 from data_tools.pipeline.pack_table import Block, PackTable, Tally
 from megavl.config.errors import DataError
 from megavl.config.version import VERSION
-from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import (
     MODALITIES,
     DatasetManifest,
@@ -29,6 +28,7 @@ from megavl.data.manifest import (
     to_json,
 )
 from megavl.data.shard import Shard
+from megavl.data.table import ReadHandles
 
 _EXAMPLES = 20
 """Rejected records that the report names per reason."""

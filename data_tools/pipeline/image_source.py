@@ -13,7 +13,7 @@ from functools import cached_property
 from data_tools.pipeline.image_map import ImageMap
 from data_tools.readers.record import MAX_IMAGE, Picture, Span
 from megavl.data.image import ImageError, ImageInfo, Verification, check_image, shrink
-from megavl.data.index_file import ReadHandles
+from megavl.data.table import ReadHandles
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 

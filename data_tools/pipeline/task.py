@@ -20,8 +20,8 @@ from data_tools.readers.formats import FORMATS
 from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordError, parse_json
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
-from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry, geometry_entry
+from megavl.data.table import ReadHandles
 from megavl.data.template import Encoded, Piece, Turn, conversation_pieces, document_pieces, encode_batch
 
 _BATCH = 256

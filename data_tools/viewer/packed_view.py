@@ -11,8 +11,8 @@ from pathlib import Path
 from megavl.config.presets import ImageGeometry
 from megavl.data.dataset import Dataset, Member, PackedSequence, Source
 from megavl.data.image import FORMATS, ImageError, ImageFile, check_image, decode_image
-from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import MODALITIES, Modality
+from megavl.data.table import ReadHandles
 from megavl.data.tokenizer import Tokenizer
 
 THUMBNAIL = 176

@@ -1,7 +1,7 @@
 """The contract between data and model: one micro-batch of packed sequences.
 
-Legend: T tokens of the micro-batch (micro-batch size x sequence length), R of these whose next token counts in the
-loss, I images, P positions of an image, C canvas side in pixels, V vision towers, W tower width.
+Legend: T tokens of the micro-batch (micro-batch size x sequence length). R of these, whose next token counts in the
+loss. I images, P positions of an image, C canvas side in pixels, V vision towers, W tower width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Batch:
     borders: tuple[int, ...]
     """First token of each segment, and T at the end."""
     tokens: torch.Tensor
-    """int64 (T,); each image stands as P copies of the image token id."""
+    """int64 (T,); each image takes P positions that hold the image token id."""
     positions: torch.Tensor
     """int64 (T,), of each token in its segment."""
     labels: torch.Tensor

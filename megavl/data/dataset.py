@@ -1,4 +1,4 @@
-"""Finished preprocessing runs, opened and checked for training, and read one packed sequence at a time.
+"""Finished preprocessing runs, opened and checked for training, then read one packed sequence at a time.
 
 Legend: S sequence length.
 """
@@ -52,9 +52,9 @@ class Member:
     end: int
     images: tuple[ImageFile, ...]
     origin: str
-    """`file:place` of the record it was made from."""
+    """`file:record` that it was made from."""
     damage: str = ""
-    """Why its tokens are not those that were written; empty when they are."""
+    """What is wrong with its tokens; empty when they are sound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Source:
     """One preprocessed dataset; its memory grows with its shards, not with its samples."""
 
     def __init__(self, path: str | Path, *, handles: ReadHandles) -> None:
-        """Check the manifests, and header and size of every file; contents are left to `check`.
+        """Check the manifests, and the header and size of every file; `check` reads the contents.
 
         Raises:
             DataError: naming the file that is missing or contradicts its manifest.
@@ -119,10 +119,10 @@ class Source:
         return rows
 
     def check(self, *, share: tuple[int, int], skip_hash: bool = False) -> None:
-        """Go through every file; of all single checks, those whose number modulo share[1] is share[0].
+        """Read and check every file.
 
         Args:
-            share: (part, parts), to share the work among ranks.
+            share: (part, parts): do only the checks whose number modulo `parts` is `part`, to divide them among ranks.
             skip_hash: hash index files and tables only, not tokens and images.
 
         Raises:
@@ -141,7 +141,7 @@ class Source:
             check()
 
     def _check_packs(self) -> None:
-        """Packs are numbered through, text first, one modality each, with existing samples."""
+        """Check that packs are numbered without gaps, text first, with one modality each and existing samples."""
         number, kind, counts = -1, 0, [0, 0]
         for _, rows in self.packs.blocks():
             packs, kinds = rows["pack"], rows["modality"].astype(np.int64)
@@ -247,7 +247,10 @@ class Dataset:
         return PackedSequence(number=number, tokens=tokens, supervised=supervised, members=tuple(members))
 
     def _tokens(self, shard: Shard, sample: int) -> tuple[npt.NDArray[np.int32], str]:
-        """Tokens of a sample; where damaged, placeholders for the same images and padding to the same length."""
+        """Tokens of a sample, and "" or what is wrong with them.
+
+        Damaged tokens become placeholders for the same images, and padding to the same length.
+        """
         ids = shard.tokens.read(sample)
         if zlib.crc32(ids.astype("<i4").tobytes()) == int(shard.samples[sample]["crc32"]):
             return ids, ""
@@ -277,8 +280,8 @@ def open_dataset(
         geometry: how the model reads images.
         vocab_size: rows of the model's embedding.
         image_token_id: the model's image token; default: no check.
-        skip_hash: leave tokens and images to the crc32 of each record, compared when it is read.
-        share: (part, parts) of the files to hash and check here, to share the work among ranks.
+        skip_hash: do not hash tokens and images; the crc32 of each record is compared when it is read.
+        share: (part, parts) of the files to check here, to divide the work among ranks.
 
     Raises:
         DataError: a file is missing or damaged, or tokenizer, vocabulary, sequence length or image geometry differ.
@@ -304,7 +307,7 @@ def open_dataset(
 
 
 def _check_present(sources: Sequence[MixtureSource]) -> None:
-    """One message for all slots that are empty."""
+    """One message for all sources that are missing."""
     absent = [source for source in sources if not Path(source.path, "manifest.json").is_file()]
     if not absent:
         return

@@ -21,7 +21,7 @@ from megavl.config.errors import DataError
 from megavl.config.presets import ImageGeometry
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""File formats that are opened; tables store the position."""
+"""File formats that are opened; tables store the index."""
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100.0
 """Largest ratio of the sides."""
@@ -51,7 +51,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFile:
-    """Where a stored image lies; enough for a decoding worker."""
+    """Byte range of a stored image; enough for a decoding worker."""
 
     path: str
     offset: int
@@ -65,8 +65,8 @@ def check_image(data: bytes, *, verify: Verification = "scaled", max_aspect: flo
 
     Args:
         data: the file's bytes.
-        verify: `header` decodes nothing; `scaled` decodes a JPEG at 1/8 of its size, which still notices missing
-            bytes, compares the checksums of a PNG, and decodes other formats wholly; `full` decodes everything.
+        verify: `header` decodes nothing. `scaled` decodes a JPEG at 1/8 of its size, which still notices missing
+            bytes. It compares the checksums of a PNG, and decodes other formats wholly. `full` decodes everything.
         max_aspect: largest ratio of the sides.
 
     Raises:

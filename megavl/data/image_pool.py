@@ -1,4 +1,4 @@
-"""The rank's end of its decoding processes: a queue of images, one thread per process, answers within bounded time."""
+"""Decodes images in worker processes: a queue of images, and one thread per process that bounds its silence."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from megavl.data.image_worker import (
     REQUEST,
     SLOTS,
     Canvas,
-    Setup,
     load_canvas,
+    location_of,
     map_canvases,
-    place_of,
 )
 from megavl.data.table import ReadHandles
 
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
-"""glibc would give each picture's memory back to the system and ask for it again, which costs as much as decoding."""
+"""By default glibc returns the memory of each picture to the system and requests it again, which costs as much as
+decoding."""
 _ATTEMPTS = 2
-"""A worker that is lost is replaced and its image tried once more, then given up."""
+"""Workers that may be lost with one image before it is given up; each lost worker is replaced."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ class ImagePool:
         Args:
             geometry: of the canvases.
             workers: processes; 0 decodes when the image is asked for.
-            timeout_s: after which a silent worker is taken for lost, seconds.
+            timeout_s: seconds of silence after which a worker counts as lost.
         """
         self._geometry = geometry
         self._handles = ReadHandles()
@@ -107,7 +107,7 @@ class _Lost(Exception):
 
 
 class _Lane(threading.Thread):
-    """Feeds one worker, with an image ahead of the one it waits for, and replaces it when it is lost."""
+    """Keeps one worker busy with up to `SLOTS` images, and replaces it when it is lost."""
 
     def __init__(self, geometry: ImageGeometry, *, jobs: queue.SimpleQueue[_Job | None], timeout_s: float) -> None:
         # A daemon: the interpreter must be able to end while a worker is silent.
@@ -145,14 +145,14 @@ class _Lane(threading.Thread):
                     break
                 self._replace(lost)
                 continue
-            except Exception as error:  # whatever it is, the rank that waits must learn of it
+            except Exception as error:  # the rank waits for this future, so it must get every error
                 job.future.set_exception(error)
             self._flight.popleft()
         for job in self._flight:
             job.future.cancel()
 
     def _take(self) -> bool:
-        """Fill up the flight; False when the pool is closed."""
+        """Fill up the images in flight; False when the pool is closed."""
         while len(self._flight) < SLOTS and not self._closed:
             try:
                 job = self._jobs.get(block=not self._flight)
@@ -165,7 +165,7 @@ class _Lane(threading.Thread):
         return not self._closed
 
     def _connect(self) -> None:
-        """Have a worker, and let it know all of the flight."""
+        """Have a worker, and send it every image in flight."""
         if self._worker is None:
             with self._lock:
                 if self._closed:
@@ -184,7 +184,7 @@ class _Lane(threading.Thread):
         worker.stop()
         self._worker = None
         job.lost += 1
-        what = f"image worker {worker.pid} {str(lost) or worker.end()} with {place_of(job.image)}"
+        what = f"image worker {worker.pid} {str(lost) or worker.end()} with {location_of(job.image)}"
         if job.lost < _ATTEMPTS:
             print(f"warning: {what}; another one takes over", file=sys.stderr, flush=True)
             return
@@ -196,7 +196,7 @@ class _Lane(threading.Thread):
         else:
             job.future.set_exception(
                 ImageError(
-                    f"{place_of(job.image)}: {_ATTEMPTS} decoders died of it, the last one {worker.end()}",
+                    f"{location_of(job.image)}: {_ATTEMPTS} decoders died of it, the last one {worker.end()}",
                     "image_decoder_died",
                 )
             )
@@ -214,7 +214,7 @@ class _Worker:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "megavl.data.image_worker"),
-                    json.dumps(asdict(Setup(geometry=geometry, memory=memory))),
+                    *(json.dumps(asdict(geometry)), str(memory)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

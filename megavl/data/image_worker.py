@@ -1,7 +1,7 @@
 """A process that decodes stored images: `python -m megavl.data.image_worker`, started by `ImagePool`.
 
-It imports neither torch nor the training program. Requests come in on standard input, canvases go out through memory
-shared with the rank, and answers about them through standard output. It ends when its standard input closes.
+It imports neither torch nor the training program. Requests come in on standard input. Canvases go out through memory
+shared with the rank, and replies through standard output. It ends when its standard input closes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import struct
 import sys
 import zlib
-from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -32,18 +31,9 @@ SLOTS = 2
 REQUEST = struct.Struct("<I")
 """Length of the JSON that follows."""
 REPLY = struct.Struct("<BI")
-"""What became of the request, and the length of the text that follows."""
+"""Outcome of the request, and the length of the text that follows."""
 READY, OK, BAD_IMAGE, BAD_FILE = range(4)
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a worker is started with, as JSON in its only argument."""
-
-    geometry: ImageGeometry
-    memory: int
-    """File descriptor of the shared memory."""
 
 
 def load_canvas(
@@ -61,16 +51,16 @@ def load_canvas(
             raise ImageError("stored bytes damaged (crc32)", "image_damaged")
         return canvas(decode_image(data, max_aspect=float("inf")), geometry=geometry, out=out)
     except ImageError as error:
-        raise ImageError(f"{place_of(image)}: {error}", error.reason) from error
+        raise ImageError(f"{location_of(image)}: {error}", error.reason) from error
 
 
-def place_of(image: ImageFile) -> str:
-    """Where a stored image lies, for messages."""
+def location_of(image: ImageFile) -> str:
+    """File and offset of a stored image, for messages."""
     return f"{image.path} at byte {image.offset}"
 
 
 def map_canvases(memory: int, *, side: int) -> Canvas:
-    """The shared canvases (SLOTS, 3, C, C) behind a file descriptor."""
+    """The canvases (SLOTS, 3, C, C) in the shared memory of a file descriptor."""
     shape = (SLOTS, 3, side, side)
     return np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
 
@@ -90,7 +80,7 @@ def _serve(geometry: ImageGeometry, *, canvases: Canvas, requests: BinaryIO, rep
         except DataError as error:
             status, text = BAD_FILE, f"- {error}".encode()
         except MemoryError:
-            print(f"image worker {os.getpid()}: out of memory with {place_of(image)}", file=sys.stderr, flush=True)
+            print(f"image worker {os.getpid()}: out of memory with {location_of(image)}", file=sys.stderr, flush=True)
             os._exit(1)
         replies.write(REPLY.pack(status, len(text)) + text)
         replies.flush()
@@ -98,7 +88,7 @@ def _serve(geometry: ImageGeometry, *, canvases: Canvas, requests: BinaryIO, rep
 
 
 def main() -> None:
-    """Answer requests on standard input until it closes."""
+    """Answer requests on standard input until it closes; arguments: geometry as JSON, descriptor of the memory."""
     # Schedulers signal every process of a job; the rank decides what that means.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -108,15 +98,11 @@ def main() -> None:
     # Whatever a library prints must not end up among the replies.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    setup = json.loads(sys.argv[1])
-    geometry = ImageGeometry(**{**setup["geometry"], "background": tuple(setup["geometry"]["background"])})
+    fields = json.loads(sys.argv[1])
+    geometry = ImageGeometry(**{**fields, "background": tuple(fields["background"])})
+    canvases = map_canvases(int(sys.argv[2]), side=geometry.canvas_size)
     try:
-        _serve(
-            geometry,
-            canvases=map_canvases(setup["memory"], side=geometry.canvas_size),
-            requests=sys.stdin.buffer,
-            replies=replies,
-        )
+        _serve(geometry, canvases=canvases, requests=sys.stdin.buffer, replies=replies)
     except BrokenPipeError:
         os._exit(0)
 

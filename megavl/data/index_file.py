@@ -1,7 +1,7 @@
 """Megatron's IndexedDataset pair (`.bin` with the elements, `.idx` with the borders), version 1, in numpy alone.
 
-The stock class opens what is written here. It is not used for reading: its arrays are views that crash the process once
-the dataset object is gone, and it checks nothing (see README).
+Megatron's own class opens what is written here. It is not used for reading because it checks nothing, and because its
+arrays are views that crash the process once the dataset object is gone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megavl.config.errors import DataError
-from megavl.data.table import ReadHandles as ReadHandles
-from megavl.data.table import Rows
+from megavl.data.table import ReadHandles, Rows
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -96,11 +95,6 @@ class SequenceFile:
 
     def __len__(self) -> int:
         return self._count
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Elements of every sequence, read anew at each use."""
-        return self._lengths.rows(0, self._count)
 
     def lengths_of(self, first: int, count: int) -> npt.NDArray[np.int32]:
         """Elements of successive sequences."""

@@ -1,4 +1,4 @@
-"""Micro-batches of every step for one data-parallel rank; the following steps are prefetched."""
+"""Micro-batches of every step for one data-parallel rank, with prefetch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _PREFETCHED_STEPS = 4
 
 
 class StepLoader:
-    """Steps in any order, the following ones prefetched. What a step holds depends on (data, seed, step) alone."""
+    """Returns steps in any order and prefetches the following ones.
+
+    What a step holds depends on (data, seed, step) alone.
+    """
 
     def __init__(
         self,
@@ -48,11 +51,11 @@ class StepLoader:
             dp_rank: this rank's number in its data-parallel group.
             dp_size: ranks in that group.
             num_workers: decoding processes of this rank; 0 decodes in `get`.
-            prefetch_images: images that may be decoded or waiting to be, beside those of the sequence in hand.
-            max_bad_in_row: samples in a row, with images or without, that may fail to load.
+            prefetch_images: most images that are decoded or waiting, apart from those of the current sequence.
+            max_bad_in_row: samples in a row that may fail to load; those with images are counted apart from text.
             cross_document_attention: let attention cross sample borders inside a sequence.
-            total_steps: steps of the run; none is prefetched beyond.
-            start_step: first step that will be asked for.
+            total_steps: steps of the run; later ones are not prefetched.
+            start_step: first step that will be requested.
             worker_timeout_s: after which a silent decoding process is replaced.
 
         Raises:

@@ -68,7 +68,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SourceEntry:
-    """The stretch of an input file that a shard was made from."""
+    """The byte range of an input file that a shard was made from."""
 
     name: str
     start: int
@@ -120,7 +120,7 @@ class ShardManifest:
     name: str
     modality: Modality
     number: int
-    """Number of the input stretch among `count`."""
+    """Number of the input split among `count`."""
     count: int
     sources: tuple[SourceEntry, ...]
     files: tuple[FileEntry, ...]
@@ -250,9 +250,9 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
     written = to_json(manifest)
     if raw != written:
         # White space and the spelling of characters and numbers can change without changing the content.
-        place = next((n for n, (a, b) in enumerate(zip(raw, written)) if a != b), min(len(raw), len(written)))
+        offset = next((n for n, (a, b) in enumerate(zip(raw, written)) if a != b), min(len(raw), len(written)))
         raise DataError(
-            f"{path}: byte {place} is not the one that preprocessing wrote; restore the file or start "
+            f"{path}: byte {offset} is not the one that preprocessing wrote; restore the file or start "
             "data_tools/preprocess.py again with --no-resume"
         )
     return manifest

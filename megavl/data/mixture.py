@@ -1,8 +1,8 @@
 """Which source each sequence of a run comes from, and how often a run uses each source: closed forms of the step.
 
 A step's modality comes from the modality plan, so `data.multimodal_fraction` alone decides how many steps are
-multimodal. Under `data.grouping: sequence` the plan counts sequences instead, and a step's are shuffled over its slots.
-Weights say how the sequences of one modality are shared among the sources that have it.
+multimodal. Under `data.grouping: sequence` the plan counts sequences instead, and a step's sequences are shuffled over
+its slots. Weights divide the sequences of one modality among the sources that have it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,6 @@ from megavl.data.plan import ModalityPlan, as_fraction, keyed_number
 
 Counts = Mapping[Modality, int]
 """Packed sequences of a source, per modality."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where a sequence comes from."""
-
-    source: int
-    modality: Modality
-    place: int
-    """In the source's endless order of that modality."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +44,7 @@ class SourcePlan:
 
 
 class Mixture:
-    """Origin of every sequence of a run."""
+    """The source of every sequence of a run."""
 
     def __init__(
         self,
@@ -64,13 +54,13 @@ class Mixture:
         global_batch_size: int,
         grouping: Grouping = "step",
     ) -> None:
-        """Lay out how sources alternate.
+        """Compute how sources alternate.
 
         Args:
             weights: of each source in each modality; 0 where it is not drawn.
             plan: modality of each step; of each sequence where these are not grouped.
             global_batch_size: sequences per step.
-            grouping: what is wholly of one modality.
+            grouping: `step` for steps of one modality, `sequence` for mixed steps.
 
         Raises:
             UsageError: weights without a common step that is coarse enough.
@@ -84,15 +74,18 @@ class Mixture:
             if numbers
         }
 
-    def origin(self, *, step: int, slot: int) -> Origin:
-        """Origin of the sequence in slot 0 .. global_batch_size - 1 of a step."""
+    def draw(self, *, step: int, slot: int) -> tuple[int, Modality, int]:
+        """Source, modality and number of a draw, for slot 0 .. global_batch_size - 1 of a step.
+
+        The draws of one modality from one source are numbered from 0 through the whole run.
+        """
         assert 0 <= slot < self.global_batch_size
         modality, position = self._position(step, slot)
-        number, place = self._orders[modality].at(position)
-        return Origin(source=self._drawn[modality][number], modality=modality, place=place)
+        number, draw = self._orders[modality].at(position)
+        return self._drawn[modality][number], modality, draw
 
     def modality(self, step: int) -> Modality:
-        """`text` where all sequences of a step are."""
+        """`text` where every sequence of the step is text."""
         return "multimodal" if self.multimodal_before(step + 1) > self.multimodal_before(step) else "text"
 
     def multimodal_before(self, steps: int) -> int:
@@ -120,13 +113,13 @@ class Mixture:
     def _position(self, step: int, slot: int) -> tuple[Modality, int]:
         """Modality of a slot, and how many sequences of that modality come before it."""
         size, multimodal = self.global_batch_size, self.multimodal_before(step)
-        here = self.multimodal_before(step + 1) - multimodal
-        place = slot
+        in_step = self.multimodal_before(step + 1) - multimodal
+        number = slot
         if self.grouping == "sequence":
-            place = permutation(size, keyed_number("slots", self.plan.seed, step))(slot)
-        if place < here:
-            return "multimodal", multimodal + place
-        return "text", step * size - multimodal + place - here
+            number = permutation(size, keyed_number("slots", self.plan.seed, step))(slot)
+        if number < in_step:
+            return "multimodal", multimodal + number
+        return "text", step * size - multimodal + number - in_step
 
 
 def recipe_mixture(recipe: Recipe, counts: Sequence[Counts | None]) -> Mixture:
@@ -193,7 +186,7 @@ def check_epochs(mixture: Mixture, *, data: DataConfig, counts: Sequence[Counts]
 
 
 def preview(recipe: Recipe) -> list[str]:
-    """What `render` shows, before the data are opened: epochs only of those datasets that exist by now.
+    """What `render` shows, before the data are opened; epochs only of datasets that exist already.
 
     Raises:
         DataError: a manifest that exists is damaged, or a source lacks what is asked of it.
@@ -212,7 +205,7 @@ def preview(recipe: Recipe) -> list[str]:
 
 
 def render(rows: Sequence[SourcePlan], *, mixture: Mixture, steps: int) -> list[str]:
-    """Aligned lines for people."""
+    """The plan as aligned lines of text."""
     size, sequences = mixture.global_batch_size, mixture.multimodal_before(steps)
     share = f"({sequences / (steps * size):.2%})"
     kinds = f"{steps - sequences // size:,} text steps, {sequences // size:,} multimodal ones {share}"

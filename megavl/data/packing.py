@@ -1,12 +1,13 @@
 """Packing under two limits: tokens and images per sequence. A pure function of lengths and limits.
 
-Samples with images go first, most images first, so that the encoder's work per sequence is nearly constant; text then
-fills the gaps, and the rest of the text is packed alone. All placements are best fit over a bit set of free room
-("Fewer Truncations Improve Language Modeling", arXiv 2404.10830). Ties are broken by sample number.
+Samples with images go first, those with most images before others, so that the encoder's work per sequence is nearly
+constant. Text then fills the gaps, and the rest of the text is packed alone. Every sample goes to its best fit, found
+in a bit set of free room ("Fewer Truncations Improve Language Modeling", arXiv 2404.10830). Ties are broken by sample
+number.
 
-Where a sample goes follows from its kind (images and tokens) and from how many of the kind came before it. So packing
-needs the number of samples of each kind alone, and its result is a list of runs of packs that are treated alike: memory
-grows with the kinds, not with the samples.
+The pack of a sample follows from its kind (images and tokens) and from how many of the kind came before it. So packing
+needs only the number of samples of each kind. Its result is a list of runs: packs in a row that hold the same kinds.
+Memory therefore grows with the kinds, not with the samples.
 """
 
 from __future__ import annotations
@@ -25,31 +26,15 @@ Run = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packs:
-    """Sequences, in a few bytes per sample."""
-
-    samples: npt.NDArray[np.int64]
-    """Sample numbers, pack after pack, in sequence order."""
-    packs: npt.NDArray[np.int64]
-    """Pack of each, ascending."""
-    count: int
-
-    def lists(self) -> list[list[int]]:
-        """Sample numbers of each pack."""
-        borders = np.searchsorted(self.packs, np.arange(1, self.count))
-        return [part.tolist() for part in np.split(self.samples, borders)] if self.count else []
-
-
-@dataclass(frozen=True, kw_only=True)
 class Placed:
-    """Where successive samples go."""
+    """The packs of successive samples."""
 
     packs: npt.NDArray[np.int64]
     """Pack of each; text packs and multimodal ones are numbered apart."""
     multimodal: npt.NDArray[np.bool_]
     """Whether that is a multimodal pack."""
     kinds: npt.NDArray[np.int32]
-    """Samples of one pack stand in the order of these, then of their numbers."""
+    """Samples of one pack are ordered by these, then by their numbers."""
 
 
 class Kinds:
@@ -82,7 +67,7 @@ class Kinds:
 
 
 class Packing:
-    """The packs of all samples; `cursor` tells them sample after sample."""
+    """The packs of all samples; `cursor` returns them sample by sample."""
 
     def __init__(self, kinds: Kinds, *, packed: bool = True) -> None:
         """Divide samples into sequences.
@@ -128,7 +113,7 @@ class Cursor:
         self._alone = np.zeros(2, np.int64)
 
     def place(self, lengths: Counts, *, images: Counts) -> Placed:
-        """Where the next samples go."""
+        """The packs of the next samples."""
         tokens, slots = np.asarray(lengths, np.int32), np.asarray(images, np.int32)
         if self._runs is None:
             mixed = slots > 0
@@ -143,33 +128,6 @@ class Cursor:
         self._next[found] += counts
         packs, mixed = self._runs.at(places)
         return Placed(packs=packs, multimodal=mixed, kinds=kinds.astype(np.int32))
-
-
-def pack(
-    lengths: Counts, *, images: Counts, seq_length: int, max_images: int, packed: bool = True
-) -> tuple[Packs, Packs]:
-    """Divide samples into sequences, all in memory.
-
-    Args:
-        lengths: tokens of each sample, 1 to `seq_length`.
-        images: images of each sample, 0 to `max_images`.
-        seq_length: token limit of a sequence.
-        max_images: image limit of a sequence.
-        packed: False puts every sample into a sequence of its own.
-
-    Returns:
-        Text packs and multimodal packs.
-    """
-    kinds = Kinds(seq_length=seq_length, max_images=max_images)
-    kinds.add(lengths, images=images)
-    packing = Packing(kinds, packed=packed)
-    placed = packing.cursor().place(lengths, images=images)
-    parts = []
-    for mixed, count in ((False, packing.text), (True, packing.multimodal)):
-        samples = np.flatnonzero(placed.multimodal == mixed)
-        samples = samples[np.lexsort((placed.kinds[samples], placed.packs[samples]))]
-        parts.append(Packs(samples=samples, packs=placed.packs[samples], count=count))
-    return parts[0], parts[1]
 
 
 class _Runs:
@@ -211,8 +169,8 @@ class _Bins:
     def place(self, left: int, length: int, *, slots: int) -> None:
         """Best fit of samples alike: fewest free image slots first, then least free room; else new packs.
 
-        A pack that took one of them stays the best fit for the next as long as it has room, so it takes all that it can
-        at once; then it fits no more of them, so the packs beside it follow, all in the same way.
+        A pack that took one of them stays the best fit for the next as long as it has room. So it takes all that it can
+        at once, and the packs next to it follow in the same way.
         """
         while left:
             for free in range(slots, self._slots + 1):

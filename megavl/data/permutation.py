@@ -1,4 +1,4 @@
-"""Permutations of a range that are evaluated at any place without being stored."""
+"""Permutations of a range that are evaluated at any index without being stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Permutation:
         self._keys = [keyed_number("round", key, number) for number in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Element at a place."""
+        """Element at an index."""
         assert 0 <= index < self._size
         mask = (1 << self._half) - 1
         value = index

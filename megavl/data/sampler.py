@@ -1,7 +1,7 @@
-"""Which pack stands in each slot of each step: a pure function of (data, seed, step, slot), whatever the layout.
+"""Which pack each slot of each step gets: a pure function of (data, seed, step, slot), whatever the layout.
 
-Each source has, per modality, an endless order: one keyed permutation per epoch, evaluated at any index without being
-stored, the tail of an epoch running on into the next one. `mixture.py` says whose turn it is.
+Each source has an endless order of packs for each modality: one keyed permutation after another, one for each epoch.
+A permutation is evaluated at any index without being stored. `mixture.py` says which source a slot draws from.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sampler:
 
         Args:
             counts: packs per modality, for each source.
-            mixture: origin of every sequence; its seed also keys the order inside a source.
+            mixture: source of every sequence; its seed also keys the order inside a source.
         """
         self.mixture = mixture
         self._counts = counts
@@ -48,12 +48,11 @@ class Sampler:
 
     def sample(self, *, step: int, slot: int) -> PackRef:
         """The pack in a slot of a step."""
-        origin = self.mixture.origin(step=step, slot=slot)
-        source, modality = origin.source, origin.modality
+        source, modality, draw = self.mixture.draw(step=step, slot=slot)
         count = self._counts[source][modality]
-        epoch, place = divmod(origin.place, count)
+        epoch, number = divmod(draw, count)
         order = permutation(count, keyed_number("order", self.plan.seed, source, modality, epoch))
-        return PackRef(source=source, modality=modality, index=order(place))
+        return PackRef(source=source, modality=modality, index=order(number))
 
     def global_batch(self, step: int) -> list[PackRef]:
         """The packs of a step, in order."""

@@ -28,7 +28,7 @@ class Shard:
     """Reader of one shard; its memory does not grow with its samples."""
 
     def __init__(self, directory: str | Path, *, name: str, handles: ReadHandles, sha256: str | None = None) -> None:
-        """Check the manifest, and header and size of every file; contents are left to `check` and `check_file`.
+        """Check the manifest, and the header and size of every file; `check` and `check_file` read the contents.
 
         Args:
             directory: of the dataset.
@@ -52,7 +52,7 @@ class Shard:
             self.image_table = open_table(f"{prefix}.images.npy", dtype=IMAGE_ROW, rows=counts.images, handles=handles)
 
     def check(self) -> None:
-        """Go through the index files and tables: every reference leads inside the shard.
+        """Check index files and tables: every reference stays inside the shard.
 
         Raises:
             DataError: naming the first file that is wrong.
@@ -95,7 +95,7 @@ class Shard:
         return range(int(row["first_image"]), int(row["first_image"]) + int(row["images"]))
 
     def origin(self, sample: int) -> str:
-        """`file:place` of the record that a sample was made from."""
+        """`file:record` that a sample was made from."""
         row = self.samples[sample]
         return f"{self.manifest.sources[int(row['source'])].name}:{int(row['place'])}"
 

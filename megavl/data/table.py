@@ -1,7 +1,7 @@
 """Files read by offset: nothing of them stays in memory, so opening a dataset costs the same at any size.
 
-Nothing is mapped: a mapped file that shrinks, or whose storage fails, kills the process with SIGBUS, where a read
-raises an error that names the file.
+Files are not mapped. If a mapped file shrinks or its storage fails, SIGBUS kills the process; a failed read raises an
+error that names the file.
 """
 
 from __future__ import annotations
@@ -103,11 +103,6 @@ class Rows:
         """All rows in blocks, each with the number of its first row."""
         for first in range(0, self._count, BLOCK):
             yield first, self.rows(first, BLOCK)
-
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """One column as a whole, for preprocessing; training never needs one."""
-        parts = [block[name] for _, block in self.blocks()]
-        return np.concatenate(parts) if parts else np.empty(0, self._dtype[name])
 
 
 def open_table(path: str | Path, *, dtype: np.dtype[Any], handles: ReadHandles, rows: int | None = None) -> Rows:

@@ -1,8 +1,8 @@
 """From conversations and documents to token ids with supervised spans.
 
 The "deepseek" template follows the released code (deepseek_vl/utils/conversation.py), not the chat template of the
-Hugging Face port, which drops the last EOS. Text between two special tokens is tokenized in one go, so training ids
-equal those of the whole prompt; a token is supervised when its first character is.
+Hugging Face port, which drops the last EOS. Text between two special tokens is tokenized in one go, so that training
+ids equal those of the whole prompt. A token is supervised when its first character is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of a prompt."""
+    """A part of a prompt with one kind of content."""
 
     kind: Literal["bos", "text", "image", "eos"]
     text: str = ""
@@ -73,10 +73,10 @@ def document_pieces(text: str, *, template: Template, tagged: bool) -> list[Piec
 def conversation_pieces(turns: Sequence[Turn], *, template: Template, system: str = SYSTEM_PROMPT) -> list[Piece]:
     """A conversation for training.
 
-    `deepseek`: BOS, system text and a blank line, then `User: ...`, blank line, `Assistant: ...`, EOS; supervised are
-    each answer with its leading space, and its EOS. An empty answer is what it is in the released text, the place
-    where an answer would come: `Assistant:` without EOS, of which nothing is supervised. `plain` and `none`: the
-    messages joined, as in `document_pieces`.
+    `deepseek`: BOS, system text and a blank line, then `User: ...`, a blank line, `Assistant: ...` and EOS for each
+    round. Each answer is supervised with its leading space and its EOS. An empty answer is `Assistant:` without EOS, as
+    in the released text, and nothing of it is supervised. `plain` and `none`: the messages joined, as in
+    `document_pieces`.
 
     Args:
         turns: an optional system turn, then user and assistant in alternation.
@@ -110,7 +110,7 @@ def encode(pieces: Sequence[Piece], *, tokenizer: Tokenizer, image_tokens: int) 
 
     Args:
         pieces: from one of the functions above.
-        tokenizer: places special tokens by id.
+        tokenizer: gives the ids of text and of special tokens.
         image_tokens: positions of one image.
 
     Raises:

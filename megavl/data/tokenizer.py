@@ -1,6 +1,6 @@
 """Tokenizers in both published forms: a Hugging Face `tokenizer.json` and a SentencePiece `.model`.
 
-Special tokens are placed by id, never by their text: a document that spells `</s>` gets ordinary tokens.
+Special tokens are inserted by id, never by their text: a document that spells `</s>` gets ordinary tokens.
 """
 
 from __future__ import annotations

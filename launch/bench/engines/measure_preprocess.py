@@ -29,7 +29,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.preprocess import main as preprocess
-from megavl.data.packing import pack
+from megavl.data.packing import Kinds, Packing, Placed
 from megavl.data.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,21 +97,29 @@ def images(scratch: Path, *, repeats: int) -> dict[str, Any]:
     }
 
 
+def _pack(lengths: Sequence[int], images: Sequence[int]) -> tuple[Packing, Placed]:
+    kinds = Kinds(seq_length=S, max_images=K)
+    kinds.add(lengths, images=images)
+    packs = Packing(kinds)
+    return packs, packs.cursor().place(lengths, images=images)
+
+
 def packing(scratch: Path, *, repeats: int) -> dict[str, Any]:
     """Rate and fill on simulated lengths: text lognormal(6.3, 1.1); captions of one image (85%) or two to five."""
     rows = []
     for captions, texts in ((0, 1_000_000), (100_000, 220_000), (1_000_000, 2_200_000), (100_000, 0)):
         lengths, counts = _lengths(captions, texts)
-        call = partial(pack, lengths, images=counts, seq_length=S, max_images=K)
+        call = partial(_pack, lengths, counts)
         seconds = _best({"pack": call}, repeats=min(repeats, 3))["pack"]
-        alone, mixed = call()
-        held = np.bincount(mixed.packs, weights=np.array(counts)[mixed.samples]) if mixed.count else np.zeros(0)
+        packs, placed = call()
+        mixed = placed.multimodal
+        held = np.bincount(placed.packs[mixed], weights=np.array(counts)[mixed]) if mixed.any() else np.zeros(0)
         rows.append(
             {
                 "captions": captions,
                 "texts": texts,
                 "samples_per_s": len(lengths) / seconds,
-                "fill": sum(lengths) / (S * (alone.count + mixed.count)),
+                "fill": sum(lengths) / (S * (packs.text + packs.multimodal)),
                 "images_per_sequence": float(np.mean(held)) if len(held) else 0.0,
                 "images_deviation": float(np.std(held)) if len(held) else 0.0,
             }

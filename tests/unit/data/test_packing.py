@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megavl.data.packing import Packs
-from megavl.data.packing import pack as packs_of
+from tests.unit.data.whole_packing import Packs
+from tests.unit.data.whole_packing import pack as packs_of
 
 S, K = 256, 3
 EARLIER = ["4436fcd78d6702cb", "cb885e41a3b99574"]

@@ -104,10 +104,11 @@ def test_each_epoch_of_each_source_uses_every_sequence_once(sampler: Sampler) ->
         assert sampler.mixture.modality(step) == ("multimodal" if "multimodal" in found else "text")
         assert len(found) == 1 or sampler.mixture.grouping == "sequence"
         for slot, ref in enumerate(refs):
-            place = sampler.mixture.origin(step=step, slot=slot).place
-            drawn.setdefault((ref.source, ref.modality), {})[place] = ref.index
-    for (source, modality), by_place in drawn.items():
-        indices = [by_place[place] for place in range(len(by_place))]
+            *origin, draw = sampler.mixture.draw(step=step, slot=slot)
+            assert origin == [ref.source, ref.modality]
+            drawn.setdefault((ref.source, ref.modality), {})[draw] = ref.index
+    for (source, modality), by_draw in drawn.items():
+        indices = [by_draw[draw] for draw in range(len(by_draw))]
         count = sampler._counts[source][modality]
         for first in range(0, len(indices), count):
             epoch = indices[first : first + count]

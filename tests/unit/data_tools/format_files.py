@@ -15,8 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from megavl.data.index_file import ReadHandles
 from megavl.data.shard import Shard
+from megavl.data.table import ReadHandles
 from tests.unit.data.corpus_files import IMAGE_TOKENS
 
 IMAGE = "<image_placeholder>"

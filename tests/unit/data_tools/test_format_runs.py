@@ -15,7 +15,7 @@ from data_tools.pipeline import job
 from data_tools.readers.files import divide_file, entries
 from data_tools.readers.formats import Container
 from megavl.data.dataset import Source
-from megavl.data.index_file import ReadHandles
+from megavl.data.table import ReadHandles
 from tests.unit.data.corpus_files import make_tokenizer, run_preprocess, write_jsonl
 from tests.unit.data_tools.format_files import member, noise, picture, rejects, write_tar
 

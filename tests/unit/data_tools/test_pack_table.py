@@ -36,10 +36,10 @@ from megavl.data.manifest import (
     geometry_entry,
     to_json,
 )
-from megavl.data.packing import pack
 from megavl.data.shard import file_sha256
 from megavl.data.tokenizer import open_tokenizer
 from tests.unit.data.corpus_files import make_tokenizer
+from tests.unit.data.whole_packing import pack
 
 ROOT = Path(__file__).parents[3]
 S, K = 4096, 5

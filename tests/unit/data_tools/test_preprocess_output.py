@@ -16,8 +16,8 @@ from data_tools import verify
 from data_tools.pipeline.histograms import histogram_lines, histograms
 from megavl.config.version import VERSION
 from megavl.data.dataset import Source
-from megavl.data.index_file import ReadHandles
 from megavl.data.manifest import FORMAT_VERSION
+from megavl.data.table import ReadHandles
 from tests.unit.data.corpus_files import (
     IMAGE_TOKENS,
     SEQ_LENGTH,
