@@ -91,7 +91,7 @@ class _Rotated(torch.autograd.Function):
 
 @cache
 def compiled_rotation() -> Rotation:
-    """`_rotate` as one kernel by torch.compile, which reads, writes and rounds everything once."""
+    """`_rotate` as one kernel by torch.compile: it reads, writes and rounds every number once."""
     return torch.compile(_rotate_at_once)
 
 
@@ -111,7 +111,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 class PackedAttention(nn.Module):
-    """Rotary embedding and causal attention inside each segment; plugs into megatron-core's self-attention."""
+    """Rotary embedding and causal attention inside each segment, for megatron-core's self-attention."""
 
     applies_rotary = True
     """megatron-core's modules get query and key rotated already."""

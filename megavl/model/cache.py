@@ -1,7 +1,7 @@
 """Keys and values of the sequences that generation has read, and one step that adds tokens to them.
 
-megatron-core's own static context cannot serve here: it holds one length for a whole batch, takes single tokens after
-the prompt only, and keeps keys without their rotation, so that every token rotates all keys of every layer again.
+megatron-core's own static context cannot serve here. It holds one length for a whole batch and takes only single tokens
+after the prompt. It also keeps keys without their rotation, so every token would rotate all keys of every layer again.
 
 Legend: R rows (sequences), N tokens of a step, L positions, A attention heads of this rank, D channels per head.
 """
@@ -17,11 +17,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch.nn import functional as F
 
 _GRAIN = 64
-"""Positions by which the cache grows at least."""
+"""The cache grows by multiples of this many positions."""
 
 
 class KeyValueCache:
-    """Room for R sequences that grow independently; row r holds `lengths[r]` tokens."""
+    """Keys and values of R sequences that grow independently; row r holds `lengths[r]` tokens."""
 
     def __init__(
         self,
@@ -109,12 +109,12 @@ class KeyValueCache:
         )
 
     def advance(self, step: Step) -> None:
-        """Count the tokens of a step that ran; one that was broken off leaves the cache as it was."""
+        """Count the tokens of a step that ran; without this call a step leaves no trace in the cache."""
         for row, count in zip(step.rows, step.counts):
             self.lengths[row] += count
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget the tokens of a row behind its first `length`."""
+        """Forget the tokens of a row after its first `length`."""
         assert 0 <= length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
         self.lengths[row] = length
 
@@ -159,7 +159,7 @@ class Step(PackedSeqParams, ABC):
     sin: torch.Tensor
     """(N, 1, D), the first half negated."""
     mask: torch.Tensor | None
-    """Added to scores or selecting them; None where nothing is to be hidden that the kernel does not hide itself."""
+    """Added to scores, or which keys each query sees; None where the kernel hides enough itself."""
     rows: tuple[int, ...]
     counts: tuple[int, ...]
     """New tokens of each row."""
@@ -230,7 +230,7 @@ class Decoding(Step):
     index: torch.Tensor
     """int64 (R,), the rows."""
     positions: torch.Tensor
-    """int64 (R,), where their tokens go."""
+    """int64 (R,), positions of their tokens."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None

@@ -1,8 +1,8 @@
 """The fused first stage: vision encoders, adaptor and text embedding as one module on pipeline stage 0.
 
-It is replicated on every tensor-parallel rank and computed by each of them (paper, section 3.3), so the decoder above
-sees plain embeddings and ordinary 3D parallelism applies. The one batch-first to sequence-first transpose of the model
-and the sequence-parallel scatter happen here.
+Every tensor-parallel rank holds and computes it (paper, section 3.3). So the decoder above sees plain embeddings, and
+ordinary 3D parallelism applies. The model's one batch-first to sequence-first transpose happens here, and the
+sequence-parallel scatter.
 
 Legend: T tokens of the micro-batch, I images, P tokens per image, C canvas side in pixels, H hidden.
 """

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 
 CHUNK = 8 << 20
-"""Logits that are computed with in fp32 at once: 32 MiB, which stay in the cache of a GPU."""
+"""Logits that go through fp32 at once: 32 MiB, which stay in the cache of a GPU."""
 
 
 def vocab_parallel_loss(logits: torch.Tensor, labels: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
     """Loss of each position, fp32 (R,), nats.
 
-    Like megatron-core's `vocab_parallel_cross_entropy`, of which it is the same sum, but no fp32 copy of all logits is
-    ever made: for 4096 positions of the 102,400-way head that is 1.6 GiB kept for the backward pass and as much again
-    on the way. Rows go through fp32 a few at a time, and the gradient takes the place of the logits.
+    It computes the sum of megatron-core's `vocab_parallel_cross_entropy` without an fp32 copy of all logits. For 4096
+    positions of the 102,400-way head that copy is 1.6 GiB kept for the backward pass, and as much again on the way.
+    Rows go through fp32 a few at a time, and the gradient overwrites the logits.
 
     Args:
         logits: (R, V) in the dtype of the weights, V split over the ranks of `group` in their order; overwritten where
@@ -41,10 +41,10 @@ class _VocabParallelLoss(torch.autograd.Function):
         shifts = largest[:, None].split(len(chunks[0]))
         rows = torch.arange(len(labels), device=labels.device)
         columns = labels - group.rank() * logits.shape[1]
-        here = (columns >= 0) & (columns < logits.shape[1])
-        columns = columns.where(here, 0)
+        own = (columns >= 0) & (columns < logits.shape[1])
+        columns = columns.where(own, 0)
         # Relative to the largest logit of the row, so that the loss of a nearly certain label keeps its digits.
-        chosen = (logits[rows, columns].float() - largest).where(here, 0.0)
+        chosen = (logits[rows, columns].float() - largest).where(own, 0.0)
         total = torch.cat([(chunk - shift).exp_().sum(dim=1) for chunk, shift in zip(chunks, shifts)])
         if group.size() > 1:
             both = torch.stack([total, chosen])
@@ -56,8 +56,8 @@ class _VocabParallelLoss(torch.autograd.Function):
             for chunk, shift in zip(chunks, shifts):
                 chunk.copy_((chunk - shift).exp_())
             # Of a label p - 1, without rounding p to the dtype of the logits.
-            own = torch.expm1(-loss).to(logits.dtype)
-            logits[rows, columns] = own.where(here, logits[rows, columns])
+            of_label = torch.expm1(-loss).to(logits.dtype)
+            logits[rows, columns] = of_label.where(own, logits[rows, columns])
             ctx.gradient = logits
         return loss
 

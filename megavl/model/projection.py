@@ -1,7 +1,7 @@
 """megatron-core's tensor-parallel projections for models that only generate.
 
-The stock ones pass every input and output through autograd functions, also where no gradient is wanted; for the single
-tokens of decoding that costs more than the arithmetic of a small layer.
+megatron-core's own pass every input and output through autograd functions, also where no gradient is wanted. For the
+single tokens of decoding that costs more than the arithmetic of a small layer.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def split_windows(x: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def join_windows(x: torch.Tensor, window: int, *, grid: int) -> torch.Tensor:
-    """Inverse of `split_windows`; the padding is cut off."""
+    """Inverse of `split_windows`; the padding is removed."""
     count = -(-grid // window)
     x = x.view(-1, count, count, window, window, x.shape[-1]).transpose(2, 3)
     return x.reshape(-1, count * window, count * window, x.shape[-1])[:, :grid, :grid].contiguous()

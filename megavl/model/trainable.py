@@ -30,7 +30,7 @@ _PREFIXES = (
 
 
 def part_of(name: str) -> str:
-    """Group of the parameter with the canonical flat name `name`."""
+    """Group of the parameter with the canonical name `name`."""
     for prefix, part in _PREFIXES:
         if name.startswith(prefix):
             return part
@@ -51,7 +51,7 @@ def freeze(model: nn.Module, *, train: Collection[str], prefix: str = "") -> Non
     Args:
         model: whole stage, or a part of one.
         train: groups that want gradients.
-        prefix: flat name of the part, with its dot.
+        prefix: canonical name of the part, with its dot.
     """
     for name, parameter in model.named_parameters(prefix=prefix.removesuffix(".")):
         parameter.requires_grad_(part_of(name) in train)

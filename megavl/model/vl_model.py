@@ -1,7 +1,7 @@
 """DeepSeek-VL as one pipeline stage's module.
 
-Legend: T tokens of the micro-batch, R of these whose label counts, I images, C canvas side in pixels, H hidden,
-V vocabulary, B rows of a cache.
+Legend: T tokens of the micro-batch, R of these whose label counts, I images, P positions of an image, C canvas side in
+pixels. H hidden, V vocabulary, B rows of a cache.
 """
 
 from __future__ import annotations

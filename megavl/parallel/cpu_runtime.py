@@ -2,7 +2,7 @@
 
 megatron-core 0.16.1 names CUDA devices in RNG seeding, RoPE, schedules, point-to-point transfers, gradient buffers and
 optimizers. `install()` redirects them where CUDA is absent and does nothing where it is present. It must run before
-process groups and models are created. This module is the only place that patches torch; other code asks `device()`.
+process groups and models are created. Only this module patches torch; other code asks `device()`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _CudaNamesOnCpu(TorchFunctionMode):
 
 
 def without_redirection() -> contextlib.AbstractContextManager[None]:
-    """A stretch in which nothing is created on a device by name, and torch calls skip the redirection (1 us each)."""
+    """Torch calls skip the redirection, which takes 1 us each; nothing inside may name a CUDA device."""
     return torch._C.DisableTorchFunction() if _installed else contextlib.nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Start and end of the process groups, and where this rank stands in them."""
+"""Start and end of the process groups, and this rank's coordinates in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DETERMINISTIC = {
     "NCCL_ALGO": "^NVLS,NVLSTree",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
 }
-"""What cuBLAS, NCCL and Transformer Engine ask for, beside torch's and megatron-core's own switches."""
+"""Settings of cuBLAS, NCCL and Transformer Engine, apart from torch's and megatron-core's own switches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def rank_from_env() -> int:
 
 
 def start(parallel: ParallelConfig, *, seed: int) -> Position:
-    """Join the world that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; alone without them.
+    """Join the world that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, or a world of one.
 
     Args:
         parallel: sizes; the caller has checked that they divide the world.
@@ -92,7 +92,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         _take_device()
-    # NCCL aborts the process when its time is up; the watcher of a training run is earlier and says why.
+    # NCCL aborts the process when its time is up; the watchdog of a training run acts earlier and says why.
     timeout = datetime.timedelta(seconds=parallel.timeout_s + (_ABORT_LATER_S if on_cuda else 0))
     try:
         if "MASTER_ADDR" in os.environ:
@@ -119,7 +119,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
 
 
 def prepare_libraries(parallel: ParallelConfig) -> None:
-    """Switches of torch, and what CUDA's libraries read from the environment, before anything touches the device."""
+    """Set torch's switches and the environment of CUDA's libraries; must run before anything touches the device."""
     # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if parallel.deterministic:
@@ -129,7 +129,7 @@ def prepare_libraries(parallel: ParallelConfig) -> None:
 
 
 def _take_device() -> None:
-    """One GPU a rank: its own where the launcher shows each rank just one, else the one of its local number."""
+    """Choose this rank's GPU: the only visible one, or the one with its local number."""
     local, ranks, devices = _env_int("LOCAL_RANK", 0), _env_int("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if devices == 1 and local > 0 and os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit():
         local = 0

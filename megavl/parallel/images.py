@@ -1,4 +1,4 @@
-"""Images spread over ranks: who encodes which, and how features and their gradients travel.
+"""Divides images among the ranks that encode them, and exchanges features and gradients.
 
 Legend: I images, P tokens per image, H hidden, N ranks.
 """
@@ -25,8 +25,8 @@ def gather_images(own: torch.Tensor, *, count: int, group: dist.ProcessGroup) ->
     """Features of all images from the shares of a tensor-parallel group.
 
     The gradient that comes back is the same on every rank of the group. Each rank keeps that of its own images, times
-    the number of ranks: the average of weight gradients over the group, which megatron-core takes of replicated
-    weights, is then their sum.
+    the number of ranks. megatron-core averages the gradients of replicated weights over the group, which then gives
+    their sum.
 
     Args:
         own: (I of this rank's share, ...).

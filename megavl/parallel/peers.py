@@ -1,4 +1,4 @@
-"""Telling a lost peer from a defect."""
+"""Tells a lost peer from a defect."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """`parallel.vision: split_all`: all tensor x pipeline ranks encode shares of the images before the pipeline starts.
 
 Each rank holds a copy of the towers. Their features go to the first stage, where the adaptor and everything above it
-run as usual. Where a tower trains, the gradients of its features return, each rank turns those of its images into
-weight gradients, and their sum joins the first stage's gradient buffer before it is reduced over replicas. Only the
-first stage's copy belongs to the model, the optimizer and checkpoints; the others are copied from it.
+run as usual. Where a tower trains, the gradients of the features return to the ranks that computed them. Each rank
+turns them into weight gradients, whose sum joins the first stage's gradient buffer before it is reduced over replicas.
+Only the first stage's copy belongs to the model, the optimizer and checkpoints; the others are copied from it.
 
 Legend: I images, V towers (1 or 2), P tokens per image, W tower width.
 """
@@ -26,7 +26,7 @@ from megavl.parallel.images import copy_from, exchange_images, shares, sum_over
 
 
 class SplitEncoders:
-    """The towers of this rank and what they owe to the step that runs."""
+    """The towers of this rank, and what its backward pass needs of the current step."""
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ class SplitEncoders:
         receive = [self._counts[me] if me % self._tensor == rank else 0 for rank in ranks]
         rows = self._empty()
         if self._first is not None:
-            # Into the place of the features, which nobody needs any more: of 2,304 sequences with 5 images they take
-            # 25 GiB.
+            # They overwrite the features, which nobody needs any more: of 2,304 sequences with 5 images they take 25
+            # GiB.
             for piece in self._given:
                 values = piece.detach()
                 if piece.grad is None:
