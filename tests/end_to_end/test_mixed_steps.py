@@ -24,7 +24,7 @@ def losses(dataset: Path, run: Path, *settings: str, processes: int) -> list[flo
     return [row["loss"] for row in rows]
 
 
-def test_replicas_without_images_follow_those_that_have_some(dataset: Path, tmp_path: Path) -> None:
+def test_replicas_without_images_train_alike(dataset: Path, tmp_path: Path) -> None:
     alone = losses(dataset, tmp_path / "alone", processes=2)
     spread = losses(dataset, tmp_path / "spread", "parallel.vision=split_all", processes=4)
     assert spread == pytest.approx(alone, rel=1e-5)

@@ -95,7 +95,7 @@ def test_other_special_tokens_are_refused(made: tuple[Path, Path], tmp_path: Pat
         open_small(made[0], tokenizer=other)
 
 
-def test_settings_of_the_run_must_be_those_of_the_data(made: tuple[Path, Path]) -> None:
+def test_settings_of_run_and_data_must_agree(made: tuple[Path, Path]) -> None:
     with pytest.raises(DataError, match=rf"packed to {SEQ_LENGTH} tokens, but data\.seq_length is {2 * SEQ_LENGTH}"):
         open_small(made[0], tokenizer=made[1], seq_length=2 * SEQ_LENGTH)
     small = f"images of {GEOMETRY.tokens} tokens on a canvas of {GEOMETRY.canvas_size} pixels"

@@ -55,7 +55,7 @@ class Flipped:
 
 
 @pytest.mark.parametrize("flips", FLIPS)
-def test_refused_by_name_at_open_and_by_verify(
+def test_damage_is_named_at_open_and_verify(
     made: tuple[Path, Path], flips: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, tokenizer = made
@@ -127,7 +127,7 @@ def read_all(dataset: Dataset) -> dict[tuple[Modality, int], tuple[np.ndarray, l
 
 
 @pytest.mark.parametrize("flips", FLIPS)
-def test_without_hashing_damage_is_found_when_it_is_read(made: tuple[Path, Path], flips: int) -> None:
+def test_damage_is_found_when_read_without_hashing(made: tuple[Path, Path], flips: int) -> None:
     out, tokenizer = made
     draw = random.Random(flips + 1)
     files = [path for path in files_of(out) if path.suffix == ".bin"]

@@ -175,7 +175,7 @@ def test_a_worker_that_cannot_start_ends_the_run(images: list[ImageFile], monkey
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_wrong_with_a_file_is_named(images: list[ImageFile], tmp_path: Path, workers: int) -> None:
+def test_a_damaged_file_is_named(images: list[ImageFile], tmp_path: Path, workers: int) -> None:
     path = tmp_path / "copy.images.bin"
     data = bytearray(Path(images[0].path).read_bytes())
     data[images[1].offset + 999] ^= 4

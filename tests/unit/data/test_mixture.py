@@ -43,7 +43,7 @@ def test_shares_and_epochs_of_the_papers_stage_2() -> None:
     assert multimodal / total == pytest.approx(0.3 * (42000 - 1000.5) / 42000, abs=1 / 42000)
 
 
-def test_a_number_weighs_in_both_modalities_and_a_mapping_in_what_it_names() -> None:
+def test_weights_apply_to_the_modalities_they_name() -> None:
     recipe = small("[{name: a, weight: 3}, {name: b}, {name: c, weight: {text: 4}}]")
     rows = rows_of(recipe, counts((10, 10), (10, 10), (10, 10)))
     assert rows["a", "text"] == (3 / 8, 225, 22.5) and rows["c", "text"] == (0.5, 300, 30.0)
@@ -61,7 +61,7 @@ def test_a_number_weighs_in_both_modalities_and_a_mapping_in_what_it_names() -> 
     assert shown[-1].split() == ["c", "multimodal", "not", "drawn", "0", "of", "10", "sequences"]
 
 
-def test_a_source_that_lacks_a_modality_leaves_its_share_to_the_others() -> None:
+def test_missing_modalities_leave_their_share_to_others() -> None:
     recipe = small("[{name: a}, {name: b}]")
     rows = rows_of(recipe, counts((10, 0), (10, 5)))
     assert ("a", "multimodal") not in rows and rows["b", "multimodal"] == (1.0, 200, 40.0)
@@ -79,7 +79,7 @@ def test_missing_modality_is_named(have: tuple[tuple[int, int], ...], message: s
         recipe_mixture(small("[{name: a}, {name: b, weight: {multimodal: 2}}]"), counts(*have))
 
 
-def test_one_modality_is_enough_where_only_one_is_asked_for() -> None:
+def test_one_modality_suffices_where_one_is_drawn() -> None:
     recipe_mixture(small("[{name: a}]", "data.multimodal_fraction=0"), counts((4, 0)))
     recipe_mixture(small("[{name: a}]", "data.multimodal_fraction=1"), counts((0, 4)))
     with pytest.raises(DataError, match="no source holds text sequences"):
@@ -87,7 +87,7 @@ def test_one_modality_is_enough_where_only_one_is_asked_for() -> None:
         recipe_mixture(small("[{name: a}]", *extra), counts((0, 4)))
 
 
-def test_a_run_beyond_max_epochs_is_refused_and_the_longest_one_named() -> None:
+def test_too_many_epochs_are_refused() -> None:
     recipe, have = small("[{name: a}, {name: b, max_epochs: 1.5}]"), counts((400, 200), (400, 50))
     mixture = recipe_mixture(recipe, have)
     # 100 multimodal sequences of b's 50: two epochs. 75 are allowed.

@@ -12,7 +12,7 @@ from megavl.data.plan import ModalityPlan
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**40), st.integers(0, 100), st.integers(0, 50))
-def test_every_prefix_has_the_right_count_to_within_one(seed: int, percent: int, warmup: int) -> None:
+def test_prefixes_have_the_right_count_within_one(seed: int, percent: int, warmup: int) -> None:
     plan = ModalityPlan(seed=seed, fraction=percent / 100, warmup_steps=warmup)
     wanted, seen = Fraction(0), 0
     for step in range(150):

@@ -82,12 +82,12 @@ def one_by_one(samples: list[tuple[int, int]]) -> tuple[Lists, Lists]:
 
 @settings(deadline=None, max_examples=200)
 @given(SAMPLES)
-def test_kinds_at_once_are_samples_one_by_one(samples: list[tuple[int, int]]) -> None:
+def test_packing_kinds_equals_packing_samples(samples: list[tuple[int, int]]) -> None:
     lengths, images = [length for length, _ in samples], [count for _, count in samples]
     assert pack(lengths, images=images, seq_length=S, max_images=K) == one_by_one(samples)
 
 
-def test_many_samples_alike_are_placed_as_one_by_one() -> None:
+def test_equal_samples_are_packed_as_one_by_one() -> None:
     draw = random.Random(3)
     for case in range(20):
         kinds = [(draw.randint(1, S // draw.randint(1, 9)), draw.choice([0, 0, 1, 2, 3])) for _ in range(case + 1)]
@@ -96,7 +96,7 @@ def test_many_samples_alike_are_placed_as_one_by_one() -> None:
         assert pack(lengths, images=images, seq_length=S, max_images=K) == one_by_one(samples), case
 
 
-def test_result_is_that_of_earlier_versions() -> None:
+def test_packing_equals_that_of_earlier_versions() -> None:
     """Digests of the packs as they were when every sample was placed by itself."""
     draw = np.random.default_rng(7)
     digests = []
@@ -113,7 +113,7 @@ def test_unpacked_keeps_samples_apart() -> None:
     assert pack([5, 6, 7], images=[0, 1, 0], seq_length=9, max_images=1, packed=False) == ([[0], [2]], [[1]])
 
 
-def test_fill_and_images_per_sequence() -> None:
+def test_packed_sequences_are_full() -> None:
     """The settings of the released models: 4096 tokens, 5 images of 576."""
     draw = random.Random(0)
     lengths, images = [], []

@@ -62,7 +62,7 @@ def samplers(draw: Callable[..., Any]) -> Sampler:
 
 @settings(deadline=None, max_examples=80)
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))
-def test_permutation_is_one(size: int, key: int) -> None:
+def test_permutation_maps_one_to_one(size: int, key: int) -> None:
     order = Permutation(size, key=key)
     assert sorted(order(index) for index in range(size)) == list(range(size))
 
@@ -76,7 +76,7 @@ def test_permutation_mixes() -> None:
 
 @settings(deadline=None, max_examples=80)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8))
-def test_every_prefix_has_each_source_right_to_within_one(weights: list[int]) -> None:
+def test_prefixes_hold_each_source_to_within_one(weights: list[int]) -> None:
     order = Interleave([Fraction(weight, 7) for weight in weights])
     seen = [0] * len(weights)
     for place in range(min(2 * order.period + 1, 700)):
@@ -96,7 +96,7 @@ def test_weights_without_a_common_step_are_refused() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(samplers())
-def test_each_epoch_of_each_source_uses_every_sequence_once(sampler: Sampler) -> None:
+def test_each_epoch_uses_every_sequence_once(sampler: Sampler) -> None:
     drawn: dict[tuple[int, Modality], dict[int, int]] = {}
     for step in range(40):
         refs = sampler.global_batch(step)
@@ -117,7 +117,7 @@ def test_each_epoch_of_each_source_uses_every_sequence_once(sampler: Sampler) ->
 
 @settings(deadline=None, max_examples=40)
 @given(samplers(), st.integers(0, 60))
-def test_what_a_run_draws_is_known_before(sampler: Sampler, steps: int) -> None:
+def test_draws_of_a_run_are_predicted(sampler: Sampler, steps: int) -> None:
     drawn = Counter((ref.source, ref.modality) for step in range(steps) for ref in sampler.global_batch(step))
     mixture = sampler.mixture
     for modality in MODALITIES:
@@ -170,7 +170,7 @@ def share_of(sampler: Sampler, step: int, *, rank: int, ranks: int) -> list[Pack
 
 @settings(deadline=None, max_examples=25)
 @given(st.data())
-def test_consumed_samples_alone_place_a_run_at_any_number_of_ranks(data: st.DataObject) -> None:
+def test_resume_depends_on_consumed_samples_alone(data: st.DataObject) -> None:
     """Resuming needs nothing but a number: whoever asks, in whatever order, gets the same sequences."""
     sampler = data.draw(samplers())
     size = sampler.mixture.global_batch_size

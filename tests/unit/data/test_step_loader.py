@@ -69,7 +69,7 @@ def _counts(batch: Batch) -> torch.Tensor:
     return torch.zeros(len(batch.tokens), dtype=torch.bool).index_fill(0, batch.loss_rows, True)
 
 
-def test_ranks_and_workers_do_not_change_the_global_batch(dataset: Dataset) -> None:
+def test_global_batch_ignores_ranks_and_workers(dataset: Dataset) -> None:
     alone = _loader(dataset)
     steps = [alone.get(step) for step in range(STEPS)]
     split = [_loader(dataset, dp_rank=rank, dp_size=2, num_workers=2) for rank in range(2)]
@@ -126,7 +126,7 @@ def _check_targets(batch: Batch, *, cross: bool) -> None:
                 assert not mask[first:last].any()
 
 
-def test_images_stand_in_the_order_of_their_placeholders(made: tuple[Path, Path], dataset: Dataset) -> None:
+def test_images_follow_the_order_of_placeholders(made: tuple[Path, Path], dataset: Dataset) -> None:
     source = dataset.sources[0]
     loader = _loader(dataset, fraction=1.0, batch=1, micro_batch_size=1)
     (batch,) = loader.get(0)
@@ -173,7 +173,7 @@ def test_damaged_image_is_skipped_in_place(made: tuple[Path, Path], tmp_path: Pa
     bad.close()
 
 
-def test_too_many_bad_samples_in_a_row_end_the_run(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_too_many_bad_samples_end_the_run(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = shutil.copytree(made[0], tmp_path / "out")
     _damage_images(out, every=1)
     loader = _loader(open_small(out, tokenizer=made[1], skip_hash=True), fraction=1.0, max_bad_in_row=2)
@@ -181,9 +181,7 @@ def test_too_many_bad_samples_in_a_row_end_the_run(made: tuple[Path, Path], tmp_
         loader.get(0)
 
 
-def test_text_between_damaged_images_does_not_hide_that_all_are_damaged(
-    made: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_text_between_damaged_images_is_not_counted(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = shutil.copytree(made[0], tmp_path / "out")
     _damage_images(out, every=1)
     dataset = open_small(out, tokenizer=made[1], skip_hash=True)
@@ -201,7 +199,7 @@ def test_text_between_damaged_images_does_not_hide_that_all_are_damaged(
 
 
 @pytest.mark.parametrize("limit", [1, 5])
-def test_images_ahead_are_bounded(dataset: Dataset, limit: int) -> None:
+def test_prefetched_images_are_bounded(dataset: Dataset, limit: int) -> None:
     free, bounded = _loader(dataset, fraction=0.7), _loader(dataset, fraction=0.7, num_workers=1, prefetch_images=limit)
     held = []
     for step in range(STEPS):
@@ -212,7 +210,7 @@ def test_images_ahead_are_bounded(dataset: Dataset, limit: int) -> None:
     bounded.close()
 
 
-def test_damaged_tokens_keep_their_place_and_their_images(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_tokens_keep_positions_and_images(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = shutil.copytree(made[0], tmp_path / "out")
     for path in out.glob("multimodal*.tokens.bin"):
         data = np.fromfile(path, "<i4")

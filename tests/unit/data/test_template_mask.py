@@ -77,7 +77,7 @@ def test_tag_in_an_untagged_document_is_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.image_id not in encoded.ids and encoded.images == 0
 
 
-def test_inference_prompt_is_the_beginning_of_the_training_text(tokenizer: Tokenizer) -> None:
+def test_inference_prompt_begins_the_training_text(tokenizer: Tokenizer) -> None:
     prompt = encode(inference_prompt(TALK[:3]), tokenizer=tokenizer, image_tokens=N)
     whole = encode(conversation_pieces(TALK, template="deepseek"), tokenizer=tokenizer, image_tokens=N)
     assert whole.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist()
@@ -91,7 +91,7 @@ def test_turns_that_do_not_alternate_are_refused(turns: tuple[Turn, ...]) -> Non
         conversation_pieces(turns, template="deepseek")
 
 
-def test_an_empty_answer_is_left_open_and_not_supervised(tokenizer: Tokenizer) -> None:
+def test_an_empty_answer_is_not_supervised(tokenizer: Tokenizer) -> None:
     """The released text of an empty message is its role alone: no space, no EOS."""
     turns = (*TALK[:1], Turn(role="assistant", text=" "), *TALK[2:])
     encoded = encode(conversation_pieces(turns, template="deepseek"), tokenizer=tokenizer, image_tokens=N)
@@ -101,7 +101,7 @@ def test_an_empty_answer_is_left_open_and_not_supervised(tokenizer: Tokenizer) -
     assert encoded.ids.tolist().count(tokenizer.eos_id) == 1
 
 
-def test_a_tag_in_a_system_turn_is_an_image_and_in_a_system_argument_is_text(tokenizer: Tokenizer) -> None:
+def test_a_tag_is_an_image_only_in_turns(tokenizer: Tokenizer) -> None:
     turn = Turn(role="system", text=f"As in {IMAGE_TAG}.")
     own = encode(conversation_pieces([turn, *TALK[2:]], template="deepseek"), tokenizer=tokenizer, image_tokens=N)
     assert own.images == 1 and own.ids.tolist().count(tokenizer.image_id) == N

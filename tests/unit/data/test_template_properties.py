@@ -1,9 +1,9 @@
-"""Any conversation becomes the tokens of the released text, with the mask that its characters say.
+"""Any conversation becomes the tokens of the released text, with the loss mask that its characters give.
 
-The statement of the rule here is independent of `megavl.data.template`: the whole text is written out as the release
-does (deepseek_vl/utils/conversation.py, processing_vlm.py), tokenized as one string in which special tokens are
-recognised, and a token is supervised when its first character belongs to an answer, with the space in front of it and
-the EOS behind it.
+The rule is stated here without `megavl.data.template`. The whole text is written out as in the release
+(deepseek_vl/utils/conversation.py, processing_vlm.py) and tokenized as one string in which special tokens are
+recognised. A token is supervised when its first character belongs to an answer, to the space before it or to the EOS
+after it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NAMES = {"user": "User", "assistant": "Assistant"}
 HUGGING_FACE = ("byte-level", "deepseek-like")
 
 Tokens = list[tuple[int, int]]
-"""Ids, each with the place of its first character."""
+"""Ids, each with the index of its first character."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Case:
 
 
 def make_deepseek_like(folder: Path) -> Path:
-    """The small tokenizer behind DeepSeek's splits: lines, words, punctuation, CJK, single digits; offsets trimmed."""
+    """The small tokenizer after DeepSeek's splits: lines, words, punctuation, CJK, single digits; offsets trimmed."""
     make_tokenizer(folder)
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     patterns = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥]+")
@@ -184,7 +184,9 @@ def images_in(messages: Sequence[tuple[str, str]], system: tuple[str, str]) -> i
 @pytest.mark.parametrize("name", [*HUGGING_FACE, "sentencepiece"])
 @settings(max_examples=100, deadline=None)
 @given(rounds=ROUNDS, system=SYSTEM)
-def test_training_sample(cases: dict[str, Case], name: str, rounds: list[Any], system: tuple[str, str]) -> None:
+def test_training_samples_follow_the_released_text(
+    cases: dict[str, Case], name: str, rounds: list[Any], system: tuple[str, str]
+) -> None:
     case, messages = cases[name], messages_of(rounds)
     turns, arguments = turns_of(messages, system)
     sample = encoded(case, conversation_pieces(turns, template="deepseek", **arguments))
@@ -201,7 +203,7 @@ def test_training_sample(cases: dict[str, Case], name: str, rounds: list[Any], s
 @pytest.mark.parametrize("name", [*HUGGING_FACE, "sentencepiece"])
 @settings(max_examples=60, deadline=None)
 @given(rounds=ROUNDS, asked=QUESTION, system=SYSTEM)
-def test_inference_prompt(
+def test_inference_prompts_follow_the_released_text(
     cases: dict[str, Case], name: str, rounds: list[Any], asked: str, system: tuple[str, str]
 ) -> None:
     """It is the released text of the conversation with an empty answer at its end; nothing of it is supervised."""
@@ -240,7 +242,7 @@ def in_parts(content: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", HUGGING_FACE)
 @settings(max_examples=60, deadline=None)
 @given(rounds=ROUNDS, asked=st.none() | QUESTION, system=SYSTEM, parts=st.booleans())
-def test_exported_chat_template_says_the_same(
+def test_exported_chat_template_gives_equal_tokens(
     cases: dict[str, Case],
     exported: dict[str, Any],
     name: str,

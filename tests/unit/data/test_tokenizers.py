@@ -46,7 +46,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
-def test_parts_are_marked_by_where_a_token_begins(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_tokens_belong_to_the_part_they_begin(kind: str, folder: Path, tmp_path: Path) -> None:
     path = folder if kind == "bpe" else make_sentencepiece(tmp_path / "tokenizer.model")
     tokenizer = open_tokenizer(path)
     parts = ["User: é?", " Assistant:", " red square"]
@@ -58,7 +58,7 @@ def test_parts_are_marked_by_where_a_token_begins(kind: str, folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("content", [None, "not json", "{}"])
-def test_what_is_no_tokenizer_is_named(content: str | None, tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_is_named(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)

@@ -155,7 +155,7 @@ def test_gradient_reaches_every_weight_of_the_encoder(kind: str, depth: int) -> 
 
 
 @pytest.mark.parametrize(("kind", "depth"), CASES)
-def test_names_shapes_and_counts_are_those_of_the_tables(kind: str, depth: int) -> None:
+def test_names_shapes_and_counts_follow_the_tables(kind: str, depth: int) -> None:
     config = config_of(kind, depth)
     with torch.device("meta"):
         built = {f"vision.{name}": tuple(weight.shape) for name, weight in VisionEncoder(config).named_parameters()}
@@ -165,7 +165,7 @@ def test_names_shapes_and_counts_are_those_of_the_tables(kind: str, depth: int) 
 
 
 @pytest.mark.parametrize(("kind", "depth"), CASES)
-def test_planned_cost_is_what_runs(kind: str, depth: int) -> None:
+def test_planned_cost_equals_the_real_cost(kind: str, depth: int) -> None:
     """FLOPs forward and backward with everything trained, and what autograd keeps of the adaptor's inside."""
     config = config_of(kind, depth)
     adaptor, blocks = build_adaptor(config).double(), blocks_of(config)
@@ -190,7 +190,7 @@ def test_planned_cost_is_what_runs(kind: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ADAPTORS)
-def test_an_input_gradient_is_planned_where_a_tower_below_trains(kind: str) -> None:
+def test_planner_counts_input_gradients_above_trained_towers(kind: str) -> None:
     config = config_of(kind, 1)
     first = [layer for layer in config.adaptor_layers if layer.first]
     for layer, block in zip(first, blocks_of(config)):

@@ -39,7 +39,7 @@ def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compi
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A mask over all pairs, and rotation of each token by its place in its segment."""
+    """A mask over all pairs, and rotation of each token by its position in its segment."""
     tokens = torch.arange(37)
     owner = torch.bucketize(tokens, BORDERS[1:], right=True)
     allowed = (owner[:, None] == owner[None, :]) & (tokens[:, None] >= tokens[None, :])

@@ -75,7 +75,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("cuts", [(0, 90), (0, 1, 90), (0, 30, 31, 70, 90), (0, 64, 65, 90)])
-def test_a_sequence_in_parts(cuts: tuple[int, ...], report_table: Any) -> None:
+def test_a_sequence_can_be_read_in_parts(cuts: tuple[int, ...], report_table: Any) -> None:
     parts, cache = sequence(90, seed=1), new_cache(1)
     found = torch.cat([read(cache, 0, parts, slice(a, b)) for a, b in zip(cuts, cuts[1:])])
     worst = error(found, reference(parts))
@@ -84,7 +84,7 @@ def test_a_sequence_in_parts(cuts: tuple[int, ...], report_table: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (63, 2, 40), (1, 64, 70)])
-def test_rows_of_any_length_together(lengths: tuple[int, ...], report_table: Any) -> None:
+def test_rows_of_any_length_decode_together(lengths: tuple[int, ...], report_table: Any) -> None:
     sequences = [sequence(length + 6, seed=row) for row, length in enumerate(lengths)]
     cache = new_cache(4)
     for row, length in enumerate(lengths):
@@ -100,7 +100,7 @@ def test_rows_of_any_length_together(lengths: tuple[int, ...], report_table: Any
     assert worst < 1e-6
 
 
-def test_rows_can_be_moved_and_cut() -> None:
+def test_rows_can_be_moved_and_truncated() -> None:
     long, short, cache = sequence(80, seed=1), sequence(30, seed=2), new_cache(3)
     read(cache, 0, short, slice(0, 20))
     read(cache, 2, long, slice(0, 70))
@@ -111,14 +111,14 @@ def test_rows_can_be_moved_and_cut() -> None:
     assert error(read(cache, 2, short, slice(0, 30)), reference(short)) < 1e-6
 
 
-def test_a_step_that_broke_off_leaves_no_trace() -> None:
+def test_an_aborted_step_leaves_no_trace() -> None:
     parts, cache = sequence(20, seed=1), new_cache(1)
     read(cache, 0, parts, slice(0, 10))
     cache.extend(0, 7).attend(LAYER, *(torch.full((7, HEADS, CHANNELS), 9.0).double() for _ in range(3)), scale=None)
     assert error(read(cache, 0, parts, slice(10, 20)), reference(parts)[10:]) < 1e-6
 
 
-def test_room_is_made_once_or_doubled() -> None:
+def test_capacity_is_reserved_or_doubled() -> None:
     cache = new_cache(1)
     cache.reserve(65)
     assert cache.capacity == 128

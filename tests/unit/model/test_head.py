@@ -47,7 +47,7 @@ def steps(modality: str) -> SyntheticSteps:
 
 
 @pytest.mark.parametrize("modality", ["text", "multimodal"])
-def test_loss_and_gradients_are_those_of_the_masked_loss(model: ModelChunks, modality: str, report_table: Any) -> None:
+def test_loss_and_gradients_equal_the_masked_loss(model: ModelChunks, modality: str, report_table: Any) -> None:
     (batch,) = next_step(steps(modality), 0)
     assert 0 < len(batch.loss_rows) < LENGTH
     stage = model.chunks[0].module
@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_the_masked_loss(model: ModelChunks, mod
     assert [a is None for a in found] == [b is None for b in wanted]
 
 
-def test_a_micro_batch_without_labels_has_gradients_of_zero(model: ModelChunks) -> None:
+def test_no_labels_give_zero_gradients(model: ModelChunks) -> None:
     """As when all its samples failed to load; gradient reduction waits for every weight."""
     stage = model.chunks[0].module
     total, count, report = counted_loss(stage(make_batch(torch.ones(8, dtype=torch.int64))))

@@ -65,7 +65,7 @@ def test_without_a_gradient_the_logits_stay() -> None:
     assert torch.equal(logits, before)
 
 
-def test_no_rows() -> None:
+def test_loss_of_no_rows() -> None:
     logits = torch.zeros(0, 10, requires_grad=True)
     found = vocab_parallel_loss(logits * 1, torch.zeros(0, dtype=torch.int64), group=dist.group.WORLD)
     assert found.shape == (0,)

@@ -77,7 +77,7 @@ def _norm(tensors: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize("clip_grad", [0.1, 0.0])
 @pytest.mark.parametrize("distributed_optimizer", [True, False])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_step_is_megatron_cores(bf16: bool, distributed_optimizer: bool, clip_grad: float, report_table) -> None:
+def test_a_step_equals_megatron_cores(bf16: bool, distributed_optimizer: bool, clip_grad: float, report_table) -> None:
     """Norm, clipping and update decided on the device, against megatron-core's own step, decided on the host."""
     (model, optimizer), (stock, stock_optimizer) = (_build(bf16, distributed_optimizer) for _ in range(2))
     before = _weights(model)
@@ -114,7 +114,7 @@ def test_a_step_is_megatron_cores(bf16: bool, distributed_optimizer: bool, clip_
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
-def test_a_file_does_not_say_how_torch_computes() -> None:
+def test_loaded_state_does_not_change_the_kernels() -> None:
     model, optimizer = _build()
     train_step(model, optimizer, _data("multimodal"), stop_flag=False)
     state = optimizer.state_dict()
@@ -151,7 +151,7 @@ def test_not_finite_gradient_skips_the_step(bf16: bool, distributed_optimizer: b
 
 @pytest.mark.parametrize("distributed_optimizer", [True, False])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_loss_that_is_not_finite_changes_no_bit(bf16: bool, distributed_optimizer: bool) -> None:
+def test_a_loss_not_finite_changes_no_bit(bf16: bool, distributed_optimizer: bool) -> None:
     """Though every gradient is finite: no weight, master, moment or step count."""
     model, optimizer = _build(bf16, distributed_optimizer)
     train_step(model, optimizer, _data("multimodal"), stop_flag=False)

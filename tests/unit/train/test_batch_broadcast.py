@@ -60,7 +60,7 @@ def world() -> Iterator[None]:
     groups.stop()
 
 
-def test_steps_ahead_are_the_steps() -> None:
+def test_prefetched_steps_equal_loaded_steps() -> None:
     watched = Watched()
     ahead = StepPrefetcher(watched, steps=STEPS)
     for step in range(BAD_STEP):
