@@ -10,13 +10,12 @@ from collections.abc import Collection
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from megavl.config.model import ModelConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
 from megavl.model.adaptor import build_adaptor
 from megavl.model.sam import SamTower
-from megavl.model.siglip import SiglipTower
+from megavl.model.siglip import SiglipTower, run_block
 
 Features = tuple[torch.Tensor, ...]
 """Outputs of the towers: (low,) or (low, high), each (I, P, W)."""
@@ -55,11 +54,11 @@ class VisionTowers(nn.Module):
             size = (self.low_size, self.low_size)
             low = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
         low = ((low - self.siglip_mean_std) / self.siglip_mean_std).to(dtype)
-        low_features = _run(self.siglip, low, rerun="siglip" in rerun)
+        low_features = run_block(self.siglip, low, recompute="siglip" in rerun)
         if self.sam is None:
             return (low_features,)
         high = ((pixels - self.clip_mean) / self.clip_std).to(dtype)
-        return low_features, _run(self.sam, high, rerun="sam" in rerun)
+        return low_features, run_block(self.sam, high, recompute="sam" in rerun)
 
 
 class VisionEncoder(VisionTowers):
@@ -83,8 +82,3 @@ class VisionEncoder(VisionTowers):
     def forward(self, canvases: torch.Tensor) -> torch.Tensor:
         """uint8 (I, 3, C, C) to (I, P, H) in the dtype of the weights."""
         return self.project(self.encode(canvases))
-
-
-def _run(tower: nn.Module, pixels: torch.Tensor, *, rerun: bool) -> torch.Tensor:
-    out: torch.Tensor = checkpoint(tower, pixels, use_reentrant=False) if rerun else tower(pixels)
-    return out

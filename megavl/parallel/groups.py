@@ -45,11 +45,6 @@ class Position:
         """Whether this rank holds the vision encoders and the embedding."""
         return self.pp_rank == 0
 
-    @property
-    def last_stage(self) -> bool:
-        """Whether this rank holds the head and computes the loss."""
-        return self.pp_rank == self.pp_size - 1
-
 
 def world_size_from_env() -> int:
     """Processes that torchrun, srun or a bare shell started."""
