@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from megavl.config.errors import DataError
 from megavl.config.load import load_model_config
 from megavl.config.recipe import ParallelConfig
 from megavl.data.batch import Batch
-from megavl.parallel import groups
+from megavl.parallel import broadcast, groups
 from megavl.train.batch_broadcast import StepPrefetcher, next_step
 from tests.distributed.synthetic import SyntheticSteps
 
@@ -46,7 +47,7 @@ class Watched:
         self.threads.add(threading.current_thread().name)
         self.begun[step].set()
         if step in self.waits_for:
-            self.waits_for[step].wait(timeout=30)
+            self.waits_for[step].wait(timeout=600)
         if step == BAD_STEP:
             raise DataError(f"step {step} is damaged")
         return self.source.get(step)
@@ -66,7 +67,7 @@ def test_prefetched_steps_equal_loaded_steps() -> None:
     for step in range(BAD_STEP):
         found, expected = next_step(ahead, step), next_step(watched.source, step)
         # Nobody has asked for it yet.
-        assert watched.begun[step + 1].wait(timeout=30)
+        assert watched.begun[step + 1].wait(timeout=600)
         loaded = watched.source.get(step)
         assert sum(batch.image_count for batch in found) == 3
         for one, other, batch in zip(found, expected, loaded, strict=True):
@@ -83,16 +84,34 @@ def test_prefetched_steps_equal_loaded_steps() -> None:
     assert watched.threads == {"megavl-next-step_0"}
 
 
+@pytest.mark.parametrize("modality", ["text", "multimodal"])
+def test_one_small_message_carries_all_integers(modality: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes less than int64 tokens and labels and an fp32 mask, from which ranks would have to find the rows."""
+    sent: list[int] = []
+    share = broadcast.share_tensor
+
+    def counted(value: torch.Tensor, **settings: Any) -> torch.Tensor:
+        sent.append(value.nbytes)
+        return share(value, **settings)
+
+    monkeypatch.setattr(broadcast, "share_tensor", counted)
+    source = Watched().source
+    source.modality = modality
+    batches = next_step(source, 0)
+    (message,) = sent
+    assert message <= sum(len(batch.tokens) for batch in batches) * (8 + 8 + 4)
+
+
 def test_closing_waits_for_the_source() -> None:
     watched, goes_on = Watched(), threading.Event()
     watched.waits_for = {1: goes_on}
     ahead = StepPrefetcher(watched, steps=STEPS)
     next_step(ahead, 0)
-    assert watched.begun[1].wait(timeout=30)
+    assert watched.begun[1].wait(timeout=600)
     closing = threading.Thread(target=ahead.close)
     closing.start()
     closing.join(timeout=0.2)
     assert closing.is_alive(), "the source is at work"
     goes_on.set()
-    closing.join(timeout=30)
+    closing.join(timeout=600)
     assert not closing.is_alive() and watched.asked == [0, 1]
