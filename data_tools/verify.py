@@ -61,6 +61,8 @@ def _samples(shard: Shard) -> Iterator[int]:
                 f"{where}: {found} image tokens for {int(row['images'])} images of {manifest.geometry.tokens}; "
                 "preprocess again"
             )
+        if any(not 0 <= span["start"] < span["end"] <= len(ids) for span in shard.spans_of(number)):
+            raise DataError(f"{where}: a span of {shard.spans.path} is outside the sample; preprocess again")
         yield len(ids)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,50 +118,24 @@ class Source:
         return rows
 
     def check(self, *, share: tuple[int, int], skip_hash: bool = False) -> None:
-        """Read and check every file.
+        """Compare every file with its hash.
 
         Args:
-            share: (part, parts): do only the checks whose number modulo `parts` is `part`, to divide them among ranks.
+            share: (part, parts): read only the files whose number modulo `parts` is `part`, to divide them among ranks.
             skip_hash: hash index files and tables only, not tokens and images.
 
         Raises:
-            DataError: naming the first file whose bytes are not those that were written, or that is inconsistent.
+            DataError: naming the first file whose bytes are not those that were written.
         """
         files = [self.manifest.packs, *(entry for shard in self.shards for entry in shard.manifest.files)]
         if skip_hash:
             files = [entry for entry in files if not entry.name.endswith(".bin")]
         # By size, so that each part gets as much to read as the others.
         files.sort(key=lambda entry: (-entry.size, entry.name))
-        checks: list[Callable[[], None]] = [partial(check_file, self.path, entry) for entry in files]
-        checks += [self._check_packs, *(shard.check for shard in self.shards)]
-        mine = checks[share[0] :: share[1]]
+        mine = files[share[0] :: share[1]]
         quiet = share[0] > 0
-        for check in tqdm(mine, desc=f"check {self.path}", unit=" files", disable=quiet, delay=5, mininterval=5):
-            check()
-
-    def _check_packs(self) -> None:
-        """Check that packs are numbered without gaps, text first, with one modality each and existing samples."""
-        number, kind, counts = -1, 0, [0, 0]
-        for _, rows in self.packs.blocks():
-            packs, kinds = rows["pack"], rows["modality"].astype(np.int64)
-            steps = np.diff(packs, prepend=number)
-            changes = np.diff(kinds, prepend=kind)
-            begins = steps == 1
-            if not (
-                ((steps == 0) | begins).all()
-                and (number >= 0 or begins[0])
-                and ((changes == 0) | (begins & (changes == 1))).all()
-                and self._inside(rows)
-            ):
-                raise self._wrong_pack(int(packs[0]), "or one soon after it is out of order or names no sample")
-            for modality in range(2):
-                counts[modality] += int((kinds[begins] == modality).sum())
-            number, kind = int(packs[-1]), int(kinds[-1])
-        if counts != [self.counts[modality] for modality in MODALITIES]:
-            raise DataError(
-                f"{self.packs.path}: holds {counts} text and multimodal sequences where the manifest says "
-                f"{list(self.counts.values())}; {_AFRESH}"
-            )
+        for entry in tqdm(mine, desc=f"check {self.path}", unit=" files", disable=quiet, delay=5, mininterval=5):
+            check_file(self.path, entry)
 
     def _inside(self, rows: npt.NDArray[np.void]) -> bool:
         shard, sample = rows["shard"], rows["sample"]

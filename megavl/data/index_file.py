@@ -70,29 +70,6 @@ class SequenceFile:
     def _rows(self, dtype: str, offset: int, count: int) -> Rows:
         return Rows(self.index_path, dtype=np.dtype(dtype), offset=offset, count=count, handles=self._handles)
 
-    def check(self) -> None:
-        """Compare every field of the index with the others and with the size of the `.bin`.
-
-        Raises:
-            DataError: naming the file and the field that is wrong.
-        """
-        documents = self._rows("<i8", _HEADER.size + 12 * self._count, self._count + 1)
-        end, sound = 0, True
-        for (first, lengths), (_, offsets) in zip(self._lengths.blocks(), self._offsets.blocks()):
-            ends = end + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-            sound &= bool((lengths >= 0).all() and offsets[0] == end and (offsets[1:] == ends[:-1]).all())
-            borders = documents.rows(first, len(lengths))
-            sound &= bool((borders == np.arange(first, first + len(lengths))).all())
-            end = int(ends[-1])
-        if not sound or documents[self._count] != self._count:
-            raise DataError(
-                f"{self.index_path}: offsets or document borders contradict the lengths; restore it or {_REMEDY}"
-            )
-        if self._size != end:
-            raise DataError(
-                f"{self.path}: holds {self._size} bytes where its index expects {end}; restore the file or {_REMEDY}"
-            )
-
     def __len__(self) -> int:
         return self._count
 

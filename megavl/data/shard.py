@@ -1,4 +1,4 @@
-"""One shard: manifest, file sizes and headers are checked when it is opened, contents on request."""
+"""One shard: manifest, file sizes and headers are checked when it is opened, contents on request by their hashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Shard:
     """Reader of one shard; its memory does not grow with its samples."""
 
     def __init__(self, directory: str | Path, *, name: str, handles: ReadHandles, sha256: str | None = None) -> None:
-        """Check the manifest, and the header and size of every file; `check` and `check_file` read the contents.
+        """Check the manifest, and the header and size of every file; `check_file` reads the contents.
 
         Args:
             directory: of the dataset.
@@ -50,39 +50,6 @@ class Shard:
         if counts.images:
             self.images = SequenceFile(f"{prefix}.images", dtype="uint8", sequences=counts.images, handles=handles)
             self.image_table = open_table(f"{prefix}.images.npy", dtype=IMAGE_ROW, rows=counts.images, handles=handles)
-
-    def check(self) -> None:
-        """Check index files and tables: every reference stays inside the shard.
-
-        Raises:
-            DataError: naming the first file that is wrong.
-        """
-        self.tokens.check()
-        if self.manifest.images:
-            self.images.check()
-        spans = tokens = 0
-        for first, rows in self.samples.blocks():
-            lengths = self.tokens.lengths_of(first, len(rows))
-            tokens += int(lengths.sum(dtype=np.int64))
-            image_ends = rows["first_image"] + rows["images"]
-            span_ends = spans + np.cumsum(rows["spans"], dtype=np.int64)
-            if (
-                (rows["source"].astype(np.uint32) >= len(self.manifest.sources)).any()
-                or min(rows[name].min() for name in ("spans", "images", "first_image")) < 0
-                or image_ends.max() > self.manifest.images
-                or not np.array_equal(rows["first_span"], span_ends - rows["spans"])
-                or span_ends[-1] > len(self.spans)
-            ):
-                raise DataError(f"{self.samples.path}: points outside the shard's sources, spans or images; {_RESTORE}")
-            found = self.spans.rows(spans, int(span_ends[-1]) - spans)
-            if (found["start"] < 0).any() or (found["end"] > np.repeat(lengths, rows["spans"])).any():
-                raise DataError(f"{self.spans.path}: a span lies outside its sample; {_RESTORE}")
-            spans = int(span_ends[-1])
-        if spans != len(self.spans) or tokens != self.manifest.tokens:
-            raise DataError(
-                f"{self.samples.path}: {spans} spans and {tokens} tokens where there should be {len(self.spans)} and "
-                f"{self.manifest.tokens}; {_RESTORE}"
-            )
 
     def spans_of(self, sample: int) -> npt.NDArray[np.void]:
         """Supervised target positions of a sample, rows of SPAN_ROW."""
