@@ -1,7 +1,7 @@
 """The contract between data and model: one micro-batch of packed sequences.
 
-Legend: T tokens of the micro-batch (micro-batch size x sequence length). R of these, whose next token counts in the
-loss. I images, P positions of an image, C canvas side in pixels, V vision towers, W tower width.
+Legend: T tokens of the micro-batch (micro-batch size x sequence length), R rows whose next token counts in the loss.
+I images, P positions of an image, C canvas side in pixels, V vision towers, W tower width.
 """
 
 from __future__ import annotations
