@@ -194,7 +194,7 @@ def test_late_steps_and_large_sources_cost_nothing() -> None:
     billion = 10**9
     sampler = make_sampler([(billion, billion), (7, billion)], weights=[(70, 29.7), (0.7, 0.3)], size=2304)
     sampler.sample(step=0, slot=0)
-    began = time.perf_counter()
+    began = time.process_time()
     for step in range(10**9, 10**9 + 200):
         sampler.sample(step=step, slot=2303)
-    assert (time.perf_counter() - began) / 200 < 0.002
+    assert (time.process_time() - began) / 200 < 0.002
