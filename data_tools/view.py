@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(prog="inspect.py", description="Show packed sequences of a dataset.")
+    parser = argparse.ArgumentParser(prog="view.py", description="Show packed sequences of a dataset.")
     parser.add_argument("dataset", help="folder written by preprocess.py")
     parser.add_argument("--sample", type=int, nargs="+", metavar="I", help="numbers of sequences, text first")
     parser.add_argument("--count", type=int, default=4, metavar="N", help="how many to choose without --sample")

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from data_tools.viewer.packed_view import PackReader, visible
 from megavl.data.tokenizer import open_tokenizer
 from tests.unit.data.corpus_files import IMAGE_TOKENS, make_images, make_tokenizer, run_preprocess, write_jsonl
 
-ROOT = Path(__file__).parents[3]
 HOSTILE = (
     "</span></title><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> "
     "& 'quoted' \x1b[31mred\x07 ‮gnp.exe 你好 🙂\n\tend"
@@ -104,14 +102,6 @@ def test_unfinished_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_control_characters_are_named() -> None:
     assert visible("a\x00\x1b\x7f‮\n\tb") == "a␀␛[U+007F][U+202E]\n\tb"
-
-
-@pytest.mark.parametrize("name", ["preprocess", "verify", "view", "build_corpus"])
-def test_no_command_takes_it_for_the_standard_library(name: str, tmp_path: Path) -> None:
-    """`dataclasses` imports a module of this name, and the folder of a program comes first in its search path."""
-    command = [sys.executable, str(ROOT / f"data_tools/{name}.py"), "--help"]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert shown.returncode == 0 and "usage" in shown.stdout, shown.stderr
 
 
 class _Page(HTMLParser):
