@@ -1,4 +1,4 @@
-"""How many records each category has: as a table with bars in text, and as an SVG picture."""
+"""The number of records of each category, as a text table with bars and as an SVG picture."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Row:
     name: str
     level: int
     count: int
-    """Records in it and below it."""
+    """Number of records in it and below it."""
     share: float
-    """Of all records with a category."""
+    """Share of all records with a category."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Coverage:
     tagged: int
     untagged: int
     leaves: int
-    """Categories without parts."""
+    """Number of categories without parts."""
     missing: tuple[str, ...]
     """Leaves without a record."""
 
@@ -53,13 +53,7 @@ class Coverage:
 
 
 def cover(counts: Mapping[str, int], *, untagged: int, taxonomy: Taxonomy) -> Coverage:
-    """Sum up the records of each category and of all below it.
-
-    Args:
-        counts: records by the category that they name.
-        untagged: records without one.
-        taxonomy: the tree.
-    """
+    """Sum up the records of each category and of all below it; `counts` has them by the category that they name."""
     sums: Counter[str] = Counter()
     for id, count in counts.items():
         parts = id.split("/")
@@ -76,14 +70,14 @@ def cover(counts: Mapping[str, int], *, untagged: int, taxonomy: Taxonomy) -> Co
         )
         for category in taxonomy.categories.values()
     )
-    # A record may name an inner category; its leaves count as missing all the same.
+    # A record that names an inner category fills none of its leaves.
     missing = tuple(leaf.id for leaf in taxonomy.leaves() if not sums[leaf.id])
     leaves = len(taxonomy.leaves())
     return Coverage(rows=rows, tagged=tagged, untagged=untagged, leaves=leaves, missing=missing)
 
 
 def table(coverage: Coverage, *, depth: int) -> Iterator[str]:
-    """Lines of text: id, records, share and a bar for each category down to some level."""
+    """Lines of text with id, records, share and a bar for each category down to level `depth`."""
     shown = [row for row in coverage.rows if row.level <= depth]
     wide = max(len(row.id) for row in shown)
     for row in shown:
@@ -96,7 +90,7 @@ def table(coverage: Coverage, *, depth: int) -> Iterator[str]:
 
 
 def svg(coverage: Coverage, *, depth: int) -> str:
-    """A bar chart; complete by itself, without scripts or fonts from elsewhere."""
+    """A self-contained bar chart without scripts or external fonts."""
     shown = [row for row in coverage.rows if row.level <= depth]
     most = max((row.share for row in shown), default=0.0) or 1.0
     height = _ROW * (len(shown) + 1)
