@@ -55,15 +55,6 @@ class Taxonomy:
         match = difflib.get_close_matches(id.lower(), list(spellings), n=1, cutoff=0.6)
         return f", the nearest is {spellings[match[0]]!r}" if match else ""
 
-    def parts(self, id: str) -> list[Category]:
-        """Categories directly below one; the main ones for an empty id."""
-        prefix = f"{id}/" if id else ""
-        return [
-            category
-            for category in self.categories.values()
-            if category.id.startswith(prefix) and "/" not in category.id[len(prefix) :]
-        ]
-
     def leaves(self) -> list[Category]:
         """Categories without parts."""
         return [category for category in self.categories.values() if category.leaf]
