@@ -89,7 +89,7 @@ def moved(record: TaggedRecord, *, root: Path) -> dict[str, Any]:
         if key in content:
             content[key] = _moved(content[key], record, root=root)
     turns = content.get("conversations")
-    if isinstance(turns, list) and any(isinstance(turn, dict) and "images" in turn for turn in turns):
+    if isinstance(turns, list):
         content["conversations"] = [
             {**turn, "images": _moved(turn["images"], record, root=root)}
             if isinstance(turn, dict) and "images" in turn

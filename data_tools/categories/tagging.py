@@ -62,8 +62,9 @@ class Tagger:
             return self.taxonomy.check(self.names.get(given, given), where=f"{record.where}: {self.key}")
         texts: dict[str, str] = {}
         for rule in self.rules:
-            text = texts.setdefault(rule.where, _WHERE[rule.where](record.content))
-            if rule.pattern.search(text):
+            if rule.where not in texts:
+                texts[rule.where] = _WHERE[rule.where](record.content)
+            if rule.pattern.search(texts[rule.where]):
                 self.origin["rule"] += 1
                 return rule.category
         self.origin["none"] += 1
