@@ -303,5 +303,5 @@ def test_image_paths_follow_the_output(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["documents", "notebooks", "screens", "scenetext"])
 def test_builders_name_categories_that_exist(name):
-    category = import_module(f"data_tools.corpus.{name}.build").CATEGORY
+    category = import_module(f"data_tools.corpus.pairs.{name}.build").CATEGORY
     assert category in [leaf.id for leaf in TREE.leaves()]

@@ -1,14 +1,14 @@
-"""One element of a document in three renditions: what typst sets, the Markdown of the record, and what a reader sees.
+"""One element of a document in three forms: its typst code, its Markdown for the record, and its visible text.
 
-All three are made in one walk over pandoc's tree, so that the record says what the page shows: the address of a link,
-comments, images and footnotes are in none of them. Text reaches typst only inside string literals and can therefore
-never be code; formulas are what pandoc's own writer made of them.
+One walk over pandoc's tree makes all three, so the record says what the page shows. Link addresses, comments, images
+and footnotes are in none of them. Text reaches typst only inside string literals, so it is never run as code. The code
+of formulas comes from pandoc's typst writer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,69 +22,69 @@ Formulas = Mapping[str, str]
 _LABEL = re.compile(r"\\label\s*\{[^{}]*\}|\\(?:nonumber|notag)(?![a-zA-Z])")
 _LINE_END = re.compile(r" *\n[ \n]*")
 FORMULA = "\0"
-"""Stands in `seen` for a formula, whose glyphs are not those of its source."""
+"""Placeholder in `visible` for a formula, whose glyphs differ from its source."""
 
 
 class Unusable(Exception):
-    """An element that cannot be shown; the message is the reason under which it is counted."""
+    """An element that cannot be rendered; the message is the reason to count."""
 
 
 @dataclass(frozen=True)
-class Wording:
-    """The three renditions of an element."""
+class Element:
+    """The three forms of an element."""
 
     typst: str = ""
     markdown: str = ""
-    seen: str = ""
+    visible: str = ""
 
-    def __add__(self, other: Wording) -> Wording:
-        return Wording(self.typst + other.typst, self.markdown + other.markdown, self.seen + other.seen)
+    def __add__(self, other: Element) -> Element:
+        return Element(self.typst + other.typst, self.markdown + other.markdown, self.visible + other.visible)
 
 
 def formula_key(math: Node) -> str:
-    """A formula's kind and source."""
+    """Kind and source of a formula."""
     return f"{math['c'][0]['t']}:{math['c'][1]}"
 
 
 def formula_source(math: Node) -> str:
-    """TeX of a formula without what does not show: labels, and the wish to have no number."""
+    """TeX of a formula without its invisible parts: labels and commands that suppress the number."""
     return _LABEL.sub("", math["c"][1]).strip()
 
 
-def literal(text: str) -> str:
-    """A typst string."""
+def typst_string(text: str) -> str:
+    """A typst string literal."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t") + '"'
 
 
-def plain(text: str) -> Wording:
+def plain(text: str) -> Element:
     """Running text."""
-    return Wording(f"#{literal(text)};", text, text) if text else Wording()
+    return Element(f"#{typst_string(text)};", text, text) if text else Element()
 
 
-def wrapped(content: Wording, *, function: str, before: str, after: str) -> Wording:
-    """An element that typst marks by a function and Markdown by signs around it."""
-    if not content.seen.strip():
-        return Wording()
-    return Wording(f"#{function}[{content.typst}];", f"{before}{content.markdown}{after}", content.seen)
+def marked_up(content: Element, *, function: str, before: str, after: str) -> Element:
+    """Content inside a typst function, and between marks in Markdown."""
+    if not content.visible.strip():
+        return Element()
+    return Element(f"#{function}[{content.typst}];", f"{before}{content.markdown}{after}", content.visible)
 
 
-def code(text: str) -> Wording:
-    """Code inside running text."""
+def code(text: str) -> Element:
+    """Inline code."""
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return Wording(f"#raw({literal(text)});", f"{fence}{pad}{text}{pad}{fence}", text)
+    return Element(f"#raw({typst_string(text)});", f"{fence}{pad}{text}{pad}{fence}", text)
 
 
-def inlines(nodes: list[Node], formulas: Formulas) -> Wording:
-    """Running text with its marks; neighbouring words become one string.
+def inlines(nodes: list[Node], formulas: Formulas) -> Element:
+    """Running text with its marks; adjacent words become one string.
 
     Raises:
-        Unusable: for an element of an unknown kind or a formula that cannot be set.
+        Unusable: an element has an unknown kind, or a formula cannot be converted.
     """
-    result, run = Wording(), ""
-    shown = [node for node in nodes if node["t"] not in _UNSEEN]
-    places = [place for place, node in enumerate(shown) if node["t"] not in _SPACES]
-    for node in shown[places[0] : places[-1] + 1] if places else []:
+    result, run = Element(), ""
+    shown = [node for node in nodes if node["t"] not in _INVISIBLE]
+    filled = [index for index, node in enumerate(shown) if node["t"] not in _SPACES]
+    for node in shown[filled[0] : filled[-1] + 1] if filled else []:
         words = _words(node)
         if words is not None:
             run = _joined(run, words)
@@ -101,12 +101,12 @@ def _words(node: Node) -> str | None:
         return str(node["c"])
     if kind == "Space":
         return " "
-    # A line end of the source; `_joined` decides what becomes of it.
+    # A line end of the source; `_joined` turns it into a space or drops it.
     return "\n" if kind == "SoftBreak" else None
 
 
 def _joined(run: str, words: str) -> str:
-    """Text with one more word; a line end between Chinese characters is no space."""
+    """Text with one more word; a line end between Chinese characters is not a space."""
     if words.isspace() and run[-1:].isspace():
         return run
     if run.endswith("\n"):
@@ -114,11 +114,11 @@ def _joined(run: str, words: str) -> str:
     return run + words
 
 
-def _inline(node: Node, formulas: Formulas) -> Wording:
+def _inline(node: Node, formulas: Formulas) -> Element:
     kind, content = node["t"], node.get("c")
     if kind in _MARKS:
         function, before, after = _MARKS[kind]
-        return wrapped(inlines(content, formulas), function=function, before=before, after=after)
+        return marked_up(inlines(content, formulas), function=function, before=before, after=after)
     if kind in ("Underline", "SmallCaps"):
         return inlines(content, formulas)
     if kind in ("Link", "Span", "Cite"):
@@ -131,12 +131,12 @@ def _inline(node: Node, formulas: Formulas) -> Wording:
     if kind == "Math":
         return _formula(node, formulas)
     if kind == "LineBreak":
-        return Wording("#linebreak();", "\n", " ")
+        return Element("#linebreak();", "\n", " ")
     raise Unusable("element")
 
 
-_UNSEEN = ("Image", "Note", "RawInline")
-"""Shown neither on the page nor in the record."""
+_INVISIBLE = ("Image", "Note", "RawInline")
+"""Left out of page and record."""
 _SPACES = ("Space", "SoftBreak", "LineBreak")
 _MARKS: Mapping[str, tuple[str, str, str]] = {
     "Emph": ("emph", "*", "*"),
@@ -147,45 +147,45 @@ _MARKS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def _formula(node: Node, formulas: Formulas) -> Wording:
+def _formula(node: Node, formulas: Formulas) -> Element:
     source = formula_source(node)
     typst = formulas.get(formula_key(node))
     if typst is None:
         raise Unusable("formula")
     markdown = f"\n$${source}$$\n" if node["c"][0]["t"] == "DisplayMath" else f"${source}$"
-    return Wording(typst, markdown, FORMULA)
+    return Element(typst, markdown, FORMULA)
 
 
-def paragraph(content: Wording) -> Wording:
-    """Running text as a paragraph, which typst would not indent otherwise; a display formula stands by itself."""
+def paragraph(content: Element) -> Element:
+    """Running text as an explicit paragraph, so that typst indents it; a display formula is no paragraph."""
     return content if "$$" in content.markdown else replace(content, typst=f"#par[{content.typst}]")
 
 
-def heading(content: Wording, *, level: int) -> Wording:
+def heading(content: Element, *, level: int) -> Element:
     """A heading of level 1 to 6."""
-    return Wording(f"#heading(level: {level})[{content.typst}]", f"{'#' * level} {content.markdown}", content.seen)
+    return Element(f"#heading(level: {level})[{content.typst}]", f"{'#' * level} {content.markdown}", content.visible)
 
 
-def code_block(text: str, *, language: str) -> Wording:
-    """Lines of code; the language decides the colours and is not on the page."""
+def code_block(text: str, *, language: str) -> Element:
+    """Lines of code; the language decides the colours and is not visible."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    named = f", lang: {literal(language)}" if language else ""
-    return Wording(f"#raw({literal(text)}, block: true{named})", f"{fence}\n{text}\n{fence}", text)
+    named = f", lang: {typst_string(language)}" if language else ""
+    return Element(f"#raw({typst_string(text)}, block: true{named})", f"{fence}\n{text}\n{fence}", text)
 
 
-def rule() -> Wording:
+def rule() -> Element:
     """A horizontal line."""
-    return Wording("#line(length: 100%)", "---", "")
+    return Element("#line(length: 100%)", "---", "")
 
 
-def quotation(content: Wording) -> Wording:
-    """A quotation of whole blocks."""
+def quotation(content: Element) -> Element:
+    """A quotation that contains blocks."""
     lines = "\n".join(f"> {line}".rstrip() for line in content.markdown.split("\n"))
-    return Wording(f"#quote(block: true)[{content.typst}]", lines, content.seen)
+    return Element(f"#quote(block: true)[{content.typst}]", lines, content.visible)
 
 
-def listing(items: list[Wording], *, start: int | None) -> Wording:
-    """A list, numbered from `start` or with one bullet for all."""
+def listing(items: list[Element], *, start: int | None) -> Element:
+    """A list, numbered from `start`, or with bullets."""
     numbers = ["" if start is None else f"{start + index}." for index in range(len(items))]
     parts = ", ".join(f"[{item.typst}]" for item in items)
     function = "list(" if start is None else f"enum(start: {start}, "
@@ -193,40 +193,39 @@ def listing(items: list[Wording], *, start: int | None) -> Wording:
     for number, item in zip(numbers, items, strict=True):
         label = f"{number or '-'} "
         lines.append(label + item.markdown.replace("\n", "\n" + " " * len(label)))
-    seen = " ".join(f"{number} {item.seen}" for number, item in zip(numbers, items, strict=True))
+    seen = " ".join(f"{number} {item.visible}" for number, item in zip(numbers, items, strict=True))
     markdown = "\n".join(line.rstrip() for line in "\n".join(lines).split("\n"))
-    return Wording(f"#{function}{parts})", markdown, seen)
+    return Element(f"#{function}{parts})", markdown, seen)
 
 
-def table(header: list[Wording], rows: list[list[Wording]], *, aligned: list[str]) -> Wording:
+def table(header: list[Element], rows: list[list[Element]], *, aligned: list[str]) -> Element:
     """A table of simple cells.
 
     Args:
         header: one cell per column.
         rows: cells by row.
-        aligned: `left`, `right`, `center` or `auto` by column.
+        aligned: `left`, `right`, `center` or `auto` for each column.
     """
     cells = ", ".join(f"[{cell.typst}]" for row in rows for cell in row)
     head = f"table.header({', '.join(f'[{cell.typst}]' for cell in header)}), "
-    # Left to itself a cell takes the alignment of the table on the page.
+    # With `auto` a cell would take the alignment of the table on the page.
     sides = "".join(f"{'left' if side == 'auto' else side}, " for side in aligned)
     typst = f"#table(columns: {len(aligned)}, align: ({sides}), {head}{cells})"
     marks = {"left": ":--", "right": "--:", "center": ":-:", "auto": "---"}
     lines = [_row(header), f"|{'|'.join(marks[side] for side in aligned)}|", *(_row(row) for row in rows)]
-    seen = " ".join(cell.seen for row in [header, *rows] for cell in row)
-    return Wording(typst, "\n".join(lines), seen)
+    seen = " ".join(cell.visible for row in [header, *rows] for cell in row)
+    return Element(typst, "\n".join(lines), seen)
 
 
-def _row(cells: list[Wording]) -> str:
+def _row(cells: list[Element]) -> str:
     texts = (" ".join(cell.markdown.replace("|", "\\|").split()) for cell in cells)
     return f"| {' | '.join(texts)} |"
 
 
-def stacked(parts: list[Wording], *, between: str = "\n\n") -> Wording:
+def stacked(parts: list[Element], *, between: str = "\n\n") -> Element:
     """Blocks one below the other."""
-    join: Callable[[str, list[str]], str] = str.join
-    return Wording(
-        join("\n#parbreak();\n", [part.typst for part in parts]),
-        join(between, [part.markdown for part in parts]),
-        join(" ", [part.seen for part in parts]),
+    return Element(
+        "\n#parbreak();\n".join(part.typst for part in parts),
+        between.join(part.markdown for part in parts),
+        " ".join(part.visible for part in parts),
     )
