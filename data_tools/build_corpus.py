@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +14,7 @@ from data_tools.corpus.demo.build import build_demo, build_pictures, build_text,
 from data_tools.corpus.demo.picture_set import FAMILIES
 from data_tools.corpus.demo.vocabulary import MIN_VOCABULARY
 from data_tools.corpus.number_option import whole
-from data_tools.corpus.pairs.commands import PAIR_COMMANDS, add_pair_commands, run_pairs
+from data_tools.corpus.pairs.commands import add_pair_commands
 from data_tools.corpus.texts import DEBIAN
 from megavl.config.errors import MegaVLError, UsageError
 
@@ -31,9 +32,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 success, 2 usage, 3 data, 5 storage)."""
     try:
-        options = _parser().parse_args(arguments)
+        options = vars(_parser().parse_args(arguments))
         started = time.monotonic()
-        counts = _run(options)
+        counts = options.pop("build")(**options)
     except MegaVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,45 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"{options.output}: {listed} ({time.monotonic() - started:.1f} s)")
+    print(f"{options['output']}: {listed} ({time.monotonic() - started:.1f} s)")
     return 0
-
-
-def _run(options: argparse.Namespace) -> dict[str, int]:
-    if options.command == "tokenizer":
-        return build_tokenizer(options.output, inputs=options.input, vocab_size=options.vocab_size, force=options.force)
-    if options.command == "text":
-        return build_text(
-            options.output, seed=options.seed, size=options.size, debian=options.debian_root, force=options.force
-        )
-    if options.command == "demo":
-        return build_demo(
-            options.output,
-            seed=options.seed,
-            samples=options.samples,
-            heldout=options.heldout,
-            size=options.size,
-            vocab_size=options.vocab_size,
-            debian=options.debian_root,
-            force=options.force,
-        )
-    if options.command in PAIR_COMMANDS:
-        return run_pairs(options)
-    family = FAMILIES[options.command]
-    return build_pictures(
-        options.output,
-        family=options.command,
-        levels=list(family) if options.level == "all" else [options.level],
-        seed=options.seed,
-        samples=options.samples,
-        heldout=options.heldout,
-        force=options.force,
-    )
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="build_corpus.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = _Parser(add_help=False)
     common.add_argument("--output", type=Path, required=True, help="output folder")
     common.add_argument("--force", action="store_true", help="replace an earlier result of this program")
@@ -94,14 +63,20 @@ def _parser() -> _Parser:
         "--vocab-size", type=whole(MIN_VOCABULARY, MAX_COUNT), default=1024, help="tokenizer entries (1024)"
     )
 
-    commands.add_parser("text", parents=[common, texts], help="documentation, licences and docstrings of this machine")
-    tokenizer = commands.add_parser("tokenizer", parents=[common, words], help="a byte-level BPE tokenizer")
+    def command(name: str, build: Callable[..., dict[str, int]], *parents: _Parser, about: str) -> _Parser:
+        made = commands.add_parser(name, parents=[common, *parents], help=about)
+        made.set_defaults(build=build)
+        return made
+
+    command("text", build_text, texts, about="documentation, licences and docstrings of this machine")
+    tokenizer = command("tokenizer", build_tokenizer, words, about="a byte-level BPE tokenizer")
     tokenizer.add_argument("--input", type=Path, nargs="+", required=True, help="text.jsonl, captions, conversations")
     for name, family in FAMILIES.items():
-        command = commands.add_parser(name, parents=[common, _pictures(samples=1000)], help="pictures with questions")
-        command.add_argument("--level", choices=[*family, "all"], default="easy", help="difficulty (easy)")
+        build = partial(build_pictures, family=name)
+        pictures = command(name, build, _pictures(samples=1000), about="pictures with questions")
+        pictures.add_argument("--level", choices=[*family, "all"], default="easy", help="difficulty (easy)")
     add_pair_commands(commands, common=common, texts=texts)
-    commands.add_parser("demo", parents=[common, texts, words, _pictures(samples=4000)], help="the whole demo corpus")
+    command("demo", build_demo, texts, words, _pictures(samples=4000), about="the whole demo corpus")
     return parser
 
 

@@ -38,20 +38,20 @@ LICENCES = {
 }
 
 
-def build_text(output: Path, *, seed: int, size: int, debian: Path, force: bool) -> dict[str, int]:
+def build_text(output: Path, *, seed: int, size: int, debian_root: Path, force: bool) -> dict[str, int]:
     """Write `text.jsonl` with about `size` bytes of text; returns the number of records by file."""
     with new_folder(output, force=force) as folder:
-        collection = collect_text(size=size, seed=seed, debian=debian)
+        collection = collect_text(size=size, seed=seed, debian=debian_root)
         counts = {"text.jsonl": write_jsonl(folder / "text.jsonl", _text_records(collection))}
         _describe(folder, kind="text", seed=seed, counts=counts, text=collection.sources)
     return counts
 
 
-def build_tokenizer(output: Path, *, inputs: list[Path], vocab_size: int, force: bool) -> dict[str, int]:
-    """Train a tokenizer on the given files and the questions on pictures; returns its size."""
-    texts = [text for path in inputs for text in read_texts(path)]
+def build_tokenizer(output: Path, *, input: list[Path], vocab_size: int, force: bool, seed: int = 0) -> dict[str, int]:
+    """Train a tokenizer on the given files and the questions on pictures; returns its size. The seed has no effect."""
+    texts = [text for path in input for text in read_texts(path)]
     if not texts:
-        raise DataError(f"--input {', '.join(map(str, inputs))}: holds no text; give a text.jsonl with records")
+        raise DataError(f"--input {', '.join(map(str, input))}: holds no text; give a text.jsonl with records")
     with new_folder(output, force=force) as folder:
         tokenizer = train_tokenizer(texts, phrases=phrases(), vocab_size=vocab_size)
         save_tokenizer(tokenizer, folder)
@@ -59,10 +59,10 @@ def build_tokenizer(output: Path, *, inputs: list[Path], vocab_size: int, force:
 
 
 def build_pictures(
-    output: Path, *, family: str, levels: list[str], seed: int, samples: int, heldout: int, force: bool
+    output: Path, *, family: str, level: str, seed: int, samples: int, heldout: int, force: bool
 ) -> dict[str, int]:
     """Write images, captions, conversations and questions of one family; returns the number of records by file."""
-    mix = {(family, level): 1.0 for level in levels}
+    mix = {(family, name): 1.0 for name in FAMILIES[family] if level in (name, "all")}
     with new_folder(output, force=force) as folder:
         pictures = PictureSet(folder=folder, seed=seed)
         tasks = pictures.add_heldout(list(mix), per_question=heldout)
@@ -78,7 +78,7 @@ def build_pictures(
 
 
 def build_demo(
-    output: Path, *, seed: int, samples: int, heldout: int, size: int, vocab_size: int, debian: Path, force: bool
+    output: Path, *, seed: int, samples: int, heldout: int, size: int, vocab_size: int, debian_root: Path, force: bool
 ) -> dict[str, int]:
     """Write the whole demo corpus: text, tokenizer, pictures of every family, and held-out questions.
 
@@ -89,14 +89,14 @@ def build_demo(
         heldout: held-out questions of each kind, each with a picture of its own.
         size: bytes of text.
         vocab_size: entries of the tokenizer.
-        debian: folder with Debian's documentation; may be absent.
+        debian_root: folder with Debian's documentation; may be absent.
         force: replace an earlier result.
 
     Returns:
         Number of records by file.
     """
     with new_folder(output, force=force) as folder:
-        collection = collect_text(size=size, seed=seed, debian=debian)
+        collection = collect_text(size=size, seed=seed, debian=debian_root)
         pictures = PictureSet(folder=folder, seed=seed)
         tasks = {
             name: pictures.add_heldout([(family, level) for family in FAMILIES], per_question=heldout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,14 +21,6 @@ MAX_COUNT = 100_000_000
 SIDES = (256, 4096)
 """Minimum and maximum of an image's long side in pixels."""
 
-PAIR_COMMANDS: dict[str, tuple[type[Any], Callable[[Path, Any], dict[str, int]]]] = {
-    "documents": (DocumentOptions, build_documents),
-    "notebooks": (SourceOptions, build_notebooks),
-    "screens": (ScreenOptions, build_screens),
-    "scenetext": (SceneOptions, build_scenes),
-}
-"""Options and builder of each command."""
-
 
 class _RemovedRender(argparse.Action):
     """Answers `--render`, which earlier versions had, with what happens instead."""
@@ -37,10 +29,9 @@ class _RemovedRender(argparse.Action):
         parser.error("--render was removed in 0.2; the figures stored in the notebooks are used")
 
 
-def run_pairs(options: argparse.Namespace) -> dict[str, int]:
-    """Run one of the commands; returns the number of records by file."""
-    kind, build = PAIR_COMMANDS[options.command]
-    return build(options.output, kind(**{field.name: getattr(options, field.name) for field in fields(kind)}))
+def _run(options_class: type[Any], build: Callable[[Path, Any], dict[str, int]], **options: Any) -> dict[str, int]:
+    """Run a builder on the options of the command line, which are named like the fields of its options class."""
+    return build(options.pop("output"), options_class(**options))
 
 
 def add_pair_commands(commands: Any, *, common: argparse.ArgumentParser, texts: argparse.ArgumentParser) -> None:
@@ -65,31 +56,31 @@ def add_pair_commands(commands: Any, *, common: argparse.ArgumentParser, texts: 
     fonts = argparse.ArgumentParser(add_help=False)
     fonts.add_argument("--fonts", type=Path, nargs="+", default=[], help="folders of fonts (those of the system)")
 
-    def command(name: str, *parents: argparse.ArgumentParser, about: str, source: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = commands.add_parser(name, parents=[common, pairs, *parents], help=about)
+    def command(name: str, run: Callable[..., Any], *parents: argparse.ArgumentParser, about: str, source: str) -> Any:
+        made = commands.add_parser(name, parents=[common, pairs, *parents], help=about)
+        made.set_defaults(build=run)
         optional = texts in parents
-        made.add_argument(
-            "--input",
-            type=Path,
-            nargs="+",
-            default=[],
-            required=not optional,
-            help=f"{source}, folders of them, or JSONL" + (" (documentation of this machine)" if optional else ""),
-        )
+        about_input = f"{source}, folders of them, or JSONL" + (" (documentation of this machine)" if optional else "")
+        made.add_argument("--input", type=Path, nargs="+", default=[], required=not optional, help=about_input)
         return made
 
-    documents = command(
-        "documents", texts, limited, fonts, about="page images with their text", source=".md, .html, .tex, .txt"
-    )
+    run = partial(_run, DocumentOptions, build_documents)
+    formats = ".md, .html, .tex, .txt"
+    documents = command("documents", run, texts, limited, fonts, about="page images with their text", source=formats)
     documents.add_argument("--side", type=whole(*SIDES), default=1024, help="long side of a page in pixels (1024)")
 
-    notebooks = command("notebooks", limited, about="charts with their code", source=".ipynb")
-    notebooks.add_argument("--render", action=_RemovedRender, nargs=0, help=argparse.SUPPRESS)
+    run = partial(_run, SourceOptions, build_notebooks)
+    notebooks = command("notebooks", run, limited, about="charts with their code", source=".ipynb")
+    notebooks.add_argument(
+        "--render", action=_RemovedRender, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
-    screens = command("screens", limited, about="screenshots with their HTML", source=".html")
+    run = partial(_run, ScreenOptions, build_screens)
+    screens = command("screens", run, limited, about="screenshots with their HTML", source=".html")
     screens.add_argument("--browser", type=Path, help="path of Chromium (the installed one)")
 
-    scenes = command("scenetext", texts, fonts, about="images with rendered text", source=".txt, .md")
+    run = partial(_run, SceneOptions, build_scenes)
+    scenes = command("scenetext", run, texts, fonts, about="images with rendered text", source=".txt, .md")
     scenes.add_argument("--samples", type=whole(1, MAX_COUNT), default=1000, help="number of images (1000)")
     scenes.add_argument("--side", type=whole(*SIDES), default=768, help="largest long side in pixels (768)")
     scenes.add_argument("--chinese-share", type=share(1.0), default=0.5, help="Chinese images, if both exist (0.5)")

@@ -21,17 +21,17 @@ class Template:
 
     shapes: tuple[float, ...]
     """Ratios of page width to height."""
-    columns: tuple[int, ...]
+    columns: tuple[int, ...] = (1,)
     characters: tuple[int, int]
     """Minimum and maximum of the long side divided by the font size: 64 gives 16 pixels on a page of 1024."""
     margin: tuple[float, float]
     """Minimum and maximum, as a share of the long side."""
     leading: tuple[float, float]
     """Space between lines in em."""
-    justify: bool
-    indent: bool
+    justify: bool = False
+    indent: bool = False
     """Indent first lines, and leave no gap between paragraphs."""
-    tinted: bool
+    tinted: bool = True
     """The paper may have a colour other than white."""
     styles: str
     """Further typst code."""
@@ -42,12 +42,10 @@ A4, LETTER, SLIDE = 0.707, 0.773, 1.333
 TEMPLATES: Mapping[str, Template] = {
     "article": Template(
         shapes=(A4, LETTER),
-        columns=(1,),
         characters=(52, 68),
         margin=(0.06, 0.1),
         leading=(0.55, 0.75),
         justify=True,
-        indent=False,
         tinted=False,
         styles="#show heading.where(level: 1): set align(center)\n"
         "#set table(stroke: (x, y) => if y == 0 { (bottom: 0.8pt, top: 0.8pt) } else { (bottom: 0.3pt) })",
@@ -66,24 +64,18 @@ TEMPLATES: Mapping[str, Template] = {
     ),
     "book": Template(
         shapes=(0.65, A4),
-        columns=(1,),
         characters=(40, 52),
         margin=(0.07, 0.12),
         leading=(0.7, 0.95),
         justify=True,
         indent=True,
-        tinted=True,
         styles="#set table(stroke: 0.5pt)",
     ),
     "report": Template(
         shapes=(A4, LETTER, 1.0),
-        columns=(1,),
         characters=(48, 64),
         margin=(0.06, 0.12),
         leading=(0.6, 0.85),
-        justify=False,
-        indent=False,
-        tinted=True,
         styles="#show heading: set text(fill: ACCENT)\n"
         "#show raw.where(block: true): it => "
         "block(fill: ACCENT.lighten(90%), inset: 0.6em, radius: 0.2em, width: 100%, it)\n"
@@ -95,22 +87,15 @@ TEMPLATES: Mapping[str, Template] = {
         characters=(58, 70),
         margin=(0.04, 0.07),
         leading=(0.55, 0.75),
-        justify=False,
-        indent=False,
-        tinted=True,
         styles="#show heading: it => "
         "block(stroke: (bottom: 1pt + ACCENT), inset: (bottom: 0.3em), width: 100%, it)\n"
         "#set table(stroke: 0.4pt)",
     ),
     "slide": Template(
         shapes=(SLIDE,),
-        columns=(1,),
         characters=(34, 44),
         margin=(0.05, 0.08),
         leading=(0.6, 0.8),
-        justify=False,
-        indent=False,
-        tinted=True,
         styles="#show heading: set text(fill: ACCENT, size: 1.15em)\n#set table(stroke: (y: 0.5pt))",
     ),
 }
