@@ -214,11 +214,11 @@ def test_a_page_with_other_text_is_dropped(fonts, monkeypatch):
 
     text = "A haystack with a needle in it, and enough other words to fill a line."
     arguments = {"name": "x", "format": "markdown", "script": "latin", "seed": "0", "fonts": fonts, "side": 400}
-    found, dropped = make_pages(text, **arguments)
-    assert [page.text for page in found] == [text] and not dropped.counts
+    made = make_pages(text, **arguments)
+    assert [page.text for page in made.pairs] == [text] and not made.dropped.counts
     monkeypatch.setattr(blocks, "inlines", forgetful)
-    found, dropped = make_pages(text, **arguments)
-    assert not found and dropped.counts == {"text_differs": 1}
+    made = make_pages(text, **arguments)
+    assert not made.pairs and made.dropped.counts == {"text_differs": 1}
 
 
 @pytest.mark.parametrize(
@@ -243,20 +243,20 @@ def test_blocks_that_do_not_fit_are_dropped_alone(fonts):
     """A word, and a line of code, which is never broken."""
     before, after = "Kept before it, a sentence of some length.", "Kept after it, another such sentence."
     wide = "\n\n".join([before, "w" * 400, "```\n" + "code " * 19 + "\n```", after])
-    found, dropped = make_pages(wide, name="x", format="markdown", script="latin", seed="1", fonts=fonts, side=400)
-    assert [page.text for page in found] == [f"{before}\n\n{after}"]
-    assert dropped.counts == {"overflow": 2}
+    made = make_pages(wide, name="x", format="markdown", script="latin", seed="1", fonts=fonts, side=400)
+    assert [page.text for page in made.pairs] == [f"{before}\n\n{after}"]
+    assert made.dropped.counts == {"overflow": 2}
 
 
 def test_characters_without_a_glyph_are_dropped(fonts):
     text = "This paragraph is written in the letters of the font.\n\nThis one has \U0001f9ff and \U00012000."
-    found, dropped = make_pages(text, name="x", format="markdown", script="latin", seed="2", fonts=fonts, side=400)
-    assert len(found) == 1 and "U+12000" in dropped.examples["no_glyph"][0]
+    made = make_pages(text, name="x", format="markdown", script="latin", seed="2", fonts=fonts, side=400)
+    assert len(made.pairs) == 1 and "U+12000" in made.dropped.examples["no_glyph"][0]
 
 
 def test_a_renderer_crash_drops_only_its_document(fonts, monkeypatch):
     monkeypatch.setattr(pages.page_worker, "__file__", "/nonexistent/worker.py")
-    found, dropped = make_pages(
+    made = make_pages(
         "Some words that are never set on any page.",
         name="x",
         format="text",
@@ -265,7 +265,7 @@ def test_a_renderer_crash_drops_only_its_document(fonts, monkeypatch):
         fonts=fonts,
         side=400,
     )
-    assert not found and dropped.counts == {"not_set": 1}
+    assert not made.pairs and made.dropped.counts == {"not_set": 1}
 
 
 def test_long_blocks_are_split():

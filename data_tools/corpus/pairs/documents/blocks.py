@@ -29,7 +29,7 @@ from data_tools.corpus.pairs.documents.elements import (
     table,
     typst_string,
 )
-from data_tools.corpus.pairs.documents.reading import ReadingError, convert_formulas, formulas_in, read_tree
+from data_tools.corpus.pairs.documents.reading import ReadingError, read_tree
 from data_tools.corpus.pairs.sources import Dropped
 from data_tools.corpus.scripts import is_han
 
@@ -79,8 +79,7 @@ def read_blocks(text: str, *, format: str, name: str, dropped: Dropped) -> list[
     if format == "text":
         return list(_plain_blocks(text, Reader(name=name, dropped=dropped, formulas={})))
     try:
-        tree = read_tree(text, format=format)
-        formulas = convert_formulas(formulas_in(tree))
+        tree, formulas = read_tree(text, format=format)
         return list(_blocks(tree, Reader(name=name, dropped=dropped, formulas=formulas), depth=0))
     except ReadingError as error:
         dropped.add("unreadable", name, str(error))

@@ -10,7 +10,7 @@ from data_tools.corpus.pairs.build import SourceOptions, TextOptions, build_from
 from data_tools.corpus.pairs.documents.pages import make_pages
 from data_tools.corpus.pairs.documents.reading import pandoc
 from data_tools.corpus.pairs.fonts import font_folders, load_fonts
-from data_tools.corpus.pairs.records import Made, Pair, PairCommand
+from data_tools.corpus.pairs.records import Made, PairCommand
 from data_tools.corpus.pairs.sources import InputFormats, Source
 from data_tools.corpus.texts import collect_text
 from data_tools.pipeline.extras import require
@@ -67,7 +67,7 @@ def build_documents(output: Path, options: DocumentOptions) -> dict[str, int]:
     fonts = load_fonts(font_folders(options.fonts))
 
     def make(source: Source, text: str) -> Made:
-        pages, dropped = make_pages(
+        return make_pages(
             text,
             name=source.name,
             format=source.format,
@@ -76,17 +76,6 @@ def build_documents(output: Path, options: DocumentOptions) -> dict[str, int]:
             fonts=fonts,
             side=options.side,
         )
-        pairs = [
-            Pair(
-                source=source.name,
-                image=page.image,
-                text=page.text,
-                script=source.script,
-                extra={"page": page.number, "format": source.format, **page.layout.record_keys},
-            )
-            for page in pages
-        ]
-        return Made(pairs=pairs, dropped=dropped)
 
     with new_folder(output, force=options.force) as folder:
         collected = folder / "documentation.jsonl"

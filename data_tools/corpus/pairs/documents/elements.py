@@ -70,9 +70,14 @@ def marked_up(content: Element, *, function: str, before: str, after: str) -> El
 
 def code(text: str) -> Element:
     """Inline code."""
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    fence = _fence(text, least=1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return Element(f"#raw({typst_string(text)});", f"{fence}{pad}{text}{pad}{fence}", text)
+
+
+def _fence(text: str, *, least: int) -> str:
+    """Backticks that do not occur in the text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def inlines(nodes: list[Node], formulas: Formulas) -> Element:
@@ -168,7 +173,7 @@ def heading(content: Element, *, level: int) -> Element:
 
 def code_block(text: str, *, language: str) -> Element:
     """Lines of code; the language decides the colours and is not visible."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    fence = _fence(text, least=3)
     named = f", lang: {typst_string(language)}" if language else ""
     return Element(f"#raw({typst_string(text)}, block: true{named})", f"{fence}\n{text}\n{fence}", text)
 

@@ -7,7 +7,6 @@ import random
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.corpus.pairs.documents import page_worker
@@ -16,6 +15,7 @@ from data_tools.corpus.pairs.documents.elements import FORMULA, Element
 from data_tools.corpus.pairs.documents.layout import Layout, choose_layout
 from data_tools.corpus.pairs.documents.limited_process import PYTHON, Limits, run_limited
 from data_tools.corpus.pairs.fonts import Fonts, needed_glyphs
+from data_tools.corpus.pairs.records import Made, Pair
 from data_tools.corpus.pairs.sources import Dropped
 from data_tools.corpus.scripts import Script
 
@@ -32,44 +32,32 @@ _IGNORED = frozenset("-\u00ad\u2010\u2011•\x02\ufffe\uffff")
 """Hyphens, which the page adds at line ends, and list bullets, which differ in Markdown."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """One page image and its text."""
-
-    image: bytes
-    text: str
-    number: int
-    layout: Layout
-
-
-def make_pages(
-    text: str, *, name: str, format: str, script: Script, seed: str, fonts: Fonts, side: int
-) -> tuple[list[Page], Dropped]:
+def make_pages(text: str, *, name: str, format: str, script: Script, seed: str, fonts: Fonts, side: int) -> Made:
     """All usable pages of a document, in one layout; the same arguments give the same bytes.
 
     Args:
         text: source of the document.
-        name: name of the document, for the count of dropped parts.
+        name: name of the document.
         format: `text`, `markdown`, `html` or `latex`.
         script: script of the text.
         seed: decides the layout.
         fonts: usable fonts; one must be Chinese if the script is.
         side: long side of a page in pixels.
     """
-    dropped = Dropped()
+    made = Made()
     layout = choose_layout(random.Random(seed), fonts, side=side, chinese=script == "chinese")
     blocks = []
-    for block in read_blocks(text, format=format, name=name, dropped=dropped):
+    for block in read_blocks(text, format=format, name=name, dropped=made.dropped):
         missing = needed_glyphs(block.visible.replace(FORMULA, "")) - layout.characters
         if missing:
-            dropped.add("no_glyph", name, " ".join(f"U+{code:04X}" for code in sorted(missing)[:5]))
+            made.dropped.add("no_glyph", name, " ".join(f"U+{code:04X}" for code in sorted(missing)[:5]))
         else:
             blocks.append(block)
-    pages: list[Page] = []
     for part in _parts(blocks):
-        for image, shown in _typeset(part, layout=layout, name=name, dropped=dropped):
-            pages.append(Page(image=image, text=shown, number=len(pages) + 1, layout=layout))
-    return pages, dropped
+        for image, shown in _typeset(part, layout=layout, name=name, dropped=made.dropped):
+            extra = {"page": len(made.pairs) + 1, "format": format, **layout.record_keys}
+            made.pairs.append(Pair(source=name, image=image, text=shown, script=script, extra=extra))
+    return made
 
 
 def same_text(visible: str, *, expected: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -52,59 +53,48 @@ def pandoc() -> str:
     return str(pypandoc.get_pandoc_path())
 
 
-def read_tree(text: str, *, format: str) -> list[Node]:
-    """The blocks of a document.
+def read_tree(text: str, *, format: str) -> tuple[list[Node], Formulas]:
+    """The blocks of a document, and the typst code of its formulas, without those that pandoc cannot convert.
 
     Raises:
         ReadingError: the text is not in that format, too deeply nested, or too large for the limits.
     """
     output = _run(["--from", READERS[format], "--to", "json"], text)
     try:
-        return list(json.loads(output)["blocks"])
+        tree = json.loads(output)
     except RecursionError as error:
         raise ReadingError("too deeply nested") from error
+    return tree["blocks"], _convert_formulas(tree)
 
 
-def formulas_in(node: Any) -> dict[str, Node]:
-    """Every formula below a node, by `formula_key`."""
-    found: dict[str, Node] = {}
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if isinstance(current, dict):
-            if current.get("t") == "Math":
-                found[formula_key(current)] = current
-            waiting.extend(current.values())
-        elif isinstance(current, list):
-            waiting.extend(current)
-    return found
-
-
-def convert_formulas(found: dict[str, Node]) -> Formulas:
-    """Typst code of the formulas, without those that pandoc cannot convert.
-
-    Raises:
-        ReadingError: the formulas together are too large for the limits.
-    """
+def _convert_formulas(tree: dict[str, Any]) -> Formulas:
+    found = {formula_key(node): node for node in _formulas_in(tree["blocks"])}
     if not found:
         return {}
     blocks: list[Node] = []
     for node in found.values():
         bare = {"t": "Math", "c": [node["c"][0], formula_source(node)]}
         blocks += [{"t": "Para", "c": [bare]}, {"t": "RawBlock", "c": ["typst", _SEPARATOR]}]
-    tree = {"pandoc-api-version": _api_version(), "meta": {}, "blocks": blocks}
-    output = _run(["--from", "json", "--to", "typst"], json.dumps(tree))
+    output = _run(["--from", "json", "--to", "typst"], json.dumps({**tree, "meta": {}, "blocks": blocks}))
     pieces = [piece.strip() for piece in output.split(_SEPARATOR)][:-1]
     if len(pieces) != len(found):
-        raise ReadingError("a formula spells the border between formulas")
+        raise ReadingError("a formula contains the separator of formulas")
     # Pandoc writes a formula that it cannot convert as text with escaped dollars.
     good = re.compile(r"\$(?:[^$\\\"]|\\.|\"(?:[^\"\\]|\\.)*\")*\$", re.DOTALL)
     return {key: piece for key, piece in zip(found, pieces, strict=True) if good.fullmatch(piece)}
 
 
-@cache
-def _api_version() -> list[int]:
-    return list(json.loads(_run(["--from", "gfm", "--to", "json"], ""))["pandoc-api-version"])
+def _formulas_in(node: Any) -> Iterator[Node]:
+    """Every formula below a node."""
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, dict):
+            if current.get("t") == "Math":
+                yield current
+            waiting.extend(current.values())
+        elif isinstance(current, list):
+            waiting.extend(current)
 
 
 def _run(options: list[str], text: str) -> str:

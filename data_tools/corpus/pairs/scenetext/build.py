@@ -6,6 +6,7 @@ import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data_tools.corpus.output import new_folder
@@ -84,9 +85,9 @@ def build_scenes(output: Path, options: SceneOptions) -> dict[str, int]:
         if "chinese" in scripts and not faces["chinese"]:
             raise DataError(f"--input: is partly written in Chinese, and {NO_CHINESE_FONT}")
 
-        def make(number: int) -> Made:
-            return draw_scene(number, options, phrases=phrases, faces=faces, backgrounds=backgrounds, scripts=scripts)
-
+        make = partial(
+            draw_scene, options=options, phrases=phrases, faces=faces, backgrounds=backgrounds, scripts=scripts
+        )
         writer = RecordWriter(
             folder=folder, command=COMMAND, records=options.records, seed=options.seed, dropped=dropped
         )
@@ -113,8 +114,8 @@ def _split_of(number: int, *, share: float) -> Split:
 
 def draw_scene(
     number: int,
-    options: SceneOptions,
     *,
+    options: SceneOptions,
     phrases: Phrases,
     faces: Mapping[Script, list[Face]],
     backgrounds: Mapping[Split, list[Path]],
