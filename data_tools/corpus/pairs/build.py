@@ -8,22 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.corpus.pairs.fonts import NO_CHINESE_FONT
-from data_tools.corpus.pairs.records import Made, PairCommand, RecordFormat, RecordWriter
+from data_tools.corpus.pairs.records import PairCommand, PairOptions, RecordWriter, SourceResult
 from data_tools.corpus.pairs.sources import Dropped, InputFormats, Source, find_sources, heldout_sources, load
 from megavl.config.errors import DataError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """Options of every pair command, named as on the command line."""
-
-    input: list[Path]
-    """Files, folders or JSONL; empty means the documentation of this machine, where the command takes that."""
-    records: RecordFormat
-    heldout_share: float
-    seed: int
-    workers: int
-    force: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +36,7 @@ class TextOptions(PairOptions):
 def build_from_sources(
     command: PairCommand,
     options: SourceOptions,
-    make: Callable[[Source, str], Made],
+    make: Callable[[Source, str], SourceResult],
     *,
     folder: Path,
     formats: InputFormats,
@@ -77,11 +64,10 @@ def build_from_sources(
     if chinese is not None and not has_chinese_font:
         raise DataError(f"{chinese.name}: is written in Chinese, and {NO_CHINESE_FONT}")
     held = heldout_sources(sources, share=options.heldout_share, seed=options.seed)
-    writer = RecordWriter(folder=folder, command=command, records=options.records, seed=options.seed, dropped=dropped)
+    writer = RecordWriter(folder=folder, command=command, options=options, dropped=dropped)
     writer.write_all(
         sources,
         lambda source: make(source, load(source, formats=formats)),
         split_of=lambda source: "heldout" if source.key in held else "train",
-        workers=options.workers,
     )
     return writer.finish({**settings, "heldout": options.heldout_share, f"{command.unit}s": len(sources)})

@@ -59,6 +59,11 @@ class Face:
         """Whether every visible character of a text has a glyph."""
         return needed_glyphs(text) <= self.characters
 
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether the face draws the same box for every character."""
+        return len(self.characters) >= PLACEHOLDER_CHARACTERS
+
 
 @dataclass(frozen=True)
 class Family:
@@ -106,7 +111,7 @@ def font_folders(given: list[Path]) -> list[Path]:
 
 
 def find_faces(folders: Iterable[Path]) -> list[Face]:
-    """Every readable face, sorted by path and index; skips damaged files and placeholder fonts."""
+    """Every readable face, sorted by path and index; skips damaged files."""
     require("fontTools")
     return [
         face
@@ -119,9 +124,7 @@ def find_faces(folders: Iterable[Path]) -> list[Face]:
 
 def supports_chinese(face: Face) -> bool:
     """Whether a face has the frequent Chinese characters, in the forms used in mainland China."""
-    return needed_glyphs(FREQUENT_HAN) <= face.characters and not any(
-        part in f"{face.family} " for part in _OTHER_REGIONS
-    )
+    return face.covers(FREQUENT_HAN) and not any(part in f"{face.family} " for part in _OTHER_REGIONS)
 
 
 def supports_latin(face: Face) -> bool:
@@ -151,7 +154,7 @@ def load_fonts(folders: list[Path]) -> Fonts:
     mono: list[Family] = []
     chinese: list[Family] = []
     for name, styles in sorted(families.items()):
-        if (False, False) not in styles:
+        if (False, False) not in styles or styles[False, False].is_placeholder:
             continue
         family = Family(name=name, faces=tuple(styles[key] for key in sorted(styles)))
         if family.regular.covers(FREQUENT_HAN):
@@ -180,8 +183,7 @@ def _open(path: Path) -> list[Any]:
 
 def _faces(path: Path) -> list[Face]:
     try:
-        faces = [_face(font, path=path, index=index) for index, font in enumerate(_open(path))]
-        return [face for face in faces if len(face.characters) < PLACEHOLDER_CHARACTERS]
+        return [_face(font, path=path, index=index) for index, font in enumerate(_open(path))]
     except Exception:  # a damaged font can raise any exception
         return []
 

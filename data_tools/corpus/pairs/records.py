@@ -39,6 +39,19 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """Options of every pair command, named as on the command line."""
+
+    input: list[Path]
+    """Files, folders or JSONL; empty means the documentation of this machine, where the command takes that."""
+    records: RecordFormat
+    heldout_share: float
+    seed: int
+    workers: int
+    force: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairCommand:
     """What one command writes into every record and into `corpus.json`."""
 
@@ -72,8 +85,8 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """Pairs made from one source, and what was dropped on the way."""
+class SourceResult:
+    """The pairs of one source, and what was dropped while making them."""
 
     pairs: list[Pair] = field(default_factory=list)
     dropped: Dropped = field(default_factory=Dropped)
@@ -85,8 +98,7 @@ class RecordWriter:
 
     folder: Path
     command: PairCommand
-    records: RecordFormat
-    seed: int
+    options: PairOptions
     dropped: Dropped
     counts: Counter[str] = field(default_factory=Counter)
     """Records by file name and by script."""
@@ -94,17 +106,17 @@ class RecordWriter:
     _files: dict[Split, TextIO] = field(default_factory=dict)
 
     def write_all(
-        self, items: Sequence[T], make: Callable[[T], Made], *, split_of: Callable[[T], Split], workers: int
+        self, items: Sequence[T], make: Callable[[T], SourceResult], *, split_of: Callable[[T], Split]
     ) -> None:
         """Make the pairs of all items in threads, and write them in the order of the items."""
         for split in SPLITS:
             self._files[split] = (self.folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n")
         try:
-            results = in_order(make, items, workers=workers)
+            results = in_order(make, items, workers=self.options.workers)
             with tqdm(total=len(items), unit=self.command.unit, desc=self.command.name, disable=None) as progress:
-                for item, made in zip(items, results, strict=True):
-                    self.dropped.merge(made.dropped)
-                    for pair in made.pairs:
+                for item, result in zip(items, results, strict=True):
+                    self.dropped.merge(result.dropped)
+                    for pair in result.pairs:
                         self._add(pair, split=split_of(item))
                     progress.update()
         finally:
@@ -143,9 +155,9 @@ class RecordWriter:
         self.counts[pair.script] += 1
 
     def _content(self, identifier: str, pair: Pair) -> dict[str, Any]:
-        if self.records == "caption":
+        if self.options.records == "caption":
             return {"text": pair.text}
-        prompt = random.Random(f"prompt/{self.seed}/{identifier}").choice(self.command.prompts[pair.script])
+        prompt = random.Random(f"prompt/{self.options.seed}/{identifier}").choice(self.command.prompts[pair.script])
         turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": pair.text}]
         return {"conversations": turns}
 
@@ -164,11 +176,13 @@ class RecordWriter:
         details = {
             "scripts": {script: self.counts[script] for script in ("latin", "chinese")},
             "dropped": self.dropped.summary(),
-            "options": {"records": self.records, **settings},
+            "options": {"records": self.options.records, **settings},
             "licences": {"pairs": self.command.licence},
         }
         packages = ("pillow", *self.command.packages)
-        write_description(self.folder, kind=name, seed=self.seed, records=files, details=details, packages=packages)
+        write_description(
+            self.folder, kind=name, seed=self.options.seed, records=files, details=details, packages=packages
+        )
         return files
 
 

@@ -10,7 +10,7 @@ from data_tools.corpus.pairs.build import SourceOptions, TextOptions, build_from
 from data_tools.corpus.pairs.documents.pages import make_pages
 from data_tools.corpus.pairs.documents.reading import pandoc
 from data_tools.corpus.pairs.fonts import font_folders, load_fonts
-from data_tools.corpus.pairs.records import Made, PairCommand
+from data_tools.corpus.pairs.records import PairCommand, SourceResult
 from data_tools.corpus.pairs.sources import InputFormats, Source
 from data_tools.corpus.texts import collect_text
 from data_tools.pipeline.extras import require
@@ -66,7 +66,7 @@ def build_documents(output: Path, options: DocumentOptions) -> dict[str, int]:
     pandoc()
     fonts = load_fonts(font_folders(options.fonts))
 
-    def make(source: Source, text: str) -> Made:
+    def make(source: Source, text: str) -> SourceResult:
         return make_pages(
             text,
             name=source.name,

@@ -15,7 +15,7 @@ from data_tools.corpus.pairs.documents.elements import FORMULA, Element
 from data_tools.corpus.pairs.documents.layout import Layout, choose_layout
 from data_tools.corpus.pairs.documents.limited_process import PYTHON, Limits, run_limited
 from data_tools.corpus.pairs.fonts import Fonts, needed_glyphs
-from data_tools.corpus.pairs.records import Made, Pair
+from data_tools.corpus.pairs.records import Pair, SourceResult
 from data_tools.corpus.pairs.sources import Dropped
 from data_tools.corpus.scripts import Script
 
@@ -32,7 +32,9 @@ _IGNORED = frozenset("-\u00ad\u2010\u2011•\x02\ufffe\uffff")
 """Hyphens, which the page adds at line ends, and list bullets, which differ in Markdown."""
 
 
-def make_pages(text: str, *, name: str, format: str, script: Script, seed: str, fonts: Fonts, side: int) -> Made:
+def make_pages(
+    text: str, *, name: str, format: str, script: Script, seed: str, fonts: Fonts, side: int
+) -> SourceResult:
     """All usable pages of a document, in one layout; the same arguments give the same bytes.
 
     Args:
@@ -44,20 +46,20 @@ def make_pages(text: str, *, name: str, format: str, script: Script, seed: str, 
         fonts: usable fonts; one must be Chinese if the script is.
         side: long side of a page in pixels.
     """
-    made = Made()
+    result = SourceResult()
     layout = choose_layout(random.Random(seed), fonts, side=side, chinese=script == "chinese")
     blocks = []
-    for block in read_blocks(text, format=format, name=name, dropped=made.dropped):
+    for block in read_blocks(text, format=format, name=name, dropped=result.dropped):
         missing = needed_glyphs(block.visible.replace(FORMULA, "")) - layout.characters
         if missing:
-            made.dropped.add("no_glyph", name, " ".join(f"U+{code:04X}" for code in sorted(missing)[:5]))
+            result.dropped.add("no_glyph", name, " ".join(f"U+{code:04X}" for code in sorted(missing)[:5]))
         else:
             blocks.append(block)
     for part in _parts(blocks):
-        for image, shown in _typeset(part, layout=layout, name=name, dropped=made.dropped):
-            extra = {"page": len(made.pairs) + 1, "format": format, **layout.record_keys}
-            made.pairs.append(Pair(source=name, image=image, text=shown, script=script, extra=extra))
-    return made
+        for image, shown in _typeset(part, layout=layout, name=name, dropped=result.dropped):
+            extra = {"page": len(result.pairs) + 1, "format": format, **layout.record_keys}
+            result.pairs.append(Pair(source=name, image=image, text=shown, script=script, extra=extra))
+    return result
 
 
 def same_text(visible: str, *, expected: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from data_tools.corpus.output import new_folder
 from data_tools.corpus.pairs.build import SourceOptions, build_from_sources
 from data_tools.corpus.pairs.notebooks.figures import NotebookError, read_notebook, reason_against
-from data_tools.corpus.pairs.records import Made, Pair, PairCommand
+from data_tools.corpus.pairs.records import Pair, PairCommand, SourceResult
 from data_tools.corpus.pairs.sources import InputFormats, Source
 from data_tools.corpus.scripts import script_of
 from data_tools.pipeline.extras import require
@@ -47,7 +47,7 @@ def build_notebooks(output: Path, options: SourceOptions) -> dict[str, int]:
     """
     require("nbformat")
 
-    def make(source: Source, text: str) -> Made:
+    def make(source: Source, text: str) -> SourceResult:
         return _charts(source, text, fenced=options.records == "llava")
 
     with new_folder(output, force=options.force) as folder:
@@ -55,15 +55,15 @@ def build_notebooks(output: Path, options: SourceOptions) -> dict[str, int]:
         return build_from_sources(COMMAND, options, make, folder=folder, formats=FORMATS, settings=settings)
 
 
-def _charts(source: Source, text: str, *, fenced: bool) -> Made:
+def _charts(source: Source, text: str, *, fenced: bool) -> SourceResult:
     """The usable figures of one notebook; `fenced` puts their code into a Markdown code block."""
-    made = Made()
-    drop = made.dropped.add
+    result = SourceResult()
+    drop = result.dropped.add
     try:
         notebook = read_notebook(text)
     except NotebookError as error:
         drop("notebook", source.name, str(error))
-        return made
+        return result
     cells = [cell for cell in notebook.cells if cell.figures]
     if not cells:
         drop("no_figure", source.name, "none is stored; run the notebook and save it")
@@ -87,5 +87,5 @@ def _charts(source: Source, text: str, *, fenced: bool) -> Made:
             code = cell.code.strip("\n")
             answer = f"```{notebook.language}\n{code}\n```" if fenced else code
             extra = {"cell": cell.number, "language": notebook.language}
-            made.pairs.append(Pair(source=source.name, image=image, text=answer, script=script_of(code), extra=extra))
-    return made
+            result.pairs.append(Pair(source=source.name, image=image, text=answer, script=script_of(code), extra=extra))
+    return result

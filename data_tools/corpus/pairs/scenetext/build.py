@@ -20,7 +20,7 @@ from data_tools.corpus.pairs.fonts import (
     supports_chinese,
     supports_latin,
 )
-from data_tools.corpus.pairs.records import SPLITS, Made, Pair, PairCommand, RecordWriter, Split
+from data_tools.corpus.pairs.records import SPLITS, Pair, PairCommand, RecordWriter, SourceResult, Split
 from data_tools.corpus.pairs.scenetext.background import crop_background, draw_background
 from data_tools.corpus.pairs.scenetext.drawing import degrade, draw_phrases
 from data_tools.corpus.pairs.scenetext.phrases import MAX_PHRASES, phrases_of
@@ -88,20 +88,14 @@ def build_scenes(output: Path, options: SceneOptions) -> dict[str, int]:
         make = partial(
             draw_scene, options=options, phrases=phrases, faces=faces, backgrounds=backgrounds, scripts=scripts
         )
-        writer = RecordWriter(
-            folder=folder, command=COMMAND, records=options.records, seed=options.seed, dropped=dropped
-        )
-        writer.write_all(
-            range(options.samples),
-            make,
-            split_of=lambda number: _split_of(number, share=options.heldout_share),
-            workers=options.workers,
-        )
+        writer = RecordWriter(folder=folder, command=COMMAND, options=options, dropped=dropped)
+        share = options.heldout_share
+        writer.write_all(range(options.samples), make, split_of=lambda number: _split_of(number, share=share))
         return writer.finish(
             {
                 "side": options.side,
                 "samples": options.samples,
-                "heldout": options.heldout_share,
+                "heldout": share,
                 "phrases": {f"{split}.{script}": len(found) for (split, script), found in phrases.items()},
             }
         )
@@ -120,9 +114,9 @@ def draw_scene(
     faces: Mapping[Script, list[Face]],
     backgrounds: Mapping[Split, list[Path]],
     scripts: list[Script],
-) -> Made:
+) -> SourceResult:
     """Draw one image, which depends on its number and the seed alone; nothing if no phrase fits into it."""
-    made = Made()
+    result = SourceResult()
     rng = random.Random(f"scenetext/{options.seed}/{number}")
     split = _split_of(number, share=options.heldout_share)
     script = scripts[0] if len(scripts) == 1 else "chinese" if rng.random() < options.chinese_share else "latin"
@@ -138,14 +132,14 @@ def draw_scene(
     wanted = [rng.choice(usable) for _ in range(rng.randint(1, MAX_PHRASES_PER_IMAGE))]
     drawn = draw_phrases(rng, image, list(dict.fromkeys(wanted)), faces=faces[script])
     if not drawn:
-        made.dropped.add("no_room", "picture")
-        return made
+        result.dropped.add("no_room", "picture")
+        return result
     buffer = io.BytesIO()
     degrade(rng, image).save(buffer, "JPEG", quality=rng.randint(*JPEG_QUALITY))
     extra = {"background": background, "boxes": [{"text": one.text, "quad": one.quad} for one in drawn]}
     text = "\n".join(one.text for one in drawn)
-    made.pairs.append(Pair(source=f"scene {number}", image=buffer.getvalue(), text=text, script=script, extra=extra))
-    return made
+    result.pairs.append(Pair(source=f"scene {number}", image=buffer.getvalue(), text=text, script=script, extra=extra))
+    return result
 
 
 def _phrases(options: SceneOptions, *, dropped: Dropped) -> Phrases:
@@ -177,7 +171,7 @@ def _phrases(options: SceneOptions, *, dropped: Dropped) -> Phrases:
 def _faces(given: list[Path]) -> dict[Script, list[Face]]:
     """Usable faces by script."""
     folders = font_folders(given)
-    faces = find_faces(folders)
+    faces = [face for face in find_faces(folders) if not face.is_placeholder]
     latin = [face for face in faces if supports_latin(face)]
     if not latin:
         raise no_font(folders, missing="font for English")

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_tools.corpus.output import new_folder
 from data_tools.corpus.pairs.build import SourceOptions, build_from_sources
 from data_tools.corpus.pairs.fonts import SYSTEM_FOLDERS, find_faces, needed_glyphs, supports_chinese
-from data_tools.corpus.pairs.records import Made, Pair, PairCommand
+from data_tools.corpus.pairs.records import Pair, PairCommand, SourceResult
 from data_tools.corpus.pairs.screens.browser import PageError, open_browser
 from data_tools.corpus.pairs.screens.page_source import shown_source
 from data_tools.corpus.pairs.sources import InputFormats, Source
@@ -57,31 +57,31 @@ def build_screens(output: Path, options: ScreenOptions) -> dict[str, int]:
     """
     require("playwright", extra="screens")
     require("fontTools")
-    faces = find_faces(SYSTEM_FOLDERS)
+    faces = [face for face in find_faces(SYSTEM_FOLDERS) if not face.is_placeholder]
     characters = frozenset[int]().union(*(face.characters for face in faces))
     with open_browser(options.browser) as browser, new_folder(output, force=options.force) as folder:
 
-        def make(source: Source, text: str) -> Made:
-            made = Made()
+        def make(source: Source, text: str) -> SourceResult:
+            result = SourceResult()
             html, words = shown_source(text)
             missing = needed_glyphs(words) - characters
             size = random.Random(f"screens/{options.seed}/{source.key}").choice(WINDOWS)
             if len(html) > MAX_HTML_CHARACTERS:
-                made.dropped.add("source_too_long", source.name, f"{len(html)} characters")
+                result.dropped.add("source_too_long", source.name, f"{len(html)} characters")
             elif missing:
-                made.dropped.add("no_glyph", source.name, " ".join(f"U+{code:04X}" for code in sorted(missing)[:5]))
+                result.dropped.add("no_glyph", source.name, " ".join(f"U+{code:04X}" for code in sorted(missing)[:5]))
             else:
                 try:
                     image = browser.shoot(html, size=size)
                 except PageError as error:
-                    made.dropped.add(str(error), source.name)
+                    result.dropped.add(str(error), source.name)
                 else:
                     answer = f"```html\n{html}```" if options.records == "llava" else html
                     extra = {"window": list(size)}
-                    made.pairs.append(
+                    result.pairs.append(
                         Pair(source=source.name, image=image, text=answer, script=script_of(words), extra=extra)
                     )
-            return made
+            return result
 
         return build_from_sources(
             COMMAND,
