@@ -51,7 +51,8 @@ setup(
         "parquet": ["pyarrow>=15"],
         # SLURM arrays of data_tools/preprocess.py; 0.9 and later need a huggingface-hub that transformers 4 refuses.
         "slurm": ["datatrove>=0.8,<0.9"],
-        # What data_tools/build_corpus.py renders with; typst's releases draw differently, so its version is narrow.
+        # Input and rendering of data_tools/build_corpus.py, which uses the fonts of matplotlib; draw_schedule.py
+        # draws with it. Releases of typst render differently, so its version is narrow.
         "corpus": [
             "fonttools>=4.50",
             "matplotlib>=3.8",
