@@ -105,7 +105,7 @@ def _build_data(out: Path, *, seed: int) -> None:
             *("--image-preset", "tiny-hybrid", "--seq-length", SEQ_LENGTH),
             *("--max-images-per-sequence", IMAGES_PER_SEQUENCE, "--system-prompt", ""),
         )
-    _python("data_tools/view.py", out / "data" / SHOWN_STAGE, "--html", out / "inspect.html")
+    _python("data_tools/view.py", out / "data" / SHOWN_STAGE, "--html", out / "view.html")
 
 
 def _train(out: Path) -> tuple[list[dict[str, Any]], bool]:
@@ -206,15 +206,7 @@ def _export(out: Path) -> dict[str, Any]:
     _megavl("convert", "to-hf", checkpoint, original, "--format", "original")
     _megavl("convert", "verify", native, original)
     report = out / "hf_parity.json"
-    _python(
-        "tests/numerics/compare_with_transformers.py",
-        checkpoint,
-        native,
-        "--task",
-        out / "corpus/eval.jsonl",
-        "--json",
-        report,
-    )
+    _megavl("convert", "verify", checkpoint, native, "--against", "transformers", "--json", report)
     difference = json.loads(report.read_text(encoding="utf-8"))["max_rel_diff"]
     return {"hf_native": str(native), "hf_original": str(original), "hf_max_rel_diff": difference}
 
@@ -239,7 +231,7 @@ def _print_table(summary: dict[str, Any], *, path: Path) -> None:
             f"{row['tokens_per_s']:,.0f} tokens/s"
             for row in summary["stages"]
         ),
-        f"data        {path.parent / 'inspect.html'} shows sequences of {SHOWN_STAGE}",
+        f"data        {path.parent / 'view.html'} shows sequences of {SHOWN_STAGE}",
         f"resume      after kill -9: {'bitwise the same losses' if summary['resume_bitwise'] else 'DIFFERENT LOSSES'}",
         f"export      {summary['hf_native']}, {summary['hf_original']}",
         f"parity      logits of transformers differ by at most {summary['hf_max_rel_diff']:.1e} (relative)",

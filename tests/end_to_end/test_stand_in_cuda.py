@@ -96,7 +96,7 @@ import torch
 from megavl.config.recipe import ParallelConfig
 from megavl.model import decoder, weight_gradients
 from megavl.parallel import groups
-from tests.numerics.native_pair import random_tensors
+from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_sides import MegaVL, made_up_batches
 from launch.bench.engines.step_work import make_work

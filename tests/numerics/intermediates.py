@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.numerics.native_pair import Pair, relative_error
+from launch.bench.engines.random_models import relative_error
+from tests.numerics.native_pair import Pair
 
 Take = Callable[[tuple[Any, ...], dict[str, Any], Any], torch.Tensor]
 """From a module's arguments and output to the tensor that is compared."""

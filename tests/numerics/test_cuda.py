@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_sides import MegaVL, made_up_batches
 from launch.bench.engines.step_work import make_work
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import groups
-from tests.numerics.native_pair import random_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("text", "multimodal")

@@ -18,10 +18,11 @@ import torch
 import transformers
 from PIL import Image
 
+from launch.bench.engines.random_models import write_tokenizer
 from megavl.config.chat import SYSTEM_PROMPT
+from megavl.generate.against_transformers import pixel_tensors
 from megavl.generate.prompt import read_canvases
 from megavl.main.cli import main
-from tests.numerics.compare_with_transformers import pixel_tensors
 from tests.unit.generate import models
 
 CLASSES = {
@@ -41,7 +42,7 @@ def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, transformers.PreTrainedModel]:
     root = tmp_path_factory.mktemp(request.param)
-    tokenizer = models.write_tokenizer(root / "tokenizer")
+    tokenizer = write_tokenizer(root / "tokenizer")
     seed = models.TALKATIVE[request.param]
     folder = models.write_folder(request.param, root / "hf", tokenizer=tokenizer, fmt="native", seed=seed)
     model = CLASSES[request.param].from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from launch.bench.engines.random_models import relative_error
+from launch.bench.engines.released_pixels import ODD_SIZES
 from megavl.config.model import ModelConfig
 from tests.numerics.intermediates import places, watching
-from tests.numerics.native_pair import EOS, TOLERANCE, native_pair, prompt_with_images, relative_error
-from tests.numerics.original_pixels import ODD_SIZES
+from tests.numerics.native_pair import EOS, TOLERANCE, native_pair, prompt_with_images
 from tests.numerics.small_models import MODELS, TRUE_GRIDS
 from tests.unit.generate.models import greedy_tokens
 

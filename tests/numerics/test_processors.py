@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from launch.bench.engines.compare_processors import SIZES, differences, exported_processor
+from launch.bench.engines.released_pixels import background
 from megavl.config.load import load_model_config
 from tests.numerics.native_pair import native_pair, prompt_with_images
-from tests.numerics.original_pixels import background
 from tests.numerics.small_models import MODELS
 
 TORCHVISION = transformers.utils.is_torchvision_available()

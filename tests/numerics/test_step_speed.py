@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import REGIONS, Marks
 from launch.bench.engines.step_sides import MegaVL, Transformers, TransformersSettings, made_up_batches
 from launch.bench.engines.step_speed import idle_share, measure, parse, vendor_peak
 from launch.bench.engines.step_work import PARTS, make_work
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import groups
-from tests.numerics.native_pair import random_tensors
 
 KINDS = ("text", "multimodal")
 TOLERANCE = 1e-5

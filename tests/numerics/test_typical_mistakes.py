@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from launch.bench.engines.random_models import relative_error
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, ImageGeometry
 from megavl.data import image
 from megavl.model import sam, vision
-from tests.numerics.native_pair import TOLERANCE, Pair, Prompt, native_pair, prompt_with_images, relative_error
+from tests.numerics.native_pair import TOLERANCE, Pair, Prompt, native_pair, prompt_with_images
 from tests.numerics.small_models import MODELS
 
 Mistake = Callable[[Pair, pytest.MonkeyPatch], ImageGeometry | None]

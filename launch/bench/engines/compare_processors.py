@@ -24,11 +24,11 @@ import torch
 import transformers
 from PIL import Image
 
+from launch.bench.engines.released_pixels import CLIP_STD, HALF, background, random_picture, square, tower_pixels
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.convert.native_format import side_files
 from megavl.convert.tokenizer_files import TokenizerIds
-from tests.numerics.original_pixels import CLIP_STD, HALF, background, random_picture, square, tower_pixels
 
 SIZES = (
     *((640, 640), (800, 600), (1024, 768), (517, 301), (640, 481), (1000, 333), (1999, 1333), (333, 1000)),

@@ -73,10 +73,9 @@ def main() -> int:
 
 def write_folder(config: ModelConfig, out: Path) -> None:
     """Random weights in the native format, with a byte-level tokenizer."""
+    from launch.bench.engines.random_models import random_weights, write_tokenizer
     from megavl.convert.hf_write import write_hf
     from megavl.convert.lazy import LoadedTensor
-    from tests.distributed.synthetic import random_weights
-    from tests.unit.generate.models import write_tokenizer
 
     tokenizer = write_tokenizer(out.with_name(out.name + "-tokenizer"))
     flat = {name: LoadedTensor(tensor) for name, tensor in random_weights(config)}
@@ -123,13 +122,12 @@ def open_transformers(arguments: argparse.Namespace, config: ModelConfig) -> Cal
     """Load it; the result generates once and reports."""
     import transformers
 
-    from tests.numerics.compare_with_transformers import pixel_tensors
+    from megavl.generate.against_transformers import native_class, pixel_tensors
 
     dtype = getattr(torch, arguments.dtype)
-    name = "DeepseekVLHybridForConditionalGeneration" if config.sam else "DeepseekVLForConditionalGeneration"
     # The faster of its attentions here.
     how = {"dtype": dtype, "attn_implementation": "sdpa"}
-    model = getattr(transformers, name).from_pretrained(arguments.folder, **how).eval()
+    model = native_class(config).from_pretrained(arguments.folder, **how).eval()
     ids, canvases = prompts(config, batch=arguments.batch_size)
     longest = max(map(len, ids))
     padded = torch.tensor([[EOS] * (longest - len(one)) + one for one in ids])

@@ -17,10 +17,12 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from launch.bench.engines.random_models import new_transformers_model, transformers_model
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_work import Work
 from megavl.convert.table import weight_rows
 from megavl.data.batch import Batch
+from megavl.generate.against_transformers import pixel_tensors
 from megavl.generate.weights import flat_name
 from megavl.model import decoder
 from megavl.model.trainable import is_vision, part_of
@@ -198,8 +200,6 @@ class Transformers:
         settings: TransformersSettings,
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
-        from tests.numerics.native_pair import new_transformers_model, transformers_model
-
         assert work.part == "whole", "transformers has no pipeline stages"
         recipe, self.marks, self.config = work.recipe, marks, work.recipe.model
         self.dtype = DTYPES[recipe.training.precision]
@@ -230,8 +230,6 @@ class Transformers:
 
     def prepare(self, batches: list[Batch], kind: str) -> list[dict[str, Any]]:
         """Arguments of the model for every micro-batch."""
-        from tests.numerics.compare_with_transformers import pixel_tensors
-
         total = sum(batch.loss_mask.sum() for batch in batches)
         found = []
         for batch in batches:

@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_sides import SIDES, MegaVL, Side, Transformers, TransformersSettings, made_up_batches
 from launch.bench.engines.step_work import MODELS, PARTS, TINY, Work, make_work
@@ -109,8 +110,6 @@ def build(work: Work, arguments: argparse.Namespace, *, marks: Marks) -> Side:
     """The side, with equal weights everywhere for the tiny models; large ones draw their own."""
     weights = None
     if arguments.model in TINY:
-        from tests.numerics.native_pair import random_tensors
-
         weights = random_tensors(work.recipe.model)
     if arguments.side == "transformers":
         settings = TransformersSettings(checkpointing=arguments.checkpointing, compiled=arguments.compile)

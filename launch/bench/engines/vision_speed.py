@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from launch.bench.engines.random_models import random_tensors, relative_error, transformers_model
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.model.vision import VisionEncoder
-from tests.numerics.native_pair import random_tensors, relative_error, transformers_model
 
 IMPLEMENTATIONS = ("megavl", "eager", "sdpa")
 LLM = {"hidden_size": 64, "ffn_hidden_size": 64, "num_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
