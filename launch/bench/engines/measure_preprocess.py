@@ -1,6 +1,6 @@
-"""Measures preprocessing against its primitives; launch/bench/preprocess.py calls it and writes the report.
+"""Measures preprocessing against its primitives; `launch/bench/preprocess.py` writes the report.
 
-    python launch/bench/engines/measure_preprocess.py {text,images,packing,workers,memory} --scratch DIR [--repeats N]
+    python -m launch.bench.engines.measure_preprocess {text,images,packing,workers,memory} --scratch DIR [--repeats N]
 
 Prints one JSON object. What is compared is interleaved in one run, and of each the best repeat counts, because other
 programs may run on the machine. Where both sides use one core, CPU time is compared, start-up left out.
@@ -29,6 +29,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.preprocess import main as preprocess
+from launch.bench.engines.photos import photo
 from megavl.data.packing import pack
 from megavl.data.tokenizer import open_tokenizer
 
@@ -68,7 +69,7 @@ def images(scratch: Path, *, repeats: int) -> dict[str, Any]:
     _documents(scratch, copies=1)
     folder = scratch / "images"
     folder.mkdir(exist_ok=True)
-    files = [_photo(number) for number in range(IMAGES)]
+    files = [photo(number) for number in range(IMAGES)]
     records = []
     for number, data in enumerate(files):
         (folder / f"{number}.jpg").write_bytes(data)
@@ -270,16 +271,6 @@ def _train(texts: Sequence[str], *, folder: Path) -> None:
     inner.save(str(folder / "tokenizer.json"))
     names = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIALS))
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
-
-
-def _photo(number: int) -> bytes:
-    """A JPEG of 1024 x 768 with large soft areas and grain, of about 200 KB as photographs have."""
-    draw = np.random.default_rng(number)
-    areas = Image.fromarray(draw.integers(0, 256, (48, 64, 3), np.uint8)).resize((1024, 768), Image.Resampling.BICUBIC)
-    grain = draw.normal(0, 9, (768, 1024, 1))
-    out = io.BytesIO()
-    Image.fromarray((np.asarray(areas) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=88)
-    return out.getvalue()
 
 
 def _lengths(captions: int, texts: int) -> tuple[list[int], list[int]]:
