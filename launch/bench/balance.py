@@ -1,9 +1,9 @@
 """What rebalanced pipeline stages gain when the encoders overload the first one as they do in the 7B model.
 
-A tiny model trains on two single-threaded processes, PP 2. Its encoders make stage 0 of an even split about 1.64 times
-as slow as stage 1, as in the 7B at TP 4 x PP 4. How deep SAM must be for that depends on the machine, so a pilot run
-with two depths finds it. Three variants take their steps in turn (`engines/paired_steps.py`): the even split, the split
-that `megavl plan` balances from a calibration, and `parallel.vision: split_all` with its own balanced split.
+A tiny model trains on two single-threaded processes, PP 2. In an even split its encoders make stage 0 about 1.64 times
+as slow as stage 1, as in the 7B. How deep SAM must be for that depends on the machine, so a pilot run with two depths
+finds it. Three variants take their steps in turn (`engines/paired_steps.py`): the even split, the split that
+`megavl plan` balances, and `parallel.vision: split_all` with its own balanced split.
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
     python -m launch.bench.balance [--turns 6] [--work runs/balance] [--more]

@@ -1,8 +1,8 @@
 """Seconds and memory of `megavl convert` at full size, against a plain copy of the same bytes in the same run.
 
-Writes a random model of full size in bf16 as a Hugging Face folder, converts it to a MegaVL checkpoint and back to both
-formats, and compares every tensor byte for byte, for the native and then for the original format. Writes
-`launch/bench/results/convert_<preset>_<processor>_<YYYYMM>.md`.
+Makes a random model of full size in bf16 as a Hugging Face folder of the native format. Converts it to a MegaVL
+checkpoint and back to both formats, and compares every tensor byte for byte. Then does the same with the original
+format. Writes `launch/bench/results/convert_<preset>_<processor>_<YYYYMM>.md`.
 
     python -m launch.bench.convert_full [--preset 7b] [--scratch DIR]
 

@@ -1,9 +1,10 @@
 """Modality-grouped steps against the same sequences mixed within steps, measured and as the planner simulates them.
 
-A tiny model trains on 2 and on 4 data-parallel processes of one thread each, with `data.grouping: step` and `sequence`,
-at 60% multimodal as in the paper's ablation (arXiv 2403.05525, Figure 8). Both take their steps in turn in the same
-processes, and undisturbed steps count (`engines/paired_steps.py`). Beside them stands `megavl plan --mixing` from
-blocks measured here, and at the paper's scale. Writes `launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
+A tiny model trains on 2 and on 4 data-parallel processes of one thread each, at 60% multimodal as in the paper's
+ablation (arXiv 2403.05525, Figure 8). `data.grouping: step` and `sequence` take their steps in turn in the same
+processes, and undisturbed steps count (`engines/paired_steps.py`). The report compares them with `megavl plan --mixing`
+from blocks measured here, and predicts the paper's scale. Writes
+`launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
 
     python -m launch.bench.grouping [--turns 40] [--work runs/grouping]
 """

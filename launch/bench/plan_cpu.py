@@ -1,8 +1,8 @@
 """Predicted against measured step time of the tiny model on this machine's CPU, by layout and modality.
 
 Calibrates on one rank and on as many as compute at once, then trains a few steps under each layout. Everything is
-repeated in turns, and of the repetitions the fastest counts: a virtual machine's neighbours slow it down by a tenth or
-more, which nothing inside shows. Writes `launch/bench/results/plan_cpu_<YYYYMM>.md`.
+repeated, and the fastest repetition counts, since a virtual machine's neighbours slow it down by a tenth or more.
+Writes `launch/bench/results/plan_cpu_<YYYYMM>.md`.
 
     python -m launch.bench.plan_cpu [--repetitions 3] [--steps 24] [--work runs/plan_cpu]
 """

@@ -1,7 +1,8 @@
-"""How fast the training loader is: `python launch/bench/engines/measure_loader.py DATASET [--workers N]`.
+"""Compares images per second of the training loader with one core that only decodes and resizes the same files.
 
-Compares images per second of the loader with what one core does that only decodes and resizes the same files. Rounds
-of both alternate, so that other work on the machine hits both alike.
+Rounds of both alternate, so that other work on the machine slows both alike.
+
+    python -m launch.bench.engines.measure_loader DATASET [--workers N]
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _BATCH = 4
 """Sequences per step."""
 _PREFETCH = 64
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
-"""Seconds."""
+"""Resolution of the CPU times of other processes, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ class LoaderRate:
     loader_per_s: float
     """Images per second of the loader, all workers together, ready as batches."""
     ratio: float
-    """Loader per worker against bare: the median over pairs of rounds."""
+    """Rate of the loader per worker against the bare rate, the median over pairs of rounds."""
     cpu_ratio: float
-    """The same in CPU time, from the best round of each: other work on the machine disturbs this less."""
+    """The same in CPU time, from the best round of each. Other work on the machine disturbs it less."""
     bare_cpu_ms: float
     """CPU time of a bare image."""
     worker_cpu_ms: float
@@ -157,14 +158,14 @@ def _bare(dataset: Dataset, sampler: Sampler, *, step: int) -> tuple[float, floa
 
 def _loaded(loader: StepLoader, *, first: int, steps: int) -> tuple[float, float, float, int]:
     """Images per second, CPU milliseconds per image of the workers and of this process, and images."""
-    # Two steps for the workers to start and for what was decoded ahead to be used up.
+    # In two steps the workers start, and prefetched images are used up.
     for step in range(first, first + 2):
         loader.get(step)
     images, began, before = 0, time.perf_counter(), _cpu()
     for step in range(first + 2, first + 2 + steps):
         images += sum(len(batch.images) for batch in loader.get(step))
     seconds, after = time.perf_counter() - began, _cpu()
-    # The system counts a child's time in ticks, of which a short round may show none.
+    # The system counts a child's time in ticks; a short round may take less than one.
     workers, own = (max(b - a, _TICK) for a, b in zip(before, after, strict=True))
     return images / seconds, 1000 * workers / images, 1000 * own / images, images
 

@@ -2,8 +2,8 @@
 
     python -m launch.bench.engines.measure_preprocess {text,images,packing,workers,memory} --scratch DIR [--repeats N]
 
-Prints one JSON object. What is compared is interleaved in one run, and of each the best repeat counts, because other
-programs may run on the machine. Where both sides use one core, CPU time is compared, start-up left out.
+Prints one JSON object. Both sides of a comparison run in turn, and the best repeat of each counts, because other
+programs may run on the machine. Where both use one core, CPU time without the start-up is compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VOCABULARY = 32_000
 SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
 DOCUMENTS = 600
 COPIES = 20
-"""Of the documents, where whole commands are timed."""
+"""How often the documents are repeated where whole commands are timed."""
 IMAGES = 200
 BATCH = 256
 S, K, IMAGE_TOKENS = 4096, 5, 576
@@ -123,8 +123,8 @@ def packing(scratch: Path, *, repeats: int) -> dict[str, Any]:
 def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
     """Wall and CPU time of the whole command with two workers against one, and of bare tokenizing processes.
 
-    Two workers cannot be twice as fast where the cores share caches, or while other programs use the second one; CPU
-    time tells what they cost, and the bare processes, which share nothing, what this machine gives to anyone.
+    Two workers are less than twice as fast where the cores share caches, or while other programs use the second core.
+    CPU time tells what they cost. The bare processes share nothing, so they show the most that the machine allows.
     """
     _documents(scratch, copies=COPIES)
     wall: dict[int, list[float]] = {1: [], 2: []}
@@ -154,7 +154,7 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
 
 
 def _bare_processes(scratch: Path, *, count: int) -> float:
-    """Seconds in which `count` processes together tokenize what `workers` preprocesses, start-up included."""
+    """Seconds in which `count` processes tokenize the documents of `workers`, start-up included."""
     code = (
         "import json, sys; from megavl.data.tokenizer import open_tokenizer\n"
         f"scratch, part = {str(scratch)!r}, {DOCUMENTS * COPIES // count}\n"
@@ -204,7 +204,7 @@ def _arguments(scratch: Path, name: str, *, workers: int) -> list[str]:
 
 
 def _run(scratch: Path, name: str, *more: str) -> Callable[[], object]:
-    """Preprocessing in this process, imports and tokenizer's opening left out after the first time."""
+    """Preprocess in this process; only the first call imports modules and opens the tokenizer."""
 
     def action() -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -238,13 +238,13 @@ def _documents(scratch: Path, *, copies: int) -> list[str]:
     whole = [json.loads(line)["text"] for line in (source / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     if not (scratch / "tokenizer").is_dir():
         _train(whole, folder=scratch / "tokenizer")
-    texts = list(_cut("\n\n".join(whole), count=DOCUMENTS))
+    texts = list(_pieces("\n\n".join(whole), count=DOCUMENTS))
     _write(scratch / "text.jsonl", ({"text": piece} for _ in range(copies) for piece in texts))
     return texts
 
 
-def _cut(content: str, *, count: int) -> Iterator[str]:
-    """Stretches of lognormal length, about 4 characters a token; the text begins again where it ends."""
+def _pieces(content: str, *, count: int) -> Iterator[str]:
+    """Pieces of lognormal length, about 4 characters a token; the text starts over where it ends."""
     draw, start = np.random.default_rng(0), 0
     for size in (4 * draw.lognormal(6.3, 1.1, count)).astype(int).clip(8, 16_000).tolist():
         start = 0 if start + size > len(content) else start
@@ -253,7 +253,7 @@ def _cut(content: str, *, count: int) -> Iterator[str]:
 
 
 def _train(texts: Sequence[str], *, folder: Path) -> None:
-    """Byte-level BPE with the splits of DeepSeek's: line ends, words, other signs, single digits."""
+    """Train a byte-level BPE that splits as DeepSeek's does: line ends, words, other signs, single digits."""
     inner = Tokenizer(models.BPE())
     splits = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"]
     steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]

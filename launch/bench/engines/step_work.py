@@ -1,8 +1,8 @@
 """What a measured training step consists of: recipe, part of the model, decoder layers, FLOPs, and what fits a device.
 
-A part is a pipeline stage's share: `whole` has the vision side, the embedding, the decoder layers and the head, `first`
-lacks the head, `last` has layers and head alone. Run as a program it prints, as one JSON line for each case asked for,
-how many layers the planner's formulas let a device hold.
+A part is what one pipeline stage holds. `whole` has the vision side, the embedding, the decoder layers and the head;
+`first` lacks the head; `last` has layers and head alone. As a program it prints how many layers fit a device by the
+planner's formulas, one JSON line for each case.
 
     python -m launch.bench.engines.step_work --device h200 "7b first none" "7b whole full"
 """
@@ -42,7 +42,7 @@ class Work:
     """One measured step, without its modality."""
 
     recipe: Recipe
-    """The second stage's, on one device, with this part's number of layers."""
+    """Recipe of the second training stage, on one device, with this part's number of layers."""
     part: str
     micro_batches: int
 
@@ -52,11 +52,11 @@ class Work:
         return self.micro_batches * self.recipe.data.seq_length
 
     def images(self, kind: str) -> int:
-        """Images of a micro-batch: what packing puts there, or none."""
+        """Images of a micro-batch: as many as packing allows, or none."""
         return PACKED_IMAGES if kind == "multimodal" else 0
 
     def flops(self, kind: str) -> int:
-        """Useful FLOPs of a step by the one formula, less those of blocks that this part lacks."""
+        """Model FLOPs of a step by the planner's formula, without the blocks that this part lacks."""
         recipe = self.recipe
         images = 0 if self.part == "last" else self.images(kind) * self.micro_batches
         found = step_flops(
@@ -76,8 +76,8 @@ class Work:
         return self.memory().total
 
     def memory(self) -> RankMemory:
-        """What the planner expects the part to take, bytes."""
-        # The planner knows a slice as a stage of two; the other stage holds one layer.
+        """Memory that the planner expects for the part, bytes."""
+        # The planner sees a part as one of two stages; the other stage holds one layer.
         llm, stages = self.recipe.model.llm, 1 if self.part == "whole" else 2
         layout = {"whole": (llm.num_layers,), "first": (llm.num_layers, 1), "last": (1, llm.num_layers)}[self.part]
         llm = dataclasses.replace(llm, num_layers=sum(layout))
@@ -111,7 +111,7 @@ def make_work(
         micro_batches: sequences of a step.
         recompute: `recompute.granularity`.
         precision: `training.precision`.
-        memory_bytes: what may be planned with; None: not bounded.
+        memory_bytes: memory that the planner may fill; None: not bounded.
     """
     folder, preset = MODELS[model]
     overrides = [

@@ -1,4 +1,4 @@
-"""Times one full-size vision tower of MegaVL and of transformers in one process, or takes the peak memory of one.
+"""Times one full-size vision tower of MegaVL and of transformers in one process, or measures the memory of one.
 
 Prints one JSON line. `launch/bench/vision.py` calls it and writes the report.
 
@@ -8,17 +8,16 @@ Prints one JSON line. `launch/bench/vision.py` calls it and writes the report.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from launch.bench.engines.peak_memory import peak_bytes, reset_peak, resident_bytes
 from launch.bench.engines.random_models import random_tensors, relative_error, transformers_model
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
@@ -38,7 +37,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="this one alone, and report its peak memory")
+    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="run one alone, for its peak memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = load_model_config("7b", llm=LLM, image_token_id=3)
@@ -49,10 +48,8 @@ def main() -> int:
     del weights
     size = config.canvas_size if arguments.tower == "sam" else config.siglip.image_size
     pixels = torch.randn(arguments.images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    # Building took more than resting does: give that back, and let the peak begin here.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    result: dict[str, Any] = {"rest_mib": memory("VmRSS")}
+    reset_peak()
+    result: dict[str, Any] = {"rest_mib": resident_bytes() / 2**20}
     outputs, seconds = {}, {name: [] for name in names}
     for repeat in range(arguments.repeats + 1):
         for name, (module, run) in towers.items():
@@ -63,7 +60,7 @@ def main() -> int:
         if arguments.only:
             break
     result["seconds"] = {name: min(values) for name, values in seconds.items()}
-    result["peak_mib"] = memory("VmHWM")
+    result["peak_mib"] = peak_bytes() / 2**20
     if not arguments.only:
         result["error"] = {name: relative_error(outputs["megavl"], outputs[name]) for name in names[1:]}
     print(json.dumps(result))
@@ -97,12 +94,6 @@ def once(module: nn.Module, run: Run, pixels: torch.Tensor, *, train: bool) -> t
     out = run(pixels)
     out.square().mean().backward()
     return out.detach()
-
-
-def memory(field: str) -> float:
-    """A line of /proc/self/status, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":
