@@ -1,7 +1,7 @@
 """Compares MegaVL's logits with those of transformers' own class, in fp32, on prompts with and without images.
 
-Both get the same tokens and the same pixels. transformers' image processor would round the low-resolution image to
-8 bits, which moves logits by 1e-3, so the pixel tensors are made here by the released rule.
+Both get the same tokens and the same pixels. The pixel tensors are made here by the released rule, because the image
+processor of transformers rounds the low-resolution image to 8 bits, which moves logits by 1e-3.
 
 Legend: I images, C canvas side in pixels, T tokens, V vocabulary rows.
 """

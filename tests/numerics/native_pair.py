@@ -1,4 +1,4 @@
-"""One set of random weights in MegaVL and in transformers' own class, with the same prompt for both."""
+"""MegaVL and transformers' own class with the same random weights, and prompts for both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 
 TOLERANCE = 1e-5
-"""Largest difference relative to the reference's largest value, fp32; a wrong GELU changes logits by some 1e-4."""
+"""Largest difference relative to the reference's largest value, fp32. A wrong GELU changes logits by 1e-4."""
 EOS = 1
 
 

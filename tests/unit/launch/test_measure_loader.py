@@ -1,4 +1,4 @@
-"""The command that compares the loader with bare decoding."""
+"""The program that compares the loader with bare decoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "both", root / "alone"
 
 
-def test_measures(datasets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_rates_are_measured(datasets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(datasets[0]), "--rounds", "1", "--steps", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["workers"] == 1 and found["images"] > 3
