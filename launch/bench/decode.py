@@ -91,7 +91,8 @@ def measure(case: str, folder: Path, *, rounds: int) -> dict[str, Any]:
             for name in ("tokens_per_s", "first_token_s"):
                 found[side][name].append(answer[name])
             found[side]["peak_bytes"] = answer["peak_bytes"]
-        print(f"{case}: round {number + 1}, {' '.join(shown(found, number))}", flush=True)
+        rates = (f"{side} {found[side]['tokens_per_s'][number]:.2f} tokens/s" for side in SIDES)
+        print(f"{case}: round {number + 1}, {', '.join(rates)}", flush=True)
     for program in programs.values():
         program.communicate()
     equal = equal_tokens(*first.values())
@@ -122,15 +123,6 @@ def ratios(row: dict[str, Any], name: str) -> list[float]:
     """MegaVL against transformers in every round, above 1 where MegaVL is faster."""
     pairs = zip(row["megavl"][name], row["transformers"][name], strict=True)
     return [ours / theirs if name == "tokens_per_s" else theirs / ours for ours, theirs in pairs]
-
-
-def shown(row: dict[str, Any], number: int) -> list[str]:
-    """The figures of a round, for the terminal."""
-    rates = (f"{side} {row[side]['tokens_per_s'][number]:.2f} tokens/s" for side in SIDES)
-    return [
-        *rates,
-        f"ratio {ratios(row, 'tokens_per_s')[number]:.2f}, prefill {ratios(row, 'first_token_s')[number]:.2f}",
-    ]
 
 
 def report(rows: dict[str, Any]) -> list[str]:

@@ -3,8 +3,7 @@
 A tiny model trains on 2 and on 4 data-parallel processes of one thread each, at 60% multimodal as in the paper's
 ablation (arXiv 2403.05525, Figure 8). `data.grouping: step` and `sequence` take their steps in turn in the same
 processes, and undisturbed steps count (`engines/paired_steps.py`). The report compares them with `megavl plan --mixing`
-from blocks measured here, and predicts the paper's scale. Writes
-`launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
+from blocks measured here. Writes `launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
 
     python -m launch.bench.grouping [--turns 40] [--work runs/grouping]
 """
@@ -17,12 +16,11 @@ import random
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.bench.plan_paper import CLUSTERS, MIXING_ASSUMPTIONS, RUNS, plan
+from launch.bench.plan_paper import MIXING_ASSUMPTIONS
 from launch.bench.programs import ROOT, ask_plan
 from launch.bench.report import machine, report_path, table, table_row, versions, write_report
 from launch.bench.tiny_runs import (
@@ -47,7 +45,6 @@ STEPS = 5
 CALIBRATIONS = 2
 GOAL = 0.05
 """Most by which the simulated gain may differ from the measured one."""
-PAPER_IMAGES = (3, 5)
 MODEL = (
     *("model.llm.num_layers=4", "model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
     *("model.sam.depth=17", "model.sam.global_attn_indexes=[3,7,11,15]"),
@@ -91,7 +88,7 @@ def main() -> int:
         used.append(others)
         rows.append(line(replicas, gain, simulated(calibration, settings, replicas)))
         print(rows[-1], flush=True)
-    write_report(report_path("grouping"), report(rows, list(paper()), used, arguments))
+    write_report(report_path("grouping"), report(rows, used, arguments))
     return 0
 
 
@@ -158,19 +155,7 @@ def line(replicas: int, measured: Gain, found: dict[str, Any]) -> str:
     )
 
 
-def paper() -> Iterator[str]:
-    """Rows at the paper's scale."""
-    for run in RUNS:
-        for device, name in CLUSTERS.items():
-            for images in PAPER_IMAGES:
-                settings = [f"data.multimodal_fraction={FRACTION}", "data.modality_warmup_steps=0"]
-                options = ("--images", str(images), "--mixing", "--top", "0")
-                mixing = plan(run, device, *options, settings=settings)["mixing"]
-                gains = (f"{mixing['gain']:+.1%}", f"{mixing['lockstep_gain']:+.1%}", "+20%")
-                yield table_row(f"{run.name}, {run.devices} x {name}", images, *gains)
-
-
-def report(rows: list[str], published: list[str], used: list[float], arguments: argparse.Namespace) -> list[str]:
+def report(rows: list[str], used: list[float], arguments: argparse.Namespace) -> list[str]:
     """Markdown with the command, versions, what was compared, and how quiet the machine was."""
     cores = os.cpu_count() or 1
     shared = [
@@ -201,13 +186,7 @@ def report(rows: list[str], published: list[str], used: list[float], arguments: 
             rows,
         ),
         "",
-        "## At the paper's scale",
-        "",
-        f"Simulated with the recipe's layout at {FRACTION:.0%} multimodal; the paper reports +20% (Figure 8).",
-        *table(
-            "| run | images a sequence | grouping does more | if replicas wait after every micro-batch | paper |",
-            published,
-        ),
+        "The simulation assumes (`launch/bench/plan_paper.py` makes it at the paper's scale):",
         "",
         *(f"- {line}" for line in MIXING_ASSUMPTIONS),
     ]

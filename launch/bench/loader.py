@@ -69,7 +69,7 @@ def measure(captions: Path, *, preset: str, rounds: int, workers: int) -> dict[s
         *("--tokenizer", folder / "tokenizer", "--image-preset", preset),
     )
     counts = ("--rounds", rounds, "--workers", workers)
-    (result,) = ask("launch.bench.engines.measure_loader", folder / preset, *counts, "--json")
+    (result,) = ask("launch.bench.engines.measure_loader", folder / preset, *counts)
     return result
 
 

@@ -23,8 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launch.bench.engines.step_work import plan
 from launch.bench.programs import ROOT, ask, environment, json_lines, run
 from launch.bench.report import RESULTS, hardware, report_path, table, table_row, versions, write_report
+from megavl.planner.hardware.devices import DEVICES, USABLE_SHARE
 
 NAMES = {
     "megavl": "MegaVL",
@@ -110,7 +112,7 @@ def main() -> int:
     (ceilings,) = ask("launch.bench.engines.step_ceiling", *ONE_THREAD, gpu=True, limit=arguments.limit)
     path = report_path("step", where=device(ceilings), folder=arguments.out).with_suffix(".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.case else {}
-    plans = plan(ceilings)
+    plans = plans_of(ceilings)
     found: dict[str, Any] = {"cases": kept.get("cases", {}), "ceilings": ceilings, "plans": plans}
     found |= {"versions": versions(*PACKAGES), "load": os.getloadavg()[0], "cuda_tests": kept.get("cuda_tests")}
     if ceilings["cuda"] and not arguments.case:
@@ -148,12 +150,11 @@ def chosen(arguments: argparse.Namespace, *, on_gpu: bool) -> list[Case]:
     return cases
 
 
-def plan(ceilings: dict[str, Any]) -> dict[str, Any]:
+def plans_of(ceilings: dict[str, Any]) -> dict[str, Any]:
     """How many layers of each full-size part the device holds; without a GPU, an H200 by its data sheet."""
-    parts = list(dict.fromkeys(f"{case.model} {case.part}" for case in FULL))
-    memory = ("--memory", ceilings["memory_bytes"]) if ceilings["cuda"] else ()
-    rows = ask("launch.bench.engines.step_work", *(f"{part} none" for part in parts), *memory, gpu=True)
-    return dict(zip(parts, rows, strict=True))
+    memory = USABLE_SHARE * (ceilings["memory_bytes"] or DEVICES["h200"].memory_bytes)
+    parts = dict.fromkeys((case.model, case.part) for case in FULL)
+    return {f"{model} {part}": plan(model, part, memory_bytes=memory) for model, part in parts}
 
 
 def words_of(case: Case, *, layers: int, quick: bool) -> list[object]:

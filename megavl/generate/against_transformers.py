@@ -42,25 +42,11 @@ PROMPTS: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
 """Text, and width and height of each image."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A prompt as both models read it."""
-
-    ids: tuple[int, ...]
-    canvases: torch.Tensor
-    """uint8 (I, 3, C, C)."""
+Reply = tuple[torch.Tensor, tuple[int, ...]]
+"""What one model makes of a prompt: logits fp32 (T, V), and greedy tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What one model made of a prompt."""
-
-    logits: torch.Tensor
-    """fp32 (T, V)."""
-    greedy: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Difference:
     """Both models on one prompt."""
 
@@ -142,24 +128,15 @@ def compare(model: str | Path, folder: str | Path) -> Comparison:
     source = find_model(model)
     if source.config != exported.config:
         raise CheckpointError(f"{model} and {folder}: models of different sizes; give a model and its own export")
-    prompts = {name: _prompt(source, *words) for name, words in PROMPTS.items()}
-    ours = list(_our_replies(source, list(prompts.values())))
-    theirs = list(_their_replies(exported, list(prompts.values())))
+    prompts = [_prompt(source, *words) for words in PROMPTS.values()]
+    ours, theirs = list(_our_replies(source, prompts)), list(_their_replies(exported, prompts))
     differences = []
-    for (name, prompt), own, other in zip(prompts.items(), ours, theirs, strict=True):
-        if not (own.logits.isfinite().all() and other.logits.isfinite().all()):
+    for name, (logits, greedy), (expected, their_greedy) in zip(PROMPTS, ours, theirs, strict=True):
+        if not (logits.isfinite().all() and expected.isfinite().all()):
             raise NumericsError(f"{name}: logits of {model} or {folder} are not finite; check the weights")
-        gap = float((own.logits - other.logits).abs().max())
-        differences.append(
-            Difference(
-                name=name,
-                tokens=len(prompt.ids),
-                max_abs=gap,
-                max_rel=gap / float(other.logits.abs().max()),
-                greedy=own.greedy,
-                their_greedy=other.greedy,
-            )
-        )
+        gap = float((logits - expected).abs().max())
+        relative = gap / float(expected.abs().max())
+        differences.append(Difference(name, len(logits), gap, relative, greedy, their_greedy))
     import transformers
 
     reference = f"transformers {transformers.__version__} {native_class(source.config).__name__}"
@@ -211,11 +188,12 @@ def _find_native(folder: Path) -> ModelSource:
     return find_model(folder)
 
 
-def _prompt(source: ModelSource, text: str, sizes: Sequence[tuple[int, int]]) -> Prompt:
+def _prompt(source: ModelSource, text: str, sizes: Sequence[tuple[int, int]]) -> Request:
     pictures = [_picture(number, size) for number, size in enumerate(sizes)]
     pieces = prompt_pieces(text, images=len(pictures))
     ids = encode_prompt(pieces, tokenizer=source.tokenizer, config=source.config, room=NEW_TOKENS)
-    return Prompt(ids=tuple(ids), canvases=read_canvases(pictures, geometry=source.config.image_geometry))
+    images = read_canvases(pictures, geometry=source.config.image_geometry)
+    return Request(ids=ids, images=images, max_new_tokens=NEW_TOKENS)
 
 
 def _picture(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -224,25 +202,24 @@ def _picture(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
 
-def _our_replies(source: ModelSource, prompts: Sequence[Prompt]) -> Iterator[Reply]:
+def _our_replies(source: ModelSource, prompts: Sequence[Request]) -> Iterator[Reply]:
     with loaded(source, dtype="float32") as model:
         for prompt in prompts:
             borders = torch.tensor([0, len(prompt.ids)], dtype=torch.int32)
             packed = segments(borders, device=torch.device("cpu"), on_device=False)
-            logits = model(tokens=torch.tensor([prompt.ids]), images=prompt.canvases, packed=packed)[0]
-            request = Request(ids=prompt.ids, images=prompt.canvases, max_new_tokens=NEW_TOKENS)
-            greedy = tuple(token for _, token, _ in generate(model, [request], eos_id=source.tokenizer.eos_id))
-            yield Reply(logits=logits, greedy=greedy)
+            logits = model(tokens=torch.tensor([prompt.ids]), images=prompt.images, packed=packed)[0]
+            greedy = tuple(token for _, token, _ in generate(model, [prompt], eos_id=source.tokenizer.eos_id))
+            yield logits, greedy
 
 
-def _their_replies(source: ModelSource, prompts: Sequence[Prompt]) -> Iterator[Reply]:
+def _their_replies(source: ModelSource, prompts: Sequence[Request]) -> Iterator[Reply]:
     model: Any = native_class(source.config).from_pretrained(source.path, dtype=torch.float32).eval()
     eos_id = source.tokenizer.eos_id
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": eos_id, "pad_token_id": eos_id}
     for prompt in prompts:
         ids = torch.tensor([prompt.ids])
         inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if len(prompt.canvases):
-            inputs |= pixel_tensors(prompt.canvases, config=source.config)
+        if prompt.images is not None and len(prompt.images):
+            inputs |= pixel_tensors(prompt.images, config=source.config)
         logits = model(**inputs).logits[0]
-        yield Reply(logits=logits, greedy=tuple(model.generate(**inputs, **options)[0, len(prompt.ids) :].tolist()))
+        yield logits, tuple(model.generate(**inputs, **options)[0, len(prompt.ids) :].tolist())

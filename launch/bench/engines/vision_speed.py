@@ -2,7 +2,7 @@
 
 Prints one JSON line. `launch/bench/vision.py` calls it and writes the report.
 
-    python -m launch.bench.engines.vision_speed {sam,siglip} [--dtype bfloat16] [--train] [--only megavl]
+    python -m launch.bench.engines.vision_speed {sam,siglip} [--train] [--only megavl]
 """
 
 from __future__ import annotations
@@ -32,22 +32,19 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tower", choices=["sam", "siglip"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--train", action="store_true", help="forward and backward, with gradients of all weights")
-    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=IMPLEMENTATIONS, help="run one alone, for its peak memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = load_model_config("7b", llm=LLM, image_token_id=3)
-    dtype = getattr(torch, arguments.dtype)
     names = (arguments.only,) if arguments.only else IMPLEMENTATIONS
     weights = random_tensors(config)
-    towers = {name: build(name, arguments.tower, config, weights, dtype) for name in names}
+    towers = {name: build(name, arguments.tower, config, weights) for name in names}
     del weights
     size = config.canvas_size if arguments.tower == "sam" else config.siglip.image_size
-    pixels = torch.randn(arguments.images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     reset_peak()
     result: dict[str, Any] = {"rest_mib": resident_bytes() / 2**20}
     outputs, seconds = {}, {name: [] for name in names}
@@ -67,17 +64,15 @@ def main() -> int:
     return 0
 
 
-def build(
-    name: str, tower: str, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
-) -> tuple[nn.Module, Run]:
+def build(name: str, tower: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> tuple[nn.Module, Run]:
     """A tower's module, and its call."""
     if name == "megavl":
         encoder = VisionEncoder(config)
         flat = {key.removeprefix("vision."): value for key, value in weights.items() if key.startswith("vision.")}
         encoder.load_state_dict(flat)
-        module = encoder.get_submodule(tower).to(dtype)
+        module = encoder.get_submodule(tower)
         return module, module
-    model = transformers_model(config, weights, attention=name).model.to(dtype)
+    model = transformers_model(config, weights, attention=name).model
     if tower == "siglip":
         return model.vision_model, model.get_low_res_image_features
     for part in ("vision_model", "language_model", "aligner"):
