@@ -188,7 +188,7 @@ def read(rows: Rows, name: str, layers: list[int]) -> Variant:
         rests.append(row["seconds"] - sum(lengths))
     if min(map(len, (cycles, *stages))) < LEAST:
         counts = f"{len(cycles)} cycles and {len(stages[0])}, {len(stages[1])} passes"
-        raise SystemExit(f"error: {counts} of {name} beside quick cores, {LEAST} needed; take more turns: --more")
+        raise SystemExit(f"error: {counts} of {name} on quick cores, {LEAST} needed; take more turns: --more")
     median = statistics.median(row["seconds"] for row, _ in images)
     return Variant(
         layers=layers,

@@ -41,19 +41,7 @@ from megavl.convert.table import Format, dead_tensors, key_shapes, weight_rows
 TOKENS = {"<｜begin▁of▁sentence｜>": 100000, "<｜end▁of▁sentence｜>": 100001, "<image_placeholder>": 100015}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the report."""
-
-    what: str
-    seconds: float
-    cpu_seconds: float
-    """Of the process, user and system."""
-    gigabytes: float
-    peak_mib: float
-    """Peak resident memory of the process, pages of mapped files included."""
-    disk: float
-    """Peak of what source and target took on the disk, as a fraction of the two at the end."""
+HEAD = "| | GB | seconds | GB/s | CPU seconds | peak MiB | disk |"
 
 
 @dataclass(frozen=True)
@@ -95,17 +83,17 @@ def main() -> int:
     return 0
 
 
-def round_trip(scratch: Path, preset: str, fmt: Format) -> Iterator[Row]:
+def round_trip(scratch: Path, preset: str, fmt: Format) -> Iterator[str]:
     """Convert a folder of one format to a checkpoint, to the other format and back; compare the tensors."""
     other = "original" if fmt == "native" else "native"
     source, megavl, out = scratch / "source", scratch / "megavl", scratch / "out"
     make_folder(source, load_model_config(preset), fmt=fmt)
     before = digests(source)
-    yield show(copy(source, scratch / "copy", what=f"copy of the {fmt} folder"))
-    yield show(convert("from-hf", source, megavl, what=f"{fmt} to MegaVL"))
+    yield copy(source, scratch / "copy", what=f"copy of the {fmt} folder")
+    yield convert("from-hf", source, megavl, what=f"{fmt} to MegaVL")
     shutil.rmtree(source)
     for target in (other, fmt):
-        yield show(convert("to-hf", megavl, out, "--format", target, what=f"MegaVL to {target}"))
+        yield convert("to-hf", megavl, out, "--format", target, what=f"MegaVL to {target}")
         if target == fmt and digests(out) != before:
             raise SystemExit("error: tensors came back differently")
         shutil.rmtree(out)
@@ -139,12 +127,12 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def convert(action: str, source: Path, out: Path, *options: str, what: str) -> Row:
+def convert(action: str, source: Path, out: Path, *options: str, what: str) -> str:
     """One run of `megavl convert`."""
     return measure(["-m", "megavl", "convert", action, str(source), str(out), *options], source, out, what=what)
 
 
-def copy(source: Path, target: Path, *, what: str) -> Row:
+def copy(source: Path, target: Path, *, what: str) -> str:
     """Plain copy of a folder, on disk (fsync) at the end; the copy is removed."""
     code = (
         "import os, shutil, sys; shutil.copytree(*sys.argv[1:])\n"
@@ -155,8 +143,8 @@ def copy(source: Path, target: Path, *, what: str) -> Row:
     return row
 
 
-def measure(words: list[str], source: Path, target: Path, *, what: str) -> Row:
-    """Run Python in a process of its own and look at what it used."""
+def measure(words: list[str], source: Path, target: Path, *, what: str) -> str:
+    """Run Python in a process of its own; returns the line of the report on what it used."""
     gigabytes, disk = folder_size(source) / 1e9, 0
     start = time.perf_counter()
     variables = environment(gpu=True) | {"CUDA_VISIBLE_DEVICES": ""}
@@ -171,14 +159,13 @@ def measure(words: list[str], source: Path, target: Path, *, what: str) -> Row:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"error: {' '.join(words)} ended with {child.returncode}")
-    return Row(
-        what=what,
-        seconds=seconds,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        gigabytes=gigabytes,
-        peak_mib=usage.ru_maxrss / 1024,
-        disk=disk / (folder_size(source) + folder_size(target)),
+    line = table_row(
+        *(what, f"{gigabytes:.2f}", f"{seconds:.1f}", f"{gigabytes / seconds:.2f}"),
+        *(f"{usage.ru_utime + usage.ru_stime:.1f}", f"{usage.ru_maxrss / 1024:,.0f}"),
+        f"{disk / (folder_size(source) + folder_size(target)):.2f}",
     )
+    print(line, flush=True)
+    return line
 
 
 def model_bytes(config: ModelConfig) -> int:
@@ -195,35 +182,19 @@ def folder_size(folder: Path) -> int:
     return size
 
 
-def show(row: Row) -> Row:
-    """Print a line as soon as it is known."""
-    print(
-        f"{row.what}: {row.seconds:.1f} s, {row.gigabytes / row.seconds:.2f} GB/s, {row.cpu_seconds:.1f} CPU s, "
-        f"peak {row.peak_mib:,.0f} MiB, disk {row.disk:.2f} of source and target",
-        flush=True,
-    )
-    return row
-
-
-def report(rows: list[Row], *, preset: str, remarks: list[str]) -> list[str]:
+def report(rows: list[str], *, preset: str, remarks: list[str]) -> list[str]:
     """Markdown with the command and versions."""
-    lines, base = [], 1.0
-    for row in rows:
-        pace = row.seconds / row.gigabytes
-        base = pace if row.what.startswith("copy") else base
-        cells = (f"{row.gigabytes:.2f}", f"{row.seconds:.1f}", f"{1 / pace:.2f}", f"{pace / base:.2f}")
-        lines.append(table_row(row.what, *cells, f"{row.cpu_seconds:.1f}", f"{row.peak_mib:,.0f}", f"{row.disk:.2f}"))
     return [
         f"# Conversion of the {preset} model at full size",
         "",
         f"`python -m launch.bench.convert_full --preset {preset}`; {versions('torch', 'safetensors', 'numpy')}; "
         f"{machine()}.",
         "Random bf16 weights. Times hold the start of the process, reading, writing, hashing and fsync; a copy is "
-        "written with fsync too. Peak memory is resident memory, pages of mapped files included; disk is the peak of "
-        "all that lay on it, as a fraction of source and target.",
+        "written with fsync too. Peak memory is resident memory, pages of mapped files included. Disk is the peak of "
+        "all files, as a fraction of source and target.",
         "Every tensor came back byte for byte from both formats, the unused ones of the original format included.",
         *remarks,
-        *table("| | GB | seconds | GB/s | time against the copy | CPU seconds | peak MiB | disk |", lines),
+        *table(HEAD, rows),
     ]
 
 

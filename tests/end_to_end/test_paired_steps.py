@@ -107,5 +107,5 @@ def test_cycles_on_slow_cores_are_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.seconds == pytest.approx((count - 1) * 0.32 + 1.82) and found.median > found.seconds
     assert found.text == pytest.approx(0.5)
     assert balance.quick_share(rows) == pytest.approx(1 - 1.5 / count)
-    with pytest.raises(SystemExit, match="32 cycles and .* of even beside quick cores, 40 needed; take more turns"):
+    with pytest.raises(SystemExit, match="32 cycles and .* of even on quick cores, 40 needed; take more turns"):
         balance.read(rows[:4], "even", [5, 5])

@@ -59,7 +59,7 @@ def client(tmp_path_factory) -> ModuleType:
 
 @dataclass(frozen=True)
 class Export:
-    """A model with random weights, dead tensors included, in the original format."""
+    """A model with random weights, unused parameters included, in the original format."""
 
     config: ModelConfig
     folder: Path

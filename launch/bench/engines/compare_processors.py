@@ -54,7 +54,7 @@ def main() -> int:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["1b", "7b"], choices=["1b", "7b"])
-    parser.add_argument("--sizes", type=int, default=60, help="random sizes beside the fixed ones")
+    parser.add_argument("--sizes", type=int, default=60, help="random sizes in addition to the fixed ones")
     arguments = parser.parse_args()
     generator = np.random.default_rng(0)
     sizes = [*SIZES, *(tuple(generator.integers(60, 2100, 2).tolist()) for _ in range(arguments.sizes))]

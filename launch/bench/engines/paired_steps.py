@@ -84,12 +84,12 @@ class Variant:
         self.number += 1
         before = self.probe.when_quick()
         self.glances.clear()
-        recorder = StepProfiler(self.model, position=self.position)
+        profiler = StepProfiler(self.model, position=self.position)
         began = time.perf_counter()
         result = train_step(self.model, self.optimizer, data, stop_flag=False)
         seconds = time.perf_counter() - began
         assert not result.skipped, f"loss {result.loss}: the step was skipped"
-        record = recorder.stop()
+        record = profiler.stop()
         probes = max(before, self.probe())
         found: list[tuple[Record | None, list[float]]] = [(None, [])] * self.position.world_size
         dist.all_gather_object(found, (record, self.glances))

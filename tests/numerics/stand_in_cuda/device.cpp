@@ -364,7 +364,7 @@ struct Silence final : c10::WarningHandler {
 c10::WarningHandler* const handler = c10::WarningUtils::get_warning_handler();
 const bool replaces_silently = (c10::WarningUtils::set_warning_handler(&silence), true);
 
-// NCCL's place is taken by gloo, over the host's view of the same memory.
+// gloo replaces NCCL, over the host's view of the same memory.
 TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
   for (const char* name :
        {"allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_", "allgather_", "_allgather_base_",
