@@ -27,6 +27,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -41,7 +42,14 @@ from megavl.convert.table import Format, dead_tensors, key_shapes, weight_rows
 TOKENS = {"<｜begin▁of▁sentence｜>": 100000, "<｜end▁of▁sentence｜>": 100001, "<image_placeholder>": 100015}
 
 
-HEAD = "| | GB | seconds | GB/s | CPU seconds | peak MiB | disk |"
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    pace: float
+    """Seconds per gigabyte."""
+    cells: tuple[str, ...]
+    """Gigabytes, seconds, CPU seconds, peak MiB, and the peak on the disk as a fraction of source and target."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def main() -> int:
     return 0
 
 
-def round_trip(scratch: Path, preset: str, fmt: Format) -> Iterator[str]:
+def round_trip(scratch: Path, preset: str, fmt: Format) -> Iterator[Row]:
     """Convert a folder of one format to a checkpoint, to the other format and back; compare the tensors."""
     other = "original" if fmt == "native" else "native"
     source, megavl, out = scratch / "source", scratch / "megavl", scratch / "out"
@@ -127,12 +135,12 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def convert(action: str, source: Path, out: Path, *options: str, what: str) -> str:
+def convert(action: str, source: Path, out: Path, *options: str, what: str) -> Row:
     """One run of `megavl convert`."""
     return measure(["-m", "megavl", "convert", action, str(source), str(out), *options], source, out, what=what)
 
 
-def copy(source: Path, target: Path, *, what: str) -> str:
+def copy(source: Path, target: Path, *, what: str) -> Row:
     """Plain copy of a folder, on disk (fsync) at the end; the copy is removed."""
     code = (
         "import os, shutil, sys; shutil.copytree(*sys.argv[1:])\n"
@@ -143,8 +151,8 @@ def copy(source: Path, target: Path, *, what: str) -> str:
     return row
 
 
-def measure(words: list[str], source: Path, target: Path, *, what: str) -> str:
-    """Run Python in a process of its own; returns the line of the report on what it used."""
+def measure(words: list[str], source: Path, target: Path, *, what: str) -> Row:
+    """Run Python in a process of its own; returns what it used."""
     gigabytes, disk = folder_size(source) / 1e9, 0
     start = time.perf_counter()
     variables = environment(gpu=True) | {"CUDA_VISIBLE_DEVICES": ""}
@@ -159,13 +167,10 @@ def measure(words: list[str], source: Path, target: Path, *, what: str) -> str:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"error: {' '.join(words)} ended with {child.returncode}")
-    line = table_row(
-        *(what, f"{gigabytes:.2f}", f"{seconds:.1f}", f"{gigabytes / seconds:.2f}"),
-        *(f"{usage.ru_utime + usage.ru_stime:.1f}", f"{usage.ru_maxrss / 1024:,.0f}"),
-        f"{disk / (folder_size(source) + folder_size(target)):.2f}",
-    )
-    print(line, flush=True)
-    return line
+    cells = (f"{gigabytes:.2f}", f"{seconds:.1f}", f"{usage.ru_utime + usage.ru_stime:.1f}")
+    cells += (f"{usage.ru_maxrss / 1024:,.0f}", f"{disk / (folder_size(source) + folder_size(target)):.2f}")
+    print(what, *cells, flush=True)
+    return Row(what, seconds / gigabytes, cells)
 
 
 def model_bytes(config: ModelConfig) -> int:
@@ -182,8 +187,12 @@ def folder_size(folder: Path) -> int:
     return size
 
 
-def report(rows: list[str], *, preset: str, remarks: list[str]) -> list[str]:
+def report(rows: list[Row], *, preset: str, remarks: list[str]) -> list[str]:
     """Markdown with the command and versions."""
+    lines, copied = [], 1.0
+    for what, pace, cells in rows:
+        copied = pace if what.startswith("copy") else copied
+        lines.append(table_row(what, f"{1 / pace:.2f}", f"{pace / copied:.2f}", *cells))
     return [
         f"# Conversion of the {preset} model at full size",
         "",
@@ -194,7 +203,7 @@ def report(rows: list[str], *, preset: str, remarks: list[str]) -> list[str]:
         "all files, as a fraction of source and target.",
         "Every tensor came back byte for byte from both formats, the unused ones of the original format included.",
         *remarks,
-        *table(HEAD, rows),
+        *table("| | GB/s | time against the copy | GB | seconds | CPU seconds | peak MiB | disk |", lines),
     ]
 
 
