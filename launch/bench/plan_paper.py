@@ -45,22 +45,23 @@ CLUSTERS = {
 SHARES = (0.3, 0.6)
 IMAGES = (1, 3, 5, 7)
 ASSUMPTIONS = (
-    "The published days are all stage 2 (42,000 and 96,000 steps of Table 5); which stages they cover is not said.",
-    "A multimodal sequence holds 5 images unless a row says otherwise; the paper does not say how many.",
-    "Multimodal steps are 30% after a linear warm-up of 2,000 steps; the paper gives neither length nor shape.",
-    "bf16, fp32 gradient accumulation, AdamW sharded over data-parallel ranks, selective recompute of the core "
-    "attention, as in the recipes of this repository; the paper gives none of these.",
+    "The published days are all stage 2 (42,000 and 96,000 steps of Table 5). The paper does not say which stages they "
+    "cover.",
+    "A multimodal sequence holds 5 images unless a row says otherwise. The paper does not say how many.",
+    "Multimodal steps are 30% after a linear warm-up of 2,000 steps. The paper gives neither length nor shape.",
+    "The recipes of this repository: bf16, fp32 gradient accumulation, AdamW sharded over data-parallel ranks, selective "
+    "recompute of the core attention. The paper gives none of these.",
     "Attention is counted over whole sequences of 4,096 tokens; masked document borders would cost less.",
     "Our kernels: SAM's relative-position bias as extra channels of fused attention (0.42 TFLOP an image), no fused "
     "norm, activation or gradient accumulation. DeepSeek's HAI-LLM is not public.",
     "No stragglers, failures, checkpoints, evaluation or waiting for data; devices run at their sustained clocks.",
-    "Which cluster the paper used is not said; both rows are plausible. 8 A100s a node is all that it states.",
+    "The paper states 8 A100s a node and no more of its cluster; both rows are plausible.",
 )
 MIXING_ASSUMPTIONS = (
     "Grouped: every step is wholly one kind. Mixed: every sequence is multimodal with the given probability, "
     "independently, on every replica. Both with the same layout: the recipe's sizes, layers balanced for the share.",
-    "Replicas wait for each other at the end of a step (megatron-core's distributed optimizer), or after every "
-    "micro-batch (sharded weights gathered for each of them); which of the two the paper's system did is not said.",
+    "Replicas wait for each other at the end of a step, as with megatron-core's distributed optimizer. Or they wait "
+    "after every micro-batch, as with sharded weights that are gathered each time. The paper does not say which.",
     "All multimodal sequences hold the same number of images. Without packing in two dimensions counts would vary, "
     "which makes mixed steps slower still; that is not simulated.",
     "8 mixed steps of all replicas are drawn.",
