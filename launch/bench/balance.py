@@ -236,7 +236,7 @@ def quick_loops(rows: Rows) -> list[np.ndarray]:
     """
     found = []
     for start in starts(rows):
-        loops = np.array([row["glances_s"] for row in start])
+        loops = np.array([row["short_probes_s"] for row in start])
         found += list(loops <= (1 + QUICK) * np.quantile(loops, QUICKEST, axis=(0, 2), keepdims=True))
     return found
 

@@ -49,8 +49,8 @@ ASSUMPTIONS = (
     "cover.",
     "A multimodal sequence holds 5 images unless a row says otherwise. The paper does not say how many.",
     "Multimodal steps are 30% after a linear warm-up of 2,000 steps. The paper gives neither length nor shape.",
-    "The recipes of this repository: bf16, fp32 gradient accumulation, AdamW sharded over data-parallel ranks, selective "
-    "recompute of the core attention. The paper gives none of these.",
+    "As in the recipes of this repository: bf16, fp32 gradient accumulation, AdamW sharded over data-parallel ranks, "
+    "selective recompute of the core attention. The paper gives none of these.",
     "Attention is counted over whole sequences of 4,096 tokens; masked document borders would cost less.",
     "Our kernels: SAM's relative-position bias as extra channels of fused attention (0.42 TFLOP an image), no fused "
     "norm, activation or gradient accumulation. DeepSeek's HAI-LLM is not public.",

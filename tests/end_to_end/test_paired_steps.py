@@ -34,19 +34,19 @@ def test_turns_are_equal_work_and_append(tmp_path: Path, monkeypatch: pytest.Mon
         spent = [sum(box["seconds"] for box in row["segments"] if box["rank"] == rank) for rank in (0, 1)]
         assert row["probe_s"] > 0 and row["seconds"] > 0 and min(spent) > 0
         # Two micro-batches on each rank.
-        assert [len(loops) for loops in row["glances_s"]] == [2, 2] and min(map(min, row["glances_s"])) > 0
+        assert [len(loops) for loops in row["short_probes_s"]] == [2, 2] and min(map(min, row["short_probes_s"])) > 0
 
 
 def test_starts_of_a_single_turn_are_told_apart() -> None:
-    turn = [{"turn": 0, "variant": name, "glances_s": [[1.0]]} for name in balance.VARIANTS for _ in range(2)]
-    faster = [{**row, "glances_s": [[0.7]]} for row in turn]
+    turn = [{"turn": 0, "variant": name, "short_probes_s": [[1.0]]} for name in balance.VARIANTS for _ in range(2)]
+    faster = [{**row, "short_probes_s": [[0.7]]} for row in turn]
     assert balance.starts([*turn, *faster]) == [turn, faster]
     assert balance.quick_share([*turn, *faster]) == 1
 
 
 def test_one_fast_loop_makes_no_rank_slow() -> None:
     loops = [[0.8, *[1.0] * 59], [*[1.15] * 59, 2.0]]
-    (quick,) = balance.quick_loops([{"turn": 0, "variant": "even", "glances_s": loops}])
+    (quick,) = balance.quick_loops([{"turn": 0, "variant": "even", "short_probes_s": loops}])
     assert quick[0].all() and quick[1, :-1].all() and not quick[1, -1]
 
 
@@ -97,7 +97,7 @@ def test_cycles_on_slow_cores_are_left_out(monkeypatch: pytest.MonkeyPatch) -> N
         loops[0][0] = clock
         seconds = 1.0 + sum(box["seconds"] for box in first)
         common = {"variant": "even", "turn": number % 5, "segments": first + second}
-        common |= {"glances_s": loops, "seconds": seconds}
+        common |= {"short_probes_s": loops, "seconds": seconds}
         rows += [{**common, "modality": "multimodal"}, {**common, "modality": "text", "seconds": seconds / 2}]
     found = balance.read(rows, "even", [5, 5])
     assert found.cycle_s == pytest.approx(0.32) and found.stages_s == pytest.approx((0.3, 0.3))

@@ -30,10 +30,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from data_tools.preprocess import main as preprocess
 from launch.bench.engines.photos import photo
+from launch.bench.programs import ROOT, output
 from megavl.data.packing import pack
 from megavl.data.tokenizer import open_tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 VOCABULARY = 32_000
 SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
 DOCUMENTS = 600
@@ -233,8 +233,7 @@ def _documents(scratch: Path, *, copies: int) -> list[str]:
     """Documents of the machine's own text in the lengths of web pages, and a tokenizer trained on them."""
     source = scratch / "source"
     if not source.is_dir():
-        command = [sys.executable, "data_tools/build_corpus.py", "text", "--output", str(source), "--size", "12000000"]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        output("data_tools.build_corpus", "text", "--output", source, "--size", 12_000_000)
     whole = [json.loads(line)["text"] for line in (source / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     if not (scratch / "tokenizer").is_dir():
         _train(whole, folder=scratch / "tokenizer")

@@ -48,7 +48,7 @@ WARM_UP = 1
 """Turns that do not count."""
 PROBE = 4096
 """Numbers that the loop multiplies; they fit the first cache of a core."""
-GLANCE = 200
+SHORT_PROBE = 200
 """Repetitions in the loop after a forward pass, which takes 0.2 ms."""
 PATIENCE = 150
 """Most probes that a step waits for quick cores."""
@@ -72,10 +72,10 @@ class Variant:
         )
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=False)
         set_learning_rate(self.optimizer, lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
-        self.glances: list[float] = []
+        self.short_probes: list[float] = []
         for chunk in self.model.chunks:
             # After the forward pass: before it, a core that has waited would only just be waking.
-            chunk.module.register_forward_hook(lambda *_: self.glances.append(probe.glance()))
+            chunk.module.register_forward_hook(lambda *_: self.short_probes.append(probe.short()))
         self.data = Loaded(recipe, position=position, steps=steps) if broadcast.is_source() else None
 
     def step(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Variant:
         data = next_step(self.data, self.number, split_all=self.split_all)
         self.number += 1
         before = self.probe.when_quick()
-        self.glances.clear()
+        self.short_probes.clear()
         profiler = StepProfiler(self.model, position=self.position)
         began = time.perf_counter()
         result = train_step(self.model, self.optimizer, data, stop_flag=False)
@@ -92,7 +92,7 @@ class Variant:
         record = profiler.stop()
         probes = max(before, self.probe())
         found: list[tuple[Record | None, list[float]]] = [(None, [])] * self.position.world_size
-        dist.all_gather_object(found, (record, self.glances))
+        dist.all_gather_object(found, (record, self.short_probes))
         boxes = [
             {"rank": box.rank, "what": box.what, "micro_batch": box.micro_batch, "seconds": box.end - box.start}
             for record, _ in found
@@ -100,7 +100,7 @@ class Variant:
             for box in record.segments
         ]
         row = {"modality": data.modality, "images": result.images, "seconds": seconds, "probe_s": probes}
-        return {**row, "glances_s": [glances for _, glances in found], "segments": boxes}
+        return {**row, "short_probes_s": [short_probes for _, short_probes in found], "segments": boxes}
 
 
 class Loaded:
@@ -136,10 +136,10 @@ class Probe:
         self.quickest = min(self.quickest, float(seconds))
         return float(seconds)
 
-    def glance(self) -> float:
+    def short(self) -> float:
         """Run a shorter loop on this core; returns its seconds."""
-        self.multiply(GLANCE // 8)  # fills the cache
-        return self.multiply(GLANCE)
+        self.multiply(SHORT_PROBE // 8)  # fills the cache
+        return self.multiply(SHORT_PROBE)
 
     def multiply(self, times: int) -> float:
         """Multiply; returns the seconds."""
