@@ -34,7 +34,7 @@ def world() -> Iterator[None]:
     groups.stop()
 
 
-def test_loss_curve(update_golden: bool, report_table: Any) -> None:
+def test_loss_curve_matches_the_golden_file(update_golden: bool, report_table: Any) -> None:
     losses = _curve()
     if update_golden:
         GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in losses))

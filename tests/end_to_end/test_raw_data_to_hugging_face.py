@@ -34,7 +34,7 @@ def command(*words: Any) -> str:
     return done.stdout
 
 
-def test_export_parity_and_answers(checkpoint: Path, dataset: Path, tmp_path: Path, report_table: Any) -> None:
+def test_an_export_agrees_and_answers(checkpoint: Path, dataset: Path, tmp_path: Path, report_table: Any) -> None:
     task = dataset / "corpus/eval.jsonl"
     for fmt in ("native", "original"):
         command("-m", "megavl", "convert", "to-hf", checkpoint, tmp_path / fmt, "--format", fmt)

@@ -53,7 +53,7 @@ def distance(found: list[float], expected: list[float]) -> float:
 
 
 @needs_cuda
-def test_first_loss_in_fp32(report_table) -> None:
+def test_first_loss_in_fp32_agrees(report_table) -> None:
     # At this learning rate the text step leaves the weights unchanged for the multimodal step.
     cpu, cuda = (curves(device, "fp32", steps=1, lr=1e-12) for device in ("cpu", "cuda"))
     errors = {kind: distance(cuda[kind][:1], cpu[kind][:1]) for kind in KINDS}
@@ -62,7 +62,7 @@ def test_first_loss_in_fp32(report_table) -> None:
 
 
 @needs_cuda
-def test_twenty_steps_in_bf16(report_table) -> None:
+def test_twenty_bf16_steps_agree(report_table) -> None:
     cpu, cuda = (curves(device, "bf16", steps=STEPS) for device in ("cpu", "cuda"))
     errors = {kind: distance(cuda[kind], cpu[kind]) for kind in KINDS}
     report_table(f"{STEPS} steps, CUDA against CPU, bf16: {errors}, band {BAND}")

@@ -24,7 +24,7 @@ def test_one_tower_is_exact_as_exported(report_table) -> None:
     assert len(found) == len(SIZES) - 1 and worst < 1e-4
 
 
-def test_two_towers_with_the_right_colour(report_table) -> None:
+def test_two_towers_agree_with_the_right_colour(report_table) -> None:
     """With the colour given, the slow class differs by the 8 bits of the low resolution only."""
     config = load_model_config("7b")
     processor = exported_processor(config, {"use_fast": False})
@@ -45,7 +45,7 @@ def test_two_towers_without_the_colour_are_off(report_table) -> None:
 
 
 @pytest.mark.skipif(not TORCHVISION, reason="the fast image processors need torchvision")
-def test_two_towers_as_exported(report_table) -> None:
+def test_two_towers_are_close_as_exported(report_table) -> None:
     config = load_model_config("7b")
     processor = exported_processor(config, {})
     assert type(processor).__name__ == "DeepseekVLHybridImageProcessorFast"
