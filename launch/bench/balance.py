@@ -130,7 +130,7 @@ def prepare(work: Path) -> dict[str, Any]:
     work.mkdir(parents=True)
     settings = [*build_data(work, images=IMAGES, seq_length=SEQ_LENGTH), *MODEL]
     depth = encoder_depth(work, settings)
-    settings.append(sam_depth(depth))
+    settings.append(f"model.sam.depth={depth}")
     calibrations = Calibrations(work, settings, [(1, 1), (1, 2)])
     for _ in range(CALIBRATIONS):
         calibrations.repeat()
@@ -140,14 +140,9 @@ def prepare(work: Path) -> dict[str, Any]:
     return {"settings": settings, "depth": depth, "layers": layers, "others": others}
 
 
-def sam_depth(layers: int) -> str:
-    """The override of SAM's depth."""
-    return f"model.sam.depth={layers}"
-
-
 def encoder_depth(work: Path, settings: list[str]) -> int:
     """SAM's layers with which an even split's stage 0 takes `OVERLOAD` times as long as stage 1 on this machine."""
-    choices = {sam_depth(depth): (sam_depth(depth), f"parallel.layout={EVEN}") for depth in PILOT_DEPTHS}
+    choices = {str(depth): (f"model.sam.depth={depth}", f"parallel.layout={EVEN}") for depth in PILOT_DEPTHS}
     rows, _ = paired_steps(
         work / "pilot.jsonl", [*settings, *SIZES], choices, processes=2, turns=PILOT_TURNS, steps=STEPS
     )
@@ -246,11 +241,6 @@ def quick_share(rows: Rows) -> float:
     return float(np.mean(quick_loops(rows)))
 
 
-def pair(seconds: Pair) -> str:
-    """Of rank 0 and rank 1."""
-    return f"{seconds[0]:.3f}, {seconds[1]:.3f}"
-
-
 def goals_of(variants: dict[str, Variant]) -> dict[str, bool]:
     """What should be reached, and whether it was."""
     even, rebalanced, split = (variants[name] for name in VARIANTS)
@@ -273,7 +263,12 @@ def report(rows: Rows, run: dict[str, Any]) -> list[str]:
     lines = [
         table_row(
             *(name, "+".join(map(str, found.layers)), f"{found.seconds:.3f}", f"{even.seconds / found.seconds:.3f}"),
-            *(f"{found.cycle_s:.4f}", f"{found.rest_s:.3f}", found.cycles, pair(found.stages_s)),
+            *(
+                f"{found.cycle_s:.4f}",
+                f"{found.rest_s:.3f}",
+                found.cycles,
+                ", ".join(f"{stage:.3f}" for stage in found.stages_s),
+            ),
             *(f"{found.slowest:.3f}", f"{found.median:.3f}", f"{even.median / found.median:.3f}", f"{found.text:.3f}"),
         )
         for name, found in variants.items()

@@ -216,24 +216,19 @@ def rows_of(cases: dict[str, Any], case: Case, ceilings: dict[str, Any]) -> list
         # The planner's formulas are MegaVL's, and a process holds more than its tensors.
         planned = ceilings["cuda"] and case.side == "megavl"
         expected = f" ({row['planned_bytes'] / 2**30:.2f})" if planned else ""
+        best = best_rate(cases, case, kind)
         cells = [
             str(row["layers"]),
             f"{1000 * row['step_s']:,.1f}",
             f"{row['tokens_per_s']:,.0f}",
             "no peak known" if row["mfu"] is None else f"{row['mfu']:.1%}",
             f"{row['flops_per_s'] / ceilings['flops_per_s'][precision]:.1%}",
-            against_transformers(cases, case, kind),
+            "-" if best is None else f"{row['tokens_per_s'] / best:.2f}",
             f"{row['peak_bytes'] / 2**30:.2f}{expected}",
             f"{row['losses'][0]:.5f}",
         ]
         lines.append(table_row(title, kind, *cells))
     return lines
-
-
-def against_transformers(cases: dict[str, Any], case: Case, kind: str) -> str:
-    """Tokens per second against the fastest of transformers' settings on the same work; above 1 is faster."""
-    best = best_rate(cases, case, kind)
-    return "-" if best is None else f"{cases[case.name][kind]['tokens_per_s'] / best:.2f}"
 
 
 def best_rate(cases: dict[str, Any], case: Case, kind: str) -> float | None:

@@ -176,7 +176,12 @@ def memory(scratch: Path, *, repeats: int) -> dict[str, Any]:
     for copies in (1, 10):
         _documents(scratch, copies=copies)
         found[copies] = _command(scratch, "text.jsonl", workers=1)
-    return {"mib_1": found[1], "mib_10": found[10], "ratio": found[10] / found[1], "input_bytes": _size(scratch)}
+    return {
+        "mib_1": found[1],
+        "mib_10": found[10],
+        "ratio": found[10] / found[1],
+        "input_bytes": (scratch / "text.jsonl").stat().st_size,
+    }
 
 
 MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -283,10 +288,6 @@ def _lengths(captions: int, texts: int) -> tuple[list[int], list[int]]:
 def _write(path: Path, records: Any) -> None:
     with path.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _size(scratch: Path) -> int:
-    return (scratch / "text.jsonl").stat().st_size
 
 
 def main() -> int:
