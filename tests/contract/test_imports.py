@@ -33,7 +33,7 @@ NARROW = {("model", "data"): "megavl.data.batch"}
 # Third-party engine -> packages that may import it; tests may import anything.
 SEAMS = {
     "megatron": {"parallel", "model", "train", "checkpoint", "generate", "launch"},
-    "transformers": {"launch"},
+    "transformers": {"generate", "launch"},
     "torch": set(ARROWS) - {"config", "files", "planner", "data_tools"} | {"launch"},
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch.bench.engines.random_models import random_weights
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.parallel import groups
@@ -17,7 +18,7 @@ from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.schedule import learning_rate
 from megavl.train.step import train_step
-from tests.distributed.synthetic import SyntheticSteps, random_weights
+from tests.distributed.synthetic import SyntheticSteps
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_hybrid_fp32.txt"
 STEPS = 8
@@ -33,7 +34,7 @@ def world() -> Iterator[None]:
     groups.stop()
 
 
-def test_loss_curve(update_golden: bool, report_table: Any) -> None:
+def test_loss_curve_matches_the_golden_file(update_golden: bool, report_table: Any) -> None:
     losses = _curve()
     if update_golden:
         GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in losses))

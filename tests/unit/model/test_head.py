@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from launch.bench.engines.random_models import random_weights
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, ParallelConfig, RecomputeConfig
 from megavl.model.attention import segments
@@ -16,7 +17,7 @@ from megavl.model.loss import counted_loss
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
-from tests.distributed.synthetic import SyntheticSteps, random_weights
+from tests.distributed.synthetic import SyntheticSteps
 
 TOLERANCE = 1e-5
 LENGTH = 160
