@@ -23,6 +23,7 @@ from megavl.convert.table import weight_rows
 from megavl.data.batch import Batch
 from megavl.generate.weights import flat_name
 from megavl.model import decoder
+from megavl.model.build import BuildSpec
 from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import StepData, next_step
@@ -97,15 +98,7 @@ class MegaVL:
         recipe, self.marks, self.local = work.recipe, marks, local
         precision = recipe.training.precision
         with _part(work.part), _modules(local=local):
-            self.model = build_model_chunks(
-                recipe.model,
-                parallel=recipe.parallel,
-                recompute=recipe.recompute,
-                layout=None,
-                dtype=DTYPES[precision],
-                train=recipe.trainable_parts,
-                seed=recipe.training.seed,
-            )
+            self.model = build_model_chunks(BuildSpec.of(recipe, layout=None))
         (chunk,) = self.model.chunks
         if weights is not None:
             for name, parameter in chunk.module.named_parameters():
