@@ -1,11 +1,15 @@
-"""What every block asks of one rank's device for one micro-batch: products, attention, bytes moved, bytes kept.
+"""Work of every block on one rank's device for one micro-batch: products, attention, bytes moved, bytes kept.
 
-FLOPs come from `blocks.py` and `cost.py`, the one formula. Bytes moved are an estimate of what elementwise kernels read
-and write beside the products: of a decoder layer three times what it keeps forward and six times backward, as residual
-sums and gradients that are not kept move too (assumed, so that the MFU of text models comes near published runs); of a
-tower, which keeps more of what moves, two and four times. A trained weight's gradient is written, read, and added to
-the fp32 buffer (12 bytes a weight in bf16: no fused accumulation without Transformer Engine). The loss passes over the
-logits three times forward (two reads and the gradient in their place) and twice backward; its fp32 stays in the cache.
+FLOPs come from `blocks.py` and `flops.py`. Bytes moved estimate what elementwise kernels read and write:
+
+- A decoder layer moves three times what it keeps in the forward pass and six times in the backward pass. Residual sums
+  and gradients move too, although they are not kept. These factors are assumed; with them the MFU of text models comes
+  near published runs.
+- A tower keeps more of what it moves: two and four times.
+- A trained weight's gradient is written, read, and added to the fp32 buffer. In bf16 that is 12 bytes a weight, since
+  nothing fuses the accumulation without Transformer Engine.
+- The loss passes over the logits three times forward (two reads, then the gradient is written over them) and twice
+  backward. Its fp32 values stay in the cache.
 """
 
 from __future__ import annotations
@@ -21,14 +25,14 @@ from megavl.planner.cost.memory import layer_bytes, recomputed_bytes, rerun_towe
 from megavl.planner.scenario import Kind, Scenario
 
 _LAYER_PASSES = (3, 6)
-"""Times that a decoder layer moves the bytes it keeps, forward and backward."""
+"""How many times a decoder layer moves the bytes that it keeps, forward and backward."""
 _LOGIT_PASSES = (3, 2)
-"""Times that the loss reads or writes a logit, forward and backward."""
+"""How many times the loss reads or writes a logit, forward and backward."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass of a block asks of a device."""
+    """Work of one pass of a block."""
 
     matrix: float = 0.0
     """FLOPs of products with weights."""
@@ -58,7 +62,7 @@ class BlockWork:
     parameters: float
     """On this rank."""
     trained: float
-    """Of these, those that train."""
+    """Trained ones among these."""
     forward: Work
     backward: Work
     """Activation recompute included."""
@@ -100,12 +104,12 @@ def _towers(
 
 
 ADAPTOR = "adaptor"
-"""Name of its block; the other vision blocks are towers."""
+"""Name of the adaptor's block; the other vision blocks are towers."""
 _TOWERS = {"sam": "SAM", "siglip": "SigLIP", "adaptor": ADAPTOR}
 
 
 def embedding_work(scenario: Scenario, kind: Kind) -> BlockWork:
-    """The token embedding's share of one tensor-parallel rank: a look-up, and a dense gradient."""
+    """The token embedding on one tensor-parallel rank: a look-up, and a dense gradient."""
     block = embedding_block(scenario.recipe.model.llm)
     parameters = block.parameters / scenario.tensor
     trains = "llm" in scenario.recipe.trainable_parts
@@ -148,7 +152,7 @@ def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
 
 
 def head_work(scenario: Scenario, kind: Kind) -> BlockWork:
-    """Final norm, and output layer and loss where labels can count, on one tensor-parallel rank."""
+    """Final norm, and output layer and loss on all but image positions, on one tensor-parallel rank."""
     recipe, tensor = scenario.recipe, scenario.tensor
     llm, trainable = recipe.model.llm, _trainable(scenario, kind)
     rows = scenario.loss_tokens(kind)
@@ -231,7 +235,7 @@ def _backward(blocks: Sequence[Block], trainable: frozenset[str], *, overhead: b
 
 
 def _recomputed(scenario: Scenario, forward: Work) -> Work:
-    """What one decoder layer repeats in the backward pass, on one rank."""
+    """What one decoder layer recomputes in the backward pass, on one rank."""
     recompute, tensor = scenario.recipe.recompute, scenario.tensor
     if recompute.granularity == "full":
         return forward
