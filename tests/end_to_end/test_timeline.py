@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megavl.planner.simulation.schedule import Compute, passes
+from megavl.planner.schedule import Compute, passes
 from tests.tiny_run import metrics, run_training
 
 STEPS, MICRO_BATCHES = 6, 4

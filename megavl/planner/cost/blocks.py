@@ -66,12 +66,10 @@ def vision_blocks(model: ModelConfig) -> tuple[Block, ...]:
     return _siglip_blocks(model.siglip) + sam + _adaptor_blocks(model)
 
 
-def decoder_layer_blocks(llm: DecoderConfig, *, tokens: int, attention_span: float) -> tuple[Block, Block]:
-    """Attention and MLP of one decoder layer, for `tokens` positions.
+def decoder_layer_blocks(llm: DecoderConfig, *, tokens: int = 0, seq_length: int = 0) -> tuple[Block, Block]:
+    """Attention and MLP of one decoder layer, for `tokens` positions in sequences that one document fills.
 
-    Args:
-        attention_span: mean length of a token's document, of which it sees half on average. The sequence length if
-            document borders are not masked, else sum(s^2) / sum(s) over the documents.
+    Attention is causal: a token sees half of the sequence on average.
     """
     width, inner = llm.hidden_size, llm.ffn_hidden_size
     below = VISION | {"llm"}
@@ -80,7 +78,7 @@ def decoder_layer_blocks(llm: DecoderConfig, *, tokens: int, attention_span: flo
         part="llm",
         parameters=4 * width**2 + width,
         linear=2 * tokens * 4 * width**2,
-        attention=round(2 * tokens * attention_span * width),
+        attention=2 * tokens * seq_length * width,
         below=below,
     )
     mlp = Block(
@@ -99,7 +97,7 @@ def embedding_block(llm: DecoderConfig) -> Block:
     return Block(name="embedding", part="llm", parameters=parameters, linear=0, below=frozenset())
 
 
-def head_block(llm: DecoderConfig, *, tokens: int) -> Block:
+def head_block(llm: DecoderConfig, *, tokens: int = 0) -> Block:
     """Final norm and output layer, for `tokens` positions."""
     matrix = llm.vocab_size * llm.hidden_size
     return Block(

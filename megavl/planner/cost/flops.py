@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import TRAINABLE_PARTS, RecomputeConfig
+from megavl.config.recipe import TRAINABLE_PARTS
 from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.scenario import Kind, Scenario
 
@@ -28,14 +28,14 @@ MFU_CONVENTION = (
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
     """Parameters of each row of `TRAINABLE_PARTS`; rows that the model lacks hold 0."""
     llm = model.llm
-    layer = decoder_layer_blocks(llm, tokens=0, attention_span=0)
+    layer = decoder_layer_blocks(llm)
     counts = dict.fromkeys(TRAINABLE_PARTS, 0)
     for block in vision_blocks(model):
         counts[block.part] += block.parameters
     counts["llm"] = (
         embedding_block(llm).parameters
         + llm.num_layers * sum(block.parameters for block in layer)
-        + head_block(llm, tokens=0).parameters
+        + head_block(llm).parameters
     )
     return counts
 
@@ -57,7 +57,6 @@ def step_flops(
     sequences: int,
     images: int,
     trainable_parts: Collection[str],
-    attention_span: float | None = None,
 ) -> int:
     """Model FLOPs of one optimizer step over all ranks.
 
@@ -67,13 +66,10 @@ def step_flops(
         sequences: sequences of the step (global batch).
         images: images of the step; 0 on a text-only step.
         trainable_parts: rows of `TRAINABLE_PARTS` that train.
-        attention_span: as in `decoder_layer_blocks`; default S, the published convention, which overstates attention
-            when document borders are masked.
     """
     trainable = active_parts(trainable_parts, images=images)
     tokens = seq_length * sequences
-    span = seq_length if attention_span is None else attention_span
-    layer = decoder_layer_blocks(model.llm, tokens=tokens, attention_span=span)
+    layer = decoder_layer_blocks(model.llm, tokens=tokens, seq_length=seq_length)
     decoder = model.llm.num_layers * train_flops(layer, trainable=trainable)
     head = train_flops([head_block(model.llm, tokens=tokens)], trainable=trainable)
     vision = images * train_flops(vision_blocks(model), trainable=trainable)
@@ -88,18 +84,6 @@ def overhead_flops(blocks: Iterable[Block], *, trainable: frozenset[str]) -> int
 def mfu(flops: float, *, seconds: float, devices: int, peak_flops: float) -> float:
     """Model FLOPs utilisation, 0 to 1: model FLOPs of a step over what `devices` could do in its `seconds`."""
     return flops / (seconds * devices * peak_flops)
-
-
-def layer_recompute_flops(
-    model: ModelConfig, *, tokens: int, attention_span: float, recompute: RecomputeConfig, trainable: frozenset[str]
-) -> int:
-    """Forward FLOPs that one decoder layer repeats in the backward pass."""
-    attention, mlp = decoder_layer_blocks(model.llm, tokens=tokens, attention_span=attention_span)
-    if recompute.granularity == "none" or not attention.needs_backward(trainable):
-        return 0
-    if recompute.granularity == "full":
-        return attention.forward + mlp.forward
-    return attention.attention * ("core_attn" in recompute.modules) + mlp.linear * ("mlp" in recompute.modules)
 
 
 def model_flops(scenario: Scenario, kind: Kind) -> int:

@@ -41,7 +41,7 @@ from megavl.config.recipe import TRAINABLE_PARTS
 from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.cost.flops import active_parts
 from megavl.planner.scenario import ENCODED_AT_ONCE, Scenario
-from megavl.planner.simulation.schedule import passes
+from megavl.planner.schedule import passes
 
 _ADAPTOR = frozenset({"adaptor"})
 _TOWERS = frozenset(TRAINABLE_PARTS) - {"llm", "adaptor"}
@@ -79,13 +79,13 @@ def rank_parameters(scenario: Scenario, rank: int, layout: Sequence[int]) -> tup
     llm = recipe.model.llm
     width = llm.hidden_size
     # Norm weights are on every tensor-parallel rank, matrices are split.
-    layer = sum(block.parameters for block in decoder_layer_blocks(llm, tokens=0, attention_span=0))
+    layer = sum(block.parameters for block in decoder_layer_blocks(llm))
     count = sum(layout[stage] for stage in rank_stages(scenario, rank))
     decoder = count * ((layer - 2 * width) // tensor + 2 * width)
     if rank == 0:
         decoder += embedding_block(llm).parameters // tensor
     if rank == scenario.pipeline - 1:
-        decoder += (head_block(llm, tokens=0).parameters - width) // tensor + width
+        decoder += (head_block(llm).parameters - width) // tensor + width
     vision, trained_vision = 0, 0
     if rank == 0:
         vision, trained_vision = _vision_parameters(recipe.model, recipe.trainable_parts, _TOWERS | _ADAPTOR)

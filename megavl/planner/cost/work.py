@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from megavl.config.model import ModelConfig
 from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
-from megavl.planner.cost.flops import active_parts, layer_recompute_flops
+from megavl.planner.cost.flops import active_parts
 from megavl.planner.cost.memory import layer_bytes, recomputed_bytes, rerun_towers
 from megavl.planner.scenario import Kind, Scenario
 
@@ -128,8 +128,8 @@ def embedding_work(scenario: Scenario, kind: Kind) -> BlockWork:
 def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
     """One decoder layer on one tensor-parallel rank."""
     recipe, tensor = scenario.recipe, scenario.tensor
-    trainable, span = _trainable(scenario, kind), recipe.data.seq_length
-    attention, mlp = decoder_layer_blocks(recipe.model.llm, tokens=scenario.tokens, attention_span=span)
+    trainable, length = _trainable(scenario, kind), recipe.data.seq_length
+    attention, mlp = decoder_layer_blocks(recipe.model.llm, tokens=scenario.tokens, seq_length=length)
     whole = attention.parameters + mlp.parameters
     norms = 2 * recipe.model.llm.hidden_size
     parameters = (whole - norms) / tensor + norms
@@ -140,7 +140,7 @@ def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
         backward = _backward([attention, mlp], trainable) * (1 / tensor)
         trained = parameters if "llm" in trainable else 0.0
         backward += Work(moved=_LAYER_PASSES[1] * kept + trained * _gradient_bytes(scenario.element))
-        backward += _recomputed(scenario, forward)
+        backward += _recomputed(scenario, attention, mlp, forward)
     return BlockWork(
         name="decoder layer",
         parameters=parameters,
@@ -234,20 +234,16 @@ def _backward(blocks: Sequence[Block], trainable: frozenset[str], *, overhead: b
     return Work(matrix=matrix, attention=attention)
 
 
-def _recomputed(scenario: Scenario, forward: Work) -> Work:
+def _recomputed(scenario: Scenario, attention: Block, mlp: Block, forward: Work) -> Work:
     """What one decoder layer recomputes in the backward pass, on one rank."""
     recompute, tensor = scenario.recipe.recompute, scenario.tensor
-    if recompute.granularity == "full":
-        return forward
-    flops = layer_recompute_flops(
-        scenario.recipe.model,
-        tokens=scenario.tokens,
-        attention_span=scenario.recipe.data.seq_length,
-        recompute=recompute,
-        trainable=frozenset({"llm"}),
+    if recompute.granularity != "selective":
+        return forward if recompute.granularity == "full" else Work()
+    return Work(
+        matrix=mlp.linear * ("mlp" in recompute.modules) / tensor,
+        attention=attention.attention * ("core_attn" in recompute.modules) / tensor,
+        moved=2.0 * recomputed_bytes(scenario),
     )
-    attention = forward.attention if recompute.granularity == "selective" and "core_attn" in recompute.modules else 0.0
-    return Work(matrix=flops / tensor - attention, attention=attention, moved=2.0 * recomputed_bytes(scenario))
 
 
 def _gradient_bytes(element: int) -> float:

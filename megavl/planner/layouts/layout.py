@@ -29,10 +29,10 @@ def balance_weights(model: ModelConfig, *, stages: int, tensor: int = 1) -> tupl
         stages: pipeline stages.
         tensor: tensor-parallel ranks, over which everything but the encoders is divided.
     """
-    layer = sum(block.parameters for block in decoder_layer_blocks(model.llm, tokens=0, attention_span=0)) / tensor
+    layer = sum(block.parameters for block in decoder_layer_blocks(model.llm)) / tensor
     held = [0.0] * stages
     held[0] += sum(block.parameters for block in vision_blocks(model)) + embedding_block(model.llm).parameters / tensor
-    held[-1] += head_block(model.llm, tokens=0).parameters / tensor
+    held[-1] += head_block(model.llm).parameters / tensor
     layers = [0] * stages
     # All layers have the same size, so the emptiest stage takes each one; of equal stages, the later.
     for _ in range(model.llm.num_layers):

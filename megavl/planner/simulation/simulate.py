@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megavl.planner.simulation.schedule import Compute, Exchange, Program, Transfer, program
+from megavl.planner.schedule import Compute, Exchange, Program, Transfer, program
 from megavl.planner.simulation.times import Pass
 
 

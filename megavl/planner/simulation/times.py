@@ -11,7 +11,7 @@ all-reduces, or two all-gathers and two reduce-scatters, which move the same byt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from megavl.config.errors import UsageError
@@ -101,6 +101,7 @@ class TimeSource(Protocol):
 
     def covers(self, scenario: Scenario) -> bool:
         """Whether it knows this layout."""
+        return True
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         """Seconds of one micro-batch."""
@@ -119,21 +120,18 @@ class TimeSource(Protocol):
         """
 
     def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        """Factor on a pass while 1, 2, ... pipeline ranks of this replica compute at once."""
+        """Factor on a pass while 1, 2, ... pipeline ranks of this replica compute at once; 1 on own devices."""
+        return (1.0,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlatTimes:
+class FlatTimes(TimeSource):
     """Time proportional to FLOPs, without communication or memory bounds."""
 
     flops_per_s: float = 1.0
     """Rate of a busy device."""
     name: str = "FLOPs"
     assumptions: tuple[str, ...] = ("time is proportional to FLOPs; no communication, no memory bound",)
-
-    def covers(self, scenario: Scenario) -> bool:
-        """True for every layout."""
-        return True
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         """Seconds of one micro-batch."""
@@ -161,10 +159,6 @@ class FlatTimes:
                 towers += self._pass(block.forward, block.backward) * scenario.images_up_front(kind)
         return StepExtras(before=towers.forward, after=towers.backward)
 
-    def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        """None: every rank has a device of its own."""
-        return (1.0,)
-
     def _pass(self, forward: Work, backward: Work) -> Pass:
         return Pass(forward.flops / self.flops_per_s, backward.flops / self.flops_per_s)
 
@@ -190,20 +184,20 @@ def flat_times(device: Device, *, precision: str, efficiency: float) -> FlatTime
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceTimes:
+class DeviceTimes(TimeSource):
     """Seconds from a row of `devices.py`."""
 
     device: Device
-    name: str = field(init=False)
-    assumptions: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", f"table of {self.device.name}")
-        object.__setattr__(self, "assumptions", self.device.sources)
+    @property
+    def name(self) -> str:
+        """Name of the table."""
+        return f"table of {self.device.name}"
 
-    def covers(self, scenario: Scenario) -> bool:
-        """True for every layout."""
-        return True
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """Sources of the table."""
+        return self.device.sources
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         """Seconds of one micro-batch."""
@@ -256,10 +250,6 @@ class DeviceTimes:
         return StepExtras(
             before=up_front.forward, after=up_front.backward, reduce=reduce, update=update + exposed, dummy_image=dummy
         )
-
-    def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        """None: every rank has a device of its own."""
-        return (1.0,)
 
     def _vision(self, scenario: Scenario, kind: Kind) -> Pass:
         """Encoders and adaptor within the pipeline, for one micro-batch on one rank of the first stage."""

@@ -16,12 +16,11 @@ from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_BY_STAGE, RecomputeConfig
 from megavl.planner.cost.blocks import Block, vision_blocks
 from megavl.planner.cost.flops import (
-    layer_recompute_flops,
     mfu,
     parameter_counts,
     step_flops,
 )
-from megavl.planner.cost.work import vision_work
+from megavl.planner.cost.work import layer_work, vision_work
 from megavl.planner.scenario import make_scenario
 from tests.unit.planner.recipes import recipe_of
 
@@ -83,11 +82,11 @@ def test_causal_convention_of_a_trained_language_model() -> None:
     assert flops == expected * 4096 * 3
 
 
-def test_masked_document_borders_cost_less_attention() -> None:
+def test_shorter_sequences_cost_less_attention() -> None:
     model = load_model_config("7b")
-    sizes = {"seq_length": 4096, "sequences": 1, "images": 0, "trainable_parts": ("llm",)}
-    whole = step_flops(model, **sizes)
-    halves = step_flops(model, attention_span=2048, **sizes)
+    sizes = {"images": 0, "trainable_parts": ("llm",)}
+    whole = step_flops(model, seq_length=4096, sequences=1, **sizes)
+    halves = step_flops(model, seq_length=2048, sequences=2, **sizes)
     assert whole - halves == 6 * 30 * 2048 * 4096 * 4096
 
 
@@ -181,11 +180,12 @@ def test_frozen_encoders_cost_one_third_of_trained() -> None:
 
 
 def test_recompute_repeats_what_it_names() -> None:
-    model, trainable = load_model_config("7b"), frozenset({"llm"})
-
-    def extra(**settings: object) -> int:
+    def backward(**settings: object) -> float:
         recompute = RecomputeConfig(**settings)  # type: ignore[arg-type]
-        return layer_recompute_flops(model, tokens=4096, attention_span=4096, recompute=recompute, trainable=trainable)
+        return layer_work(make_scenario(recipe_of(recompute=recompute)), "text").backward.flops
+
+    def extra(**settings: object) -> float:
+        return backward(**settings) - backward()
 
     attention, mlp = 2 * 4096**3, 2 * 4096 * 3 * 4096 * 11008
     assert extra() == 0

@@ -21,12 +21,12 @@ from megavl.planner.layouts.balance import ClosedForm, balance, every_layout
 from megavl.planner.layouts.layout import balance_weights, layout_of, layout_string
 from megavl.planner.scenario import Kind, Scenario, expected_images, make_scenario, multimodal_share
 from megavl.planner.simulation.predict import expected_seconds
-from megavl.planner.simulation.times import BlockTimes, DeviceTimes, FlatTimes, Pass, StepExtras
+from megavl.planner.simulation.times import BlockTimes, DeviceTimes, FlatTimes, Pass, StepExtras, TimeSource
 from tests.unit.planner.recipes import recipe_of
 
 
 @dataclass(frozen=True)
-class GivenTimes:
+class GivenTimes(TimeSource):
     """A time source with given block times."""
 
     layer: Pass
@@ -35,9 +35,6 @@ class GivenTimes:
     transfer_s: float = 0.0
     name: str = "given"
     assumptions: tuple[str, ...] = ()
-
-    def covers(self, scenario: Scenario) -> bool:
-        return True
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         vision = self.vision if kind == "multimodal" else Pass()
@@ -48,9 +45,6 @@ class GivenTimes:
 
     def extras(self, scenario: Scenario, kind: Kind, *, trained: int, last_backward: float) -> StepExtras:
         return StepExtras()
-
-    def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        return (1.0,)
 
 
 SECONDS = st.floats(min_value=0.0, max_value=8.0, allow_nan=False)

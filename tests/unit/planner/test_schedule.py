@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from megavl.planner.simulation.schedule import Compute, Exchange, passes, program, warmup_passes
+from megavl.planner.schedule import Compute, Exchange, passes, program, warmup_passes
 from megavl.planner.simulation.simulate import pipeline_seconds, simulate
 from megavl.planner.simulation.times import Pass
 

@@ -37,7 +37,7 @@ def test_work_is_the_flops_formula() -> None:
     scenario = scenario_of(stage=3)
     found = {block.name: block.forward.flops + block.backward.flops for block in all_work(scenario, "multimodal")}
     trainable = frozenset(scenario.recipe.trainable_parts)
-    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, attention_span=4096)
+    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, seq_length=4096)
     assert found["decoder layer"] == train_flops(layer, trainable=trainable)
     assert found["head + loss"] == train_flops(
         [head_block(scenario.recipe.model.llm, tokens=4096 - 5 * 576)], trainable=trainable
@@ -222,7 +222,7 @@ def test_without_distributed_optimizer_replicas_update_everything() -> None:
 def test_proportional_times_know_nothing_but_flops() -> None:
     scenario = scenario_of(tensor=2, pipeline=2)
     times = FlatTimes(flops_per_s=2.0).blocks(scenario, "text")
-    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, attention_span=4096)
+    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, seq_length=4096)
     assert times.layer.total == train_flops(layer, trainable=TEXT) / 2 / 2
     assert FlatTimes().transfer(scenario) == 0
 
