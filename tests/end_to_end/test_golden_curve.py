@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from launch.bench.engines.random_models import random_weights
 from megavl.config.load import load_model_config
-from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig
+from megavl.model.build import BuildSpec
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
@@ -48,15 +48,7 @@ def test_loss_curve_matches_the_golden_file(update_golden: bool, report_table: A
 def _curve() -> list[float]:
     config, parallel = load_model_config("tiny-hybrid"), ParallelConfig()
     settings = OptimizerConfig(lr=1e-3, warmup_steps=2)
-    model = build_model_chunks(
-        config,
-        parallel=parallel,
-        recompute=RecomputeConfig(),
-        layout=None,
-        dtype=torch.float32,
-        train=TRAINABLE_PARTS,
-        seed=1,
-    )
+    model = build_model_chunks(BuildSpec(model=config, parallel=parallel, train=TRAINABLE_PARTS, seed=1))
     model.chunks[0].module.load_state_dict(dict(random_weights(config)), strict=False)
     optimizer = build_optimizer(model, optimizer=settings, bf16=False)
     losses = []

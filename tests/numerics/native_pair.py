@@ -19,12 +19,12 @@ from launch.bench.engines.random_models import random_tensors, transformers_mode
 from launch.bench.engines.released_pixels import random_picture, tower_pixels
 from megavl.config.model import ModelConfig
 from megavl.config.presets import ImageGeometry
-from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.config.recipe import ParallelConfig
 from megavl.convert.lazy import LoadedTensor
 from megavl.data.image import canvas
 from megavl.generate.weights import load_weights
 from megavl.model.attention import segments
-from megavl.model.build import build_model
+from megavl.model.build import BuildSpec, build_model
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 
@@ -81,15 +81,7 @@ def native_pair(config: ModelConfig, *, seed: int = 0, attention: str = "sdpa") 
     weights = random_tensors(config, seed=seed)
     groups.start(alone, seed=0)
     try:
-        ours = build_model(
-            config,
-            parallel=alone,
-            recompute=RecomputeConfig(),
-            layout=None,
-            dtype=torch.float32,
-            train=(),
-            seed=1,
-        )
+        ours = build_model(BuildSpec(model=config, parallel=alone, seed=1))
         load_weights(ours, {name: LoadedTensor(tensor) for name, tensor in weights.items()}, source="test")
         yield Pair(config, ours.eval(), transformers_model(config, weights, attention=attention))
     finally:

@@ -34,9 +34,12 @@ from megavl.data.batch import Batch
 from megavl.data.mixture import recipe_mixture
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import open_tokenizer
+from megavl.model.build import BuildSpec
 from megavl.parallel import broadcast, groups
 from megavl.planner.hardware.devices import find_device
-from megavl.planner.layouts.layout import layout_string, resolve_layout
+from megavl.planner.layouts.check import checked_layout
+from megavl.planner.layouts.layout import layout_string
+from megavl.planner.scenario import make_scenario
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
@@ -60,16 +63,8 @@ class Variant:
     def __init__(self, recipe: Recipe, *, position: groups.Position, probe: Probe, steps: int) -> None:
         self.position, self.probe = position, probe
         self.split_all, self.number = recipe.parallel.vision == "split_all", 0
-        layout = resolve_layout(recipe, devices=position.world_size, device=find_device("cpu"))
-        self.model = build_model_chunks(
-            recipe.model,
-            parallel=recipe.parallel,
-            recompute=recipe.recompute,
-            layout=layout_string(layout),
-            dtype=torch.float32,
-            train=recipe.trainable_parts,
-            seed=recipe.training.seed,
-        )
+        layout = checked_layout(make_scenario(recipe, devices=position.world_size), find_device("cpu"))
+        self.model = build_model_chunks(BuildSpec.of(recipe, layout=layout_string(layout)))
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=False)
         set_learning_rate(self.optimizer, lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
         self.short_probes: list[float] = []

@@ -25,12 +25,13 @@ from megavl.data.batch import Batch
 from megavl.generate.against_transformers import pixel_tensors
 from megavl.generate.weights import flat_name
 from megavl.model import decoder
+from megavl.model.build import BuildSpec
 from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import StepData, next_step
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
-from megavl.train.profile.calibration_steps import MICRO_BATCHES, MadeUpSteps
+from megavl.train.profile.calibration_steps import MICRO_BATCHES, RandomSteps
 from megavl.train.step import train_step
 
 SIDES = ("megavl", "megatron-local", "transformers")
@@ -64,7 +65,7 @@ class GivenSteps:
 def made_up_batches(work: Work, kind: str, *, steps: int) -> list[list[Batch]]:
     """Random micro-batches for some steps, equal on every side: one document a sequence, images as packing allows."""
     alone = groups.Position(rank=0, world_size=1, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1)
-    source = MadeUpSteps(work.recipe, images=work.images(kind), position=alone)
+    source = RandomSteps(work.recipe, images=work.images(kind), position=alone)
     pulls = -(-work.micro_batches // MICRO_BATCHES)
     found = [[batch for pull in range(pulls) for batch in source.get(pull)] for _ in range(steps)]
     return [batches[: work.micro_batches] for batches in found]
@@ -99,15 +100,7 @@ class MegaVL:
         recipe, self.marks, self.local = work.recipe, marks, local
         precision = recipe.training.precision
         with _part(work.part), _modules(local=local):
-            self.model = build_model_chunks(
-                recipe.model,
-                parallel=recipe.parallel,
-                recompute=recipe.recompute,
-                layout=None,
-                dtype=DTYPES[precision],
-                train=recipe.trainable_parts,
-                seed=recipe.training.seed,
-            )
+            self.model = build_model_chunks(BuildSpec.of(recipe, layout=None))
         (chunk,) = self.model.chunks
         if weights is not None:
             for name, parameter in chunk.module.named_parameters():

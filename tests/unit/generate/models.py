@@ -20,7 +20,7 @@ from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LoadedTensor
 from megavl.generate.decode import Request, generate
 from megavl.generate.weights import load_weights
-from megavl.model.build import build_to_generate
+from megavl.model.build import BuildSpec, build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 
@@ -45,7 +45,7 @@ def built(preset: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
         groups.start(alone, seed=0)
     try:
         config = config_of(preset)
-        model = build_to_generate(config, parallel=alone, layout=None, dtype=dtype)
+        model = build_to_generate(BuildSpec(model=config, parallel=alone, dtype=dtype))
         load_weights(model, flat_weights(preset, seed=seed), source="test")
         yield model
     finally:
