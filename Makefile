@@ -8,6 +8,8 @@ TORCH := torch==2.13.0
 WORKERS ?= 2
 # Further pytest arguments, e.g. PYTEST_ARGS="-k layout".
 PYTEST_ARGS ?=
+# Modules of launch/bench that `make bench` runs.
+BENCHMARKS ?= balance convert_full decode grouping loader plan_cpu plan_paper preprocess step vision
 
 BIN := .venv/bin
 CLIENTS := .venv-clients
@@ -60,8 +62,8 @@ test-clients: $(STAMP)  ## exports in the released client, in transformers 5, an
 	  MEGAVL_TRANSFORMERS_5=$(CURDIR)/$(CLIENTS)/newer/bin/python $(subst $(BIN),$(CLIENTS)/released/bin,$(PYTEST)) \
 	  tests/numerics/test_released_client.py tests/numerics/test_processors.py tests/unit/convert/test_transformers_5.py
 
-bench: $(STAMP)  ## the benchmark drivers of launch/bench, which write launch/bench/results
-	set -e; for driver in $(wildcard launch/bench/*.py); do $(BIN)/python "$$driver"; done
+bench: $(STAMP)  ## the benchmarks of launch/bench, or BENCHMARKS="decode step"; reports in launch/bench/results
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m launch.bench.$$name; done
 
 golden: $(STAMP)  ## rewrite the golden loss curves
 	$(PYTEST) tests/end_to_end --update-golden $(PYTEST_ARGS)

@@ -4,6 +4,16 @@ import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildFiles(build_py):
+    """Leaves out `data_tools/inspect.py`, a folder that only looks like a module."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Modules of a package: its name, their names and files."""
+        return [found for found in super().find_package_modules(package, package_dir) if Path(found[2]).is_file()]
+
 
 setup(
     name="megavl",
@@ -15,6 +25,7 @@ setup(
     author="MegaVL authors",
     license="MIT",
     python_requires=">=3.10",
+    cmdclass={"build_py": BuildFiles},
     packages=find_packages(include=["megavl", "megavl.*", "data_tools", "data_tools.*"]),
     package_data={"data_tools": ["categories/*.yaml", "viewer/*.css"]},
     entry_points={"console_scripts": ["megavl = megavl.main.cli:main"]},
@@ -40,7 +51,8 @@ setup(
         "parquet": ["pyarrow>=15"],
         # SLURM arrays of data_tools/preprocess.py; 0.9 and later need a huggingface-hub that transformers 4 refuses.
         "slurm": ["datatrove>=0.8,<0.9"],
-        # What data_tools/build_corpus.py renders with; typst's releases draw differently, so its version is narrow.
+        # Input and rendering of data_tools/build_corpus.py, which uses the fonts of matplotlib; draw_schedule.py
+        # draws with it. Releases of typst render differently, so its version is narrow.
         "corpus": [
             "fonttools>=4.50",
             "matplotlib>=3.8",

@@ -1,7 +1,7 @@
 """Draw the modality schedule of a recipe: `python data_tools/draw_schedule.py RECIPE --output FILE.svg`.
 
-Above: the wanted share of language and the share that the steps around have. Below: multimodal steps so far against the
-wanted number, which never differ by a whole step. Needs matplotlib (`pip install matplotlib`).
+The upper part compares the wanted share of language with the realised one. The lower part shows how far the number of
+multimodal steps is from the wanted number, always by less than one. Needs matplotlib (`pip install matplotlib`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megavl.config.load import load_recipe
 from megavl.data.plan import ModalityPlan
 
 _POINTS = 400
-"""Steps that are drawn, evenly spaced."""
+"""Number of drawn steps, evenly spaced."""
 
 
 def describe(plan: ModalityPlan, *, steps: int) -> str:
-    """The drawn numbers in one line, which the file carries as its description."""
+    """The drawn numbers in one line, which the file also contains as its description."""
     return (
         f"seed {plan.seed}, target {plan.fraction:g} multimodal, warm-up {plan.warmup_steps} steps: "
         f"{plan.multimodal_before(steps)} of the first {steps} steps are multimodal, wanted "
@@ -29,13 +29,13 @@ def describe(plan: ModalityPlan, *, steps: int) -> str:
 
 
 def draw(plan: ModalityPlan, *, steps: int, window: int, title: str, output: Path) -> None:
-    """Write the figure; the lower part covers every step, as the range within each of its intervals.
+    """Write the figure. Its lower part covers every step: it shows the range within each interval.
 
     Args:
-        plan: of the run.
-        steps: drawn from the first on.
-        window: steps around each point over which the realised share is taken.
-        title: above the figure.
+        plan: the schedule.
+        steps: number of steps, from the first on.
+        window: number of steps around each point that the realised share is taken over.
+        title: title of the figure.
         output: SVG or PNG file.
 
     Raises:
@@ -47,7 +47,7 @@ def draw(plan: ModalityPlan, *, steps: int, window: int, title: str, output: Pat
     except ImportError as error:
         raise UsageError("draw_schedule.py: needs matplotlib; install it with pip install matplotlib") from error
     matplotlib.use("Agg")
-    # Names inside the file would otherwise be random.
+    # Without a salt, names inside the file would be random.
     matplotlib.rcParams.update({"svg.hashsalt": "megavl", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
@@ -85,16 +85,12 @@ def _language(plan: ModalityPlan, first: int, count: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="draw_schedule.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, YAML")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values laid over the recipe")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that override the recipe")
     parser.add_argument("--output", type=Path, required=True, help="SVG or PNG file")
-    parser.add_argument("--steps", type=int, help="steps from the first on (default: all of the run)")
+    parser.add_argument("--steps", type=int, help="number of steps (default: the whole run)")
     parser.add_argument("--window", type=int, default=100, help="steps of the realised share (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

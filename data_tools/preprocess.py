@@ -1,8 +1,8 @@
 """Raw data to a packed dataset: `python data_tools/preprocess.py --input data.jsonl --output out --tokenizer tok`.
 
-Text, captions, interleaved documents and conversations become Megatron `.bin`/`.idx` shards with tables and manifests,
-as described in megavl/data/README.md; data_tools/README.md describes the formats. A run that was stopped goes on where
-it was when it is started again.
+Text, captions, interleaved documents and conversations become Megatron `.bin`/`.idx` shards with tables and manifests.
+data_tools/README.md describes the input formats, megavl/data/README.md the output. The same command resumes a run that
+was stopped.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.pipeline.engine import run_units
+from data_tools.pipeline.engine import run_tasks
 from data_tools.pipeline.extras import require
 from data_tools.pipeline.finish import check_rejected, dry_run_report, finish
 from data_tools.pipeline.histograms import histogram_lines
 from data_tools.pipeline.image_map import open_image_map
-from data_tools.pipeline.job import Job, Unit, open_input, plan_units, sampled, tokenizer_at
+from data_tools.pipeline.job import Job, Task, open_input, plan_tasks, sampled, tokenizer_at
 from data_tools.pipeline.output import Output
 from data_tools.readers.formats import FORMATS
 from megavl.config.chat import SYSTEM_PROMPT
@@ -30,7 +29,7 @@ from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.data.image import MAX_ASPECT
 
-# One unit per process is the parallelism here; the tokenizer's own threads would only compete.
+# The processes already use every core; the tokenizer's own threads would only compete with them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -42,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("what goes in and out").add_argument
+    add = parser.add_argument_group("input and output").add_argument
     add("--input", nargs="+", required=True, metavar="SRC", help="JSONL, JSON, tar or Parquet files")
     add("--output", required=True, metavar="DIR", help="folder of the dataset")
     add("--tokenizer", required=True, metavar="PATH", help="folder with tokenizer.json, or a SentencePiece .model")
@@ -62,44 +61,55 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("samples and sequences").add_argument
     add("--template", choices=("deepseek", "plain", "none"), help="default: deepseek for turns, plain for documents")
-    add("--system-prompt", default=SYSTEM_PROMPT, metavar="TEXT", help="where a conversation has none; '' for none")
+    add("--system-prompt", default=SYSTEM_PROMPT, metavar="TEXT", help="for conversations without one; '' adds none")
     add("--seq-length", type=_positive, default=4096, metavar="S", help="tokens per sequence")
-    add("--pack", action=flag, default=True, help="several samples per sequence")
+    add("--pack", action=flag, default=True, help="put several samples into one sequence")
     add("--max-images-per-sequence", type=_positive, default=5, metavar="K", help="images per sequence")
-
     add(
         "--over-long",
         choices=("drop", "cut"),
         default="drop",
-        help="a conversation above S or K: reject it, or end it after the last answer that fits; documents are divided",
+        help="reject a conversation above S or K, or truncate it after an answer that fits; documents are divided",
     )
 
     add = parser.add_argument_group("images").add_argument
-    add("--image-preset", choices=tuple(IMAGE_PRESETS), default="hybrid-1024", help="geometry of the model's images")
+    add("--image-preset", choices=tuple(IMAGE_PRESETS), default="hybrid-1024", help="image geometry of the model")
     add("--max-side", type=int, default=1024, metavar="PIXELS", help="re-encode larger images; 0: never")
-    add("--max-aspect", type=float, default=MAX_ASPECT, metavar="R", help="largest ratio of an image's sides")
-    add("--verify", choices=("header", "scaled", "full"), default="scaled", help="how much of an image is decoded")
+    add("--max-aspect", type=float, default=MAX_ASPECT, metavar="R", help="largest ratio of the sides of an image")
+    add(
+        "--verify",
+        choices=("header", "scaled", "full"),
+        default="scaled",
+        help="how much of an image is decoded",
+    )
 
     add = parser.add_argument_group("the run").add_argument
-    add("--workers", type=_positive, metavar="N", help="processes (default: one per core; of a SLURM task 1)")
+    add("--workers", type=_positive, metavar="N", help="processes (default: one per core; 1 in a SLURM task)")
     add("--engine", choices=("local", "slurm"), default="local", help="here, or as a SLURM array of --num-tasks")
     add("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch, such as '--partition=cpu'")
-    add("--task", type=int, default=0, metavar="I", help="this task, 0 to num-tasks - 1")
-    add("--num-tasks", type=_positive, default=1, metavar="N", help="independent runs that share the work")
-    add("--finish", action=flag, default=True, help="make the dataset when all shards are there")
+    add("--task", type=int, default=0, metavar="I", help="number of this array task, 0 to num-tasks - 1")
+    add(
+        "--num-tasks",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="array tasks that share the work, each a run of this command",
+    )
+    add("--finish", action=flag, default=True, help="make the dataset when all shards are done")
     add("--resume", action=flag, default=True, help="keep finished shards; otherwise start anew")
     add("--dry-run", action="store_true", help="count, pack and report without writing")
-    add("--on-error", choices=("skip", "fail"), default="skip", help="what a record that cannot be used does")
-    add("--max-bad-frac", type=float, default=0.5, metavar="F", help="share of rejected records that ends the run")
+    add(
+        "--on-error",
+        choices=("skip", "fail"),
+        default="skip",
+        help="reject a record that cannot be used, or end the run",
+    )
+    add("--max-bad-frac", type=float, default=0.5, metavar="F", help="largest share of rejected records")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command and return its exit code."""
     options = build_parser().parse_args(arguments)
     try:
         if options.engine == "slurm":
@@ -114,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Queue the jobs; inside one of them, do its part."""
+    """Queue the SLURM jobs, or inside one of them do its part."""
     if options.num_tasks == 1 or options.dry_run or options.task:
         raise UsageError(
             "--engine slurm: needs --num-tasks of 2 or more, and neither --task nor --dry-run; "
@@ -124,22 +134,32 @@ def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from data_tools.pipeline import submit as slurm
 
     if folder := os.environ.get(slurm.JOB_FOLDER):
-        parts = {slurm.SHARDS: _shards_of_task, slurm.MERGE: _merge_tasks}
-        slurm.run_task(Path(folder), tasks=options.num_tasks, work=partial(parts[Path(folder).name], options))
+        changes: dict[str, Any] = {"resume": True, "finish": False, "workers": options.workers or 1}
+        if Path(folder).name == slurm.MERGE:
+            changes |= {"finish": True, "num_tasks": 1, "workers": 1}
+        slurm.run_array_task(
+            Path(folder),
+            array_tasks=options.num_tasks,
+            work=lambda task: _run(argparse.Namespace(**(vars(options) | changes | {"task": task}))),
+        )
         return 0
     job = _job(options)
-    units = plan_units(job)
+    tasks = plan_tasks(job)
     output = Output(job.output)
-    locks = output.lock(task=0, num_tasks=1)
+    locks = output.lock(array_task=0, array_tasks=1)
     output.begin(job.config, resume=options.resume, alone=True)
-    todo = sorted({unit.number % options.num_tasks for unit in _left(job, units)})
-    # Released before anything is queued: a task may start at once.
+    todo = sorted({task.number % options.num_tasks for task in _left(job, tasks)})
+    # Released before anything is queued, because an array task may start at once.
     for lock in locks:
         lock.close()
     jobs = slurm.submit(
-        *(arguments,), output=job.output, todo=todo, tasks=options.num_tasks, workers=options.workers or 1,
+        arguments,
+        output=job.output,
+        todo=todo,
+        array_tasks=options.num_tasks,
+        workers=options.workers or 1,
         extra=options.sbatch,
-    )  # fmt: skip
+    )
     array = (
         f"job array {jobs.array} of {len(todo)} tasks, and " if jobs.array else "no task, all shards being there, but "
     )
@@ -150,56 +170,48 @@ def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _shards_of_task(options: argparse.Namespace, task: int) -> None:
-    changes = {"resume": True, "finish": False, "task": task, "workers": options.workers or 1}
-    _run(argparse.Namespace(**(vars(options) | changes)))
-
-
-def _merge_tasks(options: argparse.Namespace, task: int) -> None:
-    changes = {"resume": True, "finish": True, "task": task, "num_tasks": 1, "workers": 1}
-    _run(argparse.Namespace(**(vars(options) | changes)))
-
-
 def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     if not 0 <= options.task < options.num_tasks:
         raise UsageError(f"--task {options.task}: must be from 0 to --num-tasks {options.num_tasks} less 1")
     workers = options.workers or len(os.sched_getaffinity(0))
     job = _job(options)
-    units = plan_units(replace(job, limit=None) if job.dry_run else job)
+    tasks = plan_tasks(replace(job, limit=None) if job.dry_run else job)
     for item in job.inputs:
         recognised = " (recognised)" if options.format == "auto" else ""
         print(f"{item.path}: format {item.format}{recognised}, template {item.template}")
-    mine = [unit for unit in units if unit.number % options.num_tasks == options.task]
+    mine = [task for task in tasks if task.number % options.num_tasks == options.task]
     if job.dry_run:
-        records = [sum(u.stretch.records for u in mine if u.input == number) for number in range(len(job.inputs))]
+        records = [
+            sum(task.split.records for task in mine if task.input == number) for number in range(len(job.inputs))
+        ]
         if job.limit is not None and job.limit < sum(records):
             mine = sampled(mine, limit=job.limit)
-        summaries = run_units(job, mine, count=len(units), workers=workers)
+        summaries = run_tasks(job, mine, count=len(tasks), workers=workers)
         report = dry_run_report(job, mine, summaries, records=records)
         _print_report(report)
         check_rejected(report, max_bad_frac=options.max_bad_frac, where="dry run")
         return 0
     output = Output(job.output)
-    locks = output.lock(task=options.task, num_tasks=options.num_tasks)
+    locks = output.lock(array_task=options.task, array_tasks=options.num_tasks)
     output.begin(job.config, resume=options.resume, alone=options.num_tasks == 1)
     todo = _left(job, mine) if options.resume else mine
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} shards are done already")
     try:
-        run_units(job, todo, count=len(units), workers=workers)
+        run_tasks(job, todo, count=len(tasks), workers=workers)
     except BaseException:
         if options.num_tasks == 1:
             output.remove_leftovers()
         raise
-    if left := _left(job, units):
-        print(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(units)} shards wait for others")
+    if left := _left(job, tasks):
+        print(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(tasks)} shards wait for others")
         return 0
     if not options.finish:
         print(f"task {options.task} of {options.num_tasks} is done, and all shards are there")
         return 0
     with output.alone():
-        report = finish(job, units, max_bad_frac=options.max_bad_frac)
+        report = finish(job, tasks, max_bad_frac=options.max_bad_frac)
     _print_report(report)
     print(f"wrote {job.output} in {time.monotonic() - started:.1f} s, fingerprint {report['fingerprint'][:16]}")
     for lock in locks:
@@ -207,10 +219,10 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _left(job: Job, units: Sequence[Unit]) -> list[Unit]:
-    """Units that are not done."""
+def _left(job: Job, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks that are not done."""
     output = Output(job.output)
-    return [unit for unit in units if not output.is_done(unit.number, unit.stretch, config_sha256=job.config_sha256)]
+    return [task for task in tasks if not output.is_done(task.number, task.split, config_sha256=job.config_sha256)]
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -227,26 +239,15 @@ def _job(options: argparse.Namespace) -> Job:
             f"--seq-length {options.seq_length}: cannot hold one image of {geometry.tokens} tokens "
             f"(--image-preset {options.image_preset}); choose a longer sequence or a smaller preset"
         )
+    own = {item.name for item in fields(Job)}
     return Job(
         inputs=tuple(inputs),
-        tokenizer=options.tokenizer,
         tokenizer_sha256=tokenizer.sha256,
-        seq_length=options.seq_length,
         packed=options.pack,
         max_images=options.max_images_per_sequence,
-        image_preset=options.image_preset,
-        max_side=options.max_side,
-        image_root=options.image_root,
-        image_map=options.image_map,
         image_map_sha256=None if options.image_map is None else open_image_map(options.image_map).sha256,
-        verify=options.verify,
-        max_aspect=options.max_aspect,
-        system_prompt=options.system_prompt,
-        over_long=options.over_long,
-        limit=options.limit,
-        output=options.output,
         fail_on_error=options.on_error == "fail",
-        dry_run=options.dry_run,
+        **{name: value for name, value in vars(options).items() if name in own},
     )
 
 

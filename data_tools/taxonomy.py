@@ -10,15 +10,14 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from data_tools.categories.coverage import Coverage, cover, svg, table
-from data_tools.categories.records import moved, new_file, read_records
+from data_tools.categories.coverage import cover, svg, table
+from data_tools.categories.records import TaggedRecord, moved, new_file, read_records
 from data_tools.categories.sampling import check_supply, choose, order, read_weights
 from data_tools.categories.tagging import Tagger, read_names, read_rules
 from data_tools.categories.tree import PAPER, Taxonomy, read_taxonomy, within
@@ -28,7 +27,7 @@ from megavl.config.errors import DataError, MegaVLError, UsageError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like every other mistake: one message, exit code 2."""
+    """Reports a wrong command line in one message with exit code 2, as every other mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}; see --help")
@@ -58,12 +57,10 @@ def _list(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
 
 def _tag(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
     tagger = _tagger(options, taxonomy)
-    origin: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     root = options.image_root or options.output.parent
     with new_file(options.output, force=options.force) as file:
-        for record in tqdm(read_records(options.input), unit="record", desc="tag", disable=None):
-            category = tagger.tag(record, origin=origin)
+        for record, category in _tagged(options, tagger):
             if category is None and options.untagged == "fail":
                 raise DataError(f"{record.where}: has no {options.field} and matches no rule")
             if category is None and options.untagged == "drop":
@@ -73,13 +70,15 @@ def _tag(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
                 counts[category] += 1
                 content = {**content, "category": category}
             write_line(file, content)
+    origin = tagger.origin
     for line in table(cover(counts, untagged=origin["none"], taxonomy=taxonomy), depth=1):
         print(line)
     print(f"{options.output}: {origin['field']} by field, {origin['rule']} by rule, {origin['none']} without")
 
 
 def _report(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
-    coverage = _count(options, taxonomy)
+    counts = Counter(category or "" for _, category in _tagged(options, _tagger(options, taxonomy)))
+    coverage = cover(counts, untagged=counts.pop("", 0), taxonomy=taxonomy)
     for line in table(coverage, depth=options.depth):
         print(line)
     for path, content in (
@@ -93,49 +92,34 @@ def _report(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
 
 def _sample(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
     shares = read_weights(options.weights, taxonomy=taxonomy)
-    places = list(order(shares, count=options.count))
-    wanted = Counter(places)
-    found = _members(options, taxonomy, shares)
+    categories = list(order(shares, count=options.count))
+    wanted = Counter(categories)
+    found: dict[str, list[int]] = {id: [] for id in shares}
+    for number, (_, category) in enumerate(_tagged(options, _tagger(options, taxonomy))):
+        for id in shares:
+            if category is not None and within(category, id):
+                found[id].append(number)
     check_supply(wanted, {id: len(members) for id, members in found.items()}, repeat=options.repeat)
     chosen = {
         id: iter([members[n] for n in choose(len(members), count=wanted[id], seed=options.seed, category=id)])
         for id, members in found.items()
     }
-    numbers = [next(chosen[id]) for id in places]
-    root = options.image_root or options.output.parent
+    numbers = [next(chosen[id]) for id in categories]
     with new_file(options.output, force=options.force) as file, tempfile.TemporaryFile() as kept:
-        _copy(options, taxonomy, numbers, kept=kept, root=root, file=file)
+        _copy(options, _tagger(options, taxonomy), numbers, kept=kept, file=file)
     for id, share in shares.items():
         print(f"{id}: {wanted[id]} of {len(found[id])} records ({100 * float(share):.1f}%)")
     print(f"{options.output}: {len(numbers)} records, seed {options.seed}")
 
 
-def _members(options: argparse.Namespace, taxonomy: Taxonomy, shares: dict[str, Fraction]) -> dict[str, list[int]]:
-    """Numbers of the records of each weighted category, counted over all inputs."""
-    tagger = _tagger(options, taxonomy)
-    origin: Counter[str] = Counter()
-    found: dict[str, list[int]] = {id: [] for id in shares}
-    records = tqdm(read_records(options.input), unit="record", desc="read", disable=None)
-    for number, record in enumerate(records):
-        category = tagger.tag(record, origin=origin)
-        for id in shares:
-            if category is not None and within(category, id):
-                found[id].append(number)
-    return found
-
-
-def _copy(
-    options: argparse.Namespace, taxonomy: Taxonomy, numbers: list[int], *, kept: Any, root: Path, file: Any
-) -> None:
+def _copy(options: argparse.Namespace, tagger: Tagger, numbers: list[int], *, kept: Any, file: Any) -> None:
     """Write the chosen records in their order; they pass through a temporary file, not through memory."""
-    tagger = _tagger(options, taxonomy)
-    origin: Counter[str] = Counter()
+    root = options.image_root or options.output.parent
     wanted = set(numbers)
     spans: dict[int, tuple[int, int]] = {}
-    for number, record in enumerate(tqdm(read_records(options.input), unit="record", desc="copy", disable=None)):
+    for number, (record, category) in enumerate(_tagged(options, tagger)):
         if number in wanted:
-            content = {**moved(record, root=root), "category": tagger.tag(record, origin=origin)}
-            line = (json.dumps(content, ensure_ascii=False) + "\n").encode()
+            line = (json.dumps({**moved(record, root=root), "category": category}, ensure_ascii=False) + "\n").encode()
             spans[number] = (kept.tell(), len(line))
             kept.write(line)
     if len(spans) != len(wanted):
@@ -146,21 +130,16 @@ def _copy(
         file.write(kept.read(size).decode())
 
 
-def _count(options: argparse.Namespace, taxonomy: Taxonomy) -> Coverage:
-    tagger = _tagger(options, taxonomy)
-    origin: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for record in tqdm(read_records(options.input), unit="record", desc="count", disable=None):
-        category = tagger.tag(record, origin=origin)
-        if category is not None:
-            counts[category] += 1
-    return cover(counts, untagged=origin["none"], taxonomy=taxonomy)
+def _tagged(options: argparse.Namespace, tagger: Tagger) -> Iterator[tuple[TaggedRecord, str | None]]:
+    """Every record of the inputs with its category."""
+    for record in tqdm(read_records(options.input), unit="record", desc=options.command, disable=None):
+        yield record, tagger.tag(record)
 
 
 def _tagger(options: argparse.Namespace, taxonomy: Taxonomy) -> Tagger:
     return Tagger(
         taxonomy=taxonomy,
-        field=options.field,
+        key=options.field,
         names=read_names(options.names, taxonomy=taxonomy) if options.names else {},
         rules=read_rules(options.rules, taxonomy=taxonomy) if options.rules else (),
     )
@@ -176,8 +155,8 @@ def _parser() -> _Parser:
     reading = _Parser(add_help=False)
     reading.add_argument("--input", type=Path, nargs="+", required=True, help="JSONL files or JSON arrays of records")
     reading.add_argument("--field", default="category", help="key that may hold a record's category (category)")
-    reading.add_argument("--names", type=Path, help="YAML: your name of a category -> its id")
-    reading.add_argument("--rules", type=Path, help="YAML: id -> words, for records without a category")
+    reading.add_argument("--names", type=Path, help="YAML: your name of a category to its id")
+    reading.add_argument("--rules", type=Path, help="YAML: id to words, for records without a category")
     writing = _Parser(add_help=False)
     writing.add_argument("--output", type=Path, required=True, help="JSONL file to make")
     writing.add_argument("--image-root", type=Path, help="folder that image paths start from (the output's)")
@@ -186,15 +165,20 @@ def _parser() -> _Parser:
 
     commands.add_parser("list", parents=[common, depth], help="show all categories")
     tag = commands.add_parser("tag", parents=[common, reading, writing, force], help="write records with categories")
-    tag.add_argument("--untagged", choices=("keep", "drop", "fail"), default="keep", help="records without one (keep)")
-    report = commands.add_parser("report", parents=[common, reading, depth, force], help="coverage by category")
+    tag.add_argument(
+        "--untagged",
+        choices=("keep", "drop", "fail"),
+        default="keep",
+        help="those without a category (keep)",
+    )
+    report = commands.add_parser("report", parents=[common, reading, depth, force], help="count records by category")
     report.add_argument("--json", type=Path, help="also as JSON")
     report.add_argument("--svg", type=Path, help="also as a bar chart")
-    sample = commands.add_parser("sample", parents=[common, reading, writing, force], help="records by weight")
-    sample.add_argument("--weights", type=Path, required=True, help="YAML: id -> weight, for it and all below it")
+    sample = commands.add_parser("sample", parents=[common, reading, writing, force], help="draw records by weight")
+    sample.add_argument("--weights", type=Path, required=True, help="YAML: id to weight, for all below it too")
     sample.add_argument("--count", type=whole(1, 10**9), required=True, help="records to write")
-    sample.add_argument("--seed", type=whole(0, 2**63), default=0, help="decides which records (0)")
-    sample.add_argument("--repeat", action="store_true", help="use records again where a category has too few")
+    sample.add_argument("--seed", type=whole(0, 2**63), default=0, help="seed of the choice (0)")
+    sample.add_argument("--repeat", action="store_true", help="use records again in a category that has too few")
     return parser
 
 

@@ -18,17 +18,13 @@ from megavl.data.table import ReadHandles
 
 
 def verify(path: str) -> dict[str, int]:
-    """Check a dataset: hashes of all files, every token sequence and image against its crc32, image placeholders
-    against images, ids against the vocabulary, and that each sample stands in exactly one sequence.
+    """Check the dataset in a folder, and count what was checked.
 
-    Args:
-        path: folder of the dataset.
-
-    Returns:
-        Counts of what was checked.
+    All files must have their hashes, all tokens and images their crc32. The image tokens must agree with the images,
+    the ids with the vocabulary, and each sample must be in exactly one sequence.
 
     Raises:
-        DataError: naming the file and the first thing that is wrong.
+        DataError: names the file and the first fault.
     """
     source = Source(path, handles=ReadHandles())
     source.check(share=(0, 1))
@@ -82,7 +78,7 @@ def _images(shard: Shard) -> int:
 
 
 def _membership(source: Source) -> None:
-    """Every sample stands in one sequence, with its own length; no sequence is too long."""
+    """Every sample is in one sequence, with its own length; no sequence is too long."""
     lengths = [shard.tokens.lengths_of(0, len(shard.tokens)) for shard in source.shards]
     placed = [np.zeros(len(part), np.int32) for part in lengths]
     last, room = -1, source.manifest.pack.seq_length
@@ -112,11 +108,7 @@ def _membership(source: Source) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="verify.py", description="Check every byte of a preprocessed dataset.")
     parser.add_argument("dataset", help="folder written by preprocess.py")
     options = parser.parse_args(arguments)

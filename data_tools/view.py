@@ -1,7 +1,7 @@
 """Show packed sequences: `python data_tools/view.py DIR [--sample I ...] [--html out.html]`.
 
-On the terminal, or as one HTML page with thumbnails: text coloured by sample and by loss mask, special tokens, fill,
-and the file and line that every sample came from.
+Prints to the terminal, or writes one HTML page with thumbnails. The text is coloured by sample and by loss mask. Each
+sample names the file and line that it came from.
 """
 
 from __future__ import annotations
@@ -23,21 +23,17 @@ from megavl.data.tokenizer import Tokenizer, open_tokenizer
 
 _BAR = 60
 _COLOURS = (34, 33, 32, 35, 36, 31)
-"""Terminal colours of segments, in turn."""
+"""Terminal colours that segments take in turn."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit code.
-    """
-    parser = argparse.ArgumentParser(prog="inspect.py", description="Show packed sequences of a dataset.")
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="view.py", description="Show packed sequences of a dataset.")
     parser.add_argument("dataset", help="folder written by preprocess.py")
     parser.add_argument("--sample", type=int, nargs="+", metavar="I", help="numbers of sequences, text first")
-    parser.add_argument("--count", type=int, default=4, metavar="N", help="how many to choose without --sample")
+    parser.add_argument("--count", type=int, default=4, metavar="N", help="number of sequences without --sample")
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: where it was when the dataset was made")
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: the path at which the dataset was made")
     options = parser.parse_args(arguments)
     try:
         return _show(options)
@@ -45,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of a pipe has seen enough.
+        # The reader of the pipe has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -76,7 +72,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _tokenizer(folder: Path, manifest: DatasetManifest, *, given: str | None) -> Tokenizer | None:
-    """The tokenizer that made the dataset; None when none is given and it is no longer where it was."""
+    """The tokenizer that made the dataset; None when no path is given and the recorded path no longer has it."""
     path = given or _recorded(folder)
     try:
         tokenizer = None if path is None else open_tokenizer(path)
@@ -106,13 +102,12 @@ def _recorded(folder: Path) -> str | None:
 
 
 def _spread(texts: int, *, total: int, count: int) -> list[int]:
-    """Numbers of sequences, evenly over both modalities."""
+    """Numbers of sequences, spread evenly over both modalities."""
     chosen: list[int] = []
-    kinds = [(0, texts), (texts, total)]
-    for first, end in kinds:
+    for first, end in ((0, texts), (texts, total)):
         share = min(end - first, count if end - first == total else (count + 1) // 2)
         chosen += [first + number * (end - first) // share for number in range(share)]
-    return chosen[:count] if len(chosen) > count else chosen
+    return chosen[:count]
 
 
 def _facts(manifest: DatasetManifest, *, total: int, tokenizer: Tokenizer | None) -> list[tuple[str, str]]:
@@ -146,7 +141,7 @@ def _lines(view: PackView, *, colour: bool) -> Iterator[str]:
 
 
 def _piece(piece: Piece, *, paint: int) -> str:
-    """Supervised text bold in its segment's colour, the rest faint; without colours special tokens alone are marked."""
+    """Supervised text is bold, the rest faint; without colours, only special tokens are marked."""
     if piece.picture is not None:
         text = f"<{visible(piece.picture.title)}, {piece.tokens} tokens>"
     else:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share; they source this file and call `launch`. README.md lists the settings.
+# Shared by the launch scripts, which source this file and call `launch`. README.md lists the settings.
 #
 # On a SLURM login node the calling script is submitted; inside an allocation one rank per GPU is started with srun;
 # without SLURM, torchrun starts the ranks on this machine.
@@ -31,7 +31,7 @@ launch() {
   fi
 }
 
-# Relative paths mean the caller's directory; the work happens in the repository.
+# Relative paths start at the caller's directory, but the commands run in the repository.
 take_paths_from_here() {
   local name
   [ "$PWD" != "$ROOT" ] || return 0
@@ -55,7 +55,7 @@ collect_overrides() {
   OVERRIDES+=("${extra[@]}")
 }
 
-# A wrong recipe or override ends here, before a job waits in a queue for it.
+# A wrong recipe or override fails here, before a job waits in the queue.
 read_recipe() {
   local facts
   facts=$("$PYTHON" -m launch.recipe_facts "$RECIPE" "${OVERRIDES[@]}") || exit $?
@@ -67,7 +67,7 @@ check_world() {
     die 2 "$1 processes are no multiple of parallel.tensor x parallel.pipeline = $MODEL_RANKS; change NODES, GPUS_PER_NODE, TP or PP"
 }
 
-# Installed programs that know of no cluster do not make a login node; a controller that is down does.
+# SLURM's programs may be installed without a cluster; a cluster whose controller is down still counts.
 slurm_here() {
   command -v sbatch >/dev/null || return 1
   case $(scontrol ping 2>&1 || :) in
@@ -133,8 +133,8 @@ first_host() {
   printf %s "${hosts:-${SLURMD_NODENAME:-$(hostname)}}"
 }
 
-# What becomes of the job: 75 (saved) goes back into the queue, so does a lost peer or a killed rank while checkpoints
-# advance; every other end would only repeat itself.
+# Requeue the job after 75 (saved), and after a lost peer or a killed rank as long as checkpoints advance. Every other end
+# would repeat itself.
 after_srun() {
   case $STATUS in
     0) rm -f "$RUN/restarts" ;;
@@ -150,7 +150,7 @@ after_srun() {
 }
 
 requeue() {
-  # A cancelled job must stay so, and what SLURM takes down for another reason, SLURM requeues.
+  # A cancelled job must stay cancelled, and SLURM itself requeues jobs that it ends for other reasons.
   case $(squeue -h -j "$SLURM_JOB_ID" -o '%T %r' 2>/dev/null || :) in
     'COMPLETING TimeLimit') ;;
     COMPLETING*)
@@ -194,7 +194,7 @@ run_here() {
   ranks=${GPUS_PER_NODE:-$(gpus_here)}
   if [ "$ranks" = 0 ]; then ranks=$MODEL_RANKS; fi
   check_world "$ranks"
-  # torchrun would die of USR1 and leave its ranks behind, and would kill a save that takes longer than 30 s.
+  # By default torchrun dies of USR1 while its ranks live on, and kills a save that takes longer than 30 s.
   command=("$PYTHON" -m torch.distributed.run --standalone --nnodes=1 --nproc-per-node="$ranks" --max-restarts=0
     "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1" --shutdown-timeout=600
     -m megavl train "$RECIPE" "${OVERRIDES[@]}")
@@ -219,9 +219,9 @@ gpus_here() {
 
 # --- both -------------------------------------------------------------------------------------------------------------
 
-# supervise COMMAND...: runs it, passes USR1 and TERM on, and leaves its exit code in STATUS. The run's own
-# exit_status.json outranks the launcher's code: torchrun flattens codes to 1, and srun reports the highest, which may
-# be that of a rank killed because another one had failed.
+# supervise COMMAND...: runs it, passes USR1 and TERM on, and leaves its exit code in STATUS. The code in the run's
+# exit_status.json replaces the launcher's: torchrun flattens codes to 1. srun reports the highest, which may be that of a
+# rank that was killed because another one had failed.
 supervise() {
   local child='' signal='' own
   rm -f "$RUN/exit_status.json"

@@ -8,7 +8,7 @@
 # Stage 2 of the 7B model: joint pre-training on text and image-text data.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
-# A batch job runs a spooled copy of this file, away from its neighbours.
+# A batch job runs a spooled copy of this file, from another folder.
 [ -f "$here/launch.sh" ] || here=${SLURM_SUBMIT_DIR:?}/launch
 . "$here/launch.sh"
 launch pretrain_7b 7b/stage2.yaml 64

@@ -1,4 +1,4 @@
-"""What the launch scripts ask of a recipe, a line each: run directory, checkpoint directory, ranks of one model copy.
+"""Prints what the launch scripts need of a recipe: run directory, checkpoint directory, ranks of one model copy.
 
 Usage: python -m launch.recipe_facts RECIPE [key.path=value ...]
 """
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _check_root(recipe: Recipe, *, given: bool) -> None:
-    """DATA must not be without effect."""
+    """Refuse a DATA that would have no effect."""
     if given and all(source.path is not None for source in recipe.data.sources):
         raise UsageError("DATA: every entry of the recipe's data.sources has a path of its own; unset DATA")
 

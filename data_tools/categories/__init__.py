@@ -1,1 +1,1 @@
-"""Use-case categories of fine-tuning data: the tree, tags on records, coverage, and samples by weight."""
+"""Use-case categories of fine-tuning data: the tree, tags on records, coverage, and weighted samples."""

@@ -1,4 +1,4 @@
-"""Fine-tuning records of any JSON form: read one by one, with their texts and image paths, and written whole."""
+"""Fine-tuning records of any JSON form: their texts and image paths, and output files that appear complete."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_tools.readers.splits import divide, records
+from data_tools.readers.json_file import divide_json, json_records
 from megavl.config.errors import DataError, StorageError, UsageError
 
-_STRETCH = 64 << 20
+_SPLIT_BYTES = 64 << 20
 _QUESTION_ROLES = ("human", "user", "User")
 _ANSWER_ROLES = ("gpt", "assistant", "Assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaggedRecord:
-    """One record and where it stands."""
+    """One record and its position."""
 
     path: Path
     where: str
@@ -33,14 +33,14 @@ def read_records(inputs: list[Path]) -> Iterator[TaggedRecord]:
 
     Raises:
         UsageError: a file cannot be read.
-        DataError: naming the record that is no JSON object.
+        DataError: names the record that is no JSON object.
     """
     for path in inputs:
         if not path.is_file():
             raise UsageError(f"--input {path}: no such file; give JSONL files or JSON arrays of records")
-        for stretch in divide(path, size=_STRETCH):
-            for place, raw in records(stretch):
-                where = f"{path}:{place}" if stretch.places == "line" else f"{path}, item {place}"
+        for split in divide_json(path, size=_SPLIT_BYTES):
+            for position, raw in json_records(split):
+                where = f"{path}:{position}" if split.position_kind == "line" else f"{path}, item {position}"
                 if raw is not None and not raw.strip():
                     continue
                 try:
@@ -53,12 +53,12 @@ def read_records(inputs: list[Path]) -> Iterator[TaggedRecord]:
 
 
 def questions(content: dict[str, Any]) -> str:
-    """What users say in a record."""
+    """What the users say in a record."""
     return "\n".join([*_said(content, _QUESTION_ROLES), *_strings(content, ("prompt", "question"))])
 
 
 def answers(content: dict[str, Any]) -> str:
-    """What the model says in a record; all of a caption."""
+    """What the model says in a record; the whole text of a caption."""
     return "\n".join([*_said(content, _ANSWER_ROLES), *_strings(content, ("text", "answer"))])
 
 
@@ -79,21 +79,17 @@ def _strings(content: dict[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
 
 
 def moved(record: TaggedRecord, *, root: Path) -> dict[str, Any]:
-    """The record with image paths from another folder than before; everything else stays.
-
-    Args:
-        record: with paths relative to its file's folder.
-        root: the new start of relative paths.
+    """The content of a record, with image paths relative to `root` instead of the folder of its file.
 
     Raises:
-        UsageError: an image lies outside the new folder, where no preprocessing run would read it.
+        UsageError: an image is outside `root`, where no preprocessing run would read it.
     """
     content = dict(record.content)
     for key in ("image", "images"):
         if key in content:
             content[key] = _moved(content[key], record, root=root)
     turns = content.get("conversations")
-    if isinstance(turns, list) and any(isinstance(turn, dict) and "images" in turn for turn in turns):
+    if isinstance(turns, list):
         content["conversations"] = [
             {**turn, "images": _moved(turn["images"], record, root=root)}
             if isinstance(turn, dict) and "images" in turn
@@ -119,7 +115,7 @@ def _moved(value: Any, record: TaggedRecord, *, root: Path) -> Any:
 
 @contextmanager
 def new_file(path: Path, *, force: bool) -> Iterator[TextIO]:
-    """A text file that is there when the block ends well, and not otherwise.
+    """A text file that appears only when the block ends without an exception.
 
     Raises:
         UsageError: the file exists and `force` is not set.

@@ -1,7 +1,7 @@
-"""Samples with given shares of categories: exact counts, in an order whose every beginning has them too.
+"""Samples with given shares of categories, exact at every length of the output.
 
-The order is Tijdeman's ("The chairman assignment problem", 1980): after any number of records, each category differs
-from its share by less than one record.
+The order is Tijdeman's ("The chairman assignment problem", 1980): after any number of records, the count of each
+category differs from its share by less than one record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megavl.config.errors import DataError, UsageError
 
 
 def read_weights(path: Path, *, taxonomy: Taxonomy) -> dict[str, Fraction]:
-    """Shares that sum to 1: from a YAML mapping of ids to weights; a category stands for all below it too.
+    """Shares that sum to 1, from a YAML mapping of ids to weights; a category includes all below it.
 
     Raises:
         UsageError: the file is no such mapping, or a category and one below it both have a weight.
@@ -43,35 +43,30 @@ def read_weights(path: Path, *, taxonomy: Taxonomy) -> dict[str, Fraction]:
 def _weight(value: Any, *, where: str) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise UsageError(f"{where}: a weight is a number from 0, found {value!r}")
-    # As it is written: 0.1 is a tenth, not its nearest binary fraction.
+    # The written number: 0.1 is a tenth, not the nearest binary fraction.
     return Fraction(str(value))
 
 
 def order(shares: Mapping[str, Fraction], *, count: int) -> Iterator[str]:
-    """The category of each of `count` places.
-
-    Args:
-        shares: positive, of sum 1.
-        count: places.
-    """
-    # In whole numbers: everything is multiplied by `unit`, the common denominator, and by `halves`.
-    unit = math.lcm(*(share.denominator for share in shares.values()))
+    """The category of each of `count` records; `shares` are positive and sum to 1."""
+    # In whole numbers: everything is multiplied by `whole`, the common denominator, and by `halves`.
+    whole = math.lcm(*(share.denominator for share in shares.values()))
     halves = max(2 * len(shares) - 2, 1)
-    steps = {id: int(share * unit) for id, share in shares.items()}
+    steps = {id: int(share * whole) for id, share in shares.items()}
     paces = {id: math.lcm(*steps.values()) // step for id, step in steps.items()}
     due = dict.fromkeys(shares, 0)
     for _ in range(count):
         for id, step in steps.items():
             due[id] += step * halves
-        # Those that may be served without running ahead; of them the one that would fall behind first.
-        ready = [id for id in shares if due[id] >= unit] or list(shares)
-        chosen = min(ready, key=lambda id: (unit * (halves - 1) - due[id]) * paces[id])
-        due[chosen] -= unit * halves
+        # Of the categories that are due, take the one whose deadline comes first.
+        ready = [id for id in shares if due[id] >= whole] or list(shares)
+        chosen = min(ready, key=lambda id: (whole * (halves - 1) - due[id]) * paces[id])
+        due[chosen] -= whole * halves
         yield chosen
 
 
 def choose(size: int, *, count: int, seed: int, category: str) -> list[int]:
-    """Numbers of `count` records out of `size`, each once before any comes twice, in an order that the seed decides."""
+    """Numbers of `count` records out of `size`, in an order set by the seed; none comes twice before all came once."""
     chosen: list[int] = []
     for round_number in range(-(-count // size) if size else 0):
         keys = {n: hashlib.sha256(f"{seed}/{category}/{round_number}/{n}".encode()).digest() for n in range(size)}
@@ -80,7 +75,7 @@ def choose(size: int, *, count: int, seed: int, category: str) -> list[int]:
 
 
 def check_supply(wanted: Mapping[str, int], found: Mapping[str, int], *, repeat: bool) -> None:
-    """Raise DataError unless each category has the records that are asked of it; with `repeat` one is enough."""
+    """Raise DataError unless each category has enough records; with `repeat` one is enough."""
     short = [
         f"{id} has {found.get(id, 0)} of {count}"
         for id, count in wanted.items()

@@ -14,7 +14,7 @@ import yaml
 from megavl.config.errors import DataError, UsageError
 
 PAPER = Path(__file__).with_name("taxonomy.yaml")
-"""The paper's own."""
+"""The tree of the paper."""
 _KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
@@ -41,11 +41,7 @@ class Taxonomy:
     categories: dict[str, Category]
 
     def check(self, id: str, *, where: str) -> str:
-        """The id itself.
-
-        Raises:
-            DataError: there is no such category; the message names the nearest one.
-        """
+        """The id, or a DataError that names the nearest category when there is none of this id."""
         if id in self.categories:
             return id
         raise DataError(f"{where}: unknown category {id!r}{self._hint(id)}; `taxonomy.py list` shows all")
@@ -59,22 +55,13 @@ class Taxonomy:
         match = difflib.get_close_matches(id.lower(), list(spellings), n=1, cutoff=0.6)
         return f", the nearest is {spellings[match[0]]!r}" if match else ""
 
-    def parts(self, id: str) -> list[Category]:
-        """Categories directly below one; below none of them with an empty id."""
-        prefix = f"{id}/" if id else ""
-        return [
-            category
-            for category in self.categories.values()
-            if category.id.startswith(prefix) and "/" not in category.id[len(prefix) :]
-        ]
-
     def leaves(self) -> list[Category]:
         """Categories without parts."""
         return [category for category in self.categories.values() if category.leaf]
 
 
 def within(id: str, ancestor: str) -> bool:
-    """Whether a category is another one or below it."""
+    """Whether a category is `ancestor` or below it."""
     return id == ancestor or id.startswith(f"{ancestor}/")
 
 
@@ -82,7 +69,7 @@ def read_taxonomy(path: Path = PAPER) -> Taxonomy:
     """Read a tree.
 
     Raises:
-        UsageError: the file cannot be read or is not in the form of `taxonomy.yaml`.
+        UsageError: the file cannot be read, or differs in form from `taxonomy.yaml`.
     """
     content = read_mapping(path, option="--taxonomy")
     return Taxonomy({category.id: category for category in _walk(content, prefix="", where=f"--taxonomy {path}")})

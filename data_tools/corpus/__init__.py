@@ -1,1 +1,1 @@
-"""Builders of the small real corpus: collected text, a tokenizer, and drawn pictures with captions and questions."""
+"""Builders of image-text corpora: the demo corpus, and pairs of image and text."""

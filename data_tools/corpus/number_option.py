@@ -1,4 +1,4 @@
-"""Numbers on the command line, each within bounds that a wrong value is told."""
+"""Argparse types for bounded numbers; the message for a wrong value names the bounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """Converter of an option's text to a whole number within bounds."""
+    """A type for whole numbers from `least` to `most`."""
 
     def convert(text: str) -> int:
         value = int(text) if text.isascii() and text.isdigit() else -1
@@ -19,7 +19,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def share(most: float) -> Callable[[str], float]:
-    """Converter of an option's text to a number from 0 to `most`."""
+    """A type for numbers from 0 to `most`."""
 
     def convert(text: str) -> float:
         try:

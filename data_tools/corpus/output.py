@@ -1,34 +1,37 @@
-"""Whole output folders: built beside their final place and moved there at the end, so none is ever half-written."""
+"""Output folders that appear complete or not at all: built under a temporary name and renamed at the end."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from megavl.config.errors import StorageError, UsageError
 
 DESCRIPTION = "corpus.json"
-"""Description of a finished corpus; its presence marks a folder that this program made."""
+"""Description of a finished corpus; a folder with this file was made by this program."""
 
 _MARKS = (DESCRIPTION, "tokenizer.json")
 
 
 @contextmanager
 def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
-    """Give a temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+    """Yield a temporary folder that is renamed to `path` when the block succeeds, and removed when it fails.
 
     Args:
-        path: the final folder; must be absent or empty, unless `force` is set.
-        force: replace an earlier result; only a folder that holds `corpus.json` or `tokenizer.json` is ever removed.
+        path: final folder; must be absent or empty, unless `force` is set.
+        force: replace an earlier result. Only a folder that holds `corpus.json` or `tokenizer.json` is ever removed.
 
     Raises:
-        UsageError: when the final folder is taken.
-        StorageError: when a folder or file cannot be written.
+        UsageError: the final folder is not free.
+        StorageError: a folder or file cannot be written.
     """
     path = Path(os.path.abspath(path))
     _check_free(path, force=force)
@@ -61,7 +64,7 @@ def _check_free(path: Path, *, force: bool) -> None:
 
 
 def _publish(building: Path, path: Path) -> None:
-    """Put the finished folder in place; an earlier result is removed only after that."""
+    """Rename the finished folder; an earlier result is removed only after that."""
     earlier = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.exists():
         path.rename(earlier)
@@ -75,7 +78,7 @@ def _publish(building: Path, path: Path) -> None:
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line in UTF-8; returns the number of lines."""
+    """Write one JSON object per line in UTF-8; returns the number of lines."""
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
@@ -92,3 +95,28 @@ def write_line(file: TextIO, record: Mapping[str, Any]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON in UTF-8."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+
+
+def write_description(
+    folder: Path,
+    *,
+    kind: str,
+    seed: int,
+    records: Mapping[str, int],
+    details: Mapping[str, Any],
+    packages: Iterable[str],
+) -> None:
+    """Write `corpus.json`, which says what a folder holds and how it was made.
+
+    Args:
+        folder: the corpus.
+        kind: name of the command.
+        seed: seed of the command.
+        records: number of records by file.
+        details: further entries.
+        packages: packages whose versions the output depends on.
+    """
+    versions = {name: metadata.version(name) for name in packages}
+    made_with = {"python": platform.python_version(), **versions, "platform": sys.platform}
+    description = {"format": 1, "kind": kind, "seed": seed, "records": records, **details, "made_with": made_with}
+    write_json(folder / DESCRIPTION, description)

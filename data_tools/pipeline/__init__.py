@@ -1,1 +1,1 @@
-"""From records to shards: job, workers, SLURM arrays, shard writer."""
+"""From records to shards: job, worker processes, SLURM arrays, shard writer."""

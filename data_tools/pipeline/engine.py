@@ -1,4 +1,4 @@
-"""Running units in this process, or in worker processes that are watched."""
+"""Runs tasks in this process or in worker processes; a worker that dies is replaced."""
 
 from __future__ import annotations
 
@@ -7,74 +7,72 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.pipeline.job import Job, Unit
-from data_tools.pipeline.output import UnitSummary
-from data_tools.pipeline.task import process_unit
+from data_tools.pipeline.job import Job, Task
+from data_tools.pipeline.output import TaskSummary
+from data_tools.pipeline.task import process_task
 from megavl.config.errors import PeerError
 
 _ATTEMPTS = 2
-"""A lost worker's units are tried once more, then the run ends."""
+"""The tasks of a dead worker are tried once more, then the run ends."""
 _POLL_S = 0.2
 
 _progress: Any = None
 
 
-def run_units(job: Job, units: Sequence[Unit], *, count: int, workers: int) -> list[UnitSummary]:
-    """Process units, with a progress bar on standard error.
+def run_tasks(job: Job, tasks: Sequence[Task], *, count: int, workers: int) -> list[TaskSummary]:
+    """Run tasks, with a progress bar on standard error.
 
     Args:
-        job: settings.
-        units: what to do.
-        count: units of the whole job.
-        workers: processes; 1 works in this one.
+        count: number of tasks of the whole job.
+        workers: number of processes; 1 runs the tasks in this process.
 
     Raises:
         PeerError: workers died twice.
-        MegaVLError: the first error of a unit.
+        MegaVLError: the first error of a task.
     """
-    if not units:
+    if not tasks:
         return []
-    total = sum(unit.records for unit in units)
+    total = sum(task.records for task in tasks)
     with tqdm(total=total, unit=" records", unit_scale=True, desc="preprocess", mininterval=_POLL_S) as bar:
-        if workers <= 1 or len(units) == 1:
-            return [_run_here(job, unit, count=count, bar=bar) for unit in units]
-        return _run_pool(job, units, count=count, workers=min(workers, len(units)), bar=bar)
+        if workers <= 1 or len(tasks) == 1:
+            return [_run_here(job, task, count=count, bar=bar) for task in tasks]
+        return _run_pool(job, tasks, count=count, workers=min(workers, len(tasks)), bar=bar)
 
 
-def _run_here(job: Job, unit: Unit, *, count: int, bar: Any) -> UnitSummary:
+def _run_here(job: Job, task: Task, *, count: int, bar: Any) -> TaskSummary:
     start = bar.n
-    return process_unit(job, unit, count=count, advance=lambda seen: bar.update(start + seen - bar.n) and None)
+    return process_task(job, task, count=count, advance=lambda seen: bar.update(start + seen - bar.n) and None)
 
 
-def _run_pool(job: Job, units: Sequence[Unit], *, count: int, workers: int, bar: Any) -> list[UnitSummary]:
-    done: dict[int, UnitSummary] = {}
-    # A plain shared array without a lock: a killed worker cannot leave it locked. One slot per unit, one writer each.
-    progress = multiprocessing.get_context("spawn").RawArray("q", len(units))
+def _run_pool(job: Job, tasks: Sequence[Task], *, count: int, workers: int, bar: Any) -> list[TaskSummary]:
+    done: dict[int, TaskSummary] = {}
+    # No lock, which a killed worker would leave locked: each task alone writes its own slot.
+    progress = multiprocessing.get_context("spawn").RawArray("q", len(tasks))
     for _ in range(_ATTEMPTS):
-        left = [(slot, unit) for slot, unit in enumerate(units) if unit.number not in done]
+        left = [(slot, task) for slot, task in enumerate(tasks) if task.number not in done]
         try:
             for summary in _results(job, left, count=count, workers=workers, progress=progress, bar=bar):
                 done[summary.number] = summary
         except BrokenProcessPool:
             bar.write("a worker process died; its work is started again")
             continue
-        return [done[unit.number] for unit in units]
+        return [done[task.number] for task in tasks]
     raise PeerError(
-        f"worker processes died {_ATTEMPTS} times ({len(done)} of {len(units)} shards done); "
+        f"worker processes died {_ATTEMPTS} times ({len(done)} of {len(tasks)} shards done); "
         "look for lack of memory, then start again: finished shards are kept"
     )
 
 
 def _results(
-    job: Job, units: Sequence[tuple[int, Unit]], *, count: int, workers: int, progress: Any, bar: Any
-) -> Iterator[UnitSummary]:
+    job: Job, tasks: Sequence[tuple[int, Task]], *, count: int, workers: int, progress: Any, bar: Any
+) -> Iterator[TaskSummary]:
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -82,7 +80,7 @@ def _results(
         initargs=(progress, os.getpid()),
     )
     try:
-        waiting: set[Future[UnitSummary]] = {pool.submit(_run_there, job, unit, count, slot) for slot, unit in units}
+        waiting: set[Future[TaskSummary]] = {pool.submit(_run_there, job, task, count, slot) for slot, task in tasks}
         while waiting:
             ready, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             bar.update(sum(progress) - bar.n)
@@ -104,12 +102,11 @@ def _start_worker(progress: Any, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this worker when its parent was killed; nobody would collect its work."""
+    """End this worker when its parent was killed, because nobody would collect its results."""
     while os.getppid() == parent:
         time.sleep(_POLL_S)
     os._exit(1)
 
 
-def _run_there(job: Job, unit: Unit, count: int, slot: int) -> UnitSummary:
-    advance: Callable[[int], None] = lambda seen: _progress.__setitem__(slot, seen)  # noqa: E731
-    return process_unit(job, unit, count=count, advance=advance)
+def _run_there(job: Job, task: Task, count: int, slot: int) -> TaskSummary:
+    return process_task(job, task, count=count, advance=lambda seen: _progress.__setitem__(slot, seen))

@@ -1,4 +1,4 @@
-"""Optional packages: named in one message when they are missing, before any work begins."""
+"""Names missing optional packages in one message, before any work begins."""
 
 from __future__ import annotations
 

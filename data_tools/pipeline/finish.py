@@ -1,4 +1,4 @@
-"""The last step of a run: packs over all shards, the report, and the manifest that makes it a dataset."""
+"""The last step of a run: packs all shards, writes the report, and then the manifest, which commits the dataset."""
 
 from __future__ import annotations
 
@@ -15,18 +15,12 @@ import numpy as np
 
 from data_tools.pipeline.commit import NewFile, sync_directory, write_file
 from data_tools.pipeline.histograms import histograms
-from data_tools.pipeline.job import Job, Unit, tokenizer_at
-from data_tools.pipeline.output import Output, UnitSummary
+from data_tools.pipeline.job import Job, Task, tokenizer_at
+from data_tools.pipeline.output import Output, TaskSummary
 from data_tools.pipeline.pack_table import Block, PackTable, Tally
 from megavl.config.errors import DataError
 from megavl.config.version import VERSION
-from megavl.data.manifest import (
-    MODALITIES,
-    DatasetManifest,
-    fingerprint,
-    geometry_entry,
-    to_json,
-)
+from megavl.data.manifest import MODALITIES, DatasetManifest, fingerprint, geometry_entry, to_json
 from megavl.data.shard import Shard
 from megavl.data.table import ReadHandles
 
@@ -34,30 +28,22 @@ _EXAMPLES = 20
 """Rejected records that the report names per reason."""
 
 
-def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str, Any]:
-    """Pack, report, and commit the dataset.
-
-    Args:
-        job: settings.
-        units: all of them, committed.
-        max_bad_frac: rejected share of the records above which there is no dataset.
-
-    Returns:
-        The report, as in `report.json`.
+def finish(job: Job, tasks: Sequence[Task], *, max_bad_frac: float) -> dict[str, Any]:
+    """Pack all tasks, which must be committed, commit the dataset, and return the report.
 
     Raises:
-        DataError: too many records were rejected, or none is left.
+        DataError: more than `max_bad_frac` of the records were rejected, or none is left.
         StorageError: the output cannot be written.
     """
     output, directory = Output(job.output), Path(job.output)
     output.remove_leftovers()
-    summaries = [summary for unit in units if (summary := output.read_unit(unit.number)) is not None]
-    assert len(summaries) == len(units), "finish is called when every unit is committed"
-    examples = _merge_rejects(output, units, directory)
+    summaries = [summary for task in tasks if (summary := output.read_task(task.number)) is not None]
+    assert len(summaries) == len(tasks), "finish is called when every task is committed"
+    examples = _merge_rejects(output, tasks, directory)
     packs = _pack(job, partial(_read_samples, summaries, directory))
     with NewFile(directory / "packs.npy") as file:
         packs.write(file)
-        report = build_report(job, units, summaries, packs=packs, examples=examples)
+        report = build_report(job, tasks, summaries, packs=packs, examples=examples)
         write_file(directory / "report.json", to_json(report))
         check_rejected(report, max_bad_frac=max_bad_frac, where=f"{directory / 'rejects.jsonl'}")
         entry = file.commit()
@@ -83,42 +69,32 @@ def finish(job: Job, units: Sequence[Unit], *, max_bad_frac: float) -> dict[str,
 
 
 def dry_run_report(
-    job: Job, units: Sequence[Unit], summaries: Sequence[UnitSummary], *, records: Sequence[int]
+    job: Job, tasks: Sequence[Task], summaries: Sequence[TaskSummary], *, records: Sequence[int]
 ) -> dict[str, Any]:
-    """The report of a run that wrote nothing.
-
-    Args:
-        job: settings.
-        units: what was looked at, or looked into.
-        summaries: what was found.
-        records: records of each input, the number that the estimate is made for.
-    """
+    """The report of a run that wrote nothing; `records` has the number of records of each input, for the estimate."""
     packs = _pack(job, partial(_counted_samples, summaries))
     packs.count()
-    report = build_report(job, units, summaries, packs=packs, examples={})
-    if any(unit.sample is not None for unit in units):
-        report["estimate"] = _estimate(job, units, summaries, report=report, records=records)
+    report = build_report(job, tasks, summaries, packs=packs, examples={})
+    if any(task.sample is not None for task in tasks):
+        report["estimate"] = _estimate(job, tasks, summaries, report=report, records=records)
     return report
 
 
 def _estimate(
-    job: Job,
-    units: Sequence[Unit],
-    summaries: Sequence[UnitSummary],
-    *,
-    report: dict[str, Any],
-    records: Sequence[int],
+    job: Job, tasks: Sequence[Task], summaries: Sequence[TaskSummary], *, report: dict[str, Any], records: Sequence[int]
 ) -> dict[str, Any]:
-    """Samples, tokens and images of the whole inputs, from the share of each that was looked at."""
+    """Samples, tokens and images of the whole inputs, scaled up from the records that were read."""
     total: Counter[str] = Counter()
     for number, whole in enumerate(records):
-        own = [summary for unit, summary in zip(units, summaries) if unit.input == number]
+        own = [summary for task, summary in zip(tasks, summaries) if task.input == number]
         seen = sum(summary.records for summary in own)
         scale = whole / seen if seen else 0.0
-        total["records"] += whole
-        total["samples"] += round(scale * sum(len(summary.lengths) for summary in own))
-        total["tokens"] += round(scale * sum(sum(summary.lengths) for summary in own))
-        total["images"] += round(scale * sum(sum(summary.images) for summary in own))
+        total.update(
+            records=whole,
+            samples=round(scale * sum(len(summary.lengths) for summary in own)),
+            tokens=round(scale * sum(sum(summary.lengths) for summary in own)),
+            images=round(scale * sum(sum(summary.images) for summary in own)),
+        )
     found = sum(report[modality]["tokens"] for modality in MODALITIES)
     sequences = sum(report[modality]["sequences"] for modality in MODALITIES)
     fill = found / (sequences * job.seq_length) if sequences else 0.0
@@ -127,21 +103,21 @@ def _estimate(
 
 def build_report(
     job: Job,
-    units: Sequence[Unit],
-    summaries: Sequence[UnitSummary],
+    tasks: Sequence[Task],
+    summaries: Sequence[TaskSummary],
     *,
     packs: PackTable,
     examples: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """Counts of everything, the same for the same job."""
+    """Content of `report.json`, which follows from the job alone."""
     _, lengths, images_of, samples = packs.kinds.T
     images_in_all, totals = int(images_of @ samples), packs.tallies["text"].totals + packs.tallies["multimodal"].totals
     rejected: Counter[str] = Counter()
     counts = [Counter[str]() for _ in job.inputs]
-    for unit, summary in zip(units, summaries):
+    for task, summary in zip(tasks, summaries):
         rejected.update(summary.rejected)
         images = sum(summary.images) if job.dry_run else sum(shard.images for shard in summary.shards)
-        counts[unit.input].update(
+        counts[task.input].update(
             records=summary.records, images=images, images_without_file=summary.images_without_file
         )
     return {
@@ -214,7 +190,7 @@ def _pack(job: Job, blocks: Callable[[], Iterator[Block]]) -> PackTable:
     return PackTable(blocks, seq_length=job.seq_length, max_images=job.max_images, packed=job.packed)
 
 
-def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Iterator[Block]:
+def _read_samples(summaries: Sequence[TaskSummary], directory: Path) -> Iterator[Block]:
     """All samples, shard by shard."""
     handles = ReadHandles()
     for number, entry in enumerate(shard for summary in summaries for shard in summary.shards):
@@ -225,19 +201,19 @@ def _read_samples(summaries: Sequence[UnitSummary], directory: Path) -> Iterator
     handles.close()
 
 
-def _counted_samples(summaries: Sequence[UnitSummary]) -> Iterator[Block]:
+def _counted_samples(summaries: Sequence[TaskSummary]) -> Iterator[Block]:
     """The samples of a run that wrote nothing."""
     for number, summary in enumerate(summaries):
         lengths, images = (np.array(column, np.int32) for column in (summary.lengths, summary.images))
         yield Block(shard=number, first=0, lengths=lengths, images=images)
 
 
-def _merge_rejects(output: Output, units: Sequence[Unit], directory: Path) -> dict[str, list[str]]:
+def _merge_rejects(output: Output, tasks: Sequence[Task], directory: Path) -> dict[str, list[str]]:
     """Write `rejects.jsonl`; returns the first examples per reason."""
     examples: dict[str, list[str]] = {}
     with NewFile(directory / "rejects.jsonl") as merged:
-        for unit in units:
-            with open(output.rejects_path(unit.number), "rb") as stream:
+        for task in tasks:
+            with open(output.rejects_path(task.number), "rb") as stream:
                 for line in stream:
                     merged.write(line)
                     reject = json.loads(line)

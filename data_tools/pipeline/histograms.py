@@ -1,4 +1,4 @@
-"""Histograms of a report: how long samples are, how many images they have, how full sequences are."""
+"""Histograms of a report: tokens and images per sample, and the fill of sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 _FILL = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
-"""Upper borders, shares of a sequence."""
+"""Upper borders of the bins, as shares of a sequence."""
 _BAR = 30
 _TITLES = {"sample_tokens": "tokens of a sample", "sample_images": "images of a sample", "fill": "fill of a sequence"}
 
@@ -26,14 +26,14 @@ def histograms(
     sequences: Numbers,
     seq_length: int,
 ) -> dict[str, Histogram]:
-    """Counts per bin; a bin reaches from above the border before it up to its own.
+    """Counts per bin; a bin includes its upper border and excludes its lower one.
 
     Args:
-        lengths: tokens of a sample.
-        images: images of a sample.
-        samples: how many samples have these tokens and images.
-        fills: filled share of a sequence.
-        sequences: how many sequences are filled so far.
+        lengths: tokens of a sample, one entry per kind of sample.
+        images: images of a sample, likewise.
+        samples: number of samples of each kind.
+        fills: filled shares of sequences.
+        sequences: number of sequences with each share.
         seq_length: tokens of a sequence.
     """
     borders = [32]
@@ -47,7 +47,7 @@ def histograms(
 
 
 def histogram_lines(found: Mapping[str, Histogram]) -> Iterator[str]:
-    """A few lines for the terminal; empty bins at either end are left out."""
+    """Lines for the terminal, without the empty bins at either end."""
     for name, title in _TITLES.items():
         bins = found[name]
         filled = [number for number, row in enumerate(bins) if row["count"]]

@@ -1,4 +1,4 @@
-"""A map from image addresses to files: lines of address, tab, path. In memory a line takes 16 bytes."""
+"""A map from image addresses to files: lines of address, tab, path. Each line takes 16 bytes of memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ImageMap:
             DataError: a line is not an address, a tab and a path.
         """
         self._path = path
-        marks, offsets = array("Q"), array("Q")
+        hashes, offsets = array("Q"), array("Q")
         digest, offset = hashlib.sha256(), 0
         try:
             with open(path, "rb") as stream:
@@ -37,12 +37,12 @@ class ImageMap:
                             f"--image-map {path}:{number}: must be an address, a tab and a path in UTF-8; "
                             "correct the line"
                         )
-                    marks.append(_mark(address))
+                    hashes.append(_hash(address))
                     offsets.append(offset)
                     offset += len(line)
         except OSError as error:
             raise UsageError(f"--image-map {path}: cannot read ({error.strerror}); give a readable file") from error
-        keys = np.array(marks, np.uint64)
+        keys = np.array(hashes, np.uint64)
         order = np.argsort(keys, kind="stable")
         self._keys, self._offsets = keys[order], np.array(offsets, np.uint64)[order]
         self.sha256 = digest.hexdigest()
@@ -53,15 +53,15 @@ class ImageMap:
     def find(self, address: str) -> str | None:
         """The path of an address, or None."""
         wanted = address.encode("utf-8", "surrogatepass")
-        mark = np.uint64(_mark(wanted))
-        place = int(np.searchsorted(self._keys, mark))
+        key = np.uint64(_hash(wanted))
+        row = int(np.searchsorted(self._keys, key))
         with open(self._path, "rb") as stream:
-            while place < len(self._keys) and self._keys[place] == mark:
-                stream.seek(int(self._offsets[place]))
+            while row < len(self._keys) and self._keys[row] == key:
+                stream.seek(int(self._offsets[row]))
                 found, _, file = stream.readline().partition(b"\t")
                 if found == wanted:
                     return file.decode("utf-8").rstrip("\r\n")
-                place += 1
+                row += 1
         return None
 
 
@@ -71,7 +71,7 @@ def open_image_map(path: str) -> ImageMap:
     return ImageMap(path)
 
 
-def _mark(address: bytes) -> int:
+def _hash(address: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(address, digest_size=8).digest(), "little")
 
 

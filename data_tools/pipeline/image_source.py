@@ -1,4 +1,4 @@
-"""Image bytes of a record: found inside the image root, checked, and made smaller where they exceed the limit."""
+"""Reads the images of a record from inside the image root, checks them, and shrinks those above the limit."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class LoadedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """How references in records become images."""
+    """Turns image references of records into images."""
 
     root: str
-    """Folder that paths are relative to and may not leave, through symbolic links neither."""
+    """Folder that paths are relative to and may not leave, not even through symbolic links."""
     handles: ReadHandles
-    """Input files in which images lie."""
+    """Open input files, for images stored inside them."""
     image_map: ImageMap | None
-    """Files of images that are named by address."""
+    """Finds the files of images that are named by address."""
     verify: Verification
     max_aspect: float
     max_side: int
-    """Longer side in pixels above which an image is re-encoded; 0 keeps every file as it is."""
+    """Images whose longer side has more pixels are re-encoded; 0 keeps every file."""
 
     @cached_property
     def _real_root(self) -> str:
         return os.path.realpath(self.root)
 
     def has_file(self, picture: Picture) -> bool:
-        """False where no file was ever fetched: an address outside the map, or a path at which nothing is."""
+        """False for an address outside the map and for a path without a file: the image was never fetched."""
         if picture.data is not None or picture.name.startswith("data:"):
             return True
         name = self._mapped(picture.name)
@@ -90,9 +90,9 @@ class ImageSource:
         return self.image_map.find(name) or name
 
     def _path(self, name: str) -> str:
-        """The file itself, behind all symbolic links, so that what is checked is what is opened."""
+        """The path with all symbolic links resolved, so that the checked file is the one that is opened."""
         given = os.path.join(self.root, name)
-        # As it is spelled too: what comes after `..` must not depend on which folders exist.
+        # The spelling is checked too: what follows `..` must not depend on which folders exist.
         if not _is_inside(os.path.abspath(self.root), os.path.abspath(given)):
             raise ImageError(f"outside --image-root {self.root}", "image_outside_root")
         try:
@@ -111,7 +111,7 @@ class ImageSource:
             raise ImageError("an address, not a file; fetch it and name its file in --image-map", "image_address")
         path = self._path(name)
         try:
-            # Not blocking: a named pipe must not stop the run.
+            # Opening a named pipe must not block.
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot read {path} ({error})", "image_missing") from error

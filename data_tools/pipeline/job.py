@@ -1,4 +1,4 @@
-"""What one preprocessing run makes: inputs, settings, and the units of work that follow from them alone."""
+"""One preprocessing run: its inputs, its settings, and the tasks that follow from them alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from data_tools.readers.files import choose_format, container_of, divide_file
 from data_tools.readers.formats import FORMATS, Container
 from data_tools.readers.parquet_table import column_names
-from data_tools.readers.splits import Stretch
+from data_tools.readers.splits import Split
 from megavl.config.errors import UsageError
 from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
 from megavl.config.version import VERSION
@@ -23,12 +23,15 @@ from megavl.data.template import Template
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 
 _PARTS = 64
-"""Shards of a run whose inputs are neither very small nor very large."""
-_STRETCHES = {"text": (256 << 10, 256 << 20), "paths": (64 << 10, 8 << 20), "images": (32 << 20, 256 << 20)}
-"""Bytes of input per shard, least and most: of text, of records that name images and stand for far more output than
-their own bytes, and of records that bring images along."""
+"""Number of splits that a run aims at; the limits below come first."""
+_SPLIT_BYTES = {"text": (256 << 10, 256 << 20), "paths": (64 << 10, 8 << 20), "images": (32 << 20, 256 << 20)}
+"""Fewest and most bytes of a split, by the content of the input.
+
+`paths` are records that name images, so their output is far larger than they are. `images` are records that contain
+them.
+"""
 _ENDS = 64 << 10
-"""Bytes at either end of an input that identify it."""
+"""Bytes at the start and at the end of an input that identify it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +42,16 @@ class Input:
     container: Container
     format: str
     content: Literal["text", "paths", "images"]
-    """What most of its bytes are."""
+    """What most of its bytes hold."""
     template: Template
     size: int
-    """Bytes."""
     ends_sha256: str
-    """Of its first and last 64 KiB."""
+    """Hash of its first and last 64 KiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that the output depends on, and where it goes."""
+    """Everything that the output depends on, and its folder."""
 
     inputs: tuple[Input, ...]
     tokenizer: str
@@ -66,7 +68,7 @@ class Job:
     max_aspect: float
     system_prompt: str
     over_long: Literal["drop", "cut"]
-    """What a conversation above the limits of a sequence does."""
+    """Whether a conversation above the limits of a sequence is rejected or truncated."""
     limit: int | None
     output: str
     fail_on_error: bool
@@ -75,7 +77,7 @@ class Job:
 
     @property
     def geometry(self) -> ImageGeometry:
-        """How images will be read."""
+        """Image geometry of the model."""
         return IMAGE_PRESETS[self.image_preset]
 
     @property
@@ -85,7 +87,7 @@ class Job:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the bytes of the output follow from."""
+        """All settings that determine the bytes of the output."""
         apart = {"output", "fail_on_error", "dry_run", "tokenizer", "image_map"}
         settings = {key: value for key, value in asdict(self).items() if key not in apart}
         made_by = {"format_version": FORMAT_VERSION, "code_version": VERSION}
@@ -94,37 +96,37 @@ class Job:
 
     @property
     def config_sha256(self) -> str:
-        """Identity of `config`."""
+        """Hash of `config`."""
         return hashlib.sha256(to_json(self.config)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One stretch of one input; makes at most one text and one multimodal shard."""
+class Task:
+    """One split of one input, which becomes at most one text and one multimodal shard."""
 
     number: int
     input: int
-    stretch: Stretch
+    split: Split
     sample: int | None = None
-    """Records to look at, in dry runs; default: all."""
+    """Number of records to read, in dry runs; default: all."""
 
     @property
     def records(self) -> int:
-        """Records to look at."""
-        return self.stretch.records if self.sample is None else self.sample
+        """Number of records to read."""
+        return self.split.records if self.sample is None else self.sample
 
 
 def open_input(path: str, *, format: str, template: Template | None) -> Input:
-    """Look at an input file.
+    """Identify an input file and its format.
 
     Args:
         path: JSONL, JSON array, tar archive or Parquet file.
         format: row of FORMATS, or `auto`.
-        template: default: the format's own.
+        template: None means the default of the format.
 
     Raises:
-        UsageError: unreadable, empty, of no known format, or of one that cannot take the template.
-        DataError: compressed or damaged.
+        UsageError: the file is unreadable, empty or of no known format, or its format cannot take the template.
+        DataError: the file is compressed or damaged.
     """
     try:
         if not os.path.isfile(path):
@@ -154,45 +156,45 @@ def open_input(path: str, *, format: str, template: Template | None) -> Input:
 
 @lru_cache(maxsize=1)
 def tokenizer_at(path: str) -> Tokenizer:
-    """The tokenizer at a path, opened once per process: a large vocabulary takes half a second."""
+    """The tokenizer at a path, opened once per process, because a large vocabulary takes half a second."""
     return open_tokenizer(path)
 
 
-def plan_units(job: Job) -> list[Unit]:
-    """Divide the inputs; the same units for any number of workers and tasks."""
-    units: list[Unit] = []
+def plan_tasks(job: Job) -> list[Task]:
+    """Divide the inputs; the tasks are the same for any number of workers and machines."""
+    tasks: list[Task] = []
     left = job.limit
     total = sum(source.size for source in job.inputs)
     for number, source in enumerate(job.inputs):
         if left == 0:
             break
-        least, most = _STRETCHES[source.content]
+        least, most = _SPLIT_BYTES[source.content]
         size = min(max(total // _PARTS, least), most)
-        for stretch in divide_file(source.path, container=source.container, size=size, limit=left):
-            units.append(Unit(number=len(units), input=number, stretch=stretch))
-            left = None if left is None else left - stretch.records
-    return units
+        for split in divide_file(source.path, container=source.container, size=size, limit=left):
+            tasks.append(Task(number=len(tasks), input=number, split=split))
+            left = None if left is None else left - split.records
+    return tasks
 
 
-def sampled(units: Sequence[Unit], *, limit: int) -> list[Unit]:
-    """The same units with their share of `limit` records each, the first ones, and one at least of each input."""
-    total = sum(unit.stretch.records for unit in units)
-    chosen: list[Unit] = []
+def sampled(tasks: Sequence[Task], *, limit: int) -> list[Task]:
+    """The tasks with `limit` records spread evenly over them: the first of each split, at least one of each input."""
+    total = sum(task.split.records for task in tasks)
+    chosen: list[Task] = []
     before, inputs = 0, set[int]()
-    for unit in units:
-        after = before + unit.stretch.records
+    for task in tasks:
+        after = before + task.split.records
         share = limit * after // total - limit * before // total
         before = after
-        if unit.input not in inputs:
+        if task.input not in inputs:
             share = max(share, 1)
         if share:
-            inputs.add(unit.input)
-            chosen.append(replace(unit, sample=min(share, unit.stretch.records)))
+            inputs.add(task.input)
+            chosen.append(replace(task, sample=min(share, task.split.records)))
     return chosen
 
 
 def _content(path: str, *, container: Container, format: str, start: bytes) -> Literal["text", "paths", "images"]:
-    """Decides nothing but the size of shards."""
+    """What most bytes of a file hold, which decides the size of its splits."""
     if format == "obelics":
         return "paths"
     if container == "parquet":

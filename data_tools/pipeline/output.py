@@ -1,4 +1,4 @@
-"""The output directory: one run at a time, what it was started with, and which units are done."""
+"""The output folder: it admits one run at a time, records the settings of the run, and knows which tasks are done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_tools.pipeline.commit import remove_leftovers, sync_directory, write_file
-from data_tools.readers.splits import Stretch
+from data_tools.readers.splits import Split
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import STRICT
 from megavl.data.manifest import ShardEntry, ShardManifest, read_manifest, to_json
@@ -24,18 +24,18 @@ _OURS = ("*.tokens.bin", "*.tokens.idx", "*.images.bin", "*.images.idx", "*.npy"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class UnitSummary:
-    """Content of `units/NNNNN.json`; writing it commits the unit."""
+class TaskSummary:
+    """Content of `units/NNNNN.json`; writing it commits the task."""
 
     number: int
     config_sha256: str
     records: int
     cut: int
-    """Documents longer than a sequence, cut into several samples."""
+    """Number of documents longer than a sequence, which were divided into several samples."""
     shortened: int
-    """Conversations above the limits of a sequence that end after an earlier answer."""
+    """Number of conversations that were truncated after an earlier answer."""
     images_without_file: int
-    """Images of interleaved documents that were left out."""
+    """Number of images of interleaved documents that had no file."""
     rejected: dict[str, int]
     shards: tuple[ShardEntry, ...]
     lengths: tuple[int, ...] = ()
@@ -44,39 +44,39 @@ class UnitSummary:
 
 
 class Output:
-    """A dataset directory under construction."""
+    """The folder of a dataset under construction."""
 
     def __init__(self, path: str) -> None:
-        """Touch nothing yet."""
+        """Does not touch the folder."""
         self.path = Path(path)
-        self._units = self.path / "units"
+        self._tasks = self.path / "units"
 
-    def lock(self, *, task: int, num_tasks: int) -> list[Any]:
-        """Keep other runs out of this directory; tasks of one run share it.
+    def lock(self, *, array_task: int, array_tasks: int) -> list[Any]:
+        """Keep other runs out of this folder; the array tasks of one run share it.
 
         Returns:
             Open files; the lock lasts as long as they do.
 
         Raises:
-            UsageError: another run holds it, or it holds other files.
-            StorageError: the directory cannot be made.
+            UsageError: another run holds the lock, or the folder contains other files.
+            StorageError: the folder cannot be made.
         """
         try:
-            foreign = sorted(os.listdir(self.path)) if self.path.is_dir() and not self._units.is_dir() else []
+            foreign = sorted(os.listdir(self.path)) if self.path.is_dir() and not self._tasks.is_dir() else []
             if foreign:
                 raise UsageError(
                     f"--output {self.path}: holds {foreign[0]!r}, which preprocessing did not write; "
                     "choose an empty folder"
                 )
-            self._units.mkdir(parents=True, exist_ok=True)
-            whole = (self._units / "lock").open("a")
-            own = (self._units / f"lock-{task}-of-{num_tasks}").open("a")
+            self._tasks.mkdir(parents=True, exist_ok=True)
+            whole = (self._tasks / "lock").open("a")
+            own = (self._tasks / f"lock-{array_task}-of-{array_tasks}").open("a")
         except OSError as error:
             raise StorageError(
                 f"--output {self.path}: cannot write ({error.strerror}); choose another folder"
             ) from error
         try:
-            fcntl.flock(whole, (fcntl.LOCK_EX if num_tasks == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(whole, (fcntl.LOCK_EX if array_tasks == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
@@ -86,21 +86,18 @@ class Output:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Two tasks that end at the same moment both find all shards done; the second waits here for the first."""
-        with (self._units / "lock-finish").open("a") as lock:
+        """Admit one process at a time: two array tasks that end together both find all shards done."""
+        with (self._tasks / "lock-finish").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def begin(self, config: dict[str, Any], *, resume: bool, alone: bool) -> None:
-        """Record what this run makes, or check that it continues the same.
+        """Record the settings of this run, or check that they equal those of the run that it resumes.
 
-        Args:
-            config: the job's configuration.
-            resume: keep finished units; otherwise start anew.
-            alone: whether no other task shares the directory.
+        Without `resume`, a run that is `alone` starts anew.
 
         Raises:
-            UsageError: the directory belongs to a run of other settings.
+            UsageError: the folder belongs to a run with other settings.
         """
         record = self.path / "job.json"
         old = self._read(record)
@@ -115,15 +112,15 @@ class Output:
         if self._read(record) != config:
             write_file(record, to_json(config))
 
-    def is_done(self, number: int, stretch: Stretch, *, config_sha256: str) -> bool:
-        """Whether a unit is committed, its files have their sizes, and its input is what it was made from.
+    def is_done(self, number: int, split: Split, *, config_sha256: str) -> bool:
+        """Whether a task is committed, its files have their sizes, and its input is unchanged.
 
-        Input that was written to after the unit was committed is hashed again.
+        The input is hashed again only where it was written to after the commit.
         """
-        summary = self.read_unit(number)
+        summary = self.read_task(number)
         if summary is None or summary.config_sha256 != config_sha256:
             return False
-        changed = os.stat(stretch.path).st_mtime_ns > self._unit_path(number).stat().st_mtime_ns
+        changed = os.stat(split.path).st_mtime_ns > self._task_path(number).stat().st_mtime_ns
         if changed and not summary.shards:
             return False
         for shard in summary.shards:
@@ -132,9 +129,9 @@ class Output:
                 return False
             manifest = read_manifest(path, kind=ShardManifest)
             source = manifest.sources[0]
-            if (source.name, source.start, source.end) != (stretch.path, stretch.start, stretch.end):
+            if (source.name, source.start, source.end) != (split.path, split.start, split.end):
                 return False
-            if changed and source.sha256 != stretch.sha256():
+            if changed and source.sha256 != split.sha256():
                 return False
             for entry in manifest.files:
                 file = self.path / entry.name
@@ -142,42 +139,42 @@ class Output:
                     return False
         return True
 
-    def commit_unit(self, summary: UnitSummary, *, rejects: Sequence[dict[str, str]]) -> None:
-        """Write a unit's rejected records and then its summary."""
+    def commit_task(self, summary: TaskSummary, *, rejects: Sequence[dict[str, str]]) -> None:
+        """Write the rejected records of a task and then its summary."""
         lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-        # A file name in a record may be bytes that are no text.
+        # A file name in a record may hold bytes that are not text.
         write_file(self.rejects_path(summary.number), lines.encode("utf-8", "backslashreplace"))
-        write_file(self._unit_path(summary.number), to_json(summary))
-        sync_directory(self._units)
+        write_file(self._task_path(summary.number), to_json(summary))
+        sync_directory(self._tasks)
 
     def rejects_path(self, number: int) -> Path:
-        """Rejected records of one unit."""
-        return self._units / f"{number:05d}.rejects.jsonl"
+        """File with the rejected records of a task."""
+        return self._tasks / f"{number:05d}.rejects.jsonl"
 
-    def read_unit(self, number: int) -> UnitSummary | None:
-        """A unit's summary, or None when it is not done."""
-        content = self._read(self._unit_path(number))
+    def read_task(self, number: int) -> TaskSummary | None:
+        """The summary of a task, or None when it is not done."""
+        content = self._read(self._task_path(number))
         try:
-            return None if content is None else TypeAdapter(UnitSummary).validate_python(content)
+            return None if content is None else TypeAdapter(TaskSummary).validate_python(content)
         except ValidationError:
             return None
 
     def remove_leftovers(self) -> None:
         """Remove temporary files of killed runs."""
         remove_leftovers(self.path)
-        remove_leftovers(self._units)
+        remove_leftovers(self._tasks)
 
-    def _unit_path(self, number: int) -> Path:
-        return self._units / f"{number:05d}.json"
+    def _task_path(self, number: int) -> Path:
+        return self._tasks / f"{number:05d}.json"
 
     def _clear(self) -> None:
-        # The manifest first: from here on this is no dataset.
+        # The manifest goes first: without it the folder is no dataset.
         (self.path / "manifest.json").unlink(missing_ok=True)
         sync_directory(self.path)
         for pattern in _OURS:
             for file in self.path.glob(pattern):
                 file.unlink()
-        for file in self._units.glob("*.json*"):
+        for file in self._tasks.glob("*.json*"):
             file.unlink()
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""The packs of a dataset, written in order of packs while shards give samples in order of input.
+"""Writes the table of packs, in order of packs, while the shards give their samples in order of input.
 
-Memory does not grow with the samples. Shards are read in blocks, three times: to count kinds of samples, to count the
-samples in each stretch of packs, and to distribute their rows over these stretches in an unnamed file. Each stretch is
-then sorted alone.
+Memory does not grow with the number of samples, because the rows are sorted through an unnamed file. Shards are read in
+blocks, three times. The first pass counts the kinds of samples, the second the samples in each range of packs. The
+third writes the rows of each range together. Then each range is sorted alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,13 @@ from megavl.data.manifest import MODALITIES, PACK_ROW, Modality
 from megavl.data.packing import Cursor, Kinds, Packing
 
 _ROW = np.dtype([("kind", "<i4"), ("row", PACK_ROW)])
-"""A row before its pack is sorted."""
+"""A row before its range is sorted."""
 _SORTED_ROWS = 1 << 16
-"""Rows sorted at a time, at least."""
-_STRETCHES = 1 << 10
-"""Stretches of packs, at most: more rows are sorted at a time in a dataset of many samples."""
+"""Rows of a range, at least."""
+_RANGES = 1 << 10
+"""Number of ranges, at most: in a large dataset a range has more rows."""
 _BINS = 1 << 17
-"""Borders between which a stretch may end."""
+"""Number of borders at which a range may end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,38 +38,31 @@ class Block:
 
     shard: int
     first: int
-    """Number of the first of them in the shard."""
+    """Number of the first sample in its shard."""
     lengths: npt.NDArray[np.int32]
     images: npt.NDArray[np.int32]
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What the packs of a modality hold."""
+    """Totals over the packs of one modality."""
 
     count: int
     tokens: int = 0
     images: int = 0
     filler_tokens: int = 0
-    """Of samples without images beside samples with them."""
+    """Tokens of samples without images, in packs that have images."""
     totals: Counter[int] = field(default_factory=Counter)
     """Number of packs by their tokens."""
 
 
 class PackTable:
-    """Packs of the samples that `blocks` gives, the same ones in the same order whenever it is called."""
+    """Packs the samples that `blocks` gives; each call of it must give the same samples in the same order."""
 
     def __init__(
         self, blocks: Callable[[], Iterable[Block]], *, seq_length: int, max_images: int, packed: bool
     ) -> None:
-        """Pack.
-
-        Args:
-            blocks: all samples.
-            seq_length: token limit of a sequence.
-            max_images: image limit of a sequence.
-            packed: False puts every sample into a sequence of its own.
-        """
+        """Pack under the limits of a sequence; without `packed` every sample gets its own sequence."""
         self._blocks = blocks
         kinds = Kinds(seq_length=seq_length, max_images=max_images)
         for block in blocks():
@@ -104,7 +97,7 @@ class PackTable:
         self._in_order(np.concatenate([none, *(self._rows(block, cursor) for block in self._blocks())]))
 
     def _sorted(self, directory: Path) -> Iterator[npt.NDArray[np.void]]:
-        """All rows in order of packs, stretch by stretch."""
+        """All rows in order of packs, range by range."""
         packs = self._packing.text + self._packing.multimodal
         width = max(1, -(-packs // _BINS))
         sizes = np.zeros(-(-packs // width), np.int64)
@@ -112,33 +105,32 @@ class PackTable:
         for block in self._blocks():
             bins = self._rows(block, cursor)["row"]["pack"] // width
             sizes += np.bincount(bins, minlength=len(sizes))
-        stretches = (np.cumsum(sizes) - sizes) // max(_SORTED_ROWS, -(-self.samples // _STRETCHES))
-        counts = np.bincount(stretches, weights=sizes).astype(np.int64) if packs else np.zeros(0, np.int64)
+        ranges = (np.cumsum(sizes) - sizes) // max(_SORTED_ROWS, -(-self.samples // _RANGES))
+        counts = np.bincount(ranges, weights=sizes).astype(np.int64) if packs else np.zeros(0, np.int64)
         try:
-            # It has no name, so that nothing of it is left when the process ends in any way.
-            with tempfile.TemporaryFile(dir=directory, buffering=0) as scratch:
-                self._distribute(scratch, stretches=stretches, width=width, starts=np.cumsum(counts) - counts)
+            # A file without a name disappears however the process ends.
+            with tempfile.TemporaryFile(dir=directory) as scratch:
+                self._distribute(scratch, ranges=ranges, width=width, starts=np.cumsum(counts) - counts)
                 scratch.seek(0)
                 for count in counts[counts > 0].tolist():
-                    raw = _read(scratch, count * _ROW.itemsize)
-                    yield self._in_order(np.frombuffer(raw, _ROW))
+                    yield self._in_order(np.frombuffer(scratch.read(count * _ROW.itemsize), _ROW))
         except OSError as error:
             raise storage_error(directory / "packs.npy", error) from error
 
     def _distribute(
-        self, scratch: BinaryIO, *, stretches: npt.NDArray[np.int64], width: int, starts: npt.NDArray[np.int64]
+        self, scratch: BinaryIO, *, ranges: npt.NDArray[np.int64], width: int, starts: npt.NDArray[np.int64]
     ) -> None:
-        """Write every row to its stretch; in a stretch they stay in order of samples."""
+        """Write every row to its range; inside a range the rows stay in order of samples."""
         cursor, ends = self._packing.cursor(), starts.copy()
         for block in self._blocks():
             rows = self._rows(block, cursor)
-            owners = stretches[rows["row"]["pack"] // width]
+            owners = ranges[rows["row"]["pack"] // width]
             rows = rows[np.argsort(owners, kind="stable")]
             found, counts = np.unique(owners, return_counts=True)
-            for stretch, part in zip(found.tolist(), np.split(rows, np.cumsum(counts)[:-1])):
-                scratch.seek(int(ends[stretch]) * _ROW.itemsize)
-                _write(scratch, part.tobytes())
-                ends[stretch] += len(part)
+            for owner, part in zip(found.tolist(), np.split(rows, np.cumsum(counts)[:-1])):
+                scratch.seek(int(ends[owner]) * _ROW.itemsize)
+                scratch.write(part.tobytes())
+                ends[owner] += len(part)
 
     def _rows(self, block: Block, cursor: Cursor) -> npt.NDArray[np.void]:
         placed = cursor.place(block.lengths, images=block.images)
@@ -151,7 +143,7 @@ class PackTable:
         return rows
 
     def _in_order(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-        """Rows of whole packs sorted into them, and counted."""
+        """Sort the rows of whole packs, and add them to the tallies."""
         found = np.ascontiguousarray(rows["row"][np.lexsort((rows["kind"], rows["row"]["pack"]))])
         for kind, modality in enumerate(MODALITIES):
             part, tally = found[found["modality"] == kind], self.tallies[modality]
@@ -167,19 +159,3 @@ class PackTable:
             totals, times = np.unique(tokens, return_counts=True)
             tally.totals.update(dict(zip(totals.tolist(), times.tolist())))
         return found
-
-
-def _read(file: Any, size: int) -> bytes:
-    """Exactly so many bytes: a raw file may give fewer at once."""
-    parts = []
-    while size:
-        parts.append(file.read(size))
-        assert parts[-1], "the file was written by this process a moment ago"
-        size -= len(parts[-1])
-    return b"".join(parts)
-
-
-def _write(file: Any, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]

@@ -1,12 +1,12 @@
-"""Writing one shard: token and image pairs, tables, manifest last."""
+"""Writes one shard: token and image pairs, tables, and last the manifest, which commits it."""
 
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from data_tools.pipeline.commit import NewFile, sync_directory, write_file
 from data_tools.pipeline.image_source import LoadedImage
+from data_tools.pipeline.job import Job, Task, tokenizer_at
 from megavl.config.version import VERSION
 from megavl.data.image import FORMATS
 from megavl.data.index_file import index_bytes
@@ -23,44 +24,31 @@ from megavl.data.manifest import (
     MODALITIES,
     SAMPLE_ROW,
     SPAN_ROW,
-    GeometryEntry,
     Modality,
     ShardEntry,
     ShardManifest,
     SourceEntry,
-    TokenizerEntry,
+    geometry_entry,
     to_json,
 )
 
-_BLOCK_ROWS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIdentity:
-    """What a shard's manifest says besides its content."""
-
-    config_sha256: str
-    number: int
-    count: int
-    tokenizer: TokenizerEntry
-    seq_length: int
-    geometry: GeometryEntry
-    template: str
+_CODES = {"u1": "B", "i4": "i", "u4": "I", "i8": "q"}
+"""`struct` codes of the columns."""
 
 
 class ShardWriter:
-    """Collects the samples of one shard; use as a context, so that nothing half-written stays."""
+    """Collects the samples of one shard."""
 
-    def __init__(self, directory: Path, *, modality: Modality, identity: ShardIdentity) -> None:
-        """Open the data files."""
-        self.name = f"{modality}-{identity.number:05d}"
-        self._directory = directory
+    def __init__(self, job: Job, task: Task, *, count: int, modality: Modality) -> None:
+        """Open the data files; `count` is the number of tasks of the job."""
+        self.name = f"{modality}-{task.number:05d}"
+        self._directory = directory = Path(job.output)
         self._modality: Modality = modality
-        self._identity = identity
+        self._job, self._task, self._count = job, task, count
         self._tokens = NewFile(directory / f"{self.name}.tokens.bin")
         self._images = NewFile(directory / f"{self.name}.images.bin") if modality == "multimodal" else None
         self._lengths, self._image_sizes = array("i"), array("i")
-        self._samples, self._spans, self._image_rows = _Rows(SAMPLE_ROW), _Rows(SPAN_ROW), _Rows(IMAGE_ROW)
+        self._samples, self._spans, self._image_rows = _Table(SAMPLE_ROW), _Table(SPAN_ROW), _Table(IMAGE_ROW)
         self._image_starts = array("q")
         self._stored: dict[tuple[tuple[int, int], ...], int] = {}
         self._slots = 0
@@ -75,21 +63,21 @@ class ShardWriter:
         *,
         spans: Sequence[tuple[int, int]],
         images: Sequence[LoadedImage],
-        place: int,
+        position: int,
     ) -> None:
-        """Append a sample; images that an earlier sample of this shard used alike are stored once."""
+        """Append a sample; images that an earlier sample of this shard also has are stored once."""
         first = self._store(images) if images else 0
         data = ids.astype("<i4").tobytes()
         self._tokens.write(data)
         self._lengths.append(len(ids))
         kind = MODALITIES.index(self._modality)
-        self._samples.append((0, place, first, len(images), len(self._spans), len(spans), kind, zlib.crc32(data)))
+        self._samples.append(0, position, first, len(images), len(self._spans), len(spans), kind, zlib.crc32(data))
         for span in spans:
-            self._spans.append(span)
+            self._spans.append(*span)
         self._slots += len(images)
         self._max_token = max(self._max_token, int(ids.max(initial=0)))
 
-    def commit(self, source: SourceEntry) -> ShardEntry:
+    def commit(self, *, source: SourceEntry) -> ShardEntry:
         """Write indexes and tables, then the manifest."""
         files = [self._tokens.commit(), self._write("tokens.idx", index_bytes(_int32(self._lengths), dtype="int32"))]
         if self._images is not None:
@@ -104,25 +92,25 @@ class ShardWriter:
             self._write("spans.npy", self._spans.npy()),
         ]
         sync_directory(self._directory)
-        identity, tokens = self._identity, sum(self._lengths)
+        job, tokens = self._job, sum(self._lengths)
         manifest = ShardManifest(
             code_version=VERSION,
-            config_sha256=identity.config_sha256,
+            config_sha256=job.config_sha256,
             name=self.name,
             modality=self._modality,
-            number=identity.number,
-            count=identity.count,
+            number=self._task.number,
+            count=self._count,
             sources=(source,),
             files=tuple(files),
             samples=len(self._samples),
             images=len(self._image_rows),
             tokens=tokens,
-            image_tokens=self._slots * identity.geometry.tokens,
+            image_tokens=self._slots * job.geometry.tokens,
             max_token=self._max_token,
-            tokenizer=identity.tokenizer,
-            seq_length=identity.seq_length,
-            geometry=identity.geometry,
-            template=identity.template,
+            tokenizer=tokenizer_at(job.tokenizer).entry,
+            seq_length=job.seq_length,
+            geometry=geometry_entry(job.geometry),
+            template=job.inputs[self._task.input].template,
         )
         written = write_file(self._directory / f"{self.name}.json", to_json(manifest))
         return ShardEntry(
@@ -151,39 +139,35 @@ class ShardWriter:
             self._images.write(image.data)
             self._image_sizes.append(len(image.data))
             info = image.info
-            self._image_rows.append((info.width, info.height, FORMATS.index(info.format), checksum))
+            self._image_rows.append(info.width, info.height, FORMATS.index(info.format), checksum)
         return first
 
     def _are_at(self, first: int, images: Sequence[LoadedImage]) -> bool:
-        """Whether these images are stored from `first` on; equal checksums do not prove it."""
+        """Whether the images stored from `first` on equal these; equal checksums do not prove it."""
         assert self._images is not None, "text shards hold no images"
         starts = self._image_starts[first : first + len(images)]
         return all(self._images.read_back(start, len(image.data)) == image.data for start, image in zip(starts, images))
 
 
-class _Rows:
-    """A table under construction, as compact as its file: tuples alone would take ten times as much."""
+class _Table:
+    """Rows of an `.npy` table, as compact as in the file: a list of tuples would take ten times as much."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
-        self._blocks: list[npt.NDArray[np.void]] = []
-        self._open: list[tuple[int, ...]] = []
+        self._row = struct.Struct("<" + "".join(_CODES[dtype[name].str[1:]] for name in dtype.names or ()))
+        self._data = bytearray()
 
     def __len__(self) -> int:
-        return len(self._blocks) * _BLOCK_ROWS + len(self._open)
+        return len(self._data) // self._row.size
 
-    def append(self, row: tuple[int, ...]) -> None:
+    def append(self, *row: int) -> None:
         """Add one row."""
-        self._open.append(row)
-        if len(self._open) == _BLOCK_ROWS:
-            self._blocks.append(np.array(self._open, self._dtype))
-            self._open = []
+        self._data += self._row.pack(*row)
 
     def npy(self) -> bytes:
         """The table as an `.npy` file."""
         out = io.BytesIO()
-        table = np.concatenate([*self._blocks, np.array(self._open, self._dtype)])
-        np.save(out, table, allow_pickle=False)
+        np.save(out, np.frombuffer(self._data, self._dtype), allow_pickle=False)
         return out.getvalue()
 
 

@@ -1,9 +1,9 @@
-"""Preprocessing as a SLURM job array through datatrove: tasks make shards, then one job makes the dataset.
+"""Preprocessing as a SLURM job array through datatrove: array tasks make shards, then one job makes the dataset.
 
-datatrove divides the array, queues it, numbers the tasks, keeps their logs and puts them back into the queue when the
-cluster asks for it. A task runs the very command that queued it; a variable names the folder of its job. What is done
-follows from the shards' manifests, never from datatrove's marks, and nothing is unpickled: the copy of itself that
-datatrove leaves for its own tasks is removed.
+datatrove queues the array, divides it where it is too long, numbers the array tasks, keeps their logs and requeues them
+on a signal. An array task runs the command that queued it, with the folder of its job in an environment variable. The
+manifests of the shards say which are done; datatrove's own marks are not read. Nothing is unpickled: the pickle that
+datatrove writes for its own tasks is removed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from datatrove.utils.logging import get_random_str, get_timestamp, logger
 from megavl.config.errors import MegaVLError, StorageError, UsageError
 
 LOGS = "slurm"
-"""Folder of the jobs' output, in the dataset's."""
+"""Folder inside the dataset for the output of the jobs."""
 JOB_FOLDER = "MEGAVL_PREPROCESS_JOB"
-"""Variable with the folder of the job that a process belongs to; set by the scripts written here."""
+"""Environment variable that the job scripts set to the folder of their job."""
 SHARDS, MERGE = "shards", "merge"
-"""The two jobs, and the last part of their folders' names."""
+"""The two jobs, and the names of their folders."""
 _SCRIPT = Path(__file__).parents[1] / "preprocess.py"
 
 
@@ -37,14 +37,14 @@ class Submitted:
     """Numbers of the two jobs."""
 
     array: str | None
-    """None where all shards were there already; of several arrays the last one."""
+    """The last array; None when all shards were done already."""
     merge: str
     folder: Path
-    """Of their output."""
+    """Output of the jobs."""
 
 
 class _Jobs(SlurmPipelineExecutor):  # type: ignore[misc]
-    """datatrove's array with our script, with quoted paths, and without its own idea of what is done."""
+    """datatrove's job array with our script and quoted paths, and without its own record of finished tasks."""
 
     def __init__(self, folder: Path, *, tasks: int, todo: Sequence[int] = (), script: str = "", **more: Any) -> None:
         super().__init__(
@@ -61,31 +61,31 @@ class _Jobs(SlurmPipelineExecutor):  # type: ignore[misc]
         self._todo, self._script = list(todo), script
 
     def get_incomplete_ranks(self, ranks: Any = None, skip_completed: Any = None) -> list[int]:
-        """Tasks to queue."""
+        """Numbers of the array tasks to queue."""
         return self._todo
 
     def launch_merge_stats(self) -> None:
-        """Not needed: report.json has the counts."""
+        """Does nothing: report.json has the counts."""
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
-        """Script of a job; memory, time and partition are the cluster's own unless the user names them."""
+        """Script of a job; memory, time and partition are the defaults of the cluster unless the user gives them."""
         kept = {key: value for key, value in sbatch_args.items() if key not in ("mem-per-cpu", "time", "partition")}
         options = [f"--{key}={shlex.quote(str(value))}" if value else f"--{key}" for key, value in kept.items()]
         return "\n".join(["#!/bin/bash", *(f"#SBATCH {option}" for option in options), self._script, ""])
 
 
 def submit(
-    arguments: Sequence[str], *, output: str, todo: Sequence[int], tasks: int, workers: int, extra: str
+    arguments: Sequence[str], *, output: str, todo: Sequence[int], array_tasks: int, workers: int, extra: str
 ) -> Submitted:
     """Queue the array and the job that waits for it.
 
     Args:
-        arguments: of the command, without the program's name.
+        arguments: command line without the name of the program.
         output: folder of the dataset.
-        todo: tasks that have shards to make.
-        tasks: among which all shards are divided.
-        workers: processes of a task, each on a core of its own.
-        extra: further options of sbatch, as in a shell; they win over ours.
+        todo: numbers of the array tasks that have shards to make.
+        array_tasks: number of array tasks that share all shards.
+        workers: processes of an array task, each with its own core.
+        extra: further options of sbatch, quoted as in a shell; they override ours.
 
     Raises:
         UsageError: sbatch is missing or refuses.
@@ -104,12 +104,10 @@ def submit(
 
     shared = {"chdir": os.getcwd(), "open-mode": "append"}
     array = _Jobs(
-        folder / SHARDS, tasks=tasks, todo=todo, script=script(SHARDS), cpus_per_task=workers, sbatch_args=shared
+        folder / SHARDS, tasks=array_tasks, todo=todo, script=script(SHARDS), cpus_per_task=workers, sbatch_args=shared
     )
-    merge = _Jobs(
-        *(folder / MERGE,), tasks=1, todo=[0], script=script(MERGE), depends=array,
-        sbatch_args=shared | {"kill-on-invalid-dep": "yes"},
-    )  # fmt: skip
+    ending = shared | {"kill-on-invalid-dep": "yes"}
+    merge = _Jobs(folder / MERGE, tasks=1, todo=[0], script=script(MERGE), depends=array, sbatch_args=ending)
     try:
         _launch(array)
         try:
@@ -125,31 +123,31 @@ def submit(
     return Submitted(array=None if array.job_id == -1 else array.job_id, merge=merge.job_id, folder=folder)
 
 
-def run_task(folder: Path, *, tasks: int, work: Callable[[int], object]) -> None:
-    """Do what this job of an array is for.
+def run_array_task(folder: Path, *, array_tasks: int, work: Callable[[int], object]) -> None:
+    """Do the work of this process, inside a job.
 
     Args:
-        folder: of the job, from the variable `JOB_FOLDER`.
-        tasks: among which all shards are divided.
-        work: does the part of one task, 0 to tasks - 1.
+        folder: folder of the job, from the variable `JOB_FOLDER`.
+        array_tasks: number of array tasks that share all shards.
+        work: called with the number of this array task, from 0.
 
     Raises:
-        SystemExit: with the error's exit code when the work fails; the message stands in the job's output.
+        SystemExit: the work failed; the message is in the output of the job.
     """
 
     def step(data: object, rank: int, world_size: int) -> None:
         try:
             work(rank)
         except MegaVLError as error:
-            # As an error of its own datatrove would print it with every frame and value on the way.
+            # datatrove would print any other exception with every frame and its variables.
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
 
-    _Jobs(folder, tasks=tasks if folder.name == SHARDS else 1, pipeline=[step]).run()
+    _Jobs(folder, tasks=array_tasks if folder.name == SHARDS else 1, pipeline=[step]).run()
 
 
 def _launch(jobs: _Jobs) -> None:
-    # The caller says what was queued; in the jobs themselves datatrove's lines are welcome.
+    # The caller reports what was queued; inside the jobs datatrove may log.
     logger.disable("datatrove")
     try:
         jobs.launch_job()

@@ -37,22 +37,20 @@ def read_llava(raw: Any) -> Record:
     return Record(turns=tuple(turns), images=images)
 
 
-def read_deepseek(raw: Any, *, ahead: tuple[Picture, ...] = ()) -> Record:
+def read_deepseek(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
     """Turns {`role`, `content`, `images`}, bare or under `conversations`; images belong to the turn with their tags.
 
-    Args:
-        raw: the record.
-        ahead: images that the record does not name itself, for the first tags.
+    In a turn that names no images, the next ones of `outer`, which come with the record, take the tags.
     """
     turns: list[Turn] = []
     images: list[Picture] = []
-    left = list(ahead)
+    left = list(outer)
     messages = _messages(raw if isinstance(raw, list) else mapping(raw).get("conversations"), key="conversations")
     for number, message in enumerate(messages):
         role = _role(message.get("role"), known=_DEEPSEEK_ROLES, key=f"conversations[{number}].role")
         text = unify_tags(string(message.get("content"), key=f"conversations[{number}].content"))
         found = pictures(message.get("images") or [], key=f"conversations[{number}].images")
-        if ahead and not found:
+        if outer and not found:
             tags = text.count(IMAGE_TAG)
             found, left = tuple(left[:tags]), left[tags:]
         check_tags([text], images=len(found), where=f"conversations[{number}]: ")
@@ -66,8 +64,8 @@ def read_deepseek(raw: Any, *, ahead: tuple[Picture, ...] = ()) -> Record:
 def read_messages(raw: Any) -> Record:
     """{`messages`: [{`role`, `content`}], `images`}: content is a string with tags, or a list of parts.
 
-    Parts are {`type`: `text`, `text`} and {`type`: `image` or `image_url`}, joined as they stand. A tag, and an image
-    part that names no image, takes the next one of `images`; none may be left over.
+    Parts are {`type`: `text`, `text`} and {`type`: `image` or `image_url`}, joined without a separator. A tag takes the
+    next one of `images`, and so does an image part that names no image. None may be left over.
     """
     record = mapping(raw)
     waiting = iter(record_images(record))

@@ -1,4 +1,4 @@
-"""Input files of every kind: what a file is, how it is divided, and what it holds."""
+"""Input files of every kind: what kind a file is, what splits it has, and which records they hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 from data_tools.readers.formats import FORMATS, Container, recognise
+from data_tools.readers.json_file import divide_json, json_entries
 from data_tools.readers.parquet_table import MAGIC, column_names, divide_parquet, parquet_entries, parquet_format
-from data_tools.readers.record import MAX_RECORD, Entry, RecordError, parse_json
-from data_tools.readers.splits import Stretch, divide, records
+from data_tools.readers.record import Entry, RecordError, parse_json
+from data_tools.readers.splits import Split
 from data_tools.readers.tar_archive import divide_tar, is_tar, tar_entries
 from megavl.config.errors import DataError, UsageError
 
@@ -25,14 +26,10 @@ _KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet f
 
 
 def container_of(path: str, *, start: bytes) -> Container:
-    """What kind of file begins with these bytes.
-
-    Args:
-        path: for messages.
-        start: the first 512 bytes or more.
+    """The kind of a file that begins with these 512 bytes or more.
 
     Raises:
-        DataError: the file is compressed as a whole, so that it cannot be divided.
+        DataError: the whole file is compressed, so it cannot be divided.
     """
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
@@ -43,15 +40,10 @@ def container_of(path: str, *, start: bytes) -> Container:
 
 
 def choose_format(path: str, *, container: Container, asked: str) -> str:
-    """The format of a file.
-
-    Args:
-        path: the file.
-        container: what kind of file it is.
-        asked: row of FORMATS, or `auto`.
+    """The format of a file; `asked` is a row of FORMATS, or `auto`.
 
     Raises:
-        UsageError: not recognised, or the format asked for is not kept in this kind of file.
+        UsageError: the format is not recognised, or this kind of file cannot hold the wanted one.
     """
     if asked == "auto":
         return _recognise(path, container=container)
@@ -61,27 +53,16 @@ def choose_format(path: str, *, container: Container, asked: str) -> str:
     return asked
 
 
-def divide_file(path: str, *, container: Container, size: int, limit: int | None = None) -> list[Stretch]:
-    """Divide a file of any kind into stretches of about `size` bytes; `limit` records at most."""
-    kinds = {"json": divide, "tar": divide_tar, "parquet": divide_parquet}
+def divide_file(path: str, *, container: Container, size: int, limit: int | None = None) -> list[Split]:
+    """Divide a file of any kind into splits of about `size` bytes; `limit` records at most."""
+    kinds = {"json": divide_json, "tar": divide_tar, "parquet": divide_parquet}
     return kinds[container](path, size=size, limit=limit)
 
 
-def entries(stretch: Stretch) -> Iterator[Entry]:
-    """What a stretch holds, place by place."""
-    if stretch.places == "member":
-        return tar_entries(stretch)
-    if stretch.places == "row":
-        return parquet_entries(stretch)
-    return _json_entries(stretch)
-
-
-def _json_entries(stretch: Stretch) -> Iterator[Entry]:
-    for place, raw in records(stretch):
-        if raw is None:
-            yield Entry(place, RecordError(f"longer than {MAX_RECORD} bytes", "record_too_long"), 0)
-        else:
-            yield Entry(place, raw, len(raw))
+def entries(split: Split) -> Iterator[Entry]:
+    """The records of a split, in order."""
+    readers = {"member": tar_entries, "row": parquet_entries, "line": json_entries, "item": json_entries}
+    return readers[split.position_kind](split)
 
 
 def _recognise(path: str, *, container: Container) -> str:
@@ -102,8 +83,8 @@ def _recognise(path: str, *, container: Container) -> str:
 
 def _recognise_json(path: str) -> tuple[str | None, str]:
     seen = ""
-    for stretch in divide(path, size=1 << 30, limit=_SAMPLED):
-        for entry in islice(_json_entries(stretch), _SAMPLED):
+    for split in divide_json(path, size=1 << 30, limit=_SAMPLED):
+        for entry in islice(json_entries(split), _SAMPLED):
             try:
                 content = parse_json(entry.content) if isinstance(entry.content, bytes) else None
             except RecordError:

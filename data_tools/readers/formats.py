@@ -21,7 +21,7 @@ class Format:
 
     read: Callable[[Any], Record]
     template: Template
-    """Where none is asked for: documents are supervised whole, conversations by answer."""
+    """Default: documents are supervised as a whole, conversations only in their answers."""
     containers: tuple[Container, ...] = ("json",)
 
 
@@ -33,7 +33,7 @@ def read_webdataset(raw: Any) -> Record:
     if text is not None:
         if not images:
             raise RecordError(f"key {key}: has a text but no image", "tar_incomplete")
-        # A text file ends with a line end, which is no part of the caption.
+        # The line end of a text file is not part of the caption.
         return caption(decode(text, name=f"{key}.txt: ").removesuffix("\n").removesuffix("\r"), images=images)
     if group["json"] is None:
         raise RecordError(f"key {key}: has neither .txt nor .json", "tar_incomplete")
@@ -46,7 +46,7 @@ def read_webdataset(raw: Any) -> Record:
     if name == "text":
         return caption(string(content["text"], key="text"), images=images)
     if name == "deepseek":
-        return read_deepseek(content, ahead=images)
+        return read_deepseek(content, outer=images)
     return FORMATS[name].read({**content, "images": list(images)})
 
 
@@ -58,7 +58,7 @@ def read_parquet(raw: Any) -> Record:
         if name not in ("llava", "deepseek"):
             raise RecordError("conversations must be a list of turns {from, value} or {role, content}")
         if name == "deepseek":
-            return read_deepseek(row, ahead=record_images(row))
+            return read_deepseek(row, outer=record_images(row))
         return read_llava(row)
     if row.get("messages") is not None:
         return read_messages(row)

@@ -1,26 +1,26 @@
-"""Parquet files, divided between row groups and read in batches of bounded size. Needs pyarrow, which is optional."""
+"""Parquet files: divided between row groups, read in batches of bounded size. Needs pyarrow, an optional package."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from data_tools.readers.record import Entry, RecordError
-from data_tools.readers.splits import Stretch
+from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
 MAGIC = b"PAR1"
 COLUMNS = ("image", "images", "text", "caption", "conversations", "messages", "texts")
-"""All that is read; other columns cost nothing."""
+"""Columns that are read; the others cost nothing."""
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 256
 
 
 def parquet_format(path: str | Path) -> str | None:
-    """The format of a table by its columns: `obelics`, `parquet` or None; as text, the columns are `column_names`."""
+    """The format of a table by its columns: `obelics`, `parquet` or None."""
     schema = open_parquet(path).schema_arrow
     kinds = {name: str(schema.field(number).type) for number, name in enumerate(schema.names)}
     if all(kinds.get(name, "").startswith(("list<", "large_list<")) for name in ("images", "texts")):
@@ -34,42 +34,23 @@ def column_names(path: str | Path) -> list[str]:
     return names
 
 
-def divide_parquet(path: str | Path, *, size: int, limit: int | None = None) -> list[Stretch]:
-    """Divide a table into stretches of about `size` bytes, between two row groups.
-
-    Args:
-        path: Parquet file.
-        size: bytes after which a stretch ends with the row group at hand.
-        limit: number of rows after which the rest is left out.
+def divide_parquet(path: str | Path, *, size: int, limit: int | None = None) -> list[Split]:
+    """Divide a table into splits of about `size` bytes, between two row groups; `limit` rows at most.
 
     Raises:
         DataError: the file is damaged.
         UsageError: pyarrow is not installed.
     """
     metadata = open_parquet(path).metadata
-    stretches: list[Stretch] = []
-    start, first, count, seen = -1, 1, 0, 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        begin, end = _span(group, path=path)
-        # Row groups are written one after the other; where they are not, a stretch covers what lies between.
-        start = begin if start < 0 else min(start, begin)
-        rows = group.num_rows if limit is None else min(group.num_rows, limit - seen)
-        count, seen = count + rows, seen + rows
-        done = seen == limit or number + 1 == metadata.num_row_groups
-        if count and (end - start >= size or done):
-            stretches.append(
-                Stretch(path=str(path), places="row", start=start, end=end, first_place=first, records=count)
-            )
-            start, first, count = -1, seen + 1, 0
-        if seen == limit:
-            break
-    return stretches
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    firsts = accumulate((rows.num_rows for rows in groups), initial=1)
+    chunks = ((*_span(rows, path=path), first, rows.num_rows) for first, rows in zip(firsts, groups) if rows.num_rows)
+    return group(chunks, path=path, position_kind="row", size=size, limit=limit)
 
 
-def parquet_entries(stretch: Stretch) -> Iterator[Entry]:
-    """The rows of a stretch; those that cannot be read are RecordErrors."""
-    return islice(_rows(stretch), stretch.records)
+def parquet_entries(split: Split) -> Iterator[Entry]:
+    """The rows of a split; those that cannot be read are RecordErrors."""
+    return islice(_rows(split), split.records)
 
 
 def open_parquet(path: str | Path) -> Any:
@@ -94,37 +75,35 @@ def open_parquet(path: str | Path) -> Any:
         ) from error
 
 
-def _rows(stretch: Stretch) -> Iterator[Entry]:
-    table = open_parquet(stretch.path)
+def _rows(split: Split) -> Iterator[Entry]:
+    table = open_parquet(split.path)
     schema, metadata = table.schema_arrow, table.metadata
     columns = [name for name in COLUMNS if name in schema.names]
-    place = 1
+    first = 1
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        if place >= stretch.first_place:
-            yield from _group_rows(table, number, columns=columns, first=place)
-        place += group.num_rows
+        if first >= split.first_position:
+            yield from _group_rows(table, number, columns=columns, first=first)
+        first += metadata.row_group(number).num_rows
 
 
 def _group_rows(table: Any, number: int, *, columns: list[str], first: int) -> Iterator[Entry]:
-    group = table.metadata.row_group(number)
-    place, end = first, first + group.num_rows
+    rows = table.metadata.row_group(number)
+    position, end = first, first + rows.num_rows
     try:
         batches = table.iter_batches(
-            batch_size=_batch_rows(group, columns=columns), row_groups=[number], columns=columns, use_threads=False
+            batch_size=_batch_rows(rows, columns=columns), row_groups=[number], columns=columns, use_threads=False
         )
         for batch in batches:
             size = batch.nbytes // max(1, batch.num_rows)
             for row in _values(batch):
-                yield Entry(place, row, size)
-                place += 1
+                yield Entry(position, row, size)
+                position += 1
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes the library raises anything
         detail = f"row group {number + 1} cannot be read from here on ({_first_line(error)})"
-        while place < end:
-            yield Entry(place, RecordError(detail, "parquet_damaged"), 0)
-            place += 1
+        for lost in range(position, end):
+            yield Entry(lost, RecordError(detail, "parquet_damaged"), 0)
 
 
 def _values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
@@ -144,18 +123,18 @@ def _values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
             yield row
 
 
-def _batch_rows(group: Any, *, columns: list[str]) -> int:
-    chunks = [group.column(number) for number in range(group.num_columns)]
+def _batch_rows(rows: Any, *, columns: list[str]) -> int:
+    chunks = [rows.column(number) for number in range(rows.num_columns)]
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(1, group.num_rows) // max(1, size)))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(1, rows.num_rows) // max(1, size)))
 
 
-def _span(group: Any, *, path: str | Path) -> tuple[int, int]:
+def _span(rows: Any, *, path: str | Path) -> tuple[int, int]:
     """First byte and end of a row group."""
     total = os.path.getsize(path)
     begin, end = total, 0
-    for number in range(group.num_columns):
-        chunk = group.column(number)
+    for number in range(rows.num_columns):
+        chunk = rows.column(number)
         starts = [chunk.data_page_offset]
         if chunk.has_dictionary_page and chunk.dictionary_page_offset:
             starts.append(chunk.dictionary_page_offset)

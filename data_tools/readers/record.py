@@ -1,4 +1,4 @@
-"""A record of any input format: an ordered text with places for images, or a reason why it cannot be used."""
+"""A record of any input format: turns or text with images in their order, or the reason why it is rejected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megavl.data.template import IMAGE_TAG, Turn
 SHORT_TAG = "<image>"
 """Other spelling of IMAGE_TAG in input files."""
 MAX_RECORD = 64 << 20
-"""Longest record in bytes, images inside a tar or Parquet file aside; a longer one is rejected unread."""
+"""Longest record in bytes, without images inside a tar or Parquet file; a longer one is rejected unread."""
 
 MAX_IMAGE = 256 << 20
 """Largest image file, and largest sum of the image files of one record, bytes."""
@@ -28,14 +28,14 @@ class RecordError(DataError):
 
 
 class Entry(NamedTuple):
-    """What a file holds at one place, before its format is looked at."""
+    """One record of a file, before its format is looked at."""
 
-    place: int
+    position: int
     """Line, item, member or row, from 1."""
     content: bytes | Mapping[str, Any] | RecordError
-    """JSON text, the columns of a row, the members of a key, or why there is none."""
+    """JSON text, the columns of a row, the members of a key, or the reason why it is rejected."""
     size: int
-    """Bytes that it keeps in memory, roughly."""
+    """Bytes that it takes in memory, roughly."""
 
 
 class Span(NamedTuple):
@@ -51,9 +51,9 @@ class Picture:
     """One image of a record."""
 
     name: str
-    """Path, address or data URL; a name for messages when the bytes are given."""
+    """Path, address or data URL; with `data`, a name for messages."""
     data: bytes | Span | None = None
-    """The image file, or where it lies, when the record brings it along."""
+    """The image file or its position, when the record contains it."""
     optional: bool = False
     """Left out when there is no file for it, instead of rejecting the record."""
 
@@ -78,11 +78,7 @@ class Record:
 
 
 def parse_json(raw: bytes, *, name: str = "") -> Any:
-    """The value of a JSON text.
-
-    Args:
-        raw: UTF-8, with or without a byte order mark.
-        name: put in front of messages.
+    """The value of a JSON text in UTF-8, with or without a byte order mark; `name` starts the messages.
 
     Raises:
         RecordError: `encoding` or `json`.

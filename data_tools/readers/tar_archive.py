@@ -1,8 +1,9 @@
-"""WebDataset tars: headers are read one by one, contents only when their turn comes; nothing is ever extracted.
+"""WebDataset tars: headers are read one by one, contents only when they are needed. Nothing is extracted.
 
-The reader is strict where a general one is lenient: sizes are never negative, an extended header never exceeds 1 MiB,
-and no member passes the end of the file, so that a hostile archive costs neither memory nor endless loops. Archives
-that were joined end to end are read to the last member.
+The reader is strict, so that a hostile archive costs neither memory nor endless loops. Sizes are never negative, an
+extended header never exceeds 1 MiB, and no member passes the end of the file. Archives that were joined end to end are
+read to the last member. The standard library's `tarfile` does not serve: it ends silently at a damaged header, reads
+extended headers of any declared size, and stops between joined archives.
 """
 
 from __future__ import annotations
@@ -10,29 +11,31 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.readers.record import MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
-from data_tools.readers.splits import Stretch
+from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
 _ZEROS = 1 << 20
 _MAX_EXTENDED = 1 << 20
-"""Bytes of a header that only holds a long name; ordinary ones have a few hundred."""
+"""Bytes of a header that holds a long name; ordinary ones have a few hundred."""
 _EXTENDED = (b"L", b"K", b"x", b"X", b"g")
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
 
 class Member(NamedTuple):
-    """One member of an archive, or the damage that is found instead of one."""
+    """One member of an archive, or the damage found instead."""
 
     number: int
     """From 1, as `tar --list` shows them."""
@@ -48,8 +51,8 @@ class Member(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class _Group:
-    """Adjacent members of one key."""
+class _Key:
+    """Adjacent members with the same key."""
 
     number: int
     key: bytes
@@ -63,13 +66,8 @@ def is_tar(start: bytes) -> bool:
     return len(start) >= _BLOCK and _checksum_holds(start[:_BLOCK])
 
 
-def divide_tar(path: str | Path, *, size: int, limit: int | None = None) -> list[Stretch]:
-    """Divide an archive into stretches of about `size` bytes, between two keys.
-
-    Args:
-        path: tar archive.
-        size: bytes after which a stretch ends with the key at hand.
-        limit: number of keys after which the rest is left out.
+def divide_tar(path: str | Path, *, size: int, limit: int | None = None) -> list[Split]:
+    """Divide an archive into splits of about `size` bytes, between two keys; `limit` keys at most.
 
     Raises:
         UsageError: the file cannot be read.
@@ -77,75 +75,54 @@ def divide_tar(path: str | Path, *, size: int, limit: int | None = None) -> list
     handle = _open(path)
     try:
         total = os.fstat(handle).st_size
-        groups = _groups(members(handle, start=0, end=total))
-        marks, numbers, begins = array("Q"), array("q"), array("q")
-        for group in groups:
-            # Damage has no key and never returns.
-            digest = hashlib.blake2b(group.key or b"\0%d" % group.number, digest_size=8).digest()
-            marks.append(int.from_bytes(digest, "little"))
-            numbers.append(group.number)
-            begins.append(group.begin)
+        hashes, numbers, begins = array("Q"), array("q"), array("q")
+        for keyed in _keys(members(handle, start=0, end=total)):
+            # Damage has no key, so no later member can share it.
+            digest = hashlib.blake2b(keyed.key or b"\0%d" % keyed.number, digest_size=8).digest()
+            hashes.append(int.from_bytes(digest, "little"))
+            numbers.append(keyed.number)
+            begins.append(keyed.begin)
     finally:
         os.close(handle)
-    keys = np.array(marks, np.uint64)
-    _, place, count = np.unique(keys, return_inverse=True, return_counts=True)
-    returning = count[place] > 1 if len(keys) else np.zeros(0, bool)
-    stretches: list[Stretch] = []
-    kept = len(keys) if limit is None else min(limit, len(keys))
-    first = 0
-    for last in range(kept):
-        end = begins[last + 1] if last + 1 < len(begins) else total
-        if end - begins[first] < size and last + 1 < kept:
-            continue
-        stretches.append(
-            Stretch(
-                path=str(path),
-                places="member",
-                start=begins[first],
-                end=end,
-                first_place=numbers[first],
-                records=last + 1 - first,
-                apart=tuple(numbers[n] for n in range(first, last + 1) if returning[n]),
-            )
-        )
-        first = last + 1
-    return stretches
+    _, index, count = np.unique(np.array(hashes, np.uint64), return_inverse=True, return_counts=True)
+    scattered = np.array(numbers, np.int64)[count[index] > 1]
+    ends = chain(islice(begins, 1, None), [total])
+    chunks = ((begin, end, number, 1) for begin, end, number in zip(begins, ends, numbers))
+    splits = group(chunks, path=path, position_kind="member", size=size, limit=limit)
+    borders = np.searchsorted(scattered, [split.first_position for split in splits] + [sys.maxsize])
+    return [
+        replace(split, scattered=tuple(scattered[first:last].tolist()))
+        for split, first, last in zip(splits, borders, borders[1:])
+    ]
 
 
-def tar_entries(stretch: Stretch) -> Iterator[Entry]:
-    """The keys of a stretch, with the contents of their members.
+def tar_entries(split: Split) -> Iterator[Entry]:
+    """The records of a split: each key with the contents of its members.
 
     Raises:
         DataError: the file has shrunk since it was divided.
     """
-    apart = set(stretch.apart)
-    handle = _open(stretch.path)
+    scattered = set(split.scattered)
+    handle = _open(split.path)
     try:
-        found = members(handle, start=stretch.start, end=stretch.end, number=stretch.first_place)
-        for group in _groups(found):
-            problem = group.problem
-            if group.number in apart:
+        found = members(handle, start=split.start, end=split.end, number=split.first_position)
+        for key in _keys(found):
+            problem = key.problem
+            if key.number in scattered:
                 problem = RecordError(
-                    f"key {_shown(group.key)}: its members are not adjacent; write the archive with tar --sort=name",
+                    f"key {_shown(key.key)}: its members are not adjacent; write the archive with tar --sort=name",
                     "tar_unsorted",
                 )
             if problem is not None:
-                yield Entry(group.number, problem, 0)
+                yield Entry(key.number, problem, 0)
                 continue
-            yield _read(handle, group, path=stretch.path)
+            yield _read(handle, key, path=split.path)
     finally:
         os.close(handle)
 
 
 def members(handle: int, *, start: int, end: int, number: int = 1) -> Iterator[Member]:
-    """All members between two bytes of an archive; after damage there are none.
-
-    Args:
-        handle: open file.
-        start: first byte of a header.
-        end: byte at which to stop.
-        number: of the first member.
-    """
+    """All members between two bytes of an archive, up to the first damage; a header must begin at `start`."""
     total = os.fstat(handle).st_size
     position = begin = start
     name, size, sparse = b"", -1, False
@@ -188,25 +165,25 @@ def members(handle: int, *, start: int, end: int, number: int = 1) -> Iterator[M
         yield Member(number, b"", begin, position, 0, problem=_damage(b""))
 
 
-def _groups(found: Iterator[Member]) -> Iterator[_Group]:
-    """Adjacent files of one key; members that have no key (`README`, `.hidden`, directories) are passed over."""
-    group: _Group | None = None
+def _keys(found: Iterator[Member]) -> Iterator[_Key]:
+    """Adjacent files with the same key, without members that have none (`README`, `.hidden`, directories)."""
+    current: _Key | None = None
     for member in found:
         key, suffix = _split(member.name)
         problem = member.problem
         if member.directory or not (key or problem):
             continue
-        if group is None or group.key != key or not key:
-            if group is not None:
-                yield group
-            group = _Group(number=member.number, key=key, begin=member.begin)
-        if problem is None and suffix in group.files:
+        if current is None or current.key != key or not key:
+            if current is not None:
+                yield current
+            current = _Key(number=member.number, key=key, begin=member.begin)
+        if problem is None and suffix in current.files:
             problem = RecordError(f"{_shown(member.name)}: occurs twice", "tar_unsorted")
-        group.problem = group.problem or problem
+        current.problem = current.problem or problem
         if suffix in (*IMAGE_SUFFIXES, "txt", "json"):
-            group.files[suffix] = member
-    if group is not None:
-        yield group
+            current.files[suffix] = member
+    if current is not None:
+        yield current
 
 
 def _refusal(name: bytes, *, flag: bytes) -> RecordError | None:
@@ -220,21 +197,21 @@ def _refusal(name: bytes, *, flag: bytes) -> RecordError | None:
     return None
 
 
-def _read(handle: int, group: _Group, *, path: str) -> Entry:
-    shown = _shown(group.key)
+def _read(handle: int, key: _Key, *, path: str) -> Entry:
+    shown = _shown(key.key)
     images: list[Picture] = []
     texts: dict[str, bytes | None] = {"txt": None, "json": None}
     size = 0
-    for suffix, member in group.files.items():
+    for suffix, member in key.files.items():
         image = suffix in IMAGE_SUFFIXES
-        if suffix == "json" and "txt" in group.files:
-            # Metadata of the download, which img2dataset writes beside every caption.
+        if suffix == "json" and "txt" in key.files:
+            # img2dataset writes metadata of the download beside every caption.
             continue
         if member.size > (MAX_IMAGE if image else MAX_RECORD):
             reason = "image_too_large" if image else "record_too_long"
-            return Entry(group.number, RecordError(f"{_shown(member.name)}: {member.size} bytes", reason), 0)
+            return Entry(key.number, RecordError(f"{_shown(member.name)}: {member.size} bytes", reason), 0)
         if image:
-            # Read when its turn comes: one image at a time stays in the processor's cache.
+            # Read later, one at a time, so that it is still in the processor's cache when it is decoded.
             images.append(Picture(name=_shown(member.name), data=Span(path, member.start, member.size)))
             continue
         data = os.pread(handle, member.size, member.start)
@@ -244,7 +221,7 @@ def _read(handle: int, group: _Group, *, path: str) -> Entry:
             raise DataError(f"{path}: has shrunk while it was read; leave the inputs alone and start again")
         size += len(data)
         texts[suffix] = data
-    return Entry(group.number, {"key": shown, "images": tuple(images), **texts}, size)
+    return Entry(key.number, {"key": shown, "images": tuple(images), **texts}, size)
 
 
 def _open(path: str | Path) -> int:

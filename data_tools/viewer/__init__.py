@@ -1,1 +1,1 @@
-"""Packed sequences for people: terminal and HTML."""
+"""Shows packed sequences on the terminal and as HTML."""

@@ -1,4 +1,4 @@
-"""Packed sequences as one HTML page without scripts: nothing is fetched, and all text is escaped."""
+"""Packed sequences as one HTML page without scripts; it loads nothing, and all text is escaped."""
 
 from __future__ import annotations
 
@@ -11,19 +11,13 @@ from typing import Any
 from data_tools.viewer.packed_view import PackView, Piece, Segment, visible
 
 COLOURS = 8
-"""Segments take turns with this many colours."""
+"""Number of colours that segments take in turn."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = Path(__file__).with_name("packed_page.css")
 
 
 def page(views: Sequence[PackView], *, title: str, facts: Sequence[tuple[str, str]]) -> str:
-    """A self-contained page.
-
-    Args:
-        views: sequences, in this order.
-        title: of the page.
-        facts: name and value of what is known about the dataset.
-    """
+    """A self-contained page; `facts` are names and values about the dataset."""
     return "\n".join(
         [
             "<!doctype html>",
@@ -86,12 +80,12 @@ def _pieces(pieces: Sequence[Piece]) -> Iterator[str]:
         if piece.picture is not None:
             yield _figure(piece.picture, tokens=piece.tokens)
             continue
-        place = f"{piece.start}: {' '.join(map(str, piece.ids))}"
+        hint = f"{piece.start}: {' '.join(map(str, piece.ids))}"
         if piece.special:
-            yield f'<i class="special {mask}" title="{place}">{_text(piece.text or "image")}</i>'
+            yield f'<i class="special {mask}" title="{hint}">{_text(piece.text or "image")}</i>'
             continue
         shown = _text(piece.text).replace("\n", "<u>↵</u>\n").replace("\t", "<u>→</u>\t")
-        yield f'<span class="tok {mask} n{count % 2}" title="{place}">{shown}</span>'
+        yield f'<span class="tok {mask} n{count % 2}" title="{hint}">{shown}</span>'
 
 
 def _figure(picture: Any, *, tokens: int) -> str:

@@ -1,4 +1,4 @@
-"""What one packed sequence holds, in a form for people: segments, pieces of text with their loss mask, images."""
+"""The content of a packed sequence in readable form: segments, pieces of text with their loss mask, images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from megavl.data.tokenizer import Tokenizer
 THUMBNAIL = 176
 """Longer side of a thumbnail, pixels."""
 _CONTEXT = 4
-"""Tokens before a piece that it is decoded with: some tokenizers drop the space at the beginning of a text."""
+"""Tokens before a piece that are decoded with it, because some tokenizers drop the space at the start of a text."""
 _LONGEST_CHARACTER = 4
-"""Bytes of UTF-8, each of which may be a token of its own."""
+"""Bytes of UTF-8, each of which may be its own token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,12 @@ class Picture:
     title: str
     """Size and format, or why it cannot be shown."""
     thumbnail: bytes
-    """A small JPEG made here; empty when the image cannot be shown."""
+    """A small JPEG; empty when the image cannot be shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Neighbouring tokens that make whole characters, or one image."""
+    """Neighbouring tokens that form whole characters, or one image."""
 
     start: int
     """First position in the sequence."""
@@ -47,7 +47,7 @@ class Piece:
     """Whether its positions count in the loss."""
     picture: Picture | None = None
     tokens: int = 1
-    """Positions that it takes."""
+    """Number of positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +73,17 @@ class PackView:
 
     @property
     def tokens(self) -> int:
-        """Positions that are not padding."""
+        """Number of positions that are not padding."""
         return sum(segment.tokens for segment in self.segments)
 
     @property
     def supervised(self) -> int:
-        """Positions that count in the loss."""
+        """Number of positions that count in the loss."""
         return sum(segment.supervised for segment in self.segments)
 
     @property
     def images(self) -> int:
-        """Images of all segments."""
+        """Number of images."""
         return sum(segment.images for segment in self.segments)
 
 
@@ -91,14 +91,10 @@ class PackReader:
     """Reads packed sequences of one dataset."""
 
     def __init__(self, path: str | Path, *, tokenizer: Tokenizer | None) -> None:
-        """Open a dataset.
-
-        Args:
-            path: its folder.
-            tokenizer: the one that made it; without one, ids are shown.
+        """Open a dataset; without its tokenizer, ids are shown.
 
         Raises:
-            DataError: not a finished dataset, or a damaged one.
+            DataError: the dataset is unfinished or damaged.
         """
         self._handles = ReadHandles()
         self.source = Source(path, handles=self._handles)
@@ -115,7 +111,7 @@ class PackReader:
         self._tokenizer = tokenizer
 
     def view(self, number: int) -> PackView:
-        """Sequence `number`, counted through the dataset, text first."""
+        """Sequence `number` of the dataset; text sequences come first."""
         first = self.source.counts["text"]
         modality: Modality = MODALITIES[number >= first]
         packed = self._dataset.read(source=0, modality=modality, index=number - first * (number >= first))
@@ -140,35 +136,38 @@ class PackReader:
         entry, size = self.source.manifest.tokenizer, self.source.manifest.geometry.tokens
         ids, mask = packed.tokens.tolist(), packed.supervised.tolist()
         names = {entry.bos_id: "BOS", entry.eos_id: "EOS", entry.pad_id: "PAD"}
-        images, place = iter(member.images), member.start
-        while place < member.end:
-            token = ids[place]
+        images, position = iter(member.images), member.start
+        while position < member.end:
+            token = ids[position]
             if token == entry.image_id:
                 file = next(images, None)
                 shown = None if file is None else self._picture(file)
                 yield Piece(
-                    start=place, ids=(), text="", special=True, supervised=mask[place], picture=shown, tokens=size
+                    start=position, ids=(), text="", special=True, supervised=mask[position], picture=shown, tokens=size
                 )
-                place += size
+                position += size
             elif token in names:
-                yield Piece(start=place, ids=(token,), text=names[token], special=True, supervised=mask[place])
-                place += 1
+                yield Piece(start=position, ids=(token,), text=names[token], special=True, supervised=mask[position])
+                position += 1
             else:
-                text, count = self._text(ids[max(member.start, place - _CONTEXT) : place], ids[place : member.end])
-                group = tuple(ids[place : place + count])
-                yield Piece(start=place, ids=group, text=text, special=False, supervised=mask[place], tokens=len(group))
-                place += count
+                before = ids[max(member.start, position - _CONTEXT) : position]
+                text, count = self._text(before, ids[position : member.end])
+                group = tuple(ids[position : position + count])
+                yield Piece(
+                    start=position, ids=group, text=text, special=False, supervised=mask[position], tokens=len(group)
+                )
+                position += count
 
-    def _text(self, before: Sequence[int], ahead: Sequence[int]) -> tuple[str, int]:
-        """Text of the next tokens, as few as make whole characters, and their number."""
+    def _text(self, before: Sequence[int], following: Sequence[int]) -> tuple[str, int]:
+        """Text of the fewest following tokens that form whole characters, and their number."""
         if self._tokenizer is None:
-            return f" {ahead[0]}", 1
+            return f" {following[0]}", 1
         start = len(self._tokenizer.decode(before))
-        for count in range(1, min(_LONGEST_CHARACTER, len(ahead)) + 1):
-            text = self._tokenizer.decode([*before, *ahead[:count]])[start:]
+        for count in range(1, min(_LONGEST_CHARACTER, len(following)) + 1):
+            text = self._tokenizer.decode([*before, *following[:count]])[start:]
             if text and "�" not in text:
                 return text, count
-        return self._tokenizer.decode(ahead[:1]) or f"[{ahead[0]}]", 1
+        return self._tokenizer.decode(following[:1]) or f"[{following[0]}]", 1
 
     def _picture(self, file: ImageFile) -> Picture:
         data = self._handles.read(file.path, offset=file.offset, size=file.size)
@@ -185,7 +184,7 @@ class PackReader:
 
 
 def visible(text: str) -> str:
-    """Text whose control characters are shown instead of obeyed; line feeds and tabs stay."""
+    """Text with visible symbols instead of control characters; line feeds and tabs stay."""
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn") else _name(char)
         for char in text

@@ -1,14 +1,12 @@
 """What rebalanced pipeline stages gain when the encoders overload the first one as they do in the 7B model.
 
-A tiny model whose encoders make stage 0 of an even split about 1.64 times as slow as the other stage (the 7B's at
-TP 4 x PP 4) trains on two single-threaded processes, PP 2: split evenly, as `megavl plan` balances it from a
-calibration, and under `parallel.vision: split_all` with its own balanced split. How deep SAM must be for that hangs on
-the machine, so a pilot run measures the even split with two depths first. All three take their steps by turns in the
-same processes (`engines/paired_steps.py`), which also time a short loop at every micro-batch: cycles of the
-schedule count whose loops were quick on all cores.
+A tiny model trains on two single-threaded processes, PP 2. In an even split its encoders make stage 0 about 1.64 times
+as slow as stage 1, as in the 7B. How deep SAM must be for that depends on the machine, so a pilot run with two depths
+finds it. Three variants take their steps in turn (`engines/paired_steps.py`): the even split, the split that
+`megavl plan` balances, and `parallel.vision: split_all` with its own balanced split.
 Writes `launch/bench/results/balance_<hardware>_<YYYYMM>.md`.
 
-    python launch/bench/balance.py [--turns 6] [--work runs/balance] [--more]
+    python -m launch.bench.balance [--turns 6] [--work runs/balance] [--more]
 """
 
 from __future__ import annotations
@@ -17,46 +15,31 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan_cpu import (
-    KINDS,
-    QUICK,
-    RECIPE,
-    ROOT,
-    Measured,
-    block_seconds,
-    build_data,
-    calibrate,
-    environment,
-    hardware,
-    how_quiet,
-    merged,
-    paired_steps,
-)
+
+from launch.bench.programs import ROOT, ask_plan
+from launch.bench.report import machine, report_path, table, table_row, versions, write_report
+from launch.bench.tiny_runs import KINDS, QUICK, RECIPE, Calibrations, build_data, how_quiet, paired_steps
 
 SEQ_LENGTH, IMAGES, BATCH = 128, 2, 24
-"""Tokens and images of a multimodal sequence; sequences (micro-batches) of a step, of which fewer would gain less."""
+"""Tokens and images of a multimodal sequence; micro-batches of a step. With fewer, rebalancing would gain less."""
 CALIBRATIONS = 2
 OVERLOAD = 1.64
-"""Stage 0 against the mean decoder stage, 7B."""
+"""Time of stage 0 against the mean decoder stage of the 7B."""
 MODEL = (
     *("model.llm.num_layers=20", "model.llm.hidden_size=256", "model.llm.ffn_hidden_size=800"),
     *("model.sam.width=384", "model.sam.heads=6", "model.sam.mlp_dim=1536"),
     "model.sam.global_attn_indexes=[1,3,5,7]",
 )
-"""Wide enough that matrix products take most of the time, which vary least where cores slow down, and deep enough that
-stages meet for a small part of it and can be cut evenly."""
+"""Wide enough that matrix products take most of the time: they vary least where cores slow down. Deep enough that the
+layers split evenly and stages exchange data for a small part of the time."""
 PILOT_DEPTHS = (8, 20)
 """SAM's layers in the pilot run."""
 PILOT_TURNS = 1
@@ -70,9 +53,9 @@ VARIANTS = {"even": "recompute", "rebalanced": "recompute", "split_all": "split_
 GOALS = {"gain": 1.15, "stages": 1.05}
 """Least gain of rebalancing, and most that the slowest stage may exceed the mean by afterwards."""
 QUICKEST = 0.05
-"""Quantile of a rank's loops that the others are held against: one alone may outrun all others by over a tenth."""
+"""Quantile of a rank's loops that the others are compared with; a single one may be a tenth faster than the rest."""
 LEAST = 40
-"""Cycles and passes that a median takes."""
+"""Fewest cycles and passes of a median."""
 STEPS = 5
 """Of a variant in a turn: one of text, four with images."""
 Pair = tuple[float, float]
@@ -89,19 +72,19 @@ class Variant:
     cycle_s: float
     """From the end of one backward pass of stage 0 to the end of the next, while cores were quick."""
     rest_s: float
-    """Of a step: pipeline fill, encoders outside of the schedule, update."""
+    """The rest of a step: pipeline fill, encoders outside of the schedule, update."""
     cycles: int
-    """That were measured beside quick cores."""
+    """Number of cycles that were measured while cores were quick."""
     stages_s: Pair
-    """Computing of each stage, one micro-batch within the schedule, while its core was quick."""
+    """Computing of each stage for one micro-batch within the schedule, while its core was quick."""
     median: float
-    """Seconds of a step as it was."""
+    """Seconds of a whole step, on slow cores too."""
     text: float
-    """Step of text against a multimodal one, as they were."""
+    """Time of a text step against a multimodal one, whole steps."""
 
     @property
     def seconds(self) -> float:
-        """A step whose cycles are all as they are beside quick cores."""
+        """A step whose cycles all run on quick cores."""
         return (BATCH - 1) * self.cycle_s + self.rest_s
 
     @property
@@ -133,44 +116,33 @@ def main() -> int:
     run["others"].append(others)
     record.write_text(json.dumps(run))
     assert {row["images"] for row in rows} == {0, IMAGES * BATCH}, "image counts vary"
-    text = report(rows, run)
-    print(text)
-    path = ROOT / "launch/bench/results" / f"balance_{hardware()}_{time.strftime('%Y%m')}.md"
-    path.write_text(text, encoding="utf-8")
-    print(path)
+    write_report(report_path("balance"), report(rows, run))
     return 0
 
 
 def prepare(work: Path) -> dict[str, Any]:
-    """Data, calibrations and splits: overrides of all variants, layers of each, what others used of the machine."""
+    """Make data, calibrations and splits.
+
+    Returns:
+        Overrides of all variants, SAM's depth, layers of each variant, and what others used of the machine.
+    """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     settings = [*build_data(work, images=IMAGES, seq_length=SEQ_LENGTH), *MODEL]
     depth = encoder_depth(work, settings)
-    settings.append(sam_depth(depth))
-    calibrations = {(1, processes): Measured(block_seconds) for processes in (1, 2)}
-    for turn in range(CALIBRATIONS):
-        for (tensor, processes), found in calibrations.items():
-            path = work / f"calibration-{processes}-{turn}.json"
-            found.others.append(calibrate(path, settings, tensor=tensor, processes=processes))
-            found.values.append(json.loads(path.read_text()))
-            print(f"calibration {turn}, {processes} processes: others {found.others[-1]:.0%}", flush=True)
-    whole = work / "calibration.json"
-    whole.write_text(json.dumps(merged(calibrations)))
+    settings.append(f"model.sam.depth={depth}")
+    calibrations = Calibrations(work, settings, [(1, 1), (1, 2)])
+    for _ in range(CALIBRATIONS):
+        calibrations.repeat()
+    whole, others = calibrations.merge()
     layers = {"even": EVEN, **{name: balanced(whole, settings, VARIANTS[name]) for name in list(VARIANTS)[1:]}}
     print(f"layers: {layers}", flush=True)
-    others = [found.best()[1] for found in calibrations.values()]
     return {"settings": settings, "depth": depth, "layers": layers, "others": others}
-
-
-def sam_depth(layers: int) -> str:
-    """An override."""
-    return f"model.sam.depth={layers}"
 
 
 def encoder_depth(work: Path, settings: list[str]) -> int:
     """SAM's layers with which an even split's stage 0 takes `OVERLOAD` times as long as stage 1 on this machine."""
-    choices = {sam_depth(depth): (sam_depth(depth), f"parallel.layout={EVEN}") for depth in PILOT_DEPTHS}
+    choices = {str(depth): (f"model.sam.depth={depth}", f"parallel.layout={EVEN}") for depth in PILOT_DEPTHS}
     rows, _ = paired_steps(
         work / "pilot.jsonl", [*settings, *SIZES], choices, processes=2, turns=PILOT_TURNS, steps=STEPS
     )
@@ -191,11 +163,9 @@ def overload(rows: Rows) -> float:
 
 def balanced(calibration: Path, settings: list[str], vision: str) -> list[int]:
     """The split that `megavl plan` makes for multimodal steps."""
-    options = ["--device", "cpu", "--calibration", str(calibration), "--images", str(IMAGES), "--json"]
-    choice = ["parallel.layout=auto", f"parallel.vision={vision}", "data.multimodal_fraction=1.0"]
-    command = [sys.executable, "-m", "megavl", "plan", RECIPE, *settings, *SIZES, *choice, *options]
-    done = subprocess.run(command, check=True, env=environment(), capture_output=True, text=True)
-    return [rank["layers"][0] for rank in json.loads(done.stdout)["ranks"]]
+    options = ("--device", "cpu", "--calibration", calibration, "--images", IMAGES)
+    choice = ("parallel.layout=auto", f"parallel.vision={vision}", "data.multimodal_fraction=1.0")
+    return [rank["layers"][0] for rank in ask_plan(RECIPE, *settings, *SIZES, *choice, *options)["ranks"]]
 
 
 def read(rows: Rows, name: str, layers: list[int]) -> Variant:
@@ -213,7 +183,7 @@ def read(rows: Rows, name: str, layers: list[int]) -> Variant:
         rests.append(row["seconds"] - sum(lengths))
     if min(map(len, (cycles, *stages))) < LEAST:
         counts = f"{len(cycles)} cycles and {len(stages[0])}, {len(stages[1])} passes"
-        raise SystemExit(f"error: {counts} of {name} beside quick cores, {LEAST} needed; take more turns: --more")
+        raise SystemExit(f"error: {counts} of {name} on quick cores, {LEAST} needed; take more turns: --more")
     median = statistics.median(row["seconds"] for row, _ in images)
     return Variant(
         layers=layers,
@@ -236,32 +206,32 @@ def passes(segments: Rows, rank: int) -> list[float]:
 
 
 def cycle_lengths(segments: Rows) -> list[float]:
-    """Seconds from the end of each backward pass of stage 0 to the end of the next, waiting and all."""
+    """Seconds from the end of each backward pass of stage 0 to the end of the next, waiting included."""
     now, ends = 0.0, [0.0] * BATCH
     for segment in segments:
         if segment["rank"] == 0:
             now += segment["seconds"]
-            # Of a pass's several parts the last one ends it.
+            # A pass has several parts; the last one ends it.
             if segment["micro_batch"] is not None and "backward" in segment["what"]:
                 ends[segment["micro_batch"]] = now
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def starts(rows: Rows) -> list[Rows]:
-    """Steps of each start of the two processes, which counts its turns from 0, each from the first variant on."""
-    places = [(row["turn"], [*VARIANTS].index(row["variant"])) for row in rows]
-    cuts = [at for at in range(1, len(rows)) if places[at] < places[at - 1]]
-    return [rows[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(rows)])]
+    """Steps of each start of the two processes; every start counts its turns from 0."""
+    order = [(row["turn"], [*VARIANTS].index(row["variant"])) for row in rows]
+    begins = [at for at in range(1, len(rows)) if order[at] < order[at - 1]]
+    return [rows[begin:end] for begin, end in itertools.pairwise([0, *begins, len(rows)])]
 
 
 def quick_loops(rows: Rows) -> list[np.ndarray]:
     """Which loops of each step were quick, (ranks, micro-batches).
 
-    Against the rank's quickest of the same start: cores may run at another clock in the next one.
+    They are compared with the quickest of the same rank and start, since another start may meet another clock rate.
     """
     found = []
     for start in starts(rows):
-        loops = np.array([row["glances_s"] for row in start])
+        loops = np.array([row["short_probes_s"] for row in start])
         found += list(loops <= (1 + QUICK) * np.quantile(loops, QUICKEST, axis=(0, 2), keepdims=True))
     return found
 
@@ -271,26 +241,11 @@ def quick_share(rows: Rows) -> float:
     return float(np.mean(quick_loops(rows)))
 
 
-def pair(seconds: Pair) -> str:
-    """Of rank 0 and rank 1."""
-    return f"{seconds[0]:.3f}, {seconds[1]:.3f}"
-
-
-def report(rows: Rows, run: dict[str, Any]) -> str:
-    """Markdown with the command, versions, goals, and how quiet the machine was."""
-    variants = {name: read(rows, name, run["layers"][name]) for name in VARIANTS}
+def goals_of(variants: dict[str, Variant]) -> dict[str, bool]:
+    """What should be reached, and whether it was."""
     even, rebalanced, split = (variants[name] for name in VARIANTS)
-    begun = len(starts(rows))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    lines = [
-        f"| {name} | {'+'.join(map(str, found.layers))} | {found.seconds:.3f} | {even.seconds / found.seconds:.3f} "
-        f"| {found.cycle_s:.4f} | {found.rest_s:.3f} | {found.cycles} | {pair(found.stages_s)} | {found.slowest:.3f} "
-        f"| {found.median:.3f} | {even.median / found.median:.3f} | {found.text:.3f} |"
-        for name, found in variants.items()
-    ]
-    slowed = sum(rebalanced.stages_s) / sum(even.stages_s) - 1
     gain, over_rebalanced = even.seconds / rebalanced.seconds, rebalanced.seconds / split.seconds
-    goals = {
+    return {
         f"rebalanced {gain:.3f} x as fast as even, goal {GOALS['gain']} (ideal {even.slowest:.3f}, the slowest stage "
         "against the mean before)": gain >= GOALS["gain"],
         f"split_all {over_rebalanced:.3f} x as fast as rebalanced, goal 1": over_rebalanced >= 1,
@@ -298,38 +253,58 @@ def report(rows: Rows, run: dict[str, Any]) -> str:
             rebalanced.slowest <= GOALS["stages"]
         ),
     }
-    text = [
+
+
+def report(rows: Rows, run: dict[str, Any]) -> list[str]:
+    """Markdown with the command, versions, goals, and how quiet the machine was."""
+    variants = {name: read(rows, name, run["layers"][name]) for name in VARIANTS}
+    even, rebalanced = variants["even"], variants["rebalanced"]
+    begun = len(starts(rows))
+    lines = [
+        table_row(
+            *(name, "+".join(map(str, found.layers)), f"{found.seconds:.3f}", f"{even.seconds / found.seconds:.3f}"),
+            *(
+                f"{found.cycle_s:.4f}",
+                f"{found.rest_s:.3f}",
+                found.cycles,
+                ", ".join(f"{stage:.3f}" for stage in found.stages_s),
+            ),
+            *(f"{found.slowest:.3f}", f"{found.median:.3f}", f"{even.median / found.median:.3f}", f"{found.text:.3f}"),
+        )
+        for name, found in variants.items()
+    ]
+    slowed = sum(rebalanced.stages_s) / sum(even.stages_s) - 1
+    return [
         "# Rebalanced stages against even ones",
         "",
-        f"`python launch/bench/balance.py`; Python {platform.python_version()}, {versions}; "
-        f"{platform.machine()}, {os.cpu_count()} cores, gloo, fp32, two processes of one thread each.",
+        f"`python -m launch.bench.balance`; {versions('torch', 'megatron-core')}; {machine()}, gloo, fp32, two "
+        "processes of one thread each.",
         f"Recipe `{RECIPE}`, TP 1 x PP 2, {BATCH} micro-batches of one {SEQ_LENGTH}-token sequence, {IMAGES} images "
         f"in every multimodal one; {' '.join(MODEL)}; SAM with {run['depth']} layers, chosen by a pilot run.",
         f"Even split: stage 0 takes {even.stages_s[0] / even.stages_s[1]:.2f} times as long as stage 1 (7B at TP 4 x "
-        f"PP 4: {OVERLOAD}). The other splits: `megavl plan --calibration`, for multimodal steps.",
+        f"PP 4: {OVERLOAD}). The other splits come from `megavl plan --calibration`, for multimodal steps.",
         f"{len(rows) // (STEPS * len(VARIANTS))} turns ({begun} start{'s' * (begun > 1)} of two processes), in each "
-        f"of which every variant takes {STEPS} steps in the same processes; the ranks change cores after every turn, "
-        "and all data are in memory. Cores of a virtual machine slow down by half for up to seconds at a time, for "
-        "reasons not seen from inside, so each rank times a loop of 0.2 ms at every micro-batch, which is quick where "
-        f"it takes at most {QUICK:.0%} longer than the quickest {QUICKEST:.0%} of its rank in that start; "
-        f"{quick_share(rows):.0%} were.",
-        "A cycle lasts from the end of one backward pass of stage 0 to the end of the next and counts where the loops "
-        "of both ranks were quick from the micro-batch before it to two behind; a pass counts where those of its rank "
-        f"were before, in and after it. A step is {BATCH - 1} cycles and the rest (pipeline fill, encoders outside of "
-        "the schedule, update); all are medians, of multimodal steps. Medians of whole steps, and the throughput of "
-        "multimodal against text, are of all steps as they were.",
+        f"of which every variant takes {STEPS} steps in the same processes. The ranks change cores after every turn, "
+        "and all data are in memory.",
+        "Cores of a virtual machine slow down by half for up to seconds at a time, for reasons not visible from "
+        "inside. So each rank times a loop of 0.2 ms at every micro-batch. A loop is quick where it takes at most "
+        f"{QUICK:.0%} longer than the quickest {QUICKEST:.0%} of its rank in that start; {quick_share(rows):.0%} were.",
+        "A cycle lasts from the end of one backward pass of stage 0 to the end of the next. It counts where the loops "
+        "of both ranks were quick from the micro-batch before it to two after it. A pass counts where the loops of its "
+        f"rank were quick before, in and after it. A step is {BATCH - 1} cycles and the rest (pipeline fill, encoders "
+        "outside of the schedule, update); all are medians of multimodal steps. Medians of whole steps, and the "
+        "throughput of multimodal against text, take all steps.",
         f"After rebalancing both stages together compute {slowed:+.1%} for the same micro-batch, which a split by "
         "itself does not change.",
         how_quiet(run["others"]),
+        *table(
+            "| split | layers | s/step | against even | cycle s | rest s | cycles | stages s | slowest / mean "
+            "| whole steps: median s | against even | multimodal / text tokens/s |",
+            lines,
+        ),
         "",
-        "| split | layers | s/step | against even | cycle s | rest s | cycles | stages s | slowest / mean "
-        "| whole steps: median s | against even | multimodal / text tokens/s |",
-        "|---" * 12 + "|",
-        *lines,
-        "",
-        *(f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals.items()),
+        *(f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals_of(variants).items()),
     ]
-    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

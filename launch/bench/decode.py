@@ -1,10 +1,10 @@
-"""Greedy decoding of MegaVL against transformers' `generate`: one exported folder, the same prompts, asked in turn.
+"""Greedy decoding of MegaVL against transformers' `generate`, on one exported folder and the same prompts.
 
-Both programs (`engines/decode_speed.py`) hold their model loaded and answer one after the other, so that both
-meet the same machine; a round's rates are compared with each other only. Every prompt has one image. Writes
+Both programs (`engines/decode_speed.py`) keep their model loaded and answer in turn, so that both meet the same state
+of the machine. A round's rates are compared with each other only. Every prompt has one image. Writes
 `launch/bench/results/decode_<processor>_<YYYYMM>.md` from the JSON beside it, which keeps the cases measured earlier.
 
-    python launch/bench/decode.py [--case "wide float32 1" ...] [--rounds 5] [--scratch DIR]
+    python -m launch.bench.decode [--case "wide float32 1" ...] [--rounds 5] [--scratch DIR]
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from launch.bench.programs import ROOT, environment
+from launch.bench.report import machine, report_path, table, table_row, versions, write_report
+
 PROGRAM = ("-W", "ignore", "-m", "launch.bench.engines.decode_speed")
+PACKAGES = ("torch", "transformers", "megatron-core")
 SIDES = ("transformers", "megavl")
 TOKENS = {"tiny": 128, "wide": 24, "hybrid": 24}
 """Tokens of an answer by model."""
@@ -36,14 +37,14 @@ CASES = (
     "wide bfloat16 1",
     "hybrid float32 1",
 )
-"""Model, type of the weights, prompts together."""
+"""Model, type of the weights, prompts in a batch."""
 
 
 def main() -> int:
     """Measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
-    parser.add_argument("--rounds", type=int, help="rounds that count, behind one that does not; default: by model")
+    parser.add_argument("--rounds", type=int, help="rounds after one that warms up; default: by model")
     parser.add_argument(
         "--scratch", type=Path, default=Path("runs"), help="where the folders are written; default: runs"
     )
@@ -51,28 +52,29 @@ def main() -> int:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     arguments.scratch.mkdir(parents=True, exist_ok=True)
-    path = ROOT / "launch/bench/results" / f"decode_{hardware()}_{time.strftime('%Y%m')}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = report_path("decode").with_suffix(".json")
     for case in arguments.case or CASES:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             row = measure(case, Path(scratch) / "hf", rounds=arguments.rounds or ROUNDS[case.split()[0]])
         rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         rows[case] = row | {"note": arguments.note}
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(report(rows), encoding="utf-8")
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+        write_report(path.with_suffix(".md"), report(rows))
     return 0
 
 
 def measure(case: str, folder: Path, *, rounds: int) -> dict[str, Any]:
     """Rates and times of both sides in every round that counts."""
     model, dtype, batch = case.split()
-    subprocess.run([sys.executable, *PROGRAM, "folder", str(folder), "--model", model], check=True)
+    variables = environment(gpu=True)
+    command = [sys.executable, *PROGRAM, "folder", str(folder), "--model", model]
+    subprocess.run(command, check=True, env=variables)
     options = ("--model", model, "--dtype", dtype, "--batch-size", batch, "--tokens", str(TOKENS[model]))
     programs, first = {}, {}
     for side in SIDES:
         programs[side] = subprocess.Popen(
             [sys.executable, *PROGRAM, side, str(folder), *options],
+            env=variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -89,11 +91,12 @@ def measure(case: str, folder: Path, *, rounds: int) -> dict[str, Any]:
             for name in ("tokens_per_s", "first_token_s"):
                 found[side][name].append(answer[name])
             found[side]["peak_bytes"] = answer["peak_bytes"]
-        print(f"{case}: round {number + 1}, {' '.join(shown(found, number))}", flush=True)
+        rates = (f"{side} {found[side]['tokens_per_s'][number]:.2f} tokens/s" for side in SIDES)
+        print(f"{case}: round {number + 1}, {', '.join(rates)}", flush=True)
     for program in programs.values():
         program.communicate()
     equal = equal_tokens(*first.values())
-    return found | {"equal_tokens": equal, "rounds": rounds, "tokens": TOKENS[model], "versions": versions()}
+    return found | {"equal_tokens": equal, "rounds": rounds, "tokens": TOKENS[model], "versions": versions(*PACKAGES)}
 
 
 def ask(program: subprocess.Popen[str]) -> dict[str, Any]:
@@ -122,36 +125,25 @@ def ratios(row: dict[str, Any], name: str) -> list[float]:
     return [ours / theirs if name == "tokens_per_s" else theirs / ours for ours, theirs in pairs]
 
 
-def shown(row: dict[str, Any], number: int) -> list[str]:
-    """The figures of a round, for the terminal."""
-    rates = (f"{side} {row[side]['tokens_per_s'][number]:.2f} tokens/s" for side in SIDES)
-    return [
-        *rates,
-        f"ratio {ratios(row, 'tokens_per_s')[number]:.2f}, prefill {ratios(row, 'first_token_s')[number]:.2f}",
-    ]
-
-
-def hardware() -> str:
-    """Processor and number of cores."""
-    return f"{platform.machine()}-{os.cpu_count()}cores"
-
-
-def versions() -> str:
-    """What was measured."""
-    names = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core"))
-    return f"Python {platform.python_version()}, {names}"
-
-
-def report(rows: dict[str, Any]) -> str:
+def report(rows: dict[str, Any]) -> list[str]:
     """Markdown with the command, the models and the figures."""
-    lines = [
+    lines = []
+    for case in sorted(rows, key=CASES.index):
+        row, cells = rows[case], [case]
+        for name in ("tokens_per_s", "first_token_s"):
+            cells += [f"{statistics.median(row[side][name]):.2f}" for side in reversed(SIDES)]
+            found = ratios(row, name)
+            cells.append(f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+        cells += [f"{row[side]['peak_bytes'] / 2**20:,.0f}" for side in reversed(SIDES)]
+        lines.append(table_row(*cells, f"{row['equal_tokens']:.0%}", row["rounds"]))
+    return [
         "# Greedy decoding against transformers",
         "",
-        f"`python launch/bench/decode.py`; {next(iter(rows.values()))['versions']}; {os.cpu_count()} cores "
-        f"({platform.machine()}), both sides with as many threads.",
+        f"`python -m launch.bench.decode`; {next(iter(rows.values()))['versions']}; {machine()}, both sides with as "
+        "many threads.",
         "Random weights in one exported folder of the native format, read by both; transformers with its sdpa "
-        "attention. Both programs stay loaded and are asked in turn. Every prompt has one image and 40 to 75 tokens of "
-        "text. Rates are of the tokens behind the first; prefill is the time to the first token of all prompts, images "
+        "attention. Both programs stay loaded and answer in turn. Every prompt has one image and 40 to 75 tokens of "
+        "text. Rates count the tokens after the first. Prefill is the time to the first token of all prompts, images "
         "included. Rates and times are medians over the rounds, ratios the medians of each round's ratio, with their "
         "extremes; above 1, MegaVL is faster.",
         *sorted({row["note"] for row in rows.values() if row["note"]}),
@@ -159,22 +151,12 @@ def report(rows: dict[str, Any]) -> str:
         "tiny: the tiny-hybrid preset. wide: the 1.3B with 6 of its 24 layers and 32,768 vocabulary rows, its own "
         "SigLIP tower. hybrid: topology and image tokens of the 7B, a decoder of width 1024 with 16 layers, narrow "
         "towers.",
-        "",
-        "| model, type, prompts | tokens/s MegaVL | transformers | ratio | prefill s MegaVL | transformers | ratio "
-        "| peak MiB MegaVL | transformers | equal tokens | rounds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *table(
+            "| model, type, prompts | tokens/s MegaVL | transformers | ratio | prefill s MegaVL | transformers | ratio "
+            "| peak MiB MegaVL | transformers | equal tokens | rounds |",
+            lines,
+        ),
     ]
-    for case in sorted(rows, key=CASES.index):
-        row = rows[case]
-        cells = [case]
-        for name, digits in (("tokens_per_s", 2), ("first_token_s", 2)):
-            cells += [f"{statistics.median(row[side][name]):.{digits}f}" for side in reversed(SIDES)]
-            found = ratios(row, name)
-            cells.append(f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
-        cells += [f"{row[side]['peak_bytes'] / 2**20:,.0f}" for side in reversed(SIDES)]
-        cells += [f"{row['equal_tokens']:.0%}", str(row["rounds"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One GPU, one command: CUDA against the CPU, the device's ceilings, and training steps against their peers, all in a
-# report under launch/bench/results. Without a GPU the tiny version of every part runs, and says so. Arguments go to
-# step.py.
+# Measures on one GPU: CUDA against the CPU, the device's ceilings, and training steps against transformers and
+# megatron-core's stock attention. Writes a report to launch/bench/results. Without a GPU the tiny version of every part
+# runs, and the report says so. Arguments go to step.py.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -13,4 +13,4 @@ if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())
   echo "gpu.sh: no GPU here. The tiny version of every part runs on the CPU; full-size columns stay empty, and the" \
     "tests of CUDA against the CPU (tests/numerics/test_cuda.py) are left out."
 fi
-exec "$PYTHON" launch/bench/step.py "$@"
+exec "$PYTHON" -m launch.bench.step "$@"

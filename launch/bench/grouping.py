@@ -1,50 +1,41 @@
 """Modality-grouped steps against the same sequences mixed within steps, measured and as the planner simulates them.
 
-A tiny model trains on 2 and on 4 data-parallel processes of one thread each, with `data.grouping: step` and `sequence`,
-at 60% multimodal as in the paper's ablation (arXiv 2403.05525, Figure 8). Both take their steps by turns in the same
-processes, and undisturbed ones count (`engines/paired_steps.py`). Beside them stands `megavl plan --mixing`,
-from blocks measured here, and at the paper's scale. Writes `launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
+A tiny model trains on 2 and on 4 data-parallel processes of one thread each, at 60% multimodal as in the paper's
+ablation (arXiv 2403.05525, Figure 8). `data.grouping: step` and `sequence` take their steps in turn in the same
+processes, and undisturbed steps count (`engines/paired_steps.py`). The report compares them with `megavl plan --mixing`
+from blocks measured here. Writes `launch/bench/results/grouping_<hardware>_<YYYYMM>.md`.
 
-    python launch/bench/grouping.py [--turns 40] [--work runs/grouping]
+    python -m launch.bench.grouping [--turns 40] [--work runs/grouping]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from plan_cpu import (
+from launch.bench.plan_paper import MIXING_ASSUMPTIONS
+from launch.bench.programs import ROOT, ask_plan
+from launch.bench.report import machine, report_path, table, table_row, versions, write_report
+from launch.bench.tiny_runs import (
     KINDS,
     RECIPE,
-    ROOT,
     UNDISTURBED,
-    Measured,
-    block_seconds,
+    Calibrations,
     build_data,
-    calibrate,
-    environment,
-    hardware,
     how_quiet,
-    merged,
     paired_steps,
     undisturbed,
 )
-from plan_paper import CLUSTERS, MIXING_ASSUMPTIONS, RUNS, plan
 
 SEQ_LENGTH, IMAGES, MICRO_BATCHES, FRACTION = 256, 2, 4, 0.6
-"""Tokens and images of a multimodal sequence, micro-batches of a replica, share of multimodal sequences."""
+"""Tokens and images of a multimodal sequence, micro-batches of a replica, fraction of multimodal sequences."""
 REPLICAS = (2, 4)
 GROUPINGS = ("step", "sequence")
 DRAWS = 4000
@@ -54,7 +45,6 @@ STEPS = 5
 CALIBRATIONS = 2
 GOAL = 0.05
 """Most by which the simulated gain may differ from the measured one."""
-PAPER_IMAGES = (3, 5)
 MODEL = (
     *("model.llm.num_layers=4", "model.sam.width=192", "model.sam.heads=4", "model.sam.mlp_dim=768"),
     *("model.sam.depth=17", "model.sam.global_attn_indexes=[3,7,11,15]"),
@@ -63,7 +53,7 @@ MODEL = (
 
 @dataclass(frozen=True)
 class Gain:
-    """What was measured with so many replicas."""
+    """What was measured with one number of replicas."""
 
     grouped_s: float
     """Mean step: medians of the undisturbed steps of each kind, in the share of the recipe."""
@@ -89,26 +79,16 @@ def main() -> int:
     arguments.work.mkdir(parents=True)
     sizes = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", f"data.multimodal_fraction={FRACTION}"]
     settings = [*build_data(arguments.work, images=IMAGES, seq_length=SEQ_LENGTH), *MODEL, *sizes]
-    calibrations = {(1, replicas): Measured(block_seconds) for replicas in REPLICAS}
-    for turn in range(CALIBRATIONS):
-        for (tensor, replicas), found in calibrations.items():
-            path = arguments.work / f"calibration-{replicas}-{turn}.json"
-            found.others.append(calibrate(path, settings, tensor=tensor, processes=replicas))
-            found.values.append(json.loads(path.read_text()))
-            print(f"calibration {turn}, {replicas} processes: others {found.others[-1]:.0%}", flush=True)
-    whole = arguments.work / "calibration.json"
-    whole.write_text(json.dumps(merged(calibrations)))
-    used, rows = [found.best()[1] for found in calibrations.values()], []
+    calibrations = Calibrations(arguments.work, settings, [(1, replicas) for replicas in REPLICAS])
+    for _ in range(CALIBRATIONS):
+        calibrations.repeat()
+    (calibration, used), rows = calibrations.merge(), []
     for replicas in REPLICAS:
         gain, others = measure(arguments.work / f"steps-{replicas}.jsonl", settings, replicas, turns=arguments.turns)
         used.append(others)
-        rows.append(row(replicas, gain, simulated(whole, settings, replicas)))
+        rows.append(line(replicas, gain, simulated(calibration, settings, replicas)))
         print(rows[-1], flush=True)
-    text = report(rows, list(paper()), used, arguments)
-    print(text)
-    path = ROOT / "launch/bench/results" / f"grouping_{hardware()}_{time.strftime('%Y%m')}.md"
-    path.write_text(text, encoding="utf-8")
-    print(path)
+    write_report(report_path("grouping"), report(rows, used, arguments))
     return 0
 
 
@@ -118,7 +98,7 @@ def batch(replicas: int) -> str:
 
 
 def measure(out: Path, settings: list[str], replicas: int, *, turns: int) -> tuple[Gain, float]:
-    """Both groupings by turns, and the share of the machine that others used."""
+    """Both groupings in turns, and the share of the machine that others used."""
     variants = {grouping: (f"data.grouping={grouping}",) for grouping in GROUPINGS}
     rows, others = paired_steps(
         out, [*settings, batch(replicas)], variants, processes=replicas, turns=turns, steps=STEPS
@@ -142,18 +122,14 @@ def measure(out: Path, settings: list[str], replicas: int, *, turns: int) -> tup
 
 def simulated(calibration: Path, settings: list[str], replicas: int) -> dict[str, Any]:
     """What `megavl plan --mixing` says of this run."""
-    options = ["--devices", str(replicas), "--device", "cpu", "--calibration", str(calibration), "--top", "0"]
-    options += ["--images", str(IMAGES), "--mixing", "--json"]
-    command = [sys.executable, "-m", "megavl", "plan", RECIPE, *settings, batch(replicas), *options]
-    done = subprocess.run(command, check=True, env=environment(), capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    options = ("--devices", replicas, "--device", "cpu", "--calibration", calibration, "--top", 0)
+    return ask_plan(RECIPE, *settings, batch(replicas), *options, "--images", IMAGES, "--mixing")
 
 
 def gain_on_shared_cores(found: dict[str, Any], replicas: int, *, cores: int) -> float:
-    """The simulated gain where more replicas than cores compute: those that are done leave their cores to the others.
+    """The simulated gain where replicas share cores: one that is done leaves its core to the others.
 
-    Seconds in `found` were measured with all replicas computing, so k of them are faster than that, up to a core each.
+    Seconds in `found` were measured with all replicas computing. Fewer of them are faster, up to a core each.
     """
     draw = random.Random(0)
     kinds = [found[kind]["pipeline_s"] / MICRO_BATCHES for kind in ("text", "multimodal")]
@@ -167,35 +143,20 @@ def gain_on_shared_cores(found: dict[str, Any], replicas: int, *, cores: int) ->
     return (total / DRAWS + outside) / grouped - 1
 
 
-def row(replicas: int, measured: Gain, found: dict[str, Any]) -> str:
+def line(replicas: int, measured: Gain, found: dict[str, Any]) -> str:
     """One line of the table."""
     mixing, shared = found["mixing"], gain_on_shared_cores(found, replicas, cores=os.cpu_count() or 1)
     error = shared - measured.gain
-    met = "met" if abs(error) <= GOAL else "MISSED"
-    return (
-        f"| {replicas} | {measured.grouped_s:.3f} | {measured.mixed_s:.3f} | {measured.gain:+.1%} "
-        f"| {mixing['grouped_s']:.3f} | {mixing['mixed_s']:.3f} | {mixing['gain']:+.1%} | {shared:+.1%} "
-        f"| {100 * error:+.1f} points, {met} | {measured.counts[0]}, {measured.counts[1]} |"
+    return table_row(
+        *(replicas, f"{measured.grouped_s:.3f}", f"{measured.mixed_s:.3f}", f"{measured.gain:+.1%}"),
+        *(f"{mixing['grouped_s']:.3f}", f"{mixing['mixed_s']:.3f}", f"{mixing['gain']:+.1%}", f"{shared:+.1%}"),
+        f"{100 * error:+.1f} points, {'met' if abs(error) <= GOAL else 'MISSED'}",
+        f"{measured.counts[0]}, {measured.counts[1]}",
     )
 
 
-def paper() -> Any:
-    """Rows at the paper's scale."""
-    for run in RUNS:
-        for device, name in CLUSTERS.items():
-            for images in PAPER_IMAGES:
-                settings = [f"data.multimodal_fraction={FRACTION}", "data.modality_warmup_steps=0"]
-                options = ("--images", str(images), "--mixing", "--top", "0")
-                mixing = plan(run, device, *options, settings=settings)["mixing"]
-                yield (
-                    f"| {run.name}, {run.devices} x {name} | {images} | {mixing['gain']:+.1%} "
-                    f"| {mixing['lockstep_gain']:+.1%} | +20% |"
-                )
-
-
-def report(rows: list[str], published: list[str], used: list[float], arguments: argparse.Namespace) -> str:
+def report(rows: list[str], used: list[float], arguments: argparse.Namespace) -> list[str]:
     """Markdown with the command, versions, what was compared, and how quiet the machine was."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     cores = os.cpu_count() or 1
     shared = [
         f"{replicas} processes share {cores} cores: a replica that waits leaves its core to the slower ones, so mixing "
@@ -203,39 +164,32 @@ def report(rows: list[str], published: list[str], used: list[float], arguments: 
         for replicas in REPLICAS
         if replicas > cores
     ]
-    lines = [
+    return [
         "# Modality-grouped steps against mixed ones",
         "",
-        f"`python launch/bench/grouping.py --turns {arguments.turns}`; Python {platform.python_version()}, {versions}; "
-        f"{platform.machine()}, {cores} cores, gloo, fp32, one thread a process.",
+        f"`python -m launch.bench.grouping --turns {arguments.turns}`; {versions('torch', 'megatron-core')}; "
+        f"{machine()}, gloo, fp32, one thread a process.",
         f"Recipe `{RECIPE}`, TP 1 x PP 1, {MICRO_BATCHES} micro-batches of one {SEQ_LENGTH}-token sequence a replica, "
         f"{IMAGES} images in every multimodal one, {FRACTION:.0%} multimodal; {' '.join(MODEL)}.",
         "Grouped (`data.grouping: step`): every step is wholly one kind. Mixed (`sequence`): every step holds its "
         "share of both, shuffled over replicas and micro-batches. Both train on the same sequences.",
-        f"{arguments.turns} turns in the same processes, in each of which both take {STEPS} steps; {UNDISTURBED} Mean "
-        "of the undisturbed steps, all data in memory; when grouped, of both kinds' medians. Simulated: "
-        "`megavl plan --mixing --calibration`, where each sequence draws its kind alone. Gain: how much more a second "
-        "does when steps are grouped.",
+        f"{arguments.turns} turns in the same processes, in each of which both take {STEPS} steps; {UNDISTURBED} Times "
+        "are means of the undisturbed steps, with all data in memory; when grouped, means of both kinds' medians. "
+        "Simulated: `megavl plan --mixing --calibration`, where each sequence draws its kind alone. Gain: how much "
+        "more a second does when steps are grouped.",
         how_quiet(used),
         *shared,
+        *table(
+            "| replicas | grouped s/step | mixed s/step | gain | simulated grouped s | simulated mixed s "
+            f"| planner's gain | simulated on {cores} cores | difference, goal {100 * GOAL:.0f} points "
+            "| undisturbed steps, grouped and mixed |",
+            rows,
+        ),
         "",
-        "| replicas | grouped s/step | mixed s/step | gain | simulated grouped s | simulated mixed s | planner's gain "
-        f"| simulated on {cores} cores | difference, goal {100 * GOAL:.0f} points "
-        "| undisturbed steps, grouped and mixed |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-        "## At the paper's scale",
-        "",
-        f"Simulated with the recipe's layout at {FRACTION:.0%} multimodal; the paper reports +20% (Figure 8).",
-        "",
-        "| run | images a sequence | grouping does more | if replicas wait after every micro-batch | paper |",
-        "|---|---|---|---|---|",
-        *published,
+        "The simulation assumes (`launch/bench/plan_paper.py` makes it at the paper's scale):",
         "",
         *(f"- {line}" for line in MIXING_ASSUMPTIONS),
     ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

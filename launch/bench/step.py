@@ -1,11 +1,11 @@
 """Full training steps of the 1.3B and the 7B on one GPU, against transformers and megatron-core's stock attention.
 
-First the ceilings (matrix product, copy), then every case in a process of its own (`engines/step_speed.py`),
-then `launch/bench/results/step_<device>_<YYYYMM>.md` from the JSON beside it, in which `--case` replaces single cases.
+First the ceilings (matrix product, copy), then every case in a process of its own (`engines/step_speed.py`). Writes
+`launch/bench/results/step_<device>_<YYYYMM>.md` from the JSON beside it, in which `--case` replaces single cases.
 Where there is no GPU only the tiny cases run, and the full-size columns stay empty. Needs the extras `test` and `hf`.
 
     bash launch/bench/gpu.sh
-    python launch/bench/step.py [--case "1b whole megavl" ...] [--quick] [--out DIR]
+    python -m launch.bench.step [--case "1b whole megavl" ...] [--quick] [--out DIR]
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from launch.bench.engines.step_work import plan
+from launch.bench.programs import ROOT, ask, environment, json_lines, run
+from launch.bench.report import RESULTS, hardware, report_path, table, table_row, versions, write_report
+from megavl.planner.hardware.devices import DEVICES, USABLE_SHARE
+
 NAMES = {
     "megavl": "MegaVL",
     "megatron-local": "megatron-core's local attention",
     "transformers": "transformers",
 }
+PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine")
 NOT_MEASURED = "not measured"
 ONE_THREAD = ("--threads", 1)
 """Where there is no GPU; cores may be shared."""
@@ -40,7 +42,7 @@ BOTH = ("text", "multimodal")
 
 @dataclass(frozen=True)
 class Case:
-    """One process."""
+    """One process of `engines/step_speed.py`."""
 
     model: str
     part: str
@@ -72,7 +74,7 @@ FULL = (
     Case("7b", "last", "megavl", kinds=("text",)),
     Case("7b", "last", "megatron-local", ("--recompute", "selective"), kinds=("text",)),
 )
-"""In bf16, on a GPU only."""
+"""Full-size models in bf16, on a GPU only."""
 TINY_OPTIONS = ("--precision", "fp32")
 TINY = (
     *(Case("tiny", "whole", side, TINY_OPTIONS, steps=5, micro_batches=2) for side in NAMES),
@@ -86,7 +88,7 @@ TINY = (
         for side in ("megavl", "transformers")
     ),
 )
-"""Anywhere; equal weights on every side, so that losses must be equal."""
+"""The tiny models, anywhere. All sides have equal weights, so their losses must be equal."""
 SWITCHES = ("--checkpointing", "--compile", "--uncompiled", "--rounded-gradients")
 """Options that the report compares with the case without them."""
 PROFILED = ("1b whole megavl", "1b whole transformers", "7b first megavl", "tiny whole megavl precision fp32")
@@ -101,19 +103,18 @@ def main() -> int:
     parser.add_argument(
         "--case", action="append", choices=names, metavar="CASE", help="default: all. " + "; ".join(names)
     )
-    parser.add_argument("--quick", action="store_true", help="two steps of the tiny model on the three sides, alone")
-    parser.add_argument("--out", type=Path, default=ROOT / "launch/bench/results", help="where the report goes")
+    parser.add_argument("--quick", action="store_true", help="only two steps of the tiny model on the three sides")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the report goes")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that a case may take")
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     os.chdir(ROOT)
-    (ceilings,) = ask("launch.bench.engines.step_ceiling", *ONE_THREAD, limit=arguments.limit)
-    path = arguments.out / f"step_{hardware(ceilings)}_{time.strftime('%Y%m')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (ceilings,) = ask("launch.bench.engines.step_ceiling", *ONE_THREAD, gpu=True, limit=arguments.limit)
+    path = report_path("step", where=device(ceilings), folder=arguments.out).with_suffix(".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.case else {}
-    plans = plan(ceilings)
+    plans = plans_of(ceilings)
     found: dict[str, Any] = {"cases": kept.get("cases", {}), "ceilings": ceilings, "plans": plans}
-    found |= {"versions": versions(), "load": os.getloadavg()[0], "cuda_tests": kept.get("cuda_tests")}
+    found |= {"versions": versions(*PACKAGES), "load": os.getloadavg()[0], "cuda_tests": kept.get("cuda_tests")}
     if ceilings["cuda"] and not arguments.case:
         found["cuda_tests"] = cuda_tests()
     for case in chosen(arguments, on_gpu=ceilings["cuda"]):
@@ -122,9 +123,7 @@ def main() -> int:
         words = words_of(case, layers=layers, quick=arguments.quick)
         found["cases"][case.name] = measure(case, words, limit=arguments.limit)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    content = report(found)
-    path.with_suffix(".md").write_text(content, encoding="utf-8")
-    print(f"{content}\n{path.with_suffix('.md')}")
+    write_report(path.with_suffix(".md"), report(found))
     return 0 if sound(found["cases"]) and (found["cuda_tests"] or {"passed": True})["passed"] else 1
 
 
@@ -132,7 +131,7 @@ def cuda_tests() -> dict[str, Any]:
     """Whether CUDA agrees with the CPU, and what the tests printed about it."""
     print("tests/numerics/test_cuda.py ...", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "tests/numerics/test_cuda.py"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(gpu=True), capture_output=True, text=True)
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     tables = ("CUDA against CPU", "times that the host waits", "FAILED", "ERROR")
     shown = [line for line in lines[:-1] if any(word in line for word in tables)]
@@ -151,48 +150,11 @@ def chosen(arguments: argparse.Namespace, *, on_gpu: bool) -> list[Case]:
     return cases
 
 
-def ask(module: str, *words: object, limit: float) -> list[dict[str, Any]]:
-    """The JSON lines that a program printed, which must end well."""
-    rows, failure = run(module, *words, limit=limit)
-    if failure:
-        raise SystemExit(f"error: {module}: {failure}")
-    return rows
-
-
-def environment() -> dict[str, str]:
-    """The repository in front of what else Python finds modules in."""
-    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-
-
-def run(module: str, *words: object, limit: float) -> tuple[list[dict[str, Any]], str]:
-    """The JSON lines that a program printed, and why there are no more; empty where it ended well."""
-    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, words)]
-    variables = environment()
-    if "--compile" in words:
-        variables.pop("TORCHDYNAMO_DISABLE", None)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        try:
-            code = subprocess.run(command, env=variables, stdout=out, stderr=errors, timeout=limit).returncode
-            failure = f"code {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            failure = f"not done after {limit:.0f} s"
-        out.seek(0)
-        errors.seek(0)
-        rows = [json.loads(line) for line in out if line.startswith("{")]
-        if failure.startswith("code"):
-            said = errors.read().splitlines()
-            named = [line for line in said if re.match(r"\S*(Error|Exception|error)\b", line)]
-            failure = " ".join((named or said or [failure])[-1].split())[:300]
-    return rows, failure
-
-
-def plan(ceilings: dict[str, Any]) -> dict[str, Any]:
+def plans_of(ceilings: dict[str, Any]) -> dict[str, Any]:
     """How many layers of each full-size part the device holds; without a GPU, an H200 by its data sheet."""
-    parts = list(dict.fromkeys(f"{case.model} {case.part}" for case in FULL))
-    memory = ("--memory", ceilings["memory_bytes"]) if ceilings["cuda"] else ()
-    rows = ask("launch.bench.engines.step_work", *(f"{part} none" for part in parts), *memory, limit=600)
-    return dict(zip(parts, rows, strict=True))
+    memory = USABLE_SHARE * (ceilings["memory_bytes"] or DEVICES["h200"].memory_bytes)
+    parts = dict.fromkeys((case.model, case.part) for case in FULL)
+    return {f"{model} {part}": plan(model, part, memory_bytes=memory) for model, part in parts}
 
 
 def words_of(case: Case, *, layers: int, quick: bool) -> list[object]:
@@ -209,13 +171,13 @@ def words_of(case: Case, *, layers: int, quick: bool) -> list[object]:
 def measure(case: Case, words: Sequence[object], *, limit: float) -> dict[str, Any]:
     """What one case printed by kind, or why it failed."""
     began = time.perf_counter()
-    rows, failure = run("launch.bench.engines.step_speed", *words, limit=limit)
+    text, failure = run("launch.bench.engines.step_speed", *words, gpu=True, limit=limit)
     print(f"{case.name}: {time.perf_counter() - began:.0f} s {failure}", flush=True)
-    return {row["kind"]: row for row in rows} | ({"failed": failure} if failure else {})
+    return {row["kind"]: row for row in json_lines(text)} | ({"failed": failure} if failure else {})
 
 
 def sound(cases: dict[str, Any]) -> bool:
-    """Whether MegaVL ran wherever it was asked to, and the first losses of all sides of a tiny model are the same."""
+    """Whether MegaVL ran in all its cases, and the first losses of all sides of a tiny model are the same."""
     ours = [found for name, found in cases.items() if " megavl" in name]
     return (
         not any("failed" in found for found in ours) and max(loss_errors(cases).values(), default=0) <= LOSS_TOLERANCE
@@ -234,21 +196,9 @@ def loss_errors(cases: dict[str, Any]) -> dict[str, float]:
     return errors
 
 
-def hardware(ceilings: dict[str, Any]) -> str:
-    """Name of the device for the report's file."""
-    if ceilings["cuda"]:
-        return re.sub(r"[^a-z0-9]+", "-", str(ceilings["device"]).lower())
-    return f"{platform.machine()}-{os.cpu_count()}cores"
-
-
-def versions() -> str:
-    """What was measured."""
-    names = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
-    try:
-        engine = version("transformer-engine")
-    except PackageNotFoundError:
-        engine = "absent"
-    return f"Python {platform.python_version()}, {names}, Transformer Engine {engine}"
+def device(ceilings: dict[str, Any]) -> str:
+    """The device in the name of the report's file."""
+    return re.sub(r"[^a-z0-9]+", "-", str(ceilings["device"]).lower()) if ceilings["cuda"] else hardware()
 
 
 def rows_of(cases: dict[str, Any], case: Case, ceilings: dict[str, Any]) -> list[str]:
@@ -256,34 +206,29 @@ def rows_of(cases: dict[str, Any], case: Case, ceilings: dict[str, Any]) -> list
     lines = []
     for kind in case.kinds:
         found = cases.get(case.name, {})
-        head = f"| {case.model} {case.part}: {' '.join([NAMES[case.side], *case.options])} | {kind} |"
+        title = f"{case.model} {case.part}: {' '.join([NAMES[case.side], *case.options])}"
         if kind not in found:
             reason = "failed, see below" if "failed" in found else NOT_MEASURED
-            lines.append(f"{head} {reason} |{' |' * 7}")
+            lines.append(table_row(title, kind, reason, *[""] * 7))
             continue
         row = found[kind]
         precision = "fp32" if "fp32" in case.options else "bf16"
         # The planner's formulas are MegaVL's, and a process holds more than its tensors.
         planned = ceilings["cuda"] and case.side == "megavl"
         expected = f" ({row['planned_bytes'] / 2**30:.2f})" if planned else ""
+        best = best_rate(cases, case, kind)
         cells = [
             str(row["layers"]),
             f"{1000 * row['step_s']:,.1f}",
             f"{row['tokens_per_s']:,.0f}",
             "no peak known" if row["mfu"] is None else f"{row['mfu']:.1%}",
             f"{row['flops_per_s'] / ceilings['flops_per_s'][precision]:.1%}",
-            against_transformers(cases, case, kind),
+            "-" if best is None else f"{row['tokens_per_s'] / best:.2f}",
             f"{row['peak_bytes'] / 2**30:.2f}{expected}",
             f"{row['losses'][0]:.5f}",
         ]
-        lines.append(f"{head} {' | '.join(cells)} |")
+        lines.append(table_row(title, kind, *cells))
     return lines
-
-
-def against_transformers(cases: dict[str, Any], case: Case, kind: str) -> str:
-    """Tokens per second against the fastest of transformers' settings on the same work; above 1 is faster."""
-    best = best_rate(cases, case, kind)
-    return "-" if best is None else f"{cases[case.name][kind]['tokens_per_s'] / best:.2f}"
 
 
 def best_rate(cases: dict[str, Any], case: Case, kind: str) -> float | None:
@@ -317,7 +262,7 @@ def goals(cases: dict[str, Any]) -> list[str]:
         ("1.3B, the last 10% of 200 steps against the first 10%, the larger", "no drift", slowest, "{:.3f}"),
     )
     return [
-        f"| {what} | {goal} | {NOT_MEASURED if value is None else shape.format(value)} |"
+        table_row(what, goal, NOT_MEASURED if value is None else shape.format(value))
         for what, goal, value, shape in rows
     ]
 
@@ -334,8 +279,7 @@ def where_the_time_goes(cases: dict[str, Any], ceilings: dict[str, Any]) -> list
     shown = [(case, kind, cases[case.name][kind]["regions"]) for case, kind in measured]
     regions = next((list(found) for _, _, found in shown if found), [])
     head = ["case", "step", *regions, "idle", "optimizer's traffic, of the copy"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    profiles = []
+    lines, profiles = [], []
     for case, kind, found in shown:
         profile = cases[case.name][kind].get("profile")
         if profile:
@@ -345,21 +289,23 @@ def where_the_time_goes(cases: dict[str, Any], ceilings: dict[str, Any]) -> list
             row = cases[case.name][kind]
             rate = row["update_bytes"] / (found["optimizer"] * statistics.mean(row["seconds"]))
             cells = [*(f"{found[name]:.1%}" for name in regions), idle, f"{rate / ceilings['copy_bytes_per_s']:.1%}"]
-            lines.append(f"| {case.name} | {kind} | {' | '.join(cells)} |")
+            lines.append(table_row(case.name, kind, *cells))
+    lines = table(table_row(*head), lines)
     for case, kind, profile in profiles:
         lines += ["", f"### {case.name}, one {kind} step", ""]
         whole = sum(row["share"] for row in profile["operators"])
         lines += [
             f"{profile['clock']}: {profile['milliseconds']:,.1f} ms together, {whole:.0%} of them in the operators "
             f"below. Chrome trace: `{profile['trace']}`.",
-            "",
-            "| operator | calls | ms | share |",
-            "|---|---|---|---|",
+            *table("| operator | calls | ms | share |", map(operator_row, profile["operators"])),
         ]
-        for row in profile["operators"]:
-            name = row["name"].replace("|", "\\|")[:100]
-            lines.append(f"| `{name}` | {row['calls']} | {row['ms']:,.2f} | {row['share']:.1%} |")
     return lines
+
+
+def operator_row(found: dict[str, Any]) -> str:
+    """One line of the table of operators."""
+    name = found["name"].replace("|", "\\|")[:100]
+    return table_row(f"`{name}`", found["calls"], f"{found['ms']:,.2f}", f"{found['share']:.1%}")
 
 
 def tried(cases: dict[str, Any]) -> list[str]:
@@ -383,13 +329,12 @@ def tried(cases: dict[str, Any]) -> list[str]:
 
 def fitting(plans: dict[str, Any]) -> list[str]:
     """What the device is expected to hold."""
-    lines = ["| part | decoder layers | weights GB | gradients | optimizer | activations | peak |", "|---" * 7 + "|"]
+    lines = []
     for part, row in plans.items():
-        cells = [
-            f"{row['bytes'][key] / 1e9:.1f}" for key in ("weights", "gradients", "optimizer", "activations", "peak")
-        ]
-        lines.append(f"| {part} | {row['layers']} of {row['of_layers']} | {' | '.join(cells)} |")
-    return lines
+        cells = (row["bytes"][key] for key in ("weights", "gradients", "optimizer", "activations", "peak"))
+        held = f"{row['layers']} of {row['of_layers']}"
+        lines.append(table_row(part, held, *(f"{value / 1e9:.1f}" for value in cells)))
+    return table("| part | decoder layers | weights GB | gradients | optimizer | activations | peak |", lines)
 
 
 TABLE = (
@@ -398,96 +343,87 @@ TABLE = (
 )
 
 
-def report(found: dict[str, Any]) -> str:
+METHOD = (
+    "- Work: the second stage's recipe (decoder and adaptor train, the towers are frozen). Sequences have 4,096 tokens "
+    "(tiny: 512) of random tokens, each one document, with five images or none; 8 sequences a step (tiny: 2), one "
+    "forward pass each. Batches are on the device before the step begins; transformers gets normalised pixels, MegaVL "
+    "uint8.",
+    "- transformers: its own class, loss and SDPA, weights and moments in the type of the step, torch's fused AdamW, "
+    "clipping at norm 1. MegaVL: fp32 gradients, master weights and moments. megatron-core's local attention: MegaVL "
+    "with `DotProductAttention` instead of `PackedAttention`.",
+    "- Times: CUDA events (on a CPU, the host's clock, one thread). The measurement waits for the device after the "
+    "last step only. Times are the median of the steps after three that warm up. Regions lie between events where "
+    "tensors pass from part to part, forward and back; `vision` holds the embedding. Idle: share of a profiled step in "
+    "which no kernel ran. The optimizer's traffic is what an update must read and write at least.",
+    "- Memory: the largest sum of tensors on CUDA; on a CPU the process, libraries included.",
+)
+DRY = (
+    "**Dry run: there is no GPU on this machine.** Every part of the command ran at tiny size on the CPU; the "
+    "full-size columns are empty, and none of them is estimated. `bash launch/bench/gpu.sh` on a machine with one GPU "
+    "fills them."
+)
+
+
+def report(found: dict[str, Any]) -> list[str]:
     """Markdown with the command, ceilings, figures, goals, and where the time goes."""
     cases, ceilings, plans = found["cases"], found["ceilings"], found["plans"]
-    errors = loss_errors(cases)
-    dry = (
-        "**Dry run: there is no GPU on this machine.** Every part of the command ran at tiny size on the CPU; the "
-        "full-size columns are empty, and none of them is estimated. `bash launch/bench/gpu.sh` on a machine with one "
-        "GPU fills them."
-    )
-    some = next(iter(plans.values()))
-    device = "The device" if ceilings["cuda"] else "An H200 (141 GB by its data sheet)"
+    errors, some = loss_errors(cases), next(iter(plans.values()))
+    planned = "The device" if ceilings["cuda"] else "An H200 (141 GB by its data sheet)"
     worst = f"{max(errors.values()):.1e}" if errors else NOT_MEASURED
-    return "\n".join(
-        [
-            f"# Training steps on {ceilings['device']}",
-            "",
-            f"`bash launch/bench/gpu.sh`; {found['versions']}, CUDA {ceilings['cuda_version'] or 'absent'}; "
-            f"load average {found['load']:.1f} at the start.",
-            "",
-            *([] if ceilings["cuda"] else [dry, ""]),
-            "## Ceilings",
-            "",
+    products = ceilings["products"]
+    return [
+        f"# Training steps on {ceilings['device']}",
+        "",
+        f"`bash launch/bench/gpu.sh`; {found['versions']}, CUDA {ceilings['cuda_version'] or 'absent'}; "
+        f"load average {found['load']:.1f} at the start.",
+        "",
+        *([] if ceilings["cuda"] else [DRY, ""]),
+        "## Ceilings",
+        *table(
             "| | TFLOP/s bf16 | TFLOP/s fp32 |",
-            "|---|---|---|",
-            *(
-                f"| {shape} | {rate / 1e12:,.3f} | {ceilings['products']['fp32'][shape] / 1e12:,.3f} |"
-                for shape, rate in ceilings["products"]["bf16"].items()
+            (
+                table_row(shape, f"{rate / 1e12:,.3f}", f"{products['fp32'][shape] / 1e12:,.3f}")
+                for shape, rate in products["bf16"].items()
             ),
-            "",
-            f"A copy reads and writes {ceilings['copy_bytes_per_s'] / 1e9:,.1f} GB/s. Shares below are of the fastest "
-            "product of the same type.",
-            "",
-            "## Full size, bf16",
-            "",
-            TABLE,
-            "|---" * 10 + "|",
-            *(line for case in FULL for line in rows_of(cases, case, ceilings)),
-            "",
-            "| goal for one H200 | | reached |",
-            "|---|---|---|",
-            *goals(cases),
-            "",
-            f"{device} is planned with up to {some['usable_bytes'] / 1e9:.1f} GB; the whole 7B with fp32 master "
-            "weights and moments exceeds that, and megatron-core's precision-aware optimizer needs Transformer Engine. "
-            "So it is measured with as many layers as the planner's formulas allow: with vision side, embedding and "
-            "head (`whole`), as a first pipeline stage (`first`, no head) and as a last one (`last`, no vision side).",
-            "",
-            *fitting(plans),
-            "",
-            "## Tiny size, fp32 where not said otherwise",
-            "",
-            f"All sides hold the same weights. Largest relative difference of a first loss from MegaVL's: {worst} "
-            f"(limit {LOSS_TOLERANCE:.0e}).",
-            "",
-            TABLE,
-            "|---" * 10 + "|",
-            *(line for case in TINY for line in rows_of(cases, case, ceilings)),
-            "",
-            "## CUDA against the CPU",
-            "",
-            "`tests/numerics/test_cuda.py`: the tiny model's first loss in fp32, and twenty steps in bf16.",
-            "",
-            *(f"- {line}" for line in (found["cuda_tests"] or {"lines": [NOT_MEASURED]})["lines"]),
-            "",
-            "## Where the time goes",
-            "",
-            *where_the_time_goes(cases, ceilings),
-            "",
-            "## What was tried",
-            "",
-            *tried(cases),
-            "",
-            "## How it was measured",
-            "",
-            f"- {some['convention']}.",
-            "- Work: the second stage's recipe (decoder and adaptor train, the towers are frozen), sequences of 4,096 "
-            "tokens (tiny: 512) of random tokens, each one document, with five images or none; 8 sequences a step "
-            "(tiny: 2), one forward pass each. Batches are on the device before the step begins; transformers gets "
-            "normalised pixels, MegaVL uint8.",
-            "- transformers: its own class, loss and SDPA, weights and moments in the type of the step, torch's fused "
-            "AdamW, clipping at norm 1. MegaVL: fp32 gradients, master weights and moments. megatron-core's local "
-            "attention: MegaVL with `DotProductAttention` in place of `PackedAttention`.",
-            "- Times: CUDA events (on a CPU, the host's clock, one thread); the measuring waits for the device behind "
-            "the last step only. The median of the steps behind three that warm up. Regions lie between events where "
-            "tensors pass from part to part, forward and back; `vision` holds the embedding. Idle: share of a profiled "
-            "step in which no kernel ran. The optimizer's traffic is what an update must read and write at least.",
-            "- Memory: the largest sum of tensors on CUDA; on a CPU the process, libraries included.",
-            "",
-        ]
-    )
+        ),
+        "",
+        f"A copy reads and writes {ceilings['copy_bytes_per_s'] / 1e9:,.1f} GB/s. Shares below are of the fastest "
+        "product of the same type.",
+        "",
+        "## Full size, bf16",
+        *table(TABLE, (line for case in FULL for line in rows_of(cases, case, ceilings))),
+        *table("| goal for one H200 | | reached |", goals(cases)),
+        "",
+        f"{planned} is planned with up to {some['usable_bytes'] / 1e9:.1f} GB. The whole 7B with fp32 master weights "
+        "and moments exceeds that, and megatron-core's precision-aware optimizer needs Transformer Engine. So it is "
+        "measured with as many layers as the planner's formulas allow: with vision side, embedding and head (`whole`), "
+        "as a first pipeline stage (`first`, no head) and as a last one (`last`, no vision side).",
+        *fitting(plans),
+        "",
+        "## Tiny size, fp32 unless stated otherwise",
+        "",
+        f"All sides hold the same weights. Largest relative difference of a first loss from MegaVL's: {worst} "
+        f"(limit {LOSS_TOLERANCE:.0e}).",
+        *table(TABLE, (line for case in TINY for line in rows_of(cases, case, ceilings))),
+        "",
+        "## CUDA against the CPU",
+        "",
+        "`tests/numerics/test_cuda.py`: the tiny model's first loss in fp32, and twenty steps in bf16.",
+        "",
+        *(f"- {line}" for line in (found["cuda_tests"] or {"lines": [NOT_MEASURED]})["lines"]),
+        "",
+        "## Where the time goes",
+        *where_the_time_goes(cases, ceilings),
+        "",
+        "## What was tried",
+        "",
+        *tried(cases),
+        "",
+        "## How it was measured",
+        "",
+        f"- {some['convention']}.",
+        *METHOD,
+    ]
 
 
 if __name__ == "__main__":

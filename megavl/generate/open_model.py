@@ -22,7 +22,7 @@ from megavl.convert.flat_names import flat_shapes
 from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.generate.weights import LazyTensor, load_weights
-from megavl.model.build import build_to_generate
+from megavl.model.build import BuildSpec, build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 from megavl.planner.layouts.layout import balance_weights, layout_string
@@ -155,7 +155,9 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
     if layers == "auto":
         layers = balance_weights(source.config, stages=parallel.pipeline, tensor=parallel.tensor)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    model = build_to_generate(source.config, parallel=parallel, layout=layout_string(layers), dtype=_DTYPES[name])
+    model = build_to_generate(
+        BuildSpec(model=source.config, parallel=parallel, layout=layout_string(layers), dtype=_DTYPES[name])
+    )
     at = groups.position()
     collective_errors.on_every_rank(
         lambda: load_weights(

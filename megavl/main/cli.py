@@ -1,8 +1,9 @@
-"""The `megavl` command: finds the subcommand, runs it, turns a user's mistake into one message and an exit code."""
+"""The `megavl` command: runs a subcommand and turns a user's mistake into one message and an exit code."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import re
@@ -21,9 +22,22 @@ _COMMANDS = {
     "evaluate": "score multiple-choice tasks by perplexity",
     "inspect": "what a checkpoint holds, verified",
 }
-"""Each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""
+"""Subcommands; each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 """How `key.path=value` begins."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest choice where one is misspelt; subparsers are of this class too."""
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], n=1)
+            if not near:
+                raise
+            raise argparse.ArgumentError(action, f"{error.message}; did you mean {near[0]}?") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _silence_expected_warnings()
-    parser = argparse.ArgumentParser(prog="megavl", description="Train DeepSeek-VL with 3D parallelism.")
+    parser = _Parser(prog="megavl", description="Train DeepSeek-VL with 3D parallelism.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in arguments if word in _COMMANDS), None)
     runs = {}
@@ -46,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(sub)
             runs[name] = module.run
     parsed, rest = parser.parse_known_args(arguments)
-    # argparse takes a command's positional arguments only where they stand together.
-    behind = [word for word in rest if _OVERRIDE.match(word)]
-    if "overrides" not in parsed or behind != rest:
+    # argparse leaves overrides over that come after an option.
+    overrides = [word for word in rest if _OVERRIDE.match(word)]
+    if "overrides" not in parsed or overrides != rest:
         parsed = parser.parse_args(arguments)
     else:
-        parsed.overrides += behind
+        parsed.overrides += overrides
     try:
         return int(runs[parsed.command](parsed))
     except MegaVLError as error:
@@ -65,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _silence_expected_warnings() -> None:
-    """megatron-core warns about optional accelerators and about torch names it still uses, once a step and rank."""
+    """Hide what megatron-core says on every rank and step about optional packages and old names in torch."""
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     warnings.filterwarnings("ignore", message="Please use DTensor instead.*")
     warnings.filterwarnings("ignore", message="full scope is deprecated.*")

@@ -28,6 +28,7 @@ from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare, open_flat
 from megavl.convert.weight_files import open_file
+from megavl.main.device import choose_device
 from megavl.main.progress import counted
 
 PASSTHROUGH = "passthrough.safetensors"
@@ -62,9 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one type for all tensors; default: bfloat16, what training computes in; float32 loses nothing",
     )
     init.add_argument("--seed", type=int, default=0, help="of the tensors that no source has; default: 0")
-    check = actions.add_parser("verify", help="compare the weights of two models, whatever their formats")
-    check.add_argument("source", metavar="A", type=Path)
-    check.add_argument("out", metavar="B", type=Path)
+    check = actions.add_parser(
+        "verify", help="compare the weights of two models, or the logits of an export with those of transformers"
+    )
+    check.add_argument("source", metavar="A", type=Path, help="checkpoint or Hugging Face folder in either format")
+    check.add_argument("out", metavar="B", type=Path, nargs="?", help="the model to compare with A")
+    check.add_argument(
+        "--against",
+        choices=("transformers",),
+        help="compare logits on text and images, in fp32 on the CPU: MegaVL opens A, transformers opens B (default: "
+        "A), a folder in the native format; needs the extra `hf`",
+    )
+    check.add_argument("--json", metavar="FILE", type=Path, help="with --against: write the result there too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -175,7 +185,23 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.against:
+        return _verify_against_transformers(arguments)
+    if arguments.out is None or arguments.json is not None:
+        raise UsageError("verify: give two models, A and B, or add --against transformers")
     with torch.no_grad():
         result = compare(open_weights(arguments.source), open_weights(arguments.out))
     print(result.summary())
     return 0 if result.identical else 4
+
+
+def _verify_against_transformers(arguments: argparse.Namespace) -> int:
+    choose_device("cpu")
+    # Imports megatron-core, which the other actions do without.
+    from megavl.generate.against_transformers import compare as compare_logits
+
+    result = compare_logits(arguments.source, arguments.out or arguments.source)
+    print(result.summary())
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result.report()) + "\n", encoding="utf-8")
+    return 0 if result.within_tolerance else 4

@@ -1,4 +1,4 @@
-"""Loads a recipe; where its cut of the model cannot work, the message names the nearest one that would."""
+"""Loads a recipe; if its layout cannot work, the error message names the nearest one that does."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe, read_raw
 from megavl.config.recipe import Recipe
 from megavl.planner.hardware.devices import Device
-from megavl.planner.layouts.check import Asked, nearest_text
+from megavl.planner.layouts.check import nearest_text, wanted_choice
 
-_UNCUT = (
+_ONE_DEVICE = (
     *("parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.layout=auto"),
     *("parallel.sequence_parallel=false", "parallel.vision=recompute"),
 )
 
 
-def open_uncut(path: str, *, overrides: Sequence[str] = ()) -> Recipe | None:
-    """A recipe that says `parallel: auto`, as it is on one device; None where it names its cut.
+def open_on_one_device(path: str, *, overrides: Sequence[str] = ()) -> Recipe | None:
+    """A recipe that says `parallel: auto`, on one device; None if it states its layout.
 
     Raises:
         UsageError: as `load_recipe`.
     """
     if read_raw(path, overrides=overrides).get("parallel") != "auto":
         return None
-    return load_recipe(path, overrides=[*overrides, *_UNCUT])
+    return load_recipe(path, overrides=[*overrides, *_ONE_DEVICE])
 
 
 def open_recipe(
@@ -34,12 +34,12 @@ def open_recipe(
 
     Args:
         path: recipe file.
-        overrides: `key.path=value` strings laid over it.
+        overrides: `key.path=value` strings that replace values of the recipe.
         devices: world size; default: what the recipe asks for.
-        device: kind of device, whose memory then counts for the suggestion.
+        device: kind of device; a suggested layout then fits its memory.
 
     Raises:
-        UsageError: as `load_recipe`; a cut that cannot work comes with the nearest that would.
+        UsageError: as `load_recipe`; for a layout that cannot work, with the nearest one that does.
     """
     try:
         return load_recipe(path, overrides=overrides)
@@ -47,10 +47,9 @@ def open_recipe(
         if "parallel." not in str(error):
             raise
         try:
-            uncut = load_recipe(path, overrides=[*overrides, *_UNCUT])
+            alone = load_recipe(path, overrides=[*overrides, *_ONE_DEVICE])
         except UsageError:
             raise error from None
-        asked = Asked.of_mapping(read_raw(path, overrides=overrides))
-        world = asked.tensor * asked.pipeline if devices is None else devices
-        text = nearest_text(uncut, asked, devices=world, device=device)
-        raise UsageError(f"{error}{text}") from None
+        wanted = wanted_choice(read_raw(path, overrides=overrides))
+        world = wanted.tensor * wanted.pipeline if devices is None else devices
+        raise UsageError(f"{error}{nearest_text(alone, wanted, devices=world, device=device)}") from None

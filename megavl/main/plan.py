@@ -1,4 +1,4 @@
-"""`megavl plan`: what a recipe will take, before it runs, and which layout takes least."""
+"""`megavl plan`: memory and speed of a recipe before it runs, and its fastest layouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
-from megavl.main.open_recipe import open_recipe, open_uncut
+from megavl.main.open_recipe import open_on_one_device, open_recipe
 from megavl.planner.cost.work import BlockWork
 from megavl.planner.hardware.calibration import (
     check_calibration,
@@ -24,7 +24,7 @@ from megavl.planner.hardware.devices import DEVICES, Device, find_device
 from megavl.planner.layouts.check import check_memory, checked_scenario
 from megavl.planner.layouts.layout import layout_of
 from megavl.planner.layouts.search import Ranking, search
-from megavl.planner.plan import Plan, block_table, choose_times, plan_scenario, to_json
+from megavl.planner.plan import Plan, block_table, plan_scenario, to_json
 from megavl.planner.report.text import render, render_blocks, render_mixing, render_ranking
 from megavl.planner.report.timeline import write_timeline
 from megavl.planner.scenario import (
@@ -38,28 +38,26 @@ from megavl.planner.scenario import (
 )
 from megavl.planner.simulation.measured import MeasuredTimes
 from megavl.planner.simulation.mixing import Mixing, compare_mixing
-from megavl.planner.simulation.times import TimeSource
+from megavl.planner.simulation.times import DeviceTimes, TimeSource, flat_times
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("recipe", metavar="RECIPE", help="recipe file, YAML")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values laid over the recipe")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file of one stage, e.g. launch/recipes/7b/stage2.yaml")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a value of the recipe")
     parser.add_argument(
         "--devices",
         type=int,
-        help="number of devices; also ranks layouts for them (default: one model replica, no ranking); needed by "
-        "parallel: auto, of which the fastest is planned",
+        help="number of devices, for which layouts are also ranked (default: one model replica, no ranking); with "
+        "parallel: auto it is required, and the fastest layout is planned",
     )
     parser.add_argument(
         "--device", choices=sorted(DEVICES), default="h200", help="kind of device (default: %(default)s)"
     )
-    parser.add_argument("--images", type=float, help="images of a multimodal sequence (default: 5 or what fits)")
+    parser.add_argument("--images", type=float, help="images in a multimodal sequence (default: 5, or what fits)")
     times = parser.add_mutually_exclusive_group()
-    times.add_argument("--calibration", metavar="FILE", help="take seconds from measurements, not the device's table")
-    times.add_argument(
-        "--efficiency", type=float, help="take seconds from this share of the device's peak, 0 to 1, nothing else"
-    )
+    times.add_argument("--calibration", metavar="FILE", help="take seconds from this file of measurements")
+    times.add_argument("--efficiency", type=float, help="take seconds from this share of the device's peak, 0 to 1")
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default: %(default)s; 0: no ranking)")
     parser.add_argument(
         "--placements",
@@ -69,38 +67,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="values of parallel.vision that the ranking tries (default: all)",
     )
     parser.add_argument("--blocks", action="store_true", help="also list FLOPs, bytes and parameters of every block")
-    parser.add_argument("--mixing", action="store_true", help="also simulate steps of randomly mixed modality")
-    parser.add_argument("--timeline", metavar="FILE", help="draw a simulated step: .svg, or .json for Perfetto")
+    parser.add_argument("--mixing", action="store_true", help="also simulate steps of randomly mixed modalities")
+    parser.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="write a simulated step: .svg, or .json for Perfetto",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="measure every block on this device for the recipe's micro-batch and add it to FILE; under torchrun, with "
-        "as many processes as are to compute at once",
+        help="measure every block of the recipe on this device and add the seconds to FILE; on a CPU, run it under "
+        "torchrun with each number of processes that will compute at once",
     )
     parser.add_argument("--repeats", type=int, default=20, help="measured steps of --calibrate (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan, or measure; 0.
+    """Print the plan, or measure; returns 0.
 
     Raises:
-        UsageError: the recipe cannot run so; what was found is printed before.
+        UsageError: the recipe cannot run with this layout. If only memory is missing, the plan is printed before.
     """
     device = find_device(args.device)
-    uncut = open_uncut(args.recipe, overrides=args.overrides)
+    alone = open_on_one_device(args.recipe, overrides=args.overrides)
     if args.calibrate:
-        recipe = uncut or open_recipe(args.recipe, overrides=args.overrides, device=device)
+        recipe = alone or open_recipe(args.recipe, overrides=args.overrides, device=device)
         return _calibrate(recipe, args)
-    if uncut is None:
+    if alone is None:
         recipe = open_recipe(args.recipe, overrides=args.overrides, devices=args.devices, device=device)
         source = _times(recipe, device, args)
         scenario = checked_scenario(recipe, devices=args.devices, device=device, images=args.images)
         layout = layout_of(scenario, source, memory_bytes=device.usable_bytes)
         ranking = _ranking(scenario, source, device, args) if args.devices is not None and args.top > 0 else None
     else:
-        source = _times(uncut, device, args)
-        scenario, layout, ranking = _best(uncut, source, device, args)
+        source = _times(alone, device, args)
+        scenario, layout, ranking = _best(alone, source, device, args)
     plan = plan_scenario(scenario, layout, source, device)
     drawn = max(_MIXED_STEPS, _MIXED_PIPELINES // scenario.data_parallel)
     mixing = compare_mixing(scenario, layout, source, steps=drawn) if args.mixing else None
@@ -118,20 +120,20 @@ def run(args: argparse.Namespace) -> int:
 def _best(
     recipe: Recipe, source: TimeSource, device: Device, args: argparse.Namespace
 ) -> tuple[Scenario, tuple[int, ...], Ranking]:
-    """The fastest cut of a recipe that leaves it open, and the others.
+    """The fastest layout of a recipe that says `parallel: auto`, and the ranking.
 
     Raises:
-        UsageError: without a number of devices, or nothing works on so many.
+        UsageError: the number of devices is missing, or no layout works on them.
     """
     if args.devices is None:
-        raise UsageError(f"--devices: {args.recipe} says parallel: auto; name the number of devices to cut it for")
+        raise UsageError(f"--devices: {args.recipe} says parallel: auto; name the number of devices to plan for")
     scenario = make_scenario(recipe, devices=1, images=args.images)
     scenario = dataclasses.replace(scenario, devices=checked_devices(args.devices))
     ranking = _ranking(scenario, source, device, args)
     if not ranking.best:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(ranking.rejected.items()))
         raise UsageError(
-            f"parallel: auto: none of {ranking.tried} cuts works on {args.devices} x {device.name}: {reasons}; use "
+            f"parallel: auto: none of {ranking.tried} layouts works on {args.devices} x {device.name}: {reasons}; use "
             "more devices or change training.global_batch_size"
         )
     found = ranking.best[0]
@@ -151,7 +153,7 @@ def _as_text(
     mixing: Mixing | None,
     blocks: dict[str, tuple[BlockWork, ...]] | None,
 ) -> str:
-    """The plan, what each source of data gives, and what else was asked for."""
+    """The plan, the samples of each data source, and the tables that options ask for."""
     parts = [render(plan), "\n".join(preview(scenario.recipe))]
     if mixing is not None:
         parts.append(render_mixing(mixing))
@@ -164,12 +166,14 @@ def _as_text(
 
 
 _MIXED_STEPS, _MIXED_PIPELINES = 8, 256
-"""Steps of random mixtures at least, and replicas of all of them: few replicas need more steps for the same mean."""
+"""Fewest mixed steps that are drawn, and fewest replicas over all of them: few replicas need more steps."""
 
 
 def _times(recipe: Recipe, device: Device, args: argparse.Namespace) -> TimeSource:
+    if args.efficiency is not None:
+        return flat_times(device, precision=recipe.training.precision, efficiency=args.efficiency)
     if args.calibration is None:
-        return choose_times(recipe, device, efficiency=args.efficiency)
+        return DeviceTimes(device=device)
     found = read_calibration(args.calibration)
     check_calibration(found, recipe, path=args.calibration)
     check_device(found, device, path=args.calibration)
@@ -183,7 +187,7 @@ def _as_json(
     mixing: Mixing | None,
     blocks: dict[str, tuple[BlockWork, ...]] | None,
 ) -> str:
-    """The plan with what else was asked for; null where it was not."""
+    """The plan, and what options ask for; null without the option."""
     more: dict[str, Any] = {"ranking": None, "mixing": None, "blocks": None}
     if ranking is not None:
         best = [{**dataclasses.asdict(found), "yaml": found.yaml} for found in ranking.best]
@@ -197,20 +201,20 @@ def _as_json(
 
 
 def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
-    """Measure on the processes that were started and add what was found to the file."""
+    """Measure on the processes of the launcher and add the entry to the file."""
     if args.repeats < 2:
         raise UsageError(f"--repeats: {args.repeats} measured steps say nothing; give 2 or more")
     if args.images is not None:
         check_images(recipe, args.images)
     world, tensor = os.environ.get("WORLD_SIZE", "1"), recipe.parallel.tensor
-    # What is no number is refused where ranks meet.
+    # A value that is no number is refused when the process group starts.
     if world.isdigit() and int(world) % tensor:
         raise UsageError(
             f"--calibrate: parallel.tensor {tensor} does not divide the number of processes, {world}; start "
             f"`torchrun --nproc-per-node {tensor} -m megavl plan ... --calibrate {args.calibrate}`, or measure with "
             "parallel.tensor=1 parallel.sequence_parallel=false"
         )
-    # Before anything is measured, which takes minutes: no place to write, or a file of something else.
+    # Checked before measuring, which takes minutes: the folder is writable, and the file belongs to this recipe.
     folder = Path(args.calibrate).parent
     writes = os.environ.get("RANK", "0") == "0"
     if writes and not (folder.is_dir() and os.access(folder, os.W_OK)):

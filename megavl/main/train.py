@@ -21,23 +21,23 @@ from megavl.train.supervise.exit_status import ExitStatus
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file of one stage, e.g. launch/recipes/7b/stage2.yaml")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="laid over the recipe")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a value of the recipe")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; every ending is recorded in `<run>/exit_status.json`.
+    """Train; `<run>/exit_status.json` records how the run ended.
 
-    An error leaves with `os._exit`: peers may be gone or waiting in a collective, and an orderly interpreter exit
-    would wait for them or abort.
+    After an error the process leaves with `os._exit`. Peers may be gone or waiting in a collective, for which a normal
+    exit of the interpreter would wait.
     """
-    # Usually set by the launcher; a value that is no number is refused by `groups`, with a better message.
+    # A value that is no number is refused by `groups`, with a better message.
     world = os.environ.get("WORLD_SIZE", "1")
     devices = int(world) if world.isdigit() else None
-    # What cannot work is refused before torch and megatron-core are imported, which takes seconds; whether the device
-    # has the memory is known only with torch.
+    # Sizes are checked before importing torch and megatron-core, which takes seconds. Memory is checked later, since
+    # only torch knows the device.
     try:
         recipe = open_recipe(arguments.recipe, overrides=arguments.overrides, devices=devices)
-        checked_scenario(recipe, devices=devices, device=None)
+        scenario = checked_scenario(recipe, devices=devices, device=None)
     except UsageError as error:
         return _refuse(_run_dir(arguments), error)
     from megavl.parallel.groups import rank_from_env
@@ -49,10 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     status = ExitStatus(recipe.run.dir, rank=rank)
     if rank == 0:
         status.clear()
-    watcher = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status))
-    watcher.start()
+    watchdog = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status))
+    watchdog.start()
     try:
-        code = train(recipe, status=status)
+        code = train(scenario, status=status)
     except MegaVLError as error:
         _leave(status, error.exit_code, str(error))
     except RuntimeError as error:
@@ -66,14 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except Exception as error:
         _leave_with_traceback(status, error)
-    watcher.stop()
+    watchdog.stop()
     if rank == 0:
         status.write(code, "pre-empted and saved" if code == EXIT_PREEMPTED else "finished")
     return code
 
 
 def _run_dir(arguments: argparse.Namespace) -> str | None:
-    """Where a recipe that cannot be opened says that its run goes; None where it does not say."""
+    """`run.dir` of a recipe that cannot be opened; None if it cannot be read either."""
     try:
         run = read_raw(arguments.recipe, overrides=arguments.overrides).get("run")
     except UsageError:
@@ -83,10 +83,10 @@ def _run_dir(arguments: argparse.Namespace) -> str | None:
 
 
 def _refuse(run_dir: str | None, error: UsageError) -> int:
-    """Every rank comes to the same conclusion, so one speaks for all; an earlier run's status must not stand.
+    """Report a recipe that cannot run, on rank 0 alone: every rank finds the same.
 
-    Where there is no status a run may be under way, whose ranks would take this one for its end. So it is written there
-    only under a launcher, which hides the exit code; who typed the command sees it.
+    The exit status is written if the folder has one, which an earlier run left, or under a launcher, which hides exit
+    codes. Otherwise a run may be under way there, and its ranks would take the status for the end of their run.
     """
     if os.environ.get("RANK", "0") != "0":
         return error.exit_code
@@ -100,7 +100,7 @@ def _refuse(run_dir: str | None, error: UsageError) -> int:
 
 
 def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:
-    """A defect of MegaVL: the traceback is the message, and peers learn of it from the status."""
+    """Leave after a defect of MegaVL: print the traceback; peers read the status."""
     traceback.print_exc()
     _leave(status, 1, f"{type(error).__name__}: {error}")
 

@@ -1,87 +1,105 @@
-"""From a recipe to this rank's module."""
+"""From a specification to this rank's module."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.config.recipe import ParallelConfig, Recipe, RecomputeConfig
 from megavl.model.decoder import transformer_config
 from megavl.model.trainable import freeze, part_of
 from megavl.model.vision import VisionTowers
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import cpu_runtime
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By `training.precision`."""
 
-def build_model(
-    model: ModelConfig,
-    *,
-    parallel: ParallelConfig,
-    recompute: RecomputeConfig,
-    layout: str | None,
-    dtype: torch.dtype,
-    train: tuple[str, ...],
-    seed: int,
-) -> DeepseekVL:
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSpec:
+    """What a rank builds its part of the model from."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    """Process groups of these sizes must exist."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    layout: str | None = None
+    """megatron-core's layout string; None for one stage."""
+    dtype: torch.dtype = torch.float32
+    """Dtype of the weights."""
+    train: tuple[str, ...] = ()
+    """Groups of parameters that train."""
+    seed: int = 0
+    """Seed of the initial weights."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, layout: str | None) -> BuildSpec:
+        """What a recipe says about the model, with its resolved layout."""
+        return cls(
+            model=recipe.model,
+            parallel=recipe.parallel,
+            recompute=recipe.recompute,
+            layout=layout,
+            dtype=DTYPES[recipe.training.precision],
+            train=recipe.trainable_parts,
+            seed=recipe.training.seed,
+        )
+
+    def transformer_config(self, *, generates: bool = False) -> TransformerConfig:
+        """megatron-core's configuration of the decoder."""
+        return transformer_config(
+            self.model.llm,
+            parallel=self.parallel,
+            recompute=self.recompute,
+            layout=self.layout,
+            dtype=self.dtype,
+            generates=generates,
+        )
+
+
+def build_model(spec: BuildSpec) -> DeepseekVL:
     """`build_stages` for a pipeline rank that has one stage."""
-    (stage,) = build_stages(
-        model, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype, train=train, seed=seed
-    )
+    (stage,) = build_stages(spec)
     return stage
 
 
-def build_stages(
-    model: ModelConfig,
-    *,
-    parallel: ParallelConfig,
-    recompute: RecomputeConfig,
-    layout: str | None,
-    dtype: torch.dtype,
-    train: tuple[str, ...],
-    seed: int,
-) -> list[DeepseekVL]:
-    """This rank's stages, on its device, with random weights and the frozen groups marked.
-
-    Args:
-        model: sizes.
-        parallel: tensor x pipeline sizes; process groups must exist.
-        recompute: activation recompute.
-        layout: megatron-core's layout string, None for one stage.
-        dtype: dtype of the weights.
-        train: groups of parameters that train.
-        seed: seed of the initial weights.
-    """
-    config = transformer_config(model.llm, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype)
+def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
+    """This rank's stages, on its device, with random weights and the frozen groups marked."""
+    config, virtual = spec.transformer_config(), spec.parallel.virtual_pipeline
     with torch.random.fork_rng(devices=[]):
         stages = []
-        for index in range(parallel.virtual_pipeline):
+        for index in range(virtual):
             # Another seed for every stage: layers of two inner stages would otherwise start equal.
-            place = index * mpu.get_pipeline_model_parallel_world_size() + mpu.get_pipeline_model_parallel_rank()
-            torch.manual_seed(seed + 1000 * place)
+            number = index * mpu.get_pipeline_model_parallel_world_size() + mpu.get_pipeline_model_parallel_rank()
+            torch.manual_seed(spec.seed + 1000 * number)
             stages.append(
                 DeepseekVL(
                     config,
-                    model,
+                    spec.model,
                     pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=index),
                     post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=index),
-                    recompute_vision=recompute.vision,
-                    placement=parallel.vision,
-                    vp_stage=index if parallel.virtual_pipeline > 1 else None,
+                    recompute_vision=spec.recompute.vision,
+                    placement=spec.parallel.vision,
+                    vp_stage=index if virtual > 1 else None,
                 )
             )
     for stage in stages:
-        settle(stage, dtype=dtype)
-        freeze(stage, train=train)
+        settle(stage, dtype=spec.dtype)
+        freeze(stage, train=spec.train)
     return stages
 
 
-def build_towers(model: ModelConfig, *, dtype: torch.dtype, train: tuple[str, ...], recompute: bool) -> VisionTowers:
+def build_towers(spec: BuildSpec) -> VisionTowers:
     """The vision towers alone on this rank's device, without meaningful weights, the frozen groups marked."""
-    towers = VisionTowers(model, recompute=recompute)
-    settle(towers, dtype=dtype)
-    freeze(towers, train=train, prefix="vision.")
+    towers = VisionTowers(spec.model, recompute=spec.recompute.vision)
+    settle(towers, dtype=spec.dtype)
+    freeze(towers, train=spec.train, prefix="vision.")
     return towers
 
 
@@ -93,35 +111,25 @@ def settle(module: nn.Module, *, dtype: torch.dtype) -> None:
         buffer.data = buffer.data.to(device=cpu_runtime.device())
 
 
-def build_to_generate(
-    model: ModelConfig, *, parallel: ParallelConfig, layout: str | None, dtype: torch.dtype
-) -> DeepseekVL:
-    """This rank's stage for inference, frozen and in eval mode; its weights are allocated and wait for their values.
+def build_to_generate(spec: BuildSpec) -> DeepseekVL:
+    """This rank's stage for inference, frozen and in eval mode; its weights are allocated but hold no values yet.
 
-    Drawing random weights first would take a minute for the 7B, so the modules are made on the meta device.
-
-    Args:
-        model: sizes.
-        parallel: tensor x pipeline sizes; process groups must exist.
-        layout: megatron-core's layout string, None for one stage.
-        dtype: dtype of the weights.
+    The modules are made on the meta device: drawing random weights takes a minute for the 7B.
     """
-    config = transformer_config(
-        model.llm, parallel=parallel, recompute=RecomputeConfig(), layout=layout, dtype=dtype, generates=True
-    )
+    config = spec.transformer_config(generates=True)
     with torch.device("meta"):
         stage = DeepseekVL(
             config,
-            model,
+            spec.model,
             pre_process=mpu.is_pipeline_first_stage(),
             post_process=mpu.is_pipeline_last_stage(),
             generates=True,
         )
     for module in stage.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=dtype, device=cpu_runtime.device())
+            empty = torch.empty(parameter.shape, dtype=spec.dtype, device=cpu_runtime.device())
             real = torch.nn.Parameter(empty, requires_grad=False)
-            # megatron-core notes on the parameter along which axis it is cut.
+            # megatron-core notes on the parameter along which axis it is split.
             vars(real).update(vars(parameter))
             setattr(module, name, real)
         for name, buffer in module.named_buffers(recurse=False):
@@ -136,9 +144,7 @@ def count_parameters_on_meta(model: ModelConfig) -> dict[str, int]:
     Args:
         model: sizes; a world of one process must have been started (`megavl.parallel.groups.start`).
     """
-    config = transformer_config(
-        model.llm, parallel=ParallelConfig(), recompute=RecomputeConfig(), layout=None, dtype=torch.float32
-    )
+    config = BuildSpec(model=model).transformer_config()
     with torch.device("meta"):
         whole = DeepseekVL(config, model, pre_process=True, post_process=True)
     counts: dict[str, int] = {}

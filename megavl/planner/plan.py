@@ -1,22 +1,19 @@
-"""What a recipe will take on a number of devices: parameters, FLOPs and memory per rank, bubble, step time."""
+"""The plan of a recipe on a number of devices: parameters, FLOPs and memory per rank, bubble, step time."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from megavl.config.recipe import Recipe
-from megavl.planner.cost.flops import MFU_CONVENTION, mfu
+from megavl.planner.cost.flops import MFU_CONVENTION, mfu, model_flops
 from megavl.planner.cost.memory import RankMemory, rank_memory, rank_parameters, rank_stages
 from megavl.planner.cost.work import BlockWork, all_work
-from megavl.planner.hardware.devices import Device, find_device
-from megavl.planner.layouts.layout import layout_of, layout_string
-from megavl.planner.layouts.search import useful_flops
-from megavl.planner.scenario import Kind, Scenario, make_scenario
+from megavl.planner.hardware.devices import Device
+from megavl.planner.layouts.layout import layout_string
+from megavl.planner.scenario import Kind, Scenario
 from megavl.planner.simulation.predict import StepTime, step_time
-from megavl.planner.simulation.times import DeviceTimes, FlatTimes, TimeSource, flat_times
+from megavl.planner.simulation.times import FlatTimes, TimeSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +28,7 @@ class RankPlan:
     text_flops: float
     """Forward, backward and recompute FLOPs of one text-only micro-batch."""
     multimodal_flops: float
-    """The same of a multimodal micro-batch, with what this rank encodes within the pipeline."""
+    """The same for a multimodal micro-batch, with the images that this rank encodes within the pipeline."""
     text_busy: float
     """Share of the schedule in which the rank computes, text-only steps."""
     multimodal_busy: float
@@ -43,17 +40,17 @@ class StepPlan:
     """One kind of optimizer step over all devices, or the mean of both kinds."""
 
     flops: float
-    """Useful FLOPs, `megavl.planner.cost.flops.step_flops`."""
+    """Model FLOPs, `megavl.planner.cost.flops.step_flops`."""
     seconds: float
     tokens_per_s: float
     mfu: float | None
-    """None where no peak is known; see `MFU_CONVENTION`."""
+    """None if no peak is known; see `MFU_CONVENTION`."""
     bubble: float
     """Share of the schedule in which ranks do not compute, simulated."""
     pipeline_s: float
     """Seconds of the schedule."""
     outside_s: dict[str, float]
-    """Seconds outside the schedule, by name: `megavl.planner.simulation.times.StepExtras`."""
+    """Seconds outside the schedule by name, as in `megavl.planner.simulation.times.StepExtras`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +63,9 @@ class Plan:
     device: str
     devices: int
     device_memory: int | None
-    """Bytes; None: not bounded by the device."""
+    """Bytes; None: the device sets no limit."""
     usable_memory: int | None
-    """Of these, what a layout may plan with: the estimate leaves out the runtime, buffers and fragmentation."""
+    """The part of it that a layout may use; see `Device.usable_bytes`."""
     tensor: int
     pipeline: int
     virtual_pipeline: int
@@ -85,7 +82,7 @@ class Plan:
     layout: str | None
     """megatron-core's layout string."""
     times: str
-    """Where seconds come from."""
+    """Source of the seconds."""
     assumptions: tuple[str, ...]
     ranks: tuple[RankPlan, ...]
     text: StepPlan
@@ -98,54 +95,25 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every rank's estimate is within the usable memory; None where that is unknown."""
+        """Whether every rank's estimate is within the usable memory; None if that is unknown."""
         if self.usable_memory is None:
             return None
         return max(rank.memory.total for rank in self.ranks) <= self.usable_memory
 
 
-def choose_times(recipe: Recipe, device: Device, *, efficiency: float | None) -> TimeSource:
-    """Seconds from a flat share of the peak where one is given, else from the device's table."""
-    if efficiency is not None:
-        return flat_times(device, precision=recipe.training.precision, efficiency=efficiency)
-    return DeviceTimes(device=device)
-
-
-def plan_recipe(
-    recipe: Recipe,
-    *,
-    devices: int,
-    device: str = "h200",
-    efficiency: float | None = None,
-    images: float | None = None,
-    source: TimeSource | None = None,
-) -> Plan:
-    """Plan `recipe` on `devices` devices of one kind.
+def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSource, hardware: Device) -> Plan:
+    """Plan a run.
 
     Args:
-        recipe: one training stage.
-        devices: world size.
-        device: row of `megavl.planner.hardware.devices.DEVICES`.
-        efficiency: share of the peak that a busy device reaches, above 0 to 1; default: the device's table.
-        images: images of a multimodal sequence; default: what packing allows.
-        source: where seconds come from, instead of table or share.
-
-    Raises:
-        UsageError: the devices do not fit the recipe's parallel sizes and batch, or an argument is out of range.
+        scenario: recipe and sizes.
+        layout: decoder layers per stage.
+        source: where seconds come from.
+        hardware: kind of device.
     """
-    hardware = find_device(device)
-    scenario = make_scenario(recipe, devices=devices, images=images)
-    times = choose_times(recipe, hardware, efficiency=efficiency) if source is None else source
-    layout = layout_of(scenario, times, memory_bytes=hardware.usable_bytes)
-    return plan_scenario(scenario, layout, times, hardware)
-
-
-def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSource, hardware: Device) -> Plan:
-    """Plan a scenario with a given layout; arguments as in `plan_recipe`."""
     recipe, peak = scenario.recipe, hardware.peak_flops.get(scenario.recipe.training.precision)
     kinds: tuple[Kind, Kind] = ("text", "multimodal")
     found = {kind: step_time(scenario, layout, source, kind) for kind in kinds}
-    steps = {kind: _step_plan(scenario, source, found[kind], peak=peak) for kind in kinds}
+    steps = {kind: _step_plan(scenario, found[kind], peak=peak) for kind in kinds}
     expected = _mean(scenario, steps["text"], steps["multimodal"], peak=peak)
     return Plan(
         model=recipe.model.preset,
@@ -161,7 +129,7 @@ def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSourc
         data_parallel=scenario.data_parallel,
         vision=scenario.vision,
         micro_batches=scenario.micro_batches,
-        tokens_per_step=recipe.training.global_batch_size * recipe.data.seq_length,
+        tokens_per_step=scenario.step_tokens,
         images_per_sequence=scenario.images,
         multimodal_share=scenario.share,
         layout=layout_string(layout),
@@ -182,7 +150,7 @@ def block_table(scenario: Scenario) -> dict[str, tuple[BlockWork, ...]]:
 
 def to_json(plan: Plan, **more: Any) -> str:
     """The plan as one JSON object; unknown values are null."""
-    raw = dataclasses.asdict(plan)
+    raw = asdict(plan)
     for entry, rank in zip(raw["ranks"], plan.ranks, strict=True):
         entry["memory"]["total"] = rank.memory.total
     return json.dumps({**raw, "fits": plan.fits, **more}, indent=2)
@@ -206,68 +174,53 @@ def _rank_plan(scenario: Scenario, rank: int, layout: tuple[int, ...], found: di
 
 
 def _rank_flops(scenario: Scenario, rank: int, layout: tuple[int, ...], kind: Kind) -> float:
-    """FLOPs that one device of a pipeline rank spends on one micro-batch within the schedule."""
+    """Hardware FLOPs of one device of a pipeline rank for one micro-batch within the schedule."""
     times = FlatTimes().blocks(scenario, kind)
     stages = rank_stages(scenario, rank)
     return sum(times.stage(stage, layers=layout[stage], stages=len(layout)).total for stage in stages)
 
 
 def _busy(scenario: Scenario, rank: int, step: StepTime) -> float:
-    """Share of the schedule; every rank computes each of its stages m times, whatever the order."""
+    """Share of the schedule in which the rank computes: each of its stages m times."""
     seconds = sum(step.stages[stage].total for stage in rank_stages(scenario, rank)) * scenario.micro_batches
     return seconds / step.pipeline_s if step.pipeline_s else 0.0
 
 
-def _step_plan(scenario: Scenario, source: TimeSource, step: StepTime, *, peak: float | None) -> StepPlan:
-    recipe, flops = scenario.recipe, useful_flops(scenario, step.kind)
+def _step_plan(scenario: Scenario, step: StepTime, *, peak: float | None) -> StepPlan:
     busy = sum(_busy(scenario, rank, step) for rank in range(scenario.pipeline)) / scenario.pipeline
     return _finish(
-        flops,
+        scenario,
+        peak,
+        flops=model_flops(scenario, step.kind),
         seconds=step.seconds,
-        tokens=recipe.training.global_batch_size * recipe.data.seq_length,
-        devices=scenario.devices,
-        peak=peak,
         bubble=max(0.0, 1 - busy),
         pipeline_s=step.pipeline_s,
-        outside=dataclasses.asdict(step.extras),
+        # `plan --json` calls the dummy image `anchor`.
+        outside_s={key.replace("dummy_image", "anchor"): value for key, value in asdict(step.extras).items()},
     )
 
 
 def _mean(scenario: Scenario, text: StepPlan, multimodal: StepPlan, *, peak: float | None) -> StepPlan:
-    share = scenario.share
-
     def mix(a: float, b: float) -> float:
-        return (1 - share) * a + share * b
+        return (1 - scenario.share) * a + scenario.share * b
 
     return _finish(
-        mix(text.flops, multimodal.flops),
+        scenario,
+        peak,
+        flops=mix(text.flops, multimodal.flops),
         seconds=mix(text.seconds, multimodal.seconds),
-        tokens=scenario.recipe.training.global_batch_size * scenario.recipe.data.seq_length,
-        devices=scenario.devices,
-        peak=peak,
         bubble=mix(text.bubble, multimodal.bubble),
         pipeline_s=mix(text.pipeline_s, multimodal.pipeline_s),
-        outside={name: mix(seconds, multimodal.outside_s[name]) for name, seconds in text.outside_s.items()},
+        outside_s={name: mix(seconds, multimodal.outside_s[name]) for name, seconds in text.outside_s.items()},
     )
 
 
-def _finish(
-    flops: float,
-    *,
-    seconds: float,
-    tokens: int,
-    devices: int,
-    peak: float | None,
-    bubble: float,
-    pipeline_s: float,
-    outside: dict[str, float],
-) -> StepPlan:
+def _finish(scenario: Scenario, peak: float | None, *, flops: float, seconds: float, **rest: Any) -> StepPlan:
+    """Add throughput and MFU."""
     return StepPlan(
         flops=flops,
         seconds=seconds,
-        tokens_per_s=tokens / seconds,
-        mfu=mfu(flops, seconds=seconds, devices=devices, peak_flops=peak) if peak else None,
-        bubble=bubble,
-        pipeline_s=pipeline_s,
-        outside_s=outside,
+        tokens_per_s=scenario.step_tokens / seconds,
+        mfu=mfu(flops, seconds=seconds, devices=scenario.devices, peak_flops=peak) if peak else None,
+        **rest,
     )

@@ -1,18 +1,55 @@
-"""Two outputs a step: one aligned line for people, one JSON row for scripts; scalars for TensorBoard beside them."""
+"""Outputs of a step: an aligned line on the terminal, a JSON row, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from megavl.data.batch import Modality
+from megavl.planner.cost.flops import mfu, step_flops
+from megavl.train.run_plan import RunPlan
+from megavl.train.step import StepResult
+
+
+def metrics_row(
+    plan: RunPlan, result: StepResult, *, modality: Modality, step: int, lr: float, seconds: float
+) -> dict[str, Any]:
+    """One step's row of metrics.jsonl."""
+    recipe, peak = plan.recipe, plan.peak_flops
+    batch, length = recipe.training.global_batch_size, recipe.data.seq_length
+    flops = step_flops(
+        recipe.model,
+        seq_length=length,
+        sequences=batch,
+        images=result.images,
+        trainable_parts=recipe.trainable_parts,
+    )
+    return {
+        "step": step,
+        "modality": modality,
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": batch * length,
+        "loss_tokens": result.loss_tokens,
+        "images": result.images,
+        "bad_samples": result.bad_samples,
+        "step_time_s": round(seconds, 6),
+        "tokens_per_s": round(batch * length / seconds, 3),
+        "mfu": mfu(flops, seconds=seconds, devices=plan.scenario.devices, peak_flops=peak) if peak else None,
+        "skipped": result.skipped,
+        "consumed_samples": step * batch,
+    }
+
 
 class MetricsLog:
-    """Rank 0's record of a run."""
+    """Rank 0's log of a run."""
 
     def __init__(self, run_dir: str | Path, *, steps: int, start_step: int, tensorboard: bool) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
@@ -51,7 +88,7 @@ class MetricsLog:
         )
 
     def _discard_after(self, step: int) -> None:
-        """Move rows of steps that will be run again to `metrics.discarded.jsonl`, so that each step has one row."""
+        """Move rows of steps that will run again to `metrics.discarded.jsonl`, so that each step has one row."""
         if not self.path.exists():
             return
         kept: list[str] = []
@@ -60,7 +97,7 @@ class MetricsLog:
             try:
                 target = kept if json.loads(line)["step"] <= step else discarded
             except (json.JSONDecodeError, KeyError, TypeError):
-                target = discarded  # cut off by a kill
+                target = discarded  # truncated by a kill
             target.append(line + "\n")
         if not discarded:
             return

@@ -1,4 +1,4 @@
-"""This rank's part of the model, ready to train: stages in megatron-core's gradient buffers, its schedule's hooks."""
+"""This rank's part of the model: its stages in megatron-core's gradient buffers, with hooks for its schedule."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-from megavl.config.model import ModelConfig
-from megavl.config.recipe import ParallelConfig, RecomputeConfig
-from megavl.model.build import build_stages
+from megavl.model.build import BuildSpec, build_stages
 from megavl.train.split_encoders import SplitEncoders
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChunks:
-    """What one rank trains."""
+    """The part of the model that one rank trains."""
 
     chunks: tuple[DistributedDataParallel, ...]
     """Its pipeline stages: one, or `parallel.virtual_pipeline` of them."""
     encoders: SplitEncoders | None
-    """Under `parallel.vision: split_all`, the towers that encode before the pipeline starts."""
+    """Under `parallel.vision: split_all`, the towers, which encode before the pipeline starts."""
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """A part of the step that goes by `name` where the step is recorded (`recorder.py`)."""
+        """Time a part of the step under `name` if the step profiler records this step."""
         timers = self.chunks[0].config.timers
         if timers is not None:
             timers(name).start()
@@ -43,16 +41,16 @@ class ModelChunks:
             chunk.zero_grad_buffer()
 
     def gather_weights(self) -> None:
-        """Complete the weights that the last step updated; they may still wait to be gathered. Collective."""
+        """Finish gathering the weights that the last step updated. Collective."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
     def gather_vision(self) -> None:
-        """Complete the vision weights in one order on all replicas, before a step's first micro-batch. Collective.
+        """Finish gathering the vision weights before a step's first micro-batch. Collective.
 
-        Left to the modules that use them, their gathers would start in the order of this replica's images, which is not
-        that of another one where a micro-batch, or a rank's share of it, has none; gathers would then be mixed up.
+        All replicas gather in the same order here. If the modules started the gathers themselves, the order would
+        depend on which micro-batches have images, and gathers of replicas would be mixed up.
         """
         first = self.chunks[0]
         if first.ddp_config.overlap_param_gather and first.module.vision is not None:
@@ -61,15 +59,15 @@ class ModelChunks:
                     first.param_to_bucket_group[weight].finish_param_sync()
 
     def sharded_weights(self) -> dict[str, Any]:
-        """Weights of each stage for dist_checkpointing; only the names inside, from `model.` on, are stored."""
+        """Sharded weights of each stage for dist_checkpointing, which stores the inner names (`model. ...`)."""
         return {f"stage{i}": chunk.module.sharded_state_dict(prefix="model.") for i, chunk in enumerate(self.chunks)}
 
     def load_weights(self, load: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Fill the weights alone from what `load` makes of their sharded state. Collective."""
+        """Load only the weights: `load` reads what their sharded state describes. Collective."""
         self.fill(load(self.sharded_weights()))
 
     def fill(self, loaded: dict[str, Any]) -> None:
-        """Take loaded weights. Collective."""
+        """Copy loaded weights into the modules. Collective."""
         for index, chunk in enumerate(self.chunks):
             # A stage without weights has no entry.
             weights = loaded.get(f"stage{index}", {})
@@ -78,30 +76,9 @@ class ModelChunks:
             self.encoders.copy_weights()
 
 
-def build_model_chunks(
-    model: ModelConfig,
-    *,
-    parallel: ParallelConfig,
-    recompute: RecomputeConfig,
-    layout: str | None,
-    dtype: torch.dtype,
-    train: tuple[str, ...],
-    seed: int,
-) -> ModelChunks:
-    """Build this rank's stages with random weights and put the trainable ones into gradient buffers (fp32).
-
-    Args:
-        model: sizes.
-        parallel: how the model is cut; process groups must exist.
-        recompute: activation recompute.
-        layout: megatron-core's layout string, None for one stage.
-        dtype: dtype of the weights.
-        train: groups of parameters that train.
-        seed: seed of the initial weights.
-    """
-    stages = build_stages(
-        model, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype, train=train, seed=seed
-    )
+def build_model_chunks(spec: BuildSpec) -> ModelChunks:
+    """Build this rank's stages with random weights and put the trainable ones into gradient buffers (fp32)."""
+    stages, parallel = build_stages(spec), spec.parallel
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -112,27 +89,27 @@ def build_model_chunks(
         check_for_nan_in_grad=False,
     )
     chunks = tuple(
-        # Only the first of several stages is cut into buckets: the others reduce while earlier ones still compute.
+        # Only the first of several stages needs buckets: the others reduce while earlier stages still compute.
         DistributedDataParallel(config=stage.config, ddp_config=config, module=stage, disable_bucketing=index > 0)
         for index, stage in enumerate(stages)
     )
     encoders = None
     if parallel.vision == "split_all":
-        encoders = SplitEncoders(chunks, model, dtype=dtype, train=train, recompute=recompute.vision)
+        encoders = SplitEncoders(chunks, spec)
         encoders.copy_weights()
-    rank_model = ModelChunks(chunks=chunks, encoders=encoders)
-    _set_hooks(rank_model)
-    return rank_model
+    model = ModelChunks(chunks=chunks, encoders=encoders)
+    _set_hooks(model)
+    return model
 
 
 def _divide_by_tokens(stages: Sequence[DistributedDataParallel], num_tokens: torch.Tensor) -> None:
-    """Turn gradients of sums over the replicas' tokens into those of their mean.
+    """Divide gradients, which are sums over tokens, by the number of loss tokens of all replicas.
 
-    megatron-core does it alike, but has the host wait for the number.
+    megatron-core does the same, but its host waits for the number.
 
     Args:
-        stages: this rank's.
-        num_tokens: int32 (), loss tokens of this replica; zero but on the last stage.
+        stages: this rank's stages.
+        num_tokens: int32 (), loss tokens of this replica on the last stage, zero on others.
     """
     dist.broadcast(
         num_tokens,
@@ -146,7 +123,7 @@ def _divide_by_tokens(stages: Sequence[DistributedDataParallel], num_tokens: tor
 
 
 def _set_hooks(model: ModelChunks) -> None:
-    """What megatron-core's schedule calls; every stage of a rank shares one configuration."""
+    """Set the functions that megatron-core's schedule calls; all stages of a rank share one configuration."""
     chunks, encoders = model.chunks, model.encoders
     config = chunks[0].config
     config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]

@@ -1,4 +1,4 @@
-"""A recipe's data as training reads them."""
+"""The data of a recipe for training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def recipe_dataset(
         recipe: of the run.
         tokenizer: the recipe's, open.
         skip_hash: leave out the checksums of whole files.
-        share: part of these checksums that falls to this process, of how many.
+        share: (i, n): this process checks every n-th file, from the i-th.
 
     Raises:
         DataError: as `open_dataset`.
@@ -40,7 +40,7 @@ def recipe_dataset(
 def step_loader(
     recipe: Recipe, dataset: Dataset, sampler: Sampler, *, position: Position, start_step: int = 0
 ) -> StepLoader:
-    """The loader of this data-parallel rank; whoever opens it closes it."""
+    """The loader of this data-parallel rank; the caller closes it."""
     data, training = recipe.data, recipe.training
     return StepLoader(
         dataset,
@@ -54,6 +54,6 @@ def step_loader(
         cross_document_attention=data.cross_document_attention,
         total_steps=training.steps,
         start_step=start_step,
-        # Two lost workers in a row must be noticed before the whole step is taken for hung.
+        # Two workers lost in a row must be noticed before the watchdog takes the step for hung.
         worker_timeout_s=min(120.0, recipe.parallel.timeout_s / 3),
     )

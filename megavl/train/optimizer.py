@@ -1,10 +1,12 @@
-"""megatron-core's optimizers with torch AdamW, made to resume and reshard exactly, and to decide on the device.
+"""megatron-core's optimizers with torch's AdamW, extended to resume and reshard exactly and to skip bad steps.
 
-Stock 0.16.1 cannot resume the distributed one: its load template needs state that does not exist yet, all parameters
-come back sharing one step tensor, and buckets that end in padding are saved at shifted offsets. The others save one
-step count, under keys of their own. The subclasses below repair that, write the same files with and without
-`parallel.distributed_optimizer`, let a text-only step leave the vision weights alone, and skip steps whose loss or
-gradient is not finite, without a wait of the host for the gradient norm.
+megatron-core 0.16.1 cannot resume its distributed optimizer. Its load template needs state that does not exist yet.
+All parameters come back with one shared step tensor. Buckets with padding are saved at shifted offsets. Its other
+optimizers save one step count, under other keys.
+
+The subclasses below repair this and write the same files with and without `parallel.distributed_optimizer`. A text-only
+step leaves vision weights unchanged. A step whose loss or gradient is not finite changes nothing. The device decides
+this, so the host does not wait for the gradient norm.
 """
 
 from __future__ import annotations
@@ -36,22 +38,22 @@ from megavl.parallel import cpu_runtime
 from megavl.train.model_chunks import ModelChunks
 
 VISION_GROUP = "vision"
-"""Name of the parameter groups that a text-only step leaves alone."""
+"""Name of the parameter groups that a text-only step leaves unchanged."""
 
 _STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
 _CLIP_EPS = 1e-6
-"""Added to the norm that clipping divides by, as in torch and megatron-core."""
+"""Added to the norm before clipping divides by it, as in torch and megatron-core."""
 
 
 def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, bf16: bool) -> Optimizer:
     """AdamW over this rank's trainable weights, or its shard of them, in named groups.
 
     Args:
-        model: this rank's.
+        model: this rank's part.
         optimizer: hyper-parameters.
-        bf16: weights are bf16; the optimizer keeps fp32 master weights.
+        bf16: whether weights are bf16; the optimizer then keeps fp32 master weights.
     """
     settings = model.chunks[0].ddp_config
     config = OptimizerConfig(
@@ -67,7 +69,7 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
     )
-    # Transformer Engine's and Apex's, where they are installed, want the host's decision about a step.
+    # Optimizers of Transformer Engine and Apex need the host to decide about a step.
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
     overrides = {**get_standard_config_overrides(config), ParamKey(name="*vision.*"): {"name": VISION_GROUP}}
     chained = get_megatron_optimizer(config, list(model.chunks), config_overrides=overrides)
@@ -75,9 +77,9 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
         chained = ChainedOptimizer([chained])
     for part in chained.chained_optimizers:
         assert type(part) in _ADOPTED, f"found {type(part).__name__}, which is none of {[*_ADOPTED]}"
-        # Adds methods and no constructor state, so adopting the built object is enough.
+        # The subclass adds methods but no state, so changing the class of the built object is enough.
         part.__class__ = _ADOPTED[type(part)]
-        # One kernel that reads and writes everything once, on the CPU too; megatron-core leaves torch's default.
+        # One kernel that reads and writes everything once, on the CPU too; megatron-core keeps torch's default.
         for group in part.param_groups:
             group["fused"] = True
     chained.__class__ = Optimizer
@@ -85,7 +87,7 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
 
 
 def set_learning_rate(chained: ChainedOptimizer, *, lr: float, weight_decay: float) -> None:
-    """Write this step's rate into every group; decay only where the group's `wd_mult` asks for it."""
+    """Set this step's learning rate and weight decay in every group; `wd_mult` scales its decay."""
     for group in chained.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -93,7 +95,7 @@ def set_learning_rate(chained: ChainedOptimizer, *, lr: float, weight_decay: flo
 
 @contextlib.contextmanager
 def without_vision(chained: ChainedOptimizer, *, active: bool) -> Iterator[None]:
-    """Inside, a step leaves vision weights, their moments and their step count untouched."""
+    """While `active`, a step leaves vision weights, their moments and their step count unchanged."""
     parts = chained.chained_optimizers
     saved = [part.optimizer.param_groups for part in parts]
     if active:
@@ -108,27 +110,27 @@ def without_vision(chained: ChainedOptimizer, *, active: bool) -> Iterator[None]
 
 
 class Optimizer(ChainedOptimizer):
-    """megatron-core's, whose step never brings a number to the host."""
+    """megatron-core's chained optimizer, with a step that copies no number to the host."""
 
     @torch.no_grad()
     def step(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip to `clip_grad` and update; a loss or gradient that is not finite leaves everything as it was.
+        """Clip to `clip_grad` and update; if loss or gradient is not finite, nothing changes.
 
-        megatron-core would write NaN into every weight: a NaN norm passes its clipping unseen.
+        megatron-core would write NaN into every weight, because a NaN norm passes its clipping.
 
         Args:
-            loss: of the global batch, one number, equal on all ranks.
+            loss: loss of the global batch, equal on all ranks.
 
         Returns:
-            The gradients' norm over all ranks before clipping, fp32, and whether weights changed; both () on the
-            device.
+            Norm of the gradients over all ranks before clipping (fp32), and whether weights changed; both of shape
+            () on the device.
         """
         self.prepare_grads()
         norm = self._norm()
         updated = norm.isfinite() & loss.isfinite()
         most = self.config.clip_grad
         for part in self.chained_optimizers:
-            # torch's fused kernel divides gradients by the first, and does nothing where the second is 1.
+            # torch's fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1.
             part.optimizer.grad_scale = ((norm + _CLIP_EPS) / most).clamp(min=1.0) if most else None
             part.optimizer.found_inf = (~updated).float()
         self.step_with_ready_grads()
@@ -137,7 +139,7 @@ class Optimizer(ChainedOptimizer):
     def _norm(self) -> torch.Tensor:
         parts = self.chained_optimizers
         gradients = [gradient.detach() for part in parts for gradient in part.get_main_grads_for_grad_norm()]
-        # Without any, torch would answer on the host.
+        # For an empty list torch returns a tensor on the CPU.
         gradients = gradients or [torch.zeros(1, device=cpu_runtime.device())]
         total = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
@@ -145,13 +147,13 @@ class Optimizer(ChainedOptimizer):
 
 
 class _Resumable(MegatronOptimizer):
-    """What both kinds of optimizer do alike; goes in front of megatron-core's class."""
+    """Common to both kinds of optimizer; it comes before megatron-core's class in the bases."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but tensors: hyper-parameters of the groups and their step counts, equal on all ranks."""
+        """Everything except tensors: hyper-parameters and step counts of the groups, equal on all ranks."""
         groups = self.optimizer.param_groups
         plain = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        # A rank without shards of a group, even the one that writes the common file, must hold the right step.
+        # A rank may hold no shard of a group. It still needs the right step, since it may write the common file.
         steps = torch.zeros(len(groups), dtype=torch.int64, device=cpu_runtime.device())
         for index, group in enumerate(groups):
             counts = [
@@ -165,7 +167,7 @@ class _Resumable(MegatronOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore hyper-parameters, step counts and (when present) fp32 weights and moments.
+        """Restore hyper-parameters, step counts and, if present, fp32 weights and moments.
 
         Raises:
             CheckpointError: the groups are not this run's.
@@ -180,10 +182,10 @@ class _Resumable(MegatronOptimizer):
                 f"run's {identity}: other weights train now; start a fresh run with checkpoint.init"
             )
         for group, old in zip(groups, saved):
-            # How torch computes is this process's affair.
+            # `fused` belongs to this process, not to the file.
             group.update({key: value for key, value in old.items() if key not in ("params", "fused")})
             for parameter in group["params"]:
-                # One tensor each: torch's AdamW advances a shared one once per parameter.
+                # Each needs its own tensor: torch's AdamW advances a shared one once per parameter.
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]), device=parameter.device)
         if "param_state" in state_dict:
             self._load_tensors(state_dict["param_state"])
@@ -199,14 +201,14 @@ class _Resumable(MegatronOptimizer):
 
     @abstractmethod
     def _load_tensors(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
-        """Take over master weights and moments, by the weights' places in this rank's groups."""
+        """Copy master weights and moments; keys are the weights' indices in this rank's groups."""
 
 
 class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
     """Each data-parallel rank updates its shard; files fit any tensor, pipeline and data-parallel size."""
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """State for dist_checkpointing; on a fresh optimizer the moments are allocated first."""
+        """State for dist_checkpointing; a fresh optimizer first allocates its moments."""
         self._allocate()
         out: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         return out
@@ -222,9 +224,9 @@ class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
             target[key].copy_(tensors[key])
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
-        """Gathered state in buffer coordinates.
+        """Gathered state, with padding at the end of each bucket.
 
-        The parent packs buckets without their end padding, and its caller then indexes with padded offsets.
+        megatron-core packs buckets without this padding, but then reads them at padded offsets.
         """
         state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is None:
@@ -237,30 +239,30 @@ class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
 
 
 class _Whole(_Resumable):
-    """Every data-parallel rank updates all its weights; files are those of the distributed optimizer."""
+    """Every data-parallel rank updates all its weights; the files equal those of the distributed optimizer."""
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """State for dist_checkpointing; on a fresh optimizer the moments are allocated first."""
+        """State for dist_checkpointing; a fresh optimizer first allocates its moments."""
         self._allocate()
-        places = {main: place for place, main in enumerate(self.get_parameters())}
+        indices = {main: index for index, main in enumerate(self.get_parameters())}
         tensors: dict[int, dict[str, Any]] = {}
         weights, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
         for weight in nested_values(weights):
             main = getattr(weight.data, "main_param", weight.data)
-            if main in places:
-                tensors[places[main]] = {
+            if main in indices:
+                tensors[indices[main]] = {
                     key: make_sharded_optimizer_tensor(weight, tensor, prefix=f"optimizer.state.{key}")
                     for key, tensor in self._tensors(main).items()
                 }
-        assert len(tensors) == len(places), "a trained weight is not in the model's state"
+        assert len(tensors) == len(indices), "a trained weight is not in the model's state"
         return {**self.state_dict(), "param_state": tensors, "param_state_sharding_type": "fully_reshardable"}
 
     def _load_tensors(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
-        for place, main in enumerate(self.get_parameters()):
+        for index, main in enumerate(self.get_parameters()):
             for key, tensor in self._tensors(main).items():
-                tensor.copy_(tensors[place][key])
+                tensor.copy_(tensors[index][key])
 
     def _tensors(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
         state = {"param": main.detach(), **self.optimizer.state[main]}

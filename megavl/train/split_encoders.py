@@ -17,10 +17,9 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 
-from megavl.config.model import ModelConfig
 from megavl.config.recipe import ENCODED_AT_ONCE
 from megavl.data.batch import Batch
-from megavl.model.build import build_towers
+from megavl.model.build import BuildSpec, build_towers
 from megavl.model.vision import Features, VisionTowers
 from megavl.parallel.images import copy_from, exchange_images, shares, sum_over
 
@@ -31,11 +30,7 @@ class SplitEncoders:
     def __init__(
         self,
         chunks: Sequence[DistributedDataParallel],
-        model: ModelConfig,
-        *,
-        dtype: torch.dtype,
-        train: tuple[str, ...],
-        recompute: bool,
+        spec: BuildSpec,
     ) -> None:
         """Build the towers where the first stage's are not; `copy_weights` must follow once weights are loaded."""
         self._group = mpu.get_model_parallel_group()
@@ -43,16 +38,12 @@ class SplitEncoders:
         # The first `tensor` ranks of the group are the first stage.
         self._first = chunks[0] if mpu.is_pipeline_first_stage() else None
         assert (self._group.rank() < self._tensor) == (self._first is not None), "the group lists stages in order"
-        self._towers: VisionTowers = (
-            build_towers(model, dtype=dtype, train=train, recompute=recompute)
-            if self._first is None
-            else self._first.module.vision
-        )
+        self._towers: VisionTowers = build_towers(spec) if self._first is None else self._first.module.vision
         self._weights = [weight for name, weight in self._towers.named_parameters() if not name.startswith("adaptor.")]
         self._trained = [weight for weight in self._weights if weight.requires_grad]
         # A tower whose first layers train would keep all its activations until the pipeline is done.
-        self._rerun = [name for name, part in (("siglip", "siglip"), ("sam", "sam_trunk")) if part in train]
-        self._shape = (2 if model.sam else 1, model.image_tokens, model.siglip.width)
+        self._rerun = [name for name, part in (("siglip", "siglip"), ("sam", "sam_trunk")) if part in spec.train]
+        self._shape = (2 if spec.model.sam else 1, spec.model.image_tokens, spec.model.siglip.width)
         self._own: list[Features] = []
         self._features = self._empty()
         self._given: list[torch.Tensor] = []

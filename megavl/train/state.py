@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run starts from one."""
+"""Content of a run's checkpoint, and how a run starts from one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Position of a run; with the recipe it determines everything that follows."""
+    """Progress of a run; with the recipe it determines everything that follows."""
 
     step: int
     """Optimizer steps done, skipped ones included."""
@@ -50,7 +50,7 @@ class RunState:
         self.store = CheckpointStore(recipe.checkpoint_dir, keep=settings.keep, skip_hash=settings.skip_hash)
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint; collective."""
+        """Write a checkpoint. Collective."""
         files: dict[str, bytes | Path] = {
             "recipe.yaml": dump_recipe(self.recipe).encode(),
             "model.json": _json(to_dict(self.recipe.model)),
@@ -60,7 +60,7 @@ class RunState:
         return self.store.save(progress.step, state=state, content=self._content(progress), files=files)
 
     def restore(self) -> Progress | None:
-        """Resume from the newest good checkpoint of this run; None when there is none yet. Collective.
+        """Resume from the newest good checkpoint of this run; None if there is none yet. Collective.
 
         Raises:
             CheckpointError: only damaged checkpoints, or weights that do not fit.
@@ -75,7 +75,7 @@ class RunState:
         return Progress(step=content["step"], bad_steps=content["bad_steps"])
 
     def start_from(self, init: str) -> None:
-        """Take only the weights of another run's checkpoint. Collective."""
+        """Load only the weights of another run's checkpoint. Collective."""
         path = resolve(init)
         self.model.load_weights(lambda state: self.store.load(path, state, strict=False, convert_dtype=True))
         self.optimizer.reload_model_params()
@@ -91,7 +91,7 @@ class RunState:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change within a run: the order of samples and the set of trained weights follow from it."""
+        """Settings that must not change within a run, because they determine samples and trained weights."""
         training, data = self.recipe.training, self.recipe.data
         return {
             "seed": training.seed,
@@ -127,10 +127,10 @@ def save_state(model: ModelChunks, optimizer: ChainedOptimizer) -> dict[str, Any
 def restore_state(
     model: ModelChunks, optimizer: ChainedOptimizer, load: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Fill weights and optimizer from what `load` makes of the sharded state that this layout asks for. Collective."""
+    """Load weights and optimizer: `load` reads what the sharded state of this layout describes. Collective."""
     weights = model.sharded_weights()
-    asked = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-    loaded = load({**weights, "optimizer": asked})
+    wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
+    loaded = load({**weights, "optimizer": wanted})
     model.fill(loaded)
     optimizer.load_state_dict(loaded["optimizer"])
 

@@ -87,7 +87,8 @@ def main(paths: Iterable[str]) -> None:
     """Print what is wrong, and the share of long sentences."""
     counts = []
     for root in map(Path, paths):
-        for path in [root] if root.is_file() else sorted([*root.rglob("*.py"), *root.rglob("*.md")]):
+        inside = sorted(path for end in ("py", "md") for path in root.rglob(f"*.{end}") if path.is_file())
+        for path in [root] if root.is_file() else inside:
             for sentence in sentences(path):
                 counts.append(words(sentence))
                 notes = [f"{counts[-1]} words"] * (counts[-1] > LONG) + list(avoided(sentence))

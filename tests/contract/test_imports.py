@@ -33,7 +33,7 @@ NARROW = {("model", "data"): "megavl.data.batch"}
 # Third-party engine -> packages that may import it; tests may import anything.
 SEAMS = {
     "megatron": {"parallel", "model", "train", "checkpoint", "generate", "launch"},
-    "transformers": {"launch"},
+    "transformers": {"generate", "launch"},
     "torch": set(ARROWS) - {"config", "files", "planner", "data_tools"} | {"launch"},
 }
 
@@ -148,6 +148,8 @@ def test_the_cycle_finder_finds_one() -> None:
 
 def test_data_tools_start_without_torch(python_files: list[Path], root: Path) -> None:
     modules = [module_of(path, root) for path in python_files if path.relative_to(root).parts[0] == "data_tools"]
+    # A folder named like a file, for old command lines, is run and never imported.
+    modules = [name for name in modules if not name.endswith("__main__")]
     code = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"

@@ -32,7 +32,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def world() -> Iterator[None]:
-    """A world of one process, which megatron-core wants before it builds anything."""
+    """A world of one process, which megatron-core needs to build a model."""
     groups.start(ParallelConfig(), seed=0)
     yield
     groups.stop()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megavl.config.load import load_recipe
-from megavl.planner.plan import plan_recipe
+from tests.unit.planner.recipes import plan_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 STAGES = sorted(RECIPES.glob("*/stage*.yaml"))

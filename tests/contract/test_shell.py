@@ -1,4 +1,4 @@
-"""Shell scripts parse, and shellcheck has nothing to warn of."""
+"""Shell scripts parse, and shellcheck gives no warning."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_can_be_executed(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", STAGE_SCRIPTS, ids=lambda path: path.name)
-def test_stage_scripts_ask_slurm_for_what_they_rely_on(script: Path) -> None:
+def test_stage_scripts_request_what_they_need(script: Path) -> None:
     text = script.read_text()
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(text.splitlines())
-    # SLURM may send the signal 60 s early or late; a step and a save come on top.
+    # SLURM may send the signal 60 s early or late, and a step and a save need time too.
     lead = re.search(r"^#SBATCH --signal=USR1@(\d+)$", text, re.MULTILINE)
     assert lead is not None and int(lead[1]) >= 120
     assert re.search(rf"^launch {script.stem} {script.stem[-2:]}/stage[123]\.yaml \d+$", text, re.MULTILINE)

@@ -14,7 +14,8 @@ import sys
 import torch
 
 from megavl.config.load import load_model_config
-from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig
+from megavl.model.build import BuildSpec
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
@@ -31,15 +32,8 @@ def main() -> int:
     bf16, distributed = (word == "1" for word in sys.argv[1:])
     parallel = ParallelConfig(distributed_optimizer=distributed, overlap_param_gather=distributed)
     position = groups.start(parallel, seed=1)
-    model = build_model_chunks(
-        CONFIG,
-        parallel=parallel,
-        recompute=RecomputeConfig(),
-        layout=None,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        train=TRAINABLE_PARTS,
-        seed=1,
-    )
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = build_model_chunks(BuildSpec(model=CONFIG, parallel=parallel, dtype=dtype, train=TRAINABLE_PARTS, seed=1))
     optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-3), bf16=bf16)
     set_learning_rate(optimizer, lr=1e-3, weight_decay=0.1)
     source = SyntheticSteps(

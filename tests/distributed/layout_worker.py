@@ -18,6 +18,7 @@ from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.data.batch import Batch
+from megavl.model.build import BuildSpec
 from megavl.parallel import broadcast, groups
 from megavl.planner.layouts.layout import layout_string
 from megavl.train import split_encoders
@@ -120,8 +121,8 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[ModelChun
     config, bf16 = load_model_config("tiny-hybrid", **case["sizes"]), case.get("bf16", False)
     stages = parallel.pipeline * parallel.virtual_pipeline
     even = (config.llm.num_layers // stages,) * stages
-    model = build_model_chunks(
-        config,
+    spec = BuildSpec(
+        model=config,
         parallel=parallel,
         recompute=RecomputeConfig(**case.get("recompute", {})),
         layout=layout_string(even if parallel.layout == "auto" else parallel.layout),
@@ -129,6 +130,7 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[ModelChun
         train=tuple(case.get("train", TRAINABLE_PARTS)),
         seed=1,
     )
+    model = build_model_chunks(spec)
     return model, build_optimizer(model, optimizer=OptimizerConfig(lr=1e-4), bf16=bf16)
 
 

@@ -1,33 +1,13 @@
-"""Deterministic weights and batches for tests that compare layouts; no files of real data needed."""
+"""Deterministic batches for tests that compare layouts; no files of real data needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from megavl.config.model import ModelConfig
 from megavl.data.batch import Batch, make_batch
-
-
-def random_weights(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a model under its flat name, from a generator seeded by that name's position.
-
-    HD scalar, relative positions and biases are not left at their zero initial values, which would hide branches.
-    """
-    from megavl.convert.flat_names import flat_shapes
-
-    for index, (name, shape) in enumerate(flat_shapes(config).items()):
-        generator = torch.Generator().manual_seed(seed * 100_003 + index)
-        noise = torch.randn(shape, generator=generator)
-        is_norm = "norm" in name or (name.startswith(("vision.sam.neck.", "vision.sam.neck_hd.")) and len(shape) == 1)
-        if is_norm and name.endswith("weight"):
-            yield name, 1.0 + 0.1 * noise
-        elif name.endswith("hd_alpha_downsamples"):
-            yield name, torch.full(shape, 0.7)
-        else:
-            fan_in = max(1, noise[0].numel()) if noise.dim() > 1 else 100
-            yield name, noise * fan_in**-0.5
 
 
 class SyntheticSteps:

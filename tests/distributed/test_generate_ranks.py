@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from launch.bench.engines.random_models import write_tokenizer
 from megavl.main.cli import main
 from tests.tiny_run import environment, free_port
 from tests.unit.generate import models
@@ -43,7 +44,7 @@ class Family:
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     root = tmp_path_factory.mktemp(request.param)
-    tokenizer, seed = models.write_tokenizer(root / "tokenizer"), models.TALKATIVE[request.param]
+    tokenizer, seed = write_tokenizer(root / "tokenizer"), models.TALKATIVE[request.param]
     folders = {
         fmt: models.write_folder(request.param, root / fmt, tokenizer=tokenizer, fmt=fmt, seed=seed)
         for fmt in ("native", "original")

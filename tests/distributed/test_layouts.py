@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from launch.bench.engines.random_models import random_weights
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_BY_STAGE, TRAINABLE_PARTS
 from megavl.model.trainable import part_of
-from tests.distributed.synthetic import random_weights
 from tests.tiny_run import free_port
 
 TOLERANCE = 1e-5

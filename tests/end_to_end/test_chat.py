@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.bench.engines.random_models import write_tokenizer
 from megavl.generate.pretrained import Model, Processor
 from tests.tiny_run import ROOT, environment
 from tests.unit.generate import models
@@ -19,7 +20,7 @@ SEED = models.TALKATIVE[PRESET]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("chat")
-    tokenizer = models.write_tokenizer(root / "tokenizer")
+    tokenizer = write_tokenizer(root / "tokenizer")
     return models.write_folder(PRESET, root / "hf", tokenizer=tokenizer, fmt="native", seed=SEED)
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from launch.bench.engines.random_models import random_weights
 from megavl.config.load import load_model_config
-from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig
+from megavl.model.build import BuildSpec
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.schedule import learning_rate
 from megavl.train.step import train_step
-from tests.distributed.synthetic import SyntheticSteps, random_weights
+from tests.distributed.synthetic import SyntheticSteps
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_hybrid_fp32.txt"
 STEPS = 8
@@ -33,7 +34,7 @@ def world() -> Iterator[None]:
     groups.stop()
 
 
-def test_loss_curve(update_golden: bool, report_table: Any) -> None:
+def test_loss_curve_matches_the_golden_file(update_golden: bool, report_table: Any) -> None:
     losses = _curve()
     if update_golden:
         GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in losses))
@@ -47,15 +48,7 @@ def test_loss_curve(update_golden: bool, report_table: Any) -> None:
 def _curve() -> list[float]:
     config, parallel = load_model_config("tiny-hybrid"), ParallelConfig()
     settings = OptimizerConfig(lr=1e-3, warmup_steps=2)
-    model = build_model_chunks(
-        config,
-        parallel=parallel,
-        recompute=RecomputeConfig(),
-        layout=None,
-        dtype=torch.float32,
-        train=TRAINABLE_PARTS,
-        seed=1,
-    )
+    model = build_model_chunks(BuildSpec(model=config, parallel=parallel, train=TRAINABLE_PARTS, seed=1))
     model.chunks[0].module.load_state_dict(dict(random_weights(config)), strict=False)
     optimizer = build_optimizer(model, optimizer=settings, bf16=False)
     losses = []

@@ -1,4 +1,4 @@
-"""`launch/bench/gpu.sh`: without a GPU it tries every part at tiny size and leaves the full-size columns empty."""
+"""`launch/bench/gpu.sh`: without a GPU it runs every part at tiny size and leaves the full-size columns empty."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from launch.bench import programs, step
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("tiny whole megavl precision fp32", "tiny whole megatron-local precision fp32")
 TINY += ("tiny whole transformers precision fp32",)
-
-
-@pytest.fixture(scope="module")
-def step(open_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    """launch/bench/step.py."""
-    return open_benchmark("step")
 
 
 def rows(report: str, heading: str) -> list[list[str]]:
@@ -32,7 +26,7 @@ def rows(report: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 1 : end]]
 
 
-def test_without_a_gpu(tmp_path: Path) -> None:
+def test_without_a_gpu_only_tiny_cases_run(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = ["bash", "launch/bench/gpu.sh", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -86,7 +80,7 @@ def made_up(*, step_s: float, mfu: float, seconds: list[float]) -> dict[str, Any
     }
 
 
-def test_with_figures_of_a_gpu(step: ModuleType) -> None:
+def test_figures_of_a_gpu_fill_the_report() -> None:
     slow, fast = {"step_s": 2.0, "mfu": 0.3}, {"step_s": 1.0, "mfu": 0.6}
     steady, rising = [1.0] * 20, [1.0] * 18 + [1.5] * 2
     cases = {
@@ -108,10 +102,10 @@ def test_with_figures_of_a_gpu(step: ModuleType) -> None:
     sizes = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "peak"), 1e9)
     plan = {"layers": 24, "of_layers": 30, "bytes": sizes, "usable_bytes": 135e9, "convention": "MFU: causal"}
     plans = {"1b whole": plan, "7b last": plan}
-    assert step.hardware(ceilings) == "nvidia-h200"
+    assert step.device(ceilings) == "nvidia-h200"
     tests = {"passed": True, "lines": ["first loss, CUDA against CPU", "3 passed"]}
     found = {"cases": cases, "ceilings": ceilings, "plans": plans, "cuda_tests": tests}
-    report = step.report(found | {"versions": "torch", "load": 0.0})
+    report = "\n".join(step.report(found | {"versions": "torch", "load": 0.0}))
     assert "Dry run" not in report and "\n- first loss, CUDA against CPU\n- 3 passed\n" in report
     full = {(row[0], row[1]): row[2:] for row in rows(report, "## Full size")}
     assert full["1b whole: MegaVL", "text"] == [
@@ -129,7 +123,7 @@ def test_with_figures_of_a_gpu(step: ModuleType) -> None:
     assert not step.sound(cases | {"7b last megavl": {"failed": "OutOfMemoryError"}})
 
 
-def test_unequal_losses_are_no_success(step: ModuleType) -> None:
+def test_unequal_losses_are_no_success() -> None:
     ours, theirs = made_up(step_s=1.0, mfu=0.5, seconds=[1.0]), made_up(step_s=1.0, mfu=0.5, seconds=[1.0])
     theirs["losses"] = [11.5 * (1 + 2e-5)]
     cases = {TINY[0]: {"text": ours}, TINY[2]: {"text": ours}}
@@ -137,14 +131,17 @@ def test_unequal_losses_are_no_success(step: ModuleType) -> None:
     assert not step.sound(cases | {TINY[2]: {"text": theirs}})
 
 
-def test_a_failure_says_why_and_leaves_what_came_before(
-    step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_a_failed_program_keeps_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "ROOT", tmp_path)
     (tmp_path / "broken.py").write_text("print('{\"kind\": \"text\"}')\nraise ValueError('too large')")
-    (tmp_path / "slow.py").write_text("print('{\"kind\": 1}', flush=True)\nimport time\ntime.sleep(60)")
-    assert step.run("broken", limit=60) == ([{"kind": "text"}], "ValueError: too large")
-    assert step.run("slow", limit=5) == ([{"kind": 1}], "not done after 5 s")
+    text, failure = programs.run("broken")
+    assert programs.json_lines(text) == [{"kind": "text"}] and failure == "ValueError: too large"
     with pytest.raises(SystemExit, match="error: broken: ValueError: too large"):
-        step.ask("broken", limit=60)
+        programs.ask("broken")
+
+    def late(command: list[str], *, stdout: Any, timeout: float, **_: Any) -> None:
+        stdout.write('{"kind": 1}\n')
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert programs.run("slow", limit=5) == ('{"kind": 1}\n', "not done after 5 s")

@@ -1,31 +1,29 @@
-"""Steps under several settings by turns, as the benchmarks of balance and grouping take them."""
+"""Steps under several settings in turn, as the benchmarks of balance and grouping take them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from launch.bench import balance, tiny_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["parallel.tensor=1", "parallel.pipeline=2", "training.global_batch_size=2", "training.micro_batch_size=1"]
 VARIANTS = {"even": ("parallel.layout=[2,2]",), "uneven": ("parallel.layout=[1,3]",)}
 
 
-@pytest.fixture
-def bench(open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """launch/bench/plan_cpu.py, whose recipe is named from the root."""
+def test_turns_are_equal_work_and_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    return open_benchmark("plan_cpu")
-
-
-def test_turns_are_equal_work_and_go_on(bench: ModuleType, tmp_path: Path) -> None:
-    settings = [*bench.build_data(tmp_path / "data", images=1, seq_length=128), *SIZES, "data.multimodal_fraction=0.5"]
+    settings = [
+        *tiny_runs.build_data(tmp_path / "data", images=1, seq_length=128),
+        *SIZES,
+        "data.multimodal_fraction=0.5",
+    ]
     out = tmp_path / "steps.jsonl"
     for turns in (1, 2):
-        rows, others = bench.paired_steps(out, settings, VARIANTS, processes=2, turns=turns, steps=2)
+        rows, others = tiny_runs.paired_steps(out, settings, VARIANTS, processes=2, turns=turns, steps=2)
     assert rows == [json.loads(line) for line in out.read_text().splitlines()] and 0 <= others < 1
 
     assert [row["turn"] for row in rows] == [0] * 4 + [0] * 4 + [1] * 4
@@ -36,35 +34,23 @@ def test_turns_are_equal_work_and_go_on(bench: ModuleType, tmp_path: Path) -> No
         spent = [sum(box["seconds"] for box in row["segments"] if box["rank"] == rank) for rank in (0, 1)]
         assert row["probe_s"] > 0 and row["seconds"] > 0 and min(spent) > 0
         # Two micro-batches on each rank.
-        assert [len(loops) for loops in row["glances_s"]] == [2, 2] and min(map(min, row["glances_s"])) > 0
+        assert [len(loops) for loops in row["short_probes_s"]] == [2, 2] and min(map(min, row["short_probes_s"])) > 0
 
 
-def test_starts_of_a_single_turn_are_told_apart(
-    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "launch/bench")
-    balance = open_benchmark("balance")
-    turn = [{"turn": 0, "variant": name, "glances_s": [[1.0]]} for name in balance.VARIANTS for _ in range(2)]
-    faster = [{**row, "glances_s": [[0.7]]} for row in turn]
+def test_starts_of_a_single_turn_are_told_apart() -> None:
+    turn = [{"turn": 0, "variant": name, "short_probes_s": [[1.0]]} for name in balance.VARIANTS for _ in range(2)]
+    faster = [{**row, "short_probes_s": [[0.7]]} for row in turn]
     assert balance.starts([*turn, *faster]) == [turn, faster]
     assert balance.quick_share([*turn, *faster]) == 1
 
 
-def test_one_quicker_loop_makes_no_other_rank_slow(
-    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "launch/bench"))
-    balance = open_benchmark("balance")
+def test_one_fast_loop_makes_no_rank_slow() -> None:
     loops = [[0.8, *[1.0] * 59], [*[1.15] * 59, 2.0]]
-    (quick,) = balance.quick_loops([{"turn": 0, "variant": "even", "glances_s": loops}])
+    (quick,) = balance.quick_loops([{"turn": 0, "variant": "even", "short_probes_s": loops}])
     assert quick[0].all() and quick[1, :-1].all() and not quick[1, -1]
 
 
-def test_the_encoders_are_as_deep_as_the_pilot_run_says(
-    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "launch/bench"))
-    balance = open_benchmark("balance")
+def test_the_pilot_run_chooses_the_depth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ratios = dict.fromkeys(balance.PILOT_DEPTHS, 0.0)
 
     def pilot(out: Path, settings: list[str], variants: dict[str, tuple[str, ...]], **_: int) -> object:
@@ -87,16 +73,12 @@ def test_the_encoders_are_as_deep_as_the_pilot_run_says(
         balance.encoder_depth(tmp_path, [])
 
 
-def test_steps_beside_slow_cores_are_left_out(bench: ModuleType) -> None:
+def test_steps_on_slow_cores_are_left_out() -> None:
     rows = [{"probe_s": seconds} for seconds in (1.2, 1.0, 1.25, 1.26, 1.9)]
-    assert bench.undisturbed(rows) == rows[:3]
+    assert tiny_runs.undisturbed(rows) == rows[:3]
 
 
-def test_cycles_beside_slow_cores_are_left_out(
-    open_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "launch/bench"))
-    balance = open_benchmark("balance")
+def test_cycles_on_slow_cores_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 24
     monkeypatch.setattr(balance, "BATCH", count)
     rows = []
@@ -115,15 +97,15 @@ def test_cycles_beside_slow_cores_are_left_out(
         loops[0][0] = clock
         seconds = 1.0 + sum(box["seconds"] for box in first)
         common = {"variant": "even", "turn": number % 5, "segments": first + second}
-        common |= {"glances_s": loops, "seconds": seconds}
+        common |= {"short_probes_s": loops, "seconds": seconds}
         rows += [{**common, "modality": "multimodal"}, {**common, "modality": "text", "seconds": seconds / 2}]
     found = balance.read(rows, "even", [5, 5])
     assert found.cycle_s == pytest.approx(0.32) and found.stages_s == pytest.approx((0.3, 0.3))
-    # 21 cycles of a step have a micro-batch before and two behind; one slow one of either rank takes five of them.
+    # 21 cycles of a step have a micro-batch before and two after; one slow one of either rank takes five of them.
     assert found.cycles == 10 * (count - 3 - 5)
     assert found.rest_s == pytest.approx(1.0 + 0.5 + 0.32)
     assert found.seconds == pytest.approx((count - 1) * 0.32 + 1.82) and found.median > found.seconds
     assert found.text == pytest.approx(0.5)
     assert balance.quick_share(rows) == pytest.approx(1 - 1.5 / count)
-    with pytest.raises(SystemExit, match="32 cycles and .* of even beside quick cores, 40 needed; take more turns"):
+    with pytest.raises(SystemExit, match="32 cycles and .* of even on quick cores, 40 needed; take more turns"):
         balance.read(rows[:4], "even", [5, 5])

@@ -1,4 +1,4 @@
-"""A recorded step of real processes: every pass once and in megatron-core's order, and the same losses as without."""
+"""Recorded steps of real processes: every pass once in megatron-core's order, and unchanged losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megavl.planner.simulation.schedule import Compute, passes
+from megavl.planner.schedule import Compute, passes
 from tests.tiny_run import metrics, run_training
 
 STEPS, MICRO_BATCHES = 6, 4
@@ -26,7 +26,7 @@ TINY = 1e-4
 
 @pytest.fixture(scope="module")
 def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Metrics of the run that nobody recorded."""
+    """Metrics of a run without recording."""
     run = tmp_path_factory.mktemp("plain")
     done = run_training(dataset, run, *SIZES, "parallel.layout=[2,2]", processes=2)
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_recording_changes_no_loss(plain: list[dict[str, Any]], recorded: Path) 
     assert {row["modality"] for row in rows} == {"text", "multimodal"}
 
 
-def test_every_pass_occurs_once_and_in_the_order_of_the_schedule(recorded: Path) -> None:
+def test_every_pass_occurs_once_in_schedule_order(recorded: Path) -> None:
     for step in range(1, STEPS + 1):
         check_order(read(recorded, step), virtual=1)
 
@@ -72,7 +72,7 @@ def test_encoders_and_head_stand_on_their_stages(recorded: Path) -> None:
         encoders, head = {"encoders forward", "encoders backward"}, {"head forward", "head backward"}
         assert blocks == {0: both | encoders, 1: both | head}
         encoded = [box["args"]["micro_batch"] for box in rows[0] if box["cat"] == "encoders forward"]
-        # The last micro-batch of a text step encodes a blank image, so that gradients reduce as on other steps.
+        # The last micro-batch of a text step encodes a dummy image, so that gradients reduce as in other steps.
         assert encoded == ([*range(MICRO_BATCHES)] if row["modality"] == "multimodal" else [MICRO_BATCHES - 1])
 
 
@@ -94,7 +94,7 @@ def test_virtual_stages(dataset: Path, tmp_path: Path) -> None:
         check_times(boxes, step_s=metrics(tmp_path)[1]["step_time_s"])
 
 
-def test_encoders_ahead_of_the_pipeline_on_every_rank(dataset: Path, tmp_path: Path) -> None:
+def test_split_all_encodes_before_the_pipeline(dataset: Path, tmp_path: Path) -> None:
     sizes = ("parallel.vision=split_all", "parallel.layout=[2,2]", "training.steps=2", "data.multimodal_fraction=1.0")
     parts = "training.train=[llm,adaptor,siglip]"
     done = run_training(dataset, tmp_path, *SIZES, *sizes, parts, "run.timeline_steps=[2]", processes=2)
@@ -110,7 +110,7 @@ def test_encoders_ahead_of_the_pipeline_on_every_rank(dataset: Path, tmp_path: P
 
 
 def read(run: Path, step: int) -> dict[int, list[dict[str, Any]]]:
-    """Boxes of each row, by their beginning."""
+    """Boxes of each row, sorted by start."""
     rows = defaultdict(list)
     for event in json.loads((run / f"timeline/step_{step:06d}.json").read_text())["traceEvents"]:
         if event["ph"] == "X":
@@ -119,7 +119,7 @@ def read(run: Path, step: int) -> dict[int, list[dict[str, Any]]]:
 
 
 def check_order(rows: dict[int, list[dict[str, Any]]], *, virtual: int) -> None:
-    """A pass is a run of boxes of one micro-batch, stage and way."""
+    """Boxes of each row form passes in megatron-core's order."""
     for rank, boxes in rows.items():
         steps = [
             Compute(box["cat"].endswith("backward"), box["args"]["micro_batch"], box["args"]["stage"])
@@ -131,7 +131,7 @@ def check_order(rows: dict[int, list[dict[str, Any]]], *, virtual: int) -> None:
 
 
 def check_times(boxes: list[dict[str, Any]], *, step_s: float) -> None:
-    """One thing at a time, most of this rank's time explained, and the step in its own unit.
+    """Boxes do not overlap, fill most of the rank's time, and last as long as the step.
 
     Bounds are wide: the step is timed on rank 0, and a busy machine stops processes anywhere.
     """

@@ -1,4 +1,4 @@
-"""One set of random weights in MegaVL and in transformers' own class, with the same prompt for both."""
+"""MegaVL and transformers' own class with the same random weights, and prompts for both."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DeepseekVLForConditionalGeneration, DeepseekVLHybridForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
+from launch.bench.engines.random_models import random_tensors, transformers_model
+from launch.bench.engines.released_pixels import random_picture, tower_pixels
 from megavl.config.model import ModelConfig
 from megavl.config.presets import ImageGeometry
-from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.config.recipe import ParallelConfig
 from megavl.convert.lazy import LoadedTensor
-from megavl.convert.native_format import side_files
-from megavl.convert.table import weight_rows
-from megavl.convert.tokenizer_files import TokenizerIds
 from megavl.data.batch import make_batch
 from megavl.data.image import canvas
 from megavl.generate.weights import load_weights
-from megavl.model.build import build_model
+from megavl.model.build import BuildSpec, build_model
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
-from tests.distributed.synthetic import random_weights
-from tests.numerics.original_pixels import random_picture, tower_pixels
 
 TOLERANCE = 1e-5
-"""Largest difference relative to the reference's largest value, fp32; a wrong GELU changes logits by some 1e-4."""
+"""Largest difference relative to the reference's largest value, fp32. A wrong GELU changes logits by 1e-4."""
 EOS = 1
 
 
@@ -82,49 +79,11 @@ def native_pair(config: ModelConfig, *, seed: int = 0, attention: str = "sdpa") 
     weights = random_tensors(config, seed=seed)
     groups.start(alone, seed=0)
     try:
-        ours = build_model(
-            config,
-            parallel=alone,
-            recompute=RecomputeConfig(),
-            layout=None,
-            dtype=torch.float32,
-            train=(),
-            seed=1,
-        )
+        ours = build_model(BuildSpec(model=config, parallel=alone, seed=1))
         load_weights(ours, {name: LoadedTensor(tensor) for name, tensor in weights.items()}, source="test")
         yield Pair(config, ours.eval(), transformers_model(config, weights, attention=attention))
     finally:
         groups.stop()
-
-
-def random_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights by flat name: HD scalar, relative positions and biases are not 0, positions count as much as patches."""
-    return {
-        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)) * 0.5
-        if name.endswith("pos_embed")
-        else tensor
-        for name, tensor in random_weights(config, seed=seed)
-    }
-
-
-def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor], *, attention: str) -> PreTrainedModel:
-    """The native class, its sizes and tensors as MegaVL would export them."""
-    model = new_transformers_model(config, attention=attention, dtype=torch.float32)
-    state: dict[str, torch.Tensor] = {}
-    for row in weight_rows(config, "native"):
-        state |= zip(row.keys, row.transform.from_flat(weights[row.flat]))
-    model.load_state_dict(state, strict=True)
-    return model.eval()
-
-
-def new_transformers_model(config: ModelConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The native class with the weights that transformers begins with."""
-    model_class = DeepseekVLForConditionalGeneration if config.sam is None else DeepseekVLHybridForConditionalGeneration
-    ids = TokenizerIds(bos=0, eos=EOS, pad=2, image=config.image_token_id)
-    # The parts' own entries decide about their weights, whatever the whole is asked for.
-    raw = side_files(config, ids=ids, dtype=str(dtype).removeprefix("torch."))["config.json"]
-    hf_config = model_class.config_class.from_dict(raw)
-    return model_class._from_config(hf_config, attn_implementation=attention, dtype=dtype)
 
 
 def prompt_with_images(config: ModelConfig, sizes: Sequence[tuple[int, int]], *, seed: int = 0) -> Prompt:
@@ -139,10 +98,3 @@ def prompt_with_images(config: ModelConfig, sizes: Sequence[tuple[int, int]], *,
         ids += [config.image_token_id] * config.image_tokens + words(3 + number)
     pictures = [random_picture(seed * 100 + number, size) for number, size in enumerate(sizes)]
     return Prompt(tuple(ids), tuple(pictures), tower_pixels(pictures, config))
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest expected value."""
-    assert found.shape == expected.shape, f"{tuple(found.shape)} against {tuple(expected.shape)}"
-    assert expected.isfinite().all() and expected.std() > 1e-3 * expected.abs().max(), "the reference is degenerate"
-    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,7 +1,7 @@
 """Small DeepSeek-VL models of awkward shapes, and one with the true grids.
 
-Every hybrid has the topology of the 7B: a SAM grid of 8/3 of the SigLIP grid, of which most are no multiple of the
-window, the x1.5 interpolation and two stride-2 convolutions.
+Every hybrid has the topology of the 7B: the SAM grid is 8/3 of the SigLIP grid, and the x1.5 interpolation and two
+stride-2 convolutions follow. Most SAM grids are no multiple of the window.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MODELS: dict[str, ModelConfig] = {
     "siglip grid 5": _low_only(_llm(72, 3), _siglip(5, 14, 56, 7, 4)),
     "siglip grid 7": _low_only(_llm(52, 1, rope_theta=5000.0, rms_norm_eps=1e-5), _siglip(7, 6, 20, 1, 2)),
 }
-"""By name; sides of images are odd in four of them."""
+"""By name; four of them have images with odd sides."""
 
 TRUE_GRIDS = _hybrid(_llm(64, 2), _siglip(24, 16, 64, 4, 3), _sam(64, 16, 14, 64, 2, 4, 16, (1, 3)))
 """SAM 1024 / 16 / window 14 and SigLIP 384 / 16 as in the 7B, at small width."""

@@ -1,40 +1,38 @@
-"""CUDA computes what the CPU computes: the same weights, batches and recipe, in a process for each device.
+"""CUDA computes what the CPU computes, from the same weights, batches and recipe, in one process for each device.
 
-`bash launch/bench/gpu.sh` runs this file on a machine with a GPU; elsewhere only the band itself is tried.
+`bash launch/bench/gpu.sh` runs this file on a machine with a GPU; elsewhere only the limits themselves are tested.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 import warnings
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
+from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_sides import MegaVL, made_up_batches
 from launch.bench.engines.step_work import make_work
+from launch.bench.programs import ask
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import groups
-from tests.numerics.native_pair import random_tensors
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("text", "multimodal")
 # torch asks for it once in a process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 LOSS_TOLERANCE = 1e-4
-"""Relative, fp32, of the first loss."""
+"""Relative, of the first loss in fp32."""
 STEPS = 20
 ALONE = ParallelConfig()
 BAND = 0.05
-"""Relative, bf16, of every loss along 20 steps in which the loss falls to less than two thirds. On the CPU bf16 stays
-within 1.6e-2 of fp32."""
+"""Relative, of every loss along 20 steps in bf16, along which the loss falls to less than two thirds.
+
+On the CPU, bf16 stays within 1.6e-2 of fp32.
+"""
 LR = 1e-3
 ON_CUDA = torch.cuda.is_available()
 
@@ -44,24 +42,8 @@ needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="no CUDA here; launch/bench/
 @cache
 def curves(device: str, precision: str, *, steps: int, lr: float = LR) -> dict[str, list[float]]:
     """Losses of training the tiny model, by kind of step; the multimodal steps follow the text ones."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "launch.bench.engines.step_speed",
-        "--model",
-        "tiny",
-        "--threads",
-        "1",
-    ]
-    command += ["--precision", precision, "--warm-up", "0", "--steps", str(steps), "--lr", str(lr)]
-    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    environment |= {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    words = ("--model", "tiny", "--threads", 1, "--precision", precision, "--warm-up", 0, "--steps", steps, "--lr", lr)
+    rows = ask("launch.bench.engines.step_speed", *words, gpu=device == "cuda")
     return {row["kind"]: row["losses"] for row in rows}
 
 
@@ -71,8 +53,8 @@ def distance(found: list[float], expected: list[float]) -> float:
 
 
 @needs_cuda
-def test_the_first_loss_in_fp32(report_table) -> None:
-    # So low a rate that the text step leaves the weights to the multimodal one as they were.
+def test_first_loss_in_fp32_agrees(report_table) -> None:
+    # At this learning rate the text step leaves the weights unchanged for the multimodal step.
     cpu, cuda = (curves(device, "fp32", steps=1, lr=1e-12) for device in ("cpu", "cuda"))
     errors = {kind: distance(cuda[kind][:1], cpu[kind][:1]) for kind in KINDS}
     report_table(f"first loss, CUDA against CPU, fp32: {errors}, limit {LOSS_TOLERANCE:.0e}")
@@ -80,7 +62,7 @@ def test_the_first_loss_in_fp32(report_table) -> None:
 
 
 @needs_cuda
-def test_twenty_steps_in_bf16(report_table) -> None:
+def test_twenty_bf16_steps_agree(report_table) -> None:
     cpu, cuda = (curves(device, "bf16", steps=STEPS) for device in ("cpu", "cuda"))
     errors = {kind: distance(cuda[kind], cpu[kind]) for kind in KINDS}
     report_table(f"{STEPS} steps, CUDA against CPU, bf16: {errors}, band {BAND}")
@@ -89,7 +71,7 @@ def test_twenty_steps_in_bf16(report_table) -> None:
 
 @needs_cuda
 def test_the_host_waits_once_in_a_step(report_table) -> None:
-    """However many micro-batches there are: for the step's totals, at its end."""
+    """It waits for the step's totals at the end, however many micro-batches there are."""
     groups.start(ParallelConfig(), seed=1)
     try:
         waits = {count: host_waits(count) for count in (2, 8)}
@@ -129,13 +111,13 @@ def test_a_deterministic_run_repeats_its_bits() -> None:
     assert first == second and first[-1] < first[0]
 
 
-def test_the_band_holds_rounding_and_nothing_else(report_table) -> None:
+def test_the_band_admits_rounding_only(report_table) -> None:
     groups.start(ParallelConfig(), seed=1)
     try:
         fp32, bf16, slower = own_curve("fp32", lr=LR), own_curve("bf16", lr=LR), own_curve("fp32", lr=LR / 2)
     finally:
         groups.stop()
-    assert fp32[-1] < 2 / 3 * fp32[0], "the band is tried where the loss falls"
+    assert fp32[-1] < 2 / 3 * fp32[0], "the loss falls in these steps"
     rounding, wrong = distance(bf16, fp32), distance(slower, fp32)
     report_table(f"{STEPS} steps here: bf16 against fp32 {rounding:.1e}, half the rate {wrong:.1e}, band {BAND}")
     assert rounding <= BAND < wrong

@@ -1,8 +1,9 @@
-"""`megavl generate --json` on an exported folder against transformers' `generate` on the same folder, token for token.
+"""`megavl generate --json` gives the same tokens as transformers' `generate`, on the same exported folder.
 
-The prompt's ids come from the exported processor and chat template. Pixels are once the exported processor's own, as
-any client uses it, and once made by the original rule: transformers' processor rounds the low-resolution image of two
-towers to 8 bits and pads in another colour, so there the images given to it are squares.
+The ids of a prompt come from the exported processor and chat template. Each case runs with two kinds of pixels: those
+of the exported processor, as any client uses it, and those of the released rule. With two towers, transformers'
+processor rounds the low-resolution image to 8 bits and pads in another colour. So there the processor's images are
+squares.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import torch
 import transformers
 from PIL import Image
 
+from launch.bench.engines.random_models import write_tokenizer
 from megavl.config.chat import SYSTEM_PROMPT
+from megavl.generate.against_transformers import pixel_tensors
 from megavl.generate.prompt import read_canvases
 from megavl.main.cli import main
-from tests.numerics.compare_with_transformers import pixel_tensors
 from tests.unit.generate import models
 
 CLASSES = {
@@ -41,7 +43,7 @@ def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, transformers.PreTrainedModel]:
     root = tmp_path_factory.mktemp(request.param)
-    tokenizer = models.write_tokenizer(root / "tokenizer")
+    tokenizer = write_tokenizer(root / "tokenizer")
     seed = models.TALKATIVE[request.param]
     folder = models.write_folder(request.param, root / "hf", tokenizer=tokenizer, fmt="native", seed=seed)
     model = CLASSES[request.param].from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
@@ -51,7 +53,7 @@ def exported(
 def reference(
     model: transformers.PreTrainedModel, folder: Path, preset: str, *, text: str, pictures: list[Path], own: bool
 ) -> tuple[int, list[int]]:
-    """Number of prompt tokens and greedy tokens behind them."""
+    """Number of prompt tokens, and the greedy tokens after them."""
     processor = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
     parts = [{"type": "text", "text": text}]
     chat = [{"role": "user", "content": parts}]

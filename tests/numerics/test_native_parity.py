@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from launch.bench.engines.random_models import relative_error
+from launch.bench.engines.released_pixels import ODD_SIZES
 from megavl.config.model import ModelConfig
-from tests.numerics.intermediates import places, watching
-from tests.numerics.native_pair import EOS, TOLERANCE, native_pair, prompt_with_images, relative_error
-from tests.numerics.original_pixels import ODD_SIZES
+from tests.numerics.intermediates import intermediates, recording
+from tests.numerics.native_pair import EOS, TOLERANCE, native_pair, prompt_with_images
 from tests.numerics.small_models import MODELS, TRUE_GRIDS
 from tests.unit.generate.models import greedy_tokens
 
@@ -19,7 +20,7 @@ NEW_TOKENS = 12
 def compare(config: ModelConfig, sizes, *, report_table, title: str, attention: str = "sdpa") -> None:
     with native_pair(config, attention=attention) as pair:
         prompt = prompt_with_images(config, sizes)
-        with watching(places(pair)) as errors:
+        with recording(intermediates(pair)) as errors:
             logits = relative_error(pair.our_logits(prompt), pair.their_logits(prompt))
             inner = errors()
         expected = pair.their_greedy_tokens(prompt, count=NEW_TOKENS)
@@ -30,7 +31,7 @@ def compare(config: ModelConfig, sizes, *, report_table, title: str, attention: 
     peaks = {stage: [error for name, error in inner.items() if name.startswith(stage)] for stage in stages}
     shown = ", ".join(f"{stage} {max(found):.1e} ({len(found)})" for stage, found in peaks.items() if found)
     report_table(
-        f"{title}: largest relative error (number of places): {shown}, logits {logits:.1e}; worst at {worst}; "
+        f"{title}: largest relative error (number of intermediates): {shown}, logits {logits:.1e}; worst at {worst}; "
         f"{len(tokens)} greedy tokens equal; limit {TOLERANCE:.0e}"
     )
     assert {name: error for name, error in inner.items() if not error < TOLERANCE} == {}
@@ -39,17 +40,17 @@ def compare(config: ModelConfig, sizes, *, report_table, title: str, attention: 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_small_models(name: str, report_table) -> None:
+def test_small_models_agree_with_transformers(name: str, report_table) -> None:
     # Three images of different shapes in one prompt; which ones depends on the model.
     start = list(MODELS).index(name)
     sizes = [ODD_SIZES[(start + 2 * step) % len(ODD_SIZES)] for step in range(3)]
     compare(MODELS[name], sizes, report_table=report_table, title=name)
 
 
-def test_eager_attention(report_table) -> None:
+def test_eager_attention_agrees(report_table) -> None:
     config = MODELS["grid 16 window 7"]
     compare(config, ODD_SIZES[:2], report_table=report_table, title="eager attention", attention="eager")
 
 
-def test_true_grids(report_table) -> None:
+def test_true_grids_agree(report_table) -> None:
     compare(TRUE_GRIDS, ODD_SIZES[:2], report_table=report_table, title="SAM 64 / 14, SigLIP 24")

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from launch.bench.engines.compare_processors import SIZES, differences, exported_processor
+from launch.bench.engines.released_pixels import background
 from megavl.config.load import load_model_config
 from tests.numerics.native_pair import native_pair, prompt_with_images
-from tests.numerics.original_pixels import background
 from tests.numerics.small_models import MODELS
 
 TORCHVISION = transformers.utils.is_torchvision_available()
@@ -24,8 +24,8 @@ def test_one_tower_is_exact_as_exported(report_table) -> None:
     assert len(found) == len(SIZES) - 1 and worst < 1e-4
 
 
-def test_two_towers_with_the_right_colour(report_table) -> None:
-    """The slow class needs to be told the colour; then only the 8 bits of the low resolution remain."""
+def test_two_towers_agree_with_the_right_colour(report_table) -> None:
+    """With the colour given, the slow class differs by the 8 bits of the low resolution only."""
     config = load_model_config("7b")
     processor = exported_processor(config, {"use_fast": False})
     sizes = SIZES[1:7]
@@ -38,14 +38,14 @@ def test_two_towers_with_the_right_colour(report_table) -> None:
 
 
 def test_two_towers_without_the_colour_are_off(report_table) -> None:
-    """The fault that makes the export ask for the fast class."""
+    """This fault is why the export names the fast class."""
     config = load_model_config("7b")
     (found,) = differences(exported_processor(config, {"use_fast": False}), config, [(640, 481)])
     assert found.largest["high_res_pixel_values"] > 10
 
 
 @pytest.mark.skipif(not TORCHVISION, reason="the fast image processors need torchvision")
-def test_two_towers_as_exported(report_table) -> None:
+def test_two_towers_are_close_as_exported(report_table) -> None:
     config = load_model_config("7b")
     processor = exported_processor(config, {})
     assert type(processor).__name__ == "DeepseekVLHybridImageProcessorFast"
@@ -67,7 +67,7 @@ def test_a_finished_square_passes_every_processor(report_table) -> None:
 
 @pytest.mark.parametrize("name", ["tiny-hybrid", "tiny-siglip"])
 @torch.no_grad()
-def test_a_square_one_pixel_short_is_refused_by_the_model(name: str) -> None:
+def test_the_model_refuses_a_smaller_square(name: str) -> None:
     config = MODELS[name]
     with native_pair(config) as pair:
         prompt = prompt_with_images(config, [(40, 30)])

@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from launch.bench.engines.random_models import IMAGE, random_tensors, relative_error, write_tokenizer
+from launch.bench.engines.released_pixels import random_picture
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.config.presets import IMAGE_PRESETS
@@ -34,10 +36,9 @@ from megavl.data.tokenizer import open_tokenizer
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.prompt import encode_prompt, prompt_pieces
 from megavl.main.cli import main
-from tests.numerics.native_pair import TOLERANCE, random_tensors, relative_error
-from tests.numerics.original_pixels import random_picture
+from tests.numerics.native_pair import TOLERANCE
 from tests.numerics.released_client import import_client, why_absent
-from tests.unit.generate.models import IMAGE, greedy_tokens, write_tokenizer
+from tests.unit.generate.models import greedy_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_absent() is not None, reason=str(why_absent()))]
 
@@ -58,7 +59,7 @@ def client(tmp_path_factory) -> ModuleType:
 
 @dataclass(frozen=True)
 class Export:
-    """A model with random weights, dead tensors included, in the original format."""
+    """A model with random weights, unused parameters included, in the original format."""
 
     config: ModelConfig
     folder: Path

@@ -1,4 +1,4 @@
-"""The benchmark of training steps compares equal work: losses, FLOPs, slices, and where its marks put the time."""
+"""The benchmark of training steps compares equal work: losses, FLOPs, parts, and the regions of its time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import REGIONS, Marks
 from launch.bench.engines.step_sides import MegaVL, Transformers, TransformersSettings, made_up_batches
 from launch.bench.engines.step_speed import idle_share, measure, parse, vendor_peak
 from launch.bench.engines.step_work import PARTS, make_work
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import groups
-from tests.numerics.native_pair import random_tensors
 
 KINDS = ("text", "multimodal")
 TOLERANCE = 1e-5
@@ -64,8 +64,8 @@ def test_all_sides_train_alike(model: str, report_table) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-siglip"])
-def test_transformers_trains_in_bf16_from_its_own_weights(model: str) -> None:
-    """As the large models do, whose weights nobody draws for it."""
+def test_transformers_trains_in_bf16_from_own_weights(model: str) -> None:
+    """As the large models do, which draw their own weights."""
     work = tiny(model)
     training = dataclasses.replace(work.recipe.training, precision="bf16")
     work = dataclasses.replace(work, recipe=dataclasses.replace(work.recipe, training=training))
@@ -88,7 +88,7 @@ def test_the_local_attention_is_megatron_cores_own() -> None:
     assert names == {False: {"PackedAttention"}, True: {"LocalAttention"}}
 
 
-def test_the_slices_are_what_their_names_say() -> None:
+def test_parts_hold_what_their_names_say() -> None:
     held = {}
     for part in PARTS:
         work = tiny(part=part)
@@ -98,7 +98,7 @@ def test_the_slices_are_what_their_names_say() -> None:
         before = {name: weight.clone() for name, weight in stage.named_parameters() if weight.requires_grad}
         losses(side, work, "text" if part == "last" else "multimodal")
         moved = {name for name, weight in stage.named_parameters() if name in before and not weight.equal(before[name])}
-        assert moved == set(before), "every trained weight of the slice gets a gradient"
+        assert moved == set(before), "every trained weight of the part gets a gradient"
     assert held == {
         "whole": {"vision", "embedding", "decoder", "output_layer"},
         "first": {"vision", "embedding", "decoder"},
@@ -106,7 +106,7 @@ def test_the_slices_are_what_their_names_say() -> None:
     }
 
 
-def test_two_slices_are_one_model() -> None:
+def test_two_parts_are_one_model() -> None:
     def of(part: str, layers: int):
         return make_work(
             "7b", part=part, layers=layers, micro_batches=4, recompute="none", precision="bf16", memory_bytes=None
@@ -117,7 +117,7 @@ def test_two_slices_are_one_model() -> None:
     assert of("first", 8).memory().weights + of("last", 22).memory().weights == of("whole", 30).memory().weights
 
 
-def test_layers_are_as_many_as_fit() -> None:
+def test_as_many_layers_as_fit() -> None:
     def most(memory_bytes: float) -> int:
         work = make_work(
             "7b", part="first", layers=0, micro_batches=1, recompute="none", precision="bf16", memory_bytes=memory_bytes

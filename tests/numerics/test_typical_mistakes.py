@@ -1,6 +1,6 @@
-"""Typical mistakes of an implementation, made on purpose in MegaVL's model: the parity check must see each of them.
+"""The parity check sees typical mistakes of an implementation, made on purpose in MegaVL's model.
 
-Most of them run, look right and train, so only a comparison in fp32 with a tight tolerance tells them apart.
+Most of them run and train without an error, so only a comparison in fp32 with a tight tolerance shows them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from launch.bench.engines.random_models import relative_error
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, ImageGeometry
 from megavl.data import image
 from megavl.model import sam, vision
-from tests.numerics.native_pair import TOLERANCE, Pair, Prompt, native_pair, prompt_with_images, relative_error
+from tests.numerics.native_pair import TOLERANCE, Pair, Prompt, native_pair, prompt_with_images
 from tests.numerics.small_models import MODELS
 
 Mistake = Callable[[Pair, pytest.MonkeyPatch], ImageGeometry | None]
-"""Changes MegaVL's side; gives an image geometry when that is what changes."""
+"""Changes MegaVL's side; returns an image geometry where that is the change."""
 
 
 class Functional:
@@ -35,7 +36,7 @@ class Functional:
 
 
 def put(patch: pytest.MonkeyPatch, module: nn.Module, name: str, value: Any) -> None:
-    """Replace a parameter, buffer or child; they are no attributes, so undoing `setattr` would delete them."""
+    """Replace a parameter, buffer or child. These are no attributes, so undoing `setattr` would delete them."""
     registry = next(r for r in (module._parameters, module._buffers, module._modules) if name in r)
     patch.setitem(registry, name, value)
 
@@ -206,7 +207,7 @@ MISTAKES: dict[str, tuple[str, Mistake]] = {
     "no final SigLIP LayerNorm": ("0.83", no_final_siglip_norm),
     "concat order [LOW, HIGH]": ("1.3", low_before_high),
 }
-"""Each with the change of the logits that another small model of this topology showed, where that was measured."""
+"""Each with the change of the logits in another small model of this topology, where it was measured."""
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +239,7 @@ def test_mistake_is_seen(name: str, compared, monkeypatch, report_table) -> None
 
 
 @torch.no_grad()
-def test_mistakes_leave_nothing_behind(compared) -> None:
+def test_mistakes_leave_no_trace(compared) -> None:
     pair, prompt, expected = compared
     before = pair.our_logits(prompt)
     for _, mistake in MISTAKES.values():

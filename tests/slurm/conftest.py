@@ -1,9 +1,9 @@
 """A SLURM cluster of virtual nodes on this machine.
 
-Every node is a set of namespaces with its own address, host name, `/etc/hosts`, `/dev/shm` and process table; the file
-system is shared, as a cluster's is. This machine plays login node and controller. Nothing under /etc changes, and
-all processes and the bridge go away with the fixture. Bridge, addresses and ports are the machine's, so there is one
-cluster at a time: who tests beside waits for it.
+Every node is a set of namespaces with its own address, host name, `/etc/hosts`, `/dev/shm` and process table. The file
+system is shared, as on a cluster. This machine is login node and controller. Nothing under /etc changes, and all
+processes and the bridge end with the fixture. Bridge, addresses and ports belong to the machine, so only one cluster
+runs at a time; other test processes wait for it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cluster:
     def run(self, *command: str, **settings: str) -> str:
         """Output of a command on the login node."""
         done = subprocess.run(
-            command, env={**self.environment, **settings}, capture_output=True, text=True, timeout=120, check=False
+            command, env={**self.environment, **settings}, capture_output=True, text=True, timeout=1800, check=False
         )
         assert done.returncode == 0, f"{command} gave {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -56,7 +56,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, job_id: str, *states: str, seconds: float) -> dict[str, str]:
+    def wait_for(self, job_id: str, *states: str, seconds: float = 1800) -> dict[str, str]:
         """The job's fields once its state is one of `states`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -177,7 +177,7 @@ def _munged(state: Path) -> str:
     )
 
 
-def _until(condition: Callable[[], bool], cluster: Cluster, what: str, *, seconds: float = 20) -> None:
+def _until(condition: Callable[[], bool], cluster: Cluster, what: str, *, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen in {seconds} s\n{cluster.logs()}"
@@ -211,7 +211,7 @@ def _start(cluster: Cluster) -> None:
         )
         return shown.stdout.split() == ["idle"] * NODES
 
-    _until(ready, cluster, "start of the nodes", seconds=30)
+    _until(ready, cluster, "start of the nodes")
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def output(run_dir: Path) -> str:
 
 def test_trains_over_two_nodes(cluster: Any, corpus: Path, tmp_path: Path, report_table: Any) -> None:
     job = submit(cluster, corpus, tmp_path / "run")
-    fields = cluster.wait_for(job, "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT", seconds=180)
+    fields = cluster.wait_for(job, "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT")
     assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), output(tmp_path / "run")
     assert fields["NumNodes"] == "2"
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS + 1))
@@ -80,7 +80,7 @@ def test_trains_over_two_nodes(cluster: Any, corpus: Path, tmp_path: Path, repor
     report_table(f"2 nodes x 2 ranks, TP 2 x PP 2: {STEPS} steps in {fields['RunTime']} of job time")
 
 
-def wait_for_steps(cluster: Any, job: str, run_dir: Path, *, seconds: float = 120) -> None:
+def wait_for_steps(cluster: Any, job: str, run_dir: Path, *, seconds: float = 1800) -> None:
     """Return once the run has logged a step."""
     end = time.monotonic() + seconds
     while not rows(run_dir):
@@ -90,18 +90,18 @@ def wait_for_steps(cluster: Any, job: str, run_dir: Path, *, seconds: float = 12
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [("--signal=USR1",), ("--batch", "--signal=USR1")], ids=["tasks", "batch-shell"])
-def test_pre_emption_saves_requeues_and_goes_on(
+def test_pre_emption_saves_requeues_and_resumes(
     cluster: Any, corpus: Path, tmp_path: Path, how: tuple[str, ...]
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, corpus, run_dir, "training.steps=120")
     wait_for_steps(cluster, job, run_dir)
     cluster.run("scancel", *how, job)
-    cluster.wait_for(job, "PENDING", seconds=60)
+    cluster.wait_for(job, "PENDING")
     saved = json.loads((run_dir / "exit_status.json").read_text())
     assert (saved["code"], saved["resumable"]) == (75, True)
     assert 0 < saved["step"] < 120
-    fields = cluster.wait_for(job, "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT", seconds=240)
+    fields = cluster.wait_for(job, "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT")
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output(run_dir)
     assert [row["step"] for row in rows(run_dir)] == list(range(1, 121))
 
@@ -112,12 +112,12 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Any, corpus: Path, t
     job = submit(cluster, corpus, run_dir, "training.steps=10000")
     wait_for_steps(cluster, job, run_dir)
     cluster.run("scancel", job)
-    fields = cluster.wait_for(job, "CANCELLED", "COMPLETED", "FAILED", seconds=60)
+    fields = cluster.wait_for(job, "CANCELLED", "COMPLETED", "FAILED")
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0"), output(run_dir)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_requeued_a_bounded_number_of_times(cluster: Any, corpus: Path, tmp_path: Path) -> None:
+def test_requeues_of_a_killed_rank_are_bounded(cluster: Any, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, corpus, run_dir, "training.steps=10000", MAX_RESTARTS="1")
     for restarts in ("0", "1"):
@@ -125,6 +125,6 @@ def test_a_killed_rank_is_requeued_a_bounded_number_of_times(cluster: Any, corpu
         wait_for_steps(cluster, job, run_dir)
         assert cluster.job(job)["Restarts"] == restarts
         cluster.run("scancel", "--signal=KILL", f"{job}.0")
-        fields = cluster.wait_for(job, "PENDING", "FAILED", seconds=90)
+        fields = cluster.wait_for(job, "PENDING", "FAILED")
     assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "1:0"), output(run_dir)
     assert "giving up" in output(run_dir)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Byte-level BPE with BOS 0, EOS 1, padding 2 and the image token 3."""
     # Here, because most unit tests need neither torch nor megatron-core.
-    from tests.unit.generate import models
+    from launch.bench.engines.random_models import write_tokenizer
 
-    return models.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

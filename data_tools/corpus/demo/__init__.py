@@ -1,1 +1,1 @@
-"""The demo corpus: text, tokenizer, drawn pictures with questions."""
+"""The demo corpus: collected text, a tokenizer, and drawn pictures with captions and questions."""

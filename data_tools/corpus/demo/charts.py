@@ -1,7 +1,7 @@
-"""Bar charts: the colour of the tallest bar, and how many bars there are.
+"""Bar charts, with questions on the tallest bar and the number of bars.
 
-In `easy` charts the tallest bar is nearly twice as high as any other; in `hard` ones the bars are close, more
-numerous, and the lowest one is asked for as well.
+In `easy` charts the tallest bar is nearly twice as high as any other. In `hard` charts the heights are closer and the
+bars more numerous, and a question asks for the lowest one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 
 from PIL import Image, ImageDraw
 
-from data_tools.corpus.demo.picture import (
+from data_tools.corpus.demo.family import (
     COLOURS,
     NUMBERS,
     PAPER,
@@ -33,7 +33,7 @@ AXIS = (90, 90, 90)
 
 
 def _draw_bars(rng: random.Random, *, colours: list[str], heights: list[float]) -> Image.Image:
-    """A chart with one bar per colour; heights are shares of the plot's height."""
+    """A chart with one bar per colour; heights are relative to the height of the plot."""
     image = blank(rng, PAPER["white"])
     draw = ImageDraw.Draw(image)
     margin = 0.06 * min(image.size)
@@ -66,7 +66,7 @@ def _draw_easy(rng: random.Random, wanted: Answers) -> Picture:
 
 
 def _draw_hard(rng: random.Random, wanted: Answers) -> Picture:
-    """Four to six bars; highest and lowest differ from the rest by an eighth of the plot."""
+    """Four to six bars; the highest and the lowest differ from the rest by an eighth of the plot."""
     highest = pick(rng, HIGHEST, wanted)
     lowest = wanted.get(LOWEST.kind) or rng.choice([colour for colour in COLOURS if colour != highest])
     if HIGHEST.kind not in wanted and highest == lowest:

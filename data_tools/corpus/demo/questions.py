@@ -1,4 +1,4 @@
-"""Balanced multiple choice: no answer, option or place in the list is likelier than another."""
+"""Balanced multiple choice: all answers, options and positions are equally likely."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TypeVar
 
-from data_tools.corpus.demo.picture import Question
+from data_tools.corpus.demo.family import Question
 
 T = TypeVar("T")
 
 CHOICES = 4
-"""Options of every evaluation question; chance is one in four."""
+"""Number of options of every evaluation question; chance is one in four."""
 
 PLACEHOLDER = "<image_placeholder>"
-"""Where the picture stands in an evaluation prompt."""
+"""Marks the position of the picture in an evaluation prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Choice:
     """The options of one evaluation question."""
 
     options: tuple[str, ...]
-    """`CHOICES` different values of the question."""
+    """`CHOICES` distinct values of the question."""
     answer: int
     """Index of the right option."""
 
@@ -36,27 +36,28 @@ class Choice:
 def balanced_choices(question: Question, *, count: int, rng: random.Random) -> list[Choice]:
     """Options and answers for `count` evaluation questions of one kind.
 
-    Answers, the places of the right option, and how often each value appears among the options differ by at most one
-    between values, so that a reader who sees no picture gains nothing over chance by preferring a value or a place.
+    Answers, positions of the right option, and appearances of each value among the options are balanced: their counts
+    differ by at most one. A model that sees no picture then gains nothing over chance by preferring a value or a
+    position.
     """
     answers = _rounds(list(question.values), count=count, rng=rng)
-    places = _rounds(list(range(CHOICES)), count=count, rng=rng)
+    positions = _rounds(list(range(CHOICES)), count=count, rng=rng)
     shown: Counter[str] = Counter()
     choices = []
-    for answer, place in zip(answers, places, strict=True):
+    for answer, position in zip(answers, positions, strict=True):
         others = [value for value in question.values if value != answer]
         rng.shuffle(others)
         options = sorted(others, key=lambda value: shown[value])[: CHOICES - 1]
         rng.shuffle(options)
-        options.insert(place, answer)
+        options.insert(position, answer)
         shown.update(options)
-        choices.append(Choice(options=tuple(options), answer=place))
+        choices.append(Choice(options=tuple(options), answer=position))
     rng.shuffle(choices)
     return choices
 
 
 def _rounds(values: list[T], *, count: int, rng: random.Random) -> list[T]:
-    """Every value once per round, each round in a new order."""
+    """Rounds that contain every value once, each in a new random order."""
     drawn: list[T] = []
     while len(drawn) < count:
         drawn += rng.sample(values, len(values))

@@ -1,6 +1,6 @@
-"""Rendered text: which letter or word is written, and on which colour.
+"""Rendered text, with questions on the letter or word and on the colour of its background.
 
-`easy` renders one large letter on a coloured card; `hard` renders a short word. Pillow's own scalable font is used,
+`easy` renders one large letter on a coloured card; `hard` renders a short word. The font is the one that Pillow ships,
 so the pictures do not depend on the fonts of the machine.
 """
 
@@ -11,12 +11,12 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.corpus.demo.picture import COLOURS, Answers, Family, Level, Picture, Question, blank, pick, shade
+from data_tools.corpus.demo.family import COLOURS, Answers, Family, Level, Picture, Question, blank, pick, shade
 
 LETTERS = ("I", "L", "O", "T", "X")
 WORDS = ("cat", "moon", "tree", "fish", "book", "hand")
 CARDS = tuple(colour for colour in COLOURS if colour != "black")
-"""Card colours; ink is white or black, whichever is the clearer."""
+"""Card colours; the ink is black on yellow and white otherwise."""
 
 LETTER = Question(kind="ocr-letter", text="Which letter is written?", values=LETTERS)
 CARD = Question(kind="ocr-card", text="What colour is the card?", values=CARDS)
@@ -33,12 +33,12 @@ def _render(rng: random.Random, text: str, *, card: str, share: float, weight: f
     """Text on a coloured card.
 
     Args:
-        rng: source of every choice.
+        rng: decides every choice.
         text: letter or word.
-        card: name of the card's colour.
-        share: part of the card that the ink spans in the tighter direction.
-        weight: extra thickness of the strokes as a share of the font size.
-        wobble: largest shift from the centre as a share of the card's sides.
+        card: name of the colour of the card.
+        share: extent of the text relative to the card, in the tighter direction.
+        weight: extra stroke width relative to the font size.
+        wobble: largest shift from the centre, relative to the sides of the card.
     """
     image = blank(rng, COLOURS[card])
     draw = ImageDraw.Draw(image)
@@ -54,7 +54,7 @@ def _render(rng: random.Random, text: str, *, card: str, share: float, weight: f
 
 
 def _draw_easy(rng: random.Random, wanted: Answers) -> Picture:
-    """One capital letter, 84 to 88% of the card's height."""
+    """One capital letter, 84 to 88% of the height of the card."""
     letter, card = pick(rng, LETTER, wanted), pick(rng, CARD, wanted)
     image = _render(rng, letter, card=card, share=rng.uniform(0.84, 0.88), weight=0.08, wobble=0.01)
     caption = f"The letter {letter} on a {card} card."
@@ -62,7 +62,7 @@ def _draw_easy(rng: random.Random, wanted: Answers) -> Picture:
 
 
 def _draw_hard(rng: random.Random, wanted: Answers) -> Picture:
-    """One short word, 70 to 85% of the card's width."""
+    """One short word, 70 to 85% of the width of the card."""
     word, card = pick(rng, WORD, wanted), pick(rng, GROUND, wanted)
     image = _render(rng, word, card=card, share=rng.uniform(0.7, 0.85), weight=0.01, wobble=0.06)
     caption = f"The word {word} on a {card} card."

@@ -1,4 +1,4 @@
-"""Pictures of geometric shapes: which shape, its colour, its place, and how many there are.
+"""Pictures of geometric shapes, with questions on shape, colour, position and number.
 
 `easy` draws one large shape at one side of the picture; `hard` draws one to four equal shapes anywhere.
 """
@@ -9,7 +9,7 @@ import random
 
 from PIL import ImageDraw
 
-from data_tools.corpus.demo.picture import (
+from data_tools.corpus.demo.family import (
     COLOURS,
     NUMBERS,
     PAPER,
@@ -24,12 +24,12 @@ from data_tools.corpus.demo.picture import (
 )
 
 SHAPES = ("square", "triangle", "cross", "ring")
-"""Names at every level; `hard` adds circles, which differ from squares in their corners only."""
-PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+"""Shapes of every level; `hard` adds circles, which differ from squares only in their corners."""
+POSITIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 
 COLOUR = Question(kind="shape-colour", text="What colour is the shape?", values=tuple(COLOURS))
 NAME = Question(kind="shape-name", text="Which shape is it?", values=SHAPES)
-PLACE = Question(kind="shape-place", text="Where is the shape?", values=tuple(PLACES))
+POSITION = Question(kind="shape-place", text="Where is the shape?", values=tuple(POSITIONS))
 COLOUR_OF_MANY = Question(kind="shapes-colour", text="What colour are the shapes?", values=tuple(COLOURS))
 NAME_OF_MANY = Question(kind="shapes-name", text="Which shape do you see?", values=(*SHAPES, "circle"))
 COUNT = Question(kind="shapes-count", text="How many shapes are there?", values=NUMBERS[:4])
@@ -65,12 +65,12 @@ def _draw_shape(
 
 
 def _draw_easy(rng: random.Random, wanted: Answers) -> Picture:
-    """One shape, almost two thirds of the short side across, pushed to one side of the picture."""
-    colour, name, place = (pick(rng, question, wanted) for question in (COLOUR, NAME, PLACE))
+    """One shape at one side of the picture, almost two thirds of the short side across."""
+    colour, name, position = (pick(rng, question, wanted) for question in (COLOUR, NAME, POSITION))
     image = blank(rng, PAPER[rng.choice(tuple(PAPER))])
     short = min(image.size)
     radius = short * rng.uniform(0.3, 0.33)
-    across, down = PLACES[place]
+    across, down = POSITIONS[position]
     wobble = 0.04 * short
     centre = tuple(
         length / 2 + towards * (length / 2 - radius - 0.02 * short) + (0 if towards else rng.uniform(-wobble, wobble))
@@ -84,8 +84,10 @@ def _draw_easy(rng: random.Random, wanted: Answers) -> Picture:
         colour=shade(rng, COLOURS[colour]),
         paper=_corner(image.getpixel((0, 0))),
     )
-    caption = f"A {colour} {name} at the {place}."
-    return Picture(image=image, caption=caption, answers={COLOUR.kind: colour, NAME.kind: name, PLACE.kind: place})
+    caption = f"A {colour} {name} at the {position}."
+    return Picture(
+        image=image, caption=caption, answers={COLOUR.kind: colour, NAME.kind: name, POSITION.kind: position}
+    )
 
 
 def _draw_hard(rng: random.Random, wanted: Answers) -> Picture:
@@ -116,6 +118,6 @@ def _corner(pixel: float | tuple[int, ...] | None) -> tuple[int, int, int]:
 
 
 LEVELS: Family = {
-    "easy": Level(questions=(COLOUR, NAME, PLACE), draw=_draw_easy),
+    "easy": Level(questions=(COLOUR, NAME, POSITION), draw=_draw_easy),
     "hard": Level(questions=(COLOUR_OF_MANY, NAME_OF_MANY, COUNT), draw=_draw_hard),
 }

@@ -1,12 +1,13 @@
-"""A byte-level BPE tokenizer in DeepSeek's style, small enough for the tiny models.
+"""Trains a small byte-level BPE tokenizer like DeepSeek's, for the tiny models.
 
-The files load in Hugging Face transformers as LlamaTokenizerFast, the class that the released models name.
+Hugging Face transformers loads its files as LlamaTokenizerFast, like those of the released models.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,28 @@ from megavl.config.errors import DataError
 
 PAD, BOS, EOS, IMAGE = "<｜▁pad▁｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
 SPECIAL = (PAD, BOS, EOS, IMAGE)
-"""Special tokens in the order of their ids, from 0; the tiny presets expect the image at 3."""
+"""Special tokens in the order of their ids, from 0; the tiny presets expect the image token at 3."""
 
-SMALLEST = 256 + len(SPECIAL)
-"""Vocabulary without any merge: every byte and the special tokens."""
+MIN_VOCABULARY = 256 + len(SPECIAL)
+"""Size without any merge: all bytes and the special tokens."""
 
 REPEATS = 1000
-"""How often a phrase counts, so that each of its words becomes one token whatever the rest of the text is."""
+"""Weight of a phrase, high enough that each of its words becomes one token with any other text."""
 
 TEMPLATE = ("User:", "Assistant:", SYSTEM_PROMPT)
-"""What the conversation template adds to every conversation."""
+"""Texts that the chat template adds to every conversation."""
 
 _SPLITS = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+")
-"""Borders that no token crosses, after the released tokenizer's pattern of splits."""
+"""Patterns of pre-tokenization, like those of the released tokenizer."""
 
 
 def train_tokenizer(texts: Iterable[str], *, phrases: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE.
 
     Args:
-        texts: what the merges are counted on.
-        phrases: short texts whose words, like those of the conversation template, should each become one token.
-        vocab_size: entries with bytes and special tokens; fewer come out of a very small corpus.
+        texts: training texts.
+        phrases: short texts whose words should each become one token, like those of the chat template.
+        vocab_size: entries, bytes and special tokens included; a very small corpus gives fewer.
     """
     tokenizer = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
@@ -54,25 +55,20 @@ def train_tokenizer(texts: Iterable[str], *, phrases: Iterable[str], vocab_size:
         show_progress=False,
     )
     weighted = [phrase for phrase in sorted({*phrases, *TEMPLATE}) for _ in range(REPEATS)]
-    tokenizer.train_from_iterator(_chain(texts, weighted), trainer)
+    tokenizer.train_from_iterator(chain(texts, weighted), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS}:0 $A:0", pair=f"{BOS}:0 $A:0 {BOS}:1 $B:1", special_tokens=[(BOS, SPECIAL.index(BOS))]
     )
     return tokenizer
 
 
-def _chain(*streams: Iterable[str]) -> Iterator[str]:
-    for stream in streams:
-        yield from stream
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int = 4096) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_tokens: int = 4096) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
 
     Args:
         tokenizer: a trained tokenizer.
-        folder: where to write; made when absent.
-        longest: sequence length in tokens that the configuration promises.
+        folder: output folder; created if absent.
+        max_tokens: value of `model_max_length` in the configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -97,7 +93,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int = 4096) -
         "image_token": IMAGE,
         "legacy": True,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": longest,
+        "model_max_length": max_tokens,
         "padding_side": "left",
         "tokenizer_class": "LlamaTokenizerFast",
         "unk_token": None,
@@ -111,7 +107,7 @@ def read_texts(path: Path) -> Iterator[str]:
     """All text of a JSONL file of texts or captions, or of a JSON array of LLaVA conversations.
 
     Raises:
-        DataError: naming the file, the record, and what was expected.
+        DataError: the file or a record is invalid.
     """
     try:
         content = path.read_text(encoding="utf-8")

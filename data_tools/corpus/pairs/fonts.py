@@ -1,6 +1,6 @@
-"""Fonts on this machine: families that write English or Chinese, and exactly which characters each of them has.
+"""Fonts on this machine: which families support English or Chinese, and which characters each of them has.
 
-A renderer draws an empty box for a character that its font lacks, so nothing is rendered before it was looked up here.
+A renderer draws an empty box for a character that its font lacks. Text is therefore checked here before rendering.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 
 REGULAR, BOLD = 400, 700
 NORMAL_WIDTH = 5
-"""usWeightClass and usWidthClass of the OpenType specification, table OS/2."""
+"""Values of usWeightClass and usWidthClass (OpenType specification, table OS/2)."""
 
-PLACEHOLDER_FONT = 100_000
-"""Characters from which on a font only draws stand-ins, as Last Resort does."""
-MOST_HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过"
-"""Frequent Chinese characters; a font without one of them writes another language."""
+PLACEHOLDER_CHARACTERS = 100_000
+"""A font with this many characters draws only placeholders, such as the Last Resort font."""
+FREQUENT_HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过"
+"""Frequent Chinese characters; a font that lacks one of them is made for another language."""
 
 _ASCII = frozenset(range(0x20, 0x7F))
 _LATIN = _ASCII | set(range(0xC0, 0x100)) - {0xD7, 0xF7}
-_NAMED_OTHERWISE = (" JP", " KR", " TC", " HK", " TW")
+_OTHER_REGIONS = (" JP", " KR", " TC", " HK", " TW")
 
 NO_CHINESE_FONT = (
     "no font here has the Chinese characters; install one (Debian: apt install fonts-wqy-microhei or fonts-noto-cjk)"
@@ -43,7 +43,7 @@ class Face:
 
     path: str
     index: int
-    """Place inside a collection; 0 in other files."""
+    """Index in a font collection; 0 in other files."""
     family: str
     weight: int
     width: int
@@ -52,17 +52,22 @@ class Face:
 
     @property
     def characters(self) -> frozenset[int]:
-        """Code points with a glyph."""
+        """Code points that have a glyph."""
         return _characters(self.path, self.index)
 
     def covers(self, text: str) -> bool:
         """Whether every visible character of a text has a glyph."""
-        return visible(text) <= self.characters
+        return needed_glyphs(text) <= self.characters
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether the face draws the same box for every character."""
+        return len(self.characters) >= PLACEHOLDER_CHARACTERS
 
 
 @dataclass(frozen=True)
 class Family:
-    """Faces of one name: regular, and bold and italic where there are any."""
+    """Faces of one name: regular, and bold and italic if they exist."""
 
     name: str
     faces: tuple[Face, ...]
@@ -80,21 +85,21 @@ class Family:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FontBook:
-    """Usable families by what they are for, each list sorted by name."""
+class Fonts:
+    """Usable families by purpose, each list sorted by name."""
 
     text: tuple[Family, ...]
     mono: tuple[Family, ...]
     chinese: tuple[Family, ...]
 
 
-def visible(text: str) -> frozenset[int]:
+def needed_glyphs(text: str) -> frozenset[int]:
     """Code points of a text that need a glyph."""
     return frozenset(ord(character) for character in text if not character.isspace())
 
 
 def font_folders(given: list[Path]) -> list[Path]:
-    """The folders given, or the system's and those of the fonts that matplotlib brings.
+    """The given folders, or else the system's font folders and the fonts that matplotlib ships.
 
     Raises:
         UsageError: a given folder does not exist.
@@ -106,7 +111,7 @@ def font_folders(given: list[Path]) -> list[Path]:
 
 
 def find_faces(folders: Iterable[Path]) -> list[Face]:
-    """Every readable face, sorted by path and index; damaged files are passed over."""
+    """Every readable face, sorted by path and index; skips damaged files."""
     require("fontTools")
     return [
         face
@@ -117,26 +122,29 @@ def find_faces(folders: Iterable[Path]) -> list[Face]:
     ]
 
 
-def writes_chinese(face: Face) -> bool:
-    """Whether a face has the frequent Chinese characters, in the shapes that are used in China."""
-    return visible(MOST_HAN) <= face.characters and not any(part in f"{face.family} " for part in _NAMED_OTHERWISE)
+def supports_chinese(face: Face) -> bool:
+    """Whether a face has the frequent Chinese characters, in the forms used in mainland China."""
+    return face.covers(FREQUENT_HAN) and not any(part in f"{face.family} " for part in _OTHER_REGIONS)
 
 
-def writes_latin(face: Face) -> bool:
-    """Whether a face has ASCII and the letters of Latin-1; fonts of symbols lack these and draw signs for ASCII."""
+def supports_latin(face: Face) -> bool:
+    """Whether a face has ASCII and the letters of Latin-1; symbol fonts lack these letters."""
     return face.characters >= _LATIN and "Math" not in face.family
 
 
-def is_stand_in(face: Face) -> bool:
-    """Whether a face draws the same box for every character."""
-    return len(face.characters) >= PLACEHOLDER_FONT
+def no_font(folders: list[Path], *, missing: str) -> DataError:
+    """The error for folders that lack a font."""
+    return DataError(
+        f"{', '.join(map(str, folders))}: no {missing} found; install one (Debian: apt install fonts-dejavu-core) "
+        "or name its folder with --fonts"
+    )
 
 
-def open_book(folders: list[Path]) -> FontBook:
-    """Sort the families of some folders.
+def load_fonts(folders: list[Path]) -> Fonts:
+    """Group the families of some folders by purpose.
 
     Raises:
-        DataError: none of them writes English, proportional and monospaced.
+        DataError: there is no proportional or no monospaced font for English.
     """
     families: dict[str, dict[tuple[bool, bool], Face]] = {}
     for face in find_faces(folders):
@@ -146,23 +154,17 @@ def open_book(folders: list[Path]) -> FontBook:
     mono: list[Family] = []
     chinese: list[Family] = []
     for name, styles in sorted(families.items()):
-        if (False, False) not in styles:
+        if (False, False) not in styles or styles[False, False].is_placeholder:
             continue
         family = Family(name=name, faces=tuple(styles[key] for key in sorted(styles)))
-        if is_stand_in(family.regular):
-            continue
-        if visible(MOST_HAN) <= family.regular.characters:
-            if writes_chinese(family.regular):
+        if family.regular.covers(FREQUENT_HAN):
+            if supports_chinese(family.regular):
                 chinese.append(family)
-        elif writes_latin(family.regular):
+        elif supports_latin(family.regular):
             (mono if family.regular.monospaced else text).append(family)
     if not text or not mono:
-        missing = "monospaced font" if text else "font for English"
-        raise DataError(
-            f"{', '.join(map(str, folders))}: no {missing} found; install one (Debian: apt install fonts-dejavu-core) "
-            "or name its folder with --fonts"
-        )
-    return FontBook(text=tuple(text), mono=tuple(mono), chinese=tuple(chinese))
+        raise no_font(folders, missing="monospaced font" if text else "font for English")
+    return Fonts(text=tuple(text), mono=tuple(mono), chinese=tuple(chinese))
 
 
 def _matplotlib_fonts() -> Iterator[Path]:
@@ -182,7 +184,7 @@ def _open(path: Path) -> list[Any]:
 def _faces(path: Path) -> list[Face]:
     try:
         return [_face(font, path=path, index=index) for index, font in enumerate(_open(path))]
-    except Exception:  # damaged fonts raise anything
+    except Exception:  # a damaged font can raise any exception
         return []
 
 

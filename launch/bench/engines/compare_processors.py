@@ -1,6 +1,6 @@
-"""Measures how far the pixels of transformers' image processors are from the released rule, on the exported files.
+"""Compares the pixels of transformers' image processors, configured by exported files, with the released rule.
 
-Works with transformers 4.57 and 5.x, with torchvision or without; prints one Markdown row for each processor.
+Works with transformers 4.57 and 5.x, with torchvision or without. Prints one Markdown row for each processor.
 
     python -m launch.bench.engines.compare_processors [--presets 1b 7b] [--sizes 60]
 """
@@ -24,11 +24,11 @@ import torch
 import transformers
 from PIL import Image
 
+from launch.bench.engines.released_pixels import CLIP_STD, HALF, background, random_picture, square, tower_pixels
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.convert.native_format import side_files
 from megavl.convert.tokenizer_files import TokenizerIds
-from tests.numerics.original_pixels import CLIP_STD, HALF, background, random_picture, square, tower_pixels
 
 SIZES = (
     *((640, 640), (800, 600), (1024, 768), (517, 301), (640, 481), (1000, 333), (1999, 1333), (333, 1000)),
@@ -40,11 +40,11 @@ SPREADS = {"pixel_values": HALF, "high_res_pixel_values": CLIP_STD}
 
 @dataclass(frozen=True)
 class Difference:
-    """One image size; differences are the largest ones, in units of 1/255, by name of the pixel tensor."""
+    """Largest differences for one image size, in units of 1/255, by name of the pixel tensor."""
 
     size: tuple[int, int]
     side: int
-    """Of the square that the processor makes; the models refuse all but their own."""
+    """Side of the square that the processor makes; a model takes one side only."""
     same_resize: bool
     """Whether the image inside the square has the sides of the released rule."""
     largest: dict[str, float]
@@ -54,7 +54,7 @@ def main() -> int:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["1b", "7b"], choices=["1b", "7b"])
-    parser.add_argument("--sizes", type=int, default=60, help="random sizes beside the fixed ones")
+    parser.add_argument("--sizes", type=int, default=60, help="random sizes in addition to the fixed ones")
     arguments = parser.parse_args()
     generator = np.random.default_rng(0)
     sizes = [*SIZES, *(tuple(generator.integers(60, 2100, 2).tolist()) for _ in range(arguments.sizes))]
@@ -92,7 +92,7 @@ def worst(found: Sequence[Difference]) -> str:
 
 
 def choices() -> list[tuple[str, dict[str, Any]]]:
-    """What a user can ask for, by name; the first is to ask for nothing."""
+    """Options that a user can give, by name; the first is none."""
     if transformers.__version__.startswith("4."):
         named: dict[str, dict[str, Any]] = {"slow": {"use_fast": False}, "fast": {"use_fast": True}}
     else:
@@ -143,8 +143,8 @@ def differences(
 def same_resize(processor: Any, picture: Image.Image, config: ModelConfig) -> bool:
     """Whether transformers' arithmetic of this version gives the sides of the released rule."""
     size, longest = config.canvas_size, max(picture.size)
-    cut = int if transformers.__version__.startswith("4.") else round
-    return all(max(cut(side * (size / longest)), 14) == max(int(side / longest * size), 14) for side in picture.size)
+    whole = int if transformers.__version__.startswith("4.") else round
+    return all(max(whole(side * (size / longest)), 14) == max(int(side / longest * size), 14) for side in picture.size)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Greedy decoding timed in one process: transformers' `generate`, or MegaVL, on the same exported folder and prompts.
+"""Times greedy decoding of transformers or of MegaVL in one process, on an exported folder.
 
-Started by `launch/bench/decode.py`, which asks the two in turn and writes the report.
+`launch/bench/decode.py` starts both, gives them the same prompts in turn, and writes the report.
 
     python -m launch.bench.engines.decode_speed folder OUT --model wide
     python -m launch.bench.engines.decode_speed megavl OUT --dtype bfloat16 --batch-size 4 --tokens 64
 
-Each line of the input asks for one run, which is answered by one JSON line.
+`folder` writes random weights to OUT. The others load OUT, and answer each line of their input with one run and one
+JSON line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from launch.bench.engines.peak_memory import peak_bytes
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 
@@ -41,13 +42,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Preset, and what is laid over it. `wide` is the 1.3B with 6 of its 24 layers and a smaller vocabulary, 0.38 B weights
-read for a token; `hybrid` has the topology and image tokens of the 7B, and 0.24 B weights read for a token."""
+"""Preset, and the sizes that differ from it. `wide` is the 1.3B with 6 of its 24 layers and a smaller vocabulary; a
+token reads 0.38 B weights. `hybrid` has the topology and image tokens of the 7B; a token reads 0.24 B weights."""
 BOS, EOS = 0, 1
 
 
 def main() -> int:
-    """Write the folder, or answer the input's lines for one side."""
+    """Write the folder, or serve runs of one side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=("folder", "megavl", "transformers"))
     parser.add_argument("folder", type=Path)
@@ -73,10 +74,9 @@ def main() -> int:
 
 def write_folder(config: ModelConfig, out: Path) -> None:
     """Random weights in the native format, with a byte-level tokenizer."""
+    from launch.bench.engines.random_models import random_weights, write_tokenizer
     from megavl.convert.hf_write import write_hf
     from megavl.convert.lazy import LoadedTensor
-    from tests.distributed.synthetic import random_weights
-    from tests.unit.generate.models import write_tokenizer
 
     tokenizer = write_tokenizer(out.with_name(out.name + "-tokenizer"))
     flat = {name: LoadedTensor(tensor) for name, tensor in random_weights(config)}
@@ -84,7 +84,7 @@ def write_folder(config: ModelConfig, out: Path) -> None:
 
 
 def prompts(config: ModelConfig, *, batch: int) -> tuple[list[list[int]], torch.Tensor]:
-    """Prompts of one image and 40 tokens of text, a few more in each, and canvases uint8 (I, 3, C, C)."""
+    """Prompts of one image and 40 or more tokens of text, and canvases uint8 (I, 3, C, C)."""
     generator = torch.Generator().manual_seed(0)
     ids = []
     for number in range(batch):
@@ -95,7 +95,7 @@ def prompts(config: ModelConfig, *, batch: int) -> tuple[list[list[int]], torch.
 
 
 def open_megavl(arguments: argparse.Namespace, config: ModelConfig) -> Callable[[], dict[str, Any]]:
-    """Load it; the result generates once and reports."""
+    """Load the folder; the function that is returned generates once and reports."""
     from megavl.generate.decode import Request, generate
     from megavl.generate.pretrained import Model
 
@@ -120,16 +120,15 @@ def open_megavl(arguments: argparse.Namespace, config: ModelConfig) -> Callable[
 
 @torch.no_grad()
 def open_transformers(arguments: argparse.Namespace, config: ModelConfig) -> Callable[[], dict[str, Any]]:
-    """Load it; the result generates once and reports."""
+    """Load the folder; the function that is returned generates once and reports."""
     import transformers
 
-    from tests.numerics.compare_with_transformers import pixel_tensors
+    from megavl.generate.against_transformers import native_class, pixel_tensors
 
     dtype = getattr(torch, arguments.dtype)
-    name = "DeepseekVLHybridForConditionalGeneration" if config.sam else "DeepseekVLForConditionalGeneration"
-    # The faster of its attentions here.
+    # The faster of its attentions on a CPU.
     how = {"dtype": dtype, "attn_implementation": "sdpa"}
-    model = getattr(transformers, name).from_pretrained(arguments.folder, **how).eval()
+    model = native_class(config).from_pretrained(arguments.folder, **how).eval()
     ids, canvases = prompts(config, batch=arguments.batch_size)
     longest = max(map(len, ids))
     padded = torch.tensor([[EOS] * (longest - len(one)) + one for one in ids])
@@ -163,16 +162,11 @@ def open_transformers(arguments: argparse.Namespace, config: ModelConfig) -> Cal
 
 
 def report(times: list[float], tokens: list[list[int]]) -> dict[str, Any]:
-    """Rate of all tokens behind the first ones, from the times at which a step's tokens were known."""
+    """Rate of the tokens after the first ones, from the times at which each step ended."""
     assert len(times) == len(tokens[0]), "one time a step"
     steps = len(times) - 1
     rate = len(tokens) * steps / (times[-1] - times[0])
     return {"tokens_per_s": rate, "first_token_s": times[0], "tokens": tokens}
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

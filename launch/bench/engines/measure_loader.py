@@ -1,7 +1,10 @@
-"""How fast the training loader is: `python launch/bench/engines/measure_loader.py DATASET [--workers N]`.
+"""Compares images per second of the training loader with one core that only decodes and resizes the same files.
 
-Compares images per second of the loader with what one core does that only decodes and resizes the same files. Rounds
-of both alternate, so that other work on the machine hits both alike.
+Rounds of both alternate, so that other work on the machine slows both alike.
+
+Prints one JSON object; `launch/bench/loader.py` writes the report.
+
+    python -m launch.bench.engines.measure_loader DATASET [--workers N]
 """
 
 from __future__ import annotations
@@ -14,57 +17,30 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict
 
 import psutil
 from PIL import Image
-from tqdm import tqdm
 
 from megavl.config.errors import DataError, MegaVLError
 from megavl.config.presets import ImageGeometry
 from megavl.config.recipe import ModalityWeights
 from megavl.data.dataset import Dataset, Source
+from megavl.data.loader import StepLoader
 from megavl.data.manifest import GeometryEntry
 from megavl.data.mixture import Mixture
 from megavl.data.plan import ModalityPlan
 from megavl.data.sampler import Sampler
 from megavl.data.table import ReadHandles
 
-if TYPE_CHECKING:
-    from megavl.data.loader import StepLoader
-
 _BATCH = 4
 """Sequences per step."""
 _PREFETCH = 64
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
-"""Seconds."""
+"""Resolution of the CPU times of other processes, seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderRate:
-    """Medians over rounds for rates, the best round for CPU time."""
-
-    workers: int
-    images: int
-    """Per round of the loader."""
-    bare_per_s: float
-    """Images per second of one core that decodes and resizes."""
-    loader_per_s: float
-    """Images per second of the loader, all workers together, ready as batches."""
-    ratio: float
-    """Loader per worker against bare: the median over pairs of rounds."""
-    cpu_ratio: float
-    """The same in CPU time, from the best round of each: other work on the machine disturbs this less."""
-    bare_cpu_ms: float
-    """CPU time of a bare image."""
-    worker_cpu_ms: float
-    """CPU time of a worker per image."""
-    rank_cpu_ms: float
-    """CPU time of the training process per image."""
-
-
-def measure(path: str, *, workers: int, rounds: int, steps: int) -> LoaderRate:
+def measure(path: str, *, workers: int, rounds: int, steps: int) -> dict[str, float]:
     """Alternate rounds of both.
 
     Args:
@@ -73,11 +49,15 @@ def measure(path: str, *, workers: int, rounds: int, steps: int) -> LoaderRate:
         rounds: pairs of rounds.
         steps: loader steps per round.
 
+    Returns:
+        Images per second of bare decoding on one core and of all workers together (`bare_per_s`, `loader_per_s`), and
+        CPU milliseconds per image of bare decoding, of a worker and of this process. `ratio` is the rate per worker
+        against the bare rate, `cpu_ratio` the same in CPU time. Rates are medians over rounds, CPU times the best
+        round, which other work on the machine disturbs less.
+
     Raises:
         DataError: the dataset is damaged, or holds no images.
     """
-    from megavl.data.loader import StepLoader  # imports torch
-
     dataset = _open(path)
     total = rounds * (steps + 2)
     weights = {"text": 0.0, "multimodal": 1.0}
@@ -97,23 +77,24 @@ def measure(path: str, *, workers: int, rounds: int, steps: int) -> LoaderRate:
     )
     pairs = []
     try:
-        for number in tqdm(range(rounds), desc="measure", unit=" rounds", disable=None):
+        for number in range(rounds):
             first = number * (steps + 2)
             pairs.append((*_bare(dataset, sampler, step=first), *_loaded(loader, first=first, steps=steps)))
     finally:
         loader.close()
     middle = [statistics.median(column) for column in zip(*pairs)]
-    return LoaderRate(
-        workers=workers,
-        images=int(middle[5]),
-        bare_per_s=middle[0],
-        loader_per_s=middle[2],
-        ratio=statistics.median(pair[2] / workers / pair[0] for pair in pairs),
-        cpu_ratio=min(pair[1] for pair in pairs) / min(pair[3] for pair in pairs),
-        bare_cpu_ms=min(pair[1] for pair in pairs),
-        worker_cpu_ms=min(pair[3] for pair in pairs),
-        rank_cpu_ms=min(pair[4] for pair in pairs),
-    )
+    bare_ms, worker_ms, rank_ms = (min(pair[at] for pair in pairs) for at in (1, 3, 4))
+    return {
+        "workers": workers,
+        "images": int(middle[5]),
+        "bare_per_s": middle[0],
+        "loader_per_s": middle[2],
+        "ratio": statistics.median(pair[2] / workers / pair[0] for pair in pairs),
+        "cpu_ratio": bare_ms / worker_ms,
+        "bare_cpu_ms": bare_ms,
+        "worker_cpu_ms": worker_ms,
+        "rank_cpu_ms": rank_ms,
+    }
 
 
 def _open(path: str) -> Dataset:
@@ -157,14 +138,14 @@ def _bare(dataset: Dataset, sampler: Sampler, *, step: int) -> tuple[float, floa
 
 def _loaded(loader: StepLoader, *, first: int, steps: int) -> tuple[float, float, float, int]:
     """Images per second, CPU milliseconds per image of the workers and of this process, and images."""
-    # Two steps for the workers to start and for what was decoded ahead to be used up.
+    # In two steps the workers start, and prefetched images are used up.
     for step in range(first, first + 2):
         loader.get(step)
     images, began, before = 0, time.perf_counter(), _cpu()
     for step in range(first + 2, first + 2 + steps):
         images += sum(len(batch.images) for batch in loader.get(step))
     seconds, after = time.perf_counter() - began, _cpu()
-    # The system counts a child's time in ticks, of which a short round may show none.
+    # The system counts a child's time in ticks; a short round may take less than one.
     workers, own = (max(b - a, _TICK) for a, b in zip(before, after, strict=True))
     return images / seconds, 1000 * workers / images, 1000 * own / images, images
 
@@ -176,17 +157,12 @@ def _cpu() -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit code.
-    """
-    parser = argparse.ArgumentParser(prog="measure_loader.py", description=__doc__.split("\n\n")[0])
+    """Measure and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="folder written by preprocess.py, with images")
     parser.add_argument("--workers", type=int, default=1, help="decoding processes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="loader steps per round (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if min(options.workers, options.rounds, options.steps) < 1:
         parser.error("--workers, --rounds and --steps: give 1 or more")
@@ -195,15 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MegaVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if options.json:
-        print(json.dumps(asdict(rate)))
-        return 0
-    print(
-        f"one core, decode and resize: {rate.bare_per_s:.0f} images/s\n"
-        f"loader, {rate.workers} workers: {rate.loader_per_s:.0f} images/s, {rate.ratio:.2f} of that per worker\n"
-        f"CPU per image: {rate.bare_cpu_ms:.2f} ms bare, {rate.worker_cpu_ms:.2f} ms in a worker (ratio "
-        f"{rate.cpu_ratio:.2f}), {rate.rank_cpu_ms:.2f} ms in the training process"
-    )
+    print(json.dumps(rate))
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Measures preprocessing against its primitives; launch/bench/preprocess.py calls it and writes the report.
+"""Measures preprocessing against its primitives; `launch/bench/preprocess.py` writes the report.
 
-    python launch/bench/engines/measure_preprocess.py {text,images,packing,workers,memory} --scratch DIR [--repeats N]
+    python -m launch.bench.engines.measure_preprocess {text,images,packing,workers,memory} --scratch DIR [--repeats N]
 
-Prints one JSON object. What is compared is interleaved in one run, and of each the best repeat counts, because other
-programs may run on the machine. Where both sides use one core, CPU time is compared, start-up left out.
+Prints one JSON object. Both sides of a comparison run in turn, and the best repeat of each counts, because other
+programs may run on the machine. Where both use one core, CPU time without the start-up is compared.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.preprocess import main as preprocess
+from launch.bench.engines.photos import photo
+from launch.bench.programs import ROOT, output
 from megavl.data.packing import Kinds, Packing, Placed
 from megavl.data.tokenizer import open_tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 VOCABULARY = 32_000
 SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
 DOCUMENTS = 600
 COPIES = 20
-"""Of the documents, where whole commands are timed."""
+"""How often the documents are repeated where whole commands are timed."""
 IMAGES = 200
 BATCH = 256
 S, K, IMAGE_TOKENS = 4096, 5, 576
@@ -68,7 +69,7 @@ def images(scratch: Path, *, repeats: int) -> dict[str, Any]:
     _documents(scratch, copies=1)
     folder = scratch / "images"
     folder.mkdir(exist_ok=True)
-    files = [_photo(number) for number in range(IMAGES)]
+    files = [photo(number) for number in range(IMAGES)]
     records = []
     for number, data in enumerate(files):
         (folder / f"{number}.jpg").write_bytes(data)
@@ -130,8 +131,8 @@ def packing(scratch: Path, *, repeats: int) -> dict[str, Any]:
 def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
     """Wall and CPU time of the whole command with two workers against one, and of bare tokenizing processes.
 
-    Two workers cannot be twice as fast where the cores share caches, or while other programs use the second one; CPU
-    time tells what they cost, and the bare processes, which share nothing, what this machine gives to anyone.
+    Two workers are less than twice as fast where the cores share caches, or while other programs use the second core.
+    CPU time tells what they cost. The bare processes share nothing, so they show the most that the machine allows.
     """
     _documents(scratch, copies=COPIES)
     wall: dict[int, list[float]] = {1: [], 2: []}
@@ -161,7 +162,7 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
 
 
 def _bare_processes(scratch: Path, *, count: int) -> float:
-    """Seconds in which `count` processes together tokenize what `workers` preprocesses, start-up included."""
+    """Seconds in which `count` processes tokenize the documents of `workers`, start-up included."""
     code = (
         "import json, sys; from megavl.data.tokenizer import open_tokenizer\n"
         f"scratch, part = {str(scratch)!r}, {DOCUMENTS * COPIES // count}\n"
@@ -183,7 +184,12 @@ def memory(scratch: Path, *, repeats: int) -> dict[str, Any]:
     for copies in (1, 10):
         _documents(scratch, copies=copies)
         found[copies] = _command(scratch, "text.jsonl", workers=1)
-    return {"mib_1": found[1], "mib_10": found[10], "ratio": found[10] / found[1], "input_bytes": _size(scratch)}
+    return {
+        "mib_1": found[1],
+        "mib_10": found[10],
+        "ratio": found[10] / found[1],
+        "input_bytes": (scratch / "text.jsonl").stat().st_size,
+    }
 
 
 MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -211,7 +217,7 @@ def _arguments(scratch: Path, name: str, *, workers: int) -> list[str]:
 
 
 def _run(scratch: Path, name: str, *more: str) -> Callable[[], object]:
-    """Preprocessing in this process, imports and tokenizer's opening left out after the first time."""
+    """Preprocess in this process; only the first call imports modules and opens the tokenizer."""
 
     def action() -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -240,18 +246,17 @@ def _documents(scratch: Path, *, copies: int) -> list[str]:
     """Documents of the machine's own text in the lengths of web pages, and a tokenizer trained on them."""
     source = scratch / "source"
     if not source.is_dir():
-        command = [sys.executable, "data_tools/build_corpus.py", "text", "--output", str(source), "--size", "12000000"]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        output("data_tools.build_corpus", "text", "--output", source, "--size", 12_000_000)
     whole = [json.loads(line)["text"] for line in (source / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     if not (scratch / "tokenizer").is_dir():
         _train(whole, folder=scratch / "tokenizer")
-    texts = list(_cut("\n\n".join(whole), count=DOCUMENTS))
+    texts = list(_pieces("\n\n".join(whole), count=DOCUMENTS))
     _write(scratch / "text.jsonl", ({"text": piece} for _ in range(copies) for piece in texts))
     return texts
 
 
-def _cut(content: str, *, count: int) -> Iterator[str]:
-    """Stretches of lognormal length, about 4 characters a token; the text begins again where it ends."""
+def _pieces(content: str, *, count: int) -> Iterator[str]:
+    """Pieces of lognormal length, about 4 characters a token; the text starts over where it ends."""
     draw, start = np.random.default_rng(0), 0
     for size in (4 * draw.lognormal(6.3, 1.1, count)).astype(int).clip(8, 16_000).tolist():
         start = 0 if start + size > len(content) else start
@@ -260,7 +265,7 @@ def _cut(content: str, *, count: int) -> Iterator[str]:
 
 
 def _train(texts: Sequence[str], *, folder: Path) -> None:
-    """Byte-level BPE with the splits of DeepSeek's: line ends, words, other signs, single digits."""
+    """Train a byte-level BPE that splits as DeepSeek's does: line ends, words, other signs, single digits."""
     inner = Tokenizer(models.BPE())
     splits = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"]
     steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
@@ -280,16 +285,6 @@ def _train(texts: Sequence[str], *, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 
-def _photo(number: int) -> bytes:
-    """A JPEG of 1024 x 768 with large soft areas and grain, of about 200 KB as photographs have."""
-    draw = np.random.default_rng(number)
-    areas = Image.fromarray(draw.integers(0, 256, (48, 64, 3), np.uint8)).resize((1024, 768), Image.Resampling.BICUBIC)
-    grain = draw.normal(0, 9, (768, 1024, 1))
-    out = io.BytesIO()
-    Image.fromarray((np.asarray(areas) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=88)
-    return out.getvalue()
-
-
 def _lengths(captions: int, texts: int) -> tuple[list[int], list[int]]:
     draw = np.random.default_rng(0)
     counts = np.where(draw.random(captions) < 0.85, 1, draw.integers(2, 6, captions))
@@ -301,10 +296,6 @@ def _lengths(captions: int, texts: int) -> tuple[list[int], list[int]]:
 def _write(path: Path, records: Any) -> None:
     with path.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _size(scratch: Path) -> int:
-    return (scratch / "text.jsonl").stat().st_size
 
 
 def main() -> int:

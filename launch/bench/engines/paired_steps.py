@@ -1,11 +1,12 @@
-"""Training steps of one recipe under several settings, by turns in the same processes.
+"""Takes training steps of one recipe under several settings, in turn and in the same processes.
 
-Virtual cores, one or both, slow down by half for up to seconds at a time, for reasons that are not seen from inside.
-So before and after every step all cores run the same short loop, steps wait a while for it to be quick, and a step is
-undisturbed where it was quick before and after. What happens within a longer step is seen by a still shorter loop at
-every micro-batch, of each rank by itself. Ranks change their cores from turn to turn. All data are loaded before
-the first turn, for decoding processes would take time from ranks that fill their cores. Every step is recorded. Rank 0
-writes one JSON line a step.
+Virtual cores slow down by half for up to seconds at a time, for reasons not visible from inside. So all cores run the
+same short loop before and after every step: the probe. A step waits a while for a quick probe, and it counts as
+undisturbed where the probes before and after it were quick. A still shorter loop at every micro-batch shows each rank
+what happens within a longer step. Ranks change their cores from turn to turn.
+
+All data are loaded before the first turn, since decoding processes would take time from the ranks. Rank 0 writes one
+JSON line for every step.
 
     python -m torch.distributed.run --nproc-per-node 2 -m launch.bench.engines.paired_steps \
         launch/recipes/tiny/stage2.yaml \
@@ -33,9 +34,12 @@ from megavl.data.batch import Batch
 from megavl.data.mixture import recipe_mixture
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import open_tokenizer
+from megavl.model.build import BuildSpec
 from megavl.parallel import broadcast, groups
 from megavl.planner.hardware.devices import find_device
-from megavl.planner.layouts.layout import layout_string, resolve_layout
+from megavl.planner.layouts.check import checked_layout
+from megavl.planner.layouts.layout import layout_string
+from megavl.planner.scenario import make_scenario
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
@@ -46,11 +50,11 @@ from megavl.train.step import train_step
 WARM_UP = 1
 """Turns that do not count."""
 PROBE = 4096
-"""Numbers that the loop multiplies: they stay in a core's first cache."""
-GLANCE = 200
-"""Repetitions of the multiplication after a forward pass: 0.2 ms."""
+"""Numbers that the loop multiplies; they fit the first cache of a core."""
+SHORT_PROBE = 200
+"""Repetitions in the loop after a forward pass, which takes 0.2 ms."""
 PATIENCE = 150
-"""Loops in a row that a step waits for quick cores."""
+"""Most probes that a step waits for quick cores."""
 
 
 class Variant:
@@ -59,22 +63,14 @@ class Variant:
     def __init__(self, recipe: Recipe, *, position: groups.Position, probe: Probe, steps: int) -> None:
         self.position, self.probe = position, probe
         self.split_all, self.number = recipe.parallel.vision == "split_all", 0
-        layout = resolve_layout(recipe, devices=position.world_size, device=find_device("cpu"))
-        self.model = build_model_chunks(
-            recipe.model,
-            parallel=recipe.parallel,
-            recompute=recipe.recompute,
-            layout=layout_string(layout),
-            dtype=torch.float32,
-            train=recipe.trainable_parts,
-            seed=recipe.training.seed,
-        )
+        layout = checked_layout(make_scenario(recipe, devices=position.world_size), find_device("cpu"))
+        self.model = build_model_chunks(BuildSpec.of(recipe, layout=layout_string(layout)))
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=False)
         set_learning_rate(self.optimizer, lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
-        self.glances: list[float] = []
+        self.short_probes: list[float] = []
         for chunk in self.model.chunks:
-            # Behind the forward pass: before it, a core that has waited would only just be waking.
-            chunk.module.register_forward_hook(lambda *_: self.glances.append(probe.glance()))
+            # After the forward pass: before it, a core that has waited would only just be waking.
+            chunk.module.register_forward_hook(lambda *_: self.short_probes.append(probe.short()))
         self.data = Loaded(recipe, position=position, steps=steps) if broadcast.is_source() else None
 
     def step(self) -> dict[str, Any]:
@@ -82,16 +78,16 @@ class Variant:
         data = next_step(self.data, self.number, split_all=self.split_all)
         self.number += 1
         before = self.probe.when_quick()
-        self.glances.clear()
-        recorder = StepProfiler(self.model, position=self.position)
+        self.short_probes.clear()
+        profiler = StepProfiler(self.model, position=self.position)
         began = time.perf_counter()
         result = train_step(self.model, self.optimizer, data, stop_flag=False)
         seconds = time.perf_counter() - began
         assert not result.skipped, f"loss {result.loss}: the step was skipped"
-        record = recorder.stop()
+        record = profiler.stop()
         probes = max(before, self.probe())
         found: list[tuple[Record | None, list[float]]] = [(None, [])] * self.position.world_size
-        dist.all_gather_object(found, (record, self.glances))
+        dist.all_gather_object(found, (record, self.short_probes))
         boxes = [
             {"rank": box.rank, "what": box.what, "micro_batch": box.micro_batch, "seconds": box.end - box.start}
             for record, _ in found
@@ -99,11 +95,11 @@ class Variant:
             for box in record.segments
         ]
         row = {"modality": data[0].modality, "images": result.images, "seconds": seconds, "probe_s": probes}
-        return {**row, "glances_s": [glances for _, glances in found], "segments": boxes}
+        return {**row, "short_probes_s": [short_probes for _, short_probes in found], "segments": boxes}
 
 
 class Loaded:
-    """Steps that are already in memory."""
+    """Steps whose batches are in memory."""
 
     def __init__(self, recipe: Recipe, *, position: groups.Position, steps: int) -> None:
         dataset = recipe_dataset(recipe, tokenizer=open_tokenizer(recipe.data.tokenizer), skip_hash=True)
@@ -118,15 +114,15 @@ class Loaded:
 
 
 class Probe:
-    """The short loop, on all cores at once."""
+    """The short loop."""
 
     def __init__(self, *, tolerance: float) -> None:
-        # Not with torch, whose calls take longer than such a product where CUDA names are redirected.
+        # With numpy: a call of torch would take longer than such a product.
         self.numbers, self.out = np.full(PROBE, 0.5, np.float32), np.empty(PROBE, np.float32)
         self.tolerance, self.quickest = tolerance, math.inf
 
     def __call__(self) -> float:
-        """Seconds of the slowest core. Collective."""
+        """Run the loop on all cores; returns the seconds of the slowest. Collective."""
         dist.barrier()
         seconds = torch.zeros(1)
         if dist.get_rank() < (os.cpu_count() or 1):
@@ -135,21 +131,21 @@ class Probe:
         self.quickest = min(self.quickest, float(seconds))
         return float(seconds)
 
-    def glance(self) -> float:
-        """Seconds of a short stretch of it, on this core alone."""
-        self.multiply(GLANCE // 8)  # fills the cache
-        return self.multiply(GLANCE)
+    def short(self) -> float:
+        """Run a shorter loop on this core; returns its seconds."""
+        self.multiply(SHORT_PROBE // 8)  # fills the cache
+        return self.multiply(SHORT_PROBE)
 
     def multiply(self, times: int) -> float:
-        """Seconds."""
+        """Multiply; returns the seconds."""
         began = time.perf_counter()
         for _ in range(times):
             np.multiply(self.numbers, self.numbers, out=self.out)
         return time.perf_counter() - began
 
     def when_quick(self) -> float:
-        """As soon as all cores are quick, or patience ends. Collective."""
-        # Without a pause: a core that wakes is seldom quick at first.
+        """Repeat the loop until all cores are quick or `PATIENCE` ends. Collective."""
+        # There is no pause, since a core that wakes is seldom quick at first.
         for _ in range(PATIENCE):
             seconds = self()
             if seconds <= (1 + self.tolerance) * self.quickest:
@@ -161,14 +157,14 @@ def main() -> None:
     """Take all turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("override", nargs="*", help="of all variants")
+    parser.add_argument("override", nargs="*", help="overrides of all variants")
     parser.add_argument("--variant", nargs="+", action="append", required=True, help="name, then its overrides")
-    parser.add_argument("--turns", type=int, default=10, help="that count")
-    parser.add_argument("--steps", type=int, default=2, help="of each variant in a turn")
+    parser.add_argument("--turns", type=int, default=10, help="turns after those that warm up")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each variant in a turn")
     parser.add_argument(
-        "--quick", type=float, required=True, help="by which a loop may be slower than the quickest and count as quick"
+        "--quick", type=float, required=True, help="how much slower than the quickest a loop may be and count as quick"
     )
-    parser.add_argument("--out", type=Path, required=True, help="goes on at its end")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     recipes = {

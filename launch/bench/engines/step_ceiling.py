@@ -1,6 +1,6 @@
-"""What this machine's device reaches without a model: large matrix products, and a copy. Prints one JSON line.
+"""Measures what the device reaches without a model: large matrix products, and a copy. Prints one JSON line.
 
-python -m launch.bench.engines.step_ceiling [--tiny]
+python -m launch.bench.engines.step_ceiling [--threads 1]
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def copy(size: int, device: torch.device, *, repeats: int) -> float:
 
 
 def best(run: Callable[[], Any], *, repeats: int) -> float:
-    """Seconds of the fastest of the repeats, behind three that warm up."""
+    """Seconds of the fastest repeat, after three that warm up."""
     on_cuda = torch.cuda.is_available()
     times: list[Any] = []
     for _ in range(3 + repeats):

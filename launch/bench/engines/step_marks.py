@@ -1,7 +1,7 @@
-"""Where the time of a training step goes: marks on the device's own clock, without waiting for it inside the step.
+"""Measures where the time of a training step goes, by marks on the device's own clock.
 
-A mark says which region begins; its time up to the next mark is that region's. On the way back the regions begin where
-gradients reach the tensors that the forward pass handed over.
+A mark says which region begins; the time up to the next mark belongs to it. Marks do not make the host wait for the
+device. In the backward pass, regions begin where gradients reach the tensors that the forward pass handed over.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 REGIONS = ("vision", "decoder", "head", "communication", "optimizer", "other")
-"""Encoders, adaptor and embedding; decoder layers; final norm, head and loss; gradients after the last backward pass
-(one rank: its own bookkeeping); clipping and update; emptying of gradients and the step's totals."""
+"""`vision` has encoders, adaptor and embedding. `head` has final norm, head and loss. `communication` reduces gradients
+after the last backward pass; on one rank it is bookkeeping. `optimizer` has clipping and update. `other` zeroes
+gradients and sums up the step."""
 
 
 class Marks:

@@ -1,7 +1,7 @@
-"""The three programs that take a measured step: MegaVL, megatron-core's stock local attention in it, transformers.
+"""The three programs that take a measured step: MegaVL, MegaVL with megatron-core's local attention, transformers.
 
-All get the same tokens, labels and images, and on request the same weights. Everything a step reads is on the device
-before it begins, for transformers also the normalised pixels, which MegaVL makes from uint8 inside the step.
+All get the same tokens, labels and images, and on request the same weights. Everything that a step reads is on the
+device before it begins. transformers gets normalised pixels; MegaVL normalises uint8 images inside the step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from launch.bench.engines.random_models import new_transformers_model, transformers_model
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_work import Work
 from megavl.convert.table import weight_rows
 from megavl.data.batch import Batch
+from megavl.generate.against_transformers import pixel_tensors
 from megavl.generate.weights import flat_name
 from megavl.model import decoder
+from megavl.model.build import BuildSpec
 from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
-from megavl.train.profile.calibration_steps import MICRO_BATCHES, MadeUpSteps
+from megavl.train.profile.calibration_steps import MICRO_BATCHES, RandomSteps
 from megavl.train.step import train_step
 
 SIDES = ("megavl", "megatron-local", "transformers")
@@ -45,11 +48,11 @@ class Side(Protocol):
         """One optimizer step; its loss, nats per token, as a number or a tensor of one."""
 
     def update_bytes(self, kind: str) -> int:
-        """Bytes that an update reads and writes at least."""
+        """Fewest bytes that an update can read and write."""
 
 
 class GivenSteps:
-    """Always the same micro-batches."""
+    """A source that gives the same micro-batches for every step."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
@@ -62,7 +65,7 @@ class GivenSteps:
 def made_up_batches(work: Work, kind: str, *, steps: int) -> list[list[Batch]]:
     """Random micro-batches for some steps, equal on every side: one document a sequence, images as packing allows."""
     alone = groups.Position(rank=0, world_size=1, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1)
-    source = MadeUpSteps(work.recipe, images=work.images(kind), position=alone)
+    source = RandomSteps(work.recipe, images=work.images(kind), position=alone)
     pulls = -(-work.micro_batches // MICRO_BATCHES)
     found = [[batch for pull in range(pulls) for batch in source.get(pull)] for _ in range(steps)]
     return [batches[: work.micro_batches] for batches in found]
@@ -89,7 +92,7 @@ class LocalAttention(DotProductAttention):
 
 
 class MegaVL:
-    """MegaVL's training step on one rank; `local` puts megatron-core's stock attention in place of ours."""
+    """MegaVL's training step on one rank; `local` replaces its attention by megatron-core's own."""
 
     def __init__(
         self, work: Work, *, marks: Marks, lr: float, local: bool, weights: dict[str, torch.Tensor] | None
@@ -97,15 +100,7 @@ class MegaVL:
         recipe, self.marks = work.recipe, marks
         precision = recipe.training.precision
         with _part(work.part), _modules(local=local):
-            self.model = build_model_chunks(
-                recipe.model,
-                parallel=recipe.parallel,
-                recompute=recipe.recompute,
-                layout=None,
-                dtype=DTYPES[precision],
-                train=recipe.trainable_parts,
-                seed=recipe.training.seed,
-            )
+            self.model = build_model_chunks(BuildSpec.of(recipe, layout=None))
         (chunk,) = self.model.chunks
         if weights is not None:
             for name, parameter in chunk.module.named_parameters():
@@ -142,7 +137,7 @@ class MegaVL:
         return result.loss
 
     def update_bytes(self, kind: str) -> int:
-        """Gradient, master weight and two moments, fp32, all but the first written back; and the bf16 weight."""
+        """Gradient, master weight and two moments in fp32, the latter three written back; and the bf16 weight."""
         (chunk,) = self.model.chunks
         named = [(name, weight) for name, weight in chunk.module.named_parameters() if weight.requires_grad]
         moved = [weight for name, weight in named if kind == "multimodal" or not is_vision(name)]
@@ -151,14 +146,14 @@ class MegaVL:
 
 @contextlib.contextmanager
 def _part(part: str) -> Iterator[None]:
-    """While a stage is built, be the pipeline rank whose part it is."""
+    """Make megatron-core build the stage of the pipeline rank that `part` names."""
     first, last = (lambda **_: part != "last"), (lambda **_: part != "first")
     with mock.patch.multiple(mpu, is_pipeline_first_stage=first, is_pipeline_last_stage=last):
         yield
 
 
 def _modules(*, local: bool) -> contextlib.AbstractContextManager[Any]:
-    """MegaVL's modules, or megatron-core's stock attention in them."""
+    """Replace MegaVL's attention by megatron-core's own where `local`."""
     if not local:
         return contextlib.nullcontext()
     # Transformer Engine, where it is installed, would bring its own.
@@ -166,7 +161,7 @@ def _modules(*, local: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def _end_part(stage: torch.nn.Module, work: Work) -> None:
-    """Give a first stage something to derive by, a last one something to begin with."""
+    """Give a first stage a loss, and a last stage its input."""
     if work.part == "first":
         # The mean over the channels, as a loss per token (1, T).
         stage.register_forward_hook(lambda module, args, out: out.float().mean(-1).transpose(0, 1))
@@ -179,7 +174,7 @@ def _end_part(stage: torch.nn.Module, work: Work) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersSettings:
-    """What may be chosen of transformers' training."""
+    """Options of transformers' training."""
 
     checkpointing: bool
     compiled: bool
@@ -197,8 +192,6 @@ class Transformers:
         settings: TransformersSettings,
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
-        from tests.numerics.native_pair import new_transformers_model, transformers_model
-
         assert work.part == "whole", "transformers has no pipeline stages"
         recipe, self.marks, self.config = work.recipe, marks, work.recipe.model
         self.dtype = DTYPES[recipe.training.precision]
@@ -217,7 +210,7 @@ class Transformers:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model.train()
         if settings.compiled:
-            # Marks would cut the graph, so a compiled model is timed as a whole.
+            # Marks would break the graph, so a compiled model is timed as a whole.
             self.model.compile()
         else:
             marks.watch(model, model.model.language_model, model.model.language_model.norm)
@@ -229,14 +222,11 @@ class Transformers:
 
     def prepare(self, batches: list[Batch], kind: str) -> list[dict[str, Any]]:
         """Arguments of the model for every micro-batch."""
-        from tests.numerics.compare_with_transformers import pixel_tensors
-
         total = torch.tensor(float(sum(len(batch.loss_rows) for batch in batches)))
         found = []
         for batch in batches:
-            labels = (
-                torch.full_like(batch.tokens, -100).index_copy(0, batch.loss_rows, batch.labels)[None].to(self.device)
-            )
+            labels = torch.full_like(batch.tokens, -100).index_copy(0, batch.loss_rows, batch.labels)
+            labels = labels[None].to(self.device)
             inputs: dict[str, Any] = {"input_ids": batch.tokens[None].to(self.device), "labels": labels}
             # Labels are shifted already; the sum over the step's tokens is what gradient accumulation needs.
             inputs |= {"shift_labels": labels, "num_items_in_batch": total.to(self.device)}
@@ -262,5 +252,5 @@ class Transformers:
         return torch.stack(losses).sum()
 
     def update_bytes(self, kind: str) -> int:
-        """Gradient, weight and two moments in the type of the step, all but the first written back."""
+        """Gradient, weight and two moments in the type of the step, the latter three written back."""
         return sum(7 * weight.numel() * weight.element_size() for weight in self.parameters if weight.grad is not None)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gzip
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -28,6 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from launch.bench.engines.peak_memory import peak_bytes, reset_peak
+from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_sides import SIDES, MegaVL, Side, Transformers, TransformersSettings, made_up_batches
 from launch.bench.engines.step_work import MODELS, PARTS, TINY, Work, make_work
@@ -38,7 +38,7 @@ from megavl.planner.cost.flops import mfu
 from megavl.planner.hardware.devices import DEVICES, USABLE_SHARE
 
 DATA = 2
-"""Steps' worth of batches, used in turn."""
+"""Steps for which batches are made; they are used in turn."""
 OPERATORS = 15
 """Rows of the profile."""
 
@@ -106,11 +106,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build(work: Work, arguments: argparse.Namespace, *, marks: Marks) -> Side:
-    """The side, with equal weights everywhere for the tiny models; large ones draw their own."""
+    """The side. Tiny models have equal weights on all sides; large ones draw their own."""
     weights = None
     if arguments.model in TINY:
-        from tests.numerics.native_pair import random_tensors
-
         weights = random_tensors(work.recipe.model)
     if arguments.side == "transformers":
         settings = TransformersSettings(checkpointing=arguments.checkpointing, compiled=arguments.compile)
@@ -125,7 +123,7 @@ def build(work: Work, arguments: argparse.Namespace, *, marks: Marks) -> Side:
 
 
 def measure(side: Side, work: Work, kind: str, *, arguments: argparse.Namespace, marks: Marks) -> dict[str, Any]:
-    """All about the steps of one kind."""
+    """Take the steps of one kind; returns the JSON line about them."""
     data = [side.prepare(batches, kind) for batches in made_up_batches(work, kind, steps=DATA)]
     losses: list[Any] = [side.step(data[step % DATA]) for step in range(arguments.warm_up)]
     reset_peak()
@@ -229,7 +227,7 @@ def idle_share(intervals: list[tuple[float, float]]) -> float:
 
 
 def device_bytes() -> float | None:
-    """Memory that may be planned with; None on a CPU."""
+    """Memory that the planner may fill; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     return USABLE_SHARE * torch.cuda.get_device_properties(0).total_memory
@@ -242,24 +240,6 @@ def vendor_peak(precision: str) -> float | None:
     words = torch.cuda.get_device_name().lower().split()
     rows = [row for name, row in DEVICES.items() if name in words]
     return rows[0].peak_flops.get(precision) if rows else None
-
-
-def reset_peak() -> None:
-    """Let the peak begin here."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """Largest memory since `reset_peak`: tensors on CUDA, the resident process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
-    return found or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

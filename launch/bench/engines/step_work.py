@@ -1,31 +1,23 @@
 """What a measured training step consists of: recipe, part of the model, decoder layers, FLOPs, and what fits a device.
 
-A part is a pipeline stage's share: `whole` has the vision side, the embedding, the decoder layers and the head, `first`
-lacks the head, `last` has layers and head alone. Run as a program it prints, as one JSON line for each case asked for,
-how many layers the planner's formulas let a device hold.
-
-    python -m launch.bench.engines.step_work --device h200 "7b first none" "7b whole full"
+A part is what one pipeline stage holds. `whole` has the vision side, the embedding, the decoder layers and the head;
+`first` lacks the head; `last` has layers and head alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from launch.bench.programs import ROOT
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
 from megavl.planner.cost.blocks import head_block
 from megavl.planner.cost.flops import MFU_CONVENTION, active_parts, step_flops, train_flops
 from megavl.planner.cost.memory import RankMemory, rank_memory
-from megavl.planner.hardware.devices import DEVICES, USABLE_SHARE
 from megavl.planner.scenario import PACKED_IMAGES, make_scenario
 
-ROOT = Path(__file__).resolve().parents[3]
 PARTS = ("whole", "first", "last")
 MODELS = {
     "1b": ("1b", "1b"),
@@ -42,7 +34,7 @@ class Work:
     """One measured step, without its modality."""
 
     recipe: Recipe
-    """The second stage's, on one device, with this part's number of layers."""
+    """Recipe of the second training stage, on one device, with this part's number of layers."""
     part: str
     micro_batches: int
 
@@ -52,11 +44,11 @@ class Work:
         return self.micro_batches * self.recipe.data.seq_length
 
     def images(self, kind: str) -> int:
-        """Images of a micro-batch: what packing puts there, or none."""
+        """Images of a micro-batch: as many as packing allows, or none."""
         return PACKED_IMAGES if kind == "multimodal" else 0
 
     def flops(self, kind: str) -> int:
-        """Useful FLOPs of a step by the one formula, less those of blocks that this part lacks."""
+        """Model FLOPs of a step by the planner's formula, without the blocks that this part lacks."""
         recipe = self.recipe
         images = 0 if self.part == "last" else self.images(kind) * self.micro_batches
         found = step_flops(
@@ -76,8 +68,8 @@ class Work:
         return self.memory().total
 
     def memory(self) -> RankMemory:
-        """What the planner expects the part to take, bytes."""
-        # The planner knows a slice as a stage of two; the other stage holds one layer.
+        """Memory that the planner expects for the part, bytes."""
+        # The planner sees a part as one of two stages; the other stage holds one layer.
         llm, stages = self.recipe.model.llm, 1 if self.part == "whole" else 2
         layout = {"whole": (llm.num_layers,), "first": (llm.num_layers, 1), "last": (1, llm.num_layers)}[self.part]
         llm = dataclasses.replace(llm, num_layers=sum(layout))
@@ -111,7 +103,7 @@ def make_work(
         micro_batches: sequences of a step.
         recompute: `recompute.granularity`.
         precision: `training.precision`.
-        memory_bytes: what may be planned with; None: not bounded.
+        memory_bytes: memory that the planner may fill; None: not bounded.
     """
     folder, preset = MODELS[model]
     overrides = [
@@ -138,39 +130,15 @@ def make_work(
     return of(max(fitting))
 
 
-def plan(case: str, *, memory_bytes: float) -> dict[str, Any]:
-    """Layers and bytes of `MODEL PART RECOMPUTE` on a device."""
-    model, part, recompute = case.split()
-    work = make_work(
-        model, part=part, layers=0, micro_batches=1, recompute=recompute, precision="bf16", memory_bytes=memory_bytes
-    )
-    memory = work.memory()
+def plan(model: str, part: str, *, memory_bytes: float) -> dict[str, Any]:
+    """Layers and bytes of a part on a device, in bf16 without recompute."""
+    words: dict[str, Any] = {"micro_batches": 1, "recompute": "none", "precision": "bf16"}
+    work = make_work(model, part=part, layers=0, memory_bytes=memory_bytes, **words)
+    whole = make_work(model, part="whole", layers=0, memory_bytes=None, **words)
     return {
-        "case": case,
         "layers": work.recipe.model.llm.num_layers,
-        "of_layers": make_work(
-            model, part="whole", layers=1000, micro_batches=1, recompute=recompute, precision="bf16", memory_bytes=None
-        ).recipe.model.llm.num_layers,
-        "bytes": {**dataclasses.asdict(memory), "peak": work.planned_bytes()},
+        "of_layers": whole.recipe.model.llm.num_layers,
+        "bytes": {**dataclasses.asdict(work.memory()), "peak": work.planned_bytes()},
         "usable_bytes": memory_bytes,
         "convention": MFU_CONVENTION,
     }
-
-
-def main() -> int:
-    """Print the plans."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", nargs="+", help="MODEL PART RECOMPUTE")
-    parser.add_argument("--device", choices=tuple(DEVICES), default="h200")
-    parser.add_argument("--memory", type=float, help="the device's own bytes, instead of the vendor's")
-    arguments = parser.parse_args()
-    memory = arguments.memory or DEVICES[arguments.device].memory_bytes
-    if memory is None:
-        parser.error(f"--device {arguments.device}: it bounds no memory; give --memory")
-    for case in arguments.case:
-        print(json.dumps(plan(case, memory_bytes=USABLE_SHARE * memory)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

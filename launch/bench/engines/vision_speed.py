@@ -1,28 +1,27 @@
-"""Times one full-size vision tower of MegaVL and of transformers in one process, or takes the peak memory of one.
+"""Times one full-size vision tower of MegaVL and of transformers in one process, or measures the memory of one.
 
 Prints one JSON line. `launch/bench/vision.py` calls it and writes the report.
 
-    python -m launch.bench.engines.vision_speed {sam,siglip} [--dtype bfloat16] [--train] [--only megavl]
+    python -m launch.bench.engines.vision_speed {sam,siglip} [--train] [--only megavl]
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from launch.bench.engines.peak_memory import peak_bytes, reset_peak, resident_bytes
+from launch.bench.engines.random_models import random_tensors, relative_error, transformers_model
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.model.vision import VisionEncoder
-from tests.numerics.native_pair import random_tensors, relative_error, transformers_model
 
 IMPLEMENTATIONS = ("megavl", "eager", "sdpa")
 LLM = {"hidden_size": 64, "ffn_hidden_size": 64, "num_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
@@ -33,26 +32,21 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tower", choices=["sam", "siglip"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--train", action="store_true", help="forward and backward, with gradients of all weights")
-    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="this one alone, and report its peak memory")
+    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="run one alone, for its peak memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = load_model_config("7b", llm=LLM, image_token_id=3)
-    dtype = getattr(torch, arguments.dtype)
     names = (arguments.only,) if arguments.only else IMPLEMENTATIONS
     weights = random_tensors(config)
-    towers = {name: build(name, arguments.tower, config, weights, dtype) for name in names}
+    towers = {name: build(name, arguments.tower, config, weights) for name in names}
     del weights
     size = config.canvas_size if arguments.tower == "sam" else config.siglip.image_size
-    pixels = torch.randn(arguments.images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    # Building took more than resting does: give that back, and let the peak begin here.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    result: dict[str, Any] = {"rest_mib": memory("VmRSS")}
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    reset_peak()
+    result: dict[str, Any] = {"rest_mib": resident_bytes() / 2**20}
     outputs, seconds = {}, {name: [] for name in names}
     for repeat in range(arguments.repeats + 1):
         for name, (module, run) in towers.items():
@@ -63,24 +57,22 @@ def main() -> int:
         if arguments.only:
             break
     result["seconds"] = {name: min(values) for name, values in seconds.items()}
-    result["peak_mib"] = memory("VmHWM")
+    result["peak_mib"] = peak_bytes() / 2**20
     if not arguments.only:
         result["error"] = {name: relative_error(outputs["megavl"], outputs[name]) for name in names[1:]}
     print(json.dumps(result))
     return 0
 
 
-def build(
-    name: str, tower: str, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
-) -> tuple[nn.Module, Run]:
+def build(name: str, tower: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> tuple[nn.Module, Run]:
     """A tower's module, and its call."""
     if name == "megavl":
         encoder = VisionEncoder(config)
         flat = {key.removeprefix("vision."): value for key, value in weights.items() if key.startswith("vision.")}
         encoder.load_state_dict(flat)
-        module = encoder.get_submodule(tower).to(dtype)
+        module = encoder.get_submodule(tower)
         return module, module
-    model = transformers_model(config, weights, attention=name).model.to(dtype)
+    model = transformers_model(config, weights, attention=name).model
     if tower == "siglip":
         return model.vision_model, model.get_low_res_image_features
     for part in ("vision_model", "language_model", "aligner"):
@@ -97,12 +89,6 @@ def once(module: nn.Module, run: Run, pixels: torch.Tensor, *, train: bool) -> t
     out = run(pixels)
     out.square().mean().backward()
     return out.detach()
-
-
-def memory(field: str) -> float:
-    """A line of /proc/self/status, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

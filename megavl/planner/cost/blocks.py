@@ -2,9 +2,9 @@
 
 Legend: N patches of a vision grid, W tower width, M tower MLP width, H decoder width, F its SwiGLU width, V vocabulary.
 
-A multiply-add counts as two FLOPs. Only matrix products and convolutions count; norms, softmax, activations,
-interpolation and SAM's relative-position bias (0.5% of that tower) do not, as in the usual published figures. What our
-way to compute that bias costs beyond it is `Block.overhead`: time, but not work.
+A multiply-add counts as two FLOPs. As in published figures, only matrix products and convolutions count. Norms,
+softmax, activations and interpolation do not, nor does SAM's relative-position bias (0.5% of that tower). Our fused
+attention computes this bias with extra channels. Their cost is `Block.overhead`: it takes time, but is not part of MFU.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Block:
     attention: int = 0
     """Forward FLOPs of products of activations (scores and values)."""
     overhead: int = 0
-    """Forward FLOPs that the implementation spends beyond the model's definition; they count as time, not for MFU."""
+    """Forward FLOPs of the implementation beyond the model's definition; they count as time, not for MFU."""
     below: frozenset[str]
-    """Parts with weights on the way to this block's input; if one of them trains, the input needs a gradient."""
+    """Parts whose weights this block's input depends on; if one of them trains, the input needs a gradient."""
     saved: int = 0
     """Elements kept for the backward pass (vision blocks only; the decoder's are split over ranks in `memory.py`)."""
     checkpoint: int | None = None
@@ -50,7 +50,7 @@ class Block:
         return self.linear + self.attention
 
     def needs_backward(self, trainable: Set[str]) -> bool:
-        """Whether anything trains in this block or on the way to its input."""
+        """Whether this block trains, or a part that its input depends on."""
         return self.part in trainable or bool(self.below & trainable)
 
     def backward(self, trainable: Set[str]) -> int:
@@ -66,12 +66,10 @@ def vision_blocks(model: ModelConfig) -> tuple[Block, ...]:
     return _siglip_blocks(model.siglip) + sam + _adaptor_blocks(model)
 
 
-def decoder_layer_blocks(llm: DecoderConfig, *, tokens: int, attention_span: float) -> tuple[Block, Block]:
-    """Attention and MLP of one decoder layer, for `tokens` positions.
+def decoder_layer_blocks(llm: DecoderConfig, *, tokens: int = 0, seq_length: int = 0) -> tuple[Block, Block]:
+    """Attention and MLP of one decoder layer, for `tokens` positions in sequences that one document fills.
 
-    Args:
-        attention_span: mean segment length that a token sees causally, half of it on average; S when nothing masks
-            document borders, else sum(s^2) / sum(s) over the segments.
+    Attention is causal: a token sees half of the sequence on average.
     """
     width, inner = llm.hidden_size, llm.ffn_hidden_size
     below = VISION | {"llm"}
@@ -80,7 +78,7 @@ def decoder_layer_blocks(llm: DecoderConfig, *, tokens: int, attention_span: flo
         part="llm",
         parameters=4 * width**2 + width,
         linear=2 * tokens * 4 * width**2,
-        attention=round(2 * tokens * attention_span * width),
+        attention=2 * tokens * seq_length * width,
         below=below,
     )
     mlp = Block(
@@ -99,7 +97,7 @@ def embedding_block(llm: DecoderConfig) -> Block:
     return Block(name="embedding", part="llm", parameters=parameters, linear=0, below=frozenset())
 
 
-def head_block(llm: DecoderConfig, *, tokens: int) -> Block:
+def head_block(llm: DecoderConfig, *, tokens: int = 0) -> Block:
     """Final norm and output layer, for `tokens` positions."""
     matrix = llm.vocab_size * llm.hidden_size
     return Block(
@@ -166,7 +164,7 @@ def _sam_patch_embed(config: SamConfig) -> Block:
 
 
 def _sam_block(config: SamConfig, *, index: int) -> Block:
-    """Windowed blocks pad the grid to whole windows; padded positions take part in attention and its projections."""
+    """One transformer block; windowed ones pad the grid to whole windows, and padded positions are computed too."""
     tokens, width, mlp = config.grid**2, config.width, config.mlp_dim
     side = config.grid if index in config.global_attn_indexes else config.window_size
     windows = math.ceil(config.grid / side) ** 2
@@ -210,7 +208,7 @@ def _sam_neck(config: SamConfig, *, name: str, part: str, extra_parameters: int)
 
 
 def _sam_downsamples(config: SamConfig, *, low_grid: int, source: str, name: str, owner: bool) -> tuple[Block, Block]:
-    """The two stride-2 convolutions, run once for each neck; their weights are counted in the pass that owns them."""
+    """The two stride-2 convolutions, run once for each neck; `owner` is the neck that their weights count for."""
     neck, below = config.neck_channels, SAM_TRUNK | {source}
     first_weights, second_weights = 9 * neck * 2 * neck, 9 * 2 * neck * 4 * neck
     first = Block(
@@ -240,7 +238,7 @@ def _adaptor_blocks(model: ModelConfig) -> tuple[Block, ...]:
             parameters=layer.inputs * layer.outputs + layer.outputs,
             linear=2 * layer.positions * layer.inputs * layer.outputs,
             below=_below_adaptor(layer),
-            # A further layer keeps the input of the GELU before it too, which is as wide as its own.
+            # A later layer also keeps the input of the GELU before it, which is as wide as its own.
             saved=(1 if layer.first else 2) * layer.positions * layer.inputs,
         )
         for layer in model.adaptor_layers

@@ -1,11 +1,12 @@
-"""FLOPs of a training step: one formula for the plan and for the reported MFU.
+"""Model FLOPs of a training step: one formula for the plan and for the reported MFU.
 
-Convention, "counted causally": a trained language model costs 6 x (body + head) + 6 x L x S x d FLOPs per token, body
-and head being their matrix parameters and the attention half of the full square; the encoders and the adaptor cost
-their forward pass, plus the backward pass of what trains. Frozen weights take no weight gradient, and no input
-gradient where nothing below them trains. What is done twice or for the sake of the implementation (activation
-recompute, encoders repeated on tensor-parallel ranks, the stand-in image of a text-only step, `Block.overhead`) is
-never part of MFU.
+A trained language model costs 6 x (body + head) + 6 x L x S x d FLOPs per token. Body and head are their matrix
+parameters; attention counts causally, as half of the full square. Encoders and adaptor cost their forward pass, plus
+the backward pass of what trains. Frozen weights take no weight gradient, and no input gradient if nothing before them
+trains.
+
+MFU leaves out what the implementation does beyond the model: activation recompute, encoders repeated on tensor-parallel
+ranks, the dummy image of a text-only step, and `Block.overhead`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import TRAINABLE_PARTS, RecomputeConfig
+from megavl.config.recipe import TRAINABLE_PARTS
 from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
+from megavl.planner.scenario import Kind, Scenario
 
 MFU_CONVENTION = (
-    "MFU: useful FLOPs over the vendor's dense peak; 6 x (body + head) + 6 x L x S x d per trained token (causal), "
+    "MFU: model FLOPs over the vendor's dense peak; 6 x (body + head) + 6 x L x S x d per trained token (causal), "
     "with a label or without; encoders as they run; recompute, repeated encoders and padding count as time only"
 )
 """Printed wherever MFU is."""
@@ -26,20 +28,20 @@ MFU_CONVENTION = (
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
     """Parameters of each row of `TRAINABLE_PARTS`; rows that the model lacks hold 0."""
     llm = model.llm
-    layer = decoder_layer_blocks(llm, tokens=0, attention_span=0)
+    layer = decoder_layer_blocks(llm)
     counts = dict.fromkeys(TRAINABLE_PARTS, 0)
     for block in vision_blocks(model):
         counts[block.part] += block.parameters
     counts["llm"] = (
         embedding_block(llm).parameters
         + llm.num_layers * sum(block.parameters for block in layer)
-        + head_block(llm, tokens=0).parameters
+        + head_block(llm).parameters
     )
     return counts
 
 
 def active_parts(trainable_parts: Collection[str], *, images: int) -> frozenset[str]:
-    """Parts whose gradient a step needs: without images nothing of the vision side takes part."""
+    """Trained parts that take part in a step: without images, only the language model."""
     return frozenset(trainable_parts) if images else frozenset(trainable_parts) & {"llm"}
 
 
@@ -55,9 +57,8 @@ def step_flops(
     sequences: int,
     images: int,
     trainable_parts: Collection[str],
-    attention_span: float | None = None,
 ) -> int:
-    """Useful FLOPs of one optimizer step over all ranks.
+    """Model FLOPs of one optimizer step over all ranks.
 
     Args:
         model: sizes.
@@ -65,13 +66,10 @@ def step_flops(
         sequences: sequences of the step (global batch).
         images: images of the step; 0 on a text-only step.
         trainable_parts: rows of `TRAINABLE_PARTS` that train.
-        attention_span: mean segment length seen by a token, sum(s^2) / sum(s) over packed segments; default S, which
-            is the published convention and overstates attention when document borders are masked.
     """
     trainable = active_parts(trainable_parts, images=images)
     tokens = seq_length * sequences
-    span = seq_length if attention_span is None else attention_span
-    layer = decoder_layer_blocks(model.llm, tokens=tokens, attention_span=span)
+    layer = decoder_layer_blocks(model.llm, tokens=tokens, seq_length=seq_length)
     decoder = model.llm.num_layers * train_flops(layer, trainable=trainable)
     head = train_flops([head_block(model.llm, tokens=tokens)], trainable=trainable)
     vision = images * train_flops(vision_blocks(model), trainable=trainable)
@@ -79,30 +77,22 @@ def step_flops(
 
 
 def overhead_flops(blocks: Iterable[Block], *, trainable: frozenset[str]) -> int:
-    """Forward and backward FLOPs of `Block.overhead`, products of activations like attention."""
+    """Forward and backward FLOPs of `Block.overhead`; like attention it multiplies activations."""
     return sum(block.overhead * (3 if block.needs_backward(trainable) else 1) for block in blocks)
 
 
 def mfu(flops: float, *, seconds: float, devices: int, peak_flops: float) -> float:
-    """Model FLOPs utilisation: useful `flops` of a step over what `devices` could do in its `seconds`, 0 to 1."""
+    """Model FLOPs utilisation, 0 to 1: model FLOPs of a step over what `devices` could do in its `seconds`."""
     return flops / (seconds * devices * peak_flops)
 
 
-def layer_recompute_flops(
-    model: ModelConfig, *, tokens: int, attention_span: float, recompute: RecomputeConfig, trainable: frozenset[str]
-) -> int:
-    """Forward FLOPs that one decoder layer repeats in the backward pass."""
-    attention, mlp = decoder_layer_blocks(model.llm, tokens=tokens, attention_span=attention_span)
-    if recompute.granularity == "none" or not attention.needs_backward(trainable):
-        return 0
-    if recompute.granularity == "full":
-        return attention.forward + mlp.forward
-    return attention.attention * ("core_attn" in recompute.modules) + mlp.linear * ("mlp" in recompute.modules)
-
-
-def vision_recompute_flops(model: ModelConfig, *, recompute: RecomputeConfig, trainable: frozenset[str]) -> int:
-    """Forward FLOPs that the trained encoders repeat in the backward pass, per image."""
-    if not recompute.vision:
-        return 0
-    blocks = [block for block in vision_blocks(model) if block.checkpoint is not None]
-    return sum(block.forward + block.overhead for block in blocks if block.needs_backward(trainable))
+def model_flops(scenario: Scenario, kind: Kind) -> int:
+    """`step_flops` of one kind of step."""
+    recipe, batch = scenario.recipe, scenario.recipe.training.global_batch_size
+    return step_flops(
+        recipe.model,
+        seq_length=recipe.data.seq_length,
+        sequences=batch,
+        images=round(scenario.images * batch) if kind == "multimodal" else 0,
+        trainable_parts=recipe.trainable_parts,
+    )

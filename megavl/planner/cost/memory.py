@@ -1,27 +1,30 @@
-"""Bytes per rank: weights, gradients, optimizer state, activations. An estimate for choosing a layout, not a guarantee.
+"""Bytes per rank: weights, gradients, optimizer state, activations. An estimate to choose a layout by, not a guarantee.
 
-Legend: `scenario.py`'s, and a attention heads, s = t under sequence parallelism else 1.
+Legend: as in `scenario.py`; a is the number of attention heads, s is t under sequence parallelism and else 1.
 
-- weights: e per parameter, frozen ones included; gradients: 4 per trained parameter (fp32 accumulation).
-- optimizer: two fp32 moments, 8 per trained parameter, and a fp32 master copy, 4 more, in bf16; divided over
-  data-parallel ranks by the distributed optimizer.
-- a decoder layer keeps, per token, 2e x H/s in each of two norms (input, output), 6e x H/t in attention (fused qkv,
-  rotated q and k, output) with 4 x a/t of log-sums, and 3e x F/t in the MLP (gate and up, their product), as fused
-  kernels do. The final norm keeps as much as another one.
-- selective recompute drops the log-sums (core_attn) or the 3e x F/t (mlp); full recompute keeps one input, e x H/s, per
-  recompute.num_layers layers. Either way one recomputed piece is alive at a time.
-- the last stage holds e x V/t per token of one micro-batch: logits, or their gradient.
-- the first stage keeps what the trained part of the vision side needs, of every image that the rank encodes, and for a
-  moment the largest block that is frozen or recomputed.
-- under `split_all` every rank holds the towers (the first stage's are the model's, the others copies without optimizer
-  state) and encodes its share of the whole step's images a few at a time; a tower whose first layers train is run
-  again for its gradient, so that all its activations of these few are alive then, where only its last layers train it
-  keeps what these need of all of the share. Pixels of a share (3 bytes each) stay, where a tower trains its features
-  too, and what a tower that runs again starts from. The first stage holds the features of all images, with gradients
-  where a tower trains, until the pipeline is through. Then the towers' weight gradients are summed in fp32, over the
-  pieces and in a copy over the ranks.
-- a rank holds as many micro-batches of each of its stages as the schedule's order leaves outstanding: under 1F1B
-  min(p - rank, m), under interleaving what `schedule.py` counts.
+- Weights: e per parameter, frozen ones included. Gradients: 4 per trained parameter (fp32 accumulation).
+- Optimizer: 8 per trained parameter for two fp32 moments; in bf16 4 more for the fp32 master weight. The distributed
+  optimizer divides them over data-parallel ranks.
+- Decoder layer, per token, with fused kernels: 2e x H/s in each of two norms (input, output). Attention keeps 6e x H/t
+  (fused qkv, rotated q and k, output) and 4 x a/t of log-sums. The MLP keeps 3e x F/t (gate, up, their product). The
+  final norm keeps as much as another norm.
+- Selective recompute drops the log-sums (core_attn) or the 3e x F/t (mlp). Full recompute keeps one input, e x H/s, for
+  every recompute.num_layers layers. Either way one recomputed piece is alive at a time.
+- The last stage holds e x V/t per token of one micro-batch: logits, or their gradient.
+- The first stage keeps what the trained vision parts need, for every image that the rank encodes. The largest block
+  that is frozen or recomputed is alive for a moment.
+- A rank keeps as many micro-batches of each of its stages as the schedule leaves outstanding: min(p - rank, m) under
+  1F1B, what `schedule.py` counts under interleaving.
+
+Under `split_all` every rank holds the towers; all but the first stage's are copies without optimizer state.
+
+- A rank encodes its share of the step's images a few at a time. A tower whose first layers train runs again for its
+  gradient: all its activations for these few are alive then. If only its last layers train, it keeps what these need
+  for the whole share.
+- The pixels of the share stay (3 bytes each). If a tower trains, so do its features; if it runs again, so does its
+  input.
+- The first stage holds the features of all images until the pipeline is done, and their gradients if a tower trains.
+- The towers' weight gradients are then summed in fp32: over the pieces, and in a copy over the ranks.
 
 Not counted: the runtime's own memory, communication buffers, fragmentation, the data loader.
 """
@@ -38,7 +41,7 @@ from megavl.config.recipe import ENCODED_AT_ONCE, TRAINABLE_PARTS
 from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.cost.flops import active_parts
 from megavl.planner.scenario import Scenario
-from megavl.planner.simulation.schedule import passes
+from megavl.planner.schedule import passes
 
 _ADAPTOR = frozenset({"adaptor"})
 _TOWERS = frozenset(TRAINABLE_PARTS) - {"llm", "adaptor"}
@@ -75,17 +78,17 @@ def rank_parameters(scenario: Scenario, rank: int, layout: Sequence[int]) -> tup
     recipe, tensor = scenario.recipe, scenario.tensor
     llm = recipe.model.llm
     width = llm.hidden_size
-    # Norm weights are on every tensor-parallel rank, matrices are cut.
-    layer = sum(block.parameters for block in decoder_layer_blocks(llm, tokens=0, attention_span=0))
+    # Norm weights are on every tensor-parallel rank, matrices are split.
+    layer = sum(block.parameters for block in decoder_layer_blocks(llm))
     count = sum(layout[stage] for stage in rank_stages(scenario, rank))
     decoder = count * ((layer - 2 * width) // tensor + 2 * width)
     if rank == 0:
         decoder += embedding_block(llm).parameters // tensor
     if rank == scenario.pipeline - 1:
-        decoder += (head_block(llm, tokens=0).parameters - width) // tensor + width
+        decoder += (head_block(llm).parameters - width) // tensor + width
     vision, trained_vision = 0, 0
     if rank == 0:
-        vision, trained_vision = _vision_parameters(recipe.model, recipe.trainable_parts)
+        vision, trained_vision = _vision_parameters(recipe.model, recipe.trainable_parts, _TOWERS | _ADAPTOR)
     trained_decoder = decoder if "llm" in recipe.trainable_parts else 0
     return decoder + vision, trained_decoder + trained_vision
 
@@ -128,16 +131,15 @@ def rank_memory(scenario: Scenario, rank: int, layout: Sequence[int]) -> RankMem
     )
 
 
-def fits(scenario: Scenario, layout: Sequence[int], memory_bytes: int | None) -> bool:
-    """Whether every rank's estimate is within `memory_bytes`; so it is where that is None."""
-    if memory_bytes is None:
-        return True
-    return all(rank_memory(scenario, rank, layout).total <= memory_bytes for rank in range(scenario.pipeline))
+def fullest_rank(scenario: Scenario, layout: Sequence[int]) -> tuple[int, RankMemory]:
+    """The pipeline rank that needs the most memory, and its estimate."""
+    ranks = [(rank, rank_memory(scenario, rank, layout)) for rank in range(scenario.pipeline)]
+    return max(ranks, key=lambda item: item[1].total)
 
 
 @lru_cache(maxsize=1024)
 def outstanding(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> tuple[tuple[int, ...], ...]:
-    """Micro-batches of each of a rank's stages between forward and backward pass, wherever their number peaks."""
+    """Micro-batches between their two passes for each of a rank's stages: one row per peak of their number."""
     if virtual == 1:
         return ((min(pipeline - rank, micro_batches),),)
     # Peaks repeat with every round of p micro-batches once the pipeline is full.
@@ -158,7 +160,7 @@ def layer_bytes(scenario: Scenario) -> int:
 
 
 def recomputed_bytes(scenario: Scenario) -> int:
-    """Of `layer_bytes`, what recompute makes again instead of keeping it."""
+    """The part of `layer_bytes` that recompute does not keep."""
     recompute = scenario.recipe.recompute
     if recompute.granularity == "none":
         return 0
@@ -184,7 +186,7 @@ def _input_bytes(scenario: Scenario) -> int:
 
 
 def _decoder_activations(scenario: Scenario, *, layers: int, multimodal: bool) -> tuple[int, int]:
-    """Bytes that a stage keeps per micro-batch, and bytes of the piece alive during its recompute."""
+    """Bytes that a stage keeps per micro-batch, and bytes that are alive only during its recompute."""
     recompute, layer = scenario.recipe.recompute, layer_bytes(scenario)
     trainable = active_parts(scenario.recipe.trainable_parts, images=int(multimodal))
     if layers == 0 or not trainable:
@@ -197,14 +199,12 @@ def _decoder_activations(scenario: Scenario, *, layers: int, multimodal: bool) -
 
 
 def tower_parameters(scenario: Scenario) -> tuple[int, int]:
-    """Parameters of the towers without the adaptor: all of them, and those that train."""
-    model, trained = scenario.recipe.model, scenario.recipe.trainable_parts
-    blocks = [block for block in vision_blocks(model) if block.part != "adaptor"]
-    return sum(block.parameters for block in blocks), sum(b.parameters for b in blocks if b.part in trained)
+    """Parameters of the towers without the adaptor: all, and the trained ones."""
+    return _vision_parameters(scenario.recipe.model, scenario.recipe.trainable_parts, _TOWERS)
 
 
 def _image_activations(scenario: Scenario, *, parts: frozenset[str]) -> tuple[int, int]:
-    """Bytes that parts of the vision side keep per image, and bytes of their largest block alive only while it runs."""
+    """Bytes that vision parts keep per image, and bytes of their largest block that is alive only while it runs."""
     recipe = scenario.recipe
     kept, transient = _image_elements(recipe.model, recipe.trainable_parts, recipe.recompute.vision, parts)
     return kept * scenario.element, transient * scenario.element
@@ -226,13 +226,13 @@ def _image_elements(
 
 
 @lru_cache(maxsize=64)
-def _vision_parameters(model: ModelConfig, trained: tuple[str, ...]) -> tuple[int, int]:
-    blocks = vision_blocks(model)
+def _vision_parameters(model: ModelConfig, trained: tuple[str, ...], parts: frozenset[str]) -> tuple[int, int]:
+    blocks = [block for block in vision_blocks(model) if block.part in parts]
     return sum(block.parameters for block in blocks), sum(b.parameters for b in blocks if b.part in trained)
 
 
 def rerun_towers(scenario: Scenario) -> frozenset[str]:
-    """Towers that train from their first layers on, which `split_all` runs again for their gradient."""
+    """Towers that `split_all` runs again for their gradient: those whose first layers train."""
     if scenario.vision != "split_all":
         return frozenset()
     trained = scenario.recipe.trainable_parts
@@ -240,13 +240,13 @@ def rerun_towers(scenario: Scenario) -> frozenset[str]:
 
 
 def _rerun_parts(scenario: Scenario) -> frozenset[str]:
-    """Groups of parameters of the towers that run again."""
+    """Rows of `TRAINABLE_PARTS` that belong to the towers that run again."""
     names = rerun_towers(scenario)
     return frozenset(part for part in _TOWERS if part.partition("_")[0] in names)
 
 
 def _towers_at_work(scenario: Scenario) -> int:
-    """Bytes alive while a rank encodes its share of the step's images, runs it again, or sums weight gradients."""
+    """Most bytes alive while a rank encodes its share of the images, runs it again, or sums weight gradients."""
     _, transient = _image_activations(scenario, parts=_TOWERS)
     again, _ = _image_activations(scenario, parts=_rerun_parts(scenario))
     encoding = math.ceil(min(scenario.images_up_front("multimodal"), ENCODED_AT_ONCE) * (again + transient))
@@ -255,7 +255,7 @@ def _towers_at_work(scenario: Scenario) -> int:
 
 
 def _up_front_activations(scenario: Scenario, *, first: bool) -> int:
-    """What `split_all` keeps while the pipeline runs: for the rank's images, and all features on the first stage."""
+    """Bytes that `split_all` keeps while the pipeline runs; the first stage also holds all features."""
     kept, _ = _image_activations(scenario, parts=_TOWERS - _rerun_parts(scenario))
     model, rerun = scenario.recipe.model, rerun_towers(scenario)
     each = 3.0 * model.canvas_size**2 + kept

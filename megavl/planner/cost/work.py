@@ -1,11 +1,15 @@
-"""What every block asks of one rank's device for one micro-batch: products, attention, bytes moved, bytes kept.
+"""Work of every block on one rank's device for one micro-batch: products, attention, bytes moved, bytes kept.
 
-FLOPs come from `blocks.py` and `cost.py`, the one formula. Bytes moved are an estimate of what elementwise kernels read
-and write beside the products: of a decoder layer three times what it keeps forward and six times backward, as residual
-sums and gradients that are not kept move too (assumed, so that the MFU of text models comes near published runs); of a
-tower, which keeps more of what moves, two and four times. A trained weight's gradient is written, read, and added to
-the fp32 buffer (12 bytes a weight in bf16: no fused accumulation without Transformer Engine). The loss passes over the
-logits three times forward (two reads and the gradient in their place) and twice backward; its fp32 stays in the cache.
+FLOPs come from `blocks.py` and `flops.py`. Bytes moved estimate what elementwise kernels read and write:
+
+- A decoder layer moves three times what it keeps in the forward pass and six times in the backward pass. Residual sums
+  and gradients move too, although they are not kept. These factors are assumed; with them the MFU of text models comes
+  near published runs.
+- A tower keeps more of what it moves: two and four times.
+- A trained weight's gradient is written, read, and added to the fp32 buffer. In bf16 that is 12 bytes a weight, since
+  nothing fuses the accumulation without Transformer Engine.
+- The loss passes over the logits three times forward (two reads, then the gradient is written over them) and twice
+  backward. Its fp32 values stay in the cache.
 """
 
 from __future__ import annotations
@@ -16,19 +20,19 @@ from functools import lru_cache
 
 from megavl.config.model import ModelConfig
 from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
-from megavl.planner.cost.flops import active_parts, layer_recompute_flops
+from megavl.planner.cost.flops import active_parts
 from megavl.planner.cost.memory import layer_bytes, recomputed_bytes, rerun_towers
 from megavl.planner.scenario import Kind, Scenario
 
 _LAYER_PASSES = (3, 6)
-"""Times that a decoder layer moves the bytes it keeps, forward and backward."""
+"""How many times a decoder layer moves the bytes that it keeps, forward and backward."""
 _LOGIT_PASSES = (3, 2)
-"""Times that the loss reads or writes a logit, forward and backward."""
+"""How many times the loss reads or writes a logit, forward and backward."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass of a block asks of a device."""
+    """Work of one pass of a block."""
 
     matrix: float = 0.0
     """FLOPs of products with weights."""
@@ -58,7 +62,7 @@ class BlockWork:
     parameters: float
     """On this rank."""
     trained: float
-    """Of these, those that train."""
+    """Trained ones among these."""
     forward: Work
     backward: Work
     """Activation recompute included."""
@@ -100,12 +104,12 @@ def _towers(
 
 
 ADAPTOR = "adaptor"
-"""Name of its block; the other vision blocks are towers."""
+"""Name of the adaptor's block; the other vision blocks are towers."""
 _TOWERS = {"sam": "SAM", "siglip": "SigLIP", "adaptor": ADAPTOR}
 
 
 def embedding_work(scenario: Scenario, kind: Kind) -> BlockWork:
-    """The token embedding's share of one tensor-parallel rank: a look-up, and a dense gradient."""
+    """The token embedding on one tensor-parallel rank: a look-up, and a dense gradient."""
     block = embedding_block(scenario.recipe.model.llm)
     parameters = block.parameters / scenario.tensor
     trains = "llm" in scenario.recipe.trainable_parts
@@ -124,8 +128,8 @@ def embedding_work(scenario: Scenario, kind: Kind) -> BlockWork:
 def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
     """One decoder layer on one tensor-parallel rank."""
     recipe, tensor = scenario.recipe, scenario.tensor
-    trainable, span = _trainable(scenario, kind), recipe.data.seq_length
-    attention, mlp = decoder_layer_blocks(recipe.model.llm, tokens=scenario.tokens, attention_span=span)
+    trainable, length = _trainable(scenario, kind), recipe.data.seq_length
+    attention, mlp = decoder_layer_blocks(recipe.model.llm, tokens=scenario.tokens, seq_length=length)
     whole = attention.parameters + mlp.parameters
     norms = 2 * recipe.model.llm.hidden_size
     parameters = (whole - norms) / tensor + norms
@@ -136,7 +140,7 @@ def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
         backward = _backward([attention, mlp], trainable) * (1 / tensor)
         trained = parameters if "llm" in trainable else 0.0
         backward += Work(moved=_LAYER_PASSES[1] * kept + trained * _gradient_bytes(scenario.element))
-        backward += _recomputed(scenario, forward)
+        backward += _recomputed(scenario, attention, mlp, forward)
     return BlockWork(
         name="decoder layer",
         parameters=parameters,
@@ -148,7 +152,7 @@ def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
 
 
 def head_work(scenario: Scenario, kind: Kind) -> BlockWork:
-    """Final norm, and output layer and loss where labels can count, on one tensor-parallel rank."""
+    """Final norm, and output layer and loss on all but image positions, on one tensor-parallel rank."""
     recipe, tensor = scenario.recipe, scenario.tensor
     llm, trainable = recipe.model.llm, _trainable(scenario, kind)
     rows = scenario.loss_tokens(kind)
@@ -230,20 +234,16 @@ def _backward(blocks: Sequence[Block], trainable: frozenset[str], *, overhead: b
     return Work(matrix=matrix, attention=attention)
 
 
-def _recomputed(scenario: Scenario, forward: Work) -> Work:
-    """What one decoder layer repeats in the backward pass, on one rank."""
+def _recomputed(scenario: Scenario, attention: Block, mlp: Block, forward: Work) -> Work:
+    """What one decoder layer recomputes in the backward pass, on one rank."""
     recompute, tensor = scenario.recipe.recompute, scenario.tensor
-    if recompute.granularity == "full":
-        return forward
-    flops = layer_recompute_flops(
-        scenario.recipe.model,
-        tokens=scenario.tokens,
-        attention_span=scenario.recipe.data.seq_length,
-        recompute=recompute,
-        trainable=frozenset({"llm"}),
+    if recompute.granularity != "selective":
+        return forward if recompute.granularity == "full" else Work()
+    return Work(
+        matrix=mlp.linear * ("mlp" in recompute.modules) / tensor,
+        attention=attention.attention * ("core_attn" in recompute.modules) / tensor,
+        moved=2.0 * recomputed_bytes(scenario),
     )
-    attention = forward.attention if recompute.granularity == "selective" and "core_attn" in recompute.modules else 0.0
-    return Work(matrix=flops / tensor - attention, attention=attention, moved=2.0 * recomputed_bytes(scenario))
 
 
 def _gradient_bytes(element: int) -> float:

@@ -1,7 +1,7 @@
 """Measured seconds of every block on a real device: the file that `megavl plan --calibrate` writes and `plan` reads.
 
-One file belongs to one device, model, sequence length, precision and trained set; it holds an entry for every
-(tensor, micro-batch, recompute, processes) that was measured. Written by `megavl/train/profile/calibrate.py`.
+A file belongs to one device, model, sequence length, precision and trained set. It holds an entry for every measured
+(tensor, micro-batch, recompute, processes). `megavl/train/profile/calibrate.py` measures them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Seconds:
-    """A block's passes over one micro-batch, lower quartiles: neighbours on a machine only ever add time."""
+    """A block's passes over one micro-batch: lower quartiles, since other programs on the machine only add time."""
 
     forward: float
     backward: float
@@ -48,7 +48,7 @@ class KindEntry:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class VisionEntry:
-    """A number of images."""
+    """Encoders and adaptor for a number of images."""
 
     towers: Seconds
     adaptor: Seconds
@@ -56,7 +56,7 @@ class VisionEntry:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Entry:
-    """One measured cut."""
+    """Measurements of one layout."""
 
     tensor: int
     processes: int
@@ -67,11 +67,11 @@ class Entry:
     """`recompute_key`."""
     text: KindEntry
     multimodal: KindEntry | None = None
-    """None where the recipe has no multimodal steps."""
+    """None if the recipe has no multimodal steps."""
     images: float = 0.0
-    """Images of the measured multimodal micro-batches, mean."""
+    """Mean number of images of the measured multimodal micro-batches."""
     vision: VisionEntry | None = None
-    """`images` images."""
+    """Of `images` images."""
     one_image: VisionEntry | None = None
     towers: dict[str, float] = field(default_factory=dict)
     """Forward seconds of SAM and SigLIP for `images` images."""
@@ -89,22 +89,22 @@ class Calibration:
 
     format: int = FORMAT
     device: str
-    """What was measured on, for people."""
+    """Name of the device; only printed."""
     shared_cores: bool
-    """Ranks share this machine's cores, so that they slow each other down."""
+    """Whether ranks share the machine's cores and slow each other down."""
     model: str
     """`model_key`."""
     seq_length: int
     precision: str
     trained: tuple[str, ...]
     data: str
-    """`recipe` for the recipe's data, `synthetic` for made-up micro-batches of one document a sequence."""
+    """`recipe` for the recipe's data, `synthetic` for random micro-batches with one document per sequence."""
     versions: dict[str, str]
     entries: tuple[Entry, ...]
 
 
 def model_key(model: ModelConfig) -> str:
-    """Preset and a digest of all sizes but the number of decoder layers, which the planner multiplies itself."""
+    """Preset and a digest of all sizes except the number of decoder layers, by which the planner multiplies."""
     sizes = dataclasses.asdict(model)
     sizes["llm"].pop("num_layers")
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
@@ -136,9 +136,9 @@ def read_calibration(path: str | Path) -> Calibration:
         found = TypeAdapter(Calibration).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UsageError(
-            f"--calibration: {path}: {place}: {first['msg']}; write it anew with `megavl plan ... --calibrate {path}`"
+            f"--calibration: {path}: {key}: {first['msg']}; write it anew with `megavl plan ... --calibrate {path}`"
         ) from error
     if found.format != FORMAT:
         raise UsageError(
@@ -148,10 +148,10 @@ def read_calibration(path: str | Path) -> Calibration:
 
 
 def write_calibration(path: str | Path, calibration: Calibration) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        UsageError: the place cannot be written.
+        UsageError: it cannot be written.
     """
     target = Path(path)
     draft = target.with_name(f".{target.name}.tmp")
@@ -163,7 +163,7 @@ def write_calibration(path: str | Path, calibration: Calibration) -> None:
 
 
 def merge(old: Calibration | None, new: Calibration, *, path: str | Path) -> Calibration:
-    """`new` with those entries of `old` that it does not measure again.
+    """`new`, plus the entries of `old` that it does not measure again.
 
     Raises:
         UsageError: `old` belongs to another device, model or data.
@@ -203,7 +203,7 @@ def check_calibration(calibration: Calibration, recipe: Recipe, *, path: str | P
 
 
 def check_device(calibration: Calibration, device: Device, *, path: str | Path) -> None:
-    """Refuse a file that was measured on another kind of device: memory, links and peak come from the device's table.
+    """Refuse a file from another kind of device than the one whose memory, links and peak the plan uses.
 
     Raises:
         UsageError: with both names.

@@ -1,7 +1,7 @@
-"""What a device and its links reach: vendor limits, measured shares of them, and where each number comes from.
+"""Rates of devices and their links: vendor limits, measured shares of them, and the source of each number.
 
-A share is what large, favourable shapes reach. Where nobody published a measurement the number is an assumption and
-`Device.sources` says so; `megavl plan --calibrate` replaces all of them by measurements.
+A share is what large, favourable shapes reach. Numbers without a published measurement are assumptions, and
+`Device.sources` says so. `megavl plan --calibrate` replaces them all by measurements.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from megavl.config.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """Point-to-point reach of one device."""
+    """Point-to-point link of one device."""
 
     bandwidth: float
-    """Bytes per second in one direction, as a collective reaches it."""
+    """Bytes per second in one direction that a collective reaches."""
     latency: float
     """Seconds per message or collective."""
 
     def seconds(self, data: float) -> float:
-        """Time for one message of `data` bytes; none for an empty one."""
+        """Time of one message of `data` bytes; an empty one takes none."""
         return self.latency + data / self.bandwidth if data else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator and its surroundings."""
+    """One kind of accelerator and its links."""
 
     name: str
     peak_flops: Mapping[str, float]
-    """Vendor's dense peak, FLOP/s, by `training.precision`, the base of MFU; a missing key means that none is known."""
+    """Vendor's dense peak in FLOP/s by `training.precision`, for MFU; a missing key means that none is known."""
     memory_bytes: int | None
-    """Memory, bytes; None: not bounded by the device."""
+    """Memory in bytes; None: the device sets no limit."""
     matrix_flops: Mapping[str, float]
     """FLOP/s that large matrix products reach, by precision."""
     attention_flops: Mapping[str, float]
@@ -45,24 +45,24 @@ class Device:
     memory_bandwidth: float
     """Bytes per second that elementwise kernels reach."""
     host_s: float
-    """Seconds of Python and kernel launches of one decoder layer's forward pass: it takes no less."""
+    """Seconds of Python and kernel launches in one decoder layer's forward pass, its shortest time."""
     local: Link
     """To a device of the same node."""
     network: Link
-    """To a device of another node, all devices of the node sending at once."""
+    """To a device of another node, while all devices of the node send."""
     per_node: int
     """Devices of one node."""
     sources: tuple[str, ...]
-    """Where the numbers come from, one line each."""
+    """Sources of the numbers, one line each."""
 
     @property
     def usable_bytes(self) -> int | None:
-        """Memory that a layout may plan with: the estimate leaves out the runtime, buffers and fragmentation."""
+        """Memory that a layout may use; the rest is for the runtime, buffers and fragmentation."""
         return None if self.memory_bytes is None else math.floor(USABLE_SHARE * self.memory_bytes)
 
 
 USABLE_SHARE = 0.9
-"""Assumed; `megavl plan` says what it was compared with."""
+"""Assumed."""
 
 
 def _nvidia(
@@ -203,7 +203,7 @@ DEVICES: dict[str, Device] = {
 
 
 def known_device(text: str) -> Device | None:
-    """Row of the device that calls itself `text`, as torch and calibrations name it; None where it has none."""
+    """Row of the device that torch or a calibration names `text`; None if it has no row."""
     words = re.split(r"[^a-z0-9]+", text.lower())
     known = next((name for name in ("cpu", "h200", "h100", "a100") if name in words), None)
     if known is None:

@@ -1,8 +1,8 @@
 """Decoder layers per stage that minimise the expected step time within the device's memory.
 
-The first stage pays for the encoders on multimodal steps, the last one for head and loss; the mixture weighs the two
-kinds of step. A closed form of the step time, m x (slowest rank) + (the other ranks) / v, guides the search; the event
-simulation decides between the layouts that it finds near the best. Small spaces are simulated whole.
+The first stage also runs the encoders on multimodal steps, the last one head and loss; the mixture weighs the two
+kinds of step. The closed form m x (slowest rank) + (the other ranks) / v of the step time guides the search. The event
+simulation then decides between the best layouts found. In small spaces every layout is simulated.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megavl.planner.simulation.times import TimeSource
 
 Layout = tuple[int, ...]
 Key = tuple[int, float, int, Layout]
-"""Bytes above the memory, seconds, unevenness; smaller is better."""
+"""Bytes above the memory limit, seconds, unevenness, layout; smaller is better."""
 
 _SMALL_SPACE = 120
-"""Layouts that are simulated one and all."""
+"""Largest number of layouts of which every one is simulated."""
 _NEAR = 1.05
 """Layouts whose closed form is within this factor of the best one are simulated."""
 _SIMULATED = 16
-"""At most so many per round."""
+"""Most layouts that are simulated per round."""
 
 
 def balance(
@@ -36,7 +36,7 @@ def balance(
     small_space: int = _SMALL_SPACE,
     simulated: bool = True,
 ) -> Layout:
-    """The layout with the smallest expected step time that fits; where none fits, the one that would be fastest.
+    """The layout with the smallest expected step time that fits the memory; if none fits, one that does not.
 
     Ties go to the most even layout, then to the one with fewer early layers: early stages hold the activations of
     more micro-batches.
@@ -45,8 +45,8 @@ def balance(
         scenario: recipe and sizes; its layout is not read.
         source: where seconds come from.
         memory_bytes: limit of one rank; None: no limit.
-        small_space: up to so many layouts, all are tried.
-        simulated: let the simulation decide; off, the closed form does (for ranking many scenarios).
+        small_space: if there are at most so many layouts, all are tried.
+        simulated: whether the simulation decides; the closed form is for ranking many scenarios.
     """
     layers, stages = scenario.recipe.model.llm.num_layers, scenario.stages
     if stages == 1:
@@ -62,7 +62,7 @@ def balance(
         return memory.overflow(layout), _rounded(seconds), sum(n * n for n in layout), layout
 
     def relieving(layout: Layout) -> list[Layout]:
-        """Layers off the ranks that exceed the memory; where none does, off the slowest ones."""
+        """Layouts with a layer less on a rank that exceeds the memory, else on one of the slowest ranks."""
         ranks = memory.exceeded(layout) or form.slowest(layout)
         return list(_moves(layout, sources=[stage for stage in range(stages) if stage % scenario.pipeline in ranks]))
 
@@ -104,7 +104,7 @@ class ClosedForm:
         return out
 
     def slowest(self, layout: Layout) -> set[int]:
-        """Ranks that are the slowest in some kind of step."""
+        """Ranks that are the slowest in at least one kind of step."""
         held = self._held(layout)
         found = (self._ranks(part, held) for part in self._parts)
         return {rank for ranks in found for rank, seconds in enumerate(ranks) if seconds == max(ranks)}
@@ -121,7 +121,7 @@ class ClosedForm:
 
 
 def even_layout(layers: int, stages: int) -> Layout:
-    """As even as it goes, the later stages larger."""
+    """As even as possible; later stages take the remainder."""
     return tuple((layers + stage) // stages for stage in range(stages))
 
 
@@ -144,17 +144,11 @@ class _Memory:
 
     def overflow(self, layout: Layout) -> int:
         """Summed over pipeline ranks."""
-        if self._limit is None:
-            return 0
-        step = self._scenario.pipeline
-        return sum(self._of_rank(rank, layout[rank::step]) for rank in range(step))
+        return sum(self._by_rank(layout))
 
     def exceeded(self, layout: Layout) -> set[int]:
         """Ranks that do not fit."""
-        if self._limit is None:
-            return set()
-        step = self._scenario.pipeline
-        return {rank for rank in range(step) if self._of_rank(rank, layout[rank::step])}
+        return {rank for rank, excess in enumerate(self._by_rank(layout)) if excess}
 
     def capacity(self, rank: int, layers: int) -> int:
         """Most of `layers` layers that the rank can hold, evenly over its stages."""
@@ -169,6 +163,10 @@ class _Memory:
                 least = middle
         return max(0, least)
 
+    def _by_rank(self, layout: Layout) -> list[int]:
+        ranks = self._scenario.pipeline
+        return [] if self._limit is None else [self._of_rank(rank, layout[rank::ranks]) for rank in range(ranks)]
+
     def _measure(self, rank: int, held: Layout) -> int:
         assert self._limit is not None
         layout = [0] * self._scenario.stages
@@ -177,9 +175,9 @@ class _Memory:
 
 
 def _greedy(layers: int, stages: int, estimate: Callable[[Layout], float], *, capacity: list[int]) -> Layout:
-    """Layer by layer to where it costs least; of equal places to the last one with the fewest layers.
+    """Add layers one by one to the stage that costs least; of equal stages to the last one with the fewest layers.
 
-    Ranks take at most `capacity` layers, in all their stages.
+    Each rank takes at most its `capacity` of layers over all its stages.
     """
     layout, ranks = (0,) * stages, len(capacity)
     for _ in range(layers):
@@ -190,7 +188,7 @@ def _greedy(layers: int, stages: int, estimate: Callable[[Layout], float], *, ca
 
 
 def _moves(layout: Layout, *, sources: Iterable[int]) -> Iterator[Layout]:
-    """One layer from one of the `sources` to another stage."""
+    """Layouts in which one layer moves from one of the `sources` to another stage."""
     for source in sources:
         if not layout[source]:
             continue
@@ -207,7 +205,7 @@ def _descend(
     key: Callable[[Layout], Key],
     neighbours: Callable[[Layout], list[Layout]],
 ) -> Layout:
-    """Take the best neighbour as long as it is better."""
+    """Go to the best neighbour until none is better."""
     while True:
         best = min([layout, *neighbours(layout)], key=key)
         if best == layout:
@@ -216,5 +214,5 @@ def _descend(
 
 
 def _rounded(seconds: float) -> float:
-    """Equal times compare equal although their sums were built in another order."""
+    """Nine digits, so that equal times compare equal although their sums were added in another order."""
     return float(f"{seconds:.9g}")

@@ -1,34 +1,18 @@
-"""Which decoder layers a pipeline stage holds, and megatron-core's notation for it."""
+"""Decoder layers per pipeline stage, and megatron-core's notation for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import Recipe
 from megavl.planner.cost.blocks import decoder_layer_blocks, embedding_block, head_block, vision_blocks
-from megavl.planner.hardware.devices import Device
 from megavl.planner.layouts.balance import balance
-from megavl.planner.scenario import Scenario, make_scenario
-from megavl.planner.simulation.times import DeviceTimes, FlatTimes, TimeSource
-
-
-def resolve_layout(recipe: Recipe, *, devices: int | None = None, device: Device | None = None) -> tuple[int, ...]:
-    """Decoder layers per stage: parallel.layout, or the balanced split when it is `auto`.
-
-    Args:
-        recipe: one training stage.
-        devices: world size; default: one model replica.
-        device: kind of device whose times and memory count; None: time is proportional to FLOPs, no limit.
-    """
-    scenario = make_scenario(recipe, devices=devices)
-    if device is None:
-        return layout_of(scenario, FlatTimes())
-    return layout_of(scenario, DeviceTimes(device=device), memory_bytes=device.usable_bytes)
+from megavl.planner.scenario import Scenario
+from megavl.planner.simulation.times import TimeSource
 
 
 def layout_of(scenario: Scenario, source: TimeSource, *, memory_bytes: int | None = None) -> tuple[int, ...]:
-    """Decoder layers per stage of a scenario: the recipe's, or the balanced ones."""
+    """Decoder layers per stage: `parallel.layout`, or the balanced split if it is `auto`."""
     layout = scenario.recipe.parallel.layout
     if layout == "auto":
         return balance(scenario, source, memory_bytes=memory_bytes)
@@ -38,19 +22,19 @@ def layout_of(scenario: Scenario, source: TimeSource, *, memory_bytes: int | Non
 def balance_weights(model: ModelConfig, *, stages: int, tensor: int = 1) -> tuple[int, ...]:
     """Decoder layers per pipeline stage for inference: the fullest rank holds as few weights as possible.
 
-    A token passes all stages one after the other, so an even split buys no speed; a stage must fit its device.
+    A token passes the stages one after the other, so an even split is no faster; but each stage must fit its device.
 
     Args:
         model: sizes.
         stages: pipeline stages.
         tensor: tensor-parallel ranks, over which everything but the encoders is divided.
     """
-    layer = sum(block.parameters for block in decoder_layer_blocks(model.llm, tokens=0, attention_span=0)) / tensor
+    layer = sum(block.parameters for block in decoder_layer_blocks(model.llm)) / tensor
     held = [0.0] * stages
     held[0] += sum(block.parameters for block in vision_blocks(model)) + embedding_block(model.llm).parameters / tensor
-    held[-1] += head_block(model.llm, tokens=0).parameters / tensor
+    held[-1] += head_block(model.llm).parameters / tensor
     layers = [0] * stages
-    # Layers are alike, so giving each to the emptiest stage is the best split; of equal ones the later takes it.
+    # All layers have the same size, so the emptiest stage takes each one; of equal stages, the later.
     for _ in range(model.llm.num_layers):
         emptiest = min(reversed(range(stages)), key=held.__getitem__)
         held[emptiest] += layer
@@ -61,7 +45,7 @@ def balance_weights(model: ModelConfig, *, stages: int, tensor: int = 1) -> tupl
 def layout_string(layers_per_stage: Sequence[int]) -> str | None:
     """megatron-core's `pipeline_model_parallel_layout`, e.g. `Et*6|t*8|t*8|t*8L`.
 
-    None for one stage: there megatron-core would read the string's stages as virtual ones.
+    None for one stage: megatron-core would read the parts of its string as virtual stages.
     """
     if len(layers_per_stage) == 1:
         return None

@@ -1,9 +1,9 @@
-"""Ranks the layouts of a recipe on a number of devices, and says why others are out.
+"""Ranks the layouts of a recipe on a number of devices, and says why others are rejected.
 
 The space: tensor ranks within a node, pipeline ranks, stages per rank, micro-batch, activation recompute, encoder
-placement. Candidates are taken in the order of a lower bound of their expected step time, so that those which cannot
-reach the list are never worked out; the best of each (tensor, pipeline, virtual) is then simulated. Of the recompute
-settings only the cheapest that fits is kept: more recompute on the same layout is always slower.
+placement. Candidates are taken in the order of a lower bound of their expected step time, so the search stops before
+those that cannot reach the list. The best of each (tensor, pipeline, virtual) is then simulated. Only the cheapest
+recompute setting that fits is kept: more recompute on the same layout is always slower.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from megavl.config.recipe import Recipe, RecomputeConfig
-from megavl.planner.cost.flops import mfu, step_flops
-from megavl.planner.cost.memory import rank_memory
+from megavl.planner.cost.flops import mfu, model_flops
+from megavl.planner.cost.memory import fullest_rank, rank_memory
 from megavl.planner.hardware.devices import Device
 from megavl.planner.layouts.balance import ClosedForm, balance, even_layout
 from megavl.planner.scenario import PLACEMENTS, Kind, Placement, Scenario
@@ -26,14 +26,14 @@ from megavl.planner.simulation.predict import expected_extras, expected_seconds,
 from megavl.planner.simulation.times import BlockTimes, TimeSource
 
 MICRO_BATCHES = (1, 2, 4, 8)
-"""Sequences per forward pass that are tried, and the recipe's own."""
+"""Sequences per forward pass that are tried, besides the recipe's own."""
 VIRTUAL = (1, 2, 3, 4)
 """Stages per pipeline rank that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One way to cut the model."""
+    """One candidate: sizes, recompute and encoder placement."""
 
     tensor: int
     pipeline: int
@@ -42,8 +42,21 @@ class Choice:
     recompute: RecomputeConfig
     vision: Placement
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Choice:
+        """What a recipe asks for."""
+        parallel = recipe.parallel
+        return cls(
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            virtual=parallel.virtual_pipeline,
+            micro_batch_size=recipe.training.micro_batch_size,
+            recompute=recipe.recompute,
+            vision=parallel.vision,
+        )
+
     def apply(self, recipe: Recipe, *, layout: tuple[int, ...] | None = None) -> Recipe:
-        """The recipe with this cut, its layers balanced unless `layout` says where they go."""
+        """The recipe with this choice; its layers are balanced unless `layout` is given."""
         parallel = dataclasses.replace(
             recipe.parallel,
             tensor=self.tensor,
@@ -57,7 +70,7 @@ class Choice:
         return dataclasses.replace(recipe, parallel=parallel, training=training, recompute=self.recompute)
 
     def yaml(self, layout: tuple[int, ...]) -> str:
-        """Lines to paste into a recipe; every key is stated, since the recipe below may say something else."""
+        """Lines to paste into a recipe; they state every key, since the recipe or its base may set another value."""
         recompute = self.recompute
         parallel: dict[str, object] = {
             "tensor": self.tensor,
@@ -83,7 +96,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked:
-    """One layout that fits, with what to expect of it."""
+    """One candidate that fits, with its expected speed and memory."""
 
     choice: Choice
     layout: tuple[int, ...]
@@ -102,14 +115,14 @@ class Ranked:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """What a search found."""
+    """Result of a search."""
 
     best: tuple[Ranked, ...]
     """Fastest first, one for each (tensor, pipeline, virtual)."""
     rejected: dict[str, int]
     """Candidates that cannot work, by reason."""
     slower: int
-    """Candidates that fit their sizes but whose lower bound is above the list."""
+    """Candidates whose lower bound is above the list's times, so that they were not tried."""
     tried: int
     """Candidates in all."""
 
@@ -126,7 +139,7 @@ def search(
     """Rank the layouts of `scenario.recipe` on `scenario.devices` devices.
 
     Args:
-        scenario: recipe, devices, images and mixture; its own cut is one of the candidates.
+        scenario: recipe, devices, images and mixture; its own layout is one of the candidates.
         source: where seconds come from.
         device: memory, peak and size of a node.
         top: length of the list.
@@ -144,13 +157,13 @@ def search(
     ):
         run.offer(choice)
     tried = run.queued + run.rejected.total()
-    run.work_off(top)
+    run.balance_best(top)
     ranked = sorted((run.simulated(*found) for found in run.shortlist(top)), key=lambda item: item.seconds)
     return Ranking(best=tuple(ranked[:top]), rejected=dict(run.rejected), slower=len(run.heap), tried=tried)
 
 
 def recomputes(recipe: Recipe) -> tuple[RecomputeConfig, ...]:
-    """Recompute settings from the fastest to the leanest, the recipe's own among them; encoders only if one trains."""
+    """Recompute settings from the fastest to the leanest, with the recipe's own; of encoders only if one trains."""
     encoders = bool({"siglip", "sam_trunk"} & set(recipe.trainable_parts))
     plain = [
         RecomputeConfig(granularity="none"),
@@ -171,15 +184,15 @@ def choices(
     rejected: Counter[str] | None = None,
     leanest: bool = True,
 ) -> Iterator[Choice]:
-    """Every cut of the recipe whose sizes fit each other.
+    """Every choice for the recipe whose sizes fit each other.
 
     Args:
-        scenario: recipe, devices and images; its own cut does not count.
+        scenario: recipe, devices and images; its own layout is ignored.
         per_node: most tensor-parallel ranks.
         virtual: stages per pipeline rank to try.
         placements: encoder placements to try.
-        rejected: counts what does not fit, by reason.
-        leanest: every recompute setting; else the fastest one alone.
+        rejected: counts sizes that do not fit, by reason.
+        leanest: try every recompute setting; else only the fastest.
     """
     recipe, devices, out = scenario.recipe, scenario.devices, Counter[str]() if rejected is None else rejected
     llm, batch = recipe.model.llm, recipe.training.global_batch_size
@@ -207,7 +220,7 @@ def choices(
 
 
 def scenario_with(scenario: Scenario, choice: Choice) -> Scenario:
-    """The same run, cut another way."""
+    """The same run with another choice."""
     return dataclasses.replace(scenario, recipe=choice.apply(scenario.recipe))
 
 
@@ -229,8 +242,8 @@ class _Search:
         self.queued += 1
         heapq.heappush(self.heap, (self._bound(choice), self.queued, choice))
 
-    def work_off(self, top: int) -> None:
-        """Balance candidates until no other can reach the list."""
+    def balance_best(self, top: int) -> None:
+        """Balance candidates until no other one can reach the list."""
         while self.heap and self.heap[0][0] < self._limit(top):
             _, _, choice = heapq.heappop(self.heap)
             scenario = scenario_with(self.scenario, choice)
@@ -238,7 +251,7 @@ class _Search:
                 self._next_recompute(choice, reason=_NO_MEMORY)
                 continue
             layout = balance(scenario, self.source, memory_bytes=self.device.usable_bytes, simulated=False)
-            if self._memory(scenario, layout) > (self.device.usable_bytes or math.inf):
+            if fullest_rank(scenario, layout)[1].total > (self.device.usable_bytes or math.inf):
                 self._next_recompute(choice, reason=_NO_MEMORY)
                 continue
             seconds = ClosedForm(scenario, self.source).seconds(layout) + expected_extras(scenario, layout, self.source)
@@ -247,28 +260,27 @@ class _Search:
                 self.found[key] = (seconds, choice, layout)
 
     def shortlist(self, top: int) -> list[tuple[Choice, tuple[int, ...]]]:
-        """The best by closed form, a few more than asked for."""
+        """The best by closed form, `_SPARE` more than `top`."""
         best = sorted(self.found.values(), key=lambda item: item[0])[: top + _SPARE]
         return [(choice, layout) for _, choice, layout in best]
 
     def simulated(self, choice: Choice, layout: tuple[int, ...]) -> Ranked:
-        """Work a candidate out."""
+        """A candidate with its simulated step time."""
         scenario = scenario_with(self.scenario, choice)
         seconds = expected_seconds(scenario, layout, self.source)
-        tokens = scenario.recipe.training.global_batch_size * scenario.recipe.data.seq_length
         peak = self.device.peak_flops.get(scenario.recipe.training.precision)
-        flops = sum(scenario.weight(kind) * useful_flops(scenario, kind) for kind in kinds_of(scenario))
+        flops = sum(scenario.weight(kind) * model_flops(scenario, kind) for kind in kinds_of(scenario))
         return Ranked(
             choice=choice,
             layout=layout,
             seconds=seconds,
-            tokens_per_s=tokens / seconds,
+            tokens_per_s=scenario.step_tokens / seconds,
             mfu=mfu(flops, seconds=seconds, devices=scenario.devices, peak_flops=peak) if peak else None,
-            memory=self._memory(scenario, layout),
+            memory=fullest_rank(scenario, layout)[1].total,
         )
 
     def _state_fits(self, scenario: Scenario) -> bool:
-        """Whether weights, gradients and optimizer state fit all ranks together; no layout changes their sum."""
+        """Whether weights, gradients and optimizer state fit on all ranks together; no layout changes their sum."""
         if self.device.usable_bytes is None:
             return True
         even = even_layout(scenario.recipe.model.llm.num_layers, scenario.stages)
@@ -284,12 +296,12 @@ class _Search:
         self.offer(dataclasses.replace(choice, recompute=self.recomputes[following]))
 
     def _limit(self, top: int) -> float:
-        """The last place's time by closed form, with room for what the simulation may change."""
+        """Time of the list's last candidate by closed form, with a margin for what the simulation may change."""
         times = sorted(item[0] for item in self.found.values())
         return times[top - 1] * _ROOM if len(times) >= top else math.inf
 
     def _bound(self, choice: Choice) -> float:
-        """No layout of this candidate is faster by the closed form: ranks are never better than equally loaded."""
+        """Time by the closed form if all ranks had equal load; no layout of this candidate is faster."""
         replicas = self.scenario.devices // (choice.tensor * choice.pipeline)
         count = self.scenario.recipe.training.global_batch_size // (replicas * choice.micro_batch_size)
         layers, out = self.scenario.recipe.model.llm.num_layers, 0.0
@@ -302,32 +314,16 @@ class _Search:
         return out
 
     def _block_times(self, choice: Choice, kind: Kind) -> BlockTimes:
-        """Seconds of blocks, which depend on the pipeline only where nothing of it is left in the schedule."""
+        """Seconds of blocks; choices that differ only in pipeline sizes share them."""
         key = (choice.tensor, choice.micro_batch_size, choice.recompute, choice.vision, kind)
         if key not in self._times:
             self._times[key] = self.source.blocks(scenario_with(self.scenario, choice), kind)
         return self._times[key]
 
-    def _memory(self, scenario: Scenario, layout: tuple[int, ...]) -> int:
-        return max(rank_memory(scenario, rank, layout).total for rank in range(scenario.pipeline))
-
 
 _NO_MEMORY = "too little memory, even with full recompute"
 _SPARE = 4
 _ROOM = 1.05
-
-
-def useful_flops(scenario: Scenario, kind: Kind) -> int:
-    """FLOPs of one step by the one formula."""
-    recipe, batch = scenario.recipe, scenario.recipe.training.global_batch_size
-    images = scenario.images * batch if kind == "multimodal" else 0
-    return step_flops(
-        recipe.model,
-        seq_length=recipe.data.seq_length,
-        sequences=batch,
-        images=round(images),
-        trainable_parts=recipe.trainable_parts,
-    )
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -337,7 +333,7 @@ def _divisors(number: int, most: int) -> list[int]:
 def _problem(
     recipe: Recipe, tensor: int, pipeline: int, stages: int, size: int, *, window: int, batch: int
 ) -> str | None:
-    """Why these sizes do not fit each other; None where they do."""
+    """Why these sizes do not fit each other; None if they do."""
     llm = recipe.model.llm
     for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
         if getattr(llm, name) % tensor:
@@ -354,6 +350,6 @@ def _problem(
 
 
 def _placements(placements: tuple[Placement, ...], tensor: int, pipeline: int, images: bool) -> tuple[Placement, ...]:
-    """Those that differ: with one rank nothing is split, with one pipeline rank nothing runs ahead of others."""
+    """Placements that make a difference: with one tensor rank `split_tp` does not, nor `split_all` with one stage."""
     useful: dict[Placement, bool] = {"recompute": True, "split_tp": tensor > 1, "split_all": pipeline > 1}
     return tuple(name for name in placements if name == "recompute" or (images and useful[name]))

@@ -22,8 +22,10 @@ COLOURS = {
     "optimizer": "#6b6b6b",
     "loading": "#a89f91",
 }
-"""What a box can be, after the colour-blind safe palette of Okabe and Ito; the ground shows where a rank is idle.
-`waiting` is measured: an exchange between stages or ranks from its call to its end, the other end's delay included."""
+"""Kinds of box, in the colour-blind safe palette of Okabe and Ito; where a rank is idle, there is no box.
+
+`waiting` occurs in measured steps only: an exchange between ranks from its call to its end, the peer's delay included.
+"""
 IDLE = "#f0f0ee"
 _DARK = {"encoders backward", "decoder backward", "head backward", "gradient reduction", "optimizer"}
 
@@ -54,15 +56,15 @@ class Panel:
     seconds: float
     bubble: float
     micro_batches: int
-    """Shown."""
+    """How many are drawn."""
     whole: int
-    """Of a real step."""
+    """How many a step has."""
 
 
 _LEFT, _WIDTH, _RIGHT = 240, 1900, 110
 _ROW, _GAP, _TOP, _HEAD, _AXIS = 30, 6, 84, 26, 34
 _LEAST_LABEL = 13
-"""Pixels that a box needs for its number."""
+"""Narrowest box, in pixels, that shows its number."""
 
 
 def draw(panels: Sequence[Panel], *, title: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megavl.planner.cost.work import BlockWork
 from megavl.planner.layouts.search import Ranking
 from megavl.planner.plan import Plan, RankPlan, StepPlan
 from megavl.planner.scenario import Scenario
 from megavl.planner.simulation.mixing import Mixing
+from megavl.planner.units import format_bytes, format_flops
 
 _RANK_HEADER = (
     *("rank", "layers", "parameters", "trained", "FLOPs text", "FLOPs multimodal", "busy text", "busy multimodal"),
@@ -58,14 +57,14 @@ def render(plan: Plan) -> str:
 
 
 def render_ranking(ranking: Ranking, scenario: Scenario) -> str:
-    """The best layouts, why others are out, and what to paste."""
+    """The best layouts, why others are rejected, and the lines to paste."""
     rows: list[tuple[str, ...]] = [_RANKING_HEADER]
-    for place, found in enumerate(ranking.best, start=1):
+    for number, found in enumerate(ranking.best, start=1):
         choice = found.choice
         recompute = choice.recompute.granularity + (", vision" if choice.recompute.vision else "")
         rows.append(
             (
-                str(place),
+                str(number),
                 *(str(size) for size in (choice.tensor, choice.pipeline, choice.virtual, choice.micro_batch_size)),
                 recompute,
                 choice.vision,
@@ -95,31 +94,13 @@ def render_mixing(mixing: Mixing) -> str:
 
 
 def render_blocks(blocks: dict[str, tuple[BlockWork, ...]], *, optimizer_bytes: int) -> str:
-    """Work of every block, forward and backward, by kind of step."""
+    """Table of every block's work, by kind of step."""
     lines = []
     for kind, rows in blocks.items():
         table: list[tuple[str, ...]] = [_BLOCK_HEADER]
         table += [_block_row(block, optimizer_bytes=optimizer_bytes) for block in rows]
         lines += [f"{kind} step: vision blocks per image, others per micro-batch, on one rank", *_align(table), ""]
     return "\n".join(lines).rstrip()
-
-
-def format_bytes(value: float) -> str:
-    """Bytes with a binary unit."""
-    return _scaled(value, base=1024, units=("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def format_flops(value: float) -> str:
-    """FLOPs with a decimal unit."""
-    return _scaled(value, base=1000, units=("", "K", "M", "G", "T", "P", "E"))
-
-
-def _scaled(value: float, *, base: int, units: Sequence[str]) -> str:
-    """`value` with the largest unit that keeps it at 1 or above."""
-    power = 0
-    while value >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{value:.2f} {units[power]}".rstrip()
 
 
 def _rank_row(rank: RankPlan) -> tuple[str, ...]:
@@ -176,7 +157,8 @@ def _memory_line(plan: Plan) -> str:
 
 
 def _outside_line(step: StepPlan) -> str:
-    parts = [f"{name} {seconds:.3g} s" for name, seconds in step.outside_s.items() if seconds]
+    named = ((name.replace("anchor", "dummy image"), seconds) for name, seconds in step.outside_s.items())
+    parts = [f"{name} {seconds:.3g} s" for name, seconds in named if seconds]
     return f"outside the pipeline, mean: {', '.join(parts) or 'nothing'}"
 
 

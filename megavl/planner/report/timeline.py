@@ -1,4 +1,4 @@
-"""A step as a picture (SVG) and as a trace for Perfetto or chrome://tracing (JSON): simulated here, or measured."""
+"""A step as a picture (SVG) and as a trace for Perfetto or chrome://tracing (JSON); `panel` simulates it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megavl.planner.simulation.simulate import Event, Run, simulate
 from megavl.planner.simulation.times import BlockTimes, StepExtras, TimeSource
 
 MOST_ROUNDS = {".svg": 4, ".json": 64}
-"""Rounds of p micro-batches that a picture and a trace show at most."""
+"""Most rounds of p micro-batches that a picture and a trace show."""
 
 
 def write_timeline(path: str | Path, scenario: Scenario, layout: tuple[int, ...], source: TimeSource) -> None:
     """Simulate one step of each kind and write it as `.svg` or `.json`.
 
     Raises:
-        UsageError: another ending, or a place that cannot be written.
+        UsageError: another suffix, or the file cannot be written.
     """
     target = Path(path)
     if target.suffix not in MOST_ROUNDS:
@@ -37,7 +37,7 @@ def write_timeline(path: str | Path, scenario: Scenario, layout: tuple[int, ...]
 
 
 def title(scenario: Scenario, layout: Sequence[int], origin: str) -> str:
-    """What the picture is of, and where its times come from."""
+    """Model, layout and the source of the times."""
     virtual = f" x virtual {scenario.virtual}" if scenario.virtual > 1 else ""
     return (
         f"{scenario.recipe.model.preset}, tensor {scenario.tensor} x pipeline {scenario.pipeline}{virtual} x data "
@@ -52,8 +52,8 @@ def panel(
     whole, times = scenario.micro_batches, source.blocks(scenario, kind)
     stages = stage_passes(times, layout)
     count = whole if most is None else min(whole, most)
-    # What grows with the step, such as encoding ahead of the pipeline, is drawn for as many micro-batches.
-    scenario = _shortened(scenario, count)
+    # Work that grows with the step, such as encoding before the pipeline, is drawn for as many micro-batches.
+    scenario = _with_micro_batches(scenario, count)
     run = simulate(
         pipeline=scenario.pipeline,
         virtual=scenario.virtual,
@@ -79,7 +79,7 @@ def panel(
     )
 
 
-def _shortened(scenario: Scenario, micro_batches: int) -> Scenario:
+def _with_micro_batches(scenario: Scenario, micro_batches: int) -> Scenario:
     """The same run with smaller steps."""
     training = scenario.recipe.training
     batch = micro_batches * training.micro_batch_size * scenario.data_parallel
@@ -116,7 +116,7 @@ def _named(what: str, process: int, thread: int, name: str) -> dict[str, object]
 
 
 def row_name(scenario: Scenario, rank: int, layout: Sequence[int]) -> str:
-    """What a pipeline rank holds."""
+    """Name of a pipeline rank's row: what it holds."""
     held = layout[rank :: scenario.pipeline]
     first = "encoders + " if rank == 0 and scenario.vision != "split_all" else ""
     head = " + head" if rank == scenario.pipeline - 1 else ""
@@ -124,7 +124,7 @@ def row_name(scenario: Scenario, rank: int, layout: Sequence[int]) -> str:
 
 
 def _parts(event: Event, times: BlockTimes, layout: Sequence[int]) -> list[Segment]:
-    """A pass as boxes: the encoders come first going forward and last going back, the head the other way round."""
+    """A pass as boxes: encoders, decoder, head in the forward pass, the reverse in the backward pass."""
     step, last = event.step, len(layout) - 1
     passes = [
         ("encoders", times.vision if step.stage == 0 else None),
@@ -149,7 +149,7 @@ def _parts(event: Event, times: BlockTimes, layout: Sequence[int]) -> list[Segme
 
 
 def _transfers(run: Run, transfer_s: float) -> list[Segment]:
-    """The last transfer of every exchange; what comes before it is waiting for the other end."""
+    """The last transfer of every exchange; before it, a rank waits for its peer."""
     return [
         Segment(rank=wait.rank, start=max(wait.start, wait.end - transfer_s), end=wait.end, what="transfer")
         for wait in run.waits
@@ -162,12 +162,12 @@ def _moved(part: Segment, seconds: float) -> Segment:
 
 
 def _outside(extras: StepExtras, *, pipeline: int, begin: float) -> list[Segment]:
-    """What happens on every rank before and after the schedule."""
+    """Work of every rank before and after the schedule."""
     out = []
     if extras.before:
         out += [Segment(rank=rank, start=0.0, end=extras.before, what="encoders forward") for rank in range(pipeline)]
     for what, seconds in (
-        ("encoders backward", extras.after + extras.anchor),
+        ("encoders backward", extras.after + extras.dummy_image),
         ("gradient reduction", extras.reduce),
         ("optimizer", extras.update),
         ("loading", extras.loading),

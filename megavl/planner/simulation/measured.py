@@ -1,51 +1,53 @@
-"""Seconds from a calibration: the third source of times, beside a device's table and a share of its peak."""
+"""Seconds from a calibration, instead of a device's table or a share of its peak."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megavl.config.errors import UsageError
 from megavl.planner.cost.memory import rerun_towers
 from megavl.planner.hardware.calibration import Calibration, Entry, KindEntry, Seconds, recompute_key
-from megavl.planner.hardware.devices import Device
 from megavl.planner.scenario import Kind, Scenario
 from megavl.planner.simulation.times import (
     BlockTimes,
     DeviceTimes,
     Pass,
     StepExtras,
+    encodes_dummy_image,
     exchange_time,
     gather_time,
-    has_anchor,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredTimes:
-    """Measured blocks; links from the file where it has them, else from the device's table.
+class MeasuredTimes(DeviceTimes):
+    """Measured seconds of blocks; transfers are measured too or come from the device's table.
 
-    Vision grows linearly from the one measured image to the measured number. Where ranks share cores, a pass slows
-    down as the whole measured micro-batch did when more processes computed at once.
+    Vision time is a line through two measurements: one image, and the recipe's number of images. If ranks share cores,
+    a pass slows down as the measured micro-batch did when more processes computed at once.
     """
 
     calibration: Calibration
-    device: Device
     path: str
-    name: str = field(init=False)
-    assumptions: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def name(self) -> str:
+        """Path of the file."""
+        return f"measurements in {self.path}"
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What was measured, and what comes from the device's table."""
         found = self.calibration
         versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
         lines = [f"measured on {found.device}, {found.data} data, {versions} ({self.path})"]
         if any(entry.transfer_s is None for entry in found.entries):
             lines.append(f"transfers where none were measured: links of {self.device.name}'s table")
         lines.append(f"gradient reduction and exchange of image features: links of {self.device.name}'s table")
-        object.__setattr__(self, "name", f"measurements in {self.path}")
-        object.__setattr__(self, "assumptions", tuple(lines))
+        return tuple(lines)
 
     def covers(self, scenario: Scenario) -> bool:
-        """Whether everything that this cut needs was measured."""
+        """Whether everything that this layout needs was measured."""
         try:
             for ranks in range(1, scenario.pipeline + 1):
                 self._entry(scenario, ranks=ranks)
@@ -58,7 +60,7 @@ class MeasuredTimes:
         entry = self._entry(scenario, ranks=1)
         part = self._part(entry, kind)
         return BlockTimes(
-            vision=self._images(entry, towers=scenario.tower_images(kind), adaptor=scenario.adaptor_images(kind))
+            vision=self._measured(entry, towers=scenario.tower_images(kind), adaptor=scenario.adaptor_images(kind))
             + gather_time(scenario, kind, self.device),
             embedding=_pass(part.embedding),
             layer=_pass(part.layer),
@@ -71,18 +73,17 @@ class MeasuredTimes:
             return 0.0
         found = self._entry(scenario, ranks=scenario.pipeline).transfer_s
         if found is None:
-            return DeviceTimes(device=self.device).transfer(scenario)
+            return super().transfer(scenario)
         return found / scenario.sequence_ranks
 
     def extras(self, scenario: Scenario, kind: Kind, *, trained: int, last_backward: float) -> StepExtras:
-        """Seconds outside the schedule, measured with all ranks at work."""
+        """Seconds outside the schedule, measured while all ranks compute."""
         entry = self._entry(scenario, ranks=scenario.pipeline)
-        table = DeviceTimes(device=self.device)
-        reduce = table.extras(scenario, kind, trained=trained, last_backward=last_backward).reduce
-        anchor = 0.0
-        if kind == "text" and has_anchor(scenario):
-            anchor = self._images(entry, towers=scenario.vision != "split_all", adaptor=1.0).total
-        up_front = self._images(entry, towers=scenario.images_up_front(kind), adaptor=0.0)
+        reduce = super().extras(scenario, kind, trained=trained, last_backward=last_backward).reduce
+        dummy = 0.0
+        if kind == "text" and encodes_dummy_image(scenario):
+            dummy = self._measured(entry, towers=scenario.vision != "split_all", adaptor=1.0).total
+        up_front = self._measured(entry, towers=scenario.images_up_front(kind), adaptor=0.0)
         if kind == "multimodal":
             up_front += Pass(0.0, up_front.forward * _rerun_share(entry, scenario))
         up_front += exchange_time(scenario, kind, self.device)
@@ -91,12 +92,12 @@ class MeasuredTimes:
             after=up_front.backward,
             reduce=reduce,
             update=entry.update_s_per_parameter * trained / scenario.optimizer_ranks,
-            anchor=anchor,
+            dummy_image=dummy,
             loading=entry.step_s + self._part(entry, kind).loading * scenario.micro_batches,
         )
 
     def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        """Measured, where ranks share cores."""
+        """Measured slowdown if ranks share cores."""
         if not self.calibration.shared_cores:
             return (1.0,)
         alone = _whole(self._entry(scenario, ranks=1), scenario)
@@ -136,8 +137,8 @@ class MeasuredTimes:
             raise UsageError(f"--calibration: {self.path} has no multimodal measurement; measure the recipe anew")
         return found
 
-    def _images(self, entry: Entry, *, towers: float, adaptor: float) -> Pass:
-        """Encoding images on one rank: lines through the two measured numbers."""
+    def _measured(self, entry: Entry, *, towers: float, adaptor: float) -> Pass:
+        """Passes of towers and adaptor over numbers of images on one rank."""
         if not towers and not adaptor:
             return Pass()
         if entry.vision is None or entry.one_image is None:
@@ -148,7 +149,7 @@ class MeasuredTimes:
 
 
 def _line(one: Seconds, many: Seconds, *, at: float, measured: float) -> Pass:
-    """Between (1, one) and (measured, many); in proportion where only one image was measured, nothing for none."""
+    """Interpolate between (1, one) and (measured, many); proportional if only one image was measured."""
     if not at:
         return Pass()
     if measured <= 1:
@@ -162,7 +163,7 @@ def _pass(seconds: Seconds) -> Pass:
 
 
 def _rerun_share(entry: Entry, scenario: Scenario) -> float:
-    """Of the towers' forward pass, what is run again for its gradient under `split_all`."""
+    """Share of the towers' forward pass that `split_all` runs again for its gradient."""
     again = rerun_towers(scenario)
     if not again:
         return 0.0

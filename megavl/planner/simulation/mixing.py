@@ -1,7 +1,7 @@
 """Modality-grouped steps against randomly mixed ones, at any scale.
 
-Grouped: every step is wholly text or wholly multimodal. Mixed: each sequence of each replica is multimodal with the
-mixture's probability, so micro-batches within a pipeline differ, replicas differ, and the step waits for the slowest.
+Grouped: all sequences of a step are text, or all are multimodal. Mixed: each sequence of each replica is multimodal
+with the mixture's probability. Then micro-batches and replicas differ, and the step waits for the slowest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Mixing:
     mixed_s: float
     """Replicas wait for each other at the end of a step."""
     lockstep_s: float
-    """Mixed as well, but replicas wait for each other after every micro-batch, as when each gathers sharded weights."""
+    """Mixed too, but replicas wait after every micro-batch, as they do if each gathers sharded weights."""
     replicas: int
     steps: int
     """Mixed steps that were simulated."""
@@ -33,12 +33,12 @@ class Mixing:
 
     @property
     def gain(self) -> float:
-        """How much more a second does when steps are grouped: 0.2 is 20% more."""
+        """How much faster grouped steps are: 0.2 is 20% more throughput."""
         return self.mixed_s / self.grouped_s - 1
 
     @property
     def lockstep_gain(self) -> float:
-        """The same where mixed replicas wait after every micro-batch."""
+        """The same against `lockstep_s`."""
         return self.lockstep_s / self.grouped_s - 1
 
 

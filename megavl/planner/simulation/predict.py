@@ -1,9 +1,9 @@
-"""Seconds of a step: the simulated pipeline, and what happens outside it."""
+"""Seconds of a step: the simulated pipeline and the work outside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megavl.planner.cost.memory import rank_parameters, rank_stages
 from megavl.planner.scenario import KINDS, Kind, Scenario
@@ -17,9 +17,9 @@ class StepTime:
 
     kind: Kind
     stages: tuple[Pass, ...]
-    """One micro-batch on every stage."""
+    """One micro-batch's passes on every stage."""
     pipeline_s: float
-    """The schedule, from the first forward pass to the last backward pass."""
+    """From the first forward pass to the last backward pass."""
     extras: StepExtras
 
     @property
@@ -34,7 +34,7 @@ def stage_passes(times: BlockTimes, layout: Sequence[int]) -> tuple[Pass, ...]:
 
 
 def kinds_of(scenario: Scenario) -> tuple[Kind, ...]:
-    """Kinds of step that the run has."""
+    """Kinds of step that occur in the run."""
     return tuple(kind for kind in KINDS if scenario.weight(kind) > 0)
 
 
@@ -78,11 +78,10 @@ def expected_extras(scenario: Scenario, layout: Sequence[int], source: TimeSourc
 def slowest_extras(
     scenario: Scenario, layout: Sequence[int], source: TimeSource, kind: Kind, stages: Sequence[Pass]
 ) -> StepExtras:
-    """Every rank waits for the slowest: once for the gradient norm, once for the next step's first collective."""
+    """The longest time of each part over ranks: they wait for each other at the gradient norm and the next step."""
     found = []
     for rank in range(scenario.pipeline):
         trained = rank_parameters(scenario, rank, layout)[1]
         backward = sum(stages[stage].backward for stage in rank_stages(scenario, rank))
         found.append(source.extras(scenario, kind, trained=trained, last_backward=backward))
-    names = ("before", "after", "reduce", "update", "anchor", "loading")
-    return StepExtras(**{name: max(getattr(extras, name) for extras in found) for name in names})
+    return StepExtras(**{part.name: max(getattr(extras, part.name) for extras in found) for part in fields(StepExtras)})

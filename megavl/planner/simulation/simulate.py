@@ -1,8 +1,8 @@
-"""Event simulation of one pipeline: who computes what from when to when.
+"""Event simulation of one pipeline: start and end of every pass and exchange.
 
-An exchange ends when all its transfers have; a transfer starts when both ends have posted it and takes `transfer_s`
-(megatron-core waits for every send and receive, and large messages wait for their receiver under NCCL and gloo).
-Where ranks share a machine's cores, `slowdown[k - 1]` is how much longer a pass takes while k ranks compute.
+A transfer starts when both ranks have posted it, and takes `transfer_s`. An exchange ends with its last transfer:
+megatron-core waits for every send and receive, and large messages wait for their receiver under NCCL and gloo.
+If ranks share a machine's cores, a pass takes `slowdown[k - 1]` times as long while k ranks compute.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megavl.planner.simulation.schedule import Compute, Exchange, Program, Transfer, program
+from megavl.planner.schedule import Compute, Exchange, Program, Transfer, program
 from megavl.planner.simulation.times import Pass
 
 
@@ -40,20 +40,13 @@ class Run:
     """One simulated pass of all micro-batches through the pipeline."""
 
     seconds: float
-    """Until the last rank is done."""
-    ends: tuple[float, ...]
-    """When each rank is done."""
+    """End of the last rank."""
     busy: tuple[float, ...]
     """Seconds in which each rank computes."""
     events: tuple[Event, ...]
     """In order of their ends."""
     waits: tuple[Wait, ...]
     """Exchanges that took time, in order of their ends."""
-
-    @property
-    def idle(self) -> tuple[float, ...]:
-        """Seconds in which each rank does not compute, its wait for the last one included."""
-        return tuple(self.seconds - busy for busy in self.busy)
 
     @property
     def bubble(self) -> float:
@@ -95,9 +88,9 @@ def pipeline_seconds(
 ) -> float:
     """Seconds of a step whose micro-batches are all alike.
 
-    A long step repeats itself every p micro-batches once the pipeline is full, so beyond `_SIMULATED` passes one more
-    round of p micro-batches is simulated and added as often as it is missing. Two stages that are almost equally slow
-    can take longer to show which one sets the pace: at most 3.4% was seen, over random stages.
+    Once the pipeline is full, a long step repeats itself every p micro-batches. So about `_SIMULATED` passes are
+    simulated, and their last round of p micro-batches stands for every missing one. Over random stages the error was
+    at most 3.4%; it comes from two stages that are almost equally slow.
     """
     enough = max(_LEAST_ROUNDS, _SIMULATED // (pipeline * pipeline * virtual)) * pipeline + micro_batches % pipeline
 
@@ -119,9 +112,9 @@ def pipeline_seconds(
 
 
 _SIMULATED = 600
-"""Forward passes of all stages that are simulated before a step is extended."""
+"""Forward passes of all stages that are simulated before a step is extrapolated."""
 _LEAST_ROUNDS = 4
-"""Rounds of p micro-batches that are simulated at least."""
+"""Fewest rounds of p micro-batches that are simulated."""
 
 
 @lru_cache(maxsize=64)
@@ -134,8 +127,8 @@ def _programs(pipeline: int, virtual: int, micro_batches: int) -> tuple[Program,
 class _Engine:
     """State of all ranks; `_advance` moves one rank to its next wait.
 
-    Everything that ends at a known time stands in one queue. Where ranks slow each other down, the ends of passes are
-    not known: then `left` holds what each computing rank still has to do.
+    The queue holds everything whose end is known. If ranks slow each other down, ends of passes are not known: `left`
+    then holds the seconds that each computing rank still needs.
     """
 
     def __init__(
@@ -154,16 +147,16 @@ class _Engine:
         self.now = 0.0
         self.position = [0] * count
         self.left: dict[int, float] = {}
-        """Seconds of undisturbed computing left, by rank; empty unless crowded."""
+        """Seconds of computing left for each rank if it computed alone; empty unless crowded."""
         self.started = [0.0] * count
         """When each rank began its pass or posted its exchange."""
         self.waiting = [0] * count
-        """Transfers of the posted exchange that are not through."""
+        """Unfinished transfers of each rank's exchange."""
         self.posted: set[Transfer] = set()
         self.queue: list[tuple[float, int, int | Transfer]] = []
-        """Time, running number, and the rank that ends a pass or the transfer that arrives."""
+        """Time, counter, and the rank whose pass ends or the transfer that arrives."""
         self.queued = 0
-        self.busy, self.ends = [0.0] * count, [0.0] * count
+        self.busy, self.end = [0.0] * count, 0.0
         self.events: list[Event] = []
         self.waits: list[Wait] = []
 
@@ -182,15 +175,14 @@ class _Engine:
         stuck = [rank for rank, steps in enumerate(self.programs) if self.position[rank] < len(steps)]
         assert not stuck, f"ranks {stuck} wait for each other"
         return Run(
-            seconds=max(self.ends),
-            ends=tuple(self.ends),
+            seconds=self.end,
             busy=tuple(self.busy),
             events=tuple(self.events),
             waits=tuple(self.waits),
         )
 
     def _pass_ends_first(self) -> bool:
-        """Finish the crowded pass that ends next, unless something in the queue comes before."""
+        """Finish the pass that ends next, unless something in the queue ends earlier."""
         rank = min(self.left, key=self.left.__getitem__)
         end = self.now + self.left[rank] * self._rate()
         if self.queue and self.queue[0][0] <= end:
@@ -201,7 +193,7 @@ class _Engine:
         return True
 
     def _rate(self) -> float:
-        """Seconds that one second of undisturbed computing takes now."""
+        """Seconds that a second of computing alone takes now."""
         return self.slowdown[min(len(self.left), len(self.slowdown)) - 1]
 
     def _pass_time(self, when: float) -> None:
@@ -230,7 +222,7 @@ class _Engine:
 
     def _advance(self, rank: int) -> None:
         if self.position[rank] == len(self.programs[rank]):
-            self.ends[rank] = self.now
+            self.end = max(self.end, self.now)
             return
         step = self.programs[rank][self.position[rank]]
         self.started[rank] = self.now

@@ -1,16 +1,17 @@
-"""Seconds of every block: from a device's table, from a flat share of the peak, or from a calibrated run.
+"""Seconds of every block from a device's table or from a share of the peak; `measured.py` reads a calibration.
 
-A table's times are sums: products with weights at the device's rate for large products, attention at its kernel's,
-bytes moved at its bandwidth, exposed tensor-parallel communication. Fused attention runs 2.5 forward passes backward
-(it makes the scores again), where the FLOPs formula counts 2. Exposed is: every collective of the forward pass; of the
-backward pass, the gathers of output gradients under sequence parallelism (megatron-core hides the others behind
-weight gradients). Per layer and pass that is two all-reduces, or two all-gathers and two reduce-scatters, which move
-the same bytes.
+A table's time is a sum of four terms: products with weights, attention, bytes moved, and exposed tensor-parallel
+communication. Each has its own rate. Fused attention computes the scores again, so its backward pass costs 2.5 forward
+passes; the FLOPs formula counts 2.
+
+All collectives of the forward pass are exposed. In the backward pass only the gathers of output gradients under
+sequence parallelism are: megatron-core overlaps the others with weight gradients. Per layer and pass these are two
+all-reduces, or two all-gathers and two reduce-scatters, which move the same bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from megavl.config.errors import UsageError
@@ -21,8 +22,9 @@ from megavl.planner.scenario import Kind, Scenario
 
 _ATTENTION_BACKWARD = 2.5 / 2
 _OPTIMIZER_BYTES = 34.0
-"""Bytes moved per trained parameter of a rank's shard by the gradient norm and torch's fused AdamW: the gradient read
-twice, master weight and two moments read and written, the weight written."""
+"""Bytes per trained parameter of a rank's shard that the gradient norm and torch's fused AdamW move.
+
+The gradient is read twice, master weight and two moments are read and written, the weight is written."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Pass:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Forward and backward."""
         return self.forward + self.backward
 
     def __add__(self, other: Pass) -> Pass:
@@ -49,14 +51,14 @@ class BlockTimes:
     """One micro-batch of one kind on one rank."""
 
     vision: Pass
-    """Encoders and adaptor within the pipeline, for the images that a rank of the first stage takes."""
+    """Encoders and adaptor within the pipeline, for the images of one rank of the first stage."""
     embedding: Pass
     layer: Pass
     head: Pass
     """Final norm, output layer and loss."""
 
     def stage(self, stage: int, *, layers: int, stages: int) -> Pass:
-        """Passes of `stage` with `layers` decoder layers."""
+        """Passes of stage number `stage` with `layers` decoder layers."""
         out = self.layer * layers
         if stage == 0:
             out += self.vision + self.embedding
@@ -68,22 +70,22 @@ class StepExtras:
     """Seconds of a step outside the pipeline schedule, on the slowest rank."""
 
     before: float = 0.0
-    """Encoders ahead of the pipeline (`split_all`)."""
+    """Encoders before the pipeline starts (`split_all`)."""
     after: float = 0.0
-    """Their backward pass."""
+    """Their backward pass, after the pipeline."""
     reduce: float = 0.0
-    """Gradient reduction over data-parallel ranks that no backward pass hides."""
+    """Gradient reduction over data-parallel ranks that does not overlap a backward pass."""
     update: float = 0.0
-    """Optimizer, and the part of the weight gather that no forward pass hides."""
-    anchor: float = 0.0
-    """The blank image that a text-only step encodes for overlapped gradient reduction."""
+    """Optimizer, and the part of the weight gather that does not overlap a forward pass."""
+    dummy_image: float = 0.0
+    """The dummy image that a text-only step encodes for overlapped gradient reduction."""
     loading: float = 0.0
-    """Waiting for data and fixed costs of a step."""
+    """Waiting for data, and fixed costs of a step."""
 
     @property
     def total(self) -> float:
         """Sum, seconds."""
-        return self.before + self.after + self.reduce + self.update + self.anchor + self.loading
+        return self.before + self.after + self.reduce + self.update + self.dummy_image + self.loading
 
 
 class TimeSource(Protocol):
@@ -91,14 +93,15 @@ class TimeSource(Protocol):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Printed with the plan."""
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """What it rests on, one line each."""
+        """Printed with the plan, one line each."""
 
     def covers(self, scenario: Scenario) -> bool:
-        """Whether it knows this cut."""
+        """Whether it knows this layout."""
+        return True
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         """Seconds of one micro-batch."""
@@ -113,25 +116,22 @@ class TimeSource(Protocol):
             scenario: recipe and sizes.
             kind: modality of the step.
             trained: trained parameters on the rank.
-            last_backward: seconds of the rank's backward passes of its last micro-batch, behind which reduction hides.
+            last_backward: seconds of the rank's backward passes of its last micro-batch; reduction overlaps them.
         """
 
     def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        """How much longer a pass takes while 1, 2, ... pipeline ranks of this replica compute at once."""
+        """Factor on a pass while 1, 2, ... pipeline ranks of this replica compute at once; 1 on own devices."""
+        return (1.0,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlatTimes:
-    """Time proportional to FLOPs: no communication, nothing bound by memory."""
+class FlatTimes(TimeSource):
+    """Time proportional to FLOPs, without communication or memory bounds."""
 
     flops_per_s: float = 1.0
-    """What a busy device does."""
+    """Rate of a busy device."""
     name: str = "FLOPs"
     assumptions: tuple[str, ...] = ("time is proportional to FLOPs; no communication, no memory bound",)
-
-    def covers(self, scenario: Scenario) -> bool:
-        """Any cut."""
-        return True
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         """Seconds of one micro-batch."""
@@ -148,20 +148,16 @@ class FlatTimes:
         )
 
     def transfer(self, scenario: Scenario) -> float:
-        """None."""
+        """No time."""
         return 0.0
 
     def extras(self, scenario: Scenario, kind: Kind, *, trained: int, last_backward: float) -> StepExtras:
-        """Encoders ahead of the pipeline only."""
+        """Only the encoders before the pipeline."""
         towers = Pass()
         for block in vision_work(scenario, kind):
             if block.name != ADAPTOR:
                 towers += self._pass(block.forward, block.backward) * scenario.images_up_front(kind)
         return StepExtras(before=towers.forward, after=towers.backward)
-
-    def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        """Every rank has a device of its own."""
-        return (1.0,)
 
     def _pass(self, forward: Work, backward: Work) -> Pass:
         return Pass(forward.flops / self.flops_per_s, backward.flops / self.flops_per_s)
@@ -188,20 +184,20 @@ def flat_times(device: Device, *, precision: str, efficiency: float) -> FlatTime
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceTimes:
+class DeviceTimes(TimeSource):
     """Seconds from a row of `devices.py`."""
 
     device: Device
-    name: str = field(init=False)
-    assumptions: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", f"table of {self.device.name}")
-        object.__setattr__(self, "assumptions", self.device.sources)
+    @property
+    def name(self) -> str:
+        """Name of the table."""
+        return f"table of {self.device.name}"
 
-    def covers(self, scenario: Scenario) -> bool:
-        """Any cut."""
-        return True
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """Sources of the table."""
+        return self.device.sources
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         """Seconds of one micro-batch."""
@@ -228,7 +224,7 @@ class DeviceTimes:
         )
 
     def transfer(self, scenario: Scenario) -> float:
-        """Seconds of one hidden state, or of a rank's share of it under sequence parallelism."""
+        """Seconds of one micro-batch's hidden states, or of a rank's share of them under sequence parallelism."""
         if scenario.pipeline == 1:
             return 0.0
         # Pipeline neighbours are tensor x data ranks apart: on another node as soon as two such blocks exceed one.
@@ -238,10 +234,10 @@ class DeviceTimes:
 
     def extras(self, scenario: Scenario, kind: Kind, *, trained: int, last_backward: float) -> StepExtras:
         """Seconds outside the schedule."""
-        up_front, anchor = self._up_front(scenario, kind), 0.0
+        up_front, dummy = self._up_front(scenario, kind), 0.0
         parallel = scenario.recipe.parallel
-        if kind == "text" and has_anchor(scenario):
-            anchor = self._images(scenario, "multimodal", towers=scenario.vision != "split_all", adaptor=1.0).total
+        if kind == "text" and encodes_dummy_image(scenario):
+            dummy = self._images(scenario, "multimodal", towers=scenario.vision != "split_all", adaptor=1.0).total
         ranks, buckets = scenario.data_parallel, max(1.0, trained / parallel.bucket_size)
         gradients, weights = 4.0 * trained, float(scenario.element * trained)
         link = self._data_link(scenario)
@@ -252,20 +248,16 @@ class DeviceTimes:
         exposed = gather / buckets if parallel.overlap_param_gather else gather
         update = _OPTIMIZER_BYTES * trained / scenario.optimizer_ranks / self.device.memory_bandwidth
         return StepExtras(
-            before=up_front.forward, after=up_front.backward, reduce=reduce, update=update + exposed, anchor=anchor
+            before=up_front.forward, after=up_front.backward, reduce=reduce, update=update + exposed, dummy_image=dummy
         )
 
-    def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        """Every rank has a device of its own."""
-        return (1.0,)
-
     def _vision(self, scenario: Scenario, kind: Kind) -> Pass:
-        """Within the pipeline, on one rank of the first stage, for one micro-batch."""
+        """Encoders and adaptor within the pipeline, for one micro-batch on one rank of the first stage."""
         towers, adaptor = scenario.tower_images(kind), scenario.adaptor_images(kind)
         return self._images(scenario, kind, towers=towers, adaptor=adaptor) + gather_time(scenario, kind, self.device)
 
     def _up_front(self, scenario: Scenario, kind: Kind) -> Pass:
-        """Towers ahead of the pipeline, with the way of features, gradients and weights from rank to rank."""
+        """Towers before the pipeline, with the exchange of features, gradients and weights between ranks."""
         towers = self._images(scenario, kind, towers=scenario.images_up_front(kind), adaptor=0.0)
         return towers + exchange_time(scenario, kind, self.device)
 
@@ -288,7 +280,7 @@ class DeviceTimes:
         )
 
     def _data_link(self, scenario: Scenario) -> Link:
-        """A ring over data-parallel ranks leaves a node over the adapters of all its members there."""
+        """Link of a ring over data-parallel ranks; it uses the network adapters of all its members on a node."""
         device = self.device
         if scenario.devices <= device.per_node:
             return device.local
@@ -298,12 +290,12 @@ class DeviceTimes:
 
 
 def tensor_link(scenario: Scenario, device: Device) -> Link:
-    """Between tensor-parallel ranks, which are neighbours: on one node as long as they fit there."""
+    """Link between tensor-parallel ranks, which share a node if they fit on it."""
     return device.local if scenario.tensor <= device.per_node else device.network
 
 
 def gather_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:
-    """Under `split_tp`, gathering a micro-batch's embeddings; their gradients need no exchange."""
+    """Seconds that `split_tp` takes to gather a micro-batch's image embeddings; their gradients need no exchange."""
     ranks = scenario.tensor
     if scenario.vision != "split_tp" or ranks == 1:
         return Pass()
@@ -316,7 +308,7 @@ def gather_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:
 
 
 def exchange_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:
-    """Under `split_all`, features to the first stage, and for trained towers gradients back and weights around."""
+    """Seconds that `split_all` takes to send features to the first stage, and gradients and weights if towers train."""
     images, ranks = scenario.images_up_front(kind), scenario.tensor * scenario.pipeline
     if not images or ranks == 1:
         return Pass()
@@ -332,8 +324,8 @@ def exchange_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:
     return Pass(features + copied, features / scenario.tensor + summed)
 
 
-def has_anchor(scenario: Scenario) -> bool:
-    """Whether text-only steps encode a blank image, so that overlapped reduction finds every gradient."""
+def encodes_dummy_image(scenario: Scenario) -> bool:
+    """Whether text-only steps encode a dummy image, so that overlapped reduction finds every gradient."""
     recipe = scenario.recipe
     return recipe.parallel.overlap_grad_reduce and bool(set(recipe.trainable_parts) - {"llm"})
 

@@ -1,4 +1,4 @@
-"""Where one block of a stage hands over to the next, in the forward and in the backward pass."""
+"""Hooks on the borders between the blocks of a stage, in the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -11,45 +11,47 @@ from torch.utils.hooks import RemovableHandle
 from megavl.model.vl_model import DeepseekVL
 
 
-def mark_blocks(stage: DeepseekVL, mark: Callable[[str], None]) -> list[RemovableHandle]:
-    """Have `mark` called with a name whenever a micro-batch passes a border; forward hooks, and gradient hooks back.
+def add_block_hooks(stage: DeepseekVL, reach: Callable[[str], None]) -> list[RemovableHandle]:
+    """Call `reach` with a border's name whenever a micro-batch reaches that border.
 
-    Names in order: `begin`; `embedded` (hidden states enter the layers), `layers` (they enter norm and head), `head`
-    (its backward pass begins); `head back` and `layers back` (the gradient leaves head and layers). A border that no
-    gradient crosses has no mark on the way back.
+    - `begin`: it enters the stage.
+    - `embedded`: it enters the decoder layers.
+    - `layers`: it enters the final norm and the head.
+    - `head`: the head's backward pass starts.
+    - `head back`, `layers back`: the backward pass of head or layers ends; not called without a gradient.
 
     Args:
-        stage: one pipeline stage; without a head on it, nothing marks the head's borders.
-        mark: called from the thread that runs the pass.
+        stage: one pipeline stage; only a stage with a head reaches the head's borders.
+        reach: called from the thread that runs the pass.
 
     Returns:
-        What `remove()` ends it with.
+        Handles that remove the hooks.
     """
     decoder = stage.language_model.decoder
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        mark("begin")
+        reach("begin")
 
     def enter_layers(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mark("embedded")
+        reach("embedded")
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         if hidden is None:
-            # An inner stage was given its hidden states beforehand.
+            # An inner stage received its hidden states before the call.
             hidden = decoder.input_tensor
         assert hidden is not None, "the decoder was called without hidden states"
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: mark("layers back"))
+            hidden.register_hook(lambda _: reach("layers back"))
 
     def leave_layers(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        mark("layers")
+        reach("layers")
         if args[0].requires_grad:
-            args[0].register_hook(lambda _: mark("head back"))
+            args[0].register_hook(lambda _: reach("head back"))
 
     def leave_head(module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(lambda _: mark("head"))
+            out.register_hook(lambda _: reach("head"))
         else:
-            mark("head")
+            reach("head")
 
     handles = [
         stage.register_forward_pre_hook(begin),

@@ -1,13 +1,14 @@
 """Measures seconds of every block in real training steps, for the planner.
 
-The model is the recipe's with few decoder layers, on one pipeline stage; each data-parallel replica runs the same steps
-at the same time, so that ranks which share a machine's cores are measured sharing them. Marks are taken where tensors
-pass from block to block: in forward hooks, and in gradient hooks on the same tensors on the way back.
+The model is the recipe's with few decoder layers, on one pipeline stage. All data-parallel replicas run the same steps
+at the same time, so ranks that share a machine's cores slow each other down as in training. Times are taken where
+tensors pass from block to block: in forward hooks, and in gradient hooks on the same tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import platform
 import statistics
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from megavl.config.recipe import Recipe
 from megavl.data.batch import Batch, Modality
 from megavl.data.loader import StepLoader
+from megavl.model.build import DTYPES, BuildSpec
 from megavl.parallel import cpu_runtime, groups
 from megavl.parallel.groups import Position
 from megavl.planner.hardware.calibration import (
@@ -39,28 +41,26 @@ from megavl.planner.hardware.calibration import (
 from megavl.train.batch_broadcast import StepPrefetcher, StepSource, next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import Optimizer, build_optimizer, set_learning_rate
-from megavl.train.profile.block_hooks import mark_blocks
-from megavl.train.profile.calibration_steps import MICRO_BATCHES, MadeUpSteps, step_source
+from megavl.train.profile.block_hooks import add_block_hooks
+from megavl.train.profile.calibration_steps import MICRO_BATCHES, RandomSteps, step_source
 from megavl.train.step import train_step
 
 LAYERS = 4
 """Decoder layers that are measured; the planner multiplies."""
 WARM_UP = 2
-"""Steps of each kind before anything counts."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Steps of each kind that are not counted."""
 
 
 def calibrate(recipe: Recipe, *, images: int, repeats: int) -> Calibration | None:
     """Measure `recipe` on the processes that a launcher started.
 
     Args:
-        recipe: its micro-batch, tensor and sequence parallelism, recompute and trained groups count.
-        images: images of a multimodal sequence where data are made up; the recipe's data bring their own.
-        repeats: steps of each kind that count.
+        recipe: its micro-batch, tensor and sequence parallelism, recompute and trained groups are used.
+        images: images of a random multimodal sequence; used if the recipe's data do not exist.
+        repeats: counted steps of each kind.
 
     Returns:
-        One entry in a file on rank 0; None elsewhere.
+        A calibration with one entry on rank 0; None elsewhere.
     """
     recipe = _reduced(recipe)
     groups.world_size_from_env()
@@ -77,7 +77,7 @@ def calibrate(recipe: Recipe, *, images: int, repeats: int) -> Calibration | Non
             source = step_source(recipe, kind, images=images, position=position, real=real)
             samples[kind] = _measure(probe, source, repeats=repeats, bar=bar)
         if "multimodal" in kinds:
-            one = MadeUpSteps(recipe, images=1, position=position)
+            one = RandomSteps(recipe, images=1, position=position)
             samples["one image"] = _measure(probe, one, repeats=repeats, bar=bar)
     entry = _entry(recipe, samples, probe=probe, world=position.world_size, transfer_s=_transfer(recipe, position))
     groups.stop()
@@ -98,7 +98,7 @@ def calibrate(recipe: Recipe, *, images: int, repeats: int) -> Calibration | Non
 
 @dataclasses.dataclass
 class _Samples:
-    """What the counted steps of one kind took."""
+    """Seconds of the counted steps of one kind."""
 
     blocks: dict[str, list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     loading: list[float] = dataclasses.field(default_factory=list)
@@ -107,52 +107,52 @@ class _Samples:
     images: list[int] = dataclasses.field(default_factory=list)
 
     def seconds(self, name: str) -> float:
-        """Lower quartile of the seconds of a block's pass: what else runs on the machine only adds time."""
+        """Lower quartile of a block's pass: other programs on the machine only add time."""
         return low(self.blocks[name])
 
 
 class _Probe:
-    """Marks in the model; one list of (name, time) per step."""
+    """Runs steps and notes the time of every border between blocks."""
 
     def __init__(self, model: ModelChunks, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
-        self.marks: list[tuple[str, float]] = []
+        self.borders: list[tuple[str, float]] = []
         (chunk,) = model.chunks
         stage = chunk.module
         self.layers = len(stage.language_model.decoder.layers)
-        mark_blocks(stage, self.mark)
+        add_block_hooks(stage, self.reach)
         for name in ("siglip", "sam", "adaptor"):
             part = getattr(stage.vision, name)
             if part is not None:
-                part.register_forward_pre_hook(lambda *_, name=name: self.mark(f"{name} begin"))
-                part.register_forward_hook(lambda *_, name=name: self.mark(f"{name} end"))
+                part.register_forward_pre_hook(lambda *_, name=name: self.reach(f"{name} begin"))
+                part.register_forward_hook(lambda *_, name=name: self.reach(f"{name} end"))
         stage.vision.adaptor.register_forward_pre_hook(self._enter_adaptor)
-        stage.vision.register_forward_hook(lambda *_: self.mark("vision"))
+        stage.vision.register_forward_hook(lambda *_: self.reach("vision"))
         finalize = chunk.config.finalize_model_grads_func
 
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            self.mark("pipeline done")
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.reach("pipeline done")
             return finalize(*args, **kwargs)
 
-        chunk.config.finalize_model_grads_func = marked
+        chunk.config.finalize_model_grads_func = timed
 
-    def mark(self, name: str) -> None:
-        """Note the time once the device is idle."""
+    def reach(self, name: str) -> None:
+        """Note the time when the device is idle."""
         torch.cuda.synchronize()
-        self.marks.append((name, time.perf_counter()))
+        self.borders.append((name, time.perf_counter()))
 
     def run(self, data: Sequence[Batch]) -> tuple[float, float]:
-        """One step; seconds of the optimizer, and of what is neither a block nor the optimizer."""
-        self.marks.clear()
-        step, spent = self.optimizer.step, 0.0
+        """Run one step; returns seconds of the optimizer, and of everything else outside the blocks."""
+        self.borders.clear()
+        step, update = self.optimizer.step, 0.0
 
         def timed(loss: torch.Tensor) -> Any:
-            nonlocal spent
+            nonlocal update
             torch.cuda.synchronize()
             began = time.perf_counter()
             out = step(loss)
             torch.cuda.synchronize()
-            spent = time.perf_counter() - began
+            update = time.perf_counter() - began
             return out
 
         self.optimizer.step = timed  # type: ignore[method-assign]
@@ -162,34 +162,35 @@ class _Probe:
         torch.cuda.synchronize()
         whole = time.perf_counter() - began
         del self.optimizer.step
-        return spent, whole - spent - (self.marks[-1][1] - self.marks[0][1])
+        return update, whole - update - (self.borders[-1][1] - self.borders[0][1])
 
     def blocks(self) -> list[dict[str, float]]:
-        """Seconds of each block's passes, for every micro-batch of the last step."""
-        starts = [index for index, (name, _) in enumerate(self.marks) if name == "begin"] + [len(self.marks) - 1]
-        return [_differences(self.marks[start : end + 1], layers=self.layers) for start, end in zip(starts, starts[1:])]
+        """Seconds of each block's passes for every micro-batch of the last step."""
+        found = self.borders
+        starts = [index for index, (name, _) in enumerate(found) if name == "begin"] + [len(found) - 1]
+        return [_differences(found[start : end + 1], layers=self.layers) for start, end in itertools.pairwise(starts)]
 
     def _enter_adaptor(self, module: torch.nn.Module, args: tuple[torch.Tensor | None, ...]) -> None:
         for features in args:
             if features is not None and features.requires_grad:
-                features.register_hook(lambda _: self.mark("adaptor back"))
+                features.register_hook(lambda _: self.reach("adaptor back"))
 
 
 def low(values: list[float]) -> float:
     """Lower quartile."""
-    # Taken for all there is: as a sample, two values would give one below both.
+    # The default method would return less than the smaller of two values.
     return statistics.quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
 
 
-def _differences(marks: list[tuple[str, float]], *, layers: int) -> dict[str, float]:
-    """Seconds between one micro-batch's marks, by block and pass."""
-    at = dict(marks)
+def _differences(borders: list[tuple[str, float]], *, layers: int) -> dict[str, float]:
+    """Seconds between the borders that one micro-batch reached, by block and pass."""
+    at = dict(borders)
     vision, head = at.get("vision", at["begin"]), at["head"]
-    # Where nothing trains that the loss reaches, there is no way back.
-    end = marks[-1][1] if "head back" in at else head
+    # If nothing trains, there is no backward pass.
+    end = borders[-1][1] if "head back" in at else head
     head_back = at.get("head back", head)
     layers_back = at.get("layers back", end)
-    # Features that need no gradient leave everything after the decoder to the adaptor.
+    # If features need no gradient, the rest of the backward pass belongs to the adaptor.
     adaptor_back = at.get("adaptor back", end)
     out = {
         "towers forward": at.get("adaptor begin", vision) - at["begin"],
@@ -209,7 +210,7 @@ def _differences(marks: list[tuple[str, float]], *, layers: int) -> dict[str, fl
 
 
 def _reduced(recipe: Recipe) -> Recipe:
-    """The recipe on one stage with few layers; reduction after the schedule, so that it is in no block's time."""
+    """The recipe on one stage with few layers, without overlap, so that reduction adds to no block's time."""
     llm = dataclasses.replace(recipe.model.llm, num_layers=min(LAYERS, recipe.model.llm.num_layers))
     parallel = dataclasses.replace(
         recipe.parallel,
@@ -224,15 +225,7 @@ def _reduced(recipe: Recipe) -> Recipe:
 
 
 def _build(recipe: Recipe) -> tuple[ModelChunks, Optimizer]:
-    model = build_model_chunks(
-        recipe.model,
-        parallel=recipe.parallel,
-        recompute=recipe.recompute,
-        layout=None,
-        dtype=_DTYPES[recipe.training.precision],
-        train=recipe.trainable_parts,
-        seed=recipe.training.seed,
-    )
+    model = build_model_chunks(BuildSpec.of(recipe, layout=None))
     optimizer = build_optimizer(model, optimizer=recipe.optimizer, bf16=recipe.training.precision == "bf16")
     set_learning_rate(optimizer, lr=1e-9, weight_decay=0.0)
     return model, optimizer
@@ -240,13 +233,13 @@ def _build(recipe: Recipe) -> tuple[ModelChunks, Optimizer]:
 
 def _measure(probe: _Probe, source: StepSource | None, *, repeats: int, bar: tqdm[Any]) -> _Samples:
     out = _Samples()
-    # As in training, where a step's data is put together while the device computes.
-    ahead = (
+    # As in training, the next step's data is prepared while the device computes.
+    prefetcher = (
         StepPrefetcher(source, steps=WARM_UP + repeats) if source is not None and torch.cuda.is_available() else None
     )
     for step in range(WARM_UP + repeats):
         began = time.perf_counter()
-        data = next_step(ahead or source, step)
+        data = next_step(prefetcher or source, step)
         loading = time.perf_counter() - began
         update, fixed = probe.run(data)
         bar.update()
@@ -255,12 +248,12 @@ def _measure(probe: _Probe, source: StepSource | None, *, repeats: int, bar: tqd
         out.loading.append(loading / MICRO_BATCHES)
         out.update.append(update)
         out.fixed.append(fixed)
-        out.images.append(data.images)
+        out.images.append(sum(batch.image_count for batch in data))
         for found in probe.blocks()[1:]:
             for name, seconds in found.items():
                 out.blocks[name].append(seconds)
-    if ahead is not None:
-        ahead.close()
+    if prefetcher is not None:
+        prefetcher.close()
     if isinstance(source, StepLoader):
         source.close()
     return out
@@ -297,7 +290,7 @@ def _entry(
 
 
 def _kind(found: _Samples, *, embedding: _Samples | None = None) -> KindEntry:
-    """Blocks of one modality; the embedding's, which cannot be told from the encoders' on the way back, from text."""
+    """Blocks of one modality; `embedding` measures the embedding, whose backward pass images would hide."""
     of_embedding = embedding or found
     return KindEntry(
         embedding=_seconds(of_embedding, "embedding"),
@@ -308,7 +301,7 @@ def _kind(found: _Samples, *, embedding: _Samples | None = None) -> KindEntry:
 
 
 def _vision(found: _Samples, text: _Samples) -> VisionEntry:
-    """Encoders and adaptor; the adaptor's share holds the writing of its rows into the embeddings."""
+    """Encoders and adaptor; the adaptor includes writing its rows into the embeddings."""
     rows = found.seconds("embedding forward") - text.seconds("embedding forward")
     back = found.seconds("embedding backward") - text.seconds("embedding backward")
     return VisionEntry(
@@ -322,12 +315,12 @@ def _seconds(found: _Samples, name: str) -> Seconds:
 
 
 def _transfer(recipe: Recipe, position: Position) -> float | None:
-    """Seconds of one micro-batch's hidden states from rank 0 to rank 1, half a round trip."""
+    """Seconds to send one micro-batch's hidden states from rank 0 to rank 1: half a round trip."""
     if position.world_size == 1:
         return None
     tokens = recipe.training.micro_batch_size * recipe.data.seq_length
     shape = (tokens, 1, recipe.model.llm.hidden_size)
-    tensor = torch.zeros(shape, dtype=_DTYPES[recipe.training.precision], device=cpu_runtime.device())
+    tensor = torch.zeros(shape, dtype=DTYPES[recipe.training.precision], device=cpu_runtime.device())
     times = []
     for _ in range(20):
         dist.barrier()

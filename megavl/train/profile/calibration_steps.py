@@ -1,4 +1,4 @@
-"""Steps for a calibration: the recipe's own data, all of one kind, or made-up ones."""
+"""Steps for a calibration: all of one modality, from the recipe's data or random."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megavl.train.batch_broadcast import StepSource
 from megavl.train.open_data import recipe_dataset, step_loader
 
 MICRO_BATCHES = 2
-"""Per step; the first one of each step is left out."""
+"""Micro-batches per step; the first one of each step is not counted."""
 
 
-class MadeUpSteps:
-    """Random micro-batches of one document a sequence, with a fixed number of images each."""
+class RandomSteps:
+    """Random micro-batches with one document per sequence and a fixed number of images."""
 
     def __init__(self, recipe: Recipe, *, images: int, position: Position) -> None:
         self.recipe, self.images = recipe, images
@@ -50,11 +50,11 @@ class MadeUpSteps:
 
 
 def step_source(recipe: Recipe, kind: Modality, *, images: int, position: Position, real: bool) -> StepSource | None:
-    """The recipe's own data where they are there, else made-up ones; the rank that loads gets them."""
+    """Steps from the recipe's data if `real`, else random ones; None on ranks that do not load."""
     if not broadcast.is_source():
         return None
     if not real or not _draws(recipe, kind):
-        return MadeUpSteps(recipe, images=images if kind == "multimodal" else 0, position=position)
+        return RandomSteps(recipe, images=images if kind == "multimodal" else 0, position=position)
     recipe = _steps_of(recipe, kind, replicas=position.dp_size)
     dataset = recipe_dataset(recipe, tokenizer=open_tokenizer(recipe.data.tokenizer), skip_hash=True)
     sampler = Sampler(dataset.counts, mixture=recipe_mixture(recipe, dataset.counts))
@@ -62,7 +62,7 @@ def step_source(recipe: Recipe, kind: Modality, *, images: int, position: Positi
 
 
 def _draws(recipe: Recipe, kind: Modality) -> bool:
-    """Whether the recipe ever takes steps of this kind, so that its data must hold some."""
+    """Whether the recipe takes steps of this kind, so that its data hold some."""
     data = recipe.data
     return (
         data.multimodal_fraction > 0
@@ -72,7 +72,7 @@ def _draws(recipe: Recipe, kind: Modality) -> bool:
 
 
 def _steps_of(recipe: Recipe, kind: Modality, *, replicas: int) -> Recipe:
-    """The recipe with short steps of one kind only, more of them than are ever taken."""
+    """The recipe with short steps of one kind, more of them than a calibration takes."""
     data = dataclasses.replace(recipe.data, multimodal_fraction=float(kind == "multimodal"), modality_warmup_steps=0)
     batch = MICRO_BATCHES * recipe.training.micro_batch_size * replicas
     training = dataclasses.replace(recipe.training, global_batch_size=batch, steps=1_000_000)

@@ -1,4 +1,4 @@
-"""The measured timeline of a step, in the form of a simulated one: JSON of all ranks, SVG of the first replica."""
+"""Timelines of measured steps, in the form of simulated ones: JSON of all ranks, SVG of the first replica."""
 
 from __future__ import annotations
 
@@ -8,60 +8,80 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavl.config.recipe import Recipe
 from megavl.data.batch import Modality
 from megavl.parallel.groups import Position
 from megavl.planner.report.svg import Panel, draw
 from megavl.planner.report.timeline import row_name, title, trace
-from megavl.planner.scenario import Scenario, make_scenario
-from megavl.train.profile.step_profiler import Record
+from megavl.planner.scenario import Scenario
+from megavl.train.model_chunks import ModelChunks
+from megavl.train.profile.step_profiler import Record, StepProfiler
+from megavl.train.run_plan import RunPlan
 
 FOLDER = "timeline"
 """In run.dir."""
 
 
-def write_timeline(
-    record: Record, *, recipe: Recipe, layout: tuple[int, ...], step: int, modality: Modality, seconds: float
-) -> str:
+class StepTimelines:
+    """Records the steps of `run.timeline_steps` and writes each as a timeline; other steps pass through untouched."""
+
+    def __init__(self, plan: RunPlan, model: ModelChunks) -> None:
+        self._plan, self._model = plan, model
+        self._profiler: StepProfiler | None = None
+        self._step = 0
+
+    def begin(self, step: int) -> None:
+        """Start the step profiler if this step is to be recorded. Collective then."""
+        self._step = step
+        if step in self._plan.recipe.run.timeline_steps:
+            self._profiler = StepProfiler(self._model, position=self._plan.position)
+
+    def end(self, *, modality: Modality, seconds: float) -> None:
+        """Write what was recorded and say where. Collective if this step was recorded."""
+        if self._profiler is None:
+            return
+        record, self._profiler = self._profiler.stop(), None
+        self._plan.say(write_timeline(record, plan=self._plan, step=self._step, modality=modality, seconds=seconds))
+
+
+def write_timeline(record: Record, *, plan: RunPlan, step: int, modality: Modality, seconds: float) -> str:
     """Gather a step's records and write them to `<run.dir>/timeline/step_NNNNNN.json` and `.svg`. Collective.
 
     Args:
         record: this rank's.
-        recipe: of the run.
-        layout: decoder layers per stage.
+        plan: of the run.
         step: 1 for the first.
         modality: of the step.
         seconds: of the step.
 
     Returns:
-        A line for people: where it is, or why it is not; a disk that is full for a picture is no reason to end a run.
+        On rank 0 a line that names the file, or a warning: a full disk must not end a run over a picture.
     """
-    world = dist.get_world_size()
-    found: list[Record | None] | None = [None] * world if dist.get_rank() == 0 else None
+    found: list[Record | None] | None = [None] * plan.position.world_size if plan.position.rank == 0 else None
     dist.gather_object(record, found, dst=0)
     if found is None:
         return ""
     records = align([entry for entry in found if entry is not None])
-    scenario = make_scenario(recipe, devices=world)
+    first_replica = [entry for entry in records if entry.position.dp_rank == 0]
     whole, first = (
-        measured_panel(part, scenario=scenario, layout=layout, modality=modality, seconds=seconds)
-        for part in (records, [entry for entry in records if entry.position.dp_rank == 0])
+        measured_panel(part, scenario=plan.scenario, layout=plan.layers, modality=modality, seconds=seconds)
+        for part in (records, first_replica)
     )
-    path = Path(recipe.run.dir, FOLDER, f"step_{step:06d}.svg")
+    path = Path(plan.recipe.run.dir, FOLDER, f"step_{step:06d}.svg")
     try:
         path.parent.mkdir(exist_ok=True)
         path.with_suffix(".json").write_text(trace([whole]), encoding="utf-8")
-        path.write_text(draw([first], title=title(scenario, layout, f"measured, step {step}")), encoding="utf-8")
+        heading = title(plan.scenario, plan.layers, f"measured, step {step}")
+        path.write_text(draw([first], title=heading), encoding="utf-8")
     except OSError as error:
         return f"warning: run.timeline_steps: cannot write {path}: {error}; training goes on without it"
     return f"timeline of step {step}: {path}"
 
 
 def align(records: Sequence[Record]) -> list[Record]:
-    """All records on one clock, whose zero is the beginning of the step.
+    """All records on one clock, whose zero is the start of the step.
 
-    Ranks of a host share its clock. Hosts are set against each other by the moment at which the first of their ranks
-    left the barrier before the step, so they are off by what a barrier takes.
+    Ranks of a host share its clock. Clocks of hosts are aligned at the barrier before the step, at the time when the
+    first rank of each host left it. So they differ by at most the duration of a barrier.
     """
     zeros: dict[str, float] = {}
     for record in records:
@@ -77,19 +97,19 @@ def align(records: Sequence[Record]) -> list[Record]:
 def measured_panel(
     records: Sequence[Record], *, scenario: Scenario, layout: Sequence[int], modality: Modality, seconds: float
 ) -> Panel:
-    """One row per rank: replica by replica, stage by stage."""
+    """One row per rank, sorted by replica, stage and tensor rank."""
 
-    def place(record: Record) -> tuple[int, int, int]:
+    def order(record: Record) -> tuple[int, int, int]:
         return record.position.dp_rank, record.position.pp_rank, record.position.tp_rank
 
-    rows = sorted(records, key=place)
+    rows = sorted(records, key=order)
     segments = [dataclasses.replace(box, rank=row) for row, record in enumerate(rows) for box in record.segments]
     passes = [box for box in segments if box.micro_batch is not None]
     schedule = max(box.end for box in passes) - min(box.start for box in passes)
-    spent = [0.0] * len(rows)
+    computing = [0.0] * len(rows)
     for box in passes:
-        spent[box.rank] += box.end - box.start
-    busy = tuple(part / schedule for part in spent)
+        computing[box.rank] += box.end - box.start
+    busy = tuple(seconds / schedule for seconds in computing)
     return Panel(
         kind=modality,
         segments=tuple(segments),

@@ -1,4 +1,4 @@
-"""`<run>/exit_status.json`: the one answer to why a run ended; torchrun flattens exit codes to 1."""
+"""`<run>/exit_status.json` says why a run ended; torchrun turns every exit code into 1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RESUMABLE = (EXIT_PREEMPTED, PeerError.exit_code)
 
 
 class ExitStatus:
-    """Writes the status once: the first writer wins, so follow-up errors of other ranks cannot hide the cause."""
+    """Writes the status once: the first writer wins, so later errors of other ranks cannot hide the cause."""
 
     def __init__(self, run_dir: str | Path, *, rank: int) -> None:
         self.path = Path(run_dir) / "exit_status.json"
@@ -21,11 +21,11 @@ class ExitStatus:
         self.section = "start"
 
     def clear(self) -> None:
-        """Remove the last run's status; rank 0 does this before anything can go wrong."""
+        """Remove the last run's status; rank 0 does this first."""
         self.path.unlink(missing_ok=True)
 
     def write(self, code: int, reason: str) -> bool:
-        """Record how this run ended; returns whether this call was the first."""
+        """Record how this run ended; returns whether this call was the first to do so."""
         row = {
             "code": code,
             "reason": reason,
@@ -37,7 +37,7 @@ class ExitStatus:
         draft = self.path.with_name(f".exit_status.{self.rank}.{os.getpid()}")
         draft.write_text(json.dumps(row) + "\n", encoding="utf-8")
         try:
-            # A hard link fails when the name exists, and the content is complete from the start.
+            # A hard link fails if the name exists, and readers never see partial content.
             os.link(draft, self.path)
         except FileExistsError:
             return False

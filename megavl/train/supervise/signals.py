@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 mean the same: save at the next step boundary and leave with code 75."""
+"""SIGTERM and SIGUSR1: save after the current step and leave with code 75."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class StopFlag:
         self.raised = False
 
     def install(self) -> None:
-        """Listen from now on."""
+        """Install the handlers."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._raise)
 

@@ -1,8 +1,8 @@
 // A CUDA device for a machine and a PyTorch without CUDA: its memory is the host's, its kernels are the CPU's.
 //
 // Tensors carry the device type, the dispatch keys and the storages of CUDA, so that a program takes the paths it takes
-// on a GPU. What a GPU would refuse is refused (tensors of two devices in one operator), and what would make the host
-// wait for it is told. Times mean nothing here, and no CUDA kernel runs.
+// on a GPU. An operator with tensors of two devices is refused, and what would make the host wait gives a warning. Times
+// mean nothing here, and no CUDA kernel runs.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -364,7 +364,7 @@ struct Silence final : c10::WarningHandler {
 c10::WarningHandler* const handler = c10::WarningUtils::get_warning_handler();
 const bool replaces_silently = (c10::WarningUtils::set_warning_handler(&silence), true);
 
-// NCCL's place is taken by gloo, over the host's view of the same memory.
+// gloo replaces NCCL, over the host's view of the same memory.
 TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
   for (const char* name :
        {"allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_", "allgather_", "_allgather_base_",

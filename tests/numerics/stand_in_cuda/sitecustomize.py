@@ -1,15 +1,15 @@
-"""A stand-in for CUDA devices: programs take their paths for CUDA where there is no GPU.
+"""A stand-in for CUDA devices: programs take their code paths for CUDA where there is no GPU.
 
     PYTHONPATH=tests/numerics/stand_in_cuda:. python -m launch.bench.engines.step_speed --model tiny
 
-Python imports this file at its start, in child processes too. From then on torch has eight devices whose memory is the
-host's and whose kernels are the CPU's (`device.cpp`); to every caller their tensors are CUDA tensors. Tensors of two
-devices in one operator are refused, and waits of the host for the device are told where torch is asked to tell. Flash
+Python imports this file at its start, in child processes too. Then torch has eight devices. Their memory is the host's
+and their kernels are the CPU's (`device.cpp`), but every caller sees CUDA tensors. An operator with tensors of two
+devices is refused. Where torch is asked to warn of waits, a wait of the host for the device gives a warning. Flash
 attention is computed densely, NCCL is gloo, streams and events are the host's, torch.compile is off.
 `CUDA_VISIBLE_DEVICES=` hides the devices.
 
-A program that runs here takes the right paths with tensors in the right places. Whether CUDA's kernels agree, whether
-streams order them, and what they take, only a GPU tells.
+This shows that a program takes the right paths with tensors on the right devices. Only a GPU shows whether CUDA's
+kernels agree, whether streams order them, and how long they take.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SOURCE = Path(__file__).with_name("device.cpp")
 NAME = "NVIDIA H200 (stand-in on the host)"
 MEMORY_BYTES = 141 * 10**9
 _KEPT: list[Any] = []
-"""Registered kernels, which would go with their library."""
+"""Registered kernels; they would be removed with their library."""
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Puts the devices in with torch's first import, before torch looks for CUDA."""
+    """Adds the devices at torch's first import, before torch looks for CUDA."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """torch's own, which ends with the names of CUDA replaced."""
+        """torch's own module spec, whose loader then repositions the names of CUDA."""
         if name != "torch":
             return None
         sys.meta_path.remove(self)
@@ -62,9 +62,9 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 def load(torch_folder: Path) -> ctypes.CDLL:
-    """The devices' library, above torch's own."""
+    """Load the library of the devices on top of torch's own."""
     if (torch_folder / "lib/libtorch_cuda.so").exists():
-        raise ImportError("this torch was built with CUDA, whose place the stand-in takes; install one without")
+        raise ImportError("this torch was built with CUDA; the stand-in needs a CPU build")
     for name in ("libtorch_global_deps.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch_folder / "lib" / name), ctypes.RTLD_GLOBAL)
     device = ctypes.CDLL(str(build(torch_folder)))
@@ -100,7 +100,7 @@ def build(torch_folder: Path) -> Path:
 
 
 class _Stream:
-    """One queue for all: the host itself."""
+    """The only queue: the host itself."""
 
     cuda_stream = 0
     device_index = 0
@@ -169,7 +169,7 @@ def _replace_names(torch: Any, library: Any) -> None:
     def set_device(index: Any) -> None:
         exchange(torch.device(index).index or 0 if not isinstance(index, int) else index)
 
-    # Functions of ctypes cannot be hashed, which torch.compile wants of some names.
+    # torch.compile hashes some of these, and functions of ctypes cannot be hashed: hence the lambdas.
     names = {
         "is_available": lambda: visible > 0,
         "is_initialized": lambda: True,
@@ -227,16 +227,16 @@ def _replace_attention(torch: Any) -> None:
     kernels = torch.library.Library("aten", "IMPL", "CUDA")
 
     def probabilities(q: Any, k: Any, cu: Any, causal: bool, scale: float | None) -> tuple[Any, Any, float]:
-        assert q.is_cuda and cu.is_cuda and cu.dtype == torch.int32, "flash attention wants int32 borders on the device"
-        assert q.dtype in (torch.float16, torch.bfloat16), f"flash attention takes no {q.dtype}"
-        assert q.stride(-1) == 1 and k.stride(-1) == 1, "flash attention wants channels next to each other"
-        assert q.shape[-1] % 8 == 0 and q.shape[-1] <= 256, f"flash attention takes no head dimension {q.shape[-1]}"
+        assert q.is_cuda and cu.is_cuda and cu.dtype == torch.int32, "flash attention needs int32 borders on the device"
+        assert q.dtype in (torch.float16, torch.bfloat16), f"flash attention does not support {q.dtype}"
+        assert q.stride(-1) == 1 and k.stride(-1) == 1, "flash attention needs channels next to each other"
+        assert q.shape[-1] % 8 == 0 and q.shape[-1] <= 256, f"flash attention refuses head dimension {q.shape[-1]}"
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        places = torch.arange(q.shape[0], device=q.device)
-        segment = torch.searchsorted(cu, places, right=True)
+        positions = torch.arange(q.shape[0], device=q.device)
+        segment = torch.searchsorted(cu, positions, right=True)
         allowed = segment[:, None] == segment[None]
         if causal:
-            allowed &= places[:, None] >= places[None]
+            allowed &= positions[:, None] >= positions[None]
         scores = factor * torch.einsum("qhd,khd->hqk", q.float(), k.float())
         scores = scores.masked_fill(~allowed, float("-inf"))
         lse = scores.logsumexp(-1)
@@ -248,8 +248,8 @@ def _replace_attention(torch: Any) -> None:
     ) -> tuple[Any, ...]:  # fmt: skip
         assert dropout == 0.0 and not any(value is not None for value in rest.values())
         assert (window_size_left, window_size_right) == ((-1, 0) if causal else (-1, -1))
-        chances, lse, _ = probabilities(q, k, cu_q, causal, scale)
-        out = torch.einsum("hqk,khd->qhd", chances, v.float()).to(q.dtype)
+        weights, lse, _ = probabilities(q, k, cu_q, causal, scale)
+        out = torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
         none = torch.empty(0, device=q.device)
         return out, lse, torch.zeros(2, dtype=torch.uint64, device=q.device), none, none
 
@@ -257,12 +257,12 @@ def _replace_attention(torch: Any) -> None:
         grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int,
         dropout: float, causal: bool, state: Any, unused: Any, *, scale: Any = None, **rest: Any,
     ) -> tuple[Any, ...]:  # fmt: skip
-        chances, _, factor = probabilities(q, k, cu_q, causal, scale)
+        weights, _, factor = probabilities(q, k, cu_q, causal, scale)
         grad = grad.float()
-        to_v = torch.einsum("hqk,qhd->khd", chances, grad)
+        to_v = torch.einsum("hqk,qhd->khd", weights, grad)
         toward = torch.einsum("qhd,khd->hqk", grad, v.float())
         inner = (grad * out.float()).sum(-1).T[..., None]  # (H, T, 1)
-        scores = factor * chances * (toward - inner)
+        scores = factor * weights * (toward - inner)
         to_q = torch.einsum("hqk,khd->qhd", scores, k.float())
         to_k = torch.einsum("hqk,qhd->khd", scores, q.float())
         return to_q.to(q.dtype), to_k.to(q.dtype), to_v.to(q.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launch.bench.engines.random_models import random_weights
 from megavl.checkpoint.reader import load_model_config as config_of_checkpoint
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.adaptor import ADAPTORS
@@ -22,7 +23,6 @@ from megavl.convert.tokenizer_files import TokenizerIds
 from megavl.convert.verify import compare
 from megavl.main.cli import main
 from megavl.main.convert import open_weights
-from tests.distributed.synthetic import random_weights
 
 IDS = TokenizerIds(bos=0, eos=1, pad=1, image=3)
 EVEN = {"siglip": {"image_size": 96}, "sam": {"image_size": 256}}

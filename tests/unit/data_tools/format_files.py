@@ -1,4 +1,4 @@
-"""Inputs of every format, made in the test, and what preprocessing must have written for them."""
+"""Test inputs of every format, and the samples that preprocessing must write for them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ BOS, EOS, IMAGE_ID = 0, 1, 3
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as both readers give it."""
+    """One sample, as both readers return it."""
 
     ids: list[int]
     supervised: list[bool]
     images: list[bytes]
-    place: int
+    position: int
 
 
 def read_back(out: Path) -> list[Sample]:
-    """All samples of a run in the order of shards, read by the stock class; checked against our reader on the way."""
+    """All samples of a run in the order of shards, read by the stock class and compared with our reader."""
     samples = []
     for entry in json.loads((out / "manifest.json").read_text())["shards"]:
         shard = Shard(out, name=entry["name"], handles=ReadHandles(), sha256=entry["sha256"])
@@ -49,18 +49,18 @@ def read_back(out: Path) -> list[Sample]:
             for span in shard.spans_of(number):
                 mask[span["start"] : span["end"]] = True
             samples.append(
-                Sample(ids=ids, supervised=mask.tolist(), images=files, place=int(shard.samples[number]["place"]))
+                Sample(ids=ids, supervised=mask.tolist(), images=files, position=int(shard.samples[number]["place"]))
             )
     return samples
 
 
 class Expected:
-    """Samples built from the Hugging Face tokenizer alone."""
+    """Builds samples with the Hugging Face tokenizer alone."""
 
     def __init__(self, tokenizer: Path) -> None:
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
 
-    def document(self, *parts: str | bytes, place: int) -> Sample:
+    def document(self, *parts: str | bytes, position: int) -> Sample:
         """Text and image files in order, between BOS and a supervised EOS."""
         ids, mask = [BOS], [False]
         for part in parts:
@@ -68,10 +68,10 @@ class Expected:
             ids += new
             mask += [isinstance(part, str)] * len(new)
         images = [part for part in parts if isinstance(part, bytes)]
-        return Sample(ids=[*ids, EOS], supervised=[*mask, True], images=images, place=place)
+        return Sample(ids=[*ids, EOS], supervised=[*mask, True], images=images, position=position)
 
     def conversation(
-        self, *rounds: tuple[str, str], place: int, images: Sequence[bytes] = (), system: str = "Be brief."
+        self, *rounds: tuple[str, str], position: int, images: Sequence[bytes] = (), system: str = "Be brief."
     ) -> Sample:
         """Rounds of question and answer; the questions hold one IMAGE per image."""
         ids, mask = [BOS], [False]
@@ -82,7 +82,7 @@ class Expected:
             ids += [*prompt, *reply, EOS]
             mask += [False] * len(prompt) + [True] * (len(reply) + 1)
             lead = ""
-        return Sample(ids=ids, supervised=mask, images=list(images), place=place)
+        return Sample(ids=ids, supervised=mask, images=list(images), position=position)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -90,7 +90,7 @@ class Expected:
 
 
 def picture(number: int, *, kind: str = "PNG", size: tuple[int, int] | None = None) -> bytes:
-    """A small image file, another one for every number."""
+    """A small image file that differs for every number."""
     out = io.BytesIO()
     colour = (number * 37 % 256, number * 91 % 256, number * 151 % 256)
     Image.new("RGB", size or (20 + number % 7, 24 + number % 5), colour).save(out, kind)
@@ -124,7 +124,7 @@ def write_tar(
 
 
 def rejects(out: Path) -> list[tuple[str, str]]:
-    """Reason and `file:place`, in order; the report must count the same."""
+    """Reason and `file:position` of each reject, in order; checks that the report counts the same."""
     lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [(line["reason"], Path(line["record"]).name) for line in lines]
     report = json.loads((out / "report.json").read_text())["rejected"]

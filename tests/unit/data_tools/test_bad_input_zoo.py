@@ -1,4 +1,4 @@
-"""Every kind of bad input in one run: each record counted by reason and place, and the rest as if it had not been."""
+"""Every kind of bad input in one run: each record is rejected with its reason, and the others are unaffected."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _zoo(root: Path) -> dict[str, str]:
-    """Bad images, and the reason each is rejected with."""
+    """Bad images, with the reason of each reject."""
     folder = root / "images"
     noise = Image.effect_noise((300, 300), 50)
     saved = {kind: io.BytesIO() for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF")}
@@ -58,7 +58,7 @@ def _zoo(root: Path) -> dict[str, str]:
 
 
 def _lines(root: Path) -> list[tuple[bytes, str | None]]:
-    """Lines of one JSONL file of conversations, and the reason why each is rejected."""
+    """Lines of a JSONL file of conversations, with the reason of each reject."""
     good: Any = lambda n: {"image": f"images/{n}.png", "conversations": TALK, "id": n}  # noqa: E731
     rows: list[tuple[Any, str | None]] = [({**good(1), "image": name}, why) for name, why in _zoo(root).items()]
     rows += [
@@ -76,7 +76,7 @@ def _lines(root: Path) -> list[tuple[bytes, str | None]]:
     ]
     shutil.copy(root / "images/1.png", root / "images/png_called.jpg")
     fine = [*(good(n) for n in range(1, 30) if n % 3), {**good(1), "image": "images/png_called.jpg"}]
-    # Between good ones, so that what a bad one might leave behind shows.
+    # Good records follow bad ones, so that a side effect of a bad one shows.
     mixed: list[tuple[Any, str | None]] = []
     for number, row in enumerate(rows):
         mixed += [row, (fine[number % len(fine)], None)]
@@ -84,20 +84,20 @@ def _lines(root: Path) -> list[tuple[bytes, str | None]]:
     return [(row if isinstance(row, bytes) else json.dumps(row).encode(), why) for row, why in mixed]
 
 
-def test_the_rest_is_as_if_it_had_not_been(
+def test_bad_records_leave_the_others_unchanged(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The true limit is 64 MB: the same code with a smaller file.
-    monkeypatch.setattr("data_tools.readers.splits.MAX_RECORD", 1 << 20)
+    monkeypatch.setattr("data_tools.readers.json_file.MAX_RECORD", 1 << 20)
     root = tmp_path / "in"
     make_images(root / "images", count=30)
     lines = _lines(root)
     (root / "mixed.jsonl").write_bytes(b"\n".join(line for line, _ in lines) + b"\n")
     (root / "clean.jsonl").write_bytes(b"\n".join(line for line, why in lines if why is None) + b"\n")
     for name in ("mixed", "clean"):
-        # One stretch each, so that shards can be compared; bombs are rejected from their headers.
+        # One split each, so that shards can be compared; bombs are rejected from their headers.
         monkeypatch.setattr(
-            "data_tools.pipeline.job._STRETCHES", dict.fromkeys(("text", "paths", "images"), (1 << 30, 1 << 30))
+            "data_tools.pipeline.job._SPLIT_BYTES", dict.fromkeys(("text", "paths", "images"), (1 << 30, 1 << 30))
         )
         more = ["--max-bad-frac", "0.6", "--format", "llava"]
         assert run_preprocess([root / f"{name}.jsonl"], tokenizer=tokenizer, output=tmp_path / name, more=more) == 0
@@ -119,13 +119,13 @@ def test_the_rest_is_as_if_it_had_not_been(
     report = json.loads((tmp_path / "mixed/report.json").read_text())["rejected"]
     reasons = [why for _, why in lines if why]
     assert {why: entry["count"] for why, entry in report.items()} == {why: reasons.count(why) for why in set(reasons)}
-    assert all(set(entry["examples"]) <= {place for place, _ in expected} for entry in report.values())
+    assert all(set(entry["examples"]) <= {record for record, _ in expected} for entry in report.values())
 
 
 def test_ids_beyond_the_vocabulary_are_rejected(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tokenizer should give them; one that does must not reach the embedding."""
+    """Such ids from a faulty tokenizer must not reach the embedding."""
     real = HuggingFaceTokenizer.encode_batch
 
     def wrong(self: HuggingFaceTokenizer, texts: list[str]) -> list[list[int]]:
@@ -139,8 +139,9 @@ def test_ids_beyond_the_vocabulary_are_rejected(
     assert "outside its vocabulary" in reject["detail"]
 
 
-def test_batches_change_nothing(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many records are tokenized together decides memory, not output."""
+def test_batch_size_does_not_change_the_output(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = make_images(tmp_path / "images", count=9)
     records = [{"image": name, "text": f"A red thing, {n}."} for n, name in enumerate(names)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,11 +1,11 @@
-"""A mistake gives one message and the right exit code, and leaves nothing behind."""
+"""An error gives one message and the right exit code, and leaves no files."""
 
 import json
 
 import pytest
 
 from data_tools import build_corpus
-from data_tools.corpus.demo import pictures
+from data_tools.corpus.demo import picture_set
 
 TINY = ["--samples", "3", "--heldout", "4"]
 
@@ -29,14 +29,14 @@ def run(capsys, *arguments):
         (["demo", "--output", "x", "--seed", "-1"], "'-1' is out of range"),
     ],
 )
-def test_wrong_command_line(capsys, monkeypatch, tmp_path, arguments, expected):
+def test_a_wrong_command_line_gives_one_message(capsys, monkeypatch, tmp_path, arguments, expected):
     monkeypatch.chdir(tmp_path)
     code, message = run(capsys, *arguments)
     assert code == 2 and expected in message and message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_taken_folder_is_refused_and_an_earlier_result_replaced_by_force(capsys, tmp_path):
+def test_only_force_replaces_an_earlier_result(capsys, tmp_path):
     output = tmp_path / "out"
     assert run(capsys, "charts", "--output", output, *TINY)[0] == 0
     before = (output / "captions.jsonl").read_bytes()
@@ -48,7 +48,7 @@ def test_a_taken_folder_is_refused_and_an_earlier_result_replaced_by_force(capsy
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_never_removes_a_folder_of_others(capsys, tmp_path):
+def test_force_never_removes_a_foreign_folder(capsys, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     code, message = run(capsys, "charts", "--output", tmp_path / "mine", *TINY, "--force")
@@ -64,22 +64,22 @@ def test_a_file_is_not_an_output_folder(capsys, tmp_path):
     assert code == 5 and "choose a writable folder" in message
 
 
-def test_nothing_is_left_of_a_build_that_fails(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(pictures.PictureSet, "add_training", lambda self, mix, *, count: 1 / 0)
+def test_a_failed_build_leaves_no_files(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(picture_set.PictureSet, "add_training", lambda self, mix, *, count: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(capsys, "charts", "--output", tmp_path / "out", *TINY)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_few_different_pictures_is_an_error(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(pictures.random, "Random", lambda seed: FixedRandom(0))
+    monkeypatch.setattr(picture_set.random, "Random", lambda seed: FixedRandom(0))
     code, message = run(capsys, "charts", "--output", tmp_path / "out", *TINY)
     assert code == 3 and "no new picture" in message and "--samples" in message
     assert list(tmp_path.iterdir()) == []
 
 
-class FixedRandom(pictures.random.Random):
-    """Draws the same picture for ever."""
+class FixedRandom(picture_set.random.Random):
+    """Draws the same picture every time."""
 
     def uniform(self, a, b):
         return a
@@ -97,7 +97,7 @@ class FixedRandom(pictures.random.Random):
         return None
 
 
-def test_tokenizer_from_files(capsys, tmp_path):
+def test_a_tokenizer_is_trained_from_files(capsys, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "some words about words " * 50}) + "\n")
     talks = [{"id": 1, "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "This"}]}]
     (tmp_path / "talks.json").write_text(json.dumps(talks))
@@ -123,7 +123,7 @@ def test_tokenizer_from_files(capsys, tmp_path):
         ("", "holds no text"),
     ],
 )
-def test_bad_tokenizer_input(capsys, tmp_path, content, expected):
+def test_bad_tokenizer_input_is_named(capsys, tmp_path, content, expected):
     source = tmp_path / "input.jsonl"
     if content is not None:
         source.write_text(content)

@@ -1,4 +1,4 @@
-"""Evaluation questions give nothing away: no value, place or list of options is likelier to be right."""
+"""Evaluation questions give nothing away: all values and positions are equally likely to be right."""
 
 import itertools
 import random
@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from data_tools.corpus.demo.pictures import FAMILIES, all_questions
+from data_tools.corpus.demo.picture_set import FAMILIES, all_questions
 from data_tools.corpus.demo.questions import CHOICES, balanced_choices
 
 QUESTIONS = all_questions()
@@ -20,11 +20,11 @@ def test_no_blind_strategy_beats_chance(question, count):
     assert len(choices) == count
     for choice in choices:
         assert len(set(choice.options)) == CHOICES and set(choice.options) <= set(question.values)
-    by_place = Counter(choice.answer for choice in choices)
-    assert max(by_place.values()) / count <= 1 / CHOICES + MARGIN
+    by_position = Counter(choice.answer for choice in choices)
+    assert max(by_position.values()) / count <= 1 / CHOICES + MARGIN
     by_value = Counter(choice.value for choice in choices)
     assert max(by_value[value] for value in question.values) - min(by_value[value] for value in question.values) <= 1
-    # Always the value that is right most often among the questions that offer it.
+    # The strategy that always chooses one value where it is offered.
     for value in question.values:
         offered = [choice for choice in choices if value in choice.options]
         rate = sum(choice.value == value for choice in offered) / len(offered)
@@ -33,7 +33,7 @@ def test_no_blind_strategy_beats_chance(question, count):
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.kind)
 def test_no_ranking_of_the_values_beats_chance(question):
-    """The best fixed order of preference, found with the answers known, over many questions."""
+    """Not even the ranking that is chosen with the answers known."""
     choices = balanced_choices(question, count=1200, rng=random.Random(1))
     best = max(
         sum(min(choice.options, key=ranking.index) == choice.value for choice in choices)
@@ -51,7 +51,7 @@ def test_every_kind_has_one_wording_and_enough_values():
 @pytest.mark.parametrize(
     ("family", "level"), [(family, level) for family, levels in FAMILIES.items() for level in levels]
 )
-def test_any_answer_can_be_demanded(family, level):
+def test_any_answer_can_be_requested(family, level):
     chosen = FAMILIES[family][level]
     rng = random.Random(0)
     for question in chosen.questions:
@@ -67,7 +67,7 @@ def test_any_answer_can_be_demanded(family, level):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_to_one_picture_do_not_predict_each_other(family):
+def test_answers_of_a_picture_are_independent(family):
     """Every pair of answers of an easy picture is about equally frequent."""
     level = FAMILIES[family]["easy"]
     rng = random.Random(2)

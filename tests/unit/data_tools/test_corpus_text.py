@@ -1,10 +1,10 @@
-"""Text is found on any machine, read as data only, deduplicated and bounded."""
+"""Text is found on any machine, is read as data only, has no duplicates, and its size is limited."""
 
 import gzip
 
 import pytest
 
-from data_tools.corpus.demo.texts import LONGEST_DOCUMENT, collect_text
+from data_tools.corpus.texts import MAX_DOCUMENT_CHARACTERS, collect_text
 from megavl.config.errors import DataError
 
 PARAGRAPH = "The quick brown fox jumps over the lazy dog, again and again, until the paragraph is long enough. " * 3
@@ -46,14 +46,14 @@ def test_sources_are_read_as_data(machine):
     assert len(names & {"debian-doc:bash/README", "debian-doc:bash/copyright"}) == 1, "duplicates were kept"
     assert not any(name.startswith(("debian-doc:odd/README.latin1", "debian-doc:odd/README.binary")) for name in names)
     assert not any("picture" in name or "link" in name or "evil" in name or "broken" in name for name in names)
-    assert all(len(document.text) <= LONGEST_DOCUMENT for document in found.documents)
+    assert all(len(document.text) <= MAX_DOCUMENT_CHARACTERS for document in found.documents)
     assert [(summary.name, summary.text) for summary in found.summaries] == [
         ("json.tool.load", "Read what the path holds.")
     ]
     assert sum(source["documents"] for source in found.sources.values()) == len(found.documents)
 
 
-def test_order_is_a_function_of_the_seed(machine):
+def test_the_order_depends_on_the_seed_alone(machine):
     def order(seed):
         found = collect_text(size=10**6, seed=seed, debian=machine / "share", library=machine / "library")
         return [document.source for document in found.documents]
@@ -62,9 +62,13 @@ def test_order_is_a_function_of_the_seed(machine):
     assert len({tuple(order(seed)) for seed in range(5)}) > 1
 
 
-def test_the_library_alone_is_enough(tmp_path):
+def test_the_standard_library_alone_is_enough(tmp_path):
     found = collect_text(size=100_000, seed=0, debian=tmp_path / "absent")
-    assert 100_000 <= sum(len(document.text.encode()) for document in found.documents) <= 100_000 + LONGEST_DOCUMENT * 4
+    assert (
+        100_000
+        <= sum(len(document.text.encode()) for document in found.documents)
+        <= 100_000 + MAX_DOCUMENT_CHARACTERS * 4
+    )
     assert all(document.source.startswith("python-doc:") for document in found.documents)
 
 

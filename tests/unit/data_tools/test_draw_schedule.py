@@ -1,4 +1,4 @@
-"""The drawing of the modality schedule, and the one that the README of the data package shows."""
+"""The drawing of the modality schedule, also the one in the README of megavl/data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def description(figure: Path) -> str:
     return found[1]
 
 
-def test_the_figure_in_the_readme_shows_the_plan_of_today() -> None:
+def test_figure_in_the_readme_shows_the_current_plan() -> None:
     recipe = load_recipe(RECIPE)
     data = recipe.data
     plan = ModalityPlan(
@@ -31,7 +31,7 @@ def test_the_figure_in_the_readme_shows_the_plan_of_today() -> None:
     assert description(ROOT / "megavl/data/schedule.svg") == describe(plan, steps=6000)
 
 
-def test_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_draws_the_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     output = tmp_path / "x.svg"
     assert main([str(RECIPE), "data.multimodal_fraction=0.5", "--steps", "300", "--output", str(output)]) == 0

@@ -1,4 +1,4 @@
-"""DeepSeek-VL and LLaVA conversations: exact tokens, loss mask and image bytes, read by the stock class and by ours."""
+"""DeepSeek-VL and LLaVA conversations: exact tokens, loss mask and image bytes."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,9 @@ def _reply(content: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("array", [False, True])
-def test_deepseek(root: Path, tokenizer: Path, array: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deepseek_conversations_give_exact_samples(
+    root: Path, tokenizer: Path, array: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     records: list[Any] = [
         {"id": "a", "conversations": [_user(f"{IMAGE}Which?", 0), _reply("red")]},
         [_user(f"{IMAGE} or {IMAGE}?", 2, 1), _reply("The first one.")],
@@ -49,12 +51,12 @@ def test_deepseek(root: Path, tokenizer: Path, array: bool, capsys: pytest.Captu
     assert run_preprocess([path], tokenizer=tokenizer, output=root / "out") == 0
     assert "format deepseek (recognised), template deepseek" in capsys.readouterr().out
     expect, shown = Expected(tokenizer).conversation, [picture(0), picture(1), picture(2), picture(3, kind="JPEG")]
-    assert {sample.place: sample for sample in read_back(root / "out")} == {
-        1: expect((f"{IMAGE}Which?", "red"), place=1, images=[shown[0]]),
-        2: expect((f"{IMAGE} or {IMAGE}?", "The first one."), place=2, images=[shown[2], shown[1]]),
-        3: expect((f"A {IMAGE}?", "No."), (f"{IMAGE}\nB?", "Yes,\nred."), place=3, images=[shown[1], shown[0]]),
-        4: expect(("Which?", "blue"), ("Sure?", "Yes."), place=4),
-        5: expect((f"{IMAGE}Which?", "red"), place=5, images=[shown[3]]),
+    assert {sample.position: sample for sample in read_back(root / "out")} == {
+        1: expect((f"{IMAGE}Which?", "red"), position=1, images=[shown[0]]),
+        2: expect((f"{IMAGE} or {IMAGE}?", "The first one."), position=2, images=[shown[2], shown[1]]),
+        3: expect((f"A {IMAGE}?", "No."), (f"{IMAGE}\nB?", "Yes,\nred."), position=3, images=[shown[1], shown[0]]),
+        4: expect(("Which?", "blue"), ("Sure?", "Yes."), position=4),
+        5: expect((f"{IMAGE}Which?", "red"), position=5, images=[shown[3]]),
     }
 
 
@@ -63,7 +65,9 @@ def _says(*turns: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("array", [False, True])
-def test_llava(root: Path, tokenizer: Path, array: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_llava_conversations_give_exact_samples(
+    root: Path, tokenizer: Path, array: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     system = [{"from": "system", "value": "Look."}]
     records = [
         {"id": "a", "image": "images/0", "conversations": _says("<image>\nWhich?", "red")},
@@ -77,10 +81,10 @@ def test_llava(root: Path, tokenizer: Path, array: bool, capsys: pytest.CaptureF
     assert run_preprocess([path], tokenizer=tokenizer, output=root / "out") == 0
     assert "format llava (recognised), template deepseek" in capsys.readouterr().out
     expect, shown = Expected(tokenizer).conversation, [picture(0), picture(1), picture(2), picture(3, kind="JPEG")]
-    assert {sample.place: sample for sample in read_back(root / "out")} == {
-        1: expect((f"{IMAGE}\nWhich?", "red"), place=1, images=[shown[0]]),
-        2: expect((f"{IMAGE} or {IMAGE}?", "No."), place=2, images=[shown[3], shown[1]]),
-        3: expect((f"A {IMAGE}?", "Yes."), ("Sure?", "Yes,\nred."), place=3, images=[shown[2]], system="Look."),
-        4: expect(("Which?", "blue"), place=4),
-        5: expect((f"{IMAGE}?", "green"), (f"And {IMAGE}?", "red"), place=5, images=[shown[1], shown[0]]),
+    assert {sample.position: sample for sample in read_back(root / "out")} == {
+        1: expect((f"{IMAGE}\nWhich?", "red"), position=1, images=[shown[0]]),
+        2: expect((f"{IMAGE} or {IMAGE}?", "No."), position=2, images=[shown[3], shown[1]]),
+        3: expect((f"A {IMAGE}?", "Yes."), ("Sure?", "Yes,\nred."), position=3, images=[shown[2]], system="Look."),
+        4: expect(("Which?", "blue"), position=4),
+        5: expect((f"{IMAGE}?", "green"), (f"And {IMAGE}?", "red"), position=5, images=[shown[1], shown[0]]),
     }

@@ -1,4 +1,4 @@
-"""OBELICS and MMC4: text with images in between, some of which were never fetched."""
+"""OBELICS and MMC4: text interleaved with images, some of which have no file."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def _run(root: Path, tokenizer: Path, records: list[Any], *, name: str = "in", m
 
 
 def _obelics(*parts: str) -> dict[str, Any]:
-    """Addresses are images."""
+    """A document whose parts are texts and image addresses."""
     is_image = [part.startswith("http") for part in parts]
     return {
         "images": [part if image else None for part, image in zip(parts, is_image)],
@@ -54,7 +54,7 @@ def _mmc4(sentences: list[str], *images: tuple[str | None, int]) -> dict[str, An
     return {"text_list": sentences, "image_info": infos, "url": SITE, "similarity_matrix": [[0.25]]}
 
 
-def test_obelics(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_obelics_documents_give_exact_samples(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [
         _obelics("First.", f"{SITE}/0", "Second <image>.", f"{SITE}/1"),
         _obelics(f"{SITE}/2", f"{SITE}/gone", "", "Only.", f"{SITE}/lost", "More."),
@@ -65,22 +65,22 @@ def test_obelics(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
     assert "format obelics (recognised), template plain" in printed
     assert "left out: 3 images of interleaved documents that have no file" in printed
     expect = Expected(tokenizer).document
-    assert {sample.place: sample for sample in read_back(out)} == {
-        1: _spelled(expect("First.", picture(0), "\n\nSecond @.", picture(1), place=1), tokenizer),
-        2: expect(picture(2), "Only.\n\nMore.", place=2),
-        3: expect("Text alone.", place=3),
+    assert {sample.position: sample for sample in read_back(out)} == {
+        1: _spelled(expect("First.", picture(0), "\n\nSecond @.", picture(1), position=1), tokenizer),
+        2: expect(picture(2), "Only.\n\nMore.", position=2),
+        3: expect("Text alone.", position=3),
     }
     entry = json.loads((out / "report.json").read_text())["inputs"][0]
     assert (entry["records"], entry["images"], entry["images_without_file"]) == (3, 3, 3)
 
 
 def _spelled(sample: Any, tokenizer: Path) -> Any:
-    """The sample with `<image>`, which is ordinary text here, in the place of `@`."""
+    """The sample with `<image>`, which is ordinary text here, instead of `@`."""
     expect = Expected(tokenizer).document
-    return expect("First.", sample.images[0], "\n\nSecond <image>.", sample.images[1], place=sample.place)
+    return expect("First.", sample.images[0], "\n\nSecond <image>.", sample.images[1], position=sample.position)
 
 
-def test_mmc4(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mmc4_documents_give_exact_samples(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [
         _mmc4(["One.", "Two.", "Three."], ("images/0.png", 2), ("images/1.png", 0)),
         _mmc4(["One.", "Two."], ("images/2.png", 1), ("images/3.png", 1), ("images/lost.png", 0), (None, 1)),
@@ -89,20 +89,20 @@ def test_mmc4(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -
     assert "format mmc4 (recognised), template plain" in capsys.readouterr().out
     expect = Expected(tokenizer).document
     assert read_back(out) == [
-        expect(picture(1), "One. Two.", picture(0), " Three.", place=1),
-        expect("One.", picture(2), picture(3), " Two.", place=2),
+        expect(picture(1), "One. Two.", picture(0), " Three.", position=1),
+        expect("One.", picture(2), picture(3), " Two.", position=2),
     ]
     assert json.loads((out / "report.json").read_text())["images_without_file"] == 2
 
 
-def test_long_documents_are_cut_between_images(root: Path, tokenizer: Path) -> None:
+def test_long_documents_are_divided_between_images(root: Path, tokenizer: Path) -> None:
     names = [f"images/{number % 4}.png" for number in range(7)]
     sentences = [f"{'red ' * (30 * (0 < number < 6))}end." for number in range(7)]
     record = _mmc4(sentences, *((name, number) for number, name in enumerate(names)))
     out = _run(root, tokenizer, [record])
     samples = read_back(out)
     whole = Expected(tokenizer).document(
-        *(part for n, text in enumerate(sentences) for part in (picture(n % 4), f" {text}" if n else text)), place=1
+        *(part for n, text in enumerate(sentences) for part in (picture(n % 4), f" {text}" if n else text)), position=1
     )
     assert [token for sample in samples for token in sample.ids] == whole.ids
     assert [flag for sample in samples for flag in sample.supervised] == whole.supervised
@@ -114,7 +114,7 @@ def test_long_documents_are_cut_between_images(root: Path, tokenizer: Path) -> N
     assert json.loads((out / "report.json").read_text())["documents_cut"] == 1
 
 
-def test_bad_documents_leave_the_rest_as_it_was(root: Path, tokenizer: Path) -> None:
+def test_bad_documents_leave_the_others_unchanged(root: Path, tokenizer: Path) -> None:
     (root / "images/cut.png").write_bytes(picture(1, size=(90, 90))[:-30])
     good = [_mmc4(["One."], ("images/0.png", 0)), _mmc4(["Two."], ("images/1.png", 0))]
     bad: list[tuple[str, Any]] = [
@@ -132,12 +132,12 @@ def test_bad_documents_leave_the_rest_as_it_was(root: Path, tokenizer: Path) -> 
     ]
     clean = _run(root, tokenizer, good, name="clean")
     mixed = _run(root, tokenizer, [good[0], *(record for _, record in bad), good[1]])
-    found = [(reason, f"in.jsonl:{place}") for place, (reason, _) in enumerate(bad, start=2)]
+    found = [(reason, f"in.jsonl:{position}") for position, (reason, _) in enumerate(bad, start=2)]
     assert sorted(rejects(mixed)) == sorted(found)
     assert shard_bytes(mixed) == shard_bytes(clean)
 
 
-def test_bad_obelics(root: Path, tokenizer: Path) -> None:
+def test_bad_obelics_documents_are_rejected(root: Path, tokenizer: Path) -> None:
     good = _obelics("One.", f"{SITE}/1")
     bad = [
         {**good, "texts": ["One."]},
@@ -147,7 +147,7 @@ def test_bad_obelics(root: Path, tokenizer: Path) -> None:
         {**good, "images": "x"},
     ]
     mixed = _run(root, tokenizer, [good, *bad], more=("--format", "obelics"))
-    assert rejects(mixed) == [("record", f"in.jsonl:{place}") for place in range(2, 7)]
+    assert rejects(mixed) == [("record", f"in.jsonl:{position}") for position in range(2, 7)]
     assert shard_bytes(mixed) == shard_bytes(_run(root, tokenizer, [good], name="clean"))
 
 
@@ -160,7 +160,7 @@ def test_bad_obelics(root: Path, tokenizer: Path) -> None:
         (_obelics("One.", f"{SITE}/1"), "gone.tsv", 2, "--image-map "),
     ],
 )
-def test_images_that_are_all_missing_stop_the_run(
+def test_run_stops_when_all_images_are_missing(
     root: Path,
     tokenizer: Path,
     capsys: pytest.CaptureFixture[str],
@@ -181,10 +181,10 @@ def test_addresses_in_other_formats_use_the_map(root: Path, tokenizer: Path) -> 
     records = [{"image": f"{SITE}/{name}", "text": "A thing."} for name in ("1", "gone", "lost")]
     out = _run(root, tokenizer, records)
     assert rejects(out) == [("image_address", "in.jsonl:2"), ("image_missing", "in.jsonl:3")]
-    assert read_back(out) == [Expected(tokenizer).document(picture(1), "A thing.", place=1)]
+    assert read_back(out) == [Expected(tokenizer).document(picture(1), "A thing.", position=1)]
 
 
-def test_map_of_many_lines(tmp_path: Path) -> None:
+def test_map_finds_the_first_line_of_an_address(tmp_path: Path) -> None:
     path = tmp_path / "map.tsv"
     path.write_text("".join(f"{SITE}/{n}\tf/{n}.jpg\r\n" for n in range(1000)) + f"{SITE}/7\tsecond.jpg\n")
     found = ImageMap(str(path))
@@ -193,7 +193,7 @@ def test_map_of_many_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"no tab", b"\tfile", b"http://x\t", b"http://x\t \n", b"http://x\t\xff", b""])
-def test_map_with_a_bad_line(tmp_path: Path, line: bytes) -> None:
+def test_map_with_a_bad_line_is_refused(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "map.tsv"
     path.write_bytes(b"http://y\ta.png\n" + line + b"\n")
     with pytest.raises(DataError, match=r"map\.tsv:2: must be an address, a tab and a path"):

@@ -60,18 +60,18 @@ def test_messages_in_every_spelling(root: Path, tokenizer: Path, capsys: pytest.
     out = _run(root, tokenizer, records)
     assert "format messages (recognised), template deepseek" in capsys.readouterr().out
     expect = Expected(tokenizer).conversation
-    found = {sample.place: sample for sample in read_back(out)}
+    found = {sample.position: sample for sample in read_back(out)}
     assert found == {
-        1: expect((f"{IMAGE}Which?", "red"), place=1, images=[picture(1)]),
-        2: expect(("Which?", "red"), ("Which?", "No."), place=2, system="Look."),
-        3: expect((f"{IMAGE}Which?", "red"), place=3, images=[picture(0)]),
-        4: expect((f"Which?{IMAGE}{IMAGE}", "red"), place=4, images=[picture(9, kind="JPEG"), picture(2)]),
-        5: expect((f"{IMAGE}Which?{IMAGE}", "red"), place=5, images=[picture(0), picture(3)]),
-        6: expect((f"A{IMAGE}B", "red"), place=6, images=[picture(8)]),
+        1: expect((f"{IMAGE}Which?", "red"), position=1, images=[picture(1)]),
+        2: expect(("Which?", "red"), ("Which?", "No."), position=2, system="Look."),
+        3: expect((f"{IMAGE}Which?", "red"), position=3, images=[picture(0)]),
+        4: expect((f"Which?{IMAGE}{IMAGE}", "red"), position=4, images=[picture(9, kind="JPEG"), picture(2)]),
+        5: expect((f"{IMAGE}Which?{IMAGE}", "red"), position=5, images=[picture(0), picture(3)]),
+        6: expect((f"A{IMAGE}B", "red"), position=6, images=[picture(8)]),
     }
 
 
-def test_bad_messages_leave_the_rest_as_it_was(root: Path, tokenizer: Path) -> None:
+def test_bad_messages_leave_the_others_unchanged(root: Path, tokenizer: Path) -> None:
     good = [
         _talk({"type": "image", "image": f"images/{number}.png"}, {"type": "text", "text": "?"}) for number in (0, 1)
     ]
@@ -101,12 +101,12 @@ def test_bad_messages_leave_the_rest_as_it_was(root: Path, tokenizer: Path) -> N
     clean = _run(root, tokenizer, good, name="clean")
     mixed = _run(root, tokenizer, [good[0], *(record for _, record in bad), good[1]], "--format", "messages")
     assert sorted(rejects(mixed)) == sorted(
-        (reason, f"in.jsonl:{place}") for place, (reason, _) in enumerate(bad, start=2)
+        (reason, f"in.jsonl:{position}") for position, (reason, _) in enumerate(bad, start=2)
     )
     assert shard_bytes(mixed) == shard_bytes(clean)
 
 
-def test_images_inside_records_are_taken_wherever_a_path_is(root: Path, tokenizer: Path) -> None:
+def test_inline_images_work_wherever_paths_do(root: Path, tokenizer: Path) -> None:
     urls = [_url(picture(number)) for number in range(4)]
     turns = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "red"}]
     user = {"role": "User", "content": "<image>Which?", "images": [urls[2]]}
@@ -119,10 +119,10 @@ def test_images_inside_records_are_taken_wherever_a_path_is(root: Path, tokenize
     assert run_preprocess(inputs, tokenizer=tokenizer, output=root / "out") == 0
     expect = Expected(tokenizer)
     assert read_back(root / "out") == [
-        expect.document(picture(0), "A thing.", place=1),
-        expect.conversation((f"{IMAGE}Which?", "red"), place=1, images=[picture(1)]),
-        expect.conversation((f"{IMAGE}Which?", "red"), place=1, images=[picture(2)]),
-        expect.document(picture(3), "One.", place=1),
+        expect.document(picture(0), "A thing.", position=1),
+        expect.conversation((f"{IMAGE}Which?", "red"), position=1, images=[picture(1)]),
+        expect.conversation((f"{IMAGE}Which?", "red"), position=1, images=[picture(2)]),
+        expect.document(picture(3), "One.", position=1),
     ]
 
 
@@ -131,7 +131,7 @@ def _mmc4(name: str) -> dict[str, Any]:
     return {"text_list": ["One."], "image_info": [info]}
 
 
-def test_hostile_data_urls(root: Path, tokenizer: Path) -> None:
+def test_hostile_data_urls_are_rejected(root: Path, tokenizer: Path) -> None:
     code = base64.b64encode(picture(1)).decode()
     cases = {
         "image_format": [

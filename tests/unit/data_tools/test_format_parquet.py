@@ -39,7 +39,9 @@ def _image(number: int, **change: Any) -> dict[str, Any]:
     return {"bytes": picture(number), "path": f"{number}.png", **change}
 
 
-def test_captions_with_image_structs(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_captions_with_image_structs_are_read(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "7.png").write_bytes(picture(7))
     images = [_image(0), _image(1, path=None), {"bytes": None, "path": "7.png"}]
     columns = {
@@ -51,13 +53,13 @@ def test_captions_with_image_structs(tokenizer: Path, tmp_path: Path, capsys: py
     assert "format parquet (recognised), template deepseek" in capsys.readouterr().out
     expect = Expected(tokenizer).document
     assert read_back(out) == [
-        expect(picture(0), "One.", place=1),
-        expect("Two ", picture(1), " three.", place=2),
-        expect(picture(7), "Four.", place=3),
+        expect(picture(0), "One.", position=1),
+        expect("Two ", picture(1), " three.", position=2),
+        expect(picture(7), "Four.", position=3),
     ]
 
 
-def test_conversations_and_messages(tokenizer: Path, tmp_path: Path) -> None:
+def test_conversations_and_messages_are_read(tokenizer: Path, tmp_path: Path) -> None:
     images = pa.array([[_image(0)], [], [_image(1), _image(2)], None], pa.list_(STRUCT))
     turns = [
         TALK,
@@ -67,25 +69,25 @@ def test_conversations_and_messages(tokenizer: Path, tmp_path: Path) -> None:
     ]
     expect = Expected(tokenizer).conversation
     expected = {
-        1: expect((f"{IMAGE}Which?", "red"), place=1, images=[picture(0)]),
-        2: expect(("Hm?", "Yes."), place=2),
-        3: expect((f"{IMAGE}A{IMAGE}", "B"), place=3, images=[picture(1), picture(2)]),
-        4: expect(("Hm?", "No."), place=4),
+        1: expect((f"{IMAGE}Which?", "red"), position=1, images=[picture(0)]),
+        2: expect(("Hm?", "Yes."), position=2),
+        3: expect((f"{IMAGE}A{IMAGE}", "B"), position=3, images=[picture(1), picture(2)]),
+        4: expect(("Hm?", "No."), position=4),
     }
     llava = _run(_write(tmp_path / "llava.parquet", {"images": images, "conversations": turns}), tokenizer)
-    assert {sample.place: sample for sample in read_back(llava)} == expected
+    assert {sample.position: sample for sample in read_back(llava)} == expected
 
     roles = {"human": ("User", "user"), "gpt": ("Assistant", "assistant")}
     spelled = [[{"role": roles[t["from"]][0], "content": t["value"]} for t in talk] for talk in turns]
     deepseek = _run(_write(tmp_path / "deepseek.parquet", {"images": images, "conversations": spelled}), tokenizer)
-    assert {sample.place: sample for sample in read_back(deepseek)} == expected
+    assert {sample.position: sample for sample in read_back(deepseek)} == expected
 
     spelled = [[{"role": roles[t["from"]][1], "content": t["value"]} for t in talk] for talk in turns]
     messages = _run(_write(tmp_path / "messages.parquet", {"images": images, "messages": spelled}), tokenizer)
-    assert {sample.place: sample for sample in read_back(messages)} == expected
+    assert {sample.position: sample for sample in read_back(messages)} == expected
 
 
-def test_messages_with_parts(tokenizer: Path, tmp_path: Path) -> None:
+def test_messages_with_parts_are_read(tokenizer: Path, tmp_path: Path) -> None:
     part = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", STRUCT)])
     message = pa.struct([("role", pa.string()), ("content", pa.list_(part))])
     user = [
@@ -97,20 +99,20 @@ def test_messages_with_parts(tokenizer: Path, tmp_path: Path) -> None:
     columns = {"messages": pa.array([talk], pa.list_(message)), "images": pa.array([[_image(4)]], pa.list_(STRUCT))}
     out = _run(_write(tmp_path / "in.parquet", columns), tokenizer)
     question = (f"A{IMAGE}{IMAGE}", "B")
-    assert read_back(out) == [Expected(tokenizer).conversation(question, place=1, images=[picture(3), picture(4)])]
+    assert read_back(out) == [Expected(tokenizer).conversation(question, position=1, images=[picture(3), picture(4)])]
 
 
-def test_text_alone_and_other_types(tokenizer: Path, tmp_path: Path) -> None:
+def test_text_columns_of_other_types_are_read(tokenizer: Path, tmp_path: Path) -> None:
     expect = Expected(tokenizer).document
     texts = pa.array(["Words <image>.", "More."], pa.large_string())
     out = _run(_write(tmp_path / "text.parquet", {"text": texts}), tokenizer)
-    assert read_back(out) == [expect("Words <image>.", place=1), expect("More.", place=2)]
+    assert read_back(out) == [expect("Words <image>.", position=1), expect("More.", position=2)]
     columns = {"text": pa.array(["Red.", "Red."]).dictionary_encode(), "image": pa.array([picture(1), picture(2)])}
     out = _run(_write(tmp_path / "plain.parquet", columns), tokenizer)
-    assert read_back(out) == [expect(picture(1), "Red.", place=1), expect(picture(2), "Red.", place=2)]
+    assert read_back(out) == [expect(picture(1), "Red.", position=1), expect(picture(2), "Red.", position=2)]
 
 
-def test_obelics_tables(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_obelics_tables_are_read(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "1.png").write_bytes(picture(1))
     (tmp_path / "map.tsv").write_text("https://example.org/1\t1.png\n")
     columns = {
@@ -122,11 +124,11 @@ def test_obelics_tables(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureF
     out = _run(path, tokenizer, "--image-map", str(tmp_path / "map.tsv"))
     assert "format obelics (recognised), template plain" in capsys.readouterr().out
     expect = Expected(tokenizer).document
-    found = {sample.place: sample for sample in read_back(out)}
-    assert found == {1: expect(picture(1), "One.", place=1), 2: expect("Two.", place=2)}
+    found = {sample.position: sample for sample in read_back(out)}
+    assert found == {1: expect(picture(1), "One.", position=1), 2: expect("Two.", position=2)}
 
 
-def test_bad_rows_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -> None:
+def test_bad_rows_leave_the_others_unchanged(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "7.png").write_bytes(picture(7))
     rows: list[tuple[str, dict[str, Any] | None, str | bytes | None]] = [
         ("", _image(0), "good"),
@@ -149,14 +151,14 @@ def test_bad_rows_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -> N
     texts = pa.array([text.encode() if isinstance(text, str) else text for _, _, text in rows], pa.binary())
     columns = {"image": pa.array([image for _, image, _ in rows], STRUCT), "text": texts.view(pa.string())}
     mixed = _run(_write(tmp_path / "mixed.parquet", columns), tokenizer)
-    found = [(reason, f"mixed.parquet:{place}") for place, (reason, _, _) in enumerate(rows, start=1) if reason]
+    found = [(reason, f"mixed.parquet:{position}") for position, (reason, _, _) in enumerate(rows, start=1) if reason]
     assert sorted(rejects(mixed)) == sorted(found)
     kept = [number for number, (reason, _, _) in enumerate(rows) if not reason]
     clean = {name: column.take(pa.array(kept)) for name, column in columns.items()}
     assert shard_bytes(mixed) == shard_bytes(_run(_write(tmp_path / "clean.parquet", clean), tokenizer))
 
 
-def test_bad_conversations(tokenizer: Path, tmp_path: Path) -> None:
+def test_bad_conversations_are_rejected(tokenizer: Path, tmp_path: Path) -> None:
     talks = [
         TALK,
         TALK[:1],
@@ -188,8 +190,8 @@ def test_damaged_row_group_costs_its_rows_alone(tokenizer: Path, tmp_path: Path)
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(data)
     out = _run(damaged, tokenizer)
-    assert rejects(out) == [("parquet_damaged", f"damaged.parquet:{place}") for place in (4, 5, 6)]
-    assert read_back(out) == [sample for sample in clean if sample.place not in (4, 5, 6)]
+    assert rejects(out) == [("parquet_damaged", f"damaged.parquet:{position}") for position in (4, 5, 6)]
+    assert read_back(out) == [sample for sample in clean if sample.position not in (4, 5, 6)]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_broken_tables_stop_the_run(
         ("odd.parquet", "auto", "odd.parquet: format not recognised .it has columns prompt, answer"),
     ],
 )
-def test_format_of_another_kind_of_file(
+def test_format_of_another_file_kind_is_refused(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, asked: str, message: str
 ) -> None:
     _write(tmp_path / "in.parquet", {"text": ["red"]})
@@ -233,7 +235,7 @@ def test_format_of_another_kind_of_file(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_without_pyarrow_the_message_says_how_to_install_it(
+def test_message_says_how_to_install_pyarrow(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _write(tmp_path / "in.parquet", {"text": ["red"]})

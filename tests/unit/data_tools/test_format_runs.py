@@ -1,4 +1,4 @@
-"""Divided inputs of every kind: any number of workers and tasks, and a resumed run, give the same bytes."""
+"""Inputs of every kind: any number of workers, any number of array tasks, and a resumed run give the same bytes."""
 
 import json
 import tarfile
@@ -28,16 +28,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_stretches() -> Iterator[None]:
+def small_splits() -> Iterator[None]:
     """Several shards for a megabyte of images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(job._STRETCHES, "images", (256 << 10, 256 << 20))
+        patch.setitem(job._SPLIT_BYTES, "images", (256 << 10, 256 << 20))
         yield
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A tar and a table of 1 MB each, and JSON files; in each something is wrong."""
+    """A tar archive and a table of 1 MB each, and JSON files; each has a fault."""
     root = tmp_path_factory.mktemp("in")
     images = [noise(number) for number in range(COUNT)]
     keyed = [(member(f"{n}.png", data), member(f"{n}.txt", b"A thing.")) for n, data in enumerate(images)]
@@ -63,7 +63,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def _talk(name: str) -> dict[str, object]:
     question = [{"type": "image", "image": name}, {"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}]
-    # Nothing reads the note: it makes a few records fill a stretch.
+    # Nothing reads the note: it makes a few records fill a split.
     return {"note": "x" * 20_000, "messages": messages}
 
 
@@ -84,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, inputs: list[Path], tokenizer
     return out
 
 
-def test_every_input_became_several_shards(made: Path, inputs: list[Path]) -> None:
+def test_every_input_becomes_several_shards(made: Path, inputs: list[Path]) -> None:
     shards = Source(made, handles=ReadHandles()).shards
     names = [shard.manifest.sources[0].name for shard in shards]
     assert {name: names.count(name) > 2 for name in names} == {str(path): True for path in inputs}
@@ -98,12 +98,12 @@ def test_every_input_became_several_shards(made: Path, inputs: list[Path]) -> No
     assert json.loads((made / "report.json").read_text())["images_without_file"] == COUNT
 
 
-def test_two_workers(made: Path, inputs: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+def test_two_workers_give_the_same_bytes(made: Path, inputs: list[Path], tokenizer: Path, tmp_path: Path) -> None:
     assert run_preprocess(inputs, tokenizer=tokenizer, output=tmp_path / "out", more=["--workers", "2"]) == 0
     assert _content(tmp_path / "out") == _content(made)
 
 
-def test_three_tasks(made: Path, inputs: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+def test_three_array_tasks_give_the_same_bytes(made: Path, inputs: list[Path], tokenizer: Path, tmp_path: Path) -> None:
     for task in (1, 2, 0):
         more = ["--task", str(task), "--num-tasks", "3"]
         assert run_preprocess(inputs, tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
@@ -135,14 +135,14 @@ def test_limit_counts_keys_and_rows(inputs: list[Path], tokenizer: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "container"), [("a.tar", "tar"), ("b.parquet", "parquet")])
-def test_any_division_holds_the_same(inputs: list[Path], name: str, container: Container) -> None:
+def test_any_split_size_gives_the_same_records(inputs: list[Path], name: str, container: Container) -> None:
     path = str(inputs[0].parent / name)
-    whole = [entry for stretch in divide_file(path, container=container, size=1 << 40) for entry in entries(stretch)]
+    whole = [entry for split in divide_file(path, container=container, size=1 << 40) for entry in entries(split)]
     draw = np.random.default_rng(0)
     for size in (1, *draw.integers(1, 600_000, 6).tolist()):
-        stretches = divide_file(path, container=container, size=size)
-        parts = [list(entries(stretch)) for stretch in stretches]
+        splits = divide_file(path, container=container, size=size)
+        parts = [list(entries(split)) for split in splits]
         assert [str(entry) for part in parts for entry in part] == [str(entry) for entry in whole]
-        assert [len(part) for part in parts] == [stretch.records for stretch in stretches]
-        assert all(a.end <= b.start for a, b in zip(stretches, stretches[1:]))
+        assert [len(part) for part in parts] == [split.records for split in splits]
+        assert all(a.end <= b.start for a, b in zip(splits, splits[1:]))
     assert len(divide_file(path, container=container, size=1)) > 5

@@ -1,4 +1,4 @@
-"""WebDataset tars: what goes in comes out, and hostile archives cost one record each."""
+"""WebDataset tars: exact samples, and rejects for hostile archives."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def _json(key: str, content: Any) -> tuple[tarfile.TarInfo, bytes]:
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_records_of_every_kind(
+def test_tar_records_of_every_kind_are_read(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: int
 ) -> None:
     question = {"from": "human", "value": "<image>Which?"}
@@ -80,28 +80,28 @@ def test_records_of_every_kind(
     out = _run(write_tar(tmp_path / "in.tar", members, format=format), tokenizer)
     assert "format webdataset (recognised), template deepseek" in capsys.readouterr().out
     expect = Expected(tokenizer)
-    assert {sample.place: sample for sample in read_back(out)} == {
-        3: expect.document(picture(1), "Thing 1.", place=3),
-        5: expect.document("Where ", picture(2, kind="JPEG"), " is.", place=5),
-        9: expect.conversation((f"{IMAGE}Which?", "red"), place=9, images=[picture(3, kind="WEBP")]),
-        11: expect.conversation((f"{IMAGE}?", "No."), place=11, images=[picture(4, kind="JPEG")]),
-        16: expect.document(picture(6), "Words.", place=16),
-        18: expect.document("Words alone, <image> too.", place=18),
-        19: expect.conversation(("Hm?", "Yes."), place=19),
-        21: expect.conversation((f"{IMAGE}{IMAGE}?", "C"), place=21, images=[picture(7), picture(8, kind="JPEG")]),
+    assert {sample.position: sample for sample in read_back(out)} == {
+        3: expect.document(picture(1), "Thing 1.", position=3),
+        5: expect.document("Where ", picture(2, kind="JPEG"), " is.", position=5),
+        9: expect.conversation((f"{IMAGE}Which?", "red"), position=9, images=[picture(3, kind="WEBP")]),
+        11: expect.conversation((f"{IMAGE}?", "No."), position=11, images=[picture(4, kind="JPEG")]),
+        16: expect.document(picture(6), "Words.", position=16),
+        18: expect.document("Words alone, <image> too.", position=18),
+        19: expect.conversation(("Hm?", "Yes."), position=19),
+        21: expect.conversation((f"{IMAGE}{IMAGE}?", "C"), position=21, images=[picture(7), picture(8, kind="JPEG")]),
     }
     # An empty file is an image member too.
     assert rejects(out) == [("tag_count", "in.tar:13")]
 
 
-def test_long_and_foreign_names(tokenizer: Path, tmp_path: Path) -> None:
+def test_long_and_foreign_names_are_read(tokenizer: Path, tmp_path: Path) -> None:
     names = ["a" * 90 + "/" + "b" * 60, "ä" * 140, "x" * 200, "./y y"]
     members = [part for number, name in enumerate(names) for part in _caption(name, number)]
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         out = _run(write_tar(tmp_path / f"{format}.tar", members, format=format), tokenizer)
         expect = Expected(tokenizer)
         assert read_back(out) == [
-            expect.document(picture(n), f"Thing {n}.", place=1 + 2 * n) for n in range(len(names))
+            expect.document(picture(n), f"Thing {n}.", position=1 + 2 * n) for n in range(len(names))
         ]
 
 
@@ -112,7 +112,7 @@ def test_same_image_in_two_records_is_stored_once(tokenizer: Path, tmp_path: Pat
     assert [sample.images for sample in read_back(out)] == [[picture(5)]] * 2
 
 
-def test_bad_members_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -> None:
+def test_bad_members_leave_the_others_unchanged(tokenizer: Path, tmp_path: Path) -> None:
     link: dict[str, Any] = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
     hard: dict[str, Any] = {"type": tarfile.LNKTYPE, "linkname": "good/0.png"}
     talk = {"conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "red"}]}
@@ -154,9 +154,9 @@ def test_bad_members_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -
     ]  # fmt: skip
     good = [_caption("good/0", 0), _caption("good/1", 1)]
     members = [*good[0], *(part for _, parts in bad for part in parts), *good[1]]
-    places, number = [], 3
+    expected, number = [], 3
     for reason, parts in bad:
-        places.append((reason, f"mixed.tar:{number}"))
+        expected.append((reason, f"mixed.tar:{number}"))
         number += len(parts)
     limits = pytest.MonkeyPatch()
     with limits.context() as patch:
@@ -164,7 +164,7 @@ def test_bad_members_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -
         patch.setattr("data_tools.readers.tar_archive.MAX_IMAGE", 3000)
         mixed = _run(write_tar(tmp_path / "mixed.tar", members, format=tarfile.GNU_FORMAT), tokenizer)
     clean = _run(write_tar(tmp_path / "clean.tar", [*good[0], *good[1]]), tokenizer)
-    assert sorted(rejects(mixed)) == sorted(places)
+    assert sorted(rejects(mixed)) == sorted(expected)
     assert shard_bytes(mixed) == shard_bytes(clean)
     assert not (tmp_path / "etc").exists() and sorted(file.name for file in tmp_path.iterdir()) == [
         *("clean", "clean.tar", "mixed", "mixed.tar"),
@@ -196,7 +196,7 @@ def test_a_bomb_is_rejected_from_its_header(tokenizer: Path, tmp_path: Path) -> 
         ((3, 0), ["tar_truncated 1"], 0),
     ],
 )
-def test_truncated_archives(
+def test_truncated_archives_lose_only_their_end(
     tokenizer: Path, tmp_path: Path, keep: tuple[int, int], found: list[str], samples: int
 ) -> None:
     whole = write_tar(tmp_path / "whole.tar", [part for n in range(3) for part in _caption(str(n), n)])
@@ -208,7 +208,7 @@ def test_truncated_archives(
 
 
 def _header(data: bytes, *, at: int, field: int, value: bytes) -> bytes:
-    """An archive with other bytes in one header, whose checksum is made to fit."""
+    """The archive with other bytes in one header and a matching checksum."""
     header = bytearray(data[at : at + 512])
     header[field : field + len(value)] = value
     header[148:156] = b" " * 8
@@ -238,16 +238,16 @@ _SIZE, _FLAG = 124, 156
         ),
     ],
 )
-def test_hostile_headers(tokenizer: Path, tmp_path: Path, change: Any, reason: str) -> None:
+def test_hostile_headers_end_the_archive(tokenizer: Path, tmp_path: Path, change: Any, reason: str) -> None:
     whole = write_tar(tmp_path / "whole.tar", [part for n in range(3) for part in _caption(str(n), n)])
     path = tmp_path / "in.tar"
     path.write_bytes(change(whole.read_bytes()))
     out = _run(path, tokenizer)
     assert rejects(out) == [(reason, "in.tar:3")]
-    assert [sample.place for sample in read_back(out)] == [1]
+    assert [sample.position for sample in read_back(out)] == [1]
 
 
-def test_endless_chain_of_long_names_ends(tokenizer: Path, tmp_path: Path) -> None:
+def test_endless_chain_of_long_names_is_rejected(tokenizer: Path, tmp_path: Path) -> None:
     start = write_tar(tmp_path / "whole.tar", _caption("0", 0)).read_bytes()[: 4 * 512]
     chain = _header(start, at=0, field=_FLAG, value=b"L")[: 2 * 512] * 5000
     path = tmp_path / "in.tar"
@@ -256,7 +256,7 @@ def test_endless_chain_of_long_names_ends(tokenizer: Path, tmp_path: Path) -> No
     assert rejects(out) == [("tar_truncated", "in.tar:3")] and len(read_back(out)) == 1
 
 
-def test_a_sparse_file_of_pax(tokenizer: Path, tmp_path: Path) -> None:
+def test_sparse_pax_file_is_rejected(tokenizer: Path, tmp_path: Path) -> None:
     headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1000000000000"}
     members = [*_caption("0", 0), *_caption("1", 1)]
     members[2][0].pax_headers = headers
@@ -264,7 +264,7 @@ def test_a_sparse_file_of_pax(tokenizer: Path, tmp_path: Path) -> None:
     assert rejects(out) == [("tar_special", "in.tar:3")]
 
 
-def test_every_key_apart_stops_the_run(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scattered_keys_stop_the_run(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = [_caption(str(number), number) for number in range(5)]
     path = write_tar(tmp_path / "in.tar", [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)])
     out = _run(path, tokenizer, code=3)
@@ -296,9 +296,7 @@ def test_compressed_files_are_refused(
     format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
 @example(files=[("/0", 0, False), ("/", 0, True)], format=tarfile.GNU_FORMAT)
-def test_members_are_those_that_the_standard_library_finds(
-    tmp_path: Path, files: list[tuple[str, int, bool]], format: int
-) -> None:
+def test_members_equal_those_of_tarfile(tmp_path: Path, files: list[tuple[str, int, bool]], format: int) -> None:
     entries = [
         member(name, b"" if folder else b"x" * size, **({"type": tarfile.DIRTYPE} if folder else {}))
         for name, size, folder in files
@@ -310,21 +308,21 @@ def test_members_are_those_that_the_standard_library_finds(
         found = list(members(stream.fileno(), start=0, end=end))
         assert [(m.name.decode().rstrip("/"), m.start, m.size, m.directory) for m in found] == expected
         for one in found:
-            # Any header is a place to start from.
+            # Reading can start at any header.
             again = list(members(stream.fileno(), start=one.begin, end=end, number=one.number))
             assert list(map(_comparable, again)) == list(map(_comparable, found[one.number - 1 :]))
 
 
 def _comparable(one: Member) -> tuple[Member, str]:
-    """Errors of equal text are not equal."""
+    """Compares errors by their text, because two errors are never equal."""
     return one._replace(problem=None), str(one.problem)
 
 
-def test_archives_joined_end_to_end_are_read_wholly(tokenizer: Path, tmp_path: Path) -> None:
+def test_joined_archives_are_read_to_the_end(tokenizer: Path, tmp_path: Path) -> None:
     parts = [write_tar(tmp_path / f"{n}.tar", _caption(str(n), n)).read_bytes() for n in range(3)]
     (tmp_path / "in.tar").write_bytes(b"".join(parts) + bytes(3 << 20) + b"\0" * 100)
     out = _run(tmp_path / "in.tar", tokenizer)
-    assert [sample.place for sample in read_back(out)] == [1, 3, 5] and rejects(out) == []
+    assert [sample.position for sample in read_back(out)] == [1, 3, 5] and rejects(out) == []
 
 
 def test_equal_checksums_do_not_make_images_equal(

@@ -1,4 +1,4 @@
-"""The packs table of a dataset: the packs of the whole, whatever is read and sorted at a time, in bounded memory."""
+"""The table of packs: the same for any block and range size, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 from data_tools.pipeline import pack_table
 from data_tools.pipeline.commit import NewFile
 from data_tools.pipeline.finish import finish
-from data_tools.pipeline.job import Input, Job, Unit
-from data_tools.pipeline.output import Output, UnitSummary
+from data_tools.pipeline.job import Input, Job, Task
+from data_tools.pipeline.output import Output, TaskSummary
 from data_tools.pipeline.pack_table import Block, PackTable
-from data_tools.readers.splits import Stretch
+from data_tools.readers.splits import Split
 from megavl.config.errors import StorageError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.config.version import VERSION
@@ -65,7 +65,7 @@ def _blocks(lengths: np.ndarray, images: np.ndarray, *, shard: int, block: int) 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 5000])
 @pytest.mark.parametrize(("rows", "bins"), [(1 << 16, 1 << 17), (300, 1 << 17), (1, 7)])
-def test_table_is_the_packs_of_all_samples(
+def test_table_equals_the_packs_of_all_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool, count: int, rows: int, bins: int
 ) -> None:
     monkeypatch.setattr(pack_table, "_SORTED_ROWS", rows)
@@ -96,14 +96,11 @@ def test_table_is_the_packs_of_all_samples(
         assert tally.filler_tokens == (lengths[members][images[members] == 0].sum() if number and packed else 0)
 
 
-def test_full_storage_is_one_message_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_storage_gives_one_message_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, images = _samples(500)
     table = PackTable(lambda: _blocks(lengths, images, shard=99, block=99), seq_length=S, max_images=K, packed=True)
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pack_table, "_write", full)
+    monkeypatch.setattr(pack_table.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b"))  # noqa: SIM115
     with (
         pytest.raises(StorageError, match=r"packs.npy: cannot write \(No space left"),
         NewFile(tmp_path / "packs.npy") as file,
@@ -112,8 +109,8 @@ def test_full_storage_is_one_message_and_leaves_nothing(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def _run(root: Path, count: int) -> tuple[Job, list[Unit]]:
-    """A run of one input and its units."""
+def _run(root: Path, count: int) -> tuple[Job, list[Task]]:
+    """The job of a simulated run, and its tasks."""
     tokenizer = open_tokenizer(root / "tokenizer")
     source = Input(
         path="in.jsonl", container="json", format="text", content="text", template="plain", size=1, ends_sha256="0"
@@ -125,17 +122,17 @@ def _run(root: Path, count: int) -> tuple[Job, list[Unit]]:
             output=str(root / "out"), fail_on_error=False,
         dry_run=False,
     )  # fmt: skip
-    stretch = Stretch(path="in.jsonl", places="line", start=0, end=1, first_place=1, records=SHARD)
-    return job, [Unit(number=number, input=0, stretch=stretch) for number in range(-(-count // SHARD))]
+    split = Split(path="in.jsonl", position_kind="line", start=0, end=1, first_position=1, records=SHARD)
+    return job, [Task(number=number, input=0, split=split) for number in range(-(-count // SHARD))]
 
 
 def make_run(root: Path, count: int) -> None:
-    """Write the shards of such a run and commit its units; of tokens and images there are only holes."""
+    """Write the shards of a simulated run and commit its tasks; the token and image files are sparse."""
     tokenizer = open_tokenizer(make_tokenizer(root / "tokenizer"))
-    (job, units), out = _run(root, count), root / "out"
+    (job, tasks), out = _run(root, count), root / "out"
     (out / "units").mkdir(parents=True)
     geometry = geometry_entry(IMAGE_PRESETS["hybrid-1024"])
-    for number in range(len(units)):
+    for number in range(len(tasks)):
         size = min(SHARD, count - number * SHARD)
         lengths, images = _samples(size, seed=number)
         name = f"multimodal-{number:05d}"
@@ -162,25 +159,25 @@ def make_run(root: Path, count: int) -> None:
         (out / f"{name}.json").write_bytes(to_json(manifest))
         digest = file_sha256(out / f"{name}.json")
         shard = ShardEntry(name=name, sha256=digest, samples=size, tokens=tokens, images=int(images.sum()))
-        summary = UnitSummary(
+        summary = TaskSummary(
             number=number, config_sha256=job.config_sha256, records=size, cut=0, shortened=0,
             images_without_file=0, rejected={},
             shards=(shard,),
         )  # fmt: skip
-        Output(job.output).commit_unit(summary, rejects=[])
+        Output(job.output).commit_task(summary, rejects=[])
 
 
 def peak(root: str, count: str) -> None:
     """Run the last step in this process and print its time, and the peak before and after."""
-    job, units = _run(Path(root), int(count))
+    job, tasks = _run(Path(root), int(count))
     before, start = _high_water(), time.perf_counter()
-    report = finish(job, units, max_bad_frac=0.0)
+    report = finish(job, tasks, max_bad_frac=0.0)
     assert report["samples"] == int(count)
     print(time.perf_counter() - start, before, _high_water())
 
 
 def _high_water() -> int:
-    """KiB; the process reads its own peak: what the system tells a parent includes the parent's memory."""
+    """Peak memory in KiB, read by the process itself, because the value for children includes the parent."""
     return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
@@ -192,7 +189,7 @@ def _high_water() -> int:
         pytest.param((100_000, 10_000_000), marks=pytest.mark.slow, id="10M"),
     ],
 )
-def test_memory_does_not_grow_with_the_samples(tmp_path: Path, counts: tuple[int, int], report_table: Any) -> None:
+def test_memory_does_not_grow_with_samples(tmp_path: Path, counts: tuple[int, int], report_table: Any) -> None:
     lines, peaks = ["samples     peak RSS, MB  time, s"], []
     code = "import sys; from tests.unit.data_tools.test_pack_table import peak; peak(*sys.argv[1:])"
     for count in counts:

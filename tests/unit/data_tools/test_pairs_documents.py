@@ -1,19 +1,21 @@
-"""Pages of documents: each record says exactly what its page shows, whatever the document tries."""
+"""Pages of documents: each record has exactly the text that its page shows, also for hostile documents."""
 
 import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 from PIL import Image
 
 from data_tools import build_corpus, preprocess
-from data_tools.corpus.pairs.documents import blocks, pages
+from data_tools.corpus.pairs.documents import blocks, pages, reading
+from data_tools.corpus.pairs.documents.elements import FORMULA
 from data_tools.corpus.pairs.documents.pages import make_pages, same_text
-from data_tools.corpus.pairs.documents.wording import FORMULA
-from data_tools.corpus.pairs.fonts import font_folders, open_book
+from data_tools.corpus.pairs.fonts import font_folders, load_fonts
+from data_tools.corpus.pairs.sources import Dropped
 from data_tools.readers.formats import FORMATS
 
 PACKAGES = ("typst", "pypdfium2", "pypandoc", "fontTools", "matplotlib")
@@ -63,13 +65,22 @@ HOSTILE = """#read("/etc/passwd") and #import "@preview/cetz:0.3.0" stay words, 
 
 
 @pytest.fixture(scope="module")
-def book():
-    return open_book(font_folders([]))
+def fonts():
+    return load_fonts(font_folders([]))
 
 
 def sentences(count):
     """Different sentences, so that each can be found again."""
     return [f"Sentence number {n} speaks of {n * n} things and of {n % 7} others." for n in range(1, count + 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_time_limits():
+    """A busy machine must not drop a page."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "LIMITS", replace(pages.LIMITS, seconds=1800, cpu_seconds=1800))
+        patch.setattr(reading, "SECONDS", 1800)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +118,7 @@ def of(corpus, source):
     return [record for record in records(corpus) if record["source"] == source]
 
 
-def test_markdown_says_what_is_seen_and_nothing_else(corpus):
+def test_markdown_has_the_visible_text_only(corpus):
     (page,) = of(corpus, "a.md")
     assert page["text"].split("\n\n") == [
         "# Report on `things`",
@@ -124,7 +135,7 @@ def test_markdown_says_what_is_seen_and_nothing_else(corpus):
     assert dropped["formula"] == {"count": 1, "examples": ["a.md"]}
 
 
-def test_latex_and_html(corpus):
+def test_latex_and_html_become_markdown(corpus):
     (latex,) = of(corpus, "b.tex")
     assert latex["text"].startswith("# Reals\n\nLet $f\\colon\\mathbb{R}\\to\\mathbb{R}$ be *smooth*.")
     assert "tfrac12" in latex["text"] and "label" not in latex["text"] and "root:" not in latex["text"]
@@ -148,7 +159,7 @@ def test_every_sentence_is_on_one_page_in_order(corpus):
     assert len({(record["template"], record["font_size"]) for record in found}) == 1
 
 
-def test_pictures_hold_ink_and_a_blank_rim(corpus):
+def test_images_have_ink_and_empty_margins(corpus):
     for record in records(corpus):
         image = Image.open(corpus / record["image"])
         assert max(image.size) == 640 and image.mode == "RGB" and image.format == "PNG"
@@ -174,7 +185,7 @@ def test_no_source_is_in_both_files(corpus):
     assert len(set(digests)) == len(digests)
 
 
-def test_the_preprocessor_reads_both_forms(corpus, tmp_path, capsys):
+def test_the_preprocessor_reads_both_record_formats(corpus, tmp_path, capsys):
     (tmp_path / "a.md").write_text("# One\n\n" + " ".join(sentences(5)))
     (tmp_path / "b.md").write_text("# Two\n\n" + " ".join(sentences(9)))
     assert build(tmp_path / "talks", tmp_path, "--records", "llava") == 0
@@ -193,21 +204,21 @@ def test_the_preprocessor_reads_both_forms(corpus, tmp_path, capsys):
         assert f"{lines} records to {lines} samples" in capsys.readouterr().out
 
 
-def test_a_page_that_shows_something_else_is_dropped(book, monkeypatch):
-    """The comparison with the page's own text layer is what stands behind every record."""
+def test_a_page_with_other_text_is_dropped(fonts, monkeypatch):
+    """Every record is compared with the text layer of its page."""
     real = blocks.inlines
 
     def forgetful(nodes, formulas):
-        wording = real(nodes, formulas)
-        return type(wording)(wording.typst.replace("needle", "noodle"), wording.markdown, wording.seen)
+        element = real(nodes, formulas)
+        return type(element)(element.typst.replace("needle", "noodle"), element.markdown, element.visible)
 
     text = "A haystack with a needle in it, and enough other words to fill a line."
-    arguments = {"name": "x", "format": "markdown", "script": "latin", "seed": "0", "book": book, "side": 400}
-    found, dropped = make_pages(text, **arguments)
-    assert [page.text for page in found] == [text] and not dropped.counts
+    arguments = {"name": "x", "format": "markdown", "script": "latin", "seed": "0", "fonts": fonts, "side": 400}
+    made = make_pages(text, **arguments)
+    assert [page.text for page in made.pairs] == [text] and not made.dropped.counts
     monkeypatch.setattr(blocks, "inlines", forgetful)
-    found, dropped = make_pages(text, **arguments)
-    assert not found and dropped.counts == {"text_differs": 1}
+    made = make_pages(text, **arguments)
+    assert not made.pairs and made.dropped.counts == {"text_differs": 1}
 
 
 @pytest.mark.parametrize(
@@ -224,46 +235,44 @@ def test_a_page_that_shows_something_else_is_dropped(book, monkeypatch):
         ("is 𝑥2 so", f"so {FORMULA} is", False),
     ],
 )
-def test_comparison_of_texts(seen, expected, same):
+def test_texts_are_compared_without_spaces_and_formulas(seen, expected, same):
     assert same_text(seen, expected=expected) is same
 
 
-def test_blocks_that_do_not_fit_are_dropped_alone(book):
+def test_blocks_that_do_not_fit_are_dropped_alone(fonts):
     """A word, and a line of code, which is never broken."""
     before, after = "Kept before it, a sentence of some length.", "Kept after it, another such sentence."
     wide = "\n\n".join([before, "w" * 400, "```\n" + "code " * 19 + "\n```", after])
-    found, dropped = make_pages(wide, name="x", format="markdown", script="latin", seed="1", book=book, side=400)
-    assert [page.text for page in found] == [f"{before}\n\n{after}"]
-    assert dropped.counts == {"overflow": 2}
+    made = make_pages(wide, name="x", format="markdown", script="latin", seed="1", fonts=fonts, side=400)
+    assert [page.text for page in made.pairs] == [f"{before}\n\n{after}"]
+    assert made.dropped.counts == {"overflow": 2}
 
 
-def test_characters_without_a_glyph_are_dropped(book):
+def test_characters_without_a_glyph_are_dropped(fonts):
     text = "This paragraph is written in the letters of the font.\n\nThis one has \U0001f9ff and \U00012000."
-    found, dropped = make_pages(text, name="x", format="markdown", script="latin", seed="2", book=book, side=400)
-    assert len(found) == 1 and "U+12000" in dropped.examples["no_glyph"][0]
+    made = make_pages(text, name="x", format="markdown", script="latin", seed="2", fonts=fonts, side=400)
+    assert len(made.pairs) == 1 and "U+12000" in made.dropped.examples["no_glyph"][0]
 
 
-def test_a_document_that_stops_the_renderer_costs_only_itself(book, monkeypatch):
+def test_a_renderer_crash_drops_only_its_document(fonts, monkeypatch):
     monkeypatch.setattr(pages.page_worker, "__file__", "/nonexistent/worker.py")
-    found, dropped = make_pages(
+    made = make_pages(
         "Some words that are never set on any page.",
         name="x",
         format="text",
         script="latin",
         seed="0",
-        book=book,
+        fonts=fonts,
         side=400,
     )
-    assert not found and dropped.counts == {"not_set": 1}
+    assert not made.pairs and made.dropped.counts == {"not_set": 1}
 
 
-def test_long_blocks_are_parted():
-    from data_tools.corpus.pairs.sources import Dropped
-
+def test_long_blocks_are_split():
     words = " ".join(sentences(40))
     for text, format in ((words, "markdown"), (words, "text"), (words.replace(".", ""), "markdown")):
         parts = blocks.read_blocks(text, format=format, name="x", dropped=Dropped())
-        assert len(parts) > 3 and max(blocks.weight(part.seen) for part in parts) <= 1.2 * blocks.MOST_CHARACTERS
+        assert len(parts) > 3 and max(blocks.weight(part.visible) for part in parts) <= 1.2 * blocks.MAX_WEIGHT
         assert " ".join(part.markdown for part in parts) == text
     chinese = "深度学习是机器学习的分支。" * 100
     parts = blocks.read_blocks(chinese, format="markdown", name="x", dropped=Dropped())
@@ -274,8 +283,6 @@ def test_long_blocks_are_parted():
 
 
 def test_deep_nesting_ends_in_a_count():
-    from data_tools.corpus.pairs.sources import Dropped
-
     for text, format in (("> " * 500 + "deep", "markdown"), ("<div><b>" * 3000 + "deep", "html")):
         dropped = Dropped()
         found = blocks.read_blocks(text, format=format, name="x", dropped=dropped)
@@ -289,7 +296,7 @@ def no_chinese(tmp_path):
     return f"{matplotlib.__path__[0]}/mpl-data/fonts/ttf"
 
 
-def test_chinese_without_a_font_is_one_message(tmp_path, capsys, no_chinese):
+def test_chinese_without_a_font_gives_one_message(tmp_path, capsys, no_chinese):
     (tmp_path / "a.txt").write_text("深度学习是机器学习的分支。" * 5)
     assert build(tmp_path / "out", tmp_path / "a.txt", "--fonts", no_chinese) == 3
     message = capsys.readouterr().err
@@ -297,8 +304,8 @@ def test_chinese_without_a_font_is_one_message(tmp_path, capsys, no_chinese):
     assert not (tmp_path / "out").exists()
 
 
-def test_chinese_pages(tmp_path, book):
-    if not book.chinese:
+def test_chinese_text_becomes_pages(tmp_path, fonts):
+    if not fonts.chinese:
         pytest.skip("no Chinese font here (Debian: apt install fonts-wqy-microhei)")
     (tmp_path / "a.md").write_text(
         "# 引言\n\n深度学习（Deep Learning）是机器学习的\n一个分支，公式为 $E=mc^2$。\n\n- 一项\n- 两项"
@@ -323,7 +330,7 @@ def test_chinese_pages(tmp_path, book):
         (["--heldout-share", "0.9", "--input", "a.txt"], 2, "'0.9' is out of range; give a number from 0 to 0.5"),
     ],
 )
-def test_wrong_usage(tmp_path, monkeypatch, capsys, arguments, code, expected):
+def test_wrong_usage_gives_one_message(tmp_path, monkeypatch, capsys, arguments, code, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("Some words.")
     assert build_corpus.main(["documents", "--output", "out", *arguments]) == code
@@ -332,7 +339,7 @@ def test_wrong_usage(tmp_path, monkeypatch, capsys, arguments, code, expected):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_is_one_message(tmp_path, monkeypatch, capsys):
+def test_a_missing_package_gives_one_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typst", None)
     assert build(tmp_path / "out", tmp_path) == 2
     assert "typst: not installed; pip install 'megavl[corpus]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Scenes: every phrase whole, apart, readable and in the record, and none in both splits."""
+"""Scenes: phrases are readable, do not overlap, are in the record, and never in both splits."""
 
 import json
 import random
@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from data_tools import build_corpus
-from data_tools.corpus.pairs.fonts import find_faces, font_folders, is_stand_in, writes_chinese, writes_latin
+from data_tools.corpus.pairs.fonts import find_faces, font_folders, supports_chinese, supports_latin
 from data_tools.corpus.pairs.scenetext import drawing
 from data_tools.corpus.pairs.scenetext.background import draw_background
-from data_tools.corpus.pairs.scenetext.phrases import LONGEST_PHRASE, phrases_of
+from data_tools.corpus.pairs.scenetext.phrases import MAX_PHRASE_CHARACTERS, phrases_of
 from data_tools.readers.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not find_spec("fontTools"), reason="needs megavl[corpus]")
@@ -28,7 +28,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def faces():
-    return [face for face in find_faces(font_folders([])) if not is_stand_in(face)]
+    return [face for face in find_faces(font_folders([])) if not face.is_placeholder]
 
 
 def build(output, source, *options):
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory):
     return folder / "out"
 
 
-def test_records_name_what_was_written(corpus):
+def test_records_name_the_phrases_in_the_image(corpus):
     both = {split: records(corpus, split) for split in ("train", "heldout")}
     assert (len(both["train"]), len(both["heldout"])) == (30, 10)
     phrases = {split: {box["text"] for record in found for box in record["boxes"]} for split, found in both.items()}
@@ -83,16 +83,16 @@ def extremes(image, quad):
     return linear @ np.array([0.2126, 0.7152, 0.0722])
 
 
-def test_phrases_stand_apart_and_out(faces):
-    latin = [face for face in faces if writes_latin(face)]
+def test_phrases_do_not_overlap_and_have_contrast(faces):
+    latin = [face for face in faces if supports_latin(face)]
     drawn = 0
     for seed in range(12):
         rng = random.Random(seed)
         _, image = draw_background(rng, (480, 400))
         before = image.copy()
-        placed = drawing.draw_phrases(rng, image, ["Exit 42", "mind the gap", "Tickets", "no smoking"], faces=latin)
-        drawn += len(placed)
-        for one, other in combinations(placed, 2):
+        phrases = drawing.draw_phrases(rng, image, ["Exit 42", "mind the gap", "Tickets", "no smoking"], faces=latin)
+        drawn += len(phrases)
+        for one, other in combinations(phrases, 2):
             left, top, right, bottom = one.bounds
             assert (
                 right <= other.bounds[0]
@@ -100,44 +100,44 @@ def test_phrases_stand_apart_and_out(faces):
                 or bottom <= other.bounds[1]
                 or other.bounds[3] <= top
             )
-        for one in placed:
+        for one in phrases:
             after, ground = extremes(image, one.quad), extremes(before, one.quad)
             changed = np.abs(after - ground) > 0.01
             assert changed.mean() > 0.05
-            # Of ink and surface, the one is at least CONTRAST times as bright as the other.
+            # The brightest and the darkest pixels differ by about MIN_CONTRAST at least.
             low, high = np.percentile(after, (1, 99))
-            assert (high + 0.05) / (low + 0.05) >= 0.9 * drawing.CONTRAST
+            assert (high + 0.05) / (low + 0.05) >= 0.9 * drawing.MIN_CONTRAST
     assert drawn >= 30
 
 
-def test_contrast_is_that_of_wcag():
+def test_contrast_follows_wcag():
     white, black, grey = drawing._luminance(np.array([[255, 255, 255], [0, 0, 0], [119, 119, 119]], float))
     assert drawing.contrast(white, black) == pytest.approx(21.0)
     assert drawing.contrast(white, grey) == pytest.approx(4.48, abs=0.01)
     assert drawing._readable(random.Random(0), 0.0, 1.0) is None
 
 
-def test_reading_order():
+def test_reading_order_is_by_row_then_column():
     def at(text, x, y):
-        return drawing.Placed(text=text, quad=((x, y), (x + 50, y), (x + 50, y + 20), (x, y + 20)))
+        return drawing.DrawnPhrase(text=text, quad=((x, y), (x + 50, y), (x + 50, y + 20), (x, y + 20)))
 
     mixed = [at("d", 200, 95), at("b", 120, 8), at("c", 10, 90), at("a", 0, 0), at("e", 0, 200)]
     assert "".join(one.text for one in drawing.in_reading_order(mixed)) == "abcde"
 
 
-def test_phrases():
+def test_phrases_are_short_and_stripped():
     found = list(phrases_of(TEXT, script="latin"))
     words = " ".join(found).split()
     assert {"35%", "£7.50", "i.e", "fox", "42"} <= set(words) and not {"(not", "one)", "42!"} & set(words)
-    assert max(map(len, found)) <= LONGEST_PHRASE and len({len(phrase.split()) for phrase in found}) == 4
+    assert max(map(len, found)) <= MAX_PHRASE_CHARACTERS and len({len(phrase.split()) for phrase in found}) == 4
     chinese = list(phrases_of("深度学习（Deep Learning）是机器学习的一个分支。好。", script="chinese"))
     assert "".join(chinese) == "深度学习是机器学习的一个分支"[: len("".join(chinese))] and all(
         2 <= len(p) <= 8 for p in chinese
     )
 
 
-def test_chinese_scenes(tmp_path, faces):
-    if not any(writes_chinese(face) for face in faces):
+def test_chinese_scenes_have_chinese_questions(tmp_path, faces):
+    if not any(supports_chinese(face) for face in faces):
         pytest.skip("no Chinese font here (Debian: apt install fonts-wqy-microhei)")
     (tmp_path / "a.txt").write_text(
         "深度学习是机器学习的一个分支，它试图使用多个处理层对数据进行高层抽象。小心地滑，请勿吸烟。"
@@ -152,7 +152,7 @@ def test_chinese_scenes(tmp_path, faces):
         assert ("图" in asked.text) == chinese and ("\u4e00" <= told.text[0] <= "\u9fff") == chinese
 
 
-def test_given_backgrounds(tmp_path, capsys):
+def test_backgrounds_come_from_the_given_folder(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "photos").mkdir()
     options = ["--samples", "4", "--heldout-share", "0.25", "--backgrounds", str(tmp_path / "photos")]

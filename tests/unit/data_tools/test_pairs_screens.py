@@ -1,16 +1,17 @@
-"""Screenshots: the source that is recorded is the source that is shown, and a page reaches nothing."""
+"""Screenshots: a record has the HTML that its picture shows, and a page reaches neither files nor network."""
 
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from data_tools import build_corpus
-from data_tools.corpus.pairs.sandbox import isolation_problem
 from data_tools.corpus.pairs.screens import browser
+from data_tools.corpus.pairs.screens.isolation import isolation_problem, write_isolated_launcher
 from data_tools.corpus.pairs.screens.page_source import shown_source
 from data_tools.readers.formats import FORMATS
 
@@ -26,7 +27,7 @@ def build(output, source, *options):
     return build_corpus.main(["screens", "--output", str(output), "--input", str(source), *options])
 
 
-def test_source_without_what_is_not_shown():
+def test_invisible_elements_are_removed_from_the_source():
     html = (
         "<!DOCTYPE html>\n<html><head><title>T &amp; U</title><base href='http://x'><link rel=stylesheet href=a.css>"
         "<meta charset='utf-8'><meta http-equiv='refresh' content='0'><style>p > b {color: red}</style>"
@@ -47,7 +48,7 @@ def test_source_without_what_is_not_shown():
 @pytest.mark.parametrize(
     ("given", "expected"), [([], MISSING), (["--browser", "none"], "--browser none: is no program")]
 )
-def test_no_browser_is_one_message(tmp_path, monkeypatch, capsys, given, expected):
+def test_a_missing_browser_gives_one_message(tmp_path, monkeypatch, capsys, given, expected):
     pytest.importorskip("playwright", reason="needs megavl[screens]")
     pytest.importorskip("fontTools", reason="needs megavl[corpus]")
     monkeypatch.setattr(browser.shutil, "which", lambda name: None)
@@ -58,13 +59,27 @@ def test_no_browser_is_one_message(tmp_path, monkeypatch, capsys, given, expecte
 
 
 @pytest.fixture
-def chromium():
+def chromium(monkeypatch):
     pytest.importorskip("playwright", reason="needs megavl[screens]")
     if not any(map(shutil.which, browser.NAMES)):
         pytest.skip(MISSING)
     problem = isolation_problem()
     if problem and os.geteuid() == 0:
         pytest.skip(f"Chromium has no sandbox for root, and {problem}")
+    monkeypatch.setattr(browser, "SECONDS", 1800)
+
+
+@pytest.mark.skipif(isolation_problem() is not None, reason=f"no isolation here: {isolation_problem()}")
+def test_isolation_hides_files_processes_and_network(tmp_path):
+    (tmp_path / "secret").write_text("abc")
+    launcher = write_isolated_launcher("/usr/bin/env", folder=tmp_path)
+    script = f"""id -u
+for path in {tmp_path}/secret /proc/{os.getpid()}/environ /etc/passwd /home /root /var; do ls $path; done
+touch /usr/written
+grep : /proc/net/dev | grep -v lo: && echo network
+echo done"""
+    told = subprocess.run([launcher, "sh", "-c", script], capture_output=True, text=True, timeout=1800, check=False)
+    assert told.stdout.split() == ["65534", "done"], told.stderr
 
 
 def test_root_needs_isolation(chromium, tmp_path, monkeypatch, capsys):
@@ -77,7 +92,7 @@ def test_root_needs_isolation(chromium, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_screens(chromium, tmp_path):
+def test_pages_become_pictures_without_reaching_files(chromium, tmp_path):
     pages = tmp_path / "pages"
     pages.mkdir()
     secret = Path(tmp_path / "secret.png")

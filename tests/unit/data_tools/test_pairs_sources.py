@@ -1,24 +1,24 @@
-"""Inputs of the pair commands: files, folders and JSONL, each fault named, and a split that no content crosses."""
+"""Inputs of the pair commands: which texts are read, which faults are counted, and which texts are held out."""
 
 import json
 
 import pytest
 
 from data_tools.corpus.pairs.records import in_order
-from data_tools.corpus.pairs.sources import Dropped, Kind, choose_heldout, find_sources, heldout_sources, load
+from data_tools.corpus.pairs.sources import Dropped, InputFormats, choose_heldout, find_sources, heldout_sources, load
 from data_tools.corpus.scripts import script_of
 from megavl.config.errors import DataError, UsageError
 
-KIND = Kind(suffixes={".txt": "text", ".md": "markdown"}, keys={"markdown": "markdown", "text": "text"})
+FORMATS = InputFormats(suffixes={".txt": "text", ".md": "markdown"}, keys={"markdown": "markdown", "text": "text"})
 
 
 def found(inputs, **options):
     dropped = Dropped()
-    sources = find_sources(inputs, kind=KIND, dropped=dropped, **options)
+    sources = find_sources(inputs, formats=FORMATS, dropped=dropped, **options)
     return sources, dropped
 
 
-def test_files_folders_and_records(tmp_path):
+def test_files_folders_and_jsonl_are_read(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/b.md").write_text("# B\n")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfplain words")
@@ -26,7 +26,7 @@ def test_files_folders_and_records(tmp_path):
     records = [{"id": "one", "text": "first"}, {"text": "深度学习", "format": "markdown"}, {"markdown": "*third*"}]
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n")
     sources, dropped = found([tmp_path])
-    listed = [(source.name, source.format, source.script, load(source, kind=KIND)) for source in sources]
+    listed = [(source.name, source.format, source.script, load(source, formats=FORMATS)) for source in sources]
     assert listed == [
         ("a.txt", "text", "latin", "plain words"),
         ("one", "text", "latin", "first"),
@@ -38,8 +38,8 @@ def test_files_folders_and_records(tmp_path):
     assert [source.name for source in found([tmp_path], limit=2)[0]] == ["a.txt", "one"]
 
 
-def test_faults_are_counted_with_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.corpus.pairs.sources.LONGEST_SOURCE", 100)
+def test_faults_are_counted_with_their_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.corpus.pairs.sources.MAX_SOURCE_BYTES", 100)
     lines = [
         '{"text": "good"}',
         '{"text": ',
@@ -79,15 +79,15 @@ def test_nothing_to_read_is_an_error(tmp_path, name, content, error, expected):
     assert expected in str(caught.value) and name in str(caught.value)
 
 
-def test_a_file_that_changes_meanwhile_is_an_error(tmp_path):
+def test_a_changed_file_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("before")
     sources, _ = found([tmp_path / "a.txt"])
-    (tmp_path / "a.txt").write_text("behind")
+    (tmp_path / "a.txt").write_text("after!")
     with pytest.raises(DataError, match=r"a\.txt: was changed during the run"):
-        load(sources[0], kind=KIND)
+        load(sources[0], formats=FORMATS)
 
 
-def test_the_heldout_share_is_exact_and_follows_content():
+def test_the_heldout_share_is_exact_and_stable():
     keys = [f"key {number}" for number in range(1000)]
     held = choose_heldout(keys, share=0.05, seed=0)
     assert len(held) == 50 and held == choose_heldout(keys[::-1], share=0.05, seed=0)
@@ -97,8 +97,8 @@ def test_the_heldout_share_is_exact_and_follows_content():
     assert choose_heldout(keys, share=0.0, seed=0) == set()
 
 
-def test_pieces_of_one_document_stay_together(tmp_path):
-    """JSONL may hold a document in pieces; those that name one source are one in the split, under whatever name."""
+def test_records_of_one_source_share_a_split(tmp_path):
+    """The name of the source does not matter."""
     for name in ("here", "there"):
         records = [{"source": f"{name}/{n // 5}", "text": f"piece {n}"} for n in range(100)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(record) for record in records))
@@ -112,7 +112,7 @@ def test_pieces_of_one_document_stay_together(tmp_path):
     assert chosen["here"] == chosen["there"]
 
 
-def test_scripts():
+def test_script_follows_the_share_of_chinese():
     assert script_of("深度学习是 deep learning 的方法") == "chinese"
     assert script_of("One word of Chinese: 学习, the rest is not") == "latin"
     assert script_of("123 ...") == "latin"

@@ -1,4 +1,4 @@
-"""Ten times the input takes no more memory."""
+"""Ten times the input needs no more memory."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ CODE = (
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_input(tmp_path: Path, report_table: Any) -> None:
+def test_memory_does_not_grow_with_input(tmp_path: Path, report_table: Any) -> None:
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     block = "".join(json.dumps({"text": " ".join(SENTENCES)[: 40 + n % 300]}) + "\n" for n in range(5000))
     peaks = []

@@ -1,4 +1,4 @@
-"""What preprocessing writes: readable by the stock class, exactly the tokenizer's tokens, checked byte by byte."""
+"""The output of preprocessing: the stock class reads it, and it has exactly the tokens of the tokenizer."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def _jsonl(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_stock_dataset_gives_the_tokens_of_the_tokenizer(made: Path, corpus: list[Path], tokenizer: Path) -> None:
+def test_stock_dataset_reads_the_tokens(made: Path, corpus: list[Path], tokenizer: Path) -> None:
     reference = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     bos, eos, image = reference.bos_token_id, reference.eos_token_id, 3
     stock = IndexedDataset(str(made / "text-00000.tokens"))
@@ -70,7 +70,7 @@ def test_stock_dataset_gives_the_tokens_of_the_tokenizer(made: Path, corpus: lis
         assert np.array(images[number]).tobytes() == (corpus[1].parent / record["image"]).read_bytes()
 
 
-def test_manifests_say_with_what_the_dataset_was_made(made: Path, tokenizer: Path) -> None:
+def test_manifests_record_version_tokenizer_and_geometry(made: Path, tokenizer: Path) -> None:
     whole = json.loads((made / "manifest.json").read_text())
     shards = [json.loads((made / f"{entry['name']}.json").read_text()) for entry in whole["shards"]]
     setup = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True)
@@ -84,7 +84,7 @@ def test_manifests_say_with_what_the_dataset_was_made(made: Path, tokenizer: Pat
         assert manifest["version"] == FORMAT_VERSION
 
 
-def test_a_run_is_not_continued_by_another_version(
+def test_another_version_does_not_resume_a_run(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = [write_jsonl(tmp_path / "t.jsonl", [{"text": "red"}])]
@@ -121,7 +121,7 @@ def test_image_used_twice_is_stored_once(corpus: list[Path], tokenizer: Path, tm
     open_small(tmp_path / "out", tokenizer=tokenizer).read(source=0, modality="multimodal", index=0)
 
 
-def test_long_documents_are_cut_without_losing_a_token(tokenizer: Path, tmp_path: Path) -> None:
+def test_long_documents_are_divided_without_losing_tokens(tokenizer: Path, tmp_path: Path) -> None:
     text = "red square, " * 300
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": text}, {"text": "green"}])
     assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out") == 0
@@ -133,7 +133,7 @@ def test_long_documents_are_cut_without_losing_a_token(tokenizer: Path, tmp_path
     assert json.loads((tmp_path / "out" / "report.json").read_text())["documents_cut"] == 1
 
 
-def test_every_sample_is_packed_once_within_the_limits(made: Path) -> None:
+def test_every_sample_is_packed_once_within_limits(made: Path) -> None:
     counts = verify.verify(str(made))
     report = json.loads((made / "report.json").read_text())
     assert counts["samples"] == report["samples"] == 60 + 40 + 20
@@ -145,7 +145,7 @@ def test_every_sample_is_packed_once_within_the_limits(made: Path) -> None:
             assert rows["tokens"].sum() <= SEQ_LENGTH and rows["images"].sum() <= 2
 
 
-def test_unpacked_gives_one_sample_per_sequence(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+def test_no_pack_gives_one_sample_per_sequence(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
     assert run_preprocess(corpus, tokenizer=tokenizer, output=tmp_path / "out", more=["--no-pack"]) == 0
     dataset = open_small(tmp_path / "out", tokenizer=tokenizer)
     assert dataset.counts == [{"text": 60, "multimodal": 60}]
@@ -153,7 +153,7 @@ def test_unpacked_gives_one_sample_per_sequence(corpus: list[Path], tokenizer: P
     assert len(sequence.members) == 1 and set(sequence.tokens[sequence.members[0].end :].tolist()) == {2}
 
 
-def test_sentencepiece_works_alike(corpus: list[Path], tmp_path: Path) -> None:
+def test_sentencepiece_tokenizer_works(corpus: list[Path], tmp_path: Path) -> None:
     model = make_sentencepiece(tmp_path / "tokenizer.model")
     assert run_preprocess(corpus, tokenizer=model, output=tmp_path / "out") == 0
     verify.verify(str(tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Bad input: each record rejected with its reason and place, each mistake one message."""
+"""Bad input: each record is rejected with its reason and line, and each mistake gives one message."""
 
 import base64
 import json
@@ -46,7 +46,7 @@ def _reasons(out: Path) -> dict[str, list[int]]:
     return found
 
 
-def test_bad_lines_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -> None:
+def test_bad_lines_leave_the_others_unchanged(tokenizer: Path, tmp_path: Path) -> None:
     good = [json.dumps({"text": f"red {n}"}).encode() for n in range(10)]
     bad = [b'{"text": "\xff"}', b"{", b'{"text": "a\0b"}', b'{"txt": "a"}', b'{"text": 3}', b'{"text": " "}', b"7"]
     bad += [b'{"text": "\\ud800"}', b"[" * 100_000]
@@ -66,7 +66,7 @@ def test_bad_lines_leave_the_rest_as_it_was(tokenizer: Path, tmp_path: Path) -> 
     }
 
 
-def test_bad_conversations(tokenizer: Path, tmp_path: Path) -> None:
+def test_bad_conversations_are_rejected(tokenizer: Path, tmp_path: Path) -> None:
     make_images(tmp_path / "images", count=4)
     image = "images/1.png"
     talks: list[dict[str, Any]] = [
@@ -96,7 +96,7 @@ def test_bad_conversations(tokenizer: Path, tmp_path: Path) -> None:
     assert (report["samples"], report["images"]) == (3, 2)
 
 
-def test_deepseek_records(tokenizer: Path, tmp_path: Path) -> None:
+def test_deepseek_records_need_matching_tags(tokenizer: Path, tmp_path: Path) -> None:
     make_images(tmp_path / "images", count=2)
     question = {"role": "User", "content": "<image_placeholder>What?", "images": ["images/0.jpg"]}
     answer = {"role": "Assistant", "content": "red"}
@@ -106,7 +106,7 @@ def test_deepseek_records(tokenizer: Path, tmp_path: Path) -> None:
     assert _reasons(tmp_path / "out") == {"tag_count": [3]}
 
 
-def test_bad_images(tokenizer: Path, tmp_path: Path) -> None:
+def test_bad_images_are_rejected(tokenizer: Path, tmp_path: Path) -> None:
     root = tmp_path / "in"
     make_images(root / "images", count=30)
     (tmp_path / "secret.png").write_bytes((root / "images/1.png").read_bytes())
@@ -137,7 +137,7 @@ def test_bad_images(tokenizer: Path, tmp_path: Path) -> None:
     }
 
 
-def test_large_images_are_made_smaller(tokenizer: Path, tmp_path: Path) -> None:
+def test_large_images_are_shrunk(tokenizer: Path, tmp_path: Path) -> None:
     make_images(tmp_path / "images", count=3)
     Image.effect_noise((400, 200), 50).save(tmp_path / "images/1.png")
     path = write_jsonl(tmp_path / "c.jsonl", [{"image": f"images/{n}.png", "text": "x"} for n in (1, 2)])
@@ -203,7 +203,7 @@ def test_mistakes_are_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk_leaves_nothing_half_written(tokenizer: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_file(tokenizer: Path, tmp_path: Path) -> None:
     make_images(tmp_path / "images", count=2)
     Image.effect_noise((600, 600), 90).save(tmp_path / "images/big.png")
     path = write_jsonl(tmp_path / "c.jsonl", [{"image": "images/big.png", "text": "noise"}])
@@ -224,23 +224,23 @@ def test_full_disk_leaves_nothing_half_written(tokenizer: Path, tmp_path: Path) 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system of its own, whose size can be changed while it holds files."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """A separate file system, whose size can be changed while it holds files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
 
     def sized(size: str) -> Path:
-        options = f"size={size}" if not os.path.ismount(place) else f"remount,size={size}"
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        options = f"size={size}" if not os.path.ismount(disk) else f"remount,size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
         if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
             pytest.skip("a file system cannot be mounted here")
-        return place
+        return disk
 
     yield sized
-    if os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
+    if os.path.ismount(disk):
+        subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_full_disk_keeps_finished_shards_and_goes_on_when_there_is_room(
+def test_run_resumes_after_the_disk_was_full(
     tokenizer: Path, tmp_path: Path, small_disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = make_corpus(tmp_path / "in", images=40, texts=150, note="x" * 5000)[:2]
@@ -259,7 +259,7 @@ def test_full_disk_keeps_finished_shards_and_goes_on_when_there_is_room(
         assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
-def test_links_may_not_lead_out_of_the_image_root(tokenizer: Path, tmp_path: Path) -> None:
+def test_links_out_of_the_image_root_are_refused(tokenizer: Path, tmp_path: Path) -> None:
     real, outside = tmp_path / "real", tmp_path / "outside"
     make_images(real / "images", count=2)
     make_images(outside / "images", count=2)

@@ -1,12 +1,13 @@
-"""Conversations whose turns are empty or unusual: what is refused, and what becomes a sample."""
+"""Conversations with empty or unusual turns, and conversations that are too long."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.pipeline.task import first_rounds
+from data_tools.pipeline.sequence_limits import SequenceLimits
 from megavl.data.template import Encoded
 from tests.unit.data.corpus_files import (
     IMAGE_TOKENS,
@@ -22,7 +23,7 @@ def _says(role: str, value: str) -> dict[str, str]:
     return {"from": role, "value": value}
 
 
-def test_empty_turns_are_refused_each_with_its_number(tmp_path: Path) -> None:
+def test_empty_turns_are_refused_by_number(tmp_path: Path) -> None:
     asked, told = _says("human", "What?"), _says("gpt", "red")
     talks = [
         {"conversations": [asked, told]},
@@ -45,7 +46,7 @@ def test_empty_turns_are_refused_each_with_its_number(tmp_path: Path) -> None:
     assert json.loads((out / "report.json").read_text())["samples"] == 1
 
 
-def test_an_image_in_a_system_turn_is_part_of_the_sample(tmp_path: Path) -> None:
+def test_image_in_a_system_turn_is_kept(tmp_path: Path) -> None:
     image = make_images(tmp_path / "images", count=1)[0]
     turns = [_says("system", "As in <image>"), _says("human", "What?"), _says("gpt", "red")]
     path = write_jsonl(tmp_path / "talks.jsonl", [{"image": image, "conversations": turns}])
@@ -58,7 +59,7 @@ def test_an_image_in_a_system_turn_is_part_of_the_sample(tmp_path: Path) -> None
 
 
 def _talk(answers: int, *, images: list[str], words: int = 4) -> dict[str, Any]:
-    """Rounds of which the first ones bring an image each."""
+    """A conversation whose first questions have one image each."""
     rounds = [
         (_says("human", ("<image>" if n < len(images) else "") + f"Which, {n}?"), _says("gpt", "red " * words + str(n)))
         for n in range(answers)
@@ -66,8 +67,8 @@ def _talk(answers: int, *, images: list[str], words: int = 4) -> dict[str, Any]:
     return {"images": images, "conversations": [turn for pair in rounds for turn in pair]}
 
 
-def test_over_long_conversations_end_after_an_answer_as_the_shorter_ones_would(tmp_path: Path) -> None:
-    """Too many tokens, too many images, and a first answer that is too long already."""
+def test_truncated_conversations_equal_shorter_ones(tmp_path: Path) -> None:
+    """One has too many tokens, one too many images, and in one the first answer is too long."""
     images = make_images(tmp_path / "images", count=4)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     whole = [_talk(9, images=images[:1]), _talk(4, images=images), _talk(2, images=[], words=400), _talk(1, images=[])]
@@ -97,14 +98,14 @@ def _is_taken(talk: dict[str, Any], folder: Path, tokenizer: Path) -> bool:
     return run_preprocess([path], tokenizer=tokenizer, output=out) == 0
 
 
-def test_an_answer_is_not_cut_at_its_own_image() -> None:
-    """Its text before the image is supervised and fits, but does not end with EOS (1)."""
+def test_answers_are_not_truncated_at_their_images() -> None:
+    """The text before the image is supervised and fits, but does not end with EOS (1)."""
     ids = np.array([0, 9, 9, 1, 8, 8, 3, 3, 8, 1], np.int32)
     talk = Encoded(ids=ids, spans=((1, 4), (5, 6), (8, 10)), images=1)
-    limits = {"max_images": 1, "eos_id": 1, "image_id": 3, "image_tokens": 2}
-    shorter = first_rounds(talk, limit=9, **limits)
+    limits = SequenceLimits(tokens=9, images=1, eos_id=1, image_id=3, image_tokens=2)
+    shorter = limits.truncate(talk)
     assert shorter is not None
     assert (shorter.ids.tolist(), shorter.spans, shorter.images) == ([0, 9, 9, 1], ((1, 4),), 0)
-    assert first_rounds(talk, limit=3, **limits) is None
-    whole = first_rounds(talk, limit=10, **limits)
+    assert replace(limits, tokens=3).truncate(talk) is None
+    whole = replace(limits, tokens=10).truncate(talk)
     assert whole is not None and (len(whole.ids), whole.images) == (10, 1)

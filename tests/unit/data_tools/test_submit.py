@@ -1,4 +1,4 @@
-"""Submission of a job array, with a stand-in for sbatch that notes what it was told."""
+"""Submission of a job array to a fake sbatch, which records its calls."""
 
 import json
 import os
@@ -35,7 +35,7 @@ Calls = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
-    """Installs the stand-in; what it returns reads the calls."""
+    """Installs the fake sbatch and returns a function that reads its calls."""
 
     def install(*, limit: int = 99) -> Calls:
         folder, log = tmp_path / "bin", tmp_path / "calls"
@@ -59,7 +59,7 @@ def command(tmp_path: Path) -> list[str]:
 
 
 def in_job(call: dict[str, Any], *, index: int) -> "subprocess.CompletedProcess[str]":
-    """Run a job's script as SLURM would."""
+    """Run the script of a job as SLURM would."""
     job = {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_NODELIST": "node1", "RUN_OFFSET": "0"}
     return subprocess.run(
         ["bash", "-c", call["script"]], env={**os.environ, **job}, capture_output=True, text=True, check=False
@@ -73,7 +73,7 @@ def as_local(command: list[str], *, output: Path) -> list[str]:
     return parts
 
 
-def test_the_queued_scripts_make_the_dataset(
+def test_queued_scripts_make_the_dataset(
     sbatch: Callable[..., Calls], command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = sbatch()
@@ -102,7 +102,7 @@ def test_the_queued_scripts_make_the_dataset(
         assert (tmp_path / "local" / name).read_bytes() == (out / name).read_bytes()
 
 
-def test_only_tasks_with_work_left_are_queued_again(
+def test_only_unfinished_array_tasks_are_queued_again(
     sbatch: Callable[..., Calls], command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = sbatch()
@@ -122,7 +122,7 @@ def test_only_tasks_with_work_left_are_queued_again(
     assert (tmp_path / "out dir/manifest.json").exists()
 
 
-def test_a_task_that_fails_says_why_once(sbatch: Callable[..., Calls], command: list[str]) -> None:
+def test_failed_array_task_gives_one_message(sbatch: Callable[..., Calls], command: list[str]) -> None:
     calls = sbatch()
     text = Path(command[command.index("--input") + 1])
     text.write_text('{"text": ""}\n{"text": "red"}\n', encoding="utf-8")
@@ -159,15 +159,15 @@ def test_mistakes_are_one_message(
     assert re.search(message, error), error
 
 
-def test_without_slurm(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_sbatch_is_named(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert main([*command, "--num-tasks", "2"]) == 2
     assert "cannot start sbatch" in capsys.readouterr().err
 
 
-def test_nothing_is_queued_for_an_output_of_other_settings(
-    sbatch: Callable[..., Calls], tmp_path: Path, command: list[str]
-) -> None:
+def test_nothing_is_queued_for_other_settings(sbatch: Callable[..., Calls], tmp_path: Path, command: list[str]) -> None:
     calls = sbatch()
     inputs = make_corpus(tmp_path / "other", images=2, texts=3)
     out = tmp_path / "out dir"

@@ -1,4 +1,4 @@
-"""Categories of fine-tuning data: the paper's tree, honest tags, coverage, and samples exact at every length."""
+"""Categories of fine-tuning data: the tree of the paper, tags, coverage, and weighted samples."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -41,7 +41,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_tree_is_that_of_the_paper():
+def test_tree_is_that_of_the_paper():
     leaves = Counter(leaf.id.split("/")[0] for leaf in TREE.leaves())
     assert leaves == {
         "recognition": 18,
@@ -53,17 +53,20 @@ def test_the_tree_is_that_of_the_paper():
         "multi-image": 8,
         "safety": 3,
     }
-    assert [part.name for part in TREE.parts("conversion/code")] == [
+    assert [category.name for id, category in TREE.categories.items() if id.startswith("conversion/code/")] == [
         "UI to code",
         "Chart to code",
         "Photo to SVG or base64 encoding",
         "Formula to code",
         "Flowchart to code",
     ]
-    assert len(TREE.parts("")) == 8 and max(category.level for category in TREE.categories.values()) == 3
+    assert (
+        sum(category.level == 1 for category in TREE.categories.values()) == 8
+        and max(category.level for category in TREE.categories.values()) == 3
+    )
 
 
-def test_list(capsys):
+def test_list_shows_every_category(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0 and len(out.splitlines()) == len(TREE.categories)
     assert "    conversion/code/ui: UI to code\n" in out
@@ -88,7 +91,7 @@ def test_unknown_categories_name_the_nearest(tmp_path, capsys, given_id, nearest
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_tags_come_from_fields_names_and_rules_only(tmp_path, capsys):
+def test_tags_come_from_fields_names_and_rules(tmp_path, capsys):
     records = [
         talk("one", topic="logic/mathematics"),
         talk("two", topic="maths"),
@@ -134,7 +137,7 @@ def test_tags_come_from_fields_names_and_rules_only(tmp_path, capsys):
     assert code == 3 and "in.json, item 4: has no topic and matches no rule" in err
 
 
-def test_report(tmp_path, capsys):
+def test_report_counts_records_by_category(tmp_path, capsys):
     counted = {"safety": 1, "recognition/ocr/printed": 4, "recognition/ocr": 2, "evaluation/reality": 3}
     records = [talk(f"{id} {n}", category=id) for id, count in counted.items() for n in range(count)]
     source = write(tmp_path / "in.jsonl", [*records, talk("none")])
@@ -160,16 +163,16 @@ def test_report(tmp_path, capsys):
     st.integers(1, 150),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_beginning_has_its_shares(weights, count):
+def test_every_prefix_has_its_shares(weights, count):
     shares = {str(n): Fraction(weight, sum(weights)) for n, weight in enumerate(weights)}
     taken = Counter()
-    for place, chosen in enumerate(order(shares, count=count), start=1):
+    for length, chosen in enumerate(order(shares, count=count), start=1):
         taken[chosen] += 1
-        assert max(abs(taken[id] - share * place) for id, share in shares.items()) < 1
+        assert max(abs(taken[id] - share * length) for id, share in shares.items()) < 1
     assert sum(taken.values()) == count
 
 
-def test_choice_without_repetition_before_all_are_used():
+def test_no_record_repeats_before_all_were_used():
     first = choose(10, count=25, seed=0, category="x")
     assert sorted(first[:10]) == sorted(first[10:20]) == list(range(10)) and first[:10] != first[10:20]
     assert first == choose(10, count=25, seed=0, category="x") != choose(10, count=25, seed=1, category="x")
@@ -199,7 +202,7 @@ def sample(capsys, pool, tmp_path, *options, weights="logic: 0.3\nrecognition/oc
     )
 
 
-def test_sample(tmp_path, capsys, pool):
+def test_sample_has_exact_shares(tmp_path, capsys, pool):
     code, out, _ = sample(capsys, pool, tmp_path, "--count", 36)
     assert code == 0 and "logic: 27 of 30 records (75.0%)" in out
     found = lines(tmp_path / "out.jsonl")
@@ -218,7 +221,7 @@ def test_sample(tmp_path, capsys, pool):
     assert (tmp_path / "out.jsonl").read_bytes() != before
 
 
-def test_too_few_records(tmp_path, capsys, pool):
+def test_too_few_records_are_an_error(tmp_path, capsys, pool):
     code, _, err = sample(capsys, pool, tmp_path, "--count", 100)
     assert code == 3 and "logic has 30 of 75, recognition/ocr has 20 of 25" in err and "--repeat" in err
     assert not (tmp_path / "out.jsonl").exists()
@@ -242,7 +245,7 @@ def test_too_few_records(tmp_path, capsys, pool):
         ("logic: !!python/object/apply:os.getcwd []\n", 2, "cannot be read"),
     ],
 )
-def test_bad_weights(tmp_path, capsys, pool, weights, code, expected):
+def test_bad_weights_are_refused(tmp_path, capsys, pool, weights, code, expected):
     found, _, err = sample(capsys, pool, tmp_path, "--count", 3, weights=weights)
     assert found == code and expected in err and err.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
@@ -257,7 +260,7 @@ def test_bad_weights(tmp_path, capsys, pool, weights, code, expected):
         (None, 2, "in.jsonl: no such file"),
     ],
 )
-def test_bad_records(tmp_path, capsys, content, code, expected):
+def test_bad_records_are_refused(tmp_path, capsys, content, code, expected):
     if content is not None:
         (tmp_path / "in.jsonl").write_text(content)
     found, _, err = run(capsys, "report", "--input", tmp_path / "in.jsonl")
@@ -275,7 +278,7 @@ def test_bad_records(tmp_path, capsys, content, code, expected):
         ("taxonomy", "logic: {name: x, parts: [y]}\n", "logic: parts must be a mapping"),
     ],
 )
-def test_bad_settings(tmp_path, capsys, name, content, expected):
+def test_bad_settings_are_refused(tmp_path, capsys, name, content, expected):
     source = write(tmp_path / "in.jsonl", [talk("a")])
     (tmp_path / "settings.yaml").write_text(content)
     code, _, err = run(capsys, "report", "--input", source, f"--{name}", tmp_path / "settings.yaml")
@@ -303,5 +306,5 @@ def test_image_paths_follow_the_output(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["documents", "notebooks", "screens", "scenetext"])
 def test_builders_name_categories_that_exist(name):
-    category = import_module(f"data_tools.corpus.{name}.build").CATEGORY
+    category = import_module(f"data_tools.corpus.pairs.{name}.build").CATEGORY
     assert category in [leaf.id for leaf in TREE.leaves()]

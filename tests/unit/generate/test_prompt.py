@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from launch.bench.engines.random_models import EOS
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.generate.prompt import answer_text, encode_prompt, prompt_pieces, read_canvases
@@ -63,7 +64,7 @@ def test_ids_hold_every_position_of_an_image(tokenizer):
 
 
 def test_special_tokens_spelt_in_the_text_are_ordinary_text(tokenizer):
-    ids = encode_prompt(prompt_pieces(models.EOS, images=0), tokenizer=tokenizer, config=CONFIG, room=0)
+    ids = encode_prompt(prompt_pieces(EOS, images=0), tokenizer=tokenizer, config=CONFIG, room=0)
     assert tokenizer.eos_id not in ids
 
 

@@ -1,4 +1,4 @@
-"""The real commands refuse a layout that cannot work: exit 2, one line, the nearest that would; nothing starts."""
+"""Commands refuse a layout that cannot work with exit code 2 and one line; it names the nearest that works."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def megavl(*arguments: object, world: int = 16) -> tuple[int, str, str]:
-    """Exit code and both outputs of one rank of `world`, whose peers never come."""
+    """Exit code and both outputs of one rank of `world`, whose peers do not exist."""
     launched = {"WORLD_SIZE": str(world), "RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29999"}
     command = [sys.executable, "-m", "megavl", *map(str, arguments)]
     done = subprocess.run(
-        command, env={**os.environ, **launched}, capture_output=True, text=True, check=False, timeout=100
+        command, env={**os.environ, **launched}, capture_output=True, text=True, check=False, timeout=1800
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -60,21 +60,21 @@ def test_training_is_refused_before_anything_starts(path: Path, overrides: list[
     assert error.startswith("error: ") and error.count("\n") == 1, "one message, no traceback"
     assert message in error
     assert f"nearest that works on {world} devices: parallel.tensor=" in error
-    assert list(path.parent.glob("run/*")) == [status], "why it ended, and nothing else"
+    assert list(path.parent.glob("run/*")) == [status], "only the exit status is written"
     found = json.loads(status.read_text())
     assert found["code"] == 2 and f"error: {found['reason']}\n" == error and not found["resumable"]
     assert out == ""
 
 
-def test_a_refusal_that_was_typed_leaves_a_run_under_way_alone(path: Path) -> None:
+def test_typed_refusals_leave_a_running_run_alone(path: Path) -> None:
     command = [sys.executable, "-m", "megavl", "train", str(path), "optimizer.lrr=1"]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 2 and "lrr" in done.stderr
     assert not (path.parent / "run").exists()
 
 
-def test_the_layout_that_is_named_works(path: Path) -> None:
+def test_the_suggested_layout_works(path: Path) -> None:
     _, _, error = megavl("train", path, "parallel.tensor=3", world=16)
     named = re.findall(r"\S+=\S+", error.partition("nearest that works on 16 devices: ")[2])
     assert len(named) >= 5
@@ -83,7 +83,7 @@ def test_the_layout_that_is_named_works(path: Path) -> None:
     assert "16 x a100: tensor 2 x pipeline 4 x data 2" in out or "16 x a100: tensor 4 x pipeline 4" in out
 
 
-def test_too_little_memory_is_refused_with_a_layout_that_fits(path: Path) -> None:
+def test_too_little_memory_names_a_layout_that_fits(path: Path) -> None:
     one = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false"]
     code, out, error = megavl("plan", path, *one, "--devices", 8, "--device", "a100-pcie", "--top", 0)
     assert code == 2
@@ -92,11 +92,11 @@ def test_too_little_memory_is_refused_with_a_layout_that_fits(path: Path) -> Non
     assert "ABOVE 90%" in out, "the plan itself is shown"
 
 
-def test_overrides_may_stand_behind_options(path: Path) -> None:
+def test_overrides_may_follow_options(path: Path) -> None:
     options = ("--device", "a100", "--top", 0, "--json")
     overrides = ("parallel.tensor=2", "data.sources=[{name: web-code}]", "data.sources.web-code.path=elsewhere")
-    before, behind = (megavl("plan", path, *words) for words in ((*overrides, *options), (*options, *overrides)))
-    assert before[0] == 0 and json.loads(before[1])["tensor"] == 2 and before == behind
+    before, after = (megavl("plan", path, *words) for words in ((*overrides, *options), (*options, *overrides)))
+    assert before[0] == 0 and json.loads(before[1])["tensor"] == 2 and before == after
     code, _, error = megavl("plan", path, *options, "parallel.tensor=2", "--tp")
     assert code == 2 and "unrecognized arguments" in error and "--tp" in error
 
@@ -108,7 +108,7 @@ def test_images_that_no_sequence_holds_are_refused(path: Path, images: str) -> N
     assert error.startswith("error: --images: a sequence of 4096 tokens cannot have ") and "give 0 to 7.1" in error
 
 
-def test_a_calibration_is_refused_before_it_takes_time(path: Path) -> None:
+def test_calibrations_are_refused_before_they_start(path: Path) -> None:
     file = path.with_name("c.json")
     code, _, error = megavl("plan", path, "--calibrate", file, "--images", "nan", world=4)
     assert code == 2 and "cannot have nan images" in error
@@ -119,7 +119,7 @@ def test_a_calibration_is_refused_before_it_takes_time(path: Path) -> None:
     assert not file.exists()
 
 
-def test_an_open_cut_is_planned_but_not_trained(path: Path) -> None:
+def test_parallel_auto_is_planned_but_not_trained(path: Path) -> None:
     code, _, error = megavl("train", path, "parallel=auto")
     assert code == 2
     assert "`megavl plan" in error and "parallel: auto" in error
@@ -137,7 +137,7 @@ def test_an_open_cut_is_planned_but_not_trained(path: Path) -> None:
     assert "16 x a100: tensor" in out and '"fits": true' in again
 
 
-def test_no_cut_at_all_says_why(path: Path) -> None:
+def test_without_any_layout_plan_says_why(path: Path) -> None:
     code, _, error = megavl("plan", path, "parallel=auto", "--devices", 1, "--device", "a100-pcie")
     assert code == 2
-    assert "cuts works on 1 x a100-pcie" in error and "too little memory" in error
+    assert "layouts works on 1 x a100-pcie" in error and "too little memory" in error

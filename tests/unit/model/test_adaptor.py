@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import gelu
 from torch.utils.flop_counter import FlopCounterMode
 
+from launch.bench.engines.random_models import random_weights
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
@@ -18,7 +19,6 @@ from megavl.model.adaptor import build_adaptor
 from megavl.model.vision import VisionEncoder
 from megavl.planner.cost.blocks import Block, vision_blocks
 from megavl.planner.cost.flops import parameter_counts
-from tests.distributed.synthetic import random_weights
 
 CASES = [(kind, depth) for kind, row in ADAPTORS.items() for depth in ((1,) if row.one_layer else (1, 2, 3))]
 TOLERANCE = 1e-14

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from launch.bench.engines.random_models import random_weights
 from megavl.config.load import load_model_config
-from megavl.config.recipe import TRAINABLE_PARTS, ParallelConfig, RecomputeConfig
+from megavl.config.recipe import TRAINABLE_PARTS, ParallelConfig
 from megavl.data.batch import make_batch
+from megavl.model.build import BuildSpec
 from megavl.model.loss import counted_loss
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
-from tests.distributed.synthetic import SyntheticSteps, random_weights
+from tests.distributed.synthetic import SyntheticSteps
 
 TOLERANCE = 1e-5
 LENGTH = 160
@@ -26,15 +28,7 @@ CONFIG = load_model_config("tiny-hybrid")
 @pytest.fixture(scope="module")
 def model() -> Iterator[ModelChunks]:
     groups.start(ParallelConfig(), seed=1)
-    built = build_model_chunks(
-        CONFIG,
-        parallel=ParallelConfig(),
-        recompute=RecomputeConfig(),
-        layout=None,
-        dtype=torch.float32,
-        train=TRAINABLE_PARTS,
-        seed=1,
-    )
+    built = build_model_chunks(BuildSpec(model=CONFIG, train=TRAINABLE_PARTS, seed=1))
     built.chunks[0].module.load_state_dict(dict(random_weights(CONFIG)), strict=False)
     yield built
     groups.stop()

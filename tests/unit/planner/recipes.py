@@ -1,4 +1,4 @@
-"""Recipes that the planner's tests share."""
+"""Recipes and plans that the planner's tests share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from megavl.config.recipe import (
     SourceConfig,
     TrainingConfig,
 )
+from megavl.planner.hardware.devices import find_device
+from megavl.planner.layouts.layout import layout_of
+from megavl.planner.plan import Plan, plan_scenario
+from megavl.planner.scenario import make_scenario
+from megavl.planner.simulation.times import DeviceTimes, TimeSource, flat_times
 
 
 def recipe_of(
@@ -56,3 +61,21 @@ def recipe_of(
         ),
         run=RunConfig(dir="run"),
     )
+
+
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    devices: int,
+    device: str = "h200",
+    efficiency: float | None = None,
+    images: float | None = None,
+) -> Plan:
+    """Plan `recipe` as `megavl plan` does for these arguments."""
+    hardware = find_device(device)
+    scenario = make_scenario(recipe, devices=devices, images=images)
+    source: TimeSource = DeviceTimes(device=hardware)
+    if efficiency is not None:
+        source = flat_times(hardware, precision=recipe.training.precision, efficiency=efficiency)
+    layout = layout_of(scenario, source, memory_bytes=hardware.usable_bytes)
+    return plan_scenario(scenario, layout, source, hardware)

@@ -1,4 +1,4 @@
-"""The vision side's parameters, FLOPs and saved activations against the modules that run."""
+"""Parameters, FLOPs and saved activations of the vision side equal those of the modules."""
 
 import math
 

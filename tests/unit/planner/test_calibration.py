@@ -1,4 +1,4 @@
-"""Calibration files: what is read, merged and refused, and how measured seconds become a prediction."""
+"""Calibration files are read, merged or refused, and their seconds become a prediction."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_recompute_has_a_key() -> None:
     assert recompute_key(RECIPE) == "none"
 
 
-def test_blocks_are_the_measured_ones_and_images_lie_on_a_line() -> None:
+def test_measured_blocks_are_used_and_images_interpolated() -> None:
     scenario = make_scenario(RECIPE, images=4)
     found = times(entry(1), entry(2)).blocks(scenario, "multimodal")
     assert found.layer == Pass(1.0, 2.0)
@@ -165,13 +165,13 @@ def test_blocks_are_the_measured_ones_and_images_lie_on_a_line() -> None:
     assert times(entry(1), entry(2)).blocks(scenario, "text").vision == Pass()
 
 
-def test_a_step_is_the_sum_of_what_was_measured() -> None:
-    """One rank: no schedule, so micro-batches x blocks, update, fixed costs, loading and the blank image."""
+def test_step_time_is_the_sum_of_measurements() -> None:
+    """One rank: no schedule, so micro-batches x blocks, update, fixed costs, loading and the dummy image."""
     recipe = recipe_of("tiny-hybrid", precision="fp32", fraction=0.5, batch=8)
     found = step_time(make_scenario(recipe, images=8), (4,), times(entry(1)), "text")
     assert found.pipeline_s == pytest.approx(8 * (0.3 + 4 * 3.0 + 1.5))
     assert found.extras.loading == pytest.approx(0.05 + 8 * 0.01)
-    assert found.extras.anchor == pytest.approx(1.5 + 0.25 + 0.5)
+    assert found.extras.dummy_image == pytest.approx(1.5 + 0.25 + 0.5)
 
 
 def test_ranks_that_share_cores_slow_each_other_down() -> None:
@@ -185,7 +185,7 @@ def test_ranks_that_share_cores_slow_each_other_down() -> None:
     assert slow > 1.5 * step_time(scenario, (2, 2), alone, "text").pipeline_s * 0.5
 
 
-def test_a_measurement_that_is_missing_is_named_with_its_command() -> None:
+def test_missing_measurements_name_their_command() -> None:
     with pytest.raises(UsageError, match="with 2 processes.*torchrun --nproc-per-node 2 .*--calibrate c.json"):
         times(entry(1)).slowdown(make_scenario(RECIPE))
     with pytest.raises(UsageError, match="tensor 2"):
@@ -197,6 +197,6 @@ def test_a_search_tries_only_what_was_measured() -> None:
     source = times(entry(1), entry(2))
     recipe = recipe_of("tiny-hybrid", precision="fp32", fraction=0.5, batch=8)
     found = search(make_scenario(recipe, devices=2), source, device)
-    cuts = {(item.choice.tensor, item.choice.pipeline, item.choice.micro_batch_size) for item in found.best}
-    assert cuts == {(1, 1, 1), (1, 2, 1)}
+    sizes = {(item.choice.tensor, item.choice.pipeline, item.choice.micro_batch_size) for item in found.best}
+    assert sizes == {(1, 1, 1), (1, 2, 1)}
     assert found.rejected["not in the calibration"] > 0

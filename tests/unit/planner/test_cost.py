@@ -16,12 +16,13 @@ from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_BY_STAGE, RecomputeConfig
 from megavl.planner.cost.blocks import Block, vision_blocks
 from megavl.planner.cost.flops import (
-    layer_recompute_flops,
     mfu,
     parameter_counts,
     step_flops,
-    vision_recompute_flops,
 )
+from megavl.planner.cost.work import layer_work, vision_work
+from megavl.planner.scenario import make_scenario
+from tests.unit.planner.recipes import recipe_of
 
 PUBLISHED_COUNTS = {
     "1b": {"llm": 1_652_656_128, "siglip": 303_688_704, "adaptor": 6_295_552},
@@ -81,11 +82,11 @@ def test_causal_convention_of_a_trained_language_model() -> None:
     assert flops == expected * 4096 * 3
 
 
-def test_masked_document_borders_cost_less_attention() -> None:
+def test_shorter_sequences_cost_less_attention() -> None:
     model = load_model_config("7b")
-    sizes = {"seq_length": 4096, "sequences": 1, "images": 0, "trainable_parts": ("llm",)}
-    whole = step_flops(model, **sizes)
-    halves = step_flops(model, attention_span=2048, **sizes)
+    sizes = {"images": 0, "trainable_parts": ("llm",)}
+    whole = step_flops(model, seq_length=4096, sequences=1, **sizes)
+    halves = step_flops(model, seq_length=2048, sequences=2, **sizes)
     assert whole - halves == 6 * 30 * 2048 * 4096 * 4096
 
 
@@ -114,7 +115,7 @@ def test_siglip_equals_an_independent_count() -> None:
     assert parameter_counts(load_model_config("7b"))["siglip"] == sum(p.numel() for p in model.parameters())
 
 
-def test_sam_equals_an_independent_count_but_for_the_relative_position_bias() -> None:
+def test_sam_equals_an_independent_count_without_position_bias() -> None:
     config = SamVisionConfig(attn_implementation="eager")
     with torch.device("meta"):
         measured = counted(SamVisionModel(config), torch.empty(1, 3, 1024, 1024))
@@ -125,7 +126,7 @@ def test_sam_equals_an_independent_count_but_for_the_relative_position_bias() ->
     assert bias / forward_flops("7b", "sam") == pytest.approx(0.005, abs=0.0005)
 
 
-def test_decoder_equals_an_independent_count_with_half_the_attention() -> None:
+def test_decoder_equals_an_independent_causal_count() -> None:
     model, tokens = load_model_config("tiny-hybrid"), 512
     llm = model.llm
     config = LlamaConfig(
@@ -154,7 +155,7 @@ def test_frozen_weights_take_no_weight_gradient() -> None:
     assert block.backward(frozenset({"siglip", "adaptor"})) == 20 + 6
 
 
-def test_stage_one_sends_gradients_through_the_frozen_language_model() -> None:
+def test_stage_one_passes_gradients_through_frozen_llm() -> None:
     model = load_model_config("7b")
     sizes = {"seq_length": 1088, "sequences": 1}
     forward = step_flops(model, images=0, trainable_parts=(), **sizes)
@@ -169,7 +170,7 @@ def test_stage_one_sends_gradients_through_the_frozen_language_model() -> None:
     assert step_flops(model, images=0, trainable_parts=TRAINABLE_BY_STAGE[1], **sizes) == forward
 
 
-def test_frozen_encoders_cost_forward_only_and_trained_ones_three_times() -> None:
+def test_frozen_encoders_cost_one_third_of_trained() -> None:
     siglip = [block for block in vision_blocks(load_model_config("7b")) if block.part == "siglip"]
     for stage in (1, 2):
         assert not any(block.backward(frozenset(TRAINABLE_BY_STAGE[stage])) for block in siglip)
@@ -179,11 +180,12 @@ def test_frozen_encoders_cost_forward_only_and_trained_ones_three_times() -> Non
 
 
 def test_recompute_repeats_what_it_names() -> None:
-    model, trainable = load_model_config("7b"), frozenset({"llm"})
-
-    def extra(**settings: object) -> int:
+    def backward(**settings: object) -> float:
         recompute = RecomputeConfig(**settings)  # type: ignore[arg-type]
-        return layer_recompute_flops(model, tokens=4096, attention_span=4096, recompute=recompute, trainable=trainable)
+        return layer_work(make_scenario(recipe_of(recompute=recompute)), "text").backward.flops
+
+    def extra(**settings: object) -> float:
+        return backward(**settings) - backward()
 
     attention, mlp = 2 * 4096**3, 2 * 4096 * 3 * 4096 * 11008
     assert extra() == 0
@@ -193,8 +195,9 @@ def test_recompute_repeats_what_it_names() -> None:
 
 
 def test_vision_recompute_repeats_the_blocks_of_trained_encoders() -> None:
-    model, recompute = load_model_config("7b"), RecomputeConfig(vision=True)
-    frozen = vision_recompute_flops(model, recompute=recompute, trainable=frozenset(TRAINABLE_BY_STAGE[2]))
-    trained = vision_recompute_flops(model, recompute=recompute, trainable=frozenset(TRAINABLE_BY_STAGE[3]))
-    assert frozen == 0
-    assert trained == forward_flops("7b", "siglip.blocks")
+    def backward(stage: int, *, recompute: bool) -> float:
+        scenario = make_scenario(recipe_of(stage=stage, recompute=RecomputeConfig(vision=recompute)))
+        return sum(block.backward.flops for block in vision_work(scenario, "multimodal"))
+
+    assert backward(2, recompute=True) == backward(2, recompute=False)
+    assert backward(3, recompute=True) - backward(3, recompute=False) == forward_flops("7b", "siglip.blocks")

@@ -18,16 +18,16 @@ from megavl.planner.cost.blocks import vision_blocks
 from megavl.planner.cost.memory import rank_memory
 from megavl.planner.hardware.devices import find_device
 from megavl.planner.layouts.balance import ClosedForm, balance, every_layout
-from megavl.planner.layouts.layout import balance_weights, layout_string, resolve_layout
+from megavl.planner.layouts.layout import balance_weights, layout_of, layout_string
 from megavl.planner.scenario import Kind, Scenario, expected_images, make_scenario, multimodal_share
 from megavl.planner.simulation.predict import expected_seconds
-from megavl.planner.simulation.times import BlockTimes, FlatTimes, Pass, StepExtras
+from megavl.planner.simulation.times import BlockTimes, DeviceTimes, FlatTimes, Pass, StepExtras, TimeSource
 from tests.unit.planner.recipes import recipe_of
 
 
 @dataclass(frozen=True)
-class GivenTimes:
-    """Made-up block times."""
+class GivenTimes(TimeSource):
+    """A time source with given block times."""
 
     layer: Pass
     vision: Pass
@@ -35,9 +35,6 @@ class GivenTimes:
     transfer_s: float = 0.0
     name: str = "given"
     assumptions: tuple[str, ...] = ()
-
-    def covers(self, scenario: Scenario) -> bool:
-        return True
 
     def blocks(self, scenario: Scenario, kind: Kind) -> BlockTimes:
         vision = self.vision if kind == "multimodal" else Pass()
@@ -48,9 +45,6 @@ class GivenTimes:
 
     def extras(self, scenario: Scenario, kind: Kind, *, trained: int, last_backward: float) -> StepExtras:
         return StepExtras()
-
-    def slowdown(self, scenario: Scenario) -> tuple[float, ...]:
-        return (1.0,)
 
 
 SECONDS = st.floats(min_value=0.0, max_value=8.0, allow_nan=False)
@@ -91,7 +85,7 @@ def test_small_spaces_give_the_fastest_layout_of_all(
 def test_the_guided_search_finds_it_too(
     layers: int, pipeline: int, fraction: float, vision: float, head: float
 ) -> None:
-    """Where the space is too large to try everything; within 1% of the best here."""
+    """The space is too large to try everything; the result is within 1% of the best."""
     recipe = recipe_of(layers=layers, fraction=fraction, pipeline=pipeline, batch=6 * pipeline)
     scenario = make_scenario(recipe)
     source = GivenTimes(layer=Pass(1.0, 2.0), vision=Pass(vision, 0.0), head=Pass(head / 2, head))
@@ -113,8 +107,8 @@ def test_a_heavy_first_stage_gets_no_layers() -> None:
     assert balance(scenario, source)[0] == 0
 
 
-def test_the_mixture_decides_whether_the_first_stage_gives_layers_away() -> None:
-    """Steps are grouped: while text steps are the majority, layers taken off the first stage slow most steps down."""
+def test_mixture_decides_layers_of_the_first_stage() -> None:
+    """If most steps are text, moving layers off the first stage slows the run down."""
     source = GivenTimes(layer=Pass(1.0, 2.0), vision=Pass(9.0, 0.0), head=Pass())
     first = [
         balance(make_scenario(recipe_of(layers=16, fraction=fraction, pipeline=4)), source)[0]
@@ -126,7 +120,7 @@ def test_the_mixture_decides_whether_the_first_stage_gives_layers_away() -> None
 
 
 def test_warmup_lowers_the_share_of_multimodal_steps() -> None:
-    """Linear from 0: over w of n steps, (w - 1) / 2 of them are made up for by none."""
+    """A linear warm-up from 0 over w steps counts as (w - 1) / 2 steps at the full share."""
     assert multimodal_share(recipe_of(fraction=0.3, steps=100)) == pytest.approx(0.3)
     assert multimodal_share(recipe_of(fraction=0.3, steps=100, warmup=50)) == pytest.approx(0.3 * (24.5 + 50) / 100)
     assert multimodal_share(recipe_of(fraction=0.3, steps=10, warmup=40)) == pytest.approx(0.3 * 45 / 40 / 10)
@@ -144,14 +138,14 @@ def test_layers_go_where_memory_is() -> None:
     assert all(rank_memory(scenario, rank, tight).total <= limit for rank in range(4))
 
 
-def test_the_closed_form_is_the_bubble_of_equal_stages() -> None:
+def test_closed_form_is_exact_for_equal_stages() -> None:
     scenario = make_scenario(recipe_of(layers=8, fraction=0.0, pipeline=4, virtual_pipeline=2, batch=16))
     source = GivenTimes(layer=Pass(1.0, 2.0), vision=Pass(), head=Pass())
     assert ClosedForm(scenario, source).seconds((1,) * 8) == pytest.approx(16 * 6 + 3 * 6 / 2)
     assert ClosedForm(scenario, source).seconds((1,) * 8) == pytest.approx(expected_seconds(scenario, (1,) * 8, source))
 
 
-def test_encoder_load_on_the_first_stage_equals_the_published_share() -> None:
+def test_encoder_load_equals_the_published_share() -> None:
     """Published: 5 images add 64% to stage 0 at TP4 PP4 when every tensor-parallel rank repeats the encoders."""
     scenario = make_scenario(recipe_of(train=("llm",), tensor=4, pipeline=4))
     times = FlatTimes().blocks(scenario, "multimodal")
@@ -169,9 +163,10 @@ def test_assumed_images_fit_the_sequence() -> None:
 
 def test_resolve_keeps_a_given_layout() -> None:
     given_layout = (1, 9, 10, 10)
-    assert resolve_layout(recipe_of(pipeline=4, layout=given_layout)) == given_layout
-    assert resolve_layout(recipe_of()) == (30,)
-    found = resolve_layout(recipe_of(pipeline=4, virtual_pipeline=2), devices=8, device=find_device("a100"))
+    assert layout_of(make_scenario(recipe_of(pipeline=4, layout=given_layout)), FlatTimes()) == given_layout
+    assert layout_of(make_scenario(recipe_of()), FlatTimes()) == (30,)
+    scenario = make_scenario(recipe_of(pipeline=4, virtual_pipeline=2), devices=8)
+    found = layout_of(scenario, DeviceTimes(device=find_device("a100")))
     assert (len(found), sum(found)) == (8, 30)
 
 
@@ -210,7 +205,7 @@ def test_megatron_core_reads_the_layout(layers: list[int], virtual: int) -> None
 
 @pytest.mark.parametrize("preset", ["tiny-hybrid", "1b", "7b"])
 @pytest.mark.parametrize("tensor", [1, 2, 8])
-def test_for_inference_the_fullest_rank_is_as_empty_as_it_can_be(preset: str, tensor: int) -> None:
+def test_inference_layout_minimises_the_fullest_rank(preset: str, tensor: int) -> None:
     """Against every split over two and three stages, counted from the names of the weights."""
     model = load_model_config(preset)
     sizes = {name: math.prod(shape) for name, shape in flat_shapes(model).items()}

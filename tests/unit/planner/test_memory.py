@@ -1,4 +1,4 @@
-"""Memory estimates: parameters add up, what is recomputed is not kept, what is in flight is counted."""
+"""Memory estimates: parameters add up, recompute keeps less, micro-batches in flight are counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from megavl.config.recipe import Recipe, RecomputeConfig
 from megavl.planner.cost.flops import parameter_counts
 from megavl.planner.cost.memory import RankMemory, outstanding, rank_memory, rank_parameters, tower_parameters
-from megavl.planner.layouts.layout import resolve_layout
+from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import Scenario, make_scenario
 from megavl.planner.simulation.simulate import simulate
 from megavl.planner.simulation.times import Pass
@@ -32,14 +32,14 @@ def memory(given: Recipe, *, rank: int = 1, layers: int = 8, data_parallel: int 
 def test_parameters_of_ranks_add_up_to_the_model() -> None:
     for sizes in ({"pipeline": 4}, {"pipeline": 4, "virtual_pipeline": 2}, {}):
         given = recipe_of(**sizes)
-        scenario, layout = make_scenario(given), resolve_layout(given)
+        scenario, layout = make_scenario(given), checked_layout(make_scenario(given), None)
         counts = parameter_counts(given.model)
         ranks = [rank_parameters(scenario, rank, layout) for rank in range(scenario.pipeline)]
         assert sum(every for every, _ in ranks) == sum(counts.values())
         assert sum(trained for _, trained in ranks) == sum(counts[part] for part in given.trainable_parts)
 
 
-def test_tensor_ranks_split_matrices_and_repeat_norms_and_encoders() -> None:
+def test_tensor_ranks_split_only_the_decoder_matrices() -> None:
     def of_tensor(tensor: int, rank: int) -> int:
         given = recipe(tensor=tensor, sequence_parallel=tensor > 1)
         return rank_parameters(make_scenario(given), rank, (8, 8, 8, 6))[0]
@@ -62,7 +62,7 @@ def test_recompute_lowers_activations_step_by_step(rank: int) -> None:
     assert sizes == sorted(set(sizes), reverse=True)
 
 
-def test_activations_grow_with_layers_micro_batches_in_flight_and_images() -> None:
+def test_activations_grow_with_layers_micro_batches_and_images() -> None:
     assert memory(recipe(), layers=9).activations > memory(recipe(), layers=8).activations
     assert memory(recipe(), rank=1).activations > memory(recipe(), rank=2).activations
     assert memory(recipe(batch=4)).activations < memory(recipe()).activations
@@ -91,8 +91,8 @@ def test_split_encoders_take_memory_off_the_first_stage() -> None:
     assert memory(placed["split_all"], rank=1).optimizer == memory(placed["recompute"], rank=1).optimizer
 
 
-def test_split_encoders_work_on_a_few_images_at_a_time() -> None:
-    """Images of a share keep pixels, where something trains features, and what a trained end of SAM needs."""
+def test_split_encoders_encode_few_images_at_once() -> None:
+    """Images of a share keep their pixels; if a tower trains, also features and what SAM's trained end needs."""
     each = {}
     for train in (("llm", "adaptor"), ("llm", "adaptor", "siglip"), ("llm", "adaptor", "siglip", "sam_downsamples")):
         few, many = (recipe(train=train, vision="split_all", batch=batch) for batch in (64, 256))
@@ -122,7 +122,7 @@ def test_weights_gradients_and_optimizer_state(precision: str, element: int, sta
     assert found.total == found.weights + found.gradients + found.optimizer + found.activations
 
 
-def test_without_the_distributed_optimizer_every_replica_holds_its_whole_state() -> None:
+def test_without_distributed_optimizer_replicas_hold_whole_state() -> None:
     whole = memory(recipe(distributed_optimizer=False, overlap_param_gather=False), data_parallel=4)
     shared = memory(recipe(), data_parallel=4)
     assert whole.optimizer == 4 * shared.optimizer
@@ -138,7 +138,7 @@ def test_a_frozen_language_model_has_no_gradients() -> None:
 @pytest.mark.parametrize(
     ("pipeline", "virtual", "count"), [(1, 1, 3), (4, 1, 2), (4, 1, 9), (4, 2, 12), (3, 3, 9), (2, 2, 2)]
 )
-def test_micro_batches_in_flight_are_those_of_the_simulation(pipeline: int, virtual: int, count: int) -> None:
+def test_micro_batches_in_flight_equal_the_simulation(pipeline: int, virtual: int, count: int) -> None:
     draw = random.Random(0)
     costs = [Pass(draw.random(), draw.random()) for _ in range(pipeline * virtual)]
     run = simulate(pipeline=pipeline, virtual=virtual, costs=[costs], kinds=[0] * count)

@@ -15,9 +15,11 @@ from megavl.main.open_recipe import open_recipe
 from megavl.main.plan import add_arguments, run
 from megavl.planner.cost.flops import MFU_CONVENTION, mfu, step_flops
 from megavl.planner.hardware.devices import find_device
-from megavl.planner.layouts.layout import resolve_layout
-from megavl.planner.plan import plan_recipe, to_json
+from megavl.planner.layouts.check import checked_layout
+from megavl.planner.plan import to_json
 from megavl.planner.report.text import render
+from megavl.planner.scenario import make_scenario
+from tests.unit.planner.recipes import plan_recipe
 
 RECIPE = """
 model: {preset: 7b}
@@ -55,7 +57,7 @@ def test_the_mean_is_weighted_by_the_mixture(path: Path) -> None:
     assert plan.text.mfu == mfu(plan.text.flops, seconds=plan.text.seconds, devices=64, peak_flops=312e12)
 
 
-def test_a_step_is_the_schedule_and_what_lies_outside(path: Path) -> None:
+def test_step_time_is_schedule_plus_extras(path: Path) -> None:
     plan = plan_recipe(load_recipe(path), devices=64, device="a100")
     for step in (plan.text, plan.multimodal):
         assert step.seconds == pytest.approx(step.pipeline_s + sum(step.outside_s.values()))
@@ -68,11 +70,11 @@ def test_the_plan_shows_the_layout_that_training_takes(path: Path) -> None:
     recipe = load_recipe(path)
     for devices in (16, 512):
         plan = plan_recipe(recipe, devices=devices, device="a100")
-        layout = resolve_layout(recipe, devices=devices, device=find_device("a100"))
+        layout = checked_layout(make_scenario(recipe, devices=devices), find_device("a100"))
         assert tuple(layers for rank in plan.ranks for layers in rank.layers) == layout
 
 
-def test_a_device_without_a_known_peak_gets_no_mfu(path: Path) -> None:
+def test_devices_without_known_peak_have_no_mfu(path: Path) -> None:
     plan = plan_recipe(load_recipe(path, overrides=["training.precision=fp32"]), devices=16, device="cpu")
     assert plan.expected.mfu is None
     assert plan.fits is None
@@ -159,7 +161,7 @@ def test_too_little_memory_is_shown_and_refused(path: Path, capsys: pytest.Captu
     "override",
     ["parallel.tensor=3", "parallel.vision=split_tp", "parallel.layout=[1,2]", "parallel.virtual_pipeline=2"],
 )
-def test_an_impossible_cut_comes_with_the_nearest_possible(path: Path, override: str) -> None:
+def test_impossible_layout_names_the_nearest_possible(path: Path, override: str) -> None:
     plain = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false", "parallel.layout=auto"]
     with pytest.raises(UsageError, match=r"parallel\..*; nearest that works on 16 devices: parallel\.tensor="):
         open_recipe(str(path), overrides=[*plain, override], devices=16)

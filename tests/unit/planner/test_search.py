@@ -1,4 +1,4 @@
-"""The ranking against brute force on small spaces, what is rejected and why, and the nearest layout that works."""
+"""The ranking against brute force in small spaces, reasons for rejection, and the nearest layout that works."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import yaml
 
 from megavl.config.errors import UsageError
 from megavl.config.load import dump_recipe, load_recipe
-from megavl.planner.cost.memory import fits
+from megavl.config.recipe import Recipe
+from megavl.planner.cost.memory import fullest_rank
 from megavl.planner.hardware.devices import Device, find_device
 from megavl.planner.layouts.balance import every_layout
-from megavl.planner.layouts.check import Asked, check_layout, nearest
-from megavl.planner.layouts.search import choices, recomputes, scenario_with, search
+from megavl.planner.layouts.check import checked_layout, checked_scenario, distance, nearest
+from megavl.planner.layouts.search import Choice, choices, recomputes, scenario_with, search
 from megavl.planner.scenario import make_scenario
 from megavl.planner.simulation.predict import expected_seconds
 from megavl.planner.simulation.times import DeviceTimes
@@ -32,17 +33,17 @@ def small(memory: int | None = None) -> Device:
 @pytest.mark.parametrize(
     ("stage", "limit"), [(1, None), (2, None), (3, None), (2, 10_000_000_000), (3, 8_000_000_000), (2, 10**9)]
 )
-def test_the_best_is_the_best_of_all_cuts_and_all_layouts(stage: int, limit: int | None) -> None:
-    """Brute force over every cut, every recompute setting and every layout of a model with four layers."""
+def test_search_finds_the_optimum_of_brute_force(stage: int, limit: int | None) -> None:
+    """Brute force over every choice and every split of a model with four layers."""
     device = small(limit)
     recipe = recipe_of("1b", stage=stage, layers=4, batch=4)
     scenario, source = make_scenario(recipe, devices=2), DeviceTimes(device=device)
     best = math.inf
     for choice in choices(scenario, per_node=2, virtual=(1, 2)):
-        cut = scenario_with(scenario, choice)
-        for layout in every_layout(4, cut.stages):
-            if fits(cut, layout, device.usable_bytes):
-                best = min(best, expected_seconds(cut, layout, source))
+        candidate = scenario_with(scenario, choice)
+        for layout in every_layout(4, candidate.stages):
+            if device.usable_bytes is None or fullest_rank(candidate, layout)[1].total <= device.usable_bytes:
+                best = min(best, expected_seconds(candidate, layout, source))
     found = search(scenario, source, device, virtual=(1, 2))
     if not found.best:
         assert best == math.inf
@@ -56,13 +57,13 @@ def test_the_list_is_sorted_distinct_and_fits() -> None:
     found = search(scenario, DeviceTimes(device=device), device, top=8)
     assert len(found.best) == 8
     assert [item.seconds for item in found.best] == sorted(item.seconds for item in found.best)
-    cuts = [(item.choice.tensor, item.choice.pipeline, item.choice.virtual) for item in found.best]
-    assert len(set(cuts)) == 8
+    sizes = [(item.choice.tensor, item.choice.pipeline, item.choice.virtual) for item in found.best]
+    assert len(set(sizes)) == 8
     assert all(item.memory <= (device.usable_bytes or 0) for item in found.best)
     assert found.tried > found.slower + sum(found.rejected.values())
 
 
-def test_what_does_not_fit_is_rejected_with_a_reason() -> None:
+def test_rejected_candidates_have_a_reason() -> None:
     device = find_device("a100")
     scenario = make_scenario(recipe_of(batch=12), devices=12)
     tight = dataclasses.replace(device, memory_bytes=6 * 10**9)
@@ -72,7 +73,7 @@ def test_what_does_not_fit_is_rejected_with_a_reason() -> None:
     assert "too little memory, even with full recompute" in found.rejected
 
 
-def test_recompute_is_taken_only_where_memory_asks_for_it() -> None:
+def test_recompute_is_chosen_only_to_fit_memory() -> None:
     scenario = make_scenario(recipe_of(batch=64, fraction=0.0), devices=8)
     wide, tight = find_device("h200"), dataclasses.replace(find_device("h200"), memory_bytes=20 * 10**9)
     assert search(scenario, DeviceTimes(device=wide), wide, top=1).best[0].choice.recompute.granularity == "none"
@@ -96,7 +97,7 @@ def test_choices_are_the_product_of_what_fits() -> None:
     assert {c.recompute for c in found} == set(recomputes(recipe))
 
 
-def test_what_is_pasted_makes_the_recipe_that_was_ranked(tmp_path: Path) -> None:
+def test_pasted_lines_give_the_ranked_recipe(tmp_path: Path) -> None:
     device = find_device("a100")
     recipe = recipe_of(stage=3, batch=64, tensor=8, sequence_parallel=True)
     scenario = make_scenario(recipe, devices=8)
@@ -112,6 +113,11 @@ def test_what_is_pasted_makes_the_recipe_that_was_ranked(tmp_path: Path) -> None
         assert pasted.training.micro_batch_size == item.choice.micro_batch_size
 
 
+def layout_for(recipe: Recipe, *, devices: int, device: Device | None) -> tuple[int, ...]:
+    """The layout that training takes; raises if it is refused."""
+    return checked_layout(checked_scenario(recipe, devices=devices, device=device), device)
+
+
 @pytest.mark.parametrize(
     ("changes", "devices", "message"),
     [
@@ -121,35 +127,33 @@ def test_what_is_pasted_makes_the_recipe_that_was_ranked(tmp_path: Path) -> None
         ({"batch": 8}, 8, "pipeline rank 0 needs"),
     ],
 )
-def test_a_layout_that_cannot_work_is_refused_with_the_nearest_that_does(
-    changes: dict[str, Any], devices: int, message: str
-) -> None:
+def test_impossible_layouts_name_the_nearest_working_one(changes: dict[str, Any], devices: int, message: str) -> None:
     device = dataclasses.replace(find_device("a100"), memory_bytes=40 * 10**9)
     with pytest.raises(UsageError, match=message) as caught:
-        check_layout(recipe_of(**changes), devices=devices, device=device)
+        layout_for(recipe_of(**changes), devices=devices, device=device)
     assert "nearest that works" in str(caught.value) or "no layout of this recipe works" in str(caught.value)
 
 
-def test_the_nearest_layout_works_and_is_near() -> None:
+def test_the_nearest_layout_works() -> None:
     recipe = recipe_of(batch=64)
-    asked = Asked(tensor=3, pipeline=4, virtual=1, micro_batch_size=1, vision="recompute")
-    found = nearest(recipe, asked, devices=16, device=find_device("a100"))
+    wanted = dataclasses.replace(Choice.of(recipe), tensor=3, pipeline=4)
+    found = nearest(recipe, wanted, devices=16, device=find_device("a100"))
     assert found is not None
     choice, layout = found
     assert (choice.tensor, choice.pipeline) == (4, 4)
-    cut = scenario_with(make_scenario(recipe, devices=16), choice)
-    assert fits(cut, layout, find_device("a100").usable_bytes)
-    check_layout(cut.recipe, devices=16, device=find_device("a100"))
-    distances = [asked.distance(other) for other in choices(make_scenario(recipe, devices=16), per_node=8)]
-    assert asked.distance(choice) == min(distances)
+    candidate = scenario_with(make_scenario(recipe, devices=16), choice)
+    assert fullest_rank(candidate, layout)[1].total <= (find_device("a100").usable_bytes or 0)
+    layout_for(candidate.recipe, devices=16, device=find_device("a100"))
+    distances = [distance(wanted, other) for other in choices(make_scenario(recipe, devices=16), per_node=8)]
+    assert distance(wanted, choice) == min(distances)
 
 
 def test_without_a_known_device_memory_is_not_checked() -> None:
-    check_layout(recipe_of(micro=8), devices=1, device=None)
-    check_layout(recipe_of(micro=8, precision="fp32"), devices=1, device=find_device("cpu"))
+    layout_for(recipe_of(micro=8), devices=1, device=None)
+    layout_for(recipe_of(micro=8, precision="fp32"), devices=1, device=find_device("cpu"))
 
 
 def test_no_layout_at_all() -> None:
     tiny = dataclasses.replace(find_device("a100"), memory_bytes=10**8)
     with pytest.raises(UsageError, match="no layout of this recipe works on 2 devices"):
-        check_layout(recipe_of(batch=8), devices=2, device=tiny)
+        layout_for(recipe_of(batch=8), devices=2, device=tiny)

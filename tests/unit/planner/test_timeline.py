@@ -1,4 +1,4 @@
-"""Pictures parse and show what was simulated; traces have the fields that Perfetto reads; mixing is a simulation."""
+"""Pictures and traces of simulated steps, and the comparison with mixed steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_panel_holds_every_pass_once() -> None:
         assert busy == pytest.approx(found.busy[rank] * step_time(scenario, LAYOUT, SOURCE, "multimodal").pipeline_s)
 
 
-def test_encoders_ahead_of_the_pipeline_are_shown_on_every_rank() -> None:
+def test_split_all_encoders_appear_on_every_rank() -> None:
     scenario = make_scenario(recipe_of(vision="split_all", **SIZES), devices=8)
     found = panel(scenario, LAYOUT, SOURCE, "multimodal")
     before = [part for part in found.segments if part.what == "encoders forward" and part.micro_batch is None]
@@ -61,7 +61,7 @@ def test_a_shortened_step_encodes_less_ahead() -> None:
     assert ahead[0] == pytest.approx(ahead[1] / 4, rel=0.01)
 
 
-def test_svg_is_xml_with_a_row_per_rank_and_a_box_per_segment(tmp_path: Path) -> None:
+def test_svg_has_rows_of_ranks_and_boxes(tmp_path: Path) -> None:
     scenario = make_scenario(recipe_of(**SIZES), devices=8)
     write_timeline(tmp_path / "step.svg", scenario, LAYOUT, SOURCE)
     root = ElementTree.parse(tmp_path / "step.svg").getroot()
@@ -90,7 +90,7 @@ def test_every_segment_has_a_colour() -> None:
         assert {part.what for part in panel(scenario, LAYOUT, SOURCE, kind).segments} <= set(COLOURS)
 
 
-def test_the_trace_has_the_fields_of_the_trace_event_format(tmp_path: Path) -> None:
+def test_trace_has_fields_of_trace_event_format(tmp_path: Path) -> None:
     scenario = make_scenario(recipe_of(**SIZES), devices=8)
     write_timeline(tmp_path / "step.json", scenario, LAYOUT, SOURCE)
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
@@ -117,13 +117,13 @@ def test_mixing_costs_nothing_when_modalities_cost_the_same() -> None:
     assert found.gain == pytest.approx(0.0)
 
 
-def test_mixing_is_the_same_as_grouping_when_all_steps_are_multimodal() -> None:
+def test_mixing_equals_grouping_for_one_modality() -> None:
     scenario = make_scenario(recipe_of(fraction=1.0, **SIZES), devices=16)
     assert compare_mixing(scenario, LAYOUT, SOURCE, steps=1).gain == pytest.approx(0.0)
 
 
 def test_mixed_steps_wait_for_the_slowest_replica() -> None:
-    """The more replicas, the later the slowest; grouped steps do not depend on their number."""
+    """With more replicas the slowest takes longer; grouped steps do not depend on their number."""
     few, many = (
         compare_mixing(
             make_scenario(recipe_of(fraction=0.5, tensor=2, batch=8 * n), devices=2 * n), (30,), SOURCE, steps=8

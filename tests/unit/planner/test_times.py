@@ -1,4 +1,4 @@
-"""Seconds of blocks: against published throughput, against the FLOPs formula, and how they react to the cut."""
+"""Seconds of blocks against published throughput and the FLOPs formula, and how they depend on the layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from megavl.planner.cost.blocks import decoder_layer_blocks, head_block, vision_
 from megavl.planner.cost.flops import MFU_CONVENTION, train_flops
 from megavl.planner.cost.work import all_work
 from megavl.planner.hardware.devices import DEVICES, Link, find_device
-from megavl.planner.plan import plan_recipe
 from megavl.planner.scenario import Scenario, make_scenario
 from megavl.planner.simulation.predict import step_time
 from megavl.planner.simulation.times import (
@@ -24,7 +23,7 @@ from megavl.planner.simulation.times import (
     flat_times,
     gather_time,
 )
-from tests.unit.planner.recipes import recipe_of
+from tests.unit.planner.recipes import plan_recipe, recipe_of
 
 TEXT = frozenset({"llm"})
 
@@ -34,11 +33,11 @@ def scenario_of(**changes: object) -> Scenario:
 
 
 def test_work_is_the_flops_formula() -> None:
-    """One device, nothing recomputed: forward and backward FLOPs of every block are `cost.train_flops`'s."""
+    """On one device without recompute, FLOPs of every block equal `flops.train_flops`."""
     scenario = scenario_of(stage=3)
     found = {block.name: block.forward.flops + block.backward.flops for block in all_work(scenario, "multimodal")}
     trainable = frozenset(scenario.recipe.trainable_parts)
-    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, attention_span=4096)
+    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, seq_length=4096)
     assert found["decoder layer"] == train_flops(layer, trainable=trainable)
     assert found["head + loss"] == train_flops(
         [head_block(scenario.recipe.model.llm, tokens=4096 - 5 * 576)], trainable=trainable
@@ -83,10 +82,10 @@ def test_recompute_costs_time_and_keeps_less(granularity: str) -> None:
         ("h100", 0.44, 0.54, "MaxText 50.1%, fms-fsdp 46% at 4,096 tokens"),
     ],
 )
-def test_predicted_mfu_of_a_7b_text_model_is_near_the_best_published(
+def test_mfu_of_7b_text_is_near_published_runs(
     device: str, low: float, high: float, source: str, report_table: Callable[..., None]
 ) -> None:
-    """bf16, one rank per model replica as under FSDP; the memory for it is not asked for here."""
+    """bf16, one rank per model replica as under FSDP; memory is not checked."""
     recipe = recipe_of(fraction=0.0, train=("llm",), batch=64)
     found = plan_recipe(recipe, devices=8, device=device).text.mfu
     report_table((f"7B text on {device}", f"predicted {found:.1%}", f"published {source}"))
@@ -95,7 +94,7 @@ def test_predicted_mfu_of_a_7b_text_model_is_near_the_best_published(
 
 
 def test_mfu_is_the_efficiency_when_nothing_is_lost() -> None:
-    """One stage, no encoders, no recompute: every FLOP is useful."""
+    """One stage, no encoders, no recompute: every FLOP is a model FLOP."""
     plan = plan_recipe(recipe_of(fraction=0.0, train=("llm",)), devices=8, efficiency=0.45)
     assert plan.expected.mfu == pytest.approx(0.45)
     assert plan.expected.bubble == 0
@@ -114,7 +113,7 @@ def test_a_share_of_no_peak_is_refused() -> None:
         flat_times(find_device("cpu"), precision="fp32", efficiency=0.5)
 
 
-def test_tensor_parallelism_divides_the_decoder_and_pays_for_it() -> None:
+def test_tensor_parallelism_divides_the_decoder() -> None:
     source = DeviceTimes(device=find_device("h100"))
     one, four = (source.blocks(scenario_of(tensor=t), "multimodal") for t in (1, 4))
     assert one.layer.forward / 4 < four.layer.forward < one.layer.forward
@@ -146,7 +145,7 @@ def test_gathering_shares_costs_what_other_ranks_encoded() -> None:
     assert gather_time(scenario, "text", device) == Pass()
 
 
-def test_features_go_to_the_first_stage_and_trained_towers_around() -> None:
+def test_split_all_pays_for_features_and_trained_towers() -> None:
     device = find_device("h100")
     sizes = {"pipeline": 4, "batch": 16, "vision": "split_all"}
     frozen, trained = (exchange_time(scenario_of(stage=stage, **sizes), "multimodal", device) for stage in (1, 3))
@@ -160,7 +159,7 @@ def test_features_go_to_the_first_stage_and_trained_towers_around() -> None:
     assert exchange_time(scenario_of(stage=3, **sizes), "text", device) == Pass()
 
 
-def test_a_tower_that_trains_from_its_first_layer_runs_twice_ahead_of_the_pipeline() -> None:
+def test_split_all_reruns_fully_trained_towers() -> None:
     """`split_all` re-runs SigLIP for its gradient in stage 3, SAM's trunk stays frozen."""
 
     def towers(vision: str) -> dict[str, tuple[float, float]]:
@@ -174,16 +173,16 @@ def test_a_tower_that_trains_from_its_first_layer_runs_twice_ahead_of_the_pipeli
     assert ahead["SAM"] == within["SAM"]
 
 
-def test_a_text_only_step_encodes_one_blank_image_under_overlap_alone() -> None:
+def test_dummy_image_is_encoded_only_under_overlap() -> None:
     source = DeviceTimes(device=find_device("h100"))
-    anchored = step_time(scenario_of(), (30,), source, "text").extras.anchor
-    assert anchored > 0
+    encoded = step_time(scenario_of(), (30,), source, "text").extras.dummy_image
+    assert encoded > 0
     overlaps = {"overlap_grad_reduce": False, "overlap_param_gather": False}
-    assert step_time(scenario_of(**overlaps), (30,), source, "text").extras.anchor == 0
-    assert step_time(scenario_of(train=("llm",)), (30,), source, "text").extras.anchor == 0
+    assert step_time(scenario_of(**overlaps), (30,), source, "text").extras.dummy_image == 0
+    assert step_time(scenario_of(train=("llm",)), (30,), source, "text").extras.dummy_image == 0
 
 
-def test_tensor_ranks_beyond_a_node_exchange_over_the_network() -> None:
+def test_tensor_ranks_beyond_a_node_use_the_network() -> None:
     source = DeviceTimes(device=find_device("a100"))
     near, far = (
         source.blocks(make_scenario(recipe_of(tensor=tensor), devices=16), "text").layer.forward for tensor in (8, 16)
@@ -203,7 +202,7 @@ def test_overlap_hides_gradient_reduction() -> None:
     assert hidden.extras.update < shown.extras.update
 
 
-def test_without_the_distributed_optimizer_gradients_travel_twice_and_every_replica_updates_all() -> None:
+def test_without_distributed_optimizer_replicas_update_everything() -> None:
     source = DeviceTimes(device=find_device("a100"))
     shared, whole = (
         step_time(
@@ -223,7 +222,7 @@ def test_without_the_distributed_optimizer_gradients_travel_twice_and_every_repl
 def test_proportional_times_know_nothing_but_flops() -> None:
     scenario = scenario_of(tensor=2, pipeline=2)
     times = FlatTimes(flops_per_s=2.0).blocks(scenario, "text")
-    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, attention_span=4096)
+    layer = decoder_layer_blocks(scenario.recipe.model.llm, tokens=4096, seq_length=4096)
     assert times.layer.total == train_flops(layer, trainable=TEXT) / 2 / 2
     assert FlatTimes().transfer(scenario) == 0
 

@@ -10,7 +10,8 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 
 from megavl.config.load import load_model_config
-from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig
+from megavl.model.build import BuildSpec
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
@@ -32,17 +33,16 @@ def world() -> Iterator[None]:
 
 
 def _build(bf16: bool = False, distributed_optimizer: bool = True) -> tuple:
-    model = build_model_chunks(
-        CONFIG,
+    spec = BuildSpec(
+        model=CONFIG,
         parallel=dataclasses.replace(
             PARALLEL, distributed_optimizer=distributed_optimizer, overlap_param_gather=distributed_optimizer
         ),
-        recompute=RecomputeConfig(),
-        layout=None,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         train=tuple(part for part in TRAINABLE_PARTS if not part.startswith("sam")),
         seed=1,
     )
+    model = build_model_chunks(spec)
     optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1), bf16=bf16)
     set_learning_rate(optimizer, lr=1e-3, weight_decay=0.1)
     return model, optimizer

@@ -1,4 +1,4 @@
-"""metrics.jsonl after a resume, and the first cause in exit_status.json."""
+"""metrics.jsonl after a resume; exit_status.json holds the first cause."""
 
 from __future__ import annotations
 

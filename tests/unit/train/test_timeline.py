@@ -1,4 +1,4 @@
-"""Records of several ranks and hosts become one picture on one clock."""
+"""Records of several ranks and hosts become one timeline on one clock."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from megavl.planner.report.svg import Segment
 from megavl.planner.scenario import make_scenario
 from megavl.train.profile.step_profiler import Record
 from megavl.train.profile.timeline import align, measured_panel, write_timeline
+from megavl.train.run_plan import RunPlan
 from tests.unit.planner.recipes import recipe_of
 
 
 def record(rank: int, *, host: str, zero: float, start: float, replica: int = 0, tensor: int = 0) -> Record:
-    """A forward pass of a second and an optimizer of another one."""
+    """A forward pass of one second, then an optimizer step of one second."""
     position = Position(
         rank=rank, world_size=4, tp_rank=tensor, tp_size=2, pp_rank=0, pp_size=1, dp_rank=replica, dp_size=2
     )
@@ -30,7 +31,7 @@ def record(rank: int, *, host: str, zero: float, start: float, replica: int = 0,
     return Record(position=position, host=host, zero=zero, segments=boxes)
 
 
-def test_ranks_of_a_host_share_its_clock_and_hosts_begin_together() -> None:
+def test_clocks_of_hosts_are_aligned() -> None:
     records = [
         record(0, host="a", zero=100.0, start=1.0),
         record(1, host="a", zero=100.5, start=1.0),
@@ -65,8 +66,9 @@ def world() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("world")
-def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+def test_unwritable_timelines_only_warn(tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe_of(), run=RunConfig(dir=str(tmp_path / "missing")))
+    plan = RunPlan(scenario=make_scenario(recipe), device=None, layers=(30,), position=groups.position())
     found = record(0, host="a", zero=0, start=1.0)
-    line = write_timeline(found, recipe=recipe, layout=(30,), step=3, modality="text", seconds=2.0)
+    line = write_timeline(found, plan=plan, step=3, modality="text", seconds=2.0)
     assert line.startswith("warning: run.timeline_steps: cannot write ") and "training goes on" in line

@@ -1,1 +1,1 @@
-"""Documents as page images with the text of each page: pandoc reads them, typst sets them, pdfium draws the pages."""
+"""Page images of documents with the text of each page: pandoc parses, typst typesets, pdfium renders."""

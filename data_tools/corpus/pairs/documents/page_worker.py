@@ -1,7 +1,7 @@
-"""Sets a document with typst and draws its pages with pdfium; run as a program of its own, under limits.
+"""Typesets a document with typst and renders its pages with pdfium; runs as a separate program with limits.
 
-Works in the current folder, which must be empty. Standard input: one JSON request. Standard output: a JSON line with
-the pages, then their PNG files one after another.
+It works in the current folder, which must be empty. Standard input is one JSON request. Standard output is a JSON line
+that describes the pages, then their PNG files one after another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-MOST_PAGES = 100
+MAX_PAGES = 100
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
 
 
 def open_fonts(wanted: dict[str, list[list[Any]]]) -> tuple[Any, dict[str, str]]:
-    """The wanted files, which are all that typst will know besides its own, and the families' names in typst."""
+    """The fonts that typst may use besides its own, and the name of each family in typst."""
     import typst
 
     for word, faces in wanted.items():
@@ -41,8 +41,8 @@ def open_fonts(wanted: dict[str, list[list[Any]]]) -> tuple[Any, dict[str, str]]
             os.symlink(path, os.path.join("fonts", word, f"{number}{os.path.splitext(path)[1].lower()}"))
     names = {}
     for word, faces in wanted.items():
-        place = os.path.join("fonts", word)
-        known = typst.Fonts(include_system_fonts=False, include_embedded_fonts=False, font_paths=[place]).fonts()
+        folder = os.path.join("fonts", word)
+        known = typst.Fonts(include_system_fonts=False, include_embedded_fonts=False, font_paths=[folder]).fonts()
         by_face = {(os.path.realpath(str(font.path)), font.index): font.family for font in known}
         path, index = faces[0]
         names[word] = by_face[os.path.realpath(path), index]
@@ -50,50 +50,54 @@ def open_fonts(wanted: dict[str, list[list[Any]]]) -> tuple[Any, dict[str, str]]
 
 
 def render(preamble: str, blocks: list[str], empty: list[list[int]], fonts: Any) -> tuple[dict[str, Any], list[bytes]]:
-    """Pages with the numbers of their blocks, and the blocks that were refused or do not fit."""
+    """The pages with the numbers of their blocks; and the blocks that typst refuses or that do not fit."""
     import typst
 
-    setter = Setter(preamble, blocks, fonts)
+    typesetter = Typesetter(preamble, blocks, fonts)
     numbers, failed = list(range(len(blocks))), {}
     try:
-        pdf, places = setter.set(numbers)
+        pdf, page_of = typesetter.typeset(numbers)
     except typst.TypstError:
         for number in numbers:
             try:
-                setter.set([number])
+                typesetter.typeset([number])
             except typst.TypstError as error:
                 failed[number] = str(error)[:300]
         numbers = [number for number in numbers if number not in failed]
-        pdf, places = setter.set(numbers)
-    if not numbers or max(places.values()) > MOST_PAGES:
+        pdf, page_of = typesetter.typeset(numbers)
+    if not numbers or max(page_of.values()) > MAX_PAGES:
         return {"failed": failed, "overflow": [], "pages": []}, []
-    drawn = draw(pdf, empty)
-    suspects = [number for number in numbers if not drawn[places[number] - 1][1]]
-    overflow = [number for number in suspects if not all(clean for _, clean, _ in draw(setter.set([number])[0], empty))]
+    rendered = render_pages(pdf, empty)
+    unclean = [number for number in numbers if not rendered[page_of[number] - 1][1]]
+    overflow = [
+        number
+        for number in unclean
+        if not all(clean for _, clean, _ in render_pages(typesetter.typeset([number])[0], empty))
+    ]
     if overflow:
         numbers = [number for number in numbers if number not in overflow]
-        pdf, places = setter.set(numbers)
-        drawn = draw(pdf, empty) if numbers else []
+        pdf, page_of = typesetter.typeset(numbers)
+        rendered = render_pages(pdf, empty) if numbers else []
     pages = [
         {
-            "blocks": [number for number in numbers if places[number] == page],
-            "seen": seen,
+            "blocks": [number for number in numbers if page_of[number] == page],
+            "visible": visible,
             "clean": clean,
             "size": len(data),
         }
-        for page, (seen, clean, data) in enumerate(drawn, start=1)
+        for page, (visible, clean, data) in enumerate(rendered, start=1)
     ]
-    return {"failed": failed, "overflow": overflow, "pages": pages}, [data for _, _, data in drawn]
+    return {"failed": failed, "overflow": overflow, "pages": pages}, [data for _, _, data in rendered]
 
 
-class Setter:
-    """Sets any of the blocks of one document."""
+class Typesetter:
+    """Typesets any of the blocks of one document."""
 
     def __init__(self, preamble: str, blocks: list[str], fonts: Any) -> None:
         import typst
 
         self.preamble, self.blocks = preamble, blocks
-        # The document may read nothing but itself, and there is no package to import.
+        # The root holds only the document, so it can read no other file; there is no package to import.
         os.makedirs("root")
         self.source = os.path.join("root", "document.typ")
         self._write([])
@@ -101,7 +105,7 @@ class Setter:
             self.source, root="root", font_paths=fonts, package_path=".", package_cache_path="."
         )
 
-    def set(self, numbers: list[int]) -> tuple[bytes, dict[int, int]]:
+    def typeset(self, numbers: list[int]) -> tuple[bytes, dict[int, int]]:
         """The PDF, and the page of each block, counted from 1."""
         self._write(numbers)
         pdf = self.compiler.compile(format="pdf", timestamp=0, pdf_tags=False)
@@ -114,11 +118,11 @@ class Setter:
             file.write("\n".join([self.preamble, *pieces, ""]))
 
 
-def draw(pdf: bytes, empty: list[list[int]]) -> list[tuple[str, bool, bytes]]:
-    """Text, whether the empty boxes are, and PNG of each page."""
+def render_pages(pdf: bytes, empty: list[list[int]]) -> list[tuple[str, bool, bytes]]:
+    """For each page its text layer, whether the boxes are empty, and its PNG file."""
     import pypdfium2
 
-    drawn = []
+    rendered = []
     document = pypdfium2.PdfDocument(pdf)
     for page in document:
         image = page.render(scale=1).to_pil().convert("RGB")
@@ -126,13 +130,13 @@ def draw(pdf: bytes, empty: list[list[int]]) -> list[tuple[str, bool, bytes]]:
         clean = all(image.crop(tuple(box)).getcolors(1) == [(area(box), paper)] for box in empty)
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=6)
-        drawn.append((page.get_textpage().get_text_range(), clean, buffer.getvalue()))
+        rendered.append((page.get_textpage().get_text_range(), clean, buffer.getvalue()))
     document.close()
-    return drawn
+    return rendered
 
 
 def area(box: list[int]) -> int:
-    """Pixels of a box."""
+    """Number of pixels in a box."""
     left, top, right, bottom = box
     return (right - left) * (bottom - top)
 

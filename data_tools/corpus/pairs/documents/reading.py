@@ -1,6 +1,6 @@
-"""Documents in Markdown, HTML and LaTeX as trees, and formulas as typst code; both by pandoc, which may open no file.
+"""Pandoc parses Markdown, HTML and LaTeX into trees, and converts formulas to typst code.
 
-pandoc is run with `--sandbox` (no file, no network), a bounded heap and a time limit, as a separate program.
+It runs as a separate program with `--sandbox` (no file, no network), a bounded heap and a time limit.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from data_tools.corpus.pairs.documents.wording import Formulas, Node, formula_key, formula_source
+from data_tools.corpus.pairs.documents.elements import Formulas, Node, formula_key, formula_source
 from megavl.config.errors import UsageError
 
 READERS = {
@@ -19,23 +20,23 @@ READERS = {
     "html": "html+tex_math_single_backslash",
     "latex": "latex",
 }
-"""pandoc's reader by our name of the format; `text` is read without pandoc."""
+"""Pandoc's reader for each format; `text` is read without pandoc."""
 
 SECONDS = 30
-"""Time for one document."""
+"""Time limit for one document."""
 OLDEST = (3, 1, 2)
-"""pandoc's first version with a writer for typst."""
+"""The first pandoc with a typst writer."""
 _HEAP = ["+RTS", "-M1g", "-RTS"]
-_BORDER = "%%megavl formula %%"
+_SEPARATOR = "%%megavl formula %%"
 
 
 class ReadingError(Exception):
-    """A document that pandoc cannot read."""
+    """Pandoc cannot read the document."""
 
 
 @cache
 def pandoc() -> str:
-    """Path of the program.
+    """Path of pandoc.
 
     Raises:
         UsageError: it is not installed, or too old.
@@ -52,59 +53,48 @@ def pandoc() -> str:
     return str(pypandoc.get_pandoc_path())
 
 
-def read_tree(text: str, *, format: str) -> list[Node]:
-    """The blocks of a document.
+def read_tree(text: str, *, format: str) -> tuple[list[Node], Formulas]:
+    """The blocks of a document, and the typst code of its formulas, without those that pandoc cannot convert.
 
     Raises:
-        ReadingError: not in that format, too deep, or too much for the limits.
+        ReadingError: the text is not in that format, too deeply nested, or too large for the limits.
     """
     output = _run(["--from", READERS[format], "--to", "json"], text)
     try:
-        return list(json.loads(output)["blocks"])
+        tree = json.loads(output)
     except RecursionError as error:
         raise ReadingError("too deeply nested") from error
+    return tree["blocks"], _convert_formulas(tree)
 
 
-def formulas_in(node: Any) -> dict[str, Node]:
-    """Every formula below a node, by `formula_key`."""
-    found: dict[str, Node] = {}
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if isinstance(current, dict):
-            if current.get("t") == "Math":
-                found[formula_key(current)] = current
-            waiting.extend(current.values())
-        elif isinstance(current, list):
-            waiting.extend(current)
-    return found
-
-
-def convert_formulas(found: dict[str, Node]) -> Formulas:
-    """Typst code of the formulas; those that pandoc does not understand are left out.
-
-    Raises:
-        ReadingError: all of them together are too much for the limits.
-    """
+def _convert_formulas(tree: dict[str, Any]) -> Formulas:
+    found = {formula_key(node): node for node in _formulas_in(tree["blocks"])}
     if not found:
         return {}
     blocks: list[Node] = []
     for node in found.values():
         bare = {"t": "Math", "c": [node["c"][0], formula_source(node)]}
-        blocks += [{"t": "Para", "c": [bare]}, {"t": "RawBlock", "c": ["typst", _BORDER]}]
-    tree = {"pandoc-api-version": _api_version(), "meta": {}, "blocks": blocks}
-    output = _run(["--from", "json", "--to", "typst"], json.dumps(tree))
-    pieces = [piece.strip() for piece in output.split(_BORDER)][:-1]
+        blocks += [{"t": "Para", "c": [bare]}, {"t": "RawBlock", "c": ["typst", _SEPARATOR]}]
+    output = _run(["--from", "json", "--to", "typst"], json.dumps({**tree, "meta": {}, "blocks": blocks}))
+    pieces = [piece.strip() for piece in output.split(_SEPARATOR)][:-1]
     if len(pieces) != len(found):
-        raise ReadingError("a formula spells the border between formulas")
-    # What pandoc cannot convert it writes as text, with its dollars escaped.
+        raise ReadingError("a formula contains the separator of formulas")
+    # Pandoc writes a formula that it cannot convert as text with escaped dollars.
     good = re.compile(r"\$(?:[^$\\\"]|\\.|\"(?:[^\"\\]|\\.)*\")*\$", re.DOTALL)
     return {key: piece for key, piece in zip(found, pieces, strict=True) if good.fullmatch(piece)}
 
 
-@cache
-def _api_version() -> list[int]:
-    return list(json.loads(_run(["--from", "gfm", "--to", "json"], ""))["pandoc-api-version"])
+def _formulas_in(node: Any) -> Iterator[Node]:
+    """Every formula below a node."""
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, dict):
+            if current.get("t") == "Math":
+                yield current
+            waiting.extend(current.values())
+        elif isinstance(current, list):
+            waiting.extend(current)
 
 
 def _run(options: list[str], text: str) -> str:

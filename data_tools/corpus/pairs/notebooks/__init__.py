@@ -1,1 +1,1 @@
-"""Charts from notebooks with the code that drew them: stored figures, or figures drawn again in a sandbox."""
+"""Charts from notebooks: the figures stored in the file, with the code that drew them."""

@@ -1,4 +1,4 @@
-"""Notebooks as data: code cells and the figures stored below them. Nothing here runs any of that code."""
+"""Notebooks as data: code cells and the figures stored in their outputs. None of that code is ever run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-FEWEST_LINES = 5
-"""Lines of code below which a figure's cell says too little (paper, section 2)."""
-LONGEST_CODE = 20_000
-"""Characters."""
+MIN_LINES = 5
+"""A cell with fewer lines of code says too little about its figure (paper, section 2)."""
+MAX_CODE_CHARACTERS = 20_000
 
 
 class NotebookError(Exception):
-    """A file that is no notebook."""
+    """The file is not a notebook."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class Cell:
     """A code cell."""
 
     number: int
-    """Among all cells, from 1."""
+    """Position among all cells, from 1."""
     code: str
     figures: tuple[bytes, ...]
     """PNG files of its stored outputs, unchecked."""
@@ -31,10 +30,10 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Notebook:
-    """What is taken from a notebook."""
+    """Language and code cells of a notebook."""
 
     language: str
-    """Programming language, as the notebook names it; `python` where it does not."""
+    """Programming language that the notebook states; `python` if it states none."""
     cells: tuple[Cell, ...]
 
 
@@ -42,7 +41,7 @@ def read_notebook(text: str) -> Notebook:
     """Parse a notebook of any format version.
 
     Raises:
-        NotebookError: it is none.
+        NotebookError: the text is not a notebook.
     """
     import nbformat
 
@@ -57,28 +56,30 @@ def read_notebook(text: str) -> Notebook:
             for number, cell in enumerate(content["cells"], start=1)
             if cell.get("cell_type") == "code"
         )
-    except Exception as error:  # foreign files fail in every way
+    except Exception as error:  # a malformed file can raise any exception
         raise NotebookError(f"{type(error).__name__}: {error}") from error
     return Notebook(language=str(language or "python").lower()[:40], cells=cells)
 
 
 def code_lines(code: str) -> int:
-    """Lines that do something: neither empty, nor comment, nor a command of the notebook itself."""
+    """Number of lines without empty lines, comments and notebook commands."""
     lines = (line.strip() for line in code.split("\n"))
     return sum(bool(line) and not line.startswith(("#", "%", "!", "?")) for line in lines)
 
 
-def reason_against(cell: Cell, *, figures: int) -> str | None:
-    """Why a cell with some figures makes no record: the word under which it is counted, or None."""
-    if figures > 1:
+def reason_against(cell: Cell) -> str | None:
+    """Why a cell with figures makes no record, as the reason to count; None if it makes one."""
+    if len(cell.figures) > 1:
         return "many_images"
-    if code_lines(cell.code) < FEWEST_LINES:
+    if code_lines(cell.code) < MIN_LINES:
         return "few_lines"
-    return "code_too_long" if len(cell.code) > LONGEST_CODE else None
+    return "code_too_long" if len(cell.code) > MAX_CODE_CHARACTERS else None
 
 
 def _text(value: Any) -> str:
-    return "".join(value) if isinstance(value, list) else str(value or "")
+    text = "".join(value) if isinstance(value, list) else str(value or "")
+    text.encode("utf-8")  # a lone surrogate could not be written
+    return text
 
 
 def _figures(outputs: Any) -> tuple[bytes, ...]:
@@ -92,7 +93,7 @@ def _figures(outputs: Any) -> tuple[bytes, ...]:
 
 
 def _decoded(encoded: str) -> bytes:
-    """The file, or nothing where the encoding is broken: the image check then rejects it."""
+    """The file, or no bytes if the encoding is broken; the image check then rejects it."""
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):

@@ -1,1 +1,1 @@
-"""Text in scenes: words on drawn or given backgrounds, turned, tilted, shaded and disturbed."""
+"""Images with rendered text: phrases on drawn or given backgrounds, rotated, skewed, shaded and degraded."""

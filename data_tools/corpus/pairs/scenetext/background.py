@@ -1,4 +1,4 @@
-"""Backgrounds: drawn surfaces, or crops of images in a folder."""
+"""Backgrounds of scenes: drawn surfaces, or crops of images in a folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Size = tuple[int, int]
 
 
 def draw_background(rng: random.Random, size: Size) -> tuple[str, Image.Image]:
-    """Kind and picture of a drawn surface."""
+    """Draw a random surface; returns its kind and its image."""
     kind = rng.choice(list(_KINDS))
     return kind, _KINDS[kind](rng, size)
 
 
 def crop_background(rng: random.Random, size: Size, *, path: Path) -> Image.Image:
-    """A random part of an image, enlarged where it is too small.
+    """A random crop of an image, which is enlarged if it is too small.
 
     Raises:
         ImageError: the file cannot be used.
@@ -40,17 +40,17 @@ def crop_background(rng: random.Random, size: Size, *, path: Path) -> Image.Imag
 
 
 def random_colour(rng: random.Random) -> Colour:
-    """Any colour."""
+    """A random RGB colour."""
     return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
 
 
-def grains(rng: random.Random) -> np.random.Generator:
-    """numpy's generator, continuing the one given."""
+def numpy_rng(rng: random.Random) -> np.random.Generator:
+    """A numpy generator seeded by a Python one."""
     return np.random.default_rng(rng.getrandbits(64))
 
 
 def to_image(values: npt.NDArray[np.floating]) -> Image.Image:
-    """RGB image of an array (height, width, 3), cut to 0..255."""
+    """RGB image of an array (height, width, 3), clipped to 0..255."""
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
@@ -67,9 +67,11 @@ def _gradient(rng: random.Random, size: Size) -> Image.Image:
 
 
 def _clouds(rng: random.Random, size: Size) -> Image.Image:
-    """Soft patches, as of something out of focus."""
+    """Soft patches, like something out of focus."""
     cells = rng.randint(3, 9)
-    coarse = grains(rng).uniform(-1, 1, (cells, cells, 3)) * rng.uniform(15, 70) + np.array(random_colour(rng), float)
+    coarse = numpy_rng(rng).uniform(-1, 1, (cells, cells, 3)) * rng.uniform(15, 70) + np.array(
+        random_colour(rng), float
+    )
     return to_image(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -90,7 +92,7 @@ def _boards(rng: random.Random, size: Size) -> Image.Image:
 
 
 def _shapes(rng: random.Random, size: Size) -> Image.Image:
-    """Overlapping shapes, as of a street or a shelf."""
+    """Overlapping shapes, like a street or a shelf."""
     image = _gradient(rng, size)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(5, 25)):

@@ -1,1 +1,1 @@
-"""Screenshots of web pages with their source, by a browser without scripts, network or files."""
+"""Screenshots of web pages with the HTML that produces them."""

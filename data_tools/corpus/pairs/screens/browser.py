@@ -1,7 +1,8 @@
-"""Pictures of web pages by headless Chromium, driven by Playwright.
+"""Screenshots of web pages by headless Chromium, driven by Playwright.
 
-A page is untrusted: scripts are off, every request is answered here (the page itself, a grey picture for each image,
-nothing else), and the browser runs in its own sandbox, inside bubblewrap where that works: no network, no files.
+Pages are untrusted. Scripts are off, and every request is answered here: with the page itself, with a grey picture for
+an image, and with an error otherwise. The browser runs in its own sandbox; where bubblewrap works it runs inside that
+too, without network and files.
 """
 
 from __future__ import annotations
@@ -9,29 +10,29 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import shlex
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
-from data_tools.corpus.pairs.sandbox import NOBODY, bind_system, isolation_problem
+from data_tools.corpus.pairs.screens.isolation import isolation_problem, write_isolated_launcher
 from megavl.config.errors import UsageError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "headless_shell")
 ADDRESS = "http://page.invalid/"
-"""Of every page; the ending is reserved and never resolves (RFC 2606)."""
+"""Address of every page; the top-level domain is reserved and never resolves (RFC 2606)."""
 POLICY = "default-src 'none'; img-src http: https: data:; style-src 'unsafe-inline'; font-src data:"
-"""Content-Security-Policy: what a page may use, enforced by the browser besides the answers given here."""
+"""Content-Security-Policy that the browser enforces in addition to the answers given here."""
 SECONDS = 20
-"""For one page."""
-TALLEST = 4096
-"""Pixels of a whole page."""
+"""Time limit for one page."""
+MAX_PAGE_PIXELS = 4096
+"""Largest width and height of a whole page."""
 _FLAGS = (
     "--disable-gpu",
     "--disable-lcd-text",
@@ -40,35 +41,54 @@ _FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
 
+T = TypeVar("T")
+
 
 class PageError(Exception):
-    """A page without a usable picture; the message is the reason under which it is counted."""
+    """A page gives no usable picture; the message is the reason to count."""
 
 
 @dataclass(kw_only=True)
 class Browser:
-    """A running Chromium, started again when a page takes it down."""
+    """A running Chromium, restarted when a page crashes it. Its methods may be called from any thread."""
 
     playwright: Any
     program: str
+    loop: asyncio.AbstractEventLoop
+    """Event loop of Playwright, which runs in a thread of its own."""
     browser: Any = None
-    starting: asyncio.Lock
+    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def shoot(self, html: str, *, size: tuple[int, int]) -> bytes:
-        """PNG of a whole page in a window of some width and height.
+    @property
+    def version(self) -> str:
+        """Version of Chromium."""
+        return str(self.browser.version)
+
+    def shoot(self, html: str, *, size: tuple[int, int]) -> bytes:
+        """Take a screenshot of a whole page.
+
+        Args:
+            html: source of the page.
+            size: width and height of the window.
+
+        Returns:
+            A PNG file.
 
         Raises:
-            PageError: too slow, too tall, of one colour, or more than the browser bears.
+            PageError: the page is too slow, too tall, of one colour, or crashes the browser.
         """
+        return _wait(self._shoot_in_time(html, size), self.loop)
+
+    async def _shoot_in_time(self, html: str, size: tuple[int, int]) -> bytes:
         import playwright.async_api as api
 
         for _ in range(2):
             try:
-                return await asyncio.wait_for(self._shoot(await self._running(), html, size), SECONDS)
+                return await asyncio.wait_for(self._shoot(await self.running(), html, size), SECONDS)
             except (asyncio.TimeoutError, api.TimeoutError) as error:
                 raise PageError("too_slow") from error
             except api.Error:
-                # Another page may have taken the browser down; a second time it is this one.
+                # Another page may have crashed the browser; the second failure is due to this one.
                 continue
         raise PageError("not_shown")
 
@@ -100,14 +120,15 @@ class Browser:
             await page.goto(ADDRESS, wait_until="load", timeout=SECONDS * 1000)
             session = await context.new_cdp_session(page)
             metrics = await session.send("Page.getLayoutMetrics")
-            if metrics["cssContentSize"]["height"] > TALLEST or metrics["cssContentSize"]["width"] > TALLEST:
+            if max(metrics["cssContentSize"]["height"], metrics["cssContentSize"]["width"]) > MAX_PAGE_PIXELS:
                 raise PageError("too_tall")
             png = await page.screenshot(full_page=True, animations="disabled", caret="hide", type="png")
         finally:
             await context.close()
         return _rewritten(png)
 
-    async def _running(self) -> Any:
+    async def running(self) -> Any:
+        """Playwright's browser, started if it does not run."""
         async with self.starting:
             if self.browser is None or not self.browser.is_connected():
                 self.browser = await self.playwright.chromium.launch(
@@ -116,15 +137,15 @@ class Browser:
             return self.browser
 
 
-@asynccontextmanager
-async def open_browser(given: Path | None) -> AsyncIterator[Browser]:
+@contextmanager
+def open_browser(given: Path | None) -> Iterator[Browser]:
     """Start Chromium.
 
     Args:
-        given: its program; by default the one that is installed.
+        given: path of Chromium; None finds the installed one.
 
     Raises:
-        UsageError: it is not installed, cannot be shut off here, or does not start.
+        UsageError: Chromium is not installed, cannot be isolated here, or does not start.
     """
     import playwright.async_api as api
 
@@ -132,27 +153,49 @@ async def open_browser(given: Path | None) -> AsyncIterator[Browser]:
     problem = isolation_problem()
     if problem and os.geteuid() == 0:
         raise UsageError(f"screens: {problem}, and Chromium has no sandbox for root; run as an ordinary user")
-    with tempfile.TemporaryDirectory(prefix="megavl-browser-") as folder:
+    with tempfile.TemporaryDirectory(prefix="megavl-browser-") as folder, _event_loop() as loop:
         if not problem:
-            program = _isolated(program, folder=Path(folder))
-        async with api.async_playwright() as running:
-            browser = Browser(playwright=running, program=program, starting=asyncio.Lock())
+            program = write_isolated_launcher(program, folder=Path(folder))
+        running = _wait(api.async_playwright().start(), loop)
+        try:
+            browser = Browser(playwright=running, program=program, loop=loop)
             try:
-                await browser._running()
+                _wait(browser.running(), loop)
             except api.Error as error:
                 message = " ".join(str(error).split())[:300]
                 raise UsageError(
                     f"screens: {program} does not start ({message}); name another with --browser"
                 ) from error
             yield browser
-            await browser.browser.close()
+            _wait(browser.browser.close(), loop)
+        finally:
+            _wait(running.stop(), loop)
+
+
+@contextmanager
+def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="playwright", daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _wait(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
+    """Run a coroutine in the thread of the event loop."""
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
 
 def find_browser(given: Path | None) -> str:
     """Path of Chromium.
 
     Raises:
-        UsageError: there is none.
+        UsageError: Chromium is not found.
     """
     if given is not None:
         if not os.access(given, os.X_OK):
@@ -166,28 +209,11 @@ def find_browser(given: Path | None) -> str:
     return found
 
 
-def _isolated(program: str, *, folder: Path) -> str:
-    """A program that starts Chromium inside bubblewrap; Chromium's own sandbox works in there."""
-    options = ["bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net"]
-    options += ["--die-with-parent", "--uid", str(NOBODY), "--gid", str(NOBODY), *bind_system()]
-    for name in ("/opt", "/etc/chromium", "/etc/chromium.d"):
-        options += ["--ro-bind-try", name, name]
-    options += ["--tmpfs", "/tmp", "--setenv", "HOME", "/tmp"]
-    if not program.startswith(("/usr/", "/opt/")):
-        parent = str(Path(program).resolve().parent)
-        options += ["--ro-bind", parent, parent]
-        program = str(Path(program).resolve())
-    script = folder / "chromium"
-    script.write_text(f'#!/bin/sh\nexec {shlex.join([*options, "--", program])} "$@"\n', encoding="utf-8")
-    script.chmod(0o700)
-    return str(script)
-
-
 def _rewritten(png: bytes) -> bytes:
-    """The same picture as RGB, in Pillow's compression.
+    """The same picture in RGB, compressed by Pillow.
 
     Raises:
-        PageError: it is of one colour.
+        PageError: the picture has only one colour.
     """
     image = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
     if image.getcolors(1) is not None:
@@ -198,7 +224,7 @@ def _rewritten(png: bytes) -> bytes:
 
 
 def _grey() -> bytes:
-    """What stands for every picture that is not in the page itself."""
+    """The picture shown for every image that is not embedded in the page."""
     buffer = io.BytesIO()
     Image.new("RGB", (320, 200), (190, 190, 190)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The part of a web page's source that leaves a trace in its picture when nothing is fetched and no script runs."""
+"""The part of the HTML that a screenshot can show when nothing is fetched and no script runs."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from html import unescape
 from html.parser import HTMLParser
 
 _NEVER_SHOWN = frozenset(("script", "template"))
-"""Left out with their contents."""
+"""Removed with their contents."""
 _EMBEDDING = frozenset(("iframe", "object", "embed", "applet", "frame", "frameset", "audio", "video"))
-"""Would show other documents and media; left out with their contents."""
+"""These show other documents and media; removed with their contents."""
 _WITHOUT_EFFECT = frozenset(("link", "base"))
-"""Left out: they name what is not fetched."""
+"""Removed: they refer to files that are not fetched."""
 _VOID = frozenset(("embed", "frame", "link", "base", "meta"))
 _UNREAD = frozenset(("style", "title"))
-"""Elements whose text is not on the page."""
+"""The text of these elements is not on the page."""
 _BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+\n")
 
 
 class _Cleaner(HTMLParser):
-    """Copies a page's source character by character, but for what is left out."""
+    """Copies the HTML unchanged except for the removed elements."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=False)
         self.kept: list[str] = []
         self.words: list[str] = []
-        self.left_out = ""
+        self.removed = ""
         self.depth = 0
         self.inside: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if self.left_out:
-            self.depth += tag == self.left_out
+        if self.removed:
+            self.depth += tag == self.removed
         elif tag in _NEVER_SHOWN | _EMBEDDING and tag not in _VOID:
-            self.left_out, self.depth = tag, 1
+            self.removed, self.depth = tag, 1
         elif tag not in _WITHOUT_EFFECT | _EMBEDDING and not (tag == "meta" and "http-equiv" in dict(attrs)):
             self.kept.append(self.get_starttag_text() or "")
             if tag in _UNREAD:
                 self.inside.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if not self.left_out and tag not in _WITHOUT_EFFECT | _EMBEDDING | _NEVER_SHOWN:
+        if not self.removed and tag not in _WITHOUT_EFFECT | _EMBEDDING | _NEVER_SHOWN:
             self.kept.append(self.get_starttag_text() or "")
 
     def handle_endtag(self, tag: str) -> None:
-        if self.left_out:
-            self.depth -= tag == self.left_out
+        if self.removed:
+            self.depth -= tag == self.removed
             if not self.depth:
-                self.left_out = ""
+                self.removed = ""
         elif tag not in _EMBEDDING | _NEVER_SHOWN:
             self.kept.append(f"</{tag}>")
             if self.inside and self.inside[-1] == tag:
@@ -66,14 +66,14 @@ class _Cleaner(HTMLParser):
         self._keep(f"<!{decl}>", "")
 
     def _keep(self, source: str, words: str) -> None:
-        if not self.left_out:
+        if not self.removed:
             self.kept.append(source)
             if not self.inside:
                 self.words.append(words)
 
 
 def shown_source(html: str) -> tuple[str, str]:
-    """Source without scripts, comments, embedded documents and what names other files; and its running text."""
+    """The HTML without scripts, comments, embedded documents and references to other files; and its running text."""
     cleaner = _Cleaner()
     cleaner.feed(html)
     cleaner.close()

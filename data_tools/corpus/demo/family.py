@@ -1,7 +1,7 @@
-"""What a picture family offers: pictures, their captions, and closed questions about them.
+"""Interface of a picture family (shapes, charts, rendered text): pictures, captions, and closed questions.
 
-A family (shapes, charts, rendered text) has named levels of difficulty. Each level lists its questions and draws
-pictures in which any answer can be demanded, so that every answer can be made equally frequent.
+A family has named levels of difficulty. A level lists its questions and draws pictures for any requested answers, so
+the caller can make all answers equally frequent.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 35, 185),
     "black": (12, 12, 12),
 }
-"""Named RGB colours; far enough apart that `shade` never moves one near another."""
+"""Named RGB colours; they are so different that `shade` never makes two of them similar."""
 
 PAPER: dict[str, tuple[int, int, int]] = {"white": (252, 252, 252), "grey": (205, 205, 205)}
-"""Neutral backgrounds, on which every colour of `COLOURS` stands out."""
+"""Neutral backgrounds that contrast with every colour of `COLOURS`."""
 
 SIZES = ((256, 256), (240, 256), (224, 256), (256, 240), (256, 224), (272, 240))
-"""Picture sizes (width, height) in pixels; most are not square, so that padding matters."""
+"""Picture sizes (width, height) in pixels; most are not square, so padding is exercised."""
 
 NUMBERS = ("one", "two", "three", "four", "five")
 """Number words from 1."""
@@ -40,16 +40,16 @@ class Question:
     """A question with a closed list of one-word answers."""
 
     kind: str
-    """Name by which results are grouped, such as `shape-colour`."""
+    """Name that groups results, such as `shape-colour`."""
     text: str
-    """Wording, the same in training and in evaluation."""
+    """The same words in training and in evaluation."""
     values: tuple[str, ...]
-    """Every possible answer; at least four."""
+    """All possible answers; at least four."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A drawn picture and what is true of it."""
+    """A drawn picture with its caption and answers."""
 
     image: Image.Image
     """RGB."""
@@ -61,11 +61,11 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One difficulty of a family."""
+    """One level of difficulty."""
 
     questions: tuple[Question, ...]
     draw: Callable[[random.Random, Answers], Picture]
-    """Draws one picture in which the given answers (any subset of the questions) are true."""
+    """Draws one picture for the given answers, which may cover any subset of the questions."""
 
 
 Family = Mapping[str, Level]
@@ -73,12 +73,12 @@ Family = Mapping[str, Level]
 
 
 def pick(rng: random.Random, question: Question, wanted: Answers) -> str:
-    """The wanted answer to a question, or any of its values with equal chance."""
+    """The requested answer to a question, or else a random one of its values."""
     return wanted[question.kind] if question.kind in wanted else rng.choice(question.values)
 
 
 def shade(rng: random.Random, colour: tuple[int, int, int], *, spread: int = 12) -> tuple[int, int, int]:
-    """A colour near the given one: each channel moves by at most `spread` of 255."""
+    """A similar colour: each channel changes by at most `spread` of 255."""
     red, green, blue = (min(255, max(0, channel + rng.randint(-spread, spread))) for channel in colour)
     return red, green, blue
 

@@ -1,11 +1,10 @@
-"""What every pipeline rank does in which order: megatron-core's 1F1B and interleaved schedules, without P2P overlap.
+"""Order of passes on every pipeline rank: megatron-core's 1F1B and interleaved schedules, without P2P overlap.
 
-Source: megatron-core 0.16.1, `pipeline_parallel/schedules.py`: warm-up of p - r - 1 forward passes on rank r under
-1F1B, of 2(p - r - 1) + (v - 1)p under interleaving, micro-batches in groups of p per virtual stage. A rank's sends and
-receives between two passes are one exchange: it goes on when all of them are through.
+Source: megatron-core 0.16.1, `pipeline_parallel/schedules.py`. Under 1F1B, rank r warms up with p - r - 1 forward
+passes. Under interleaving it warms up with 2(p - r - 1) + (v - 1)p, and micro-batches run in groups of p per virtual
+stage. The sends and receives of a rank between two passes are one exchange: the rank waits for all of them.
 
-Stage g of p x v runs on rank g % p, as its virtual stage g // p. `activation g` is what stage g sends to g + 1,
-`gradient g` what it sends to g - 1.
+Stage g of p x v runs on rank g % p, as its virtual stage g // p.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Compute(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """One tensor on its way from `source` to `target` (pipeline ranks)."""
+    """One tensor sent from pipeline rank `source` to `target`."""
 
     backward: bool
     micro_batch: int
@@ -45,7 +44,7 @@ Program = tuple[Compute | Exchange, ...]
 
 
 def warmup_passes(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> int:
-    """Forward passes of `rank` before its first backward pass, the one right before it not counted."""
+    """Forward passes of `rank` before it begins to alternate forward and backward passes."""
     if virtual == 1:
         return min(pipeline - rank - 1, micro_batches)
     return min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline, micro_batches * virtual)
@@ -81,11 +80,11 @@ class _Sizes:
     micro_batches: int
 
     def forward(self, index: int) -> Compute:
-        """The rank's forward pass number `index`."""
+        """The rank's `index`-th forward pass."""
         return self._pass(index, backward=False)
 
     def backward(self, index: int) -> Compute:
-        """The rank's backward pass number `index`; virtual stages in reverse."""
+        """The rank's `index`-th backward pass; virtual stages in reverse."""
         return self._pass(index, backward=True)
 
     def _pass(self, index: int, *, backward: bool) -> Compute:
@@ -96,14 +95,14 @@ class _Sizes:
         return Compute(backward, group * self.pipeline + position, chunk * self.pipeline + self.rank)
 
     def receive(self, step: Compute) -> tuple[Transfer, ...]:
-        """What `step` needs from another rank."""
+        """The transfer that `step` needs; none at the ends of the pipeline."""
         source = step.stage + 1 if step.backward else step.stage - 1
         if not 0 <= source < self.pipeline * self.virtual:
             return ()
         return (Transfer(step.backward, step.micro_batch, source, source % self.pipeline, self.rank),)
 
     def send(self, step: Compute) -> tuple[Transfer, ...]:
-        """What `step` makes for another rank."""
+        """The transfer of what `step` computed; none at the ends of the pipeline."""
         target = step.stage - 1 if step.backward else step.stage + 1
         if not 0 <= target < self.pipeline * self.virtual:
             return ()

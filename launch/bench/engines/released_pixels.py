@@ -1,4 +1,4 @@
-"""The released image rule in its own words, for comparison with what `megavl.data` and `megavl.model` do.
+"""The released image rule, written independently of `megavl.data` and `megavl.model` so that both can be compared.
 
 Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/image_processing_vlm.py:127-162` (resize, square) and
 `deepseek_vl/models/clip_encoder.py` (normalisation and low resolution of the hybrid towers).
@@ -18,11 +18,11 @@ from megavl.config.model import ModelConfig
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 ODD_SIZES = ((517, 301), (640, 481), (1000, 333), (333, 1000), (640, 640), (1999, 1333), (1, 90), (31, 17), (7, 7))
-"""Width and height: truncation and rounding of the short side differ for the first four; two squares; tiny ones."""
+"""Width and height. For the first four, truncation and rounding of the short side differ."""
 
 
 def square(image: Image.Image, *, size: int, background: tuple[int, int, int]) -> Image.Image:
-    """Resize to `size` on the long side, then centre on a square of the background colour."""
+    """Resize to `size` on the long side, then center on a square of the background colour."""
     width, height = image.size
     longest = max(width, height)
     target = (max(int(width / longest * size), 14), max(int(height / longest * size), 14))
@@ -50,7 +50,7 @@ def unit_pixels(images: Sequence[Image.Image], config: ModelConfig) -> torch.Ten
 
 
 def tower_pixels(images: Sequence[Image.Image], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """What the towers take, under the names of transformers' classes."""
+    """Inputs of the towers, under the argument names of transformers' classes."""
     pixels = unit_pixels(images, config)
     if config.sam is None:
         return {"pixel_values": _normalise(pixels, HALF, HALF)}
@@ -63,7 +63,7 @@ def tower_pixels(images: Sequence[Image.Image], config: ModelConfig) -> dict[str
 
 
 def random_picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Smooth colours with noise on them, so that filters, colours and the position of each pixel matter."""
+    """Smooth colours with noise, so that filters, colours and the position of each pixel matter."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(
         size, Image.Resampling.BICUBIC

@@ -1,4 +1,4 @@
-"""Picture sets on disk: images, captions, conversations and held-out questions of chosen families and levels."""
+"""Writes images, and makes the captions, conversations and held-out questions about them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.corpus.demo import charts, rendered_text, shapes
-from data_tools.corpus.demo.picture import Answers, Family, Level, Picture, Question
+from data_tools.corpus.demo.family import Answers, Family, Level, Picture, Question
 from data_tools.corpus.demo.questions import PLACEHOLDER, balanced_choices
 from megavl.config.errors import DataError
 
 FAMILIES: Mapping[str, Family] = {"shapes": shapes.LEVELS, "charts": charts.LEVELS, "ocr": rendered_text.LEVELS}
-"""Picture families by the name of the command that builds them."""
+"""Picture families by command name."""
 
 Mix = Mapping[tuple[str, str], float]
 """Share of the training pictures by (family, level)."""
 
-MOST_TURNS = 3
-"""Question and answer pairs in one conversation."""
+MAX_QUESTIONS = 3
+"""Largest number of questions in one conversation."""
 _ATTEMPTS = 100
 
 
 @dataclass(kw_only=True)
 class PictureSet:
-    """Records of the pictures written so far."""
+    """The records of all pictures written so far."""
 
     folder: Path
     seed: int
     captions: list[dict[str, Any]] = field(default_factory=list)
     conversations: list[dict[str, Any]] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
-    """SHA-256 of each image file; no picture is written twice, so training never holds a held-out one."""
+    """SHA-256 of each image file. No picture is written twice, so no held-out one is in the training set."""
 
     def add_training(self, mix: Mix, *, count: int) -> None:
-        """Draw `count` pictures with a caption and a conversation each; draw the held-out ones first."""
+        """Draw `count` pictures with a caption and a conversation each. Call `add_heldout` before."""
         names, weights = list(mix), list(mix.values())
         for number in tqdm(range(count), unit="image", desc="pictures", disable=None):
             rng = random.Random(f"train/{self.seed}/{number}")
@@ -75,12 +75,12 @@ class PictureSet:
                         "kind": question.kind,
                     }
                 )
-        # Neighbours in the file then share neither kind nor answer, so a neighbour's picture is a fair wrong picture.
+        # After the shuffle, adjacent tasks share neither kind nor answer, so image shuffle gives a fair wrong image.
         random.Random(f"order/{self.seed}").shuffle(tasks)
         return tasks
 
     def _write(self, path: str, *, level: Level, rng: random.Random, wanted: Answers) -> Picture:
-        """Draw and save a picture that no earlier one equals."""
+        """Draw and save a picture that differs from all earlier ones."""
         for _ in range(_ATTEMPTS):
             picture = level.draw(rng, wanted)
             buffer = io.BytesIO()
@@ -96,8 +96,8 @@ class PictureSet:
 
 
 def _turns(answers: Answers, *, level: Level, rng: random.Random) -> Iterator[dict[str, str]]:
-    """One to three questions of the level in any order; the image stands before the first."""
-    asked = rng.sample(level.questions, rng.randint(1, min(MOST_TURNS, len(level.questions))))
+    """One to three questions of the level in random order, with the image before the first."""
+    asked = rng.sample(level.questions, rng.randint(1, min(MAX_QUESTIONS, len(level.questions))))
     for number, question in enumerate(asked):
         yield {"from": "human", "value": ("<image>" if number == 0 else "") + question.text}
         yield {"from": "gpt", "value": answers[question.kind]}
@@ -109,7 +109,7 @@ def all_questions() -> list[Question]:
 
 
 def phrases() -> list[str]:
-    """Questions, and answers with the space that stands before them in a conversation."""
+    """All questions, and all answers with the space that precedes them in a conversation."""
     return [
         text for question in all_questions() for text in (question.text, *(f" {value}" for value in question.values))
     ]

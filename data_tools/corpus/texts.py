@@ -1,6 +1,6 @@
-"""Real text from any machine with Python, and more of it on Debian: documentation, licences, docstrings.
+"""Collects text from this machine: docstrings of the standard library, and on Debian documentation and licences.
 
-Sources are read as data: Python files are parsed, never imported; compressed files are read up to a limit.
+Sources are read as data: Python files are parsed but never imported, and compressed files are read up to a limit.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megavl.config.errors import DataError
 DEBIAN = Path("/usr/share")
 """Where Debian keeps `doc` and `common-licenses`."""
 
-LONGEST_READ = 65536
-"""Bytes read of any one documentation file."""
-LONGEST_DOCUMENT = 24000
-"""Characters of one collected document; longer ones end at a paragraph."""
-SHORTEST_DOCUMENT = 200
-"""Characters; shorter ones are dropped."""
+MAX_READ_BYTES = 65536
+"""Bytes read of one documentation file."""
+MAX_DOCUMENT_CHARACTERS = 24000
+"""A longer document is truncated after a paragraph."""
+MIN_DOCUMENT_CHARACTERS = 200
+"""A shorter document is dropped."""
 
-SHARES = {"licence": 0.12, "debian-doc": 0.43}
-"""Largest share of the text that a source may fill; docstrings fill the rest."""
+MAX_SHARES = {"licence": 0.12, "debian-doc": 0.43}
+"""Largest share of the text for each source; docstrings fill the rest."""
 
 _DOC_NAME = re.compile(r"(copyright|readme|changelog|news|faq)[\w.+-]*", re.IGNORECASE)
 _NOT_TEXT = re.compile(r"\.(html?|pdf|ps|png|jpe?g|svg|css|js|xz|bz2|zip)(\.gz)?$", re.IGNORECASE)
@@ -53,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a function of the standard library does, in its own docstring's first line."""
+    """First line of the docstring of a function in the standard library."""
 
     name: str
     """Dotted name, such as `shutil.copyfile`."""
@@ -62,7 +62,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """Text that was found, and how much of it."""
+    """Collected text, and how much of it came from each kind of source."""
 
     documents: list[Document]
     summaries: list[Summary]
@@ -74,13 +74,13 @@ def collect_text(*, size: int, seed: int, debian: Path = DEBIAN, library: Path |
     """Collect about `size` bytes of text; the same machine and seed give the same documents in the same order.
 
     Args:
-        size: UTF-8 bytes to stop after.
-        seed: decides which files come first, and the order of the documents.
+        size: stop after this many UTF-8 bytes.
+        seed: decides the order of files and documents.
         debian: folder with `doc` and `common-licenses`; may be absent.
-        library: the standard library's folder; by default that of the running Python.
+        library: folder of the standard library; by default that of the running Python.
 
     Raises:
-        DataError: when no text at all is found.
+        DataError: no text is found.
     """
     rng = random.Random(f"text/{seed}")
     library = library or Path(sysconfig.get_paths()["stdlib"])
@@ -95,7 +95,7 @@ def collect_text(*, size: int, seed: int, debian: Path = DEBIAN, library: Path |
     }
     with tqdm(total=size, unit="B", unit_scale=True, desc="text", disable=None) as progress:
         for kind, stream in streams.items():
-            room = min(size - _bytes(found), int(size * SHARES.get(kind, 1.0)))
+            room = min(size - _bytes(found), int(size * MAX_SHARES.get(kind, 1.0)))
             taken = _take(stream, kind=kind, room=room, seen=seen, progress=progress)
             found += taken
             sources[kind] = {"documents": len(taken), "bytes": _bytes(taken)}
@@ -114,13 +114,13 @@ def _bytes(documents: Iterable[Document]) -> int:
 def _take(
     stream: Iterator[tuple[str, str]], *, kind: str, room: int, seen: set[bytes], progress: tqdm[None]
 ) -> list[Document]:
-    """Clean documents from a stream of (name, text) until they fill `room` bytes."""
+    """Clean documents from (name, text) pairs until they fill `room` bytes."""
     taken: list[Document] = []
     for name, raw in stream:
         if room <= 0:
             break
         text = _clean(raw, seen=seen)
-        if len(text) >= SHORTEST_DOCUMENT:
+        if len(text) >= MIN_DOCUMENT_CHARACTERS:
             taken.append(Document(source=f"{kind}:{name}", text=text))
             room -= len(text.encode())
             progress.update(len(text.encode()))
@@ -128,7 +128,7 @@ def _take(
 
 
 def _clean(raw: str, *, seen: set[bytes]) -> str:
-    """Paragraphs that were not seen before, up to the longest document."""
+    """The paragraphs that are not in `seen`, up to the maximum length of a document."""
     raw = raw.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n")
     if _CONTROL.search(raw):
         return ""
@@ -140,7 +140,7 @@ def _clean(raw: str, *, seen: set[bytes]) -> str:
         if not paragraph or key in seen:
             continue
         length += len(paragraph) + 2
-        if length > LONGEST_DOCUMENT:
+        if length > MAX_DOCUMENT_CHARACTERS:
             break
         seen.add(key)
         kept.append(paragraph)
@@ -164,13 +164,13 @@ def _documentation(debian: Path) -> list[Path]:
 
 
 def _read_files(paths: list[Path], *, root: Path, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Name and beginning of each readable UTF-8 file, in an order drawn from `rng`."""
+    """Name and beginning of each readable UTF-8 file, in random order."""
     rng.shuffle(paths)
     for path in paths:
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                head = file.read(LONGEST_READ)
-            # An incremental decoder refuses other encodings but forgives a character cut by the limit.
+                head = file.read(MAX_READ_BYTES)
+            # An incremental decoder refuses other encodings, but accepts a character truncated by the limit.
             text = codecs.getincrementaldecoder("utf-8")().decode(head)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError):
             continue
@@ -178,7 +178,7 @@ def _read_files(paths: list[Path], *, root: Path, rng: random.Random) -> Iterato
 
 
 def _read_docstrings(library: Path, *, rng: random.Random, summaries: list[Summary]) -> Iterator[tuple[str, str]]:
-    """Name and docstrings of each module, in an order drawn from `rng`; appends to `summaries` on the way."""
+    """Name and docstrings of each module, in random order; also appends to `summaries`."""
     paths = sorted(
         path for path in library.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(library).parts)
     )
@@ -199,7 +199,7 @@ def _read_docstrings(library: Path, *, rng: random.Random, summaries: list[Summa
 
 
 def _walk(node: ast.Module | ast.ClassDef, *, name: str) -> Iterator[tuple[str, str, bool]]:
-    """Title, docstring and whether it is a public function, for a module or class and all inside it."""
+    """Title, docstring and whether it is a public function, of a module or class and everything inside it."""
     doc = ast.get_docstring(node)
     if doc:
         yield name, doc, False
@@ -215,7 +215,7 @@ def _walk(node: ast.Module | ast.ClassDef, *, name: str) -> Iterator[tuple[str, 
 
 
 def _summaries(entries: list[tuple[str, str, bool]]) -> Iterator[Summary]:
-    """First lines of public functions' docstrings that are one plain sentence."""
+    """Docstring first lines of public functions, if they are one plain sentence."""
     names = Counter(title.partition("(")[0] for title, _, _ in entries)
     for title, doc, public in entries:
         line = doc.split("\n\n")[0].strip()
