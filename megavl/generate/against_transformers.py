@@ -159,7 +159,7 @@ def native_class(config: ModelConfig) -> type[PreTrainedModel]:
 
 
 def pixel_tensors(canvases: torch.Tensor, *, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Arguments of transformers' class from uint8 canvases (I, 3, C, C); the low resolution comes from floats."""
+    """Arguments of transformers' class from uint8 canvases (I, 3, C, C), by the released rule."""
     pixels = canvases.float() / 255
     if config.sam is None:
         return {"pixel_values": (pixels - 0.5) / 0.5}
