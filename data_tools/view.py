@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.pipeline.commit import write_file
 from data_tools.viewer.packed_page import page
 from data_tools.viewer.packed_view import PackReader, PackView, Piece, visible
 from megavl.config.errors import DataError, MegaVLError, UsageError
 from megavl.data.manifest import DatasetManifest, read_manifest
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
+from megavl.files.new_file import write_file
 
 _BAR = 60
 _COLOURS = (34, 33, 32, 35, 36, 31)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.pipeline.commit import NewFile, sync_directory, write_file
 from data_tools.pipeline.histograms import histograms
 from data_tools.pipeline.job import Job, Task, tokenizer_at
 from data_tools.pipeline.output import Output, TaskSummary
@@ -23,6 +22,7 @@ from megavl.config.version import VERSION
 from megavl.data.manifest import MODALITIES, DatasetManifest, fingerprint, geometry_entry, to_json
 from megavl.data.shard import Shard
 from megavl.data.table import ReadHandles
+from megavl.files.new_file import NewFile, sync_directory, write_file
 
 _EXAMPLES = 20
 """Rejected records that the report names per reason."""

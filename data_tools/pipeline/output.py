@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data_tools.pipeline.commit import remove_leftovers, sync_directory, write_file
 from data_tools.readers.splits import Split
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import STRICT
 from megavl.data.manifest import ShardEntry, ShardManifest, read_manifest, to_json
+from megavl.files.new_file import remove_leftovers, sync_directory, write_file
 
 _OURS = ("*.tokens.bin", "*.tokens.idx", "*.images.bin", "*.images.idx", "*.npy", "*.json", "rejects.jsonl", ".*.tmp")
 

@@ -18,9 +18,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.pipeline.commit import NewFile, storage_error
 from megavl.data.manifest import MODALITIES, PACK_ROW, Modality
 from megavl.data.packing import Cursor, Kinds, Packing
+from megavl.files.new_file import NewFile, storage_error
 
 _ROW = np.dtype([("kind", "<i4"), ("row", PACK_ROW)])
 """A row before its range is sorted."""

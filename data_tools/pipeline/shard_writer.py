@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.pipeline.commit import NewFile, sync_directory, write_file
 from data_tools.pipeline.image_source import LoadedImage
 from data_tools.pipeline.job import Job, Task, tokenizer_at
 from megavl.config.version import VERSION
@@ -31,6 +30,7 @@ from megavl.data.manifest import (
     geometry_entry,
     to_json,
 )
+from megavl.files.new_file import NewFile, sync_directory, write_file
 
 _CODES = {"u1": "B", "i4": "i", "u4": "I", "i8": "q"}
 """`struct` codes of the columns."""

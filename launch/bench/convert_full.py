@@ -27,7 +27,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +38,9 @@ from launch.bench.report import machine, report_path, table, table_row, versions
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.convert.hf_write import write_hf
-from megavl.convert.table import Format, dead_tensors, key_shapes, weight_rows
+from megavl.convert.table import Format, key_shapes, unused_parameters, weight_rows
+from megavl.weights.canonical_names import Shape
+from megavl.weights.lazy import LazyTensor
 
 TOKENS = {"<｜begin▁of▁sentence｜>": 100000, "<｜end▁of▁sentence｜>": 100001, "<image_placeholder>": 100015}
 
@@ -54,20 +55,16 @@ class Row(NamedTuple):
     """Gigabytes, seconds, CPU seconds, peak MiB, and the peak on the disk as a fraction of source and target."""
 
 
-@dataclass(frozen=True)
-class RandomTensor:
-    """Finite bf16 numbers that depend on the name alone."""
+def random_tensor(name: str, shape: Shape) -> LazyTensor:
+    """Finite bf16 numbers that depend on the name alone, each below 2 in magnitude."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype = torch.bfloat16
-
-    def load(self) -> torch.Tensor:
-        """Draw the numbers, each below 2 in magnitude."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-        bits = torch.randint(-(2**15), 2**15, self.shape, generator=generator, dtype=torch.int16)
+    def load() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        bits = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
         # Without the highest bit of the exponent a number is finite.
         return (bits & ~0x4000).view(torch.bfloat16)
+
+    return LazyTensor(shape=shape, dtype=torch.bfloat16, load=load)
 
 
 def main() -> int:
@@ -129,9 +126,9 @@ def make_folder(folder: Path, preset: str, fmt: Format) -> None:
     (tokenizer / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model}))
     bos, eos, _ = TOKENS
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": eos}))
-    flat = {row.flat: RandomTensor(row.flat, row.shape) for row in weight_rows(config, fmt)}
-    unused = {row.key: RandomTensor(row.key, row.shape) for row in dead_tensors(config)}
-    write_hf(folder, config=config, flat=flat, fmt=fmt, tokenizer_dir=tokenizer, passthrough=unused)
+    tensors = {row.name: random_tensor(row.name, row.shape) for row in weight_rows(config, fmt)}
+    unused = {row.key: random_tensor(row.key, row.shape) for row in unused_parameters(config)}
+    write_hf(folder, config=config, tensors=tensors, fmt=fmt, tokenizer_dir=tokenizer, unused=unused)
 
 
 def digests(folder: Path) -> dict[str, str]:

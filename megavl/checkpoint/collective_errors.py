@@ -1,6 +1,7 @@
-"""Steps that end alike on all ranks: a result or an error of any rank reaches every rank, so that none waits for ever.
+"""Runs a function on some ranks and raises its error on all of them.
 
-Without an initialised process group the world is this process alone.
+If one rank failed alone, the others would hang in the next collective. Without an initialised process group, the world
+is this process alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def world_size() -> int:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 alone and give every rank its (picklable) result.
+    """Run `action` on rank 0 and return its (picklable) result on every rank.
 
     Raises:
         MegaVLError: the same class and text on every rank when rank 0 raised one.
@@ -41,13 +42,13 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         outcome[0], local = _attempt(action)
     dist.broadcast_object_list(outcome, src=0)
-    _raise_agreed([outcome[0][1]], local)
+    _raise_same_error([outcome[0][1]], local)
     result: T = outcome[0][0]
     return result
 
 
 def on_every_rank(action: Callable[[], T]) -> list[T]:
-    """Run `action` on all ranks and give every rank all (picklable) results, in rank order.
+    """Run `action` on every rank and return all (picklable) results in rank order.
 
     Raises:
         MegaVLError: the error of the lowest failing rank, on every rank.
@@ -58,7 +59,7 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
     mine, local = _attempt(action)
     outcomes: list[_Outcome] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(outcomes, mine)
-    _raise_agreed([error for _, error in outcomes], local)
+    _raise_same_error([error for _, error in outcomes], local)
     return [value for value, _ in outcomes]
 
 
@@ -69,7 +70,7 @@ def _attempt(action: Callable[[], T]) -> tuple[_Outcome, Exception | None]:
         return (None, (type(error).__name__, str(error))), error
 
 
-def _raise_agreed(found: list[tuple[str, str] | None], local: Exception | None) -> None:
+def _raise_same_error(found: list[tuple[str, str] | None], local: Exception | None) -> None:
     failures = [(number, *error) for number, error in enumerate(found) if error is not None]
     if not failures:
         return

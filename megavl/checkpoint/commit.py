@@ -1,4 +1,4 @@
-"""The commit protocol: a checkpoint is written under a temporary name and becomes one by a single rename."""
+"""The commit protocol: a checkpoint is written under a temporary name, and one rename makes it valid."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from typing import Any
 import torch
 
 from megavl.checkpoint.directory import check, checkpoint_name, set_aside, temporary_name
-from megavl.checkpoint.durable import copy_durably, sync_directory, write_durably
-from megavl.checkpoint.manifest import MANIFEST, encode_manifest, file_record, read_manifest, remember, safe_name
-from megavl.checkpoint.safe_unpickle import BACKEND, BACKEND_MARK, COMMON, METADATA, load_object
+from megavl.checkpoint.manifest import (
+    MANIFEST,
+    encode_manifest,
+    file_record,
+    read_manifest,
+    remember_verified,
+    safe_name,
+)
+from megavl.checkpoint.safe_unpickle import BACKEND, BACKEND_MARK, COMMON, METADATA, safe_load
 from megavl.config.errors import CheckpointError
+from megavl.files.durable import copy_durably, replace_durably, sync_directory, write_durably
 
 _OWN = (MANIFEST, METADATA, COMMON, BACKEND)
 
@@ -28,7 +35,7 @@ def make_temporary(directory: Path, iteration: int) -> Path:
 
 
 def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
-    """Make sure that no directory has the name of the coming checkpoint; a damaged one is renamed aside.
+    """Free the name of the coming checkpoint: a damaged directory of that name is renamed.
 
     Raises:
         CheckpointError: a valid checkpoint has that name; it is never replaced.
@@ -45,20 +52,20 @@ def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
 
 
 def write_common(common: Mapping[str, Any], directory: Path) -> None:
-    """Write what is equal on all ranks (`common.pt`), and megatron-core's own mark (`metadata.json`)."""
+    """Write the state that all ranks share (`common.pt`) and megatron-core's own mark (`metadata.json`)."""
     buffer = io.BytesIO()
     torch.save(dict(common), buffer)
     buffer.seek(0)
     try:
-        load_object(buffer, source=COMMON)
+        safe_load(buffer, source=COMMON)
     except CheckpointError as error:
         raise TypeError(f"state: only plain values and tensors may stand outside shards: {error}") from None
     write_durably(directory / COMMON, buffer.getvalue())
     write_durably(directory / BACKEND, json.dumps(BACKEND_MARK).encode())
 
 
-def add_files(temporary: Path, files: Mapping[str, bytes | Path]) -> None:
-    """Write the files that go beside the shards.
+def write_extra_files(temporary: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Write the extra files of a checkpoint, such as the recipe and the tokenizer.
 
     Args:
         temporary: directory of the save.
@@ -78,13 +85,13 @@ def add_files(temporary: Path, files: Mapping[str, bytes | Path]) -> None:
             copy_durably(source, target)
 
 
-def records_of(temporary: Path, paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """Name, size and sha256 of files of the save."""
+def file_records(temporary: Path, paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of files of the save, by name."""
     return {path.relative_to(temporary).as_posix(): file_record(path) for path in paths}
 
 
-def other_files(temporary: Path) -> list[Path]:
-    """All files of the save that are no shards."""
+def non_shard_files(temporary: Path) -> list[Path]:
+    """All files of the save but the shards."""
     return sorted(path for path in temporary.rglob("*") if path.is_file() and path.suffix != ".distcp")
 
 
@@ -96,16 +103,15 @@ def write_manifest(
     content: Mapping[str, Any],
     records: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write `manifest.json`, the last file, and wait until the storage has every name in the directory."""
-    aside = temporary / f"{MANIFEST}.new"
-    write_durably(aside, encode_manifest(iteration=iteration, world_size=world_size, content=content, files=records))
-    aside.rename(temporary / MANIFEST)
+    """Write `manifest.json`, the last file, and sync the names in every folder."""
+    manifest = encode_manifest(iteration=iteration, world_size=world_size, content=content, files=records)
+    replace_durably(temporary / MANIFEST, manifest)
     for folder in {path.parent for path in temporary.rglob("*")}:
         sync_directory(folder)
 
 
 def publish(temporary: Path, directory: Path, iteration: int) -> Path:
-    """Rename to the final name: the commit. If the storage does not confirm it, it is taken back.
+    """Commit: rename to the final name. If the storage does not confirm the rename, it is undone.
 
     Returns:
         The committed checkpoint.
@@ -117,10 +123,10 @@ def publish(temporary: Path, directory: Path, iteration: int) -> Path:
     except OSError:
         final.rename(temporary)
         raise
-    remember(final, read_manifest(final))
+    remember_verified(final, read_manifest(final))
     return final
 
 
 def discard(temporary: Path) -> None:
-    """Remove what a failed save wrote; what cannot be removed is swept at the next start."""
+    """Remove the files of a failed save; the next start removes what is left."""
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""The directory that holds a run's checkpoints: names, candidates, recovery (newest valid), retention, clean-up.
+"""The directory of a run's checkpoints: names, search for the newest valid checkpoint, retention, clean-up.
 
-iter_0000010/        a committed checkpoint; never touched again, except by retention
-iter_0000010.tmp-*   an uncommitted save, or a checkpoint on its way to deletion; removed at start
-iter_0000010.bad-*   a damaged directory that stood in the way of a save; kept for the user to look at
-latest               name of the newest checkpoint; a hint for people, never trusted
+- `iter_0000010/` is a committed checkpoint; only retention touches it again.
+- `iter_0000010.tmp-*` is an uncommitted save, or a checkpoint that is being deleted; the next start removes it.
+- `iter_0000010.bad-*` is a damaged directory whose name a save needed; it is kept for inspection.
+- `latest` holds the name of the newest checkpoint. It is a hint for people and never trusted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavl.checkpoint.durable import replace_durably, sync_directory
-from megavl.checkpoint.fault import strike
+from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import MANIFEST, verify
 from megavl.config.errors import CheckpointError
+from megavl.files.durable import replace_durably, sync_directory
 
 LATEST = "latest"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -37,7 +37,7 @@ def temporary_name(iteration: int) -> str:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Directories with a checkpoint's name, newest first; whether they are valid is not looked at."""
+    """Directories with a checkpoint's name, newest first, valid or not."""
     if not directory.is_dir():
         return []
     found = [
@@ -50,14 +50,14 @@ def candidates(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """What recovery found in a directory."""
+    """Result of the search for the newest valid checkpoint in a directory."""
 
     path: Path | None
     """Newest valid checkpoint."""
     rejected: list[str]
-    """One line for each newer directory that was refused, with its reason."""
+    """One line for each newer directory that did not verify, with the reason."""
     tracker: str | None
-    """Warning about a tracker file that is no help; None when it is fine or absent."""
+    """Warning about a tracker file that names no checkpoint; None when it is fine or absent."""
 
     def explain(self, directory: Path) -> str:
         """Message for a directory that holds something but no valid checkpoint."""
@@ -66,7 +66,7 @@ class Recovery:
 
 
 def recover(directory: Path, *, skip_hash: bool) -> Recovery:
-    """Find the newest checkpoint that verifies; the tracker file decides nothing."""
+    """Find the newest checkpoint that verifies; the tracker file has no influence."""
     rejected: list[str] = []
     found = None
     for candidate in candidates(directory):
@@ -81,30 +81,30 @@ def recover(directory: Path, *, skip_hash: bool) -> Recovery:
 
 
 def check(path: Path, *, skip_hash: bool) -> None:
-    """Verify a checkpoint directory, its name against its manifest included."""
+    """Verify a checkpoint directory, and compare its name with its manifest."""
     manifest = verify(path, skip_hash=skip_hash)
     match = _NAME.fullmatch(path.name)
     if match and int(match[1]) != manifest["iteration"]:
         raise CheckpointError(f"{path / MANIFEST}: is of iteration {manifest['iteration']}, not of {path.name}")
 
 
-def sweep(directory: Path) -> None:
-    """Remove what interrupted saves and deletions left behind."""
+def remove_uncommitted(directory: Path) -> None:
+    """Remove the leftovers of interrupted saves and deletions."""
     for entry in directory.iterdir():
         if _UNCOMMITTED.fullmatch(entry.name):
             shutil.rmtree(entry)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a directory that is no checkpoint so that its name becomes free; nothing is deleted."""
+    """Rename a directory that is no valid checkpoint, to free its name; nothing is deleted."""
     aside = path.with_name(f"{path.name}.bad-{uuid.uuid4().hex[:12]}")
     path.rename(aside)
     sync_directory(path.parent)
     return aside
 
 
-def point_latest(directory: Path, path: Path) -> None:
-    """Let the tracker file name `path`. A failure is only logged: the tracker is a hint."""
+def update_latest(directory: Path, path: Path) -> None:
+    """Write the name of `path` into the tracker file. A failure is only logged: the tracker is a hint."""
     tracker = directory / LATEST
     try:
         if tracker.is_dir():
@@ -114,8 +114,8 @@ def point_latest(directory: Path, path: Path) -> None:
         _log.warning("%s: not updated (%s); recovery does not need it", tracker, error)
 
 
-def retire(directory: Path, *, keep: int, skip_hash: bool, step: int) -> None:
-    """Delete what is older than the `keep` newest valid checkpoints and older than `step`, which was just committed.
+def apply_retention(directory: Path, *, keep: int, skip_hash: bool, step: int) -> None:
+    """Delete checkpoints that are older than the `keep` newest valid ones and older than `step`, the latest save.
 
     A failure is only logged: nothing depends on it.
     """
@@ -139,7 +139,7 @@ def _delete(path: Path, *, step: int) -> None:
         # Renamed first, so that an interrupted deletion never looks like a checkpoint.
         path.rename(aside)
         sync_directory(path.parent)
-        strike("mid_retention", rank=0, step=step)
+        inject_fault("mid_retention", rank=0, step=step)
         shutil.rmtree(aside)
     except OSError as error:
         _log.warning("%s: not deleted (%s)", aside if aside.exists() else path, error)

@@ -1,4 +1,4 @@
-"""Fault injection for tests: `FAULT=<site>:<rank>:<step>:<kind>` strikes once at a named place; inert when unset.
+"""Fault injection for tests: `FAULT=<site>:<rank>:<step>:<kind>` makes one site of a save fail.
 
 Sites of a save, in order: before_mkdir, mid_shard, after_shard, after_manifest, after_rename, mid_retention.
 Kinds: sigkill, sigterm, sigstop, raise (RuntimeError), enospc and eio (OSError, as the file system would report it).
@@ -14,7 +14,7 @@ _SIGNALS = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": sig
 _ERRNOS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
 
 
-def strike(site: str, *, rank: int, step: int) -> None:
+def inject_fault(site: str, *, rank: int, step: int) -> None:
     """Fail here if the environment asks for a fault at this site, rank and step."""
     plan = os.environ.get("FAULT")
     if not plan:

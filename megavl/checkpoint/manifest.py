@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint: what it holds, with the size and sha256 of every file; written last, verified first.
+"""The manifest of a checkpoint: its content, and the size and sha256 of every file.
 
-Hashes guard against damage. Forged checkpoints are the business of `megavl.checkpoint.safe_unpickle`.
+It is written last and verified first. Hashes guard against damage; `megavl.checkpoint.safe_unpickle` guards against
+forged files.
 """
 
 from __future__ import annotations
@@ -13,27 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megavl.config.errors import CheckpointError
+from megavl.config.errors import CheckpointError, one_line
+from megavl.files.hashing import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "megavl-checkpoint"
 VERSION = 1
 HASHING_THREADS = 8
 """Files hashed at once; sha256 runs at 2 GB/s per core and releases the interpreter lock."""
-_BLOCK = 4 << 20
 
 _verified: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def file_record(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return {"size": size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def encode_manifest(
@@ -52,10 +47,10 @@ def encode_manifest(
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read the manifest of the checkpoint directory `path`; its files are not looked at.
+    """Read the manifest of the checkpoint directory `path`, but none of its other files.
 
     Raises:
-        CheckpointError: the manifest is missing, damaged, or of a version this program does not know.
+        CheckpointError: the manifest is missing, damaged, or of an unknown version.
     """
     source = Path(path) / MANIFEST
     try:
@@ -63,7 +58,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{source}: missing; {path} is no complete checkpoint") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: not readable as a manifest ({_one_line(error)})") from error
+        raise CheckpointError(f"{source}: not readable as a manifest ({one_line(error)})") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CheckpointError(f"{source}: not a manifest of {FORMAT}")
     if raw.get("version") != VERSION:
@@ -78,9 +73,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path, *, skip_hash: bool = False) -> dict[str, Any]:
-    """Check that a checkpoint directory holds exactly what its manifest promises.
+    """Compare every file of a checkpoint directory with the manifest.
 
-    A directory that verified by hash in this process is not hashed again while its files keep size, inode and times.
+    A directory that this process has hashed is not hashed again while its files keep size, inode and times.
 
     Args:
         path: checkpoint directory.
@@ -114,8 +109,8 @@ def verify(path: str | Path, *, skip_hash: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def remember(path: Path, manifest: dict[str, Any]) -> None:
-    """Note that every file of `path` was hashed by this job, just now, for this manifest."""
+def remember_verified(path: Path, manifest: dict[str, Any]) -> None:
+    """Note that this job has just hashed every file of `path` for this manifest."""
     _verified[_identity(path, manifest)] = manifest
 
 
@@ -127,7 +122,7 @@ def safe_name(name: str) -> bool:
 
 def _hash(path: Path) -> str:
     try:
-        return str(file_record(path)["sha256"])
+        return file_sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path}: not readable ({error.strerror})") from error
 
@@ -143,7 +138,3 @@ def _identity(path: Path, manifest: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,7 +1,8 @@
-"""Reading of pickled checkpoint parts without giving a file the power to run code.
+"""Reads the pickled parts of a checkpoint without letting a file run code.
 
-`.metadata` goes through an unpickler that knows the few names which torch and megatron-core 0.16.1 write there;
-tensors, byte objects and `common.pt` go through torch's weights-only loader. Any other name is refused by name.
+An unpickler reads `.metadata` and allows only the few names that torch and megatron-core 0.16.1 write there. The
+weights-only loader of torch reads tensors, byte objects and `common.pt`. Any other name is an error that states
+the name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megavl.config.errors import CheckpointError
+from megavl.config.errors import CheckpointError, one_line
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -72,10 +73,10 @@ class _AllowListUnpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read `.metadata` of a checkpoint directory and check that what it says is possible.
+    """Read `.metadata` of a checkpoint directory, and check that the files can hold what it lists.
 
     Raises:
-        CheckpointError: a foreign name in the pickle, or an entry that points outside its file.
+        CheckpointError: a name in the pickle that is not allowed, or an entry that points outside its file.
     """
     source = path / METADATA
     try:
@@ -85,16 +86,16 @@ def read_metadata(path: Path) -> Metadata:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(f"{source}: not readable ({type(error).__name__}: {_one_line(error)})") from error
+        raise CheckpointError(f"{source}: not readable ({type(error).__name__}: {one_line(error)})") from error
     return found  # type: ignore[no-any-return]
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """Read `common.pt`, the part of the state that is the same on all ranks."""
+    """Read `common.pt`, the part of the state that all ranks share."""
     source = path / COMMON
     try:
         with source.open("rb") as stream:
-            common = load_object(stream, source=str(source))
+            common = safe_load(stream, source=str(source))
     except OSError as error:
         raise CheckpointError(f"{source}: not readable ({error.strerror})") from error
     if not isinstance(common, dict):
@@ -103,18 +104,24 @@ def read_common(path: Path) -> dict[str, Any]:
 
 
 def check_backend(path: Path) -> None:
-    """Check that the directory is of the one format this package reads (`torch_dist`, version 1)."""
+    """Check that the directory has the one format that this package reads (`torch_dist`, version 1)."""
     source = path / BACKEND
     try:
         mark = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: not readable ({_one_line(error)})") from error
+        raise CheckpointError(f"{source}: not readable ({one_line(error)})") from error
     if mark != BACKEND_MARK:
         raise CheckpointError(f"{source}: {str(mark)[:200]}, this program reads {BACKEND_MARK}")
 
 
-def load_object(stream: IO[bytes], *, source: str) -> Any:
+def safe_load(file: IO[bytes] | Path, *, source: str, mmap: bool = False, remedy: str = "") -> Any:
     """`torch.load` of tensors and plain containers only.
+
+    Args:
+        file: archive of `torch.save`.
+        source: its name, for messages.
+        mmap: map the file instead of reading it; needs a path.
+        remedy: end of the message about damaged bytes.
 
     Raises:
         CheckpointError: "refused global MODULE.NAME in SOURCE", or the bytes are damaged.
@@ -122,24 +129,23 @@ def load_object(stream: IO[bytes], *, source: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        match = _REFUSED_BY_TORCH.search(str(error))
-        if match:
-            raise CheckpointError(f"refused global {match[1]} in {source}; do not trust this file") from error
-        raise CheckpointError(f"{source}: not readable ({_one_line(error)})") from error
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged archive raises RuntimeError, EOFError, IndexError, ...
-        raise CheckpointError(f"{source}: not readable ({type(error).__name__}: {_one_line(error)})") from error
+        match = _REFUSED_BY_TORCH.search(str(error))
+        if isinstance(error, pickle.UnpicklingError) and match:
+            raise CheckpointError(f"refused global {match[1]} in {source}; do not trust this file") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{source}: not readable ({reason}){remedy}") from error
 
 
-def load_item(stream: IO[bytes], info: Any, *, source: str) -> Any:
+def load_shard_item(stream: IO[bytes], info: Any, *, source: str) -> Any:
     """Load the item at (offset, length) of an open shard file."""
     view = _create_file_view(cast(io.IOBase, stream), info.offset, info.length)
-    return load_object(cast(IO[bytes], view), source=source)
+    return safe_load(cast(IO[bytes], view), source=source)
 
 
 def _check_metadata(path: Path, found: Any) -> None:
-    """Reject impossible metadata before anything is allocated or opened on its word."""
+    """Reject impossible metadata before any memory is taken or file opened because of it."""
     if not isinstance(found, Metadata):
         raise CheckpointError(f"{path / METADATA}: holds a {type(found).__name__}, expected Metadata")
     sizes: dict[str, int] = {}
@@ -180,7 +186,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path}: not readable ({error.strerror})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,7 +1,7 @@
-"""Shard files: each rank writes and reads its own part through torch's distributed checkpoint, in this process.
+"""Shard files: each rank writes and reads its own through torch's distributed checkpoint, in its own process.
 
-megatron-core's own `torch_dist` writer starts a manager process and forks one writer per file, also for a synchronous
-save (0.5 s to 3 s a save, however small). The files written here are the same; `dist_checkpointing.load` reads them.
+megatron-core's `torch_dist` writer starts a manager process and forks one writer per file. This takes 0.5 s to 3 s even
+for a small synchronous save. The files written here are the same, so `dist_checkpointing.load` reads them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megavl.checkpoint import collective_errors
-from megavl.checkpoint.durable import storage_errors
-from megavl.checkpoint.fault import strike
-from megavl.checkpoint.safe_unpickle import load_item
-from megavl.config.errors import CheckpointError, MegaVLError
+from megavl.checkpoint.fault import inject_fault
+from megavl.checkpoint.safe_unpickle import load_shard_item
+from megavl.config.errors import CheckpointError, MegaVLError, one_line
+from megavl.files.durable import storage_errors
 
 
 def write_shards(sharded: ShardedStateDict, directory: Path, *, step: int) -> None:
@@ -61,23 +61,23 @@ def write_shards(sharded: ShardedStateDict, directory: Path, *, step: int) -> No
 
 
 def own_shards(directory: Path) -> list[Path]:
-    """Shard files that this rank wrote."""
+    """Shard files of this rank."""
     return sorted(directory.glob(f"__{collective_errors.rank()}_*.distcp"))
 
 
-class RestrictedLoad(LoadShardedStrategy):
-    """Loading of shards through the restricted reader; for `dist_checkpointing.load(sharded_strategy=...)`."""
+class SafeLoad(LoadShardedStrategy):
+    """Loads shards through the safe unpickler; for `dist_checkpointing.load(sharded_strategy=...)`."""
 
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
 
     def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """As megatron-core's `TorchDistLoadShardedStrategy.load`, with our reader and planner. Collective.
+        """Load as megatron-core's `TorchDistLoadShardedStrategy` does, with our reader and planner. Collective.
 
         Raises:
             CheckpointError: on all ranks, naming the file and the key that could not be read on any.
         """
-        by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        by_key, flat_mapping, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         tensors = [item for items in by_key.values() for item in items if isinstance(item, ShardedTensor)]
         targets = mcore_to_pyt_state_dict(by_key, True)
         try:
@@ -89,34 +89,34 @@ class RestrictedLoad(LoadShardedStrategy):
         except CheckpointException as error:
             raise _first_failure(error) from None
         loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in targets.items()}
-        nested = _replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
+        nested = _replace_sharded_keys_with_state_dict_keys(loaded, flat_mapping, renamed)
         _restore_dict_types(nested, sharded_state_dict)
         return nested
 
     @property
     def can_handle_sharded_objects(self) -> bool:
-        """Objects are stored beside the tensors."""
+        """True: objects are stored next to the tensors."""
         return True
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
-        """Not offered: `megavl.checkpoint.load` compares keys before the load."""
+        """Not offered: `megavl.checkpoint.state` compares keys before the load."""
         raise NotImplementedError
 
     def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """Checked by `restricted.check_backend`."""
+        """Checked by `safe_unpickle.check_backend`."""
 
     def check_version_compatibility(self, loaded_version: Any) -> None:
-        """Checked by `restricted.check_backend`."""
+        """Checked by `safe_unpickle.check_backend`."""
 
 
-class RestrictedCommonLoad(TorchCommonLoadStrategy):
-    """Hands out a common state that was read by the restricted reader before."""
+class SafeCommonLoad(TorchCommonLoadStrategy):
+    """Returns a common state that the safe unpickler has read."""
 
     def __init__(self, common: StateDict) -> None:
         self._common = common
 
     def load_common(self, checkpoint_dir: str | Path) -> StateDict:
-        """The common state."""
+        """Return the common state."""
         return self._common
 
 
@@ -128,7 +128,7 @@ class _SavePlanner(MCoreSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if self._resolved == 1:
-            strike("mid_shard", rank=collective_errors.rank(), step=self._step)
+            inject_fault("mid_shard", rank=collective_errors.rank(), step=self._step)
         self._resolved += 1
         data: torch.Tensor | io.BytesIO = super().resolve_data(write_item)
         return data
@@ -136,12 +136,12 @@ class _SavePlanner(MCoreSavePlanner):
 
 class _Writer(checkpoint.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
-        # Translated here: on its way to the other ranks an exception loses its cause.
+        # Translated here: an exception that is sent to other ranks loses its cause.
         with storage_errors(f"{self.path}: rank {collective_errors.rank()} writing its shard"):
             return super().write_data(plan, planner)
 
     def storage_meta(self) -> StorageMeta:
-        # Without the parent's path and random id, so that equal states give equal bytes, in any place.
+        # Without the parent's path and random id, so that equal states give equal bytes in any directory.
         return StorageMeta()
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -166,7 +166,7 @@ class _Reader(checkpoint.FileSystemReader):
             with path.open("rb") as stream:
                 for item in sorted(items, key=lambda item: self.storage_data[item.storage_index].offset):
                     source = f"{path}: {item.storage_index.fqn}"
-                    value = load_item(stream, self.storage_data[item.storage_index], source=source)
+                    value = load_shard_item(stream, self.storage_data[item.storage_index], source=source)
                     _deliver(item, value, planner, source=source)
         done: Future[None] = Future()
         done.set_result(None)
@@ -175,7 +175,7 @@ class _Reader(checkpoint.FileSystemReader):
 
 class _LoadPlanner(MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        # The parent would unpickle `value` without restriction; ours was unpickled by `load_item`.
+        # The parent would unpickle `value` without restriction; ours was unpickled by `load_shard_item`.
         self.original_state_dict[read_item.dest_index.fqn] = value
 
 
@@ -198,4 +198,4 @@ def _first_failure(error: CheckpointException) -> BaseException:
     number, (cause, _) = min(error.failures.items())
     if isinstance(cause, MegaVLError):
         return cause
-    return CheckpointError(f"rank {number}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+    return CheckpointError(f"rank {number}: {type(cause).__name__}: {one_line(cause, limit=300)}")

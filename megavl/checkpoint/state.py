@@ -1,4 +1,4 @@
-"""What a save is about to write and what a load asks for, checked on all ranks together before any file is touched."""
+"""Checks a state on all ranks before a save or a load, so that a mismatch changes neither files nor tensors."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megavl.checkpoint import collective_errors
 from megavl.checkpoint.manifest import verify
 from megavl.checkpoint.safe_unpickle import METADATA, check_backend, read_common, read_metadata
-from megavl.checkpoint.shards import RestrictedCommonLoad, RestrictedLoad
-from megavl.config.errors import CheckpointError
+from megavl.checkpoint.shards import SafeCommonLoad, SafeLoad
+from megavl.config.errors import CheckpointError, one_line
 
 _LISTED = 5
-"""Keys that one message lists at most."""
+"""Most keys that one message lists."""
 
 
 def split_state(state: ShardedStateDict) -> tuple[ShardedStateDict, StateDict, int]:
-    """Separate the shards from what is equal on all ranks, and check the sharding. Collective; `state` stays as it is.
+    """Separate the shards from the state that all ranks share, and check them. Collective; `state` is unchanged.
 
     Returns:
         Shards with factories applied, common part, and bytes that all ranks together will write.
@@ -50,7 +50,7 @@ def split_state(state: ShardedStateDict) -> tuple[ShardedStateDict, StateDict, i
         return sum(entry.data.nbytes for entry in written), [entry.without_data() for entry in entries]
 
     gathered = collective_errors.on_every_rank(inspect)
-    _check_cover([bases for _, bases in gathered], source="state")
+    _check_sharding([bases for _, bases in gathered], source="state")
     return *split[0], sum(size for size, _ in gathered)
 
 
@@ -64,14 +64,14 @@ def load_state(
 ) -> StateDict:
     """Load a checkpoint into `state` (any layout of ranks). Collective over an initialised process group.
 
-    Tensors that `state` holds are filled in place. Keys, shapes and types are compared on all ranks before the first
-    byte is loaded, so that a mismatch changes nothing and ends alike everywhere.
+    The tensors of `state` are filled in place. Keys, shapes and types are compared on all ranks before the first
+    byte is loaded. So a mismatch changes nothing and raises the same error on every rank.
 
     Args:
         path: checkpoint directory.
         state: sharded state dict of the model (prefix `model.`), and of the optimizer where wanted.
-        strict: every stored entry must be asked for. Off, whole parts that `state` does not touch (their key differs
-            in what stands before the first dot, as `optimizer.`) may stay behind; what is asked for must still exist.
+        strict: every stored entry must be asked for. If False, whole parts that `state` does not touch are ignored. The
+            part of a key is its text before the first dot, such as `optimizer`.
         convert_dtype: allow a tensor to be stored in another type than asked for, e.g. bf16 weights into fp32.
         skip_hash: check sizes only, not hashes.
 
@@ -96,17 +96,17 @@ def load_state(
     asked = collective_errors.on_every_rank(inspect)
     metadata, common = read[0]
     _check_left_over(asked, metadata, path=path, strict=strict)
-    _check_cover(asked, source=str(path))
+    _check_sharding(asked, source=str(path))
     try:
         loaded: StateDict = load_distributed(
             state,
             str(path),
-            sharded_strategy=RestrictedLoad(metadata),
-            common_strategy=RestrictedCommonLoad(common),
+            sharded_strategy=SafeLoad(metadata),
+            common_strategy=SafeCommonLoad(common),
             validate_access_integrity=False,
         )
     except CheckpointingException as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{path}: {one_line(error, limit=300)}") from error
     return loaded
 
 
@@ -154,21 +154,21 @@ def _part(key: str) -> str:
     return re.split(r"[./]", key, maxsplit=1)[0]
 
 
-def _check_cover(bases: list[list[ShardedBase]], *, source: str) -> None:
+def _check_sharding(bases: list[list[ShardedBase]], *, source: str) -> None:
     def check() -> None:
         if collective_errors.world_size() == 1 and not bases[0]:
             return
         try:
             validate_sharding_integrity(bases)
         except (CheckpointingException, AssertionError) as error:
-            text = " ".join(str(error).split())[:400]
+            text = one_line(error, limit=400)
             raise CheckpointError(f"{source}: the ranks do not cover every tensor exactly once: {text}") from error
 
     collective_errors.on_rank_zero(check)
 
 
 def _copy_containers(node: Any) -> Any:
-    """Copy nested dicts and lists, so that factories are not applied to the caller's own."""
+    """Copy nested dicts and lists, so that factories are not applied to the caller's objects."""
     if isinstance(node, dict):
         return {key: _copy_containers(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -1,10 +1,9 @@
-"""The store of a run: saves that commit or leave no trace, recovery of the newest good checkpoint, retention."""
+"""The checkpoints of a run: saves that commit or leave no trace, search for the newest valid one, retention."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -14,14 +13,14 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 
 from megavl.checkpoint import collective_errors, commit
-from megavl.checkpoint.directory import LATEST, check, point_latest, recover, retire, sweep
+from megavl.checkpoint.directory import LATEST, apply_retention, check, recover, remove_uncommitted, update_latest
 from megavl.checkpoint.directory import checkpoint_name as checkpoint_name
-from megavl.checkpoint.durable import storage_errors
-from megavl.checkpoint.fault import strike
+from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import read_manifest as read_manifest
 from megavl.checkpoint.shards import own_shards, write_shards
 from megavl.checkpoint.state import load_state, split_state
 from megavl.config.errors import CheckpointError, UsageError
+from megavl.files.durable import storage_errors, write_durably
 
 _HEADROOM = 1.2
 _log = logging.getLogger(__name__)
@@ -31,12 +30,12 @@ class CheckpointStore:
     """Checkpoints of one run in one directory. Every method, the constructor included, is collective."""
 
     def __init__(self, directory: str | Path, *, keep: int = 2, skip_hash: bool = False) -> None:
-        """Open the directory, creating it if needed, and remove what interrupted saves left behind.
+        """Open the directory, create it if needed, and remove the leftovers of interrupted saves.
 
         Args:
             directory: shared by all ranks.
-            keep: newest valid checkpoints that retention leaves, at least 2.
-            skip_hash: check sizes only, not hashes, wherever a checkpoint is verified.
+            keep: number of newest valid checkpoints that retention keeps, at least 2.
+            skip_hash: check only sizes, not hashes, wherever a checkpoint is verified.
 
         Raises:
             StorageError: the directory cannot be created or written.
@@ -46,7 +45,7 @@ class CheckpointStore:
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._skip_hash = skip_hash
-        self._settled: set[Path] = set()
+        self._known_valid: set[Path] = set()
         collective_errors.on_rank_zero(self._open)
 
     def save(
@@ -57,25 +56,25 @@ class CheckpointStore:
         content: Mapping[str, Any],
         files: Mapping[str, bytes | Path],
     ) -> Path:
-        """Write a checkpoint and return its directory once it is committed on disk.
+        """Write a checkpoint and return its directory after it is committed.
 
-        A checkpoint that this store saved or recovered before is not written a second time.
+        A checkpoint that this store has saved or found before is not written a second time.
 
         Args:
             iteration: completed optimizer steps; becomes the name.
-            state: sharded state dict. Outside its sharded entries it holds plain values and tensors that are equal on
-                all ranks; `model.` is the prefix of the model's keys.
-            content: JSON facts for the manifest (consumed samples, layout, dataset fingerprint, ...); rank 0's counts.
-            files: content or source file by name inside the checkpoint; rank 0's counts.
+            state: sharded state dict. All other entries are plain values and tensors that are equal on all ranks. The
+                model's keys begin with `model.`.
+            content: JSON facts for the manifest, such as consumed samples and layout; taken from rank 0.
+            files: content or source file by name inside the checkpoint; taken from rank 0.
 
         Raises:
-            StorageError: the storage failed on some rank. Nothing is left behind; older checkpoints are untouched.
+            StorageError: the storage failed on some rank. Nothing of it is left; older checkpoints are untouched.
             CheckpointError: a valid checkpoint of this iteration exists, or the shards do not cover the state.
         """
         doing = f"{self._directory}: saving iteration {iteration}"
         me = collective_errors.rank()
         final = self._directory / checkpoint_name(iteration)
-        if final in self._settled and collective_errors.on_rank_zero(lambda: self._is_valid(final)):
+        if final in self._known_valid and collective_errors.on_rank_zero(lambda: self._is_valid(final)):
             return final
 
         def prepare() -> Path:
@@ -86,32 +85,32 @@ class CheckpointStore:
                 return commit.make_temporary(self._directory, iteration)
 
         sharded, common, size = split_state(state)
-        collective_errors.on_every_rank(lambda: strike("before_mkdir", rank=me, step=iteration))
+        collective_errors.on_every_rank(lambda: inject_fault("before_mkdir", rank=me, step=iteration))
         temporary = collective_errors.on_rank_zero(prepare)
         try:
             write_shards(sharded, temporary, step=iteration)
-            self._seal(temporary, iteration, common=common, content=content, files=files, doing=doing)
+            self._hash_and_list(temporary, iteration, common=common, content=content, files=files, doing=doing)
             self._publish(temporary, iteration, doing=doing)
         except BaseException:
             if me == 0:
                 commit.discard(temporary)
             raise
-        self._settled.add(final)
-        self._follow_up(final, iteration)
+        self._known_valid.add(final)
+        self._after_commit(final, iteration)
         return final
 
     def newest(self, *, allow_fresh: bool = False) -> Path | None:
-        """Newest valid checkpoint; None for an empty directory, which is an ordinary first start.
+        """Find the newest valid checkpoint; None if the directory is empty, as at the first start.
 
         Args:
-            allow_fresh: return None also where only damaged checkpoints exist.
+            allow_fresh: return None also if all checkpoints are damaged.
 
         Raises:
             CheckpointError: the directory holds checkpoints or a tracker, but no valid checkpoint.
         """
         found = collective_errors.on_rank_zero(lambda: self._newest(allow_fresh))
         if found is not None:
-            self._settled.add(found)
+            self._known_valid.add(found)
         return found
 
     def load(
@@ -124,13 +123,11 @@ class CheckpointStore:
         with storage_errors(f"{self._directory}: opening the checkpoint directory"):
             self._directory.mkdir(parents=True, exist_ok=True)
             probe = self._directory / f".probe-{uuid.uuid4().hex[:12]}"
-            descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
-                os.fsync(descriptor)
+                write_durably(probe, b"")
             finally:
-                os.close(descriptor)
-                probe.unlink()
-            sweep(self._directory)
+                probe.unlink(missing_ok=True)
+            remove_uncommitted(self._directory)
 
     def _newest(self, allow_fresh: bool) -> Path | None:
         found = recover(self._directory, skip_hash=self._skip_hash)
@@ -157,7 +154,7 @@ class CheckpointStore:
         if free < _HEADROOM * size:
             _log.warning("%s: %d MB free, the save needs about %d MB", self._directory, free >> 20, size >> 20)
 
-    def _seal(
+    def _hash_and_list(
         self,
         temporary: Path,
         iteration: int,
@@ -167,18 +164,18 @@ class CheckpointStore:
         files: Mapping[str, bytes | Path],
         doing: str,
     ) -> None:
-        """Add what rank 0 writes, hash every file on the rank that wrote it, and list them in the manifest."""
+        """Write rank 0's files, hash every file on the rank that wrote it, and list all in the manifest."""
         me = collective_errors.rank()
 
         def hash_own() -> dict[str, dict[str, Any]]:
             with storage_errors(f"{doing}: rank {me}"):
-                strike("after_shard", rank=me, step=iteration)
+                inject_fault("after_shard", rank=me, step=iteration)
                 paths = own_shards(temporary)
                 if me == 0:
                     commit.write_common(common, temporary)
-                    commit.add_files(temporary, files)
-                    paths += commit.other_files(temporary)
-                return commit.records_of(temporary, paths)
+                    commit.write_extra_files(temporary, files)
+                    paths += commit.non_shard_files(temporary)
+                return commit.file_records(temporary, paths)
 
         gathered = collective_errors.on_every_rank(hash_own)
         records = {name: record for part in gathered for name, record in part.items()}
@@ -200,7 +197,7 @@ class CheckpointStore:
 
         def ready() -> None:
             with storage_errors(f"{doing}: rank {me}"):
-                strike("after_manifest", rank=me, step=iteration)
+                inject_fault("after_manifest", rank=me, step=iteration)
 
         def rename() -> Path:
             with storage_errors(doing):
@@ -210,14 +207,14 @@ class CheckpointStore:
         collective_errors.on_every_rank(ready)
         collective_errors.on_rank_zero(rename)
 
-    def _follow_up(self, final: Path, iteration: int) -> None:
+    def _after_commit(self, final: Path, iteration: int) -> None:
         me = collective_errors.rank()
 
         def tidy() -> None:
-            point_latest(self._directory, final)
-            retire(self._directory, keep=self._keep, skip_hash=self._skip_hash, step=iteration)
+            update_latest(self._directory, final)
+            apply_retention(self._directory, keep=self._keep, skip_hash=self._skip_hash, step=iteration)
 
-        strike("after_rename", rank=me, step=iteration)
+        inject_fault("after_rename", rank=me, step=iteration)
         if me:
-            strike("mid_retention", rank=me, step=iteration)
+            inject_fault("mid_retention", rank=me, step=iteration)
         collective_errors.on_rank_zero(tidy)

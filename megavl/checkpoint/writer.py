@@ -1,6 +1,6 @@
-"""Writing a weights-only checkpoint from flat tensors in one process: one tensor in memory at a time, no process group.
+"""Writes a weights-only checkpoint in one process without a process group, one tensor at a time.
 
-The result is an ordinary sharded checkpoint of iteration 0, which a model of any layout loads strictly.
+The result is an ordinary sharded checkpoint of iteration 0. A model of any layout loads it strictly.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megavl.checkpoint import commit
-from megavl.checkpoint.directory import checkpoint_name, point_latest
-from megavl.checkpoint.durable import storage_errors, write_durably
-from megavl.checkpoint.hashed import HashedFiles
-from megavl.checkpoint.names import extra_state_keys, language_model_names, place_of
+from megavl.checkpoint.directory import checkpoint_name, update_latest
 from megavl.checkpoint.reader import MODEL_FILE
 from megavl.checkpoint.safe_unpickle import METADATA
+from megavl.checkpoint.stored_keys import extra_state_keys, stored_key
 from megavl.config.errors import CheckpointError
 from megavl.config.load import to_dict
 from megavl.config.model import ModelConfig
+from megavl.files.durable import storage_errors, write_durably
+from megavl.files.file_series import FileSeries
+from megavl.weights.canonical_names import canonical_shapes
 
 SHARD_BYTES = 2 << 30
-"""A new shard file begins beyond this size, so that hashing and loading can work on several at once."""
+"""A new shard file begins after this many bytes, so that several can be hashed and loaded at once."""
 
 
 def write_model_checkpoint(
@@ -51,19 +52,18 @@ def write_model_checkpoint(
     Args:
         directory: directory of checkpoints; created if needed.
         config: sizes of the model, written to `model.json`.
-        tensors: (flat name, tensor) pairs in any order; each tensor is released before the next is taken.
+        tensors: (canonical name, tensor) pairs in any order; each tensor is released before the next is taken.
         files: content or source file by name inside the checkpoint, e.g. `tokenizer/tokenizer.json`.
 
     Returns:
         The committed checkpoint; its manifest's content is `{"weights_only": true}`.
 
     Raises:
-        CheckpointError: a tensor of the language model is missing, given twice or does not fit its layers; or the
+        CheckpointError: a tensor of the language model is missing, given twice or does not fit its layers. Or the
             directory holds a valid checkpoint of iteration 0.
-        StorageError: the storage failed; nothing is left behind.
+        StorageError: the storage failed; nothing is left of the checkpoint.
     """
     directory = Path(directory).absolute()
-    layers = config.llm.num_layers
     doing = f"{directory}: writing weights"
     with storage_errors(doing):
         directory.mkdir(parents=True, exist_ok=True)
@@ -74,52 +74,52 @@ def write_model_checkpoint(
         temporary = commit.make_temporary(directory, 0)
     try:
         with storage_errors(doing):
-            with HashedFiles(temporary) as shard_files:
-                shards = _ShardFiles(shard_files, layers=layers)
+            with FileSeries(temporary, hashed=True) as shard_files:
+                shards = _ShardFiles(shard_files, config=config)
                 for name, tensor in tensors:
                     shards.add(name, tensor)
                 write_durably(temporary / METADATA, pickle.dumps(shards.finish()))
             commit.write_common({}, temporary)
             own = {MODEL_FILE: json.dumps(to_dict(config), indent=1).encode()}
-            commit.add_files(temporary, {**files, **own})
-            records = shard_files.records | commit.records_of(temporary, commit.other_files(temporary))
+            commit.write_extra_files(temporary, {**files, **own})
+            records = shard_files.records | commit.file_records(temporary, commit.non_shard_files(temporary))
             commit.write_manifest(temporary, iteration=0, world_size=1, content={"weights_only": True}, records=records)
             final = commit.publish(temporary, directory, 0)
     except BaseException:
         commit.discard(temporary)
         raise
-    point_latest(directory, final)
+    update_latest(directory, final)
     return final
 
 
 class _ShardFiles:
-    """Appends tensors to shard files and keeps the book that becomes `.metadata`."""
+    """Appends tensors to shard files and collects the content of `.metadata`."""
 
-    def __init__(self, files: HashedFiles, *, layers: int) -> None:
+    def __init__(self, files: FileSeries, *, config: ModelConfig) -> None:
         self._files = files
-        self._layers = layers
+        self._layers = config.llm.num_layers
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._stored: dict[MetadataIndex, _StorageInfo] = {}
-        self._missing = set(language_model_names(layers=layers))
+        self._missing = {name for name in canonical_shapes(config) if name.startswith("language_model.")}
         self._count = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        place = place_of(name)
+        stored = stored_key(name)
         tensor = tensor.detach().cpu().contiguous()
         shape, offsets = tuple(tensor.shape), (0,) * tensor.dim()
-        if place.layer is not None:
-            if place.layer >= self._layers:
+        if stored.layer is not None:
+            if stored.layer >= self._layers:
                 raise CheckpointError(f"{name}: the configuration has {self._layers} layers")
-            tensor, shape, offsets = tensor.unsqueeze(0), (self._layers, *shape), (place.layer, *offsets)
+            tensor, shape, offsets = tensor.unsqueeze(0), (self._layers, *shape), (stored.layer, *offsets)
         entry = self._entries.setdefault(
-            place.key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(shape), [])
+            stored.key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(shape), [])
         )
-        assert isinstance(entry, TensorStorageMetadata), f"{place.key} is an object"
+        assert isinstance(entry, TensorStorageMetadata), f"{stored.key} is an object"
         if tuple(entry.size) != shape or entry.properties.dtype != tensor.dtype:
             raise CheckpointError(
                 f"{name}: {tensor.dtype} of {shape}, other layers have {entry.properties.dtype} of {tuple(entry.size)}"
             )
-        index = MetadataIndex(place.key, offsets)
+        index = MetadataIndex(stored.key, offsets)
         if index in self._stored:
             raise CheckpointError(f"{name}: given twice")
         # A view would drag its whole storage into the file.
@@ -150,7 +150,7 @@ class _ShardFiles:
 
 @contextmanager
 def _no_second_checksum() -> Iterator[None]:
-    """torch's own CRC costs as much as a third of the sha256 that the manifest has anyway; torch never looks at it."""
+    """Save without torch's own CRC, which no reader checks; it would cost a third of the time of the sha256."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -1,4 +1,4 @@
-"""The table of adaptors: the linear layers of every kind, from which its names, shapes and cost follow.
+"""The table of adaptors: the linear layers of every kind. Names, shapes and cost follow from it.
 
 Legend: P patches of an image, W width of both towers, n language width, d depth, HIGH SAM's and LOW SigLIP's features.
 
@@ -14,16 +14,20 @@ Legend: P patches of an image, W width of both towers, n language width, d depth
 | token_pooling_height | 2W -> n per tower | sequence | (d - 1) x n -> n | paper |
 
 HIGH stands before LOW in every join, and every kind gives P positions of width n. Token pooling stacks two neighbouring
-patches on channels, those of a row (width) or of a column (height), which leaves P/2 positions per tower.
+patches on channels, which leaves P/2 positions per tower. The neighbours are in a row (width) or in a column (height).
 
-Release: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/{clip_encoder,projector}.py`; its shared kinds are
-`linear` and `mlp_gelu` behind towers joined as "feature". Paper: arXiv 2403.05525v2, Table 11.
+Release: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/{clip_encoder,projector}.py`. The shared kinds are its
+`linear` and `mlp_gelu` after towers joined as "feature".
 
-The paper gives names and goals of its ablations, not their layers. Readings: shared means one weight over both towers'
-channels, because the paper says that it fuses the features; separate is the remaining member of the family (dense or
-per tower, in the first and in the further layers); pooling stacks instead of averaging (the paper's text says
-"stacking", the row says "pooling"; the projector of DeepSeek-OCR, read in copies of it, stacks too), with one first
-layer per tower as in the hybrid; the left or upper patch stands first. Depths other than 2 are ours.
+Paper: arXiv 2403.05525v2, Table 11. It gives names and goals of its ablations, not their layers. We read them so:
+
+- Shared: one weight over the channels of both towers, because the paper says that it fuses the features.
+- Separate: the remaining member of the family, with first and further layers per tower.
+- Token pooling: stacks patches instead of averaging them. The paper's text says "stacking", the row says "pooling"; the
+  projector of DeepSeek-OCR stacks too. Each tower has its own first layer, as in the hybrid. The left or upper patch
+  stands first.
+
+Depths other than 2 are ours.
 """
 
 from __future__ import annotations
@@ -50,22 +54,22 @@ class AdaptorLayer:
     """One linear layer with bias."""
 
     name: str
-    """Under `vision.adaptor.`."""
+    """Name under `vision.adaptor.`."""
     inputs: int
     """Input channels."""
     outputs: int
     """Output channels."""
     positions: int
-    """Positions of one image that it is applied to."""
+    """Positions of one image that pass through it."""
     towers: tuple[Tower, ...]
     """Towers whose features reach it."""
     first: bool
-    """Whether it reads features; a further layer reads an earlier one's output through a GELU."""
+    """Whether it takes features; a further layer takes an earlier one's output after a GELU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptorSizes:
-    """What the layers of a kind follow from."""
+    """The sizes that determine the layers of a kind."""
 
     width: int
     """Width W of both towers."""
@@ -82,14 +86,14 @@ class AdaptorRow:
     """A row of the table."""
 
     both_towers: bool
-    """Whether it takes SAM's features beside SigLIP's."""
+    """Whether it takes SAM's features and SigLIP's, or SigLIP's alone."""
     layers: Callable[[AdaptorSizes], tuple[AdaptorLayer, ...]]
     one_layer: bool = False
     """Whether it has no further layers, whatever the depth."""
     halves: bool = False
-    """Whether each tower fills half of the language width, which must be even then."""
+    """Whether each tower fills half of the language width, which must then be even."""
     pairs: bool = False
-    """Whether it pairs patches of a row or column, of which there must be an even number then."""
+    """Whether it pairs patches of a row or column, whose number must then be even."""
 
 
 BOTH: tuple[Tower, ...] = ("high", "low")
@@ -98,19 +102,19 @@ BOTH: tuple[Tower, ...] = ("high", "low")
 def _chain(
     prefix: str, sizes: AdaptorSizes, *, inputs: int, outputs: int, towers: tuple[Tower, ...]
 ) -> tuple[AdaptorLayer, ...]:
-    """A first layer and the further ones as one sequence of linear layers (even places) and GELUs (odd places)."""
+    """A first layer and the further ones in one sequence: linear layers at even indices, GELUs at odd indices."""
     first = AdaptorLayer(
         name=f"{prefix}.0", inputs=inputs, outputs=outputs, positions=sizes.patches, towers=towers, first=True
     )
-    return first, *_further(prefix, sizes, width=outputs, towers=towers, place=2)
+    return first, *_further(prefix, sizes, width=outputs, towers=towers, index=2)
 
 
 def _further(
-    prefix: str, sizes: AdaptorSizes, *, width: int, towers: tuple[Tower, ...], place: int
+    prefix: str, sizes: AdaptorSizes, *, width: int, towers: tuple[Tower, ...], index: int
 ) -> tuple[AdaptorLayer, ...]:
     return tuple(
         AdaptorLayer(
-            name=f"{prefix}.{place + 2 * number}",
+            name=f"{prefix}.{index + 2 * number}",
             inputs=width,
             outputs=width,
             positions=sizes.patches,
@@ -138,7 +142,7 @@ def _split_first(sizes: AdaptorSizes, *, inputs: int, outputs: int, positions: i
         )
         for tower in BOTH
     )
-    return high, low, *_further("layers", sizes, width=sizes.hidden, towers=BOTH, place=1)
+    return high, low, *_further("layers", sizes, width=sizes.hidden, towers=BOTH, index=1)
 
 
 def _hybrid(sizes: AdaptorSizes) -> tuple[AdaptorLayer, ...]:

@@ -1,10 +1,10 @@
-"""Fixed words of the released chats, which data, conversion and generation must spell alike.
+"""Fixed texts of the released chats, which data, conversion and generation share.
 
 Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/processing_vlm.py`.
 """
 
 IMAGE_TOKEN = "<image_placeholder>"
-"""Text of the token that stands for one position of an image, and in a prompt for a whole image."""
+"""Text of the image token: one position of an image in a sequence, and a whole image in a prompt."""
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -16,4 +16,4 @@ USUAL_NAMES = {
     "eos_token": ("<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
     "pad_token": ("<pad>",),
 }
-"""Looked for, in this order, where no file beside tokenizer.json names the token."""
+"""Usual names of special tokens, tried in this order if no file next to tokenizer.json names the token."""

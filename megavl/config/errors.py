@@ -4,11 +4,11 @@ A message names what is wrong, where (file or dotted recipe path), the value fou
 """
 
 EXIT_PREEMPTED = 75
-"""Exit code of a run that was asked to stop and saved (sysexits' EX_TEMPFAIL)."""
+"""Exit code of a run that saved and stopped at a signal (EX_TEMPFAIL of sysexits)."""
 
 
 class MegaVLError(ValueError):
-    """Base of every error that ends a command with one message instead of a traceback."""
+    """Base class of the errors that end a command with one message instead of a traceback."""
 
     exit_code = 1
 
@@ -47,3 +47,8 @@ class PeerError(MegaVLError):
     """Another rank was lost, or a collective timed out."""
 
     exit_code = 7
+
+
+def one_line(error: BaseException, *, limit: int | None = 200) -> str:
+    """The text of another library's error on one line, truncated to `limit` characters."""
+    return " ".join(str(error).split())[:limit]

@@ -1,4 +1,4 @@
-"""YAML to a checked `Recipe`: one optional base file, presets, `key.path=value` overrides, one message per error."""
+"""Loads a checked `Recipe` from YAML: one optional base file, presets, `key.path=value` overrides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megavl.config.errors import UsageError
+from megavl.config.errors import UsageError, one_line
 from megavl.config.model import ModelConfig
 from megavl.config.presets import MODELS
 from megavl.config.recipe import Recipe
@@ -26,10 +26,10 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: YAML file; its `base:` key may name one other file, relative to it.
-        overrides: `key.path=value` strings laid over the file; values are YAML.
+        overrides: `key.path=value` strings that replace values of the file; values are YAML.
 
     Raises:
-        UsageError: naming the file, the dotted path, the value and the remedy.
+        UsageError: names the file, the dotted path, the value and the remedy.
     """
     raw = read_raw(path, overrides=overrides)
     if raw.get("parallel") == "auto":
@@ -44,7 +44,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_raw(path: str | Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping of a recipe file, its base and the overrides, unchecked.
+    """Read a recipe file with its base and the overrides into a mapping, without checks.
 
     Raises:
         UsageError: the file cannot be read.
@@ -56,7 +56,7 @@ def read_raw(path: str | Path, *, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def load_model_config(preset: str, **changes: Any) -> ModelConfig:
-    """Model sizes of a preset, with `changes` (same nesting as a recipe's `model:`) laid over it."""
+    """Model sizes of a preset; `changes` replace values and are nested as a recipe's `model:`."""
     raw = _with_preset(_merge({"preset": preset}, changes), source="model")
     config: ModelConfig = _validate(_MODEL, raw, source="model")
     return config
@@ -99,7 +99,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path}: not valid YAML: {one_line(error, limit=None)}") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, found {type(raw).__name__}")
     return raw
@@ -112,7 +112,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         node: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UsageError(f"{text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{text!r}: the value is not valid YAML: {one_line(error, limit=None)}") from error
     if isinstance(node, str):
         node = _number_or_text(node)
     for part in reversed(key.split(".")):
@@ -122,7 +122,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _number_or_text(text: str) -> Any:
-    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+    """Convert text such as `1e-3`, which YAML 1.1 does not read as a number."""
     try:
         return float(text)
     except ValueError:
@@ -130,14 +130,14 @@ def _number_or_text(text: str) -> Any:
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any], *, at: str = "") -> dict[str, Any]:
-    """`over` laid over `under`; `at` is their dotted path with a dot behind it."""
+    """Merge `over` into `under`; `at` is their dotted path, with a dot at its end."""
     merged = dict(under)
     for key, value in over.items():
-        merged[key] = _laid_over(merged.get(key), value, at=f"{at}{key}.")
+        merged[key] = _merged(merged.get(key), value, at=f"{at}{key}.")
     return merged
 
 
-def _laid_over(old: Any, value: Any, *, at: str) -> Any:
+def _merged(old: Any, value: Any, *, at: str) -> Any:
     if isinstance(old, Mapping) and isinstance(value, Mapping):
         return _merge(old, value, at=at)
     if isinstance(old, list) and isinstance(value, Mapping):
@@ -146,7 +146,7 @@ def _laid_over(old: Any, value: Any, *, at: str) -> Any:
 
 
 def _merge_entries(under: Sequence[Any], over: Mapping[str, Any], *, at: str) -> list[Any]:
-    """Changes to single entries of a list, each addressed by its `name:` or its number."""
+    """Merge changes into single entries of a list, addressed by their `name:` or number."""
     merged = list(under)
     names = [str(entry["name"]) if isinstance(entry, Mapping) and "name" in entry else None for entry in under]
     for address, value in over.items():
@@ -154,7 +154,7 @@ def _merge_entries(under: Sequence[Any], over: Mapping[str, Any], *, at: str) ->
         if not 0 <= number < len(under):
             known = ", ".join(name or str(number) for number, name in enumerate(names))
             raise UsageError(f"{at}{address}: no such entry; there are {known or 'none'}")
-        merged[number] = _laid_over(merged[number], value, at=f"{at}{address}.")
+        merged[number] = _merged(merged[number], value, at=f"{at}{address}.")
     return merged
 
 
@@ -187,7 +187,7 @@ def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any], *, source: str)
 
 
 def _nearest(location: Sequence[int | str], adapter: TypeAdapter[Any]) -> str:
-    """Suggest the field of the enclosing dataclass that is spelt most like the unknown key."""
+    """Suggest the field of the enclosing dataclass whose name is most like the unknown key."""
     cls: Any = Recipe if adapter is _RECIPE else ModelConfig
     for part in location[:-1]:
         if isinstance(part, int):

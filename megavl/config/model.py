@@ -33,15 +33,15 @@ class DecoderConfig:
     num_attention_heads: int
     """Attention heads; the head dimension is hidden_size / num_attention_heads."""
     vocab_size: int
-    """Rows V of the embedding and of the head; 102400 in the released models, of which the tokenizer uses fewer."""
+    """Rows V of the embedding and of the head. 102400 in the released models, more than the tokenizer has entries."""
     max_position_embeddings: int = 16384
-    """Longest position the exported configuration promises."""
+    """Largest context length that an exported configuration states."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding."""
     rms_norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     init_std: float = 0.02
-    """Standard deviation of freshly initialised weights."""
+    """Standard deviation of random initial weights."""
 
     def __post_init__(self) -> None:
         _require(
@@ -68,7 +68,7 @@ class SiglipConfig:
     width: int
     """Channels."""
     depth: int
-    """Transformer blocks that run."""
+    """Transformer blocks."""
     heads: int
     """Attention heads."""
     mlp_dim: int
@@ -170,7 +170,7 @@ class ModelConfig:
     """A DeepSeek-VL model."""
 
     preset: str
-    """Row of `megavl.config.presets.MODELS` that the other fields start from."""
+    """Row of `megavl.config.presets.MODELS` that gives the default of every other field."""
     llm: DecoderConfig
     siglip: SiglipConfig
     sam: SamConfig | None = None
@@ -214,12 +214,12 @@ class ModelConfig:
 
     @property
     def canvas_size(self) -> int:
-        """Side in pixels of the square uint8 image handed to the first stage."""
+        """Side in pixels of the square uint8 image that the first stage takes."""
         return self.sam.image_size if self.sam else self.siglip.image_size
 
     @property
     def image_geometry(self) -> ImageGeometry:
-        """How an image becomes the square uint8 canvas handed to the first stage."""
+        """How an image becomes the square uint8 canvas that the first stage takes."""
         return ImageGeometry(
             canvas_size=self.canvas_size,
             low_size=self.siglip.image_size,

@@ -1,8 +1,8 @@
 """Shipped model sizes and image geometries, one row each.
 
-`1b` and `7b` are the released models (deepseek-ai/DeepSeek-VL); `tiny-hybrid` and `tiny-siglip` keep the exact
-topology (low-resolution grid g, high-resolution grid 8g/3, x1.5 interpolation, two stride-2 convolutions) at a size
-that trains on two CPU cores.
+`1b` and `7b` are the released models (deepseek-ai/DeepSeek-VL). `tiny-hybrid` and `tiny-siglip` have the same topology
+at a size that trains on two CPU cores: low-resolution grid g, high-resolution grid 8g/3, x1.5 interpolation, two
+stride-2 convolutions.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_token_id": 3,
     },
 }
-"""Raw `model:` mappings by preset name; a recipe's own keys are laid over them."""
+"""`model:` mappings by preset name; the keys of a recipe replace their values."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -91,13 +91,14 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGeometry:
-    """How an image becomes a square canvas, by the original processor's rule (truncating resize, centred, padded)."""
+    """How an image becomes a square canvas: resized (side truncated), centred, padded, as in the original processor."""
 
     canvas_size: int
     """Side of the square uint8 canvas, pixels."""
     low_size: int
     """Side of the SigLIP input, pixels; equals canvas_size without SAM."""
     patch_size: int
+    """Side of a SigLIP patch, pixels."""
     background: tuple[int, int, int]
     """RGB of the padding: int(255 x mean)."""
     min_size: int = 14
@@ -118,4 +119,4 @@ IMAGE_PRESETS: dict[str, ImageGeometry] = {
     "tiny-hybrid": ImageGeometry(canvas_size=128, low_size=48, patch_size=16, background=HYBRID_BACKGROUND),
     "tiny-siglip": ImageGeometry(canvas_size=48, low_size=48, patch_size=16, background=SIGLIP_BACKGROUND),
 }
-"""Rows of `--image-preset`."""
+"""Image geometries by `--image-preset`."""

@@ -1,4 +1,4 @@
-"""A recipe: everything that one training stage needs, checked across fields."""
+"""The recipe of one training stage, with the checks that concern several of its fields."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Grouping = Literal["step", "sequence"]
-"""What is wholly text or wholly multimodal."""
+"""Whether each step or each sequence holds only text or only multimodal samples."""
 
 TRAINABLE_PARTS = ("llm", "adaptor", "sam_downsamples", "sam_hd", "sam_neck", "sam_trunk", "siglip")
-"""Selectable groups of parameters; what each covers is stated in `megavl/model/trainable.py`."""
+"""Groups of parameters that can train; `megavl/model/trainable.py` lists what each covers."""
 
 TRAINABLE_BY_STAGE: dict[int, tuple[str, ...]] = {
     1: ("adaptor", "sam_downsamples", "sam_hd"),
     2: ("llm", "adaptor", "sam_downsamples", "sam_hd"),
     3: ("llm", "adaptor", "sam_downsamples", "sam_hd", "siglip"),
 }
-"""Paper, section 3.2: the downsamples count as adaptor; the HD branch, without source weights, must train."""
+"""Paper, section 3.2: the downsamples count as adaptor. The HD branch must train: it has no pretrained weights."""
 
 ENCODED_AT_ONCE = 16
 """Images of a rank's share that run through the vision towers together under `parallel.vision: split_all`."""
@@ -35,42 +35,43 @@ ENCODED_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ParallelConfig:
-    """How the model is cut over ranks; data parallelism takes what tensor x pipeline leaves of the world."""
+    """How the model is split over ranks; data-parallel ranks = world size / (tensor x pipeline)."""
 
     tensor: Positive = 1
     """Tensor-parallel ranks."""
     pipeline: Positive = 1
     """Pipeline ranks."""
     virtual_pipeline: Positive = 1
-    """Stages per pipeline rank; above 1 the interleaved schedule runs, which needs pipeline > 1."""
+    """Stages per pipeline rank; a value above 1 selects the interleaved schedule and needs pipeline > 1."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence; needs tensor > 1."""
     layout: Literal["auto"] | tuple[NonNegative, ...] = "auto"
-    """Decoder layers per pipeline stage, or `auto`: balanced by the planner, the vision encoders counted.
-    Stage i lies on pipeline rank i % pipeline."""
+    """Decoder layers of each pipeline stage; stage i runs on pipeline rank i % pipeline. With `auto`, the planner
+    balances the stages and counts the vision encoders too."""
     vision: Literal["recompute", "split_tp", "split_all"] = "recompute"
-    """Where the encoders run. `recompute`: repeated on every tensor-parallel rank of the first stage (paper, section
-    3.3). `split_tp`: each of these ranks encodes a share of a micro-batch's images. `split_all`: before the pipeline
-    starts, all tensor x pipeline ranks encode equal shares of the step's images, `ENCODED_AT_ONCE` at a time."""
+    """Which ranks run the vision encoders. `recompute`: every tensor-parallel rank of the first stage encodes all
+    images (paper, section 3.3). `split_tp`: these ranks split the images of a micro-batch. `split_all`: all tensor x
+    pipeline ranks split the images of the step and encode them before the pipeline starts, `ENCODED_AT_ONCE` at a
+    time."""
     distributed_optimizer: bool = True
-    """Divide the optimizer's state and update over data-parallel ranks; without, each holds and computes all of it.
+    """Split the optimizer's state and update over data-parallel ranks; if false, each rank holds and updates all of it.
     Checkpoints are the same."""
     overlap_grad_reduce: bool = True
     """Reduce gradients bucket by bucket during the backward pass."""
     overlap_param_gather: bool = True
     """Gather updated weights during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
     bucket_size: Positive = 40_000_000
-    """Parameters per gradient bucket (megatron-core's own default at small data parallelism)."""
+    """Parameters per gradient bucket; the default is megatron-core's for few data-parallel ranks."""
     deterministic: bool = False
-    """The same run computes the same bits on CUDA too: torch, cuBLAS, NCCL and megatron-core choose only algorithms
-    that do, some of them slower, and an operation that has none ends the run. A CPU always does."""
+    """Make runs on CUDA bitwise reproducible, as they always are on a CPU. Some algorithms are slower, and an operation
+    without a deterministic algorithm ends the run."""
     timeout_s: Positive = 600
-    """Seconds after which a collective that some rank never reached ends the run with code 7."""
+    """Seconds that a collective waits for a missing rank before the run ends with code 7."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RecomputeConfig:
-    """Activation recompute of the decoder."""
+    """Recomputation of activations in the backward pass."""
 
     granularity: Literal["none", "selective", "full"] = "none"
     """`selective` recomputes `modules`; `full` recomputes whole layers, `num_layers` at a time."""
@@ -89,18 +90,19 @@ class OptimizerConfig:
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Rate at the end of `cosine`; the paper does not give it."""
+    """Learning rate at the end of `cosine`; the paper does not state it."""
     schedule: Literal["constant", "cosine", "multistep"] = "cosine"
     """`multistep` drops to 31.6% at 80% and to 10% at 90% of the steps (DeepSeek-LLM, arXiv 2401.02954)."""
     warmup_steps: NonNegative = 0
-    """Linear warm-up from zero, steps."""
+    """Steps of linear warm-up from zero."""
     milestones: tuple[Fraction, ...] = (0.8, 0.9)
-    """Where `multistep` drops, as fractions of training.steps."""
+    """Fractions of training.steps at which `multistep` drops."""
     factors: tuple[Fraction, ...] = (0.316, 0.1)
-    """Multiples of the peak after each milestone."""
+    """Learning rate after each milestone, as a fraction of the peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates of the two moment estimates."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Not given in the paper; the library's default."""
+    """Added to the denominator of the update; the paper does not state it, so this is torch's default."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Applied to matrices only, never to biases and norms."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
@@ -109,14 +111,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModalityWeights:
-    """Weight of a source in text steps and in multimodal steps; 0: nothing is drawn there."""
+    """Weight of a source in text steps and in multimodal steps; with 0, nothing is drawn from it there."""
 
     text: Annotated[float, Field(ge=0)] = 0.0
     multimodal: Annotated[float, Field(ge=0)] = 0.0
 
 
 def _in_both(weight: object) -> object:
-    """A plain number is the weight in both modalities."""
+    """Turn a plain number into the weight of both modalities."""
     if isinstance(weight, (int, float)):
         return {"text": weight, "multimodal": weight}
     if not isinstance(weight, (Mapping, ModalityWeights)):
@@ -126,28 +128,28 @@ def _in_both(weight: object) -> object:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SourceConfig:
-    """One preprocessed dataset: a named slot under data.root, or a path of its own."""
+    """One preprocessed dataset: a folder `name` in data.root, or any `path`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] | None = None
-    """Name of the slot, by which overrides and messages call it: `data.sources.NAME.path=...`."""
+    """Name of the source in overrides (`data.sources.NAME.path=...`) and in messages."""
     path: str | None = None
-    """Directory written by data_tools/preprocess.py, relative to the working directory; default: `name` in data.root,
-    or data.root itself where there is no name."""
+    """Directory written by data_tools/preprocess.py, relative to the working directory. Default: `name` in data.root,
+    or data.root itself if the source has no name."""
     weight: Annotated[ModalityWeights, BeforeValidator(_in_both)] = field(
         default_factory=lambda: ModalityWeights(text=1.0, multimodal=1.0)
     )
-    """Share of a modality's sequences drawn from here, relative to the other sources that have such sequences: one
-    number for both modalities, or {text: ..., multimodal: ...}. 0 leaves the source out."""
+    """Share of a modality's sequences that comes from this source, relative to the other sources of that modality. One
+    number for both modalities, or {text: ..., multimodal: ...}; 0 leaves the source out."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None
-    """A run that would use a sequence of this source more often is refused before its first step; default: no limit."""
+    """Most epochs over this source; a run that needs more is refused before its first step. Default: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixtureSource:
-    """A source with a weight, its place resolved."""
+    """A source with a weight and a resolved path."""
 
     name: str
-    """For messages: the slot's name, else its number."""
+    """Name of the source, or its number if it has none; for messages."""
     path: str
     weight: ModalityWeights
     max_epochs: float | None
@@ -155,44 +157,43 @@ class MixtureSource:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """What is read, and in which proportion. Grouping, ratio and warm-up: paper, section 3.2.2."""
+    """The data and its mixture. Grouping, ratio and warm-up follow the paper, section 3.2.2."""
 
     root: str | None = None
-    """Folder of the sources that have no path of their own, relative to the working directory."""
+    """Folder of the sources without `path`, relative to the working directory."""
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
-    """Datasets; each may hold text and multimodal shards. Default: data.root is the only one."""
+    """Datasets; each may hold text and multimodal shards. Default: data.root is the only dataset."""
     tokenizer: str
-    """Tokenizer directory or file; its hash must be the shards'."""
+    """Tokenizer directory or file. Its hash must be the one in the shards."""
     seq_length: Positive
     """Tokens per sequence S."""
     multimodal_fraction: Fraction
-    """Target share of multimodal steps; 0.3 in stage 2."""
+    """Share of multimodal steps after the warm-up; 0.3 in stage 2."""
     modality_warmup_steps: NonNegative = 0
-    """Steps over which the multimodal share rises linearly from 0 to the target."""
+    """Steps in which the multimodal share rises linearly from 0 to multimodal_fraction."""
     grouping: Grouping = "step"
-    """`step`: every step is wholly text or wholly multimodal on all ranks (paper, section 3.2.2). `sequence`: each step
-    holds its share of both, shuffled over micro-batches and ranks, which is slower; for comparison."""
+    """`step`: every step is pure text or pure multimodal on all ranks (paper, section 3.2.2). `sequence`: every step
+    mixes both, shuffled over micro-batches and ranks. This is slower and meant for comparison."""
     cross_document_attention: bool = False
-    """Let attention cross document borders inside a packed sequence; the paper does not say."""
+    """Let attention cross document borders in a packed sequence; the paper does not state it."""
     num_workers: NonNegative = 2
-    """Loader processes per data-parallel rank that decode images."""
+    """Processes per data-parallel rank that decode images."""
     prefetch_images: Positive = 512
-    """Images per data-parallel rank that are decoded ahead of the training step; one takes 0.44 MB at 384 pixels and
-    3.1 MB at 1024."""
+    """Decoded images that a data-parallel rank prefetches. An image takes 0.44 MB at 384 pixels and 3.1 MB at 1024."""
     max_bad_in_row: Positive = 16
-    """Samples in a row, counted apart with and without images, that may fail in the loader before the run ends with
-    code 3."""
+    """Samples in a row that may fail in the loader before the run ends with code 3. Samples with and without images are
+    counted separately."""
     skip_hash: bool = False
-    """Leave tokens and images to the crc32 that is compared whenever one is read, instead of hashing these files at
-    every start; index files and tables are always hashed."""
+    """Skip the hashes of token and image files at the start. A crc32 of every sample and image is compared at each read
+    in any case, and index files and tables are always hashed."""
 
     @property
     def mixture(self) -> tuple[MixtureSource, ...]:
-        """The sources that have a weight."""
+        """The sources with a weight above 0."""
         return tuple(
             MixtureSource(
                 name=source.name or str(number),
-                path=self._place(number, source),
+                path=self._path_of(number, source),
                 weight=source.weight,
                 max_epochs=source.max_epochs,
             )
@@ -200,7 +201,7 @@ class DataConfig:
             if source.weight.text > 0 or source.weight.multimodal > 0
         )
 
-    def _place(self, number: int, source: SourceConfig) -> str:
+    def _path_of(self, number: int, source: SourceConfig) -> str:
         if source.path is not None:
             return source.path
         if self.root is None:
@@ -211,12 +212,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainingConfig:
-    """The stage itself."""
+    """Length, batch sizes and precision of the stage."""
 
     stage: Literal[1, 2, 3]
     """DeepSeek-VL stage: 1 adaptor, 2 adaptor + language model, 3 adaptor + language model + SigLIP."""
     train: tuple[str, ...] | None = None
-    """Groups of parameters that train; default: the stage's row of TRAINABLE_BY_STAGE."""
+    """Groups of parameters that train. Default: the stage's row of TRAINABLE_BY_STAGE."""
     steps: Positive
     """Optimizer steps."""
     global_batch_size: Positive
@@ -230,42 +231,42 @@ class TrainingConfig:
     max_bad_steps: Positive = 3
     """Steps in a row with a loss or gradient that is not finite before the run ends with code 6."""
     threads: Positive | None = None
-    """CPU threads per rank; default: cores divided by local ranks."""
+    """CPU threads per rank. Default: cores / local ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """Saving and starting."""
+    """Where a run saves, and what it starts from."""
 
     dir: str | None = None
-    """Where checkpoints go; default: `checkpoints` in run.dir. A run resumes from the newest good one here."""
+    """Directory of checkpoints. Default: `checkpoints` in run.dir. A run resumes from the newest valid one in it."""
     interval: Positive = 500
-    """Steps between saves; the last step always saves."""
+    """Steps between two saves; the last step always saves."""
     keep: Annotated[int, Field(ge=2)] = 2
-    """Newest checkpoints that retention leaves."""
+    """Number of newest checkpoints to keep."""
     init: str | None = None
-    """MegaVL checkpoint whose weights (not optimizer state) a fresh run starts from."""
+    """MegaVL checkpoint from which a new run takes its weights, but no optimizer state."""
     allow_random_init: bool = False
-    """Start a fresh run from random weights when no init is given; off, so that it is never an accident."""
+    """Allow a new run without init to start from random weights; off by default, so that this is never an accident."""
     allow_fresh: bool = False
-    """Start anew although checkpoint.dir holds only damaged checkpoints."""
+    """Start from step 0 even if checkpoint.dir holds only damaged checkpoints."""
     force_resume: bool = False
-    """Resume although seed, global batch size or data differ from the checkpoint's."""
+    """Resume even if seed, global batch size or data differ from the checkpoint's."""
     skip_hash: bool = False
-    """Check sizes only when a checkpoint is opened."""
+    """Check only the sizes of a checkpoint's files when it is opened, not their hashes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
-    """Outputs of the run."""
+    """Output of the run."""
 
     dir: str
-    """Directory of metrics.jsonl, exit_status.json, the resolved recipe, TensorBoard files."""
+    """Directory of metrics.jsonl, exit_status.json, the resolved recipe and the TensorBoard files."""
     tensorboard: bool = True
-    """Write scalars for TensorBoard where it is installed."""
+    """Write scalars for TensorBoard if it is installed."""
     timeline_steps: tuple[Positive, ...] = ()
-    """Steps that are recorded: what every rank did from when to when, in `timeline/step_NNNNNN.json` (for Perfetto) and
-    `.svg` in run.dir."""
+    """Steps whose timeline over all ranks is written to run.dir: `timeline/step_NNNNNN.json` (for Perfetto) and
+    `.svg`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -317,11 +318,11 @@ class Recipe:
 
     @property
     def stages(self) -> int:
-        """Pipeline stages, virtual ones counted."""
+        """Number of pipeline stages, virtual ones included."""
         return self.parallel.pipeline * self.parallel.virtual_pipeline
 
     def data_parallel(self, world_size: int) -> int:
-        """Data-parallel ranks in a world of `world_size` processes; checks everything that depends on it."""
+        """Number of data-parallel ranks among `world_size` processes; checks all fields that depend on it."""
         model_ranks = self.parallel.tensor * self.parallel.pipeline
         if world_size % model_ranks:
             raise UsageError(

@@ -1,3 +1,3 @@
-"""The version of this code, in one place: packaging reads it here, and datasets state what they were made with."""
+"""The version of this code. Packaging reads it here, and a dataset records the version that made it."""
 
 VERSION = "0.1.0"

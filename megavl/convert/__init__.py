@@ -1,1 +1,1 @@
-"""Weights and side files between MegaVL's flat names and the two Hugging Face formats of DeepSeek-VL."""
+"""Converts weights and configuration files between MegaVL and the two Hugging Face formats of DeepSeek-VL."""

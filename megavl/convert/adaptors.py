@@ -1,4 +1,4 @@
-"""Which adaptors a format can hold, and how the original format's configuration says which one it is.
+"""Which adaptors a format can hold, and how the original format's configuration names them.
 
 Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/{clip_encoder,projector}.py` (concat_type,
 projector_type); transformers 4.57.6, `models/deepseek_vl*` (two layers, no choice).
@@ -21,10 +21,10 @@ NATIVE_KINDS: tuple[AdaptorKind, ...] = ("mlp_gelu", "low_high_hybrid_split_mlp_
 
 @dataclass(frozen=True)
 class OriginalAdaptor:
-    """What the original configuration says of a kind."""
+    """Fields of the original configuration for one kind."""
 
     concat_type: Literal["tuple", "feature"] | None
-    """How the towers are joined in front of the aligner; None with one tower."""
+    """How the towers are joined before the aligner; None with one tower."""
     projector_type: str
 
 
@@ -39,7 +39,7 @@ ORIGINAL: dict[AdaptorKind, OriginalAdaptor] = {
 
 
 def require_holdable(config: ModelConfig, fmt: Literal["native", "original"]) -> None:
-    """Refuse an adaptor that a format has no place for.
+    """Refuse an adaptor that a format cannot hold.
 
     Raises:
         UsageError: naming kind, format and the remedy.
@@ -75,11 +75,11 @@ def read_original(params: Fields, *, concat_type: Literal["tuple", "feature"] | 
 
     Args:
         params: the fields.
-        concat_type: how the towers in front of it are joined; None with one tower.
+        concat_type: how the towers before it are joined; None with one tower.
         sizes: `siglip` and `llm` as read so far.
 
     Raises:
-        CheckpointError: a projector that the release cannot run behind such towers, or sizes that do not fit them.
+        CheckpointError: a projector that the release cannot run after such towers, or sizes that do not fit them.
     """
     rows = {kind: row for kind, row in ORIGINAL.items() if row.concat_type == concat_type}
     found = params.get("projector_type")

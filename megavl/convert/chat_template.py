@@ -1,4 +1,4 @@
-"""The chat template of the native format, in the words of the released conversation format.
+"""The chat template of the native format; it gives the same text as the released conversation format.
 
 Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/utils/conversation.py` (template "deepseek").
 """
@@ -53,8 +53,8 @@ _TEMPLATE = """\
 def chat_template(*, eos_token: str, image_token: str) -> str:
     """Jinja source of the template.
 
-    Every assistant answer is closed by the EOS token, the last one too, so that the template also renders training
-    text. A leading system message replaces the default prompt; an empty one removes it.
+    EOS closes every assistant answer, the last one too, so that the template also renders training text. A leading
+    system message replaces the default prompt; an empty one removes it.
     """
     literals = {"@EOS@": eos_token, "@IMAGE@": image_token, "@SYSTEM@": SYSTEM_PROMPT}
     template = _TEMPLATE

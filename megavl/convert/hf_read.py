@@ -1,32 +1,30 @@
-"""A Hugging Face folder in either format, seen as a MegaVL model: sizes and flat tensors, read one at a time."""
+"""A Hugging Face folder in either format, read as a MegaVL model: its sizes, and its parameters one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megavl.config.errors import CheckpointError
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
-from megavl.convert.lazy import LazyTensor, require_exactly
 from megavl.convert.safetensors_in import read_json
 from megavl.convert.table import (
     NATIVE_SIGLIP,
-    NATIVE_SIGLIP_FLAT,
+    NATIVE_SIGLIP_UNNESTED,
     Format,
     WeightRow,
-    dead_tensors,
     native_pool_keys,
+    unused_parameters,
     weight_rows,
 )
-from megavl.convert.weight_files import StoredTensor, StoredTensors, open_folder
+from megavl.convert.weight_files import StoredTensors, open_folder
+from megavl.weights.lazy import LazyTensor, require_exactly
 
-_DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""Ends of names of buffers that old versions saved and that follow from the configuration."""
+DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+"""Endings of the names of buffers that old versions saved; their values follow from the configuration."""
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -62,95 +60,73 @@ def open_hf_tensors(folder: str | Path) -> StoredTensors:
     return open_folder(Path(folder))
 
 
-@dataclass(frozen=True)
-class FlatTensor:
-    """A flat tensor put together from the tensors of a file when it is loaded."""
+def canonical_tensors(tensors: StoredTensors, *, config: ModelConfig, fmt: Format) -> dict[str, LazyTensor]:
+    """Parameters of the model by canonical name; names and shapes are checked here, values are read later.
 
-    row: WeightRow
-    parts: tuple[StoredTensor, ...]
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Shape of the flat tensor."""
-        return self.row.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type, the same in all parts."""
-        return self.parts[0].dtype
-
-    def load(self) -> Tensor:
-        """Read the parts and join them."""
-        return self.row.transform.to_flat([part.load() for part in self.parts])
-
-    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> Tensor:
-        """Read what lies between two indices of an axis, of every part only what belongs there."""
-        transform = self.row.transform
-        if axis:
-            # Parts are joined along their rows, so columns are the same in all of them.
-            return transform.to_flat([part.load_slice(start, stop, axis=axis) for part in self.parts])
-        return transform.rows_to_flat([part.load_slice for part in self.parts], self.row.shape, start, stop)
-
-
-def flat_view(tensors: StoredTensors, *, config: ModelConfig, fmt: Format) -> dict[str, FlatTensor]:
-    """Tensors of a file as flat tensors; all names and shapes are checked here, values are read later.
-
-    Nested and flat SigLIP names of the native format are both understood.
+    The native format names SigLIP's tensors nested or unnested; both are understood.
 
     Raises:
-        CheckpointError: a missing, unexpected or misshapen tensor, or parts of one flat tensor of different types,
-            naming file and tensor.
+        CheckpointError: names the file and the missing, unexpected or misshapen tensor, or the parts of one parameter
+            that have different types.
     """
     names = _actual_names(tensors, fmt)
     rows = weight_rows(config, fmt)
     expected = {names.get(key, key): shape for row in rows for key, shape in row.key_shapes.items()}
     require_exactly(expected, found=tensors, locate=tensors.locate, ignored=_ignored(tensors, names, config, fmt))
-    view = {}
+    found = {}
     for row in rows:
-        parts = tuple(tensors[names.get(key, key)] for key in row.keys)
-        odd = next((part for part in parts if part.dtype != parts[0].dtype), None)
-        if odd is not None:
-            raise CheckpointError(
-                f"{odd.file.path}: tensor {odd.name!r} is {odd.dtype}, but {parts[0].name!r} is {parts[0].dtype}; "
-                "MegaVL stores them as one tensor, save both in one type"
-            )
-        view[row.flat] = FlatTensor(row, parts)
-    return view
+        keys = [names.get(key, key) for key in row.keys]
+        parts = [tensors[key] for key in keys]
+        for key, part in zip(keys, parts):
+            if part.dtype != parts[0].dtype:
+                raise CheckpointError(
+                    f"{tensors.locate(key)}: tensor {key!r} is {part.dtype}, but {keys[0]!r} is {parts[0].dtype}; "
+                    "MegaVL stores them as one tensor, save both in one type"
+                )
+        found[row.name] = _joined(row, parts)
+    return found
 
 
-def to_flat(tensors: StoredTensors, *, config: ModelConfig, fmt: Format) -> Iterator[tuple[str, Tensor]]:
-    """Flat names and tensors, one at a time; everything is checked before the first one is read.
+def _joined(row: WeightRow, parts: list[LazyTensor]) -> LazyTensor:
+    """A parameter that is put together from tensors of a file when it is loaded."""
+
+    def load_slice(start: int, stop: int, *, axis: int) -> Tensor:
+        if axis:
+            # Parts are joined along their rows, so columns are the same in all of them.
+            return row.transform.to_canonical([part.load_slice(start, stop, axis=axis) for part in parts])
+        return row.transform.rows_to_canonical([part.load_slice for part in parts], row.shape, start, stop)
+
+    return LazyTensor(
+        shape=row.shape,
+        dtype=parts[0].dtype,
+        load=lambda: row.transform.to_canonical([part.load() for part in parts]),
+        slicer=load_slice,
+    )
+
+
+def read_unused(tensors: StoredTensors, *, config: ModelConfig, fmt: Format) -> dict[str, LazyTensor]:
+    """Unused parameters of the original format that the file holds, by their original names, for a later export.
 
     Raises:
-        CheckpointError: as `flat_view`.
-    """
-    view = flat_view(tensors, config=config, fmt=fmt)
-    return ((name, tensor.load()) for name, tensor in view.items())
-
-
-def read_passthrough(tensors: StoredTensors, *, config: ModelConfig, fmt: Format) -> dict[str, LazyTensor]:
-    """Dead tensors of the original format that the file holds, by their original names, to be written back one day.
-
-    Raises:
-        CheckpointError: a dead tensor of another shape.
+        CheckpointError: such a tensor has another shape.
     """
     if fmt == "native":
         return {}
-    shapes = {dead.key: dead.shape for dead in dead_tensors(config) if dead.key in tensors}
-    found: dict[str, LazyTensor] = {name: tensors[name] for name in shapes}
+    shapes = {unused.key: unused.shape for unused in unused_parameters(config) if unused.key in tensors}
+    found = {name: tensors[name] for name in shapes}
     require_exactly(shapes, found=found, locate=tensors.locate)
     return found
 
 
 def _actual_names(tensors: StoredTensors, fmt: Format) -> dict[str, str]:
-    """Names in the file of SigLIP tensors stored in the flat layout, by their nested names."""
+    """Names of SigLIP tensors in a file that has them unnested, by their nested names."""
     names: dict[str, str] = {}
     if fmt == "original":
         return names
     for name in tensors:
-        if not name.startswith(NATIVE_SIGLIP_FLAT) or name.startswith(NATIVE_SIGLIP):
+        if not name.startswith(NATIVE_SIGLIP_UNNESTED) or name.startswith(NATIVE_SIGLIP):
             continue
-        nested = NATIVE_SIGLIP + name.removeprefix(NATIVE_SIGLIP_FLAT)
+        nested = NATIVE_SIGLIP + name.removeprefix(NATIVE_SIGLIP_UNNESTED)
         if nested in tensors:
             raise CheckpointError(f"{tensors.locate(name)}: holds both {name!r} and {nested!r}; keep one of them")
         names[nested] = name
@@ -158,6 +134,6 @@ def _actual_names(tensors: StoredTensors, fmt: Format) -> dict[str, str]:
 
 
 def _ignored(tensors: StoredTensors, names: Mapping[str, str], config: ModelConfig, fmt: Format) -> set[str]:
-    dead = {row.key for row in dead_tensors(config)} if fmt == "original" else native_pool_keys(config)
-    derived = {name for name in tensors if name.endswith(_DERIVED)}
-    return {names.get(key, key) for key in dead} | derived
+    unused = {row.key for row in unused_parameters(config)} if fmt == "original" else native_pool_keys(config)
+    derived = {name for name in tensors if name.endswith(DERIVED)}
+    return {names.get(key, key) for key in unused} | derived

@@ -1,4 +1,4 @@
-"""A MegaVL model as a Hugging Face folder in either format; the folder appears complete or not at all."""
+"""Writes a MegaVL model as a Hugging Face folder in either format; the folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
 from megavl.convert.chat_template import chat_template
-from megavl.convert.dtypes import DTYPE_NAMES, cast
-from megavl.convert.lazy import LazyTensor, LoadedTensor, require_exactly
-from megavl.convert.safetensors_out import OutputRow, sync_folder, write_safetensors, write_synced
-from megavl.convert.table import FORMATS, Format, WeightRow, dead_tensors, weight_rows
+from megavl.convert.safetensors_out import OutputRow, write_safetensors
+from megavl.convert.table import FORMATS, Format, WeightRow, unused_parameters, weight_rows
 from megavl.convert.tokenizer_files import (
     TokenizerFolder,
     fitting_tokenizer,
@@ -27,6 +25,9 @@ from megavl.convert.tokenizer_files import (
     with_bos_first,
 )
 from megavl.convert.transforms import Copy
+from megavl.files.durable import sync_directory, write_durably
+from megavl.weights.dtypes import DTYPES, cast, dtype_name
+from megavl.weights.lazy import LazyTensor, require_exactly
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """Largest weight file, bytes: what transformers 4 chooses."""
@@ -36,26 +37,28 @@ def write_hf(
     out: str | Path,
     *,
     config: ModelConfig,
-    flat: Mapping[str, LazyTensor],
+    tensors: Mapping[str, LazyTensor],
     fmt: Format,
     tokenizer_dir: str | Path,
     dtype: str | None = None,
-    passthrough: Mapping[str, LazyTensor] | None = None,
+    unused: Mapping[str, LazyTensor] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     source: str = "checkpoint",
     confirm: Callable[[], object] | None = None,
 ) -> Path:
-    """Write weights, configuration, tokenizer and processor files; memory holds one flat tensor at a time.
+    """Write weights, configuration, tokenizer and processor files; memory holds one parameter at a time.
 
     Args:
         out: folder to create; it may exist if it is empty.
-        flat: every flat tensor of the model.
+        config: sizes of the model.
+        tensors: every parameter by canonical name.
+        fmt: format to write.
         tokenizer_dir: folder with `tokenizer.json`.
-        dtype: float32, bfloat16 or float16; None keeps each tensor as it is.
-        passthrough: dead tensors of the original format by original name; absent ones are synthesised.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's type.
+        unused: unused parameters of the original format by original name; absent ones are synthesised.
         max_shard_bytes: largest weight file, bytes.
-        source: what `flat` was read from, for messages.
-        confirm: called when everything is written; if it raises, nothing is left behind.
+        source: file or folder of `tensors`, for messages.
+        confirm: called when everything is written; if it raises, the output is removed.
 
     Returns:
         The folder.
@@ -64,26 +67,26 @@ def write_hf(
         UsageError: `out` is in use, an unknown dtype, or an adaptor that the format cannot hold.
         CheckpointError: tensors that do not fit `config`, or a value beyond float16.
         DataError: a tokenizer that does not fit `config`.
-        StorageError: writing failed; nothing is left behind.
+        StorageError: writing failed; nothing is left of it.
     """
     if fmt not in FORMATS:
         raise UsageError(f"format: {fmt!r} is unknown; choose from {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPE_NAMES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if max_shard_bytes <= 0:
         raise UsageError(f"max_shard_bytes: {max_shard_bytes} must be positive")
     target = _free_target(Path(out))
-    rows = _output_rows(config, flat, fmt, DTYPE_NAMES[dtype] if dtype else None, passthrough or {}, source)
+    rows = _output_rows(config, tensors, fmt, DTYPES[dtype] if dtype else None, unused or {}, source)
     tokenizer = fitting_tokenizer(tokenizer_dir, config)
-    files = _side_files(config, tokenizer, fmt, dtype or _dtype_name(rows))
+    files = _side_files(config, tokenizer, fmt, dtype or _main_dtype(rows))
 
     def fill(folder: Path) -> None:
         write_safetensors(folder, rows, max_shard_bytes=max_shard_bytes)
         for path in tokenizer.files:
             if path.name not in files:
-                write_synced(folder / path.name, path.read_bytes())
+                write_durably(folder / path.name, path.read_bytes())
         for name, content in files.items():
-            write_synced(folder / name, content)
+            write_durably(folder / name, content)
         if confirm is not None:
             confirm()
 
@@ -99,21 +102,21 @@ def _free_target(out: Path) -> Path:
 
 
 def _commit(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Fill a neighbour of `target` and rename it, so that `target` is never there in part."""
+    """Fill a folder beside `target` and rename it, so that `target` is complete or absent."""
     partial = target.parent / f".{target.name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # One that a killed run left; its name says that it is not a model.
+        # A killed run may have left one; its name says that it is not a model.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             fill(partial)
-            sync_folder(partial)
+            sync_directory(partial)
             os.rename(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync_folder(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         raise StorageError(f"{target}: cannot write ({error}); free space or choose another place") from error
     return target
@@ -121,49 +124,43 @@ def _commit(target: Path, fill: Callable[[Path], None]) -> Path:
 
 def _output_rows(
     config: ModelConfig,
-    flat: Mapping[str, LazyTensor],
+    tensors: Mapping[str, LazyTensor],
     fmt: Format,
     dtype: torch.dtype | None,
-    passthrough: Mapping[str, LazyTensor],
+    unused: Mapping[str, LazyTensor],
     source: str,
 ) -> list[OutputRow]:
     table = weight_rows(config, fmt)
-    require_exactly({row.flat: row.shape for row in table}, found=flat, locate=lambda _: source)
-    rows = []
-    for row in table:
-        tensor = flat[row.flat]
-        rows.append(OutputRow(row.key_shapes, dtype or tensor.dtype, _loader(row, tensor, dtype, source)))
+    require_exactly({row.name: row.shape for row in table}, found=tensors, locate=lambda _: source)
+    given = [(row, tensors[row.name]) for row in table]
     if fmt == "original":
-        rows += _dead_rows(config, dtype, passthrough, source, fallback=flat[table[0].flat].dtype)
-    return rows
+        given += _unused_rows(config, unused, source, fallback=given[0][1].dtype)
+    return [
+        OutputRow(row.key_shapes, dtype or tensor.dtype, _loader(row, tensor, dtype, source)) for row, tensor in given
+    ]
 
 
 def _loader(row: WeightRow, tensor: LazyTensor, dtype: torch.dtype | None, source: str) -> Callable[[], list[Tensor]]:
     def load() -> list[Tensor]:
-        values = cast(tensor.load(), dtype, name=row.flat, source=source)
-        return list(row.transform.from_flat(values))
+        values = cast(tensor.load(), dtype, name=row.name, source=source)
+        return list(row.transform.from_canonical(values))
 
     return load
 
 
-def _dead_rows(
-    config: ModelConfig,
-    dtype: torch.dtype | None,
-    passthrough: Mapping[str, LazyTensor],
-    source: str,
-    *,
-    fallback: torch.dtype,
-) -> list[OutputRow]:
-    dead = dead_tensors(config)
-    known = {row.key: row.shape for row in dead}
-    given = {key: known[key] for key in passthrough if key in known}
-    require_exactly(given, found=passthrough, locate=lambda _: f"{source}: passthrough")
-    rows = []
-    for row in dead:
-        tensor = passthrough[row.key] if row.key in passthrough else LoadedTensor(row.synthesise(fallback))
-        table_row = WeightRow(row.key, row.shape, (row.key,), Copy())
-        rows.append(OutputRow({row.key: row.shape}, dtype or tensor.dtype, _loader(table_row, tensor, dtype, source)))
-    return rows
+def _unused_rows(
+    config: ModelConfig, given: Mapping[str, LazyTensor], source: str, *, fallback: torch.dtype
+) -> list[tuple[WeightRow, LazyTensor]]:
+    parameters = {parameter.key: parameter for parameter in unused_parameters(config)}
+    expected = {key: parameters[key].shape for key in given if key in parameters}
+    require_exactly(expected, found=given, locate=lambda _: f"{source}: passthrough")
+    return [
+        (
+            WeightRow(key, parameter.shape, (key,), Copy()),
+            given[key] if key in given else LazyTensor.of(parameter.synthesise(fallback)),
+        )
+        for key, parameter in parameters.items()
+    ]
 
 
 def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Format, dtype: str) -> dict[str, bytes]:
@@ -184,9 +181,9 @@ def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Format, dt
     return files
 
 
-def _dtype_name(rows: Sequence[OutputRow]) -> str:
-    """Type of most of the weights, by bytes."""
+def _main_dtype(rows: Sequence[OutputRow]) -> str:
+    """Name of the type that most bytes of the weights have."""
     sizes: dict[torch.dtype, int] = {}
     for row in rows:
         sizes[row.dtype] = sizes.get(row.dtype, 0) + row.nbytes
-    return str(max(sizes, key=lambda kind: sizes[kind])).removeprefix("torch.")
+    return dtype_name(max(sizes, key=lambda kind: sizes[kind]))

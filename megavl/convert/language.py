@@ -22,14 +22,14 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "initializer_range": 0.02,
 }
-"""What an absent field means (LlamaConfig of transformers 4.38 to 5.23); the published 7B file leaves most out."""
+"""Defaults of `LlamaConfig` in transformers 4.38 to 5.23; the published 7B file leaves most fields out."""
 
 _FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-"""Fields of which MegaVL knows one value only; absent means this value."""
+"""Fields for which MegaVL supports one value only; absent means this value."""
 
 
 MAX_LAYERS = 4096
-"""Most layers that a configuration may ask for."""
+"""Largest number of layers in a configuration."""
 
 
 class Fields:
@@ -50,7 +50,7 @@ class Fields:
         return self._defaults.get(name) if value is None else value
 
     def integer(self, name: str, *, limit: int = 1 << 24) -> int:
-        """A whole number from 1 to `limit`; beyond it no model is, only a file that would fill the memory."""
+        """A whole number from 1 to `limit`; a larger one is no model but would fill the memory."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
             raise self.error(name, f"a whole number from 1 to {limit} is expected, found {value!r}")
@@ -77,10 +77,10 @@ class Fields:
 
 
 def read_language(parent: Fields, name: str) -> dict[str, Any]:
-    """Fields of `DecoderConfig` from a `LlamaConfig` object, absent ones filled in as LlamaConfig does.
+    """Fields of `DecoderConfig` from a `LlamaConfig` object; absent fields get its defaults.
 
     Raises:
-        CheckpointError: grouped-query attention, biases, rotary scaling or another thing that MegaVL does not have.
+        CheckpointError: grouped-query attention, biases, rotary scaling or another feature that MegaVL lacks.
     """
     return _sizes_of(parent.child(name, defaults=_DEFAULTS))
 
@@ -89,7 +89,7 @@ def read_llama(raw: dict[str, Any], *, where: Path) -> dict[str, Any]:
     """Fields of `DecoderConfig` from the `config.json` of a language model alone.
 
     Raises:
-        CheckpointError: as `read_language`, or embedding and head are one matrix.
+        CheckpointError: as in `read_language`, or embedding and head are one matrix.
     """
     fields = Fields(raw, where=where, path="", defaults=_DEFAULTS)
     fields.require("tie_word_embeddings", False)
@@ -148,7 +148,7 @@ def language_json(llm: DecoderConfig, *, bos_id: int, eos_id: int, dtype: str) -
 
 
 def model_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
-    """A checked `ModelConfig` whose preset is the shipped one of these sizes, or the nearest of the same topology.
+    """A checked `ModelConfig`. Its preset is the one of these sizes, or the nearest of the same topology.
 
     Raises:
         CheckpointError: sizes that do not fit together.
@@ -170,7 +170,7 @@ def _nearest_preset(config: ModelConfig) -> str:
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """What makes two configurations the same model; limits and token ids may differ."""
+    """The fields that must agree in two configurations of the same model; limits and token ids may differ."""
     sizes = to_dict(config)
     del sizes["preset"], sizes["image_token_id"], sizes["llm"]["max_position_embeddings"], sizes["llm"]["init_std"]
     return sizes

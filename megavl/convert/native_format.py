@@ -1,6 +1,6 @@
 """Configuration files of the native format: transformers' `deepseek_vl` and `deepseek_vl_hybrid`.
 
-What is written is read alike by transformers 4.57 and 5.x. Source: transformers 4.57.6, `models/deepseek_vl*`.
+Transformers 4.57 and 5.x both read what is written here. Source: transformers 4.57.6, `models/deepseek_vl*`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIGLIP_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
 }
-"""What an absent field of transformers' `SiglipVisionConfig` means."""
+"""Defaults of transformers' `SiglipVisionConfig`."""
 SAM_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "output_channels": 256,
@@ -41,11 +41,11 @@ SAM_DEFAULTS: dict[str, Any] = {
     "window_size": 14,
     "global_attn_indexes": [2, 5, 8, 11],
 }
-"""What an absent field of transformers' `SamVisionConfig` means."""
+"""Defaults of transformers' `SamVisionConfig`."""
 
 
 def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
-    """Sizes from a native `config.json`; absent fields mean what transformers takes them for.
+    """Sizes from a native `config.json`; absent fields get the defaults of transformers.
 
     Raises:
         CheckpointError: naming the field that MegaVL cannot represent.
@@ -71,7 +71,7 @@ def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
 
 
 def read_siglip(fields: Fields) -> dict[str, Any]:
-    """Fields of `SiglipConfig` from a `SiglipVisionConfig` object; its activation is not looked at."""
+    """Fields of `SiglipConfig` from a `SiglipVisionConfig` object; its activation is ignored."""
     fields.require("model_type", "siglip_vision_model")
     fields.require("num_channels", 3)
     return {
@@ -108,7 +108,7 @@ def read_sam(fields: Fields) -> dict[str, Any]:
 
 
 def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
-    """JSON files beside the weights, by file name; the tokenizer's own files are not among them.
+    """JSON files of an export by file name, without those of the tokenizer.
 
     Args:
         config: sizes, with an adaptor that the format holds (`adaptors.require_holdable`).

@@ -1,7 +1,7 @@
 """Configuration files of the original format: the deepseek-ai release (`model_type: multi_modality`).
 
 The released client looks tower sizes up by `model_name`. Towers of other sizes are written under a name that it does
-not know, so that it stops instead of building the wrong tower; their sizes stand beside the name.
+not know, with their sizes next to it. So the client stops instead of building the wrong tower.
 Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/models/{clip_encoder,siglip_vit,sam,projector}.py`.
 """
 
@@ -38,13 +38,13 @@ _EPS = 1e-6
 
 
 def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
-    """Sizes from an original `config.json`; absent fields mean what the released classes take them for.
+    """Sizes from an original `config.json`; absent fields get the defaults of the released classes.
 
-    The image token's id comes from the tokenizer beside the configuration.
+    The image token's id comes from the tokenizer in the same folder.
 
     Raises:
         CheckpointError: naming the field that MegaVL cannot represent.
-        DataError: the tokenizer beside it has no image token.
+        DataError: the tokenizer has no image token.
     """
     top = Fields(raw, where=where, path="", defaults={})
     vision = top.child("vision_config", defaults={})
@@ -114,7 +114,7 @@ def _stated_sizes(fields: Fields) -> dict[str, Any]:
 
 
 def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
-    """JSON files beside the weights, by file name; the tokenizer's own files are not among them.
+    """JSON files of an export by file name, without those of the tokenizer.
 
     Args:
         config: sizes, with an adaptor that the format holds (`adaptors.require_holdable`).

@@ -1,14 +1,11 @@
-"""Reading what `torch.save` wrote without letting the file run code: tensors by name, one at a time.
+"""Reads tensors by name from an archive of `torch.save`, one at a time, without letting the file run code.
 
-Only the zip archives of torch 1.6 and newer are opened, by torch's weights-only loader, which refuses every name that
-is not part of a tensor. Older files are plain pickles.
+Only the zip archives of torch 1.6 and newer are opened; older files are plain pickles. The weights-only loader of torch
+refuses every name that is not part of a tensor.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megavl.checkpoint.safe_unpickle import safe_load
 from megavl.config.errors import CheckpointError
-from megavl.convert.safetensors_in import DTYPES
-
-_REFUSED_BY_TORCH = re.compile(r"GLOBAL ([\w.]+)")
+from megavl.weights.canonical_names import Shape
+from megavl.weights.dtypes import CODE_OF_DTYPE, DTYPE_OF_CODE, dtype_name
 
 
 class PickleFile:
     """One archive of `torch.save` that holds tensors by name.
 
-    The archive is mapped and released anew for each tensor, so that what was read does not stay in memory.
+    The archive is mapped anew for each tensor, so that tensors that were read do not stay in memory.
 
     Raises:
-        CheckpointError: naming the file, when it is missing, damaged, hostile, or holds anything but tensors.
+        CheckpointError: the file is missing, damaged, hostile, or holds anything but tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._described: dict[str, tuple[Shape, torch.dtype]] = {}
         for name, value in self._open().items():
             if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
                 kind = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
@@ -41,13 +38,13 @@ class PickleFile:
             self._described[name] = tuple(value.shape), value.dtype
         self.names = tuple(self._described)
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def describe(self, name: str) -> tuple[Shape, torch.dtype]:
         """Shape and dtype of one tensor."""
         shape, dtype = self._described[name]
-        if dtype not in DTYPES.values():
+        if dtype not in CODE_OF_DTYPE:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is of type {str(dtype).removeprefix('torch.')}; "
-                f"weights are one of {', '.join(DTYPES)}"
+                f"{self.path}: tensor {name!r} is of type {dtype_name(dtype)}; "
+                f"weights are one of {', '.join(DTYPE_OF_CODE)}"
             )
         return shape, dtype
 
@@ -57,33 +54,26 @@ class PickleFile:
         return tensor
 
     def load_slice(self, name: str, start: int, stop: int, *, axis: int) -> Tensor:
-        """What lies between two indices of an axis, in memory of its own."""
+        """The indices `start` to `stop` of an axis, in memory of their own."""
         part: Tensor = self._open()[name].detach().narrow(axis, start, stop - start)
         return part.clone(memory_format=torch.contiguous_format)
 
     def _open(self) -> dict[Any, Any]:
         path = self.path
         try:
-            if not zipfile.is_zipfile(path):
-                with path.open("rb"):
-                    raise CheckpointError(
-                        f"{path}: refused, because it is not a complete archive of torch.save (torch 1.6 or newer), "
-                        "and a plain pickle can run code when it is opened; fetch it again, or save its tensors as "
-                        "safetensors"
-                    )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except CheckpointError:
-            raise
+            complete = zipfile.is_zipfile(path)
+            if not complete:
+                path.open("rb").close()
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such file; the folder is incomplete, fetch it again") from error
-        except Exception as error:  # a damaged archive raises RuntimeError, EOFError, IndexError, ...
-            match = _REFUSED_BY_TORCH.search(str(error))
-            if isinstance(error, pickle.UnpicklingError) and match:
-                raise CheckpointError(f"refused global {match[1]} in {path}; do not trust this file") from error
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: not readable ({type(error).__name__}: {reason}); fetch it again") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: not readable ({type(error).__name__}: {error}); fetch it again") from error
+        if not complete:
+            raise CheckpointError(
+                f"{path}: refused, because it is not a complete archive of torch.save (torch 1.6 or newer), and a "
+                "plain pickle can run code when it is opened; fetch it again, or save its tensors as safetensors"
+            )
+        content = safe_load(path, source=str(path), mmap=True, remedy="; fetch it again")
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: holds a {type(content).__name__}; tensors by name are expected")
         return content

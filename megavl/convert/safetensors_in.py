@@ -1,4 +1,4 @@
-"""Reading safetensors files, one tensor at a time and never anything that can run code; and JSON files beside them."""
+"""Reads safetensors files one tensor at a time, and the JSON files that belong to them. Nothing here can run code."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavl.config.errors import CheckpointError
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Element types of weights by their name in a header."""
+from megavl.weights.canonical_names import Shape
+from megavl.weights.dtypes import DTYPE_OF_CODE
 
 
 class SafetensorsFile:
-    """One file, whose header the safetensors library has checked; values are read when asked for.
+    """One file, whose header the safetensors library has checked; values are read on demand.
 
-    Values are read with plain reads: in a memory map of the file, as the library has it, every page that was read
-    counts as memory of the process, and a first touch of each costs more than copying it.
+    Values are read with plain reads, not through a memory map as in the library. Every page of a map that was read
+    counts as memory of the process, and its first touch costs more than copying it.
 
     Raises:
-        CheckpointError: naming the file, when it is missing, truncated or not a valid safetensors file.
+        CheckpointError: the file is missing, truncated or not a valid safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,13 +43,14 @@ class SafetensorsFile:
             ) from error
         self._start = 8 + length
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def describe(self, name: str) -> tuple[Shape, torch.dtype]:
         """Shape and dtype of one tensor, from the header."""
         entry = self._header[name]
-        dtype = DTYPES.get(entry["dtype"])
+        dtype = DTYPE_OF_CODE.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is of type {entry['dtype']}; weights are one of {', '.join(DTYPES)}"
+                f"{self.path}: tensor {name!r} is of type {entry['dtype']}; "
+                f"weights are one of {', '.join(DTYPE_OF_CODE)}"
             )
         return tuple(entry["shape"]), dtype
 
@@ -60,7 +60,7 @@ class SafetensorsFile:
         return self._read(name, torch.empty(shape, dtype=dtype), skip=0)
 
     def load_slice(self, name: str, start: int, stop: int, *, axis: int) -> Tensor:
-        """What lies between two indices of an axis, in memory of its own; of rows, only their bytes are read."""
+        """The indices `start` to `stop` of an axis, in memory of their own; of rows, only their bytes are read."""
         shape, dtype = self.describe(name)
         if axis:
             return self.load(name).narrow(axis, start, stop - start).clone(memory_format=torch.contiguous_format)
@@ -81,10 +81,10 @@ class SafetensorsFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: naming the file, when it is missing or holds anything else.
+        CheckpointError: the file is missing or holds anything else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

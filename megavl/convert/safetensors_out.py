@@ -1,4 +1,4 @@
-"""Writing safetensors files one row of the weight table at a time, so that memory holds one tensor, not the model.
+"""Writes safetensors files one row of the weight table at a time, so that memory holds one tensor, not the model.
 
 Format: eight bytes of header length, the header as JSON, then the tensors back to back
 (https://github.com/huggingface/safetensors). Files are read back through the safetensors library only.
@@ -7,26 +7,25 @@ Format: eight bytes of header length, the header as JSON, then the tensors back 
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from megavl.convert.flat_names import Shape
+from megavl.files.durable import write_durably
+from megavl.files.file_series import FileSeries
+from megavl.weights.canonical_names import Shape
+from megavl.weights.dtypes import CODE_OF_DTYPE
 
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _STEM = "model"
 
 
 @dataclass(frozen=True)
 class OutputRow:
-    """Tensors that are made together and stand together in one file."""
+    """Tensors that come from one parameter and go into one file."""
 
     shapes: dict[str, Shape]
     dtype: torch.dtype
@@ -42,39 +41,22 @@ class OutputRow:
 def write_safetensors(folder: Path, rows: Iterable[OutputRow], *, max_shard_bytes: int) -> None:
     """Write rows as `model.safetensors`, or as numbered files with an index when they exceed `max_shard_bytes`.
 
-    Every file is on disk (fsync) when this returns. A row larger than `max_shard_bytes` gets a file of its own.
+    Every file is synced when this returns. A row larger than `max_shard_bytes` gets a file of its own.
     """
     shards = _split(rows, max_shard_bytes)
     names = [f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [f"{_STEM}.safetensors"]
-    # The storage gets a file while the next one is written.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        syncs = [pool.submit(_settle, _written(folder / name, shard)) for name, shard in zip(names, shards)]
-    for sync in syncs:
-        sync.result()
+    with FileSeries(folder, hashed=False) as files:
+        for name, shard in zip(names, shards):
+            files.begin(name)
+            _write_shard(files, shard)
     if len(shards) == 1:
         return
     weight_map = {key: name for name, shard in zip(names, shards) for row in shard for key in row.shapes}
     total = sum(row.nbytes for shard in shards for row in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_synced(folder / f"{_STEM}.safetensors.index.json", json.dumps(index, indent=2).encode())
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file and wait until it is on disk."""
-    with path.open("wb") as handle:
-        handle.write(content)
-        _sync(handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_durably(folder / f"{_STEM}.safetensors.index.json", json.dumps(index, indent=2).encode())
 
 
 def _split(rows: Iterable[OutputRow], max_shard_bytes: int) -> list[list[OutputRow]]:
@@ -89,30 +71,19 @@ def _split(rows: Iterable[OutputRow], max_shard_bytes: int) -> list[list[OutputR
     return shards
 
 
-def _written(path: Path, rows: Sequence[OutputRow]) -> BinaryIO:
+def _write_shard(files: FileSeries, rows: Sequence[OutputRow]) -> None:
     # Wide types first, so that every tensor starts at a multiple of its element size.
     ordered = sorted(rows, key=lambda row: -row.dtype.itemsize)
-    handle = path.open("wb")
-    try:
-        handle.write(_header(ordered))
-        for row in ordered:
-            # A function of its own: its locals are freed before the next row is read.
-            _write_row(handle, row)
-    except BaseException:
-        handle.close()
-        raise
-    return handle
+    files.write(_header(ordered))
+    for row in ordered:
+        # A function of its own: its locals are freed before the next row is read.
+        _write_row(files, row)
 
 
-def _settle(handle: BinaryIO) -> None:
-    with handle:
-        _sync(handle)
-
-
-def _write_row(handle: BinaryIO, row: OutputRow) -> None:
+def _write_row(files: FileSeries, row: OutputRow) -> None:
     for (name, shape), tensor in zip(row.shapes.items(), row.load(), strict=True):
         assert tuple(tensor.shape) == shape and tensor.dtype == row.dtype, f"{name}: not as announced"
-        handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        files.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(rows: Sequence[OutputRow]) -> bytes:
@@ -122,13 +93,8 @@ def _header(rows: Sequence[OutputRow]) -> bytes:
     for row in rows:
         for name, shape in row.shapes.items():
             end = offset + torch.Size(shape).numel() * row.dtype.itemsize
-            header[name] = {"dtype": _CODES[row.dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            header[name] = {"dtype": CODE_OF_DTYPE[row.dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _sync(handle: BinaryIO) -> None:
-    handle.flush()
-    os.fsync(handle.fileno())

@@ -1,4 +1,4 @@
-"""The three public models that a DeepSeek-VL starts from, each seen as the part of the model that it becomes.
+"""The three public models that a DeepSeek-VL starts from, each read as the part of the model that it becomes.
 
 | model | layouts | recognised by the end of a name |
 |---|---|---|
@@ -6,8 +6,8 @@
 | SigLIP | timm and open_clip; transformers' `SiglipModel`, `SiglipVisionModel` | patch embedding |
 | SAM | segment-anything; transformers' `SamModel`, `SamVisionModel` | patch embedding |
 
-What stands before that end is the tower's prefix (`visual.trunk.`, `vision_model.`, `image_encoder.`, none, ...);
-tensors without it belong to other parts of the same model and are left out.
+The text before that end is the tower's prefix, such as `visual.trunk.`, `vision_model.`, `image_encoder.` or none.
+Tensors without the prefix belong to other parts of the same model and are left out.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from torch import Tensor
 from megavl.config.errors import CheckpointError
 from megavl.config.model import AdaptorConfig, ModelConfig
 from megavl.convert.adaptors import NATIVE_DEPTH, NATIVE_KINDS
-from megavl.convert.dtypes import cast
-from megavl.convert.flat_names import Shape, flat_shapes
+from megavl.convert.hf_read import DERIVED
 from megavl.convert.language import Fields, read_llama
-from megavl.convert.lazy import require_exactly
 from megavl.convert.native_format import SAM_DEFAULTS, SIGLIP_DEFAULTS, read_sam, read_siglip
 from megavl.convert.safetensors_in import read_json
-from megavl.convert.table import NATIVE_SIGLIP, WeightRow, dead_tensors, weight_rows
+from megavl.convert.table import NATIVE_SIGLIP, WeightRow, unused_parameters, weight_rows
 from megavl.convert.transforms import Copy
-from megavl.convert.weight_files import StoredTensor, StoredTensors, open_folder, open_source
+from megavl.convert.weight_files import StoredTensors, open_folder, open_source
+from megavl.weights.canonical_names import canonical_shapes
+from megavl.weights.dtypes import cast
+from megavl.weights.lazy import LazyTensor, require_exactly
 
 _NATIVE_LLM, _NATIVE_SAM = "model.language_model.", "model.high_res_vision_model.vision_encoder."
 _SIGLIP_ENDS = {"timm": "patch_embed.proj.weight", "transformers": "embeddings.patch_embedding.weight"}
 _SAM_ENDS = {"segment-anything": "patch_embed.proj.weight", "transformers": "patch_embed.projection.weight"}
-_DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _POOL = "attn_pool."
 _TRANSFORMERS_POOL: dict[str, tuple[str, tuple[int, int] | None]] = {
     "latent": ("head.probe", None),
@@ -48,33 +48,7 @@ _TRANSFORMERS_POOL: dict[str, tuple[str, tuple[int, int] | None]] = {
     "mlp.fc1.*": ("head.mlp.fc1.*", None),
     "mlp.fc2.*": ("head.mlp.fc2.*", None),
 }
-"""Attention pool: the original format's name, transformers' name, and which thirds of its rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TakenTensor:
-    """A tensor of the model made of tensors of a source."""
-
-    row: WeightRow
-    parts: tuple[StoredTensor, ...]
-    """Tensors of the source, in the order that the row's transform takes them."""
-    dtype: torch.dtype
-    """Type of the result; the parts may have others."""
-    thirds: tuple[int, int] | None = None
-    """First and last third of the rows of the only part; None for all of it."""
-
-    @property
-    def shape(self) -> Shape:
-        """Shape of the result."""
-        return self.row.shape
-
-    def load(self) -> Tensor:
-        """Read, cast and join the parts."""
-        parts = [cast(part.load(), self.dtype, name=part.name, source=str(part.file.path)) for part in self.parts]
-        if self.thirds is None:
-            return self.row.transform.to_flat(parts)
-        first, last = (len(parts[0]) // 3 * third for third in self.thirds)
-        return parts[0][first:last].clone()
+"""Attention pool: the original format's name, and transformers' name and first and last third of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +56,14 @@ class StartSource:
     """What one public model contributes."""
 
     path: Path
-    tensors: dict[str, TakenTensor]
-    """By flat name."""
-    unused: dict[str, TakenTensor]
-    """Dead tensors of the original format by their original names: SigLIP's attention pool, where the source has it."""
+    tensors: dict[str, LazyTensor]
+    """By canonical name."""
+    unused: dict[str, LazyTensor]
+    """Unused parameters of the original format by original name: SigLIP's attention pool, where the source has it."""
+    origins: dict[str, list[dict[str, str]]]
+    """File and name of the parts of every tensor, by the names in `tensors` and `unused`."""
     left_out: int
-    """Tensors of other parts of the same model."""
+    """Number of tensors that belong to other parts of the same model."""
 
 
 def read_llm(folder: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartSource:
@@ -108,9 +84,9 @@ def read_llm(folder: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartS
     rows = [
         dataclasses.replace(row, keys=tuple(key.replace(_NATIVE_LLM, "model.") for key in row.keys))
         for row in _native_rows(config)
-        if row.flat.startswith("language_model.")
+        if row.name.startswith("language_model.")
     ]
-    ignored = [name for name in tensors if name.endswith(_DERIVED)]
+    ignored = [name for name in tensors if name.endswith(DERIVED)]
     return _source(folder, tensors, rows, config=config, dtype=dtype, prefix="", ignored=ignored)
 
 
@@ -140,10 +116,16 @@ def read_siglip_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) ->
             for kind in (("weight", "bias") if "*" in name else ("",))
         }
     ignored = [prefix + key for key, _ in pool.values()]
-    ignored += [name for name in tensors if name.endswith(_DERIVED)]
+    ignored += [name for name in tensors if name.endswith(DERIVED)]
     source = _source(path, tensors, rows, config=config, dtype=dtype, prefix=prefix, ignored=ignored)
-    unused = _pool_tensors(tensors, pool, config=config, prefix=prefix, dtype=dtype)
-    return dataclasses.replace(source, unused=unused)
+    keys = _pool_keys(tensors, pool, config=config, prefix=prefix)
+    pool_rows = _pool_rows(config)
+    unused = {
+        pool_rows[name].name: _taken(pool_rows[name], tensors, [key], dtype=dtype, thirds=pool[name][1])
+        for name, key in keys.items()
+    }
+    origins = {pool_rows[name].name: _origin(tensors, [key]) for name, key in keys.items()}
+    return dataclasses.replace(source, unused=unused, origins=source.origins | origins)
 
 
 def read_sam_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartSource:
@@ -163,8 +145,8 @@ def read_sam_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) -> St
         _check_tower(path, config, "sam")
     rows = _native_tower(config, "vision.sam.", _NATIVE_SAM)
     if layout == "segment-anything":
-        public = {row.flat for row in rows}
-        rows = [row for row in _same_names(config, "vision.sam.") if row.flat in public]
+        public = {row.name for row in rows}
+        rows = [row for row in _same_names(config, "vision.sam.") if row.name in public]
     return _source(path, tensors, rows, config=config, dtype=dtype, prefix=prefix, ignored=())
 
 
@@ -181,14 +163,47 @@ def _source(
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     expected = {prefix + key: shape for row in rows for key, shape in row.key_shapes.items()}
     require_exactly(expected, found=found, locate=tensors.locate, ignored=ignored, wanted=f"preset {config.preset}")
-    taken = {}
-    for row in rows:
-        parts = tuple(tensors[prefix + key] for key in row.keys)
-        for part in parts:
-            # A type that no weights have is refused here, before anything is written.
-            part.file.describe(part.name)
-        taken[row.flat] = TakenTensor(row=row, parts=parts, dtype=dtype)
-    return StartSource(path=path, tensors=taken, unused={}, left_out=len(tensors) - len(found))
+    return StartSource(
+        path=path,
+        tensors={row.name: _taken(row, tensors, [prefix + key for key in row.keys], dtype=dtype) for row in rows},
+        unused={},
+        origins={row.name: _origin(tensors, [prefix + key for key in row.keys]) for row in rows},
+        left_out=len(tensors) - len(found),
+    )
+
+
+def _taken(
+    row: WeightRow,
+    tensors: StoredTensors,
+    keys: list[str],
+    *,
+    dtype: torch.dtype,
+    thirds: tuple[int, int] | None = None,
+) -> LazyTensor:
+    """A parameter made of tensors of a source.
+
+    Args:
+        row: its name, shape and transform.
+        tensors: the source.
+        keys: names in the source, in the order that the transform takes them.
+        dtype: type of the result; the parts may have others.
+        thirds: first and last third of the rows of the only part; None for all rows.
+    """
+    # A part whose type no weights have is refused here, before anything is written.
+    parts = {key: tensors[key] for key in keys}
+
+    def load() -> Tensor:
+        values = [cast(part.load(), dtype, name=key, source=tensors.locate(key)) for key, part in parts.items()]
+        if thirds is None:
+            return row.transform.to_canonical(values)
+        first, last = (len(values[0]) // 3 * third for third in thirds)
+        return values[0][first:last].clone()
+
+    return LazyTensor(shape=row.shape, dtype=dtype, load=load)
+
+
+def _origin(tensors: StoredTensors, keys: list[str]) -> list[dict[str, str]]:
+    return [{"file": str(Path(tensors.locate(key)).absolute()), "tensor": key} for key in keys]
 
 
 def _layout(tensors: StoredTensors, ends: Mapping[str, str], what: str) -> tuple[str, str]:
@@ -214,60 +229,57 @@ def _native_rows(config: ModelConfig) -> tuple[WeightRow, ...]:
     return weight_rows(dataclasses.replace(config, adaptor=adaptor), "native")
 
 
-def _native_tower(config: ModelConfig, flat: str, native: str) -> list[WeightRow]:
+def _native_tower(config: ModelConfig, prefix: str, native: str) -> list[WeightRow]:
     """Rows of a tower by transformers' names; what DeepSeek-VL adds to SAM has other names and is not among them."""
     return [
         dataclasses.replace(row, keys=tuple(key.removeprefix(native) for key in row.keys))
         for row in _native_rows(config)
-        if row.flat.startswith(flat) and all(key.startswith(native) for key in row.keys)
+        if row.name.startswith(prefix) and all(key.startswith(native) for key in row.keys)
     ]
 
 
-def _same_names(config: ModelConfig, flat: str) -> list[WeightRow]:
+def _same_names(config: ModelConfig, prefix: str) -> list[WeightRow]:
     """Rows of a tower whose public names are the released model's."""
-    shapes = flat_shapes(config)
+    shapes = canonical_shapes(config)
     return [
-        WeightRow(name, shape, (name.removeprefix(flat),), Copy())
+        WeightRow(name, shape, (name.removeprefix(prefix),), Copy())
         for name, shape in shapes.items()
-        if name.startswith(flat)
+        if name.startswith(prefix)
     ]
 
 
 def _pool_rows(config: ModelConfig) -> dict[str, WeightRow]:
-    """The attention pool by what stands after `attn_pool.`."""
+    """The attention pool by the part of the name after `attn_pool.`."""
     return {
-        dead.key.partition(_POOL)[2]: WeightRow(dead.key, dead.shape, (dead.key,), Copy())
-        for dead in dead_tensors(config)
-        if _POOL in dead.key
+        unused.key.partition(_POOL)[2]: WeightRow(unused.key, unused.shape, (unused.key,), Copy())
+        for unused in unused_parameters(config)
+        if _POOL in unused.key
     }
 
 
-def _pool_tensors(
+def _pool_keys(
     tensors: StoredTensors,
     pool: Mapping[str, tuple[str, tuple[int, int] | None]],
     *,
     config: ModelConfig,
     prefix: str,
-    dtype: torch.dtype,
-) -> dict[str, TakenTensor]:
-    """The attention pool where the source has one: DeepSeek-VL never runs it, but the release keeps it."""
-    if not any(prefix + key in tensors for key, _ in pool.values()):
+) -> dict[str, str]:
+    """Names of the attention pool in a source that has one: DeepSeek-VL never runs it, but the release keeps it."""
+    keys = {name: prefix + key for name, (key, _) in pool.items()}
+    if not any(key in tensors for key in keys.values()):
         return {}
     rows = _pool_rows(config)
     expected = {}
-    for name, (key, thirds) in pool.items():
+    for name, (_, thirds) in pool.items():
         first, *rest = rows[name].shape
-        expected[prefix + key] = rows[name].shape if thirds is None else (3 * first // (thirds[1] - thirds[0]), *rest)
+        expected[keys[name]] = rows[name].shape if thirds is None else (3 * first // (thirds[1] - thirds[0]), *rest)
     found = {key: tensors[key] for key in expected if key in tensors}
     require_exactly(expected, found=found, locate=tensors.locate, wanted=f"preset {config.preset}")
-    return {
-        rows[name].flat: TakenTensor(row=rows[name], parts=(tensors[prefix + key],), dtype=dtype, thirds=thirds)
-        for name, (key, thirds) in pool.items()
-    }
+    return keys
 
 
 def _check_tower(path: Path, config: ModelConfig, tower: str) -> None:
-    """Sizes in a folder's `config.json`; the number of heads shows nowhere else."""
+    """Compare the sizes in a folder's `config.json`; no shape shows the number of heads."""
     where = path / "config.json"
     if not where.is_file():
         return

@@ -1,4 +1,4 @@
-"""The weight table of each format: which tensors of a file make up which flat tensor, in both directions.
+"""The weight table of each format: which tensors of a file make up which parameter, in both directions.
 
 Formats:
     native: transformers' `DeepseekVLForConditionalGeneration` and `DeepseekVLHybridForConditionalGeneration`.
@@ -16,8 +16,8 @@ import torch
 from megavl.config.adaptor import AdaptorKind
 from megavl.config.model import ModelConfig
 from megavl.convert.adaptors import require_holdable
-from megavl.convert.flat_names import Shape, flat_shapes
 from megavl.convert.transforms import Copy, DropFirstAxis, InterleaveHeads, StackRows, Transform
+from megavl.weights.canonical_names import LAYERS, Shape, canonical_shapes
 
 Format = Literal["native", "original"]
 FORMATS: tuple[Format, ...] = ("native", "original")
@@ -25,12 +25,12 @@ FORMATS: tuple[Format, ...] = ("native", "original")
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One flat tensor and the tensors of a file that hold it."""
+    """One parameter and the tensors of a file that hold it."""
 
-    flat: str
-    """Flat name."""
+    name: str
+    """Canonical name."""
     shape: Shape
-    """Shape of the flat tensor."""
+    """Shape of the parameter."""
     keys: tuple[str, ...]
     """Names in the file, in the order that the transform takes them."""
     transform: Transform
@@ -42,8 +42,8 @@ class WeightRow:
 
 
 @dataclass(frozen=True)
-class DeadTensor:
-    """A parameter that the released classes own but never run."""
+class UnusedParameter:
+    """A parameter that the released classes have but never use."""
 
     key: str
     """Name in the original format."""
@@ -56,7 +56,7 @@ class DeadTensor:
         return torch.full(self.shape, self.fill, dtype=dtype)
 
 
-# Flat name after `vision.siglip.`, native name after NATIVE_SIGLIP; `{i}` a block, `*` weight or bias.
+# Canonical name after `vision.siglip.`, native name after NATIVE_SIGLIP; `{i}` a block, `*` weight or bias.
 _SIGLIP: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
     ("pos_embed", ("embeddings.position_embedding.weight",), DropFirstAxis()),
     ("patch_embed.proj.*", ("embeddings.patch_embedding.*",), Copy()),
@@ -73,7 +73,7 @@ _SIGLIP: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
     ("norm.*", ("post_layernorm.*",), Copy()),
 )
 
-# Flat name after `vision.sam.`, native name after `model.`.
+# Canonical name after `vision.sam.`, native name after `model.`.
 _SAM_TRUNK = "high_res_vision_model.vision_encoder."
 _SAM: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
     ("pos_embed", (_SAM_TRUNK + "pos_embed",), Copy()),
@@ -99,7 +99,7 @@ _SAM: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
     ("hd_alpha_downsamples", ("high_res_vision_alpha",), Copy()),
 )
 
-# Flat name after `vision.adaptor.`, native name after `model.aligner.`.
+# Canonical name after `vision.adaptor.`, native name after `model.aligner.`.
 _ADAPTORS: dict[AdaptorKind, tuple[tuple[str, tuple[str, ...], Transform], ...]] = {
     "mlp_gelu": (
         ("layers.0.*", ("linear1.*",), Copy()),
@@ -114,35 +114,35 @@ _ADAPTORS: dict[AdaptorKind, tuple[tuple[str, tuple[str, ...], Transform], ...]]
 
 NATIVE_SIGLIP = "model.vision_model.vision_model."
 """Nested layout: published, and the only one that transformers 4.57 reads."""
-NATIVE_SIGLIP_FLAT = "model.vision_model."
+NATIVE_SIGLIP_UNNESTED = "model.vision_model."
 """Layout that transformers 5.10 and later save when a model is built from scratch."""
 
 _ORIGINAL_SAM = "vision_model.vision_tower_high.vision_tower."
 
 
 def weight_rows(config: ModelConfig, fmt: Format) -> tuple[WeightRow, ...]:
-    """The table of one format at the sizes of `config`; every flat tensor stands in exactly one row.
+    """The table of one format at the sizes of `config`; every parameter stands in exactly one row.
 
     Raises:
         UsageError: the format cannot hold the adaptor.
     """
     require_holdable(config, fmt)
-    shapes = flat_shapes(config)
+    shapes = canonical_shapes(config)
     rows = list(_vision_rows(config, fmt, shapes)) + list(_decoder_rows(config, fmt, shapes))
-    assert sorted(row.flat for row in rows) == sorted(shapes), "the weight table covers every flat name once"
+    assert sorted(row.name for row in rows) == sorted(shapes), "the weight table covers every canonical name once"
     return tuple(rows)
 
 
 def key_shapes(config: ModelConfig, fmt: Format) -> dict[str, Shape]:
-    """Name and shape of every tensor that a complete file of this format holds, dead ones included."""
+    """Name and shape of every tensor that a complete file of this format holds, unused ones included."""
     shapes = {key: shape for row in weight_rows(config, fmt) for key, shape in row.key_shapes.items()}
     if fmt == "original":
-        shapes |= {dead.key: dead.shape for dead in dead_tensors(config)}
+        shapes |= {unused.key: unused.shape for unused in unused_parameters(config)}
     return shapes
 
 
-def dead_tensors(config: ModelConfig) -> tuple[DeadTensor, ...]:
-    """Parameters of the original format that never run: SigLIP's attention pool and, with SAM, two layer norms."""
+def unused_parameters(config: ModelConfig) -> tuple[UnusedParameter, ...]:
+    """Parameters that only the original format has: SigLIP's attention pool and, with SAM, two layer norms."""
     width, mlp_dim, pool = config.siglip.width, config.siglip.mlp_dim, _original_siglip(config) + "attn_pool."
     shapes: dict[str, Shape] = {
         pool + "latent": (1, 1, width),
@@ -162,7 +162,7 @@ def dead_tensors(config: ModelConfig) -> tuple[DeadTensor, ...]:
     if config.sam is not None:
         for norm in ("high_layer_norm", "low_layer_norm"):
             shapes |= {f"vision_model.{norm}.weight": (width,), f"vision_model.{norm}.bias": (width,)}
-    return tuple(DeadTensor(key, shape, float(key.endswith("norm.weight"))) for key, shape in shapes.items())
+    return tuple(UnusedParameter(key, shape, float(key.endswith("norm.weight"))) for key, shape in shapes.items())
 
 
 def native_pool_keys(config: ModelConfig) -> frozenset[str]:
@@ -187,10 +187,10 @@ def _vision_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> 
             "vision.sam.": _ORIGINAL_SAM,
             "vision.adaptor.": "aligner.",
         }
-        for flat, original in prefixes.items():
+        for prefix, original in prefixes.items():
             for name, shape in shapes.items():
-                if name.startswith(flat):
-                    yield WeightRow(name, shape, (original + name.removeprefix(flat),), Copy())
+                if name.startswith(prefix):
+                    yield WeightRow(name, shape, (original + name.removeprefix(prefix),), Copy())
         return
     tables = [
         ("vision.siglip.", NATIVE_SIGLIP, _SIGLIP, config.siglip.depth),
@@ -198,16 +198,16 @@ def _vision_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> 
     ]
     if config.sam is not None:
         tables.append(("vision.sam.", "model.", _SAM, config.sam.depth))
-    for flat, native, patterns, depth in tables:
+    for prefix, native, patterns, depth in tables:
         for pattern, keys, transform in patterns:
-            for name, names in _expand(flat + pattern, tuple(native + key for key in keys), depth):
+            for name, names in _expand(prefix + pattern, tuple(native + key for key in keys), depth):
                 yield WeightRow(name, shapes[name], names, transform)
 
 
-def _expand(flat: str, keys: tuple[str, ...], depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for index in map(str, range(depth)) if "{i}" in flat else ("",):
-        for kind in ("weight", "bias") if "*" in flat else ("",):
-            yield _fill(flat, index, kind), tuple(_fill(key, index, kind) for key in keys)
+def _expand(name: str, keys: tuple[str, ...], depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for index in map(str, range(depth)) if "{i}" in name else ("",):
+        for kind in ("weight", "bias") if "*" in name else ("",):
+            yield _fill(name, index, kind), tuple(_fill(key, index, kind) for key in keys)
 
 
 def _fill(pattern: str, index: str, kind: str) -> str:
@@ -218,7 +218,7 @@ def _decoder_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) ->
     heads = config.llm.num_attention_heads
     backbone = "model.language_model." if fmt == "native" else "language_model.model."
     head = "lm_head.weight" if fmt == "native" else "language_model.lm_head.weight"
-    layer = "language_model.decoder.layers.{i}."
+    layer = LAYERS + "{i}."
     attention, mlp = backbone + "layers.{i}.self_attn.", backbone + "layers.{i}.mlp."
     patterns: tuple[tuple[str, tuple[str, ...], Transform], ...] = (
         ("language_model.embedding.word_embeddings.weight", (backbone + "embed_tokens.weight",), Copy()),

@@ -1,4 +1,4 @@
-"""The tokenizer of an export: its special ids, its files byte for byte, and a completed `tokenizer_config.json`."""
+"""The tokenizer of an export: special ids, files byte for byte, and a completed `tokenizer_config.json`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TokenizerFolder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files to copy byte for byte, `tokenizer_config.json` not among them."""
+        """Files to copy byte for byte; `tokenizer_config.json` is not one of them."""
         return tuple(path for name in _COPIED if (path := self.folder / name).is_file())
 
 
@@ -70,7 +70,7 @@ def read_tokenizer(folder: str | Path) -> TokenizerFolder:
 
 
 def fitting_tokenizer(folder: str | Path, config: ModelConfig) -> TokenizerFolder:
-    """The tokenizer of a folder, known to be the model's.
+    """Read the tokenizer of a folder and check that it belongs to the model.
 
     Raises:
         DataError: as `read_tokenizer`, or its image token has another id than the model's, or a special id has no row.
@@ -94,8 +94,8 @@ def fitting_tokenizer(folder: str | Path, config: ModelConfig) -> TokenizerFolde
 def with_image_token(folder: str | Path, *, image_id: int) -> tuple[dict[str, bytes | Path], bool]:
     """Tokenizer files of a language model for a model with images.
 
-    A tokenizer without the image token gets it, as the released client does on loading: as a special token behind all
-    others, in `tokenizer.json`, whose other entries stay as they are. No other text is tokenized differently then.
+    A tokenizer without the image token gets it as the last special token, as in the released client. The other entries
+    of `tokenizer.json` stay as they are, so all other text is tokenized as before.
 
     Args:
         folder: folder with `tokenizer.json`.
@@ -145,7 +145,7 @@ def tokenizer_paths(folder: str | Path) -> tuple[Path, ...]:
 
 
 def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "original"], max_length: int) -> bytes:
-    """`tokenizer_config.json` of an export: the source's, with what the clients need added.
+    """`tokenizer_config.json` of an export: the source's, with additions that the clients need.
 
     The class is always LlamaTokenizerFast: the released client accepts no other, and it puts BOS first as training
     did. Its unk_token is written even when there is none, or the class would add an `<unk>` to the vocabulary.
@@ -176,10 +176,10 @@ def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "orig
 
 
 def with_bos_first(tokenizer: TokenizerFolder) -> bytes | None:
-    """`tokenizer.json` that puts BOS first by itself; None where it does, or where its configuration does not want it.
+    """A `tokenizer.json` whose post-processor puts BOS first; None if the file has it or the configuration forbids it.
 
-    transformers 4 takes that from `add_bos_token` in `tokenizer_config.json`, transformers 5 looks at `tokenizer.json`
-    alone. Nothing but the post-processor changes, which transformers 4 replaces by the same one.
+    Transformers 4 reads `add_bos_token` in `tokenizer_config.json`; transformers 5 reads `tokenizer.json` alone. Only
+    the post-processor changes, and transformers 4 replaces it by the same one.
     """
     path, bos = tokenizer.folder / "tokenizer.json", tokenizer.tokens["bos_token"]
     text = path.read_text(encoding="utf-8")
@@ -214,7 +214,7 @@ def _special_tokens(folder: Path, vocabulary: dict[str, Any]) -> tuple[dict[str,
 
 
 def _library_vocabulary(path: Path, content: str) -> dict[str, int]:
-    """Ids by token, as the library reads them; `added_tokens` of a file may ask for ids that it does not give."""
+    """Ids by token as the library assigns them, which may differ from the ids in `added_tokens`."""
     found: dict[str, int] = _from_library(path, content).get_vocab(with_added_tokens=True)
     return found
 
@@ -245,7 +245,7 @@ def _readable(path: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    """A token as `tokenizer_config.json` gives it: its text, or an object with the text in it."""
+    """Text of a token in `tokenizer_config.json`, which is the text or an object that holds it."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 

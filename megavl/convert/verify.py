@@ -1,17 +1,15 @@
-"""Comparing two sets of weights tensor by tensor, with two tensors in memory at a time."""
+"""Compares two sets of weights tensor by tensor, with two tensors in memory at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config
-from megavl.convert.lazy import LazyTensor
+from megavl.weights.lazy import LazyTensor
 
 _CHUNK = 1 << 22
 """Elements compared at a time; each takes 16 bytes as float64."""
@@ -19,7 +17,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How far two tensors of one name are apart."""
+    """Difference of two tensors of one name."""
 
     name: str
     max_abs: float
@@ -41,7 +39,7 @@ class Comparison:
     extra: tuple[str, ...]
     """Names of the second set that the first lacks."""
     misshapen: tuple[str, ...]
-    """Names with two shapes."""
+    """Names whose shapes differ."""
 
     @property
     def identical(self) -> bool:
@@ -92,21 +90,11 @@ def compare(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor]) -> Compari
     )
 
 
-def open_flat(folder: str | Path) -> Mapping[str, LazyTensor]:
-    """Flat tensors of a Hugging Face folder of either format, ready for `compare`.
-
-    Raises:
-        CheckpointError: as `hf_read.read_config` and `hf_read.flat_view`.
-    """
-    config, fmt = read_config(folder)
-    return dict(flat_view(open_hf_tensors(folder), config=config, fmt=fmt))
-
-
 def _difference(name: str, a: Tensor, b: Tensor) -> TensorDifference:
     max_abs = scale = 0.0
-    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
-    for start in range(0, flat_a.numel(), _CHUNK):
-        wide_a, wide_b = (side[start : start + _CHUNK].double() for side in (flat_a, flat_b))
+    values_a, values_b = a.reshape(-1), b.reshape(-1)
+    for start in range(0, values_a.numel(), _CHUNK):
+        wide_a, wide_b = (side[start : start + _CHUNK].double() for side in (values_a, values_b))
         same = (wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan())
         gap = torch.where(same, 0.0, (wide_a - wide_b).abs()).nan_to_num(nan=math.inf)
         max_abs = max(max_abs, float(gap.max()))

@@ -1,13 +1,13 @@
-"""The tensors of a weight file, of a sharded set, or of a Hugging Face folder, by the names that the files give them.
+"""Tensors of a weight file, of a sharded set, or of a Hugging Face folder, by the names in the files.
 
-Safetensors files are preferred; where there are none, `pytorch_model.bin` and other archives of `torch.save` are read
-by torch's weights-only loader.
+Safetensors files are preferred. Where there are none, torch's weights-only loader reads `pytorch_model.bin` and other
+archives of `torch.save`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
@@ -17,15 +17,17 @@ from torch import Tensor
 from megavl.config.errors import CheckpointError
 from megavl.convert.pickle_in import PickleFile
 from megavl.convert.safetensors_in import SafetensorsFile, read_json
+from megavl.weights.canonical_names import Shape
+from megavl.weights.lazy import LazyTensor
 
 PICKLES = (".bin", ".pth", ".pt")
-"""Endings of what `torch.save` wrote."""
+"""Endings of archives of `torch.save`."""
 _STEMS = ("model.safetensors", "pytorch_model.bin")
 """Names that transformers gives to weights, the preferred one first; sharded weights have `.index.json` after it."""
 
 
 class WeightFile(Protocol):
-    """A file whose tensors are described without being read."""
+    """A file that gives shape and type of its tensors without reading their values."""
 
     @property
     def path(self) -> Path:
@@ -35,63 +37,46 @@ class WeightFile(Protocol):
     def names(self) -> Sequence[str]:
         """Names of its tensors."""
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def describe(self, name: str) -> tuple[Shape, torch.dtype]:
         """Shape and dtype of one tensor."""
 
     def load(self, name: str) -> Tensor:
         """Values of one tensor, in memory of their own."""
 
     def load_slice(self, name: str, start: int, stop: int, *, axis: int) -> Tensor:
-        """What lies between two indices of an axis of a tensor, in memory of its own."""
+        """The indices `start` to `stop` of an axis of a tensor, in memory of their own."""
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file."""
+class StoredTensors(Mapping[str, LazyTensor]):
+    """Every tensor of one file or of one sharded set, by the name that the file gives it.
 
-    file: WeightFile
-    name: str
-    """Name in the file."""
+    A tensor is described when it is taken from the mapping, so that only wanted tensors must be of a type of weights.
+    """
 
-    @property
-    def shape(self) -> Sequence[int]:
-        """Shape, from the file's header."""
-        return self.file.describe(self.name)[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type, from the file's header."""
-        return self.file.describe(self.name)[1]
-
-    def load(self) -> Tensor:
-        """Read the values."""
-        return self.file.load(self.name)
-
-    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> Tensor:
-        """Read what lies between two indices of an axis."""
-        return self.file.load_slice(self.name, start, stop, axis=axis)
-
-
-class StoredTensors(Mapping[str, StoredTensor]):
-    """Every tensor of one file or of one sharded set, by name."""
-
-    def __init__(self, source: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, source: Path, files: Mapping[str, WeightFile]) -> None:
+        """Keep the file of each name; `source` is the file that lists the names: the index, or the only file."""
         self.source = source
-        """File that lists the names: the index, or the only file."""
-        self._tensors = dict(tensors)
+        self._files = dict(files)
 
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._tensors[name]
+    def __getitem__(self, name: str) -> LazyTensor:
+        file = self._files[name]
+        shape, dtype = file.describe(name)
+        return LazyTensor(
+            shape=shape, dtype=dtype, load=partial(file.load, name), slicer=partial(file.load_slice, name)
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._files)
 
     def locate(self, name: str) -> str:
         """Path of the file that holds a tensor, or that should list it."""
-        return str(self._tensors[name].file.path if name in self._tensors else self.source)
+        return str(self._files[name].path if name in self._files else self.source)
 
 
 def open_file(path: Path) -> StoredTensors:
@@ -101,7 +86,7 @@ def open_file(path: Path) -> StoredTensors:
         CheckpointError: missing, damaged or hostile.
     """
     file = _open(path)
-    return StoredTensors(path, {name: StoredTensor(file, name) for name in file.names})
+    return StoredTensors(path, dict.fromkeys(file.names, file))
 
 
 def open_folder(folder: Path) -> StoredTensors:
@@ -150,7 +135,7 @@ def _open_sharded(folder: Path, index: Path) -> StoredTensors:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
-    tensors: dict[str, StoredTensor] = {}
+    files: dict[str, WeightFile] = {}
     for shard in sorted(set(weight_map.values())):
         file = _open(_inside(folder, shard, index))
         listed = {name for name, holder in weight_map.items() if holder == shard}
@@ -159,12 +144,12 @@ def _open_sharded(folder: Path, index: Path) -> StoredTensors:
             raise CheckpointError(f"{file.path}: no tensor {absent[0]!r}, which {index.name} places there")
         if surplus:
             raise CheckpointError(f"{file.path}: holds tensor {surplus[0]!r}, which {index.name} does not place there")
-        tensors |= {name: StoredTensor(file, name) for name in listed}
-    return StoredTensors(index, {name: tensors[name] for name in weight_map})
+        files |= dict.fromkeys(listed, file)
+    return StoredTensors(index, {name: files[name] for name in weight_map})
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:
-    # Checked by name only: the model cache of Hugging Face legitimately links its files to a place outside.
+    # Checked by name only: the model cache of Hugging Face legitimately links its files to another folder.
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in parts or "\\" in name:
         raise CheckpointError(f"{index}: weight_map names {name!r}, which lies outside the folder; refused")

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from megavl.config.errors import DataError
 from megavl.config.model import STRICT
 from megavl.config.presets import ImageGeometry
+from megavl.files.new_file import FileEntry as FileEntry
 
 FORMAT_VERSION = 2
 """Raised when files of an older version can no longer be read."""
@@ -54,16 +55,6 @@ PACK_ROW = np.dtype(
     ]
 )
 """One member of a pack; members of a pack are adjacent and in sequence order."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class FileEntry:
-    """A file beside the manifest."""
-
-    name: str
-    size: int
-    """Bytes."""
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from megavl.data.manifest import (
     read_manifest,
 )
 from megavl.data.table import ReadHandles, open_table
+from megavl.files.hashing import file_sha256
 
-_BLOCK = 1 << 22
 _RESTORE = "restore the file or start data_tools/preprocess.py again with --no-resume"
 
 
@@ -74,21 +73,12 @@ def check_file(directory: str | Path, entry: FileEntry) -> None:
         DataError: missing, or other size or sha256; names both.
     """
     path = _check_size(Path(directory), entry)
-    found = file_sha256(path)
-    if found != entry.sha256:
-        raise DataError(f"{path}: sha256 {found} is not the {entry.sha256} of its manifest; {_RESTORE}")
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+        found = file_sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror}); {_RESTORE}") from error
-    return digest.hexdigest()
+    if found != entry.sha256:
+        raise DataError(f"{path}: sha256 {found} is not the {entry.sha256} of its manifest; {_RESTORE}")
 
 
 def _check_size(directory: Path, entry: FileEntry) -> Path:

@@ -14,21 +14,21 @@ from pathlib import Path
 import torch
 
 from megavl.checkpoint import collective_errors
-from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.config.errors import DataError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
-from megavl.convert.flat_names import flat_shapes
-from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config
+from megavl.convert.open_weights import find_weights
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
-from megavl.generate.weights import LazyTensor, load_weights
+from megavl.generate.weights import load_weights
 from megavl.model.build import BuildSpec, build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 from megavl.planner.layouts.layout import balance_weights, layout_string
+from megavl.weights.canonical_names import canonical_shapes
+from megavl.weights.dtypes import DTYPES
+from megavl.weights.lazy import LazyTensor
 
 ALONE = ParallelConfig()
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ModelSource:
     config: ModelConfig
     tokenizer: Tokenizer
     tensors: Mapping[str, LazyTensor]
-    """Weights by flat name."""
+    """Weights by canonical name."""
 
 
 def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
@@ -54,19 +54,10 @@ def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
         CheckpointError: nothing there, damaged, or not a DeepSeek-VL model.
         DataError: the tokenizer is missing or does not belong to the model.
     """
-    path = Path(path)
-    tensors: Mapping[str, LazyTensor]
-    if is_hf_folder(path):
-        config, fmt = read_config(path)
-        tensors = flat_view(open_hf_tensors(path), config=config, fmt=fmt)
-        tokenizer = open_tokenizer(path)
-    else:
-        path = resolve(path, skip_hash=skip_hash)
-        config = load_model_config(path)
-        tensors = open_model_tensors(path, skip_hash=skip_hash)
-        tokenizer = open_tokenizer(_tokenizer_in(path / "tokenizer"))
-    _check_tokenizer(tokenizer, config)
-    return ModelSource(path=path, config=config, tokenizer=tokenizer, tensors=tensors)
+    found = find_weights(path, skip_hash=skip_hash)
+    tokenizer = open_tokenizer(_tokenizer_in(found.tokenizer))
+    _check_tokenizer(tokenizer, found.config)
+    return ModelSource(path=found.path, config=found.config, tokenizer=tokenizer, tensors=found.tensors)
 
 
 def find_model_on_every_rank(path: str | Path) -> ModelSource:
@@ -156,7 +147,7 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
         layers = balance_weights(source.config, stages=parallel.pipeline, tensor=parallel.tensor)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     model = build_to_generate(
-        BuildSpec(model=source.config, parallel=parallel, layout=layout_string(layers), dtype=_DTYPES[name])
+        BuildSpec(model=source.config, parallel=parallel, layout=layout_string(layers), dtype=DTYPES[name])
     )
     at = groups.position()
     collective_errors.on_every_rank(
@@ -167,7 +158,7 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
             first_layer=sum(layers[: at.pp_rank]),
             tensor_rank=at.tp_rank,
             tensor_size=at.tp_size,
-            elsewhere=flat_shapes(source.config) if at.pp_size > 1 else (),
+            elsewhere=canonical_shapes(source.config) if at.pp_size > 1 else (),
         )
     )
     return model

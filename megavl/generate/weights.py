@@ -1,36 +1,16 @@
-"""Weights by flat name into this rank's modules: its layers, and of each cut matrix its own rows or columns."""
+"""Weights by canonical name into this rank's modules: its layers, and of each cut matrix its own rows or columns."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from megavl.config.errors import CheckpointError
-
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Transformer Engine keeps a layer's norms inside the projections that follow them."""
-_LAYERS = "language_model.decoder.layers."
-
-
-class LazyTensor(Protocol):
-    """A stored tensor that is read when asked for."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Its shape, known before it is read."""
-
-    def load(self) -> torch.Tensor:
-        """Read it."""
-
-    def load_slice(self, start: int, stop: int, *, axis: int = 0) -> torch.Tensor:
-        """Read what lies between two indices of an axis."""
+from megavl.weights.canonical_names import canonical_name
+from megavl.weights.lazy import LazyTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +24,6 @@ class Cut:
     blocks: int
     rank: int
     size: int
-
-
-def flat_name(parameter: str, *, first_layer: int = 0) -> str:
-    """Flat name of a module's parameter.
-
-    Args:
-        parameter: its name in the module.
-        first_layer: number of the decoder layer that this stage begins with.
-    """
-    if first_layer and parameter.startswith(_LAYERS):
-        number, _, rest = parameter.removeprefix(_LAYERS).partition(".")
-        parameter = f"{_LAYERS}{int(number) + first_layer}.{rest}"
-    for fused, flat in _FUSED_NORMS.items():
-        if parameter.endswith(fused):
-            return parameter.removesuffix(fused) + flat
-    return parameter
 
 
 def load_weights(
@@ -76,17 +40,17 @@ def load_weights(
 
     Args:
         model: this rank's stage.
-        tensors: the whole model's weights by flat name.
+        tensors: the whole model's weights by canonical name.
         source: where they come from, for messages.
         first_layer: number of the decoder layer that the stage begins with.
         tensor_rank: this rank's place among the tensor-parallel ranks.
         tensor_size: their number.
-        elsewhere: flat names of the weights that other stages may hold.
+        elsewhere: canonical names of the weights that other stages may hold.
 
     Raises:
         CheckpointError: a missing, unexpected or misshapen tensor; nothing has been copied then.
     """
-    parameters = {flat_name(name, first_layer=first_layer): p for name, p in model.named_parameters()}
+    parameters = {canonical_name(name, first_layer=first_layer): p for name, p in model.named_parameters()}
     if missing := sorted(parameters.keys() - tensors.keys()):
         raise CheckpointError(f"{source}: {len(missing)} weights of the model are missing: {', '.join(missing[:3])}")
     if unexpected := sorted(tensors.keys() - parameters.keys() - set(elsewhere)):

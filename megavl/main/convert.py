@@ -19,17 +19,18 @@ from megavl.config.errors import CheckpointError, DataError, UsageError
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.model import ModelConfig
 from megavl.config.presets import MODELS
-from megavl.convert.dtypes import DTYPE_NAMES
-from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config, read_passthrough
+from megavl.convert.hf_read import canonical_tensors, is_hf_folder, open_hf_tensors, read_config, read_unused
 from megavl.convert.hf_write import write_hf
-from megavl.convert.lazy import LazyTensor
+from megavl.convert.open_weights import open_weights
 from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
-from megavl.convert.verify import compare, open_flat
+from megavl.convert.verify import compare
 from megavl.convert.weight_files import open_file
 from megavl.main.device import choose_device
 from megavl.main.progress import counted
+from megavl.weights.dtypes import DTYPES
+from megavl.weights.lazy import LazyTensor
 
 PASSTHROUGH = "passthrough.safetensors"
 """File of a checkpoint that keeps the original format's unused tensors for a complete export."""
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     save.add_argument("source", metavar="CKPT", type=Path)
     save.add_argument("out", metavar="OUT", type=Path)
     save.add_argument("--format", choices=FORMATS, required=True, help="transformers' own classes, or the release's")
-    save.add_argument("--dtype", choices=DTYPE_NAMES, help="default: as stored")
+    save.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     init = actions.add_parser("init", help="start weights: a language model, SigLIP and SAM to a MegaVL checkpoint")
     init.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints; iter_0000000 is made in it")
     init.add_argument("--llm", metavar="DIR", type=Path, required=True, help="DeepSeek-LLM, as transformers stores it")
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     init.add_argument("--adaptor-depth", metavar="N", type=int, help="its linear layers in sequence")
     init.add_argument(
         "--dtype",
-        choices=DTYPE_NAMES,
+        choices=DTYPES,
         default="bfloat16",
         help="one type for all tensors; default: bfloat16, what training computes in; float32 loses nothing",
     )
@@ -87,20 +88,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise CheckpointError(str(error)) from error
 
 
-def open_weights(path: Path) -> dict[str, LazyTensor]:
-    """Weights of a checkpoint or Hugging Face folder under their flat names, read when asked for."""
-    return dict(open_flat(path) if is_hf_folder(path) else open_model_tensors(path))
-
-
 def _from_hf(arguments: argparse.Namespace) -> int:
     config, fmt = read_config(arguments.source)
     fitting_tokenizer(arguments.source, config)
     tensors = open_hf_tensors(arguments.source)
-    flat = flat_view(tensors, config=config, fmt=fmt)
+    weights = canonical_tensors(tensors, config=config, fmt=fmt)
     files: dict[str, bytes | Path] = {f"tokenizer/{p.name}": p for p in tokenizer_paths(arguments.source)}
-    dead = read_passthrough(tensors, config=config, fmt=fmt)
-    out = _write(arguments.out, config=config, tensors=flat, unused=dead, files=files, what="from-hf")
-    print(f"{arguments.source} ({fmt} format, {config.preset} sizes): {len(flat)} tensors to {out}")
+    unused = read_unused(tensors, config=config, fmt=fmt)
+    out = _write(arguments.out, config=config, tensors=weights, unused=unused, files=files, what="from-hf")
+    print(f"{arguments.source} ({fmt} format, {config.preset} sizes): {len(weights)} tensors to {out}")
     return 0
 
 
@@ -167,16 +163,16 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     passthrough = source / PASSTHROUGH
     tensors = open_model_tensors(source, skip_hash=True)
     # The files are hashed while they are converted: both read them, and the disk is read once.
-    with ThreadPoolExecutor(max_workers=1) as pool, counted(tensors, what="to-hf") as flat:
+    with ThreadPoolExecutor(max_workers=1) as pool, counted(tensors, what="to-hf") as weights:
         verified = pool.submit(resolve, source)
         out = write_hf(
             arguments.out,
             config=load_model_config(source),
-            flat=flat,
+            tensors=weights,
             fmt=arguments.format,
             tokenizer_dir=source / "tokenizer",
             dtype=arguments.dtype,
-            passthrough=open_file(passthrough) if passthrough.exists() else None,
+            unused=open_file(passthrough) if passthrough.exists() else None,
             source=str(source),
             confirm=verified.result,
         )

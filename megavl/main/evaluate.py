@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from megavl.config.errors import StorageError, UsageError
+from megavl.files.durable import replace_durably
 from megavl.main.device import add_device_arguments, choose_device
 
 
@@ -80,9 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_durably(path, text.encode())
     except OSError as error:
         raise StorageError(f"{path}: cannot write the report ({error.strerror}); choose a writable place") from error

@@ -90,7 +90,7 @@ def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
                 )
             )
     for stage in stages:
-        settle(stage, dtype=spec.dtype)
+        to_device_and_dtype(stage, dtype=spec.dtype)
         freeze(stage, train=spec.train)
     return stages
 
@@ -98,12 +98,12 @@ def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
 def build_towers(spec: BuildSpec) -> VisionTowers:
     """The vision towers alone on this rank's device, without meaningful weights, the frozen groups marked."""
     towers = VisionTowers(spec.model, recompute=spec.recompute.vision)
-    settle(towers, dtype=spec.dtype)
+    to_device_and_dtype(towers, dtype=spec.dtype)
     freeze(towers, train=spec.train, prefix="vision.")
     return towers
 
 
-def settle(module: nn.Module, *, dtype: torch.dtype) -> None:
+def to_device_and_dtype(module: nn.Module, *, dtype: torch.dtype) -> None:
     """Move a module to this rank's device and its weights to a type; buffers keep theirs."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(device=cpu_runtime.device(), dtype=dtype)

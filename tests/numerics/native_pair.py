@@ -20,13 +20,13 @@ from launch.bench.engines.released_pixels import random_picture, tower_pixels
 from megavl.config.model import ModelConfig
 from megavl.config.presets import ImageGeometry
 from megavl.config.recipe import ParallelConfig
-from megavl.convert.lazy import LoadedTensor
 from megavl.data.batch import make_batch
 from megavl.data.image import canvas
 from megavl.generate.weights import load_weights
 from megavl.model.build import BuildSpec, build_model
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
+from megavl.weights.lazy import LazyTensor
 
 TOLERANCE = 1e-5
 """Largest difference relative to the reference's largest value, fp32. A wrong GELU changes logits by 1e-4."""
@@ -80,7 +80,7 @@ def native_pair(config: ModelConfig, *, seed: int = 0, attention: str = "sdpa") 
     groups.start(alone, seed=0)
     try:
         ours = build_model(BuildSpec(model=config, parallel=alone, seed=1))
-        load_weights(ours, {name: LoadedTensor(tensor) for name, tensor in weights.items()}, source="test")
+        load_weights(ours, {name: LazyTensor.of(tensor) for name, tensor in weights.items()}, source="test")
         yield Pair(config, ours.eval(), transformers_model(config, weights, attention=attention))
     finally:
         groups.stop()

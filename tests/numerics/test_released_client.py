@@ -27,8 +27,7 @@ from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.convert.hf_write import write_hf
-from megavl.convert.lazy import LoadedTensor
-from megavl.convert.table import dead_tensors
+from megavl.convert.table import unused_parameters
 from megavl.data.batch import make_batch
 from megavl.data.image import canvas
 from megavl.data.template import Turn, conversation_pieces, encode
@@ -36,6 +35,7 @@ from megavl.data.tokenizer import open_tokenizer
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.prompt import encode_prompt, prompt_pieces
 from megavl.main.cli import main
+from megavl.weights.lazy import LazyTensor
 from tests.numerics.native_pair import TOLERANCE
 from tests.numerics.released_client import import_client, why_absent
 from tests.unit.generate.models import greedy_tokens
@@ -69,9 +69,9 @@ class Export:
 def export(request, tmp_path_factory) -> Iterator[Export]:
     root = tmp_path_factory.mktemp(request.param)
     config = load_model_config(request.param, llm=LLM, image_token_id=3)
-    flat = {name: LoadedTensor(tensor) for name, tensor in random_tensors(config).items()}
-    dead = {row.key: LoadedTensor(torch.randn(row.shape)) for row in dead_tensors(config)}
-    options: dict[str, Any] = {"config": config, "flat": flat, "fmt": "original", "passthrough": dead}
+    flat = {name: LazyTensor.of(tensor) for name, tensor in random_tensors(config).items()}
+    dead = {row.key: LazyTensor.of(torch.randn(row.shape)) for row in unused_parameters(config)}
+    options: dict[str, Any] = {"config": config, "tensors": flat, "fmt": "original", "unused": dead}
     folder = write_hf(root / "original", tokenizer_dir=write_tokenizer(root / "tokenizer"), **options)
     del flat, dead, options
     gc.collect()

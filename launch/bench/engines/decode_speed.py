@@ -76,11 +76,11 @@ def write_folder(config: ModelConfig, out: Path) -> None:
     """Random weights in the native format, with a byte-level tokenizer."""
     from launch.bench.engines.random_models import random_weights, write_tokenizer
     from megavl.convert.hf_write import write_hf
-    from megavl.convert.lazy import LoadedTensor
+    from megavl.weights.lazy import LazyTensor
 
     tokenizer = write_tokenizer(out.with_name(out.name + "-tokenizer"))
-    flat = {name: LoadedTensor(tensor) for name, tensor in random_weights(config)}
-    write_hf(out, config=config, flat=flat, fmt="native", tokenizer_dir=tokenizer, dtype="bfloat16")
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in random_weights(config)}
+    write_hf(out, config=config, tensors=tensors, fmt="native", tokenizer_dir=tokenizer, dtype="bfloat16")
 
 
 def prompts(config: ModelConfig, *, batch: int) -> tuple[list[list[int]], torch.Tensor]:

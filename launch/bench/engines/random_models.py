@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from megavl.config.model import ModelConfig
-from megavl.convert.flat_names import flat_shapes
 from megavl.convert.native_format import side_files
 from megavl.convert.table import weight_rows
 from megavl.convert.tokenizer_files import TokenizerIds
+from megavl.weights.canonical_names import canonical_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def random_weights(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str,
 
     Tensors that start at zero in training get values too, since zeros would hide the branches that use them.
     """
-    for index, (name, shape) in enumerate(flat_shapes(config).items()):
+    for index, (name, shape) in enumerate(canonical_shapes(config).items()):
         generator = torch.Generator().manual_seed(seed * 100_003 + index)
         noise = torch.randn(shape, generator=generator)
         is_norm = "norm" in name or (name.startswith(("vision.sam.neck.", "vision.sam.neck_hd.")) and len(shape) == 1)
@@ -57,7 +57,7 @@ def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor], *,
     model = new_transformers_model(config, attention=attention, dtype=torch.float32)
     state: dict[str, torch.Tensor] = {}
     for row in weight_rows(config, "native"):
-        state |= zip(row.keys, row.transform.from_flat(weights[row.flat]))
+        state |= zip(row.keys, row.transform.from_canonical(weights[row.name]))
     model.load_state_dict(state, strict=True)
     return model.eval()
 

@@ -23,9 +23,8 @@ from launch.bench.engines.step_work import Work
 from megavl.convert.table import weight_rows
 from megavl.data.batch import Batch
 from megavl.generate.against_transformers import pixel_tensors
-from megavl.generate.weights import flat_name
 from megavl.model import decoder
-from megavl.model.build import BuildSpec
+from megavl.model.build import DTYPES, BuildSpec
 from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
@@ -33,9 +32,9 @@ from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.profile.calibration_steps import MICRO_BATCHES, RandomSteps
 from megavl.train.step import train_step
+from megavl.weights.canonical_names import canonical_name
 
 SIDES = ("megavl", "megatron-local", "transformers")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Side(Protocol):
@@ -104,7 +103,7 @@ class MegaVL:
         (chunk,) = self.model.chunks
         if weights is not None:
             for name, parameter in chunk.module.named_parameters():
-                parameter.data.copy_(weights[flat_name(name)])
+                parameter.data.copy_(weights[canonical_name(name)])
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=precision == "bf16")
         set_learning_rate(self.optimizer, lr=lr, weight_decay=0.0)
         _end_part(chunk.module, work)
@@ -202,7 +201,7 @@ class Transformers:
             with self.device:
                 model = new_transformers_model(self.config, attention="sdpa", dtype=self.dtype)
         rows = weight_rows(self.config, "native")
-        trained = {key for row in rows if part_of(row.flat) in recipe.trainable_parts for key in row.keys}
+        trained = {key for row in rows if part_of(row.name) in recipe.trainable_parts for key in row.keys}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

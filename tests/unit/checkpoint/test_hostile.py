@@ -47,7 +47,7 @@ def forge(path: Path) -> None:
     """Make the manifest fit the files."""
     (path / "manifest.json").unlink()
     written = [file for file in path.rglob("*") if file.is_file()]
-    records = commit.records_of(path, written)
+    records = commit.file_records(path, written)
     commit.write_manifest(path, iteration=5, world_size=1, content={}, records=records)
 
 

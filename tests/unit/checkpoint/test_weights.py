@@ -13,35 +13,25 @@ import pytest
 import torch
 
 from megavl.checkpoint.manifest import file_record
-from megavl.checkpoint.names import flat_names, is_stacked, language_model_names, place_of
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.store import read_manifest
+from megavl.checkpoint.stored_keys import canonical_names, is_stacked, stored_key
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import CheckpointError, StorageError
 from megavl.config.load import load_model_config as preset
+from megavl.weights.canonical_names import canonical_shapes
 from tests.unit.checkpoint import states
 from tests.unit.checkpoint.ranks import results, run_ranks
 
 CONFIG = preset("tiny-hybrid")
 LLM = CONFIG.llm
-SHAPES = {
-    "embedding.word_embeddings": (LLM.vocab_size, LLM.hidden_size),
-    "output_layer": (LLM.vocab_size, LLM.hidden_size),
-    "linear_qkv": (3 * LLM.hidden_size, LLM.hidden_size),
-    "linear_proj": (LLM.hidden_size, LLM.hidden_size),
-    "linear_fc1": (2 * LLM.ffn_hidden_size, LLM.hidden_size),
-    "linear_fc2": (LLM.hidden_size, LLM.ffn_hidden_size),
-    "layernorm": (LLM.hidden_size,),
-}
+LANGUAGE = {name: shape for name, shape in canonical_shapes(CONFIG).items() if name.startswith("language_model.")}
 VISION = {"vision.siglip.weight": (4, 3), "vision.siglip.bias": (4,), "vision.siglip.pos_embed": (1, 2, 3)}
 
 
 def weights() -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(7)
-    for name in language_model_names(layers=LLM.num_layers):
-        shape = next(shape for part, shape in SHAPES.items() if part in name)
-        yield name, torch.randn(shape, generator=generator)
-    for name, shape in VISION.items():
+    for name, shape in {**LANGUAGE, **VISION}.items():
         yield name, torch.randn(shape, generator=generator)
 
 
@@ -91,13 +81,13 @@ def test_one_layer_is_read_without_the_others(written: Path, monkeypatch: pytest
     from megavl.checkpoint import reader
 
     lengths: list[int] = []
-    load_item = reader.load_item
+    load_shard_item = reader.load_shard_item
 
     def counted(stream: object, info: object, *, source: str) -> object:
         lengths.append(info.length)  # type: ignore[attr-defined]
-        return load_item(stream, info, source=source)  # type: ignore[arg-type]
+        return load_shard_item(stream, info, source=source)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reader, "load_item", counted)
+    monkeypatch.setattr(reader, "load_shard_item", counted)
     tensor = open_model_tensors(written)["language_model.decoder.layers.3.mlp.linear_fc2.weight"].load()
     assert tensor.nbytes <= sum(lengths) < 1.1 * tensor.nbytes
 
@@ -146,12 +136,11 @@ def test_weights_are_not_replaced(written: Path) -> None:
 
 
 def test_names_have_an_exact_inverse() -> None:
-    flat = [*language_model_names(layers=12), *VISION, "vision.siglip.blocks.3.mlp.fc1.weight"]
-    places = {name: place_of(name) for name in flat}
-    for name, place in places.items():
-        assert is_stacked(place.key) == (place.layer is not None)
-        assert flat_names(place.key, layers=12)[place.layer or 0] == name
-    assert place_of("language_model.decoder.layers.11.input_layernorm.weight").key == (
+    for name in canonical_shapes(preset("7b")):
+        stored = stored_key(name)
+        assert is_stacked(stored.key) == (stored.layer is not None)
+        assert canonical_names(stored.key, layers=30)[stored.layer or 0] == name
+    assert stored_key("language_model.decoder.layers.11.input_layernorm.weight").key == (
         "model.language_model.decoder.layers.self_attention.linear_qkv.layer_norm_weight"
     )
 
@@ -185,7 +174,7 @@ def test_storage_that_fails_in_the_background_leaves_nothing(tmp_path: Path, mon
     def failing(stream: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("megavl.checkpoint.hashed._settle", failing)
+    monkeypatch.setattr("megavl.files.file_series._sync_and_close", failing)
     with pytest.raises(StorageError, match="writing weights: Input/output error"):
         write_model_checkpoint(tmp_path, config=CONFIG, tensors=weights(), files={})
     assert list(tmp_path.iterdir()) == []

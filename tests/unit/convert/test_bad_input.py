@@ -1,5 +1,6 @@
 """Hostile, damaged and mismatching input: one message that names file and tensor, and nothing half-written."""
 
+import dataclasses
 import io
 import json
 import os
@@ -20,12 +21,13 @@ from megavl.config.errors import CheckpointError, DataError, StorageError, Usage
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
-from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config
+from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
-from megavl.convert.lazy import LoadedTensor
+from megavl.convert.open_weights import open_weights
 from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import TokenizerIds
-from megavl.convert.verify import compare, open_flat
+from megavl.convert.verify import compare
+from megavl.weights.lazy import LazyTensor
 
 LM_HEAD = "lm_head.weight"
 DOWN_PROJ = "model.language_model.layers.0.mlp.down_proj.weight"
@@ -52,7 +54,7 @@ def _archive(content):
 
 def refusal(folder):
     with pytest.raises(CheckpointError) as error:
-        open_flat(folder)
+        open_weights(folder)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -162,7 +164,7 @@ def test_weights_of_torch_save_are_read_where_there_are_no_others(folder, source
     if sharded:
         weight_map = {key: name for name, part in shards.items() for key in part}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert compare(open_flat(sources["tiny-siglip"]), open_flat(folder)).identical
+    assert compare(open_weights(sources["tiny-siglip"]), open_weights(folder)).identical
 
 
 class Hostile:
@@ -265,17 +267,10 @@ def test_any_value_of_any_field_gives_a_model_or_one_message(tmp_path_factory, d
         assert "config.json" in str(error)
 
 
-class Failing(LoadedTensor):
-    """A tensor whose medium fails."""
-
-    def load(self):
-        raise OSError(28, "No space left on device")
-
-
 def options(folder, tokenizer_dir):
     config, fmt = read_config(folder)
-    flat = dict(flat_view(open_hf_tensors(folder), config=config, fmt=fmt))
-    return {"config": config, "flat": flat, "fmt": "native", "tokenizer_dir": tokenizer_dir}
+    tensors = canonical_tensors(open_hf_tensors(folder), config=config, fmt=fmt)
+    return {"config": config, "tensors": tensors, "fmt": "native", "tokenizer_dir": tokenizer_dir}
 
 
 def test_output_in_use_is_left_alone(folder, tokenizer_dir, tmp_path):
@@ -306,22 +301,27 @@ def test_wrong_arguments_write_nothing(folder, tokenizer_dir, tmp_path, change, 
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_flat_tensors_that_do_not_fit_write_nothing(folder, tokenizer_dir, tmp_path):
+def test_tensors_that_do_not_fit_write_nothing(folder, tokenizer_dir, tmp_path):
     arguments = options(folder, tokenizer_dir)
     name = "language_model.output_layer.weight"
-    for flat in (
-        {key: value for key, value in arguments["flat"].items() if key != name},
-        {**arguments["flat"], "optimizer.step": LoadedTensor(torch.zeros(1))},
-        {**arguments["flat"], name: LoadedTensor(torch.zeros(2, 2))},
+    for tensors in (
+        {key: value for key, value in arguments["tensors"].items() if key != name},
+        {**arguments["tensors"], "optimizer.step": LazyTensor.of(torch.zeros(1))},
+        {**arguments["tensors"], name: LazyTensor.of(torch.zeros(2, 2))},
     ):
         with pytest.raises(CheckpointError, match=r"runs/ckpt: .*(output_layer|optimizer\.step)"):
-            write_hf(tmp_path / "out", **{**arguments, "flat": flat}, source="runs/ckpt")
+            write_hf(tmp_path / "out", **{**arguments, "tensors": tensors}, source="runs/ckpt")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 def test_failing_storage_leaves_nothing(folder, tokenizer_dir, tmp_path):
     arguments = options(folder, tokenizer_dir)
-    arguments["flat"]["language_model.output_layer.weight"] = Failing(torch.zeros(1024, 128))
+    name = "language_model.output_layer.weight"
+
+    def load():
+        raise OSError(28, "No space left on device")
+
+    arguments["tensors"][name] = dataclasses.replace(arguments["tensors"][name], load=load)
     with pytest.raises(StorageError, match="No space left on device"):
         write_hf(tmp_path / "out", **arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
@@ -329,7 +329,7 @@ def test_failing_storage_leaves_nothing(folder, tokenizer_dir, tmp_path):
 
 def test_value_beyond_float16_is_named(folder, tokenizer_dir, tmp_path):
     arguments = options(folder, tokenizer_dir)
-    arguments["flat"]["vision.siglip.norm.bias"] = LoadedTensor(torch.full((64,), 1e6))
+    arguments["tensors"]["vision.siglip.norm.bias"] = LazyTensor.of(torch.full((64,), 1e6))
     with pytest.raises(CheckpointError, match=r"'vision.siglip.norm.bias' reaches 1e\+06.*bfloat16"):
         write_hf(tmp_path / "out", **arguments, dtype="float16")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
@@ -337,22 +337,18 @@ def test_value_beyond_float16_is_named(folder, tokenizer_dir, tmp_path):
 
 def test_killed_writer_leaves_no_model_and_the_next_one_succeeds(folder, tokenizer_dir, tmp_path):
     script = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 sys.path.insert(0, sys.argv[4])
-from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config
+from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
-from megavl.convert.lazy import LoadedTensor
-class Killer(LoadedTensor):
-    def load(self):
-        os.kill(os.getpid(), signal.SIGKILL)
 config, fmt = read_config(sys.argv[1])
-flat = dict(flat_view(open_hf_tensors(sys.argv[1]), config=config, fmt=fmt))
-last = list(flat)[-1]
-flat[last] = Killer(flat[last].load())
-write_hf(sys.argv[2], config=config, flat=flat, fmt="native", tokenizer_dir=sys.argv[3], max_shard_bytes=300_000)
+tensors = canonical_tensors(open_hf_tensors(sys.argv[1]), config=config, fmt=fmt)
+last = list(tensors)[-1]
+tensors[last] = dataclasses.replace(tensors[last], load=lambda: os.kill(os.getpid(), signal.SIGKILL))
+write_hf(sys.argv[2], config=config, tensors=tensors, fmt="native", tokenizer_dir=sys.argv[3], max_shard_bytes=300_000)
 """
     out, root = tmp_path / "out", Path(__file__).parents[3]
-    run = subprocess.run([sys.executable, "-c", script, folder, out, tokenizer_dir, root], timeout=60)
+    run = subprocess.run([sys.executable, "-c", script, folder, out, tokenizer_dir, root], timeout=1800)
     assert run.returncode == -9
     assert not out.exists()
     (partial,) = tmp_path.glob(".out*")

@@ -12,9 +12,9 @@ import pytest
 
 from megavl.checkpoint.reader import open_model_tensors, resolve
 from megavl.config.errors import CheckpointError
-from megavl.convert.flat_names import flat_shapes
 from megavl.convert.hf_read import read_config
 from megavl.main.cli import main
+from megavl.weights.canonical_names import canonical_shapes
 from tests.unit.convert import public_models
 
 # Kills itself at the first call of a function, after a number of calls that go through.
@@ -34,7 +34,7 @@ setattr(holder, name, killing)
 from megavl.main.cli import main
 sys.exit(main(words))
 """
-AMID_TENSORS = ("megavl.checkpoint.hashed.HashedFiles.write", 3000)
+AMID_TENSORS = ("megavl.files.file_series.FileSeries.write", 3000)
 BEFORE_MANIFEST = ("megavl.checkpoint.commit.write_manifest", 0)
 BEFORE_RENAME = ("megavl.checkpoint.commit.publish", 0)
 
@@ -78,7 +78,7 @@ def test_killed_conversion(command, place, request, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["iter_0000000", "latest"]
     config = read_config(tmp_path / "hf")[0] if command == "from_hf" else None
     if config is not None:
-        assert open_model_tensors(out).keys() == flat_shapes(config).keys()
+        assert open_model_tensors(out).keys() == canonical_shapes(config).keys()
 
 
 @pytest.mark.parametrize("fmt", ["native", "original"])

@@ -1,7 +1,9 @@
 """Native format: what transformers saved is read, and what is written runs in transformers bit for bit alike."""
 
+import dataclasses
 import json
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,11 +21,12 @@ from transformers import (
 
 from megavl.config.load import load_model_config
 from megavl.config.presets import IMAGE_PRESETS
-from megavl.convert.flat_names import flat_shapes
-from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config, to_flat
+from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
-from megavl.convert.lazy import LoadedTensor
-from megavl.convert.verify import compare, open_flat
+from megavl.convert.open_weights import open_weights
+from megavl.convert.verify import compare
+from megavl.weights.canonical_names import canonical_shapes
+from megavl.weights.lazy import LazyTensor
 
 PRESETS = ("tiny-hybrid", "tiny-siglip")
 CLASSES = {"tiny-hybrid": DeepseekVLHybridForConditionalGeneration, "tiny-siglip": DeepseekVLForConditionalGeneration}
@@ -31,12 +34,12 @@ CLASSES = {"tiny-hybrid": DeepseekVLHybridForConditionalGeneration, "tiny-siglip
 
 def view(folder):
     config, fmt = read_config(folder)
-    return config, flat_view(open_hf_tensors(folder), config=config, fmt=fmt)
+    return config, canonical_tensors(open_hf_tensors(folder), config=config, fmt=fmt)
 
 
 def export(source, out, tokenizer_dir, **options):
-    config, flat = view(source)
-    return write_hf(out, config=config, flat=flat, fmt="native", tokenizer_dir=tokenizer_dir, **options)
+    config, tensors = view(source)
+    return write_hf(out, config=config, tensors=tensors, fmt="native", tokenizer_dir=tokenizer_dir, **options)
 
 
 def load(folder, cls):
@@ -69,10 +72,10 @@ def test_sizes_are_read_as_the_preset(sources, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_flat_tensors_have_the_announced_names_and_shapes(sources, preset):
+def test_parameters_have_the_announced_shapes(sources, preset):
     config, fmt = read_config(sources[preset])
-    flat = {name: tuple(t.shape) for name, t in to_flat(open_hf_tensors(sources[preset]), config=config, fmt=fmt)}
-    assert flat == flat_shapes(config)
+    tensors = canonical_tensors(open_hf_tensors(sources[preset]), config=config, fmt=fmt)
+    assert {name: tuple(tensor.load().shape) for name, tensor in tensors.items()} == canonical_shapes(config)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -85,8 +88,8 @@ def test_export_gives_bit_equal_logits(sources, exports, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_export_is_read_back_bitwise(sources, exports, preset):
     assert read_config(exports[preset]) == read_config(sources[preset])
-    verdict = compare(open_flat(sources[preset]), open_flat(exports[preset]))
-    assert verdict.identical and verdict.compared == len(flat_shapes(load_model_config(preset)))
+    verdict = compare(open_weights(sources[preset]), open_weights(exports[preset]))
+    assert verdict.identical and verdict.compared == len(canonical_shapes(load_model_config(preset)))
     written, saved = (load_file(folder[preset] / "model.safetensors") for folder in (exports, sources))
     assert written.keys() == saved.keys() and all(torch.equal(written[key], saved[key]) for key in saved)
 
@@ -169,52 +172,48 @@ def test_sharded_export_loads_in_transformers(sources, tokenizer_dir, tmp_path):
     assert all((out / shard).stat().st_size < 750_000 for shard in shards)
     tensors = load_file(sources["tiny-hybrid"] / "model.safetensors")
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
-    assert compare(open_flat(sources["tiny-hybrid"]), open_flat(out)).identical
+    assert compare(open_weights(sources["tiny-hybrid"]), open_weights(out)).identical
     load(out, AutoModelForImageTextToText)
 
 
-def test_one_flat_tensor_is_in_memory_at_a_time(sources, tokenizer_dir, tmp_path):
-    config, flat = view(sources["tiny-siglip"])
+def test_one_parameter_is_in_memory_at_a_time(sources, tokenizer_dir, tmp_path):
+    config, tensors = view(sources["tiny-siglip"])
     living = weakref.WeakSet()
 
-    class Watched:
-        def __init__(self, tensor):
-            self.shape, self.dtype, self.inner = tensor.shape, tensor.dtype, tensor
+    def load(inner):
+        assert not living
+        tensor = inner.load().clone()
+        living.add(tensor)
+        return tensor
 
-        def load(self):
-            assert not living
-            tensor = self.inner.load().clone()
-            living.add(tensor)
-            return tensor
-
-    watched = {name: Watched(tensor) for name, tensor in flat.items()}
+    watched = {name: dataclasses.replace(t, load=partial(load, t)) for name, t in tensors.items()}
     for fmt in ("native", "original"):
-        out = write_hf(tmp_path / fmt, config=config, flat=watched, fmt=fmt, tokenizer_dir=tokenizer_dir)
-        assert compare(flat, open_flat(out)).identical
+        out = write_hf(tmp_path / fmt, config=config, tensors=watched, fmt=fmt, tokenizer_dir=tokenizer_dir)
+        assert compare(tensors, open_weights(out)).identical
 
 
 def test_mixed_types_are_kept_and_aligned(sources, tokenizer_dir, tmp_path):
-    config, flat = view(sources["tiny-hybrid"])
+    config, tensors = view(sources["tiny-hybrid"])
     alpha = "vision.sam.hd_alpha_downsamples"
     mixed = {
-        name: LoadedTensor(tensor.load().to(torch.float32 if "sam" in name else torch.bfloat16))
-        for name, tensor in flat.items()
+        name: LazyTensor.of(tensor.load().to(torch.float32 if "sam" in name else torch.bfloat16))
+        for name, tensor in tensors.items()
     }
-    mixed[alpha] = LoadedTensor(mixed[alpha].tensor.half())
-    out = write_hf(tmp_path / "out", config=config, flat=mixed, fmt="native", tokenizer_dir=tokenizer_dir)
-    again = open_flat(out)
+    mixed[alpha] = LazyTensor.of(mixed[alpha].load().half())
+    out = write_hf(tmp_path / "out", config=config, tensors=mixed, fmt="native", tokenizer_dir=tokenizer_dir)
+    again = open_weights(out)
     assert compare(mixed, again).identical
     assert {name: tensor.dtype for name, tensor in again.items()} == {n: t.dtype for n, t in mixed.items()}
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_flat_siglip_names_are_read_too(sources, tmp_path):
+def test_unnested_siglip_names_are_read(sources, tmp_path):
     tensors = load_file(sources["tiny-hybrid"] / "model.safetensors")
     renamed = {key.replace("vision_model.vision_model.", "vision_model."): value for key, value in tensors.items()}
     assert renamed.keys() != tensors.keys()
     save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((sources["tiny-hybrid"] / "config.json").read_bytes())
-    assert compare(open_flat(sources["tiny-hybrid"]), open_flat(tmp_path)).identical
+    assert compare(open_weights(sources["tiny-hybrid"]), open_weights(tmp_path)).identical
 
 
 def test_an_attention_pool_and_derived_buffers_are_passed_over(sources, tmp_path):
@@ -223,7 +222,7 @@ def test_an_attention_pool_and_derived_buffers_are_passed_over(sources, tmp_path
     tensors["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((sources["tiny-siglip"] / "config.json").read_bytes())
-    assert compare(open_flat(sources["tiny-siglip"]), open_flat(tmp_path)).identical
+    assert compare(open_weights(sources["tiny-siglip"]), open_weights(tmp_path)).identical
 
 
 def test_newer_rotary_field_is_read(sources, tmp_path):

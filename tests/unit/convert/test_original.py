@@ -1,4 +1,4 @@
-"""Original format: key-complete, bitwise back, dead tensors kept, and the release's partial configuration read."""
+"""Original format: key-complete, bitwise back, unused parameters kept, and the release's partial configuration read."""
 
 import json
 
@@ -8,29 +8,32 @@ from safetensors.torch import load_file, save_file
 
 from megavl.config.errors import CheckpointError
 from megavl.config.load import load_model_config
-from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config, read_passthrough
+from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config, read_unused
 from megavl.convert.hf_write import write_hf
-from megavl.convert.lazy import LoadedTensor
+from megavl.convert.open_weights import open_weights
 from megavl.convert.original_format import side_files
-from megavl.convert.table import dead_tensors, key_shapes
+from megavl.convert.table import key_shapes, unused_parameters
 from megavl.convert.tokenizer_files import TokenizerIds
-from megavl.convert.verify import compare, open_flat
+from megavl.convert.verify import compare
+from megavl.weights.lazy import LazyTensor
 
 PRESETS = ("tiny-hybrid", "tiny-siglip")
 IDS = TokenizerIds(bos=100000, eos=100001, pad=100001, image=100015)
 
 
-def flat_of(folder):
+def opened(folder):
     config, fmt = read_config(folder)
-    return config, flat_view(open_hf_tensors(folder), config=config, fmt=fmt)
+    return config, canonical_tensors(open_hf_tensors(folder), config=config, fmt=fmt)
 
 
 @pytest.fixture(scope="module")
 def exports(sources, tokenizer_dir, tmp_path_factory):
     root, folders = tmp_path_factory.mktemp("original"), {}
     for name in PRESETS:
-        config, flat = flat_of(sources[name])
-        folders[name] = write_hf(root / name, config=config, flat=flat, fmt="original", tokenizer_dir=tokenizer_dir)
+        config, tensors = opened(sources[name])
+        folders[name] = write_hf(
+            root / name, config=config, tensors=tensors, fmt="original", tokenizer_dir=tokenizer_dir
+        )
     return folders
 
 
@@ -43,53 +46,53 @@ def test_export_is_key_complete(exports, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_export_is_read_back_bitwise(sources, exports, preset):
     assert read_config(exports[preset]) == (load_model_config(preset), "original")
-    verdict = compare(open_flat(sources[preset]), open_flat(exports[preset]))
+    verdict = compare(open_weights(sources[preset]), open_weights(exports[preset]))
     assert verdict.identical and verdict.max_abs == 0.0
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_native_after_original_is_the_first_file_again(sources, exports, tokenizer_dir, tmp_path, preset):
-    config, flat = flat_of(exports[preset])
-    out = write_hf(tmp_path / "out", config=config, flat=flat, fmt="native", tokenizer_dir=exports[preset])
+    config, tensors = opened(exports[preset])
+    out = write_hf(tmp_path / "out", config=config, tensors=tensors, fmt="native", tokenizer_dir=exports[preset])
     first, last = load_file(sources[preset] / "model.safetensors"), load_file(out / "model.safetensors")
     assert first.keys() == last.keys() and all(torch.equal(first[key], last[key]) for key in first)
     assert (exports[preset] / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
 
 
-def test_dead_tensors_come_back_and_absent_ones_are_synthesised(sources, tokenizer_dir, tmp_path):
-    config, flat = flat_of(sources["tiny-hybrid"])
-    dead = dead_tensors(config)
-    kept = {row.key: torch.randn(row.shape) for row in dead[:-2]}
-    options = {"config": config, "flat": flat, "fmt": "original", "tokenizer_dir": tokenizer_dir}
-    passthrough = {key: LoadedTensor(tensor) for key, tensor in kept.items()}
-    out = write_hf(tmp_path / "a", **options, passthrough=passthrough)
-    again = read_passthrough(open_hf_tensors(out), config=config, fmt="original")
-    assert again.keys() == {row.key for row in dead}
+def test_unused_parameters_come_back_or_are_synthesised(sources, tokenizer_dir, tmp_path):
+    config, tensors = opened(sources["tiny-hybrid"])
+    unused = unused_parameters(config)
+    kept = {row.key: torch.randn(row.shape) for row in unused[:-2]}
+    options = {"config": config, "tensors": tensors, "fmt": "original", "tokenizer_dir": tokenizer_dir}
+    kept_tensors = {key: LazyTensor.of(tensor) for key, tensor in kept.items()}
+    out = write_hf(tmp_path / "a", **options, unused=kept_tensors)
+    again = read_unused(open_hf_tensors(out), config=config, fmt="original")
+    assert again.keys() == {row.key for row in unused}
     assert all(torch.equal(again[key].load(), tensor) for key, tensor in kept.items())
-    assert all(torch.equal(again[row.key].load(), row.synthesise(torch.float32)) for row in dead[-2:])
-    second = write_hf(tmp_path / "b", **options, passthrough=again)
+    assert all(torch.equal(again[row.key].load(), row.synthesise(torch.float32)) for row in unused[-2:])
+    second = write_hf(tmp_path / "b", **options, unused=again)
     assert (out / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-def test_import_does_without_dead_tensors(exports, tmp_path):
+def test_import_needs_no_unused_parameters(exports, tmp_path):
     config, _ = read_config(exports["tiny-hybrid"])
-    dead = {row.key for row in dead_tensors(config)}
-    alive = {k: v for k, v in load_file(exports["tiny-hybrid"] / "model.safetensors").items() if k not in dead}
+    unused = {row.key for row in unused_parameters(config)}
+    alive = {k: v for k, v in load_file(exports["tiny-hybrid"] / "model.safetensors").items() if k not in unused}
     save_file(alive, tmp_path / "model.safetensors")
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((exports["tiny-hybrid"] / name).read_bytes())
-    assert compare(open_flat(exports["tiny-hybrid"]), open_flat(tmp_path)).identical
-    assert read_passthrough(open_hf_tensors(tmp_path), config=config, fmt="original") == {}
+    assert compare(open_weights(exports["tiny-hybrid"]), open_weights(tmp_path)).identical
+    assert read_unused(open_hf_tensors(tmp_path), config=config, fmt="original") == {}
 
 
 def test_passthrough_of_another_shape_is_refused(sources, tokenizer_dir, tmp_path):
-    config, flat = flat_of(sources["tiny-hybrid"])
-    wrong = {"vision_model.high_layer_norm.bias": LoadedTensor(torch.zeros(3))}
+    config, tensors = opened(sources["tiny-hybrid"])
+    wrong = {"vision_model.high_layer_norm.bias": LazyTensor.of(torch.zeros(3))}
     with pytest.raises(
         CheckpointError, match=r"passthrough: tensor 'vision_model.high_layer_norm.bias' has shape \[3\]"
     ):
         write_hf(
-            tmp_path / "o", config=config, flat=flat, fmt="original", tokenizer_dir=tokenizer_dir, passthrough=wrong
+            tmp_path / "o", config=config, tensors=tensors, fmt="original", tokenizer_dir=tokenizer_dir, unused=wrong
         )
     assert list(tmp_path.iterdir()) == []
 

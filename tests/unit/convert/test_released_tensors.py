@@ -40,8 +40,8 @@ def test_native_format_has_the_released_names_and_shapes(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_two_formats_correspond_as_in_the_table(preset):
     config = load_model_config(preset)
-    original = {row.flat: row.keys for row in weight_rows(config, "original")}
-    native = {row.flat: row.keys for row in weight_rows(config, "native")}
+    original = {row.name: row.keys for row in weight_rows(config, "original")}
+    native = {row.name: row.keys for row in weight_rows(config, "native")}
     partner = {entry.original: entry.native for entry in released_tensors(preset) if entry.native}
     found = {}
     for flat, keys in original.items():

@@ -12,7 +12,6 @@ from torch import nn
 
 from megavl.checkpoint.reader import open_model_tensors, resolve
 from megavl.config.load import load_model_config
-from megavl.convert.flat_names import flat_shapes
 from megavl.convert.safetensors_in import SafetensorsFile
 from megavl.convert.verify import compare
 from megavl.convert.weight_files import open_file
@@ -20,6 +19,7 @@ from megavl.data.batch import make_batch
 from megavl.generate.open_model import find_model, loaded
 from megavl.main.cli import main
 from megavl.model.adaptor import build_adaptor
+from megavl.weights.canonical_names import canonical_shapes
 from tests.unit.convert import public_models
 
 TOLERANCE = 1e-5
@@ -97,14 +97,14 @@ LAYOUTS = [
 def test_every_layout_gives_the_same_checkpoint(public, start, tmp_path, llm, siglip, sam):
     assert init(public, tmp_path / "out", "--dtype", "float32", llm=llm, siglip=siglip, sam=sam) == 0
     verdict = compare(weights(start), weights(tmp_path / "out"))
-    assert verdict.identical and verdict.compared == len(flat_shapes(load_model_config("tiny-hybrid")))
+    assert verdict.identical and verdict.compared == len(canonical_shapes(load_model_config("tiny-hybrid")))
     pools = [open_file(resolve(out) / "passthrough.safetensors") for out in (start, tmp_path / "out")]
     assert len(pools[0]) == 13 and compare(*pools).identical
 
 
 def test_model_without_sam(public, tmp_path, capsys):
     assert init(public, tmp_path / "out", sam=None, preset="tiny-siglip") == 0
-    assert {name: tuple(tensor.shape) for name, tensor in weights(tmp_path / "out").items()} == flat_shapes(
+    assert {name: tuple(tensor.shape) for name, tensor in weights(tmp_path / "out").items()} == canonical_shapes(
         load_model_config("tiny-siglip")
     )
     rows = [line[:20].strip() for line in capsys.readouterr().out.splitlines()]
@@ -117,7 +117,7 @@ def test_adaptor_of_an_ablation(public, tmp_path, capsys):
     config = load_model_config("tiny-hybrid", adaptor={"kind": "separate_mlp", "depth": 3})
     source = find_model(tmp_path / "out")
     assert source.config == config
-    assert {name: tuple(tensor.shape) for name, tensor in source.tensors.items()} == flat_shapes(config)
+    assert {name: tuple(tensor.shape) for name, tensor in source.tensors.items()} == canonical_shapes(config)
     assert init(public, tmp_path / "no", "--adaptor", "linear", "--adaptor-depth", "1") == 2
     assert "model.adaptor.kind: linear" in capsys.readouterr().err and not (tmp_path / "no").exists()
 

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megavl.config.load import load_model_config
 from megavl.convert import native_format
-from megavl.convert.flat_names import flat_shapes
-from megavl.convert.table import FORMATS, dead_tensors, key_shapes, weight_rows
+from megavl.convert.table import FORMATS, key_shapes, unused_parameters, weight_rows
 from megavl.convert.tokenizer_files import TokenizerIds
 from megavl.convert.transforms import InterleaveHeads, StackRows
+from megavl.weights.canonical_names import canonical_shapes
 
 PRESETS = ("1b", "7b", "tiny-siglip", "tiny-hybrid")
 PUBLISHED = {
@@ -28,9 +28,9 @@ def test_tensor_and_parameter_counts_are_the_published_ones(preset, fmt):
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == PUBLISHED[preset, fmt]
 
 
-def test_dead_tensors_have_the_published_sizes():
-    pool = sum(math.prod(dead.shape) for dead in dead_tensors(load_model_config("1b")))
-    everything = sum(math.prod(dead.shape) for dead in dead_tensors(load_model_config("7b")))
+def test_unused_parameters_have_the_published_sizes():
+    pool = sum(math.prod(row.shape) for row in unused_parameters(load_model_config("1b")))
+    everything = sum(math.prod(row.shape) for row in unused_parameters(load_model_config("7b")))
     assert (pool, everything - pool) == (12_595_200, 4_096)
 
 
@@ -48,10 +48,10 @@ def test_native_table_equals_the_state_dict_of_transformers(preset, tmp_path):
 @pytest.mark.parametrize("preset", ("tiny-siglip", "tiny-hybrid"))
 def test_every_row_inverts_exactly(preset, fmt):
     for row in weight_rows(load_model_config(preset), fmt):
-        flat = torch.randn(row.shape)
-        parts = row.transform.from_flat(flat)
-        assert [tuple(part.shape) for part in parts] == list(row.key_shapes.values()), row.flat
-        assert torch.equal(row.transform.to_flat(parts), flat), row.flat
+        tensor = torch.randn(row.shape)
+        parts = row.transform.from_canonical(tensor)
+        assert [tuple(part.shape) for part in parts] == list(row.key_shapes.values()), row.name
+        assert torch.equal(row.transform.to_canonical(parts), tensor), row.name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -60,22 +60,22 @@ def test_a_key_belongs_to_one_row(preset, fmt):
     rows = weight_rows(load_model_config(preset), fmt)
     keys = [key for row in rows for key in row.keys]
     assert len(keys) == len(set(keys))
-    assert {row.flat: row.shape for row in rows} == flat_shapes(load_model_config(preset))
+    assert {row.name: row.shape for row in rows} == canonical_shapes(load_model_config(preset))
 
 
 def test_attention_rows_are_interleaved_by_head():
     q, k, v = (torch.full((4, 4), value) + torch.arange(4.0).unsqueeze(1) for value in (0.0, 10.0, 20.0))
-    flat = InterleaveHeads(2).to_flat([q, k, v])
-    assert flat[:, 0].tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
+    tensor = InterleaveHeads(2).to_canonical([q, k, v])
+    assert tensor[:, 0].tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
 
 
 def test_gate_rows_stand_before_up_rows():
-    flat = StackRows(2).to_flat([torch.zeros(3, 2), torch.ones(3, 2)])
-    assert flat[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    tensor = StackRows(2).to_canonical([torch.zeros(3, 2), torch.ones(3, 2)])
+    assert tensor[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_synthesised_dead_tensors_are_zero_with_norm_scales_of_one():
-    tensors = {dead.key: dead.synthesise(torch.bfloat16) for dead in dead_tensors(load_model_config("tiny-hybrid"))}
+def test_synthesised_parameters_are_zero_but_norm_scales():
+    tensors = {row.key: row.synthesise(torch.bfloat16) for row in unused_parameters(load_model_config("tiny-hybrid"))}
     ones = {key for key, tensor in tensors.items() if bool((tensor == 1).all())}
     assert ones == {
         "vision_model.vision_tower_low.vision_tower.attn_pool.norm.weight",

@@ -12,7 +12,7 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.config.load import load_model_config
 from megavl.convert.chat_template import chat_template
-from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config
+from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
 from megavl.convert.tokenizer_files import (
     TokenizerIds,
@@ -80,11 +80,11 @@ def test_a_tokenizer_without_known_specials_is_refused(folder):
 
 def test_another_image_token_id_is_refused(sources, folder, tmp_path):
     config, fmt = read_config(sources["tiny-siglip"])
-    flat = flat_view(open_hf_tensors(sources["tiny-siglip"]), config=config, fmt=fmt)
+    flat = canonical_tensors(open_hf_tensors(sources["tiny-siglip"]), config=config, fmt=fmt)
     text = (folder / "tokenizer.json").read_text().replace('"id": 3,', '"id": 7,', 1)
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match="<image_placeholder> has id 7.*image_token_id 3"):
-        write_hf(tmp_path / "out", config=config, flat=flat, fmt="native", tokenizer_dir=folder)
+        write_hf(tmp_path / "out", config=config, tensors=flat, fmt="native", tokenizer_dir=folder)
 
 
 @pytest.mark.parametrize("fmt", ["native", "original"])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megavl.config.load import load_model_config
-from megavl.convert.hf_read import flat_view, open_hf_tensors, read_config
+from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
 
 VARIABLE = "MEGAVL_TRANSFORMERS_5"
@@ -64,8 +64,8 @@ def example(preset, path):
 @pytest.mark.parametrize("preset", CLASSES)
 def test_native_export_in_transformers_5(newer, sources, tokenizer_dir, tmp_path, preset, report_table):
     config, fmt = read_config(sources[preset])
-    flat = flat_view(open_hf_tensors(sources[preset]), config=config, fmt=fmt)
-    folder = write_hf(tmp_path / "hf", config=config, flat=flat, fmt="native", tokenizer_dir=tokenizer_dir)
+    flat = canonical_tensors(open_hf_tensors(sources[preset]), config=config, fmt=fmt)
+    folder = write_hf(tmp_path / "hf", config=config, tensors=flat, fmt="native", tokenizer_dir=tokenizer_dir)
     inputs = example(preset, tmp_path / "inputs.safetensors")
     old, old_tensors = run(sys.executable, folder, inputs, tmp_path / "4.safetensors")
     new, new_tensors = run(newer, folder, inputs, tmp_path / "5.safetensors")

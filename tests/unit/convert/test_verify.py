@@ -4,12 +4,12 @@ import math
 
 import torch
 
-from megavl.convert.lazy import LoadedTensor
 from megavl.convert.verify import compare
+from megavl.weights.lazy import LazyTensor
 
 
 def of(**tensors):
-    return {name: LoadedTensor(torch.tensor(value)) for name, value in tensors.items()}
+    return {name: LazyTensor.of(torch.tensor(value)) for name, value in tensors.items()}
 
 
 def test_equal_sets():
@@ -18,7 +18,7 @@ def test_equal_sets():
 
 
 def test_types_may_differ():
-    assert compare(of(a=[1.5]), {"a": LoadedTensor(torch.tensor([1.5], dtype=torch.bfloat16))}).identical
+    assert compare(of(a=[1.5]), {"a": LazyTensor.of(torch.tensor([1.5], dtype=torch.bfloat16))}).identical
 
 
 def test_differences_are_measured_and_sorted():
@@ -46,5 +46,5 @@ def test_large_tensors_are_compared_in_full():
     a = torch.zeros(5_000_000)
     b = a.clone()
     b[-1] = 2.0
-    verdict = compare({"a": LoadedTensor(a)}, {"a": LoadedTensor(b)})
+    verdict = compare({"a": LazyTensor.of(a)}, {"a": LazyTensor.of(b)})
     assert verdict.max_abs == 2.0

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from data_tools.pipeline import pack_table
-from data_tools.pipeline.commit import NewFile
 from data_tools.pipeline.finish import finish
 from data_tools.pipeline.job import Input, Job, Task
 from data_tools.pipeline.output import Output, TaskSummary
@@ -38,6 +37,7 @@ from megavl.data.manifest import (
 )
 from megavl.data.shard import file_sha256
 from megavl.data.tokenizer import open_tokenizer
+from megavl.files.new_file import NewFile
 from tests.unit.data.corpus_files import make_tokenizer
 from tests.unit.data.whole_packing import pack
 

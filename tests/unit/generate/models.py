@@ -17,12 +17,12 @@ from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
 from megavl.convert.hf_write import write_hf
-from megavl.convert.lazy import LoadedTensor
 from megavl.generate.decode import Request, generate
 from megavl.generate.weights import load_weights
 from megavl.model.build import BuildSpec, build_to_generate
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
+from megavl.weights.lazy import LazyTensor
 
 PRESETS = ("tiny-hybrid", "tiny-siglip")
 TALKATIVE = {"tiny-hybrid": 2, "tiny-siglip": 0}
@@ -33,8 +33,8 @@ def config_of(preset: str) -> ModelConfig:
     return load_model_config(preset)
 
 
-def flat_weights(preset: str, *, seed: int = 0) -> dict[str, LoadedTensor]:
-    return {name: LoadedTensor(tensor) for name, tensor in random_weights(config_of(preset), seed=seed)}
+def random_tensors(preset: str, *, seed: int = 0) -> dict[str, LazyTensor]:
+    return {name: LazyTensor.of(tensor) for name, tensor in random_weights(config_of(preset), seed=seed)}
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def built(preset: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     try:
         config = config_of(preset)
         model = build_to_generate(BuildSpec(model=config, parallel=alone, dtype=dtype))
-        load_weights(model, flat_weights(preset, seed=seed), source="test")
+        load_weights(model, random_tensors(preset, seed=seed), source="test")
         yield model
     finally:
         if first:
@@ -59,8 +59,8 @@ def greedy_tokens(model: DeepseekVL, ids: Sequence[int], *, images: torch.Tensor
 
 
 def write_folder(preset: str, out: Path, *, tokenizer: Path, fmt: str, seed: int = 0) -> Path:
-    config, flat = config_of(preset), flat_weights(preset, seed=seed)
-    return write_hf(out, config=config, flat=flat, fmt=fmt, tokenizer_dir=tokenizer, dtype="float32")
+    config, tensors = config_of(preset), random_tensors(preset, seed=seed)
+    return write_hf(out, config=config, tensors=tensors, fmt=fmt, tokenizer_dir=tokenizer, dtype="float32")
 
 
 def write_checkpoint(preset: str, out: Path, *, tokenizer: Path, seed: int = 0) -> Path:

@@ -8,30 +8,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from megavl.config.errors import CheckpointError
-from megavl.convert.flat_names import flat_shapes
-from megavl.convert.lazy import LoadedTensor
 from megavl.generate.open_model import find_model
-from megavl.generate.weights import flat_name, load_weights
+from megavl.generate.weights import load_weights
+from megavl.weights.canonical_names import canonical_name, canonical_shapes
+from megavl.weights.lazy import LazyTensor
 from tests.unit.generate import models
 
 
-def stored(**tensors: torch.Tensor) -> dict[str, LoadedTensor]:
-    return {name: LoadedTensor(tensor) for name, tensor in tensors.items()}
+def stored(**tensors: torch.Tensor) -> dict[str, LazyTensor]:
+    return {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("preset", models.PRESETS)
-def test_names_are_the_flat_names(preset):
+def test_names_are_the_canonical_names(preset):
     with models.built(preset) as model:
-        found = {flat_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        expected = models.flat_weights(preset)
-        assert all(torch.equal(p, expected[flat_name(name)].load()) for name, p in model.named_parameters())
-    assert found == flat_shapes(models.config_of(preset))
-
-
-def test_names_under_transformer_engine():
-    layer = "language_model.decoder.layers.3"
-    assert flat_name(f"{layer}.self_attention.linear_qkv.layer_norm_weight") == f"{layer}.input_layernorm.weight"
-    assert flat_name(f"{layer}.mlp.linear_fc1.layer_norm_weight") == f"{layer}.pre_mlp_layernorm.weight"
+        found = {canonical_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        expected = models.random_tensors(preset)
+        assert all(torch.equal(p, expected[canonical_name(name)].load()) for name, p in model.named_parameters())
+    assert found == canonical_shapes(models.config_of(preset))
 
 
 def test_weights_are_cast_to_the_models_type():
@@ -54,13 +48,6 @@ def test_what_does_not_fit_changes_nothing(tensors, message):
     with pytest.raises(CheckpointError, match=message):
         load_weights(layer, stored(**tensors), source="x")
     assert torch.equal(layer.weight, before)
-
-
-def test_names_of_a_later_stage():
-    assert flat_name("language_model.decoder.layers.1.mlp.linear_fc2.weight", first_layer=3) == (
-        "language_model.decoder.layers.4.mlp.linear_fc2.weight"
-    )
-    assert flat_name("language_model.output_layer.weight", first_layer=3) == "language_model.output_layer.weight"
 
 
 class Split(nn.Module):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import sys
+from functools import partial
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from megavl.convert.lazy import LoadedTensor
+from megavl.main import progress
 from megavl.main.progress import counted
+from megavl.weights.lazy import LazyTensor
 
-TENSORS = {"a": LoadedTensor(torch.zeros(1000, 1000)), "b": LoadedTensor(torch.zeros(500, 1000, dtype=torch.bfloat16))}
+TENSORS = {
+    "a": LazyTensor.of(torch.zeros(1000, 1000)),
+    "b": LazyTensor.of(torch.zeros(500, 1000, dtype=torch.bfloat16)),
+}
 
 
 class Terminal(io.StringIO):
@@ -23,11 +29,11 @@ class Terminal(io.StringIO):
 def test_bar(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "tqdm", partial(tqdm, mininterval=0, miniters=1))
     with counted(TENSORS, what="from-hf") as tensors:
         for name, tensor in tensors.items():
             assert (tensor.shape, tensor.dtype) == (TENSORS[name].shape, TENSORS[name].dtype)
-            assert tensor.load() is TENSORS[name].tensor
-            tensors[name].bar.refresh()  # type: ignore[attr-defined]
+            assert tensor.load() is TENSORS[name].load()
     shown = stream.getvalue().split("\r")
     if not terminal:
         assert shown == [""]

@@ -14,11 +14,11 @@ from launch.bench.engines.random_models import random_weights
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
-from megavl.convert.flat_names import flat_shapes
 from megavl.model.adaptor import build_adaptor
 from megavl.model.vision import VisionEncoder
 from megavl.planner.cost.blocks import Block, vision_blocks
 from megavl.planner.cost.flops import parameter_counts
+from megavl.weights.canonical_names import canonical_shapes
 
 CASES = [(kind, depth) for kind, row in ADAPTORS.items() for depth in ((1,) if row.one_layer else (1, 2, 3))]
 TOLERANCE = 1e-14
@@ -159,7 +159,7 @@ def test_names_shapes_and_counts_follow_the_tables(kind: str, depth: int) -> Non
     config = config_of(kind, depth)
     with torch.device("meta"):
         built = {f"vision.{name}": tuple(weight.shape) for name, weight in VisionEncoder(config).named_parameters()}
-    assert built == {name: shape for name, shape in flat_shapes(config).items() if name.startswith("vision.")}
+    assert built == {name: shape for name, shape in canonical_shapes(config).items() if name.startswith("vision.")}
     counted = sum(weight.numel() for weight in build_adaptor(config).parameters())
     assert parameter_counts(config)["adaptor"] == counted
 

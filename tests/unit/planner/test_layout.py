@@ -13,7 +13,6 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megavl.config.load import load_model_config
-from megavl.convert.flat_names import flat_shapes
 from megavl.planner.cost.blocks import vision_blocks
 from megavl.planner.cost.memory import rank_memory
 from megavl.planner.hardware.devices import find_device
@@ -22,6 +21,7 @@ from megavl.planner.layouts.layout import balance_weights, layout_of, layout_str
 from megavl.planner.scenario import Kind, Scenario, expected_images, make_scenario, multimodal_share
 from megavl.planner.simulation.predict import expected_seconds
 from megavl.planner.simulation.times import BlockTimes, DeviceTimes, FlatTimes, Pass, StepExtras, TimeSource
+from megavl.weights.canonical_names import canonical_shapes
 from tests.unit.planner.recipes import recipe_of
 
 
@@ -208,7 +208,7 @@ def test_megatron_core_reads_the_layout(layers: list[int], virtual: int) -> None
 def test_inference_layout_minimises_the_fullest_rank(preset: str, tensor: int) -> None:
     """Against every split over two and three stages, counted from the names of the weights."""
     model = load_model_config(preset)
-    sizes = {name: math.prod(shape) for name, shape in flat_shapes(model).items()}
+    sizes = {name: math.prod(shape) for name, shape in canonical_shapes(model).items()}
     vision = sum(size for name, size in sizes.items() if name.startswith("vision."))
     layer = sum(size for name, size in sizes.items() if name.startswith("language_model.decoder.layers.0.")) / tensor
     table = sizes["language_model.embedding.word_embeddings.weight"] / tensor

@@ -1,4 +1,4 @@
-"""New files that are hashed while they are written, so that none is read back, and synced while the next is written."""
+"""Large files written one after the other: each is synced while the next is written, and hashed on the way."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from types import TracebackType
 from typing import Any
 
 _IN_PARALLEL = 1 << 20
-"""Bytes of one write from which on another core hashes them meanwhile."""
+"""A write of at least this many bytes is hashed on another core meanwhile."""
 
 
-class HashedFiles:
-    """Writes files one after the other; on leaving the context all of them are on the storage.
+class FileSeries:
+    """Writes files one after the other; all of them are on the storage when the context ends.
 
-    The hash covers what was given to `write`: unlike one that is read back, it also finds what the storage changed.
+    The hash covers what was given to `write`. So it also reveals what the storage changed, and no file is read back.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, hashed: bool) -> None:
         self._directory = directory
+        self._hashed = hashed
         self._pool = ThreadPoolExecutor(max_workers=2)
         self._syncs: list[Future[None]] = []
         self._stream: Any = None
         self.records: dict[str, dict[str, Any]] = {}
-        """Size in bytes and sha256 of every finished file, as in the manifest."""
+        """Size in bytes and sha256 of every finished file by name, as in the manifest of a checkpoint."""
 
-    def __enter__(self) -> HashedFiles:
+    def __enter__(self) -> FileSeries:
         return self
 
     def __exit__(
@@ -45,44 +46,46 @@ class HashedFiles:
             self._pool.shutdown()
 
     def begin(self, name: str) -> None:
-        """Finish the file at hand and begin another."""
+        """Finish the current file and begin another."""
         self.finish()
         self._stream = (self._directory / name).open("wb")
         self._name, self._digest, self._size = name, hashlib.sha256(), 0
 
     def finish(self) -> None:
-        """Finish the file at hand; the storage gets it in the background."""
+        """Finish the current file; a thread syncs it."""
         if self._stream is None:
             return
         stream, self._stream = self._stream, None
-        self.records[self._name] = {"size": self._size, "sha256": self._digest.hexdigest()}
-        self._syncs.append(self._pool.submit(_settle, stream))
+        if self._hashed:
+            self.records[self._name] = {"size": self._size, "sha256": self._digest.hexdigest()}
+        self._syncs.append(self._pool.submit(_sync_and_close, stream))
 
     def write(self, data: Any) -> int:
-        """Append to the file at hand; with `flush` and `tell` all that `torch.save` asks of a stream."""
+        """Append to the current file. `torch.save` needs this method, `flush` and `tell` of a stream."""
         size = memoryview(data).nbytes
-        if size < _IN_PARALLEL:
-            self._digest.update(data)
-            self._stream.write(data)
-        else:
+        hashing = None
+        if self._hashed and size >= _IN_PARALLEL:
             hashing = self._pool.submit(self._digest.update, data)
-            try:
-                self._stream.write(data)
-            finally:
-                # `data` belongs to the caller again after this call.
+        elif self._hashed:
+            self._digest.update(data)
+        try:
+            self._stream.write(data)
+        finally:
+            # `data` belongs to the caller again after this call.
+            if hashing is not None:
                 hashing.result()
         self._size += size
         return size
 
     def flush(self) -> None:
-        """Nothing: closing the file writes what is buffered."""
+        """Do nothing: closing the file writes what is buffered."""
 
     def tell(self) -> int:
-        """Bytes written to the file at hand."""
+        """Bytes written to the current file."""
         return self._size
 
 
-def _settle(stream: Any) -> None:
+def _sync_and_close(stream: Any) -> None:
     with stream:
         stream.flush()
         os.fsync(stream.fileno())

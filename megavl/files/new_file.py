@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary name, fsync, rename."""
+"""New files that appear complete or not at all: they get their name after they are written and synced."""
 
 from __future__ import annotations
 
@@ -9,17 +9,30 @@ from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
 
+from pydantic.dataclasses import dataclass
+
 from megavl.config.errors import StorageError
-from megavl.data.manifest import FileEntry
+from megavl.config.model import STRICT
+from megavl.files import durable
 
 _SUFFIX = ".tmp"
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FileEntry:
+    """A file as a manifest in its directory lists it."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+
 class NewFile:
-    """A file under construction; left with an exception it disappears."""
+    """A file under construction: `commit` gives it its name; without it, the end of the context removes it."""
 
     def __init__(self, path: Path) -> None:
-        """Open a temporary name beside `path`, which two writers never share, on different machines either."""
+        """Open a temporary file beside `path`; its random name is unique even among several machines."""
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}{_SUFFIX}")
         self._digest = hashlib.sha256()
@@ -44,7 +57,7 @@ class NewFile:
         self.size += len(data)
 
     def read_back(self, start: int, size: int) -> bytes:
-        """Bytes that were written before.
+        """Read bytes that were written earlier.
 
         Raises:
             StorageError: the storage is full or failing.
@@ -56,7 +69,11 @@ class NewFile:
             raise storage_error(self._temporary, error) from error
 
     def commit(self) -> FileEntry:
-        """Make the content durable under its final name."""
+        """Sync the file and give it its final name.
+
+        Raises:
+            StorageError: the storage is full or failing.
+        """
         try:
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -83,21 +100,22 @@ class NewFile:
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:
-    """Write a file in one go."""
+    """Write a file that appears complete or not at all."""
     with NewFile(path) as file:
         file.write(data)
         return file.commit()
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    handle = os.open(path, os.O_RDONLY)
+    """Sync the names in a directory.
+
+    Raises:
+        StorageError: the storage is failing.
+    """
     try:
-        os.fsync(handle)
+        durable.sync_directory(path)
     except OSError as error:
         raise storage_error(path, error) from error
-    finally:
-        os.close(handle)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -107,5 +125,5 @@ def remove_leftovers(path: Path) -> None:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """The message for a file that cannot be written."""
+    """The error for a file that cannot be written."""
     return StorageError(f"{path}: cannot write ({error.strerror}); free or repair the storage and start again")

@@ -1,4 +1,4 @@
-"""Files that are on the disk before anybody relies on them; every failure of the storage is a `StorageError`."""
+"""Writes that are on the storage when they return; every failure of the storage is a `StorageError`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from megavl.config.errors import StorageError
 
-# torch's zip writer hides the cause (disk full, file-size limit) behind these texts of a RuntimeError.
+# torch's zip writer hides the cause (disk full, file-size limit) in these texts of a RuntimeError.
 _WRITER_TEXTS = ("unexpected pos", "inline_container", "PytorchStreamWriter")
 
 
 @contextlib.contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Turn what the file system reports inside the block into a `StorageError` that says what was being done."""
+    """Turn an error of the file system into a `StorageError` that begins with `doing`."""
     try:
         yield
     except OSError as error:
         cause = error.strerror or str(error)
-        place = f" ({error.filename})" if error.filename else ""
-        raise StorageError(f"{doing}: {cause}{place}; free space or repair the storage, then run again") from error
+        file = f" ({error.filename})" if error.filename else ""
+        raise StorageError(f"{doing}: {cause}{file}; free space or repair the storage, then run again") from error
     except RuntimeError as error:
         text = str(error)
         if not any(known in text for known in _WRITER_TEXTS):
@@ -34,7 +34,7 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and wait until the storage has it."""
+    """Write a new file and sync it."""
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -42,7 +42,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file byte for byte and wait until the storage has it."""
+    """Copy a file byte for byte and sync the copy."""
     with source.open("rb") as reader, target.open("wb") as stream:
         shutil.copyfileobj(reader, stream, 1 << 20)
         stream.flush()
@@ -50,15 +50,18 @@ def copy_durably(source: Path, target: Path) -> None:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Give a file new content such that readers see the old one or the new one, never a part."""
-    aside = path.with_name(f"{path.name}.new")
-    write_durably(aside, data)
-    os.replace(aside, path)
+    """Give a file new content in one step: readers see the old content or the new, never a mixture."""
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        write_durably(draft, data)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the storage has the names in a directory."""
+    """Sync the names in a directory: without it, a power loss can undo a rename."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

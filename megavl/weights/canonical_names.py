@@ -1,7 +1,8 @@
-"""Flat weight names and shapes of a MegaVL model, computed from its sizes alone.
+"""Canonical names of a model's parameters: the names that they have on one rank, with unfused norms.
 
-Legend: V vocabulary rows, H decoder width, F decoder feed-forward width, W tower width, M tower MLP width,
-P patch side, g patches along one side, d channels of an attention head, C neck channels.
+Checkpoints, conversion and generation all refer to a parameter by this name. Names in the towers and the adaptor are
+the released repository's (`vision.siglip.`, `vision.sam.`, `vision.adaptor.`); names in `language_model.` are
+megatron-core's.
 """
 
 from __future__ import annotations
@@ -10,12 +11,32 @@ from megavl.config.model import DecoderConfig, ModelConfig, SamConfig, SiglipCon
 
 Shape = tuple[int, ...]
 
+LAYERS = "language_model.decoder.layers."
+"""Prefix of every decoder layer; its number and a dot follow."""
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Canonical name of each norm that Transformer Engine, and so megatron-core's checkpoint, keeps in a projection."""
 
-def flat_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every parameter of a one-rank model by its flat name.
 
-    Tower and adaptor names are the released repository's; decoder names are megatron-core's, with
-    `linear_qkv` in its order: rows (heads, [q, k, v], d).
+def canonical_name(parameter: str, *, first_layer: int = 0) -> str:
+    """Canonical name of a module's parameter.
+
+    Args:
+        parameter: its name in the module of one pipeline stage.
+        first_layer: index in the whole model of the stage's first decoder layer.
+    """
+    if not parameter.startswith(LAYERS):
+        return parameter
+    layer, _, rest = parameter.removeprefix(LAYERS).partition(".")
+    return f"{LAYERS}{int(layer) + first_layer}.{FUSED_NORMS.get(rest, rest)}"
+
+
+def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Shape of every parameter by canonical name, computed from the sizes alone.
+
+    The rows of a `linear_qkv` are ordered (heads, [q, k, v], channels of a head), as in megatron-core.
     """
     shapes = {f"vision.siglip.{name}": shape for name, shape in _siglip(config.siglip).items()}
     if config.sam is not None:
@@ -85,7 +106,7 @@ def _decoder(llm: DecoderConfig) -> dict[str, Shape]:
     hidden, ffn = llm.hidden_size, llm.ffn_hidden_size
     shapes: dict[str, Shape] = {"embedding.word_embeddings.weight": (llm.vocab_size, hidden)}
     for index in range(llm.num_layers):
-        layer = f"decoder.layers.{index}"
+        layer = LAYERS.removeprefix("language_model.") + str(index)
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.self_attention.linear_qkv.weight"] = (3 * hidden, hidden)
         shapes[f"{layer}.self_attention.linear_proj.weight"] = (hidden, hidden)

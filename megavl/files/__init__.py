@@ -1,0 +1,1 @@
+"""Atomic and durable writes of files, with their hashes."""
