@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,8 +124,3 @@ def publish(temporary: Path, directory: Path, iteration: int) -> Path:
         raise
     remember_verified(final, read_manifest(final))
     return final
-
-
-def discard(temporary: Path) -> None:
-    """Remove the files of a failed save; the next start removes what is left."""
-    shutil.rmtree(temporary, ignore_errors=True)

@@ -93,7 +93,7 @@ class CheckpointStore:
             self._publish(temporary, iteration, doing=doing)
         except BaseException:
             if me == 0:
-                commit.discard(temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._known_valid.add(final)
         self._after_commit(final, iteration)

@@ -86,7 +86,7 @@ def write_model_checkpoint(
             commit.write_manifest(temporary, iteration=0, world_size=1, content={"weights_only": True}, records=records)
             final = commit.publish(temporary, directory, 0)
     except BaseException:
-        commit.discard(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     update_latest(directory, final)
     return final

@@ -99,47 +99,46 @@ class AdaptorRow:
 BOTH: tuple[Tower, ...] = ("high", "low")
 
 
-def _chain(
-    prefix: str, sizes: AdaptorSizes, *, inputs: int, outputs: int, towers: tuple[Tower, ...]
-) -> tuple[AdaptorLayer, ...]:
-    """A first layer and the further ones in one sequence: linear layers at even indices, GELUs at odd indices."""
-    first = AdaptorLayer(
-        name=f"{prefix}.0", inputs=inputs, outputs=outputs, positions=sizes.patches, towers=towers, first=True
-    )
-    return first, *_further(prefix, sizes, width=outputs, towers=towers, index=2)
+def _layer(
+    sizes: AdaptorSizes,
+    name: str,
+    *,
+    inputs: int,
+    outputs: int,
+    towers: tuple[Tower, ...],
+    positions: int | None = None,
+    first: bool = True,
+) -> AdaptorLayer:
+    positions = positions or sizes.patches
+    return AdaptorLayer(name=name, inputs=inputs, outputs=outputs, positions=positions, towers=towers, first=first)
 
 
 def _further(
     prefix: str, sizes: AdaptorSizes, *, width: int, towers: tuple[Tower, ...], index: int
 ) -> tuple[AdaptorLayer, ...]:
+    """Layers after the first; a GELU stands before each, so that only every other index is a layer."""
+    indices = range(index, index + 2 * (sizes.depth - 1), 2)
     return tuple(
-        AdaptorLayer(
-            name=f"{prefix}.{index + 2 * number}",
-            inputs=width,
-            outputs=width,
-            positions=sizes.patches,
-            towers=towers,
-            first=False,
-        )
-        for number in range(sizes.depth - 1)
+        _layer(sizes, f"{prefix}.{index}", inputs=width, outputs=width, towers=towers, first=False) for index in indices
     )
+
+
+def _chain(
+    prefix: str, sizes: AdaptorSizes, *, inputs: int, outputs: int, towers: tuple[Tower, ...]
+) -> tuple[AdaptorLayer, ...]:
+    """A first layer and the further ones in one sequence."""
+    first = _layer(sizes, f"{prefix}.0", inputs=inputs, outputs=outputs, towers=towers)
+    return first, *_further(prefix, sizes, width=outputs, towers=towers, index=2)
 
 
 def _single(sizes: AdaptorSizes, *, towers: tuple[Tower, ...]) -> tuple[AdaptorLayer, ...]:
-    inputs = len(towers) * sizes.width
-    return (
-        AdaptorLayer(
-            name="layers", inputs=inputs, outputs=sizes.hidden, positions=sizes.patches, towers=towers, first=True
-        ),
-    )
+    return (_layer(sizes, "layers", inputs=len(towers) * sizes.width, outputs=sizes.hidden, towers=towers),)
 
 
 def _split_first(sizes: AdaptorSizes, *, inputs: int, outputs: int, positions: int) -> tuple[AdaptorLayer, ...]:
     """A first layer for each tower, then layers for both."""
     high, low = (
-        AdaptorLayer(
-            name=f"{tower}_up_proj", inputs=inputs, outputs=outputs, positions=positions, towers=(tower,), first=True
-        )
+        _layer(sizes, f"{tower}_up_proj", inputs=inputs, outputs=outputs, positions=positions, towers=(tower,))
         for tower in BOTH
     )
     return high, low, *_further("layers", sizes, width=sizes.hidden, towers=BOTH, index=1)

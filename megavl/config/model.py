@@ -5,6 +5,8 @@ Sources: deepseek-ai/DeepSeek-VL `deepseek_vl/models/` (released code) and arXiv
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -58,35 +60,32 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SiglipConfig:
-    """SigLIP ViT tower; exact erf GELU, no class token, final LayerNorm always applied."""
+class _TowerConfig:
+    """Sizes that both vision towers have."""
+
+    section: ClassVar[str]
 
     image_size: int
     """Side of the square input, pixels."""
     patch_size: int
     """Side of a patch, pixels."""
     width: int
-    """Channels."""
+    """Channels of the transformer."""
     depth: int
     """Transformer blocks."""
     heads: int
     """Attention heads."""
     mlp_dim: int
     """Inner width of the MLP."""
-    layer_norm_eps: float = 1e-6
-    """Epsilon of every LayerNorm."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.image_size % self.patch_size == 0,
-            "model.siglip.patch_size",
-            f"{self.patch_size} does not divide model.siglip.image_size {self.image_size}; choose a divisor",
-        )
-        _require(
-            self.width % self.heads == 0,
-            "model.siglip.heads",
-            f"{self.heads} does not divide model.siglip.width {self.width}; choose a divisor",
-        )
+        for whole, part in (("image_size", "patch_size"), ("width", "heads")):
+            size, divisor = getattr(self, whole), getattr(self, part)
+            _require(
+                size % divisor == 0,
+                f"{self.section}.{part}",
+                f"{divisor} does not divide {self.section}.{whole} {size}; choose a divisor",
+            )
 
     @property
     def grid(self) -> int:
@@ -95,21 +94,21 @@ class SiglipConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SamConfig:
+class SiglipConfig(_TowerConfig):
+    """SigLIP ViT tower; exact erf GELU, no class token, final LayerNorm always applied."""
+
+    section: ClassVar[str] = "model.siglip"
+
+    layer_norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SamConfig(_TowerConfig):
     """SAM ViT tower with windowed and global attention, neck, HD branch and two stride-2 convolutions."""
 
-    image_size: int
-    """Side of the square input, pixels."""
-    patch_size: int
-    """Side of a patch, pixels."""
-    width: int
-    """Channels of the trunk."""
-    depth: int
-    """Transformer blocks."""
-    heads: int
-    """Attention heads."""
-    mlp_dim: int
-    """Inner width of the MLP."""
+    section: ClassVar[str] = "model.sam"
+
     window_size: int
     """Side of an attention window, patches."""
     global_attn_indexes: tuple[int, ...]
@@ -120,26 +119,12 @@ class SamConfig:
     """Epsilon of every LayerNorm."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.image_size % self.patch_size == 0,
-            "model.sam.patch_size",
-            f"{self.patch_size} does not divide model.sam.image_size {self.image_size}; choose a divisor",
-        )
-        _require(
-            self.width % self.heads == 0,
-            "model.sam.heads",
-            f"{self.heads} does not divide model.sam.width {self.width}; choose a divisor",
-        )
+        super().__post_init__()
         _require(
             bool(self.global_attn_indexes) and max(self.global_attn_indexes) < self.depth,
             "model.sam.global_attn_indexes",
             f"{list(self.global_attn_indexes)} must be non-empty and below model.sam.depth {self.depth}",
         )
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
 
     @property
     def output_dim(self) -> int:

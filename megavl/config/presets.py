@@ -10,6 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+_SIGLIP = {"image_size": 384, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096}
+_TINY_SIGLIP = {"image_size": 48, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256}
+_TINY_LLM = {
+    "hidden_size": 128,
+    "ffn_hidden_size": 352,
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+}
+_ONE_TOWER = {"kind": "mlp_gelu", "depth": 2}
+_TWO_TOWERS = {"kind": "low_high_hybrid_split_mlp_gelu", "depth": 2}
+
 MODELS: dict[str, dict[str, Any]] = {
     "1b": {
         "llm": {
@@ -19,8 +32,8 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 16,
             "vocab_size": 102400,
         },
-        "siglip": {"image_size": 384, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
-        "adaptor": {"kind": "mlp_gelu", "depth": 2},
+        "siglip": _SIGLIP,
+        "adaptor": _ONE_TOWER,
     },
     "7b": {
         "llm": {
@@ -30,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 32,
             "vocab_size": 102400,
         },
-        "siglip": {"image_size": 384, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
+        "siglip": _SIGLIP,
         "sam": {
             "image_size": 1024,
             "patch_size": 16,
@@ -42,18 +55,11 @@ MODELS: dict[str, dict[str, Any]] = {
             "global_attn_indexes": [2, 5, 8, 11],
             "neck_channels": 256,
         },
-        "adaptor": {"kind": "low_high_hybrid_split_mlp_gelu", "depth": 2},
+        "adaptor": _TWO_TOWERS,
     },
     "tiny-hybrid": {
-        "llm": {
-            "hidden_size": 128,
-            "ffn_hidden_size": 352,
-            "num_layers": 4,
-            "num_attention_heads": 4,
-            "vocab_size": 1024,
-            "max_position_embeddings": 4096,
-        },
-        "siglip": {"image_size": 48, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
+        "llm": _TINY_LLM,
+        "siglip": _TINY_SIGLIP,
         "sam": {
             "image_size": 128,
             "patch_size": 16,
@@ -65,22 +71,10 @@ MODELS: dict[str, dict[str, Any]] = {
             "global_attn_indexes": [1, 2],
             "neck_channels": 16,
         },
-        "adaptor": {"kind": "low_high_hybrid_split_mlp_gelu", "depth": 2},
+        "adaptor": _TWO_TOWERS,
         "image_token_id": 3,
     },
-    "tiny-siglip": {
-        "llm": {
-            "hidden_size": 128,
-            "ffn_hidden_size": 352,
-            "num_layers": 4,
-            "num_attention_heads": 4,
-            "vocab_size": 1024,
-            "max_position_embeddings": 4096,
-        },
-        "siglip": {"image_size": 48, "patch_size": 16, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256},
-        "adaptor": {"kind": "mlp_gelu", "depth": 2},
-        "image_token_id": 3,
-    },
+    "tiny-siglip": {"llm": _TINY_LLM, "siglip": _TINY_SIGLIP, "adaptor": _ONE_TOWER, "image_token_id": 3},
 }
 """`model:` mappings by preset name; the keys of a recipe replace their values."""
 

@@ -24,12 +24,22 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Defaults of `LlamaConfig` in transformers 4.38 to 5.23; the published 7B file leaves most fields out."""
 
+_NAMES = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+"""Names of the sizes in `DecoderConfig` and in `LlamaConfig`."""
 _FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 """Fields for which MegaVL supports one value only; absent means this value."""
 
-
 MAX_LAYERS = 4096
 """Largest number of layers in a configuration."""
+MAX_SIZE = 1 << 24
+"""Largest size of another kind."""
 
 
 class Fields:
@@ -49,12 +59,19 @@ class Fields:
         value = self._raw.get(name)
         return self._defaults.get(name) if value is None else value
 
-    def integer(self, name: str, *, limit: int = 1 << 24) -> int:
+    def integer(self, name: str, *, limit: int = MAX_SIZE) -> int:
         """A whole number from 1 to `limit`; a larger one is no model but would fill the memory."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
             raise self.error(name, f"a whole number from 1 to {limit} is expected, found {value!r}")
         return value
+
+    def integers(self, names: Mapping[str, str]) -> dict[str, int]:
+        """Several whole numbers by MegaVL's names; `names` gives the name of each in the file."""
+        return {
+            ours: self.integer(theirs, limit=MAX_LAYERS if ours in ("depth", "num_layers") else MAX_SIZE)
+            for ours, theirs in names.items()
+        }
 
     def number(self, name: str) -> float:
         """A positive number."""
@@ -104,12 +121,7 @@ def _sizes_of(fields: Fields) -> dict[str, Any]:
     if hidden % heads == 0:
         fields.require("head_dim", hidden // heads)
     return {
-        "hidden_size": hidden,
-        "ffn_hidden_size": fields.integer("intermediate_size"),
-        "num_layers": fields.integer("num_hidden_layers", limit=MAX_LAYERS),
-        "num_attention_heads": heads,
-        "vocab_size": fields.integer("vocab_size"),
-        "max_position_embeddings": fields.integer("max_position_embeddings"),
+        **fields.integers(_NAMES),
         "rope_theta": _rope_theta(fields),
         "rms_norm_eps": fields.number("rms_norm_eps"),
         "init_std": fields.number("initializer_range"),
@@ -124,14 +136,9 @@ def language_json(llm: DecoderConfig, *, bos_id: int, eos_id: int, dtype: str) -
     """
     return {
         **_FIXED,
-        "hidden_size": llm.hidden_size,
-        "intermediate_size": llm.ffn_hidden_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_attention_heads,
+        **renamed(llm, _NAMES),
         "num_key_value_heads": llm.num_attention_heads,
         "head_dim": llm.head_dim,
-        "vocab_size": llm.vocab_size,
-        "max_position_embeddings": llm.max_position_embeddings,
         # transformers 4 ignores the newer rope_parameters; every version reads these two.
         "rope_theta": llm.rope_theta,
         "rope_scaling": None,
@@ -145,6 +152,11 @@ def language_json(llm: DecoderConfig, *, bos_id: int, eos_id: int, dtype: str) -
         "torch_dtype": dtype,
         "use_cache": True,
     }
+
+
+def renamed(config: object, names: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a configuration by their names in a file; `names` maps MegaVL's names to these."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 def model_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:

@@ -11,7 +11,7 @@ from typing import Any
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
 from megavl.convert.adaptors import NATIVE_DEPTH, NATIVE_KINDS
-from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language
+from megavl.convert.language import Fields, language_json, model_config, read_language, renamed
 from megavl.convert.tokenizer_files import TokenizerIds
 
 MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid")
@@ -42,6 +42,20 @@ SAM_DEFAULTS: dict[str, Any] = {
     "global_attn_indexes": [2, 5, 8, 11],
 }
 """Defaults of transformers' `SamVisionConfig`."""
+
+_SIGLIP_NAMES = {
+    "width": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+_SAM_NAMES = {name: theirs for name, theirs in _SIGLIP_NAMES.items() if name != "mlp_dim"} | {
+    "window_size": "window_size",
+    "neck_channels": "output_channels",
+}
+"""Names of the sizes in MegaVL's and in transformers' configurations. SAM's MLP width is a special case."""
 
 
 def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
@@ -74,15 +88,7 @@ def read_siglip(fields: Fields) -> dict[str, Any]:
     """Fields of `SiglipConfig` from a `SiglipVisionConfig` object; its activation is ignored."""
     fields.require("model_type", "siglip_vision_model")
     fields.require("num_channels", 3)
-    return {
-        "image_size": fields.integer("image_size"),
-        "patch_size": fields.integer("patch_size"),
-        "width": fields.integer("hidden_size"),
-        "depth": fields.integer("num_hidden_layers", limit=MAX_LAYERS),
-        "heads": fields.integer("num_attention_heads"),
-        "mlp_dim": fields.integer("intermediate_size"),
-        "layer_norm_eps": fields.number("layer_norm_eps"),
-    }
+    return {**fields.integers(_SIGLIP_NAMES), "layer_norm_eps": fields.number("layer_norm_eps")}
 
 
 def read_sam(fields: Fields) -> dict[str, Any]:
@@ -90,19 +96,13 @@ def read_sam(fields: Fields) -> dict[str, Any]:
     fixed = {"model_type": "sam_vision_model", "num_channels": 3, "hidden_act": "gelu", "qkv_bias": True}
     for name, value in {**fixed, "use_abs_pos": True, "use_rel_pos": True}.items():
         fields.require(name, value)
-    width = fields.integer("hidden_size")
+    sizes = fields.integers(_SAM_NAMES)
     # transformers ignores intermediate_size here and takes mlp_dim, else mlp_ratio.
     has_mlp_dim = fields.get("mlp_dim") is not None
     return {
-        "image_size": fields.integer("image_size"),
-        "patch_size": fields.integer("patch_size"),
-        "width": width,
-        "depth": fields.integer("num_hidden_layers", limit=MAX_LAYERS),
-        "heads": fields.integer("num_attention_heads"),
-        "mlp_dim": fields.integer("mlp_dim") if has_mlp_dim else int(width * fields.number("mlp_ratio")),
-        "window_size": fields.integer("window_size"),
+        **sizes,
+        "mlp_dim": fields.integer("mlp_dim") if has_mlp_dim else int(sizes["width"] * fields.number("mlp_ratio")),
         "global_attn_indexes": fields.get("global_attn_indexes"),
-        "neck_channels": fields.integer("output_channels"),
         "layer_norm_eps": fields.number("layer_norm_eps"),
     }
 
@@ -144,13 +144,8 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
 def _siglip_json(tower: SiglipConfig, dtype: str) -> dict[str, Any]:
     return {
         "model_type": "siglip_vision_model",
-        "hidden_size": tower.width,
-        "intermediate_size": tower.mlp_dim,
-        "num_hidden_layers": tower.depth,
-        "num_attention_heads": tower.heads,
+        **renamed(tower, _SIGLIP_NAMES),
         "num_channels": 3,
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
         "hidden_act": "gelu",
         "layer_norm_eps": tower.layer_norm_eps,
         "attention_dropout": 0.0,
@@ -162,23 +157,17 @@ def _siglip_json(tower: SiglipConfig, dtype: str) -> dict[str, Any]:
 def _sam_json(tower: SamConfig, dtype: str) -> dict[str, Any]:
     return {
         "model_type": "sam_vision_model",
-        "hidden_size": tower.width,
+        **renamed(tower, _SAM_NAMES),
         "mlp_dim": tower.mlp_dim,
         "mlp_ratio": tower.mlp_dim / tower.width,
-        "num_hidden_layers": tower.depth,
-        "num_attention_heads": tower.heads,
         "num_channels": 3,
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
         "hidden_act": "gelu",
         "layer_norm_eps": tower.layer_norm_eps,
         "attention_dropout": 0.0,
         "qkv_bias": True,
         "use_abs_pos": True,
         "use_rel_pos": True,
-        "window_size": tower.window_size,
         "global_attn_indexes": list(tower.global_attn_indexes),
-        "output_channels": tower.neck_channels,
         "num_pos_feats": tower.neck_channels // 2,
         "torch_dtype": dtype,
     }

@@ -13,27 +13,20 @@ from typing import Any
 
 from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
-from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
+from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF, MODELS
 from megavl.convert.adaptors import ORIGINAL, original_params, read_original
-from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language
+from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language, renamed
 from megavl.convert.tokenizer_files import TokenizerIds, image_token_id
 
 MODEL_TYPE = "multi_modality"
 _MIN_SIDE = 14
 
 _SIGLIP_NAME, _SAM_NAME = "siglip_large_patch16_384", "sam_b_downsample"
-_SIGLIP = SiglipConfig(image_size=384, patch_size=16, width=1024, depth=24, heads=16, mlp_dim=4096)
-_SAM = SamConfig(
-    image_size=1024,
-    patch_size=16,
-    width=768,
-    depth=12,
-    heads=12,
-    mlp_dim=3072,
-    window_size=14,
-    global_attn_indexes=(2, 5, 8, 11),
-    neck_channels=256,
-)
+_SIGLIP, _SAM = SiglipConfig(**MODELS["7b"]["siglip"]), SamConfig(**MODELS["7b"]["sam"])
+"""Sizes of the towers that the released client knows by these names."""
+_STATED = {name: name for name in ("patch_size", "width", "heads", "mlp_dim")}
+_STATED_SAM = {"depth": "layers", "window_size": "window_size", "neck_channels": "prompt_embed_dim"}
+"""Sizes that the file states for a tower of another name, with their names there."""
 _EPS = 1e-6
 
 
@@ -96,21 +89,13 @@ def _read_sam(fields: Fields) -> dict[str, Any]:
     return {
         **_stated_sizes(fields),
         "image_size": fields.integer("image_size"),
-        "depth": fields.integer("layers", limit=MAX_LAYERS),
-        "window_size": fields.integer("window_size"),
+        **fields.integers(_STATED_SAM),
         "global_attn_indexes": fields.get("global_attn_indexes"),
-        "neck_channels": fields.integer("prompt_embed_dim"),
     }
 
 
 def _stated_sizes(fields: Fields) -> dict[str, Any]:
-    return {
-        "patch_size": fields.integer("patch_size"),
-        "width": fields.integer("width"),
-        "heads": fields.integer("heads"),
-        "mlp_dim": fields.integer("mlp_dim"),
-        "layer_norm_eps": fields.number("layer_norm_eps"),
-    }
+    return {**fields.integers(_STATED), "layer_norm_eps": fields.number("layer_norm_eps")}
 
 
 def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
@@ -191,25 +176,15 @@ def _sam_params(tower: SamConfig) -> dict[str, Any]:
     params = {"image_size": tower.image_size, "select_feature": "same", "select_layer": -1}
     if tower == _SAM:
         return params | {"model_name": _SAM_NAME}
-    return (
-        params
-        | _size_params(tower)
-        | {
-            "model_name": f"sam_w{tower.width}_d{tower.depth}_downsample",
-            "layers": tower.depth,
-            "window_size": tower.window_size,
-            "global_attn_indexes": list(tower.global_attn_indexes),
-            "prompt_embed_dim": tower.neck_channels,
-            "downsample_channels": [2 * tower.neck_channels, 4 * tower.neck_channels],
-        }
-    )
+    return {
+        **params,
+        **_size_params(tower),
+        **renamed(tower, _STATED_SAM),
+        "model_name": f"sam_w{tower.width}_d{tower.depth}_downsample",
+        "global_attn_indexes": list(tower.global_attn_indexes),
+        "downsample_channels": [2 * tower.neck_channels, 4 * tower.neck_channels],
+    }
 
 
 def _size_params(tower: SiglipConfig | SamConfig) -> dict[str, Any]:
-    return {
-        "patch_size": tower.patch_size,
-        "width": tower.width,
-        "heads": tower.heads,
-        "mlp_dim": tower.mlp_dim,
-        "layer_norm_eps": tower.layer_norm_eps,
-    }
+    return {**renamed(tower, _STATED), "layer_norm_eps": tower.layer_norm_eps}

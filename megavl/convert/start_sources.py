@@ -28,7 +28,7 @@ from megavl.convert.hf_read import DERIVED
 from megavl.convert.language import Fields, read_llama
 from megavl.convert.native_format import SAM_DEFAULTS, SIGLIP_DEFAULTS, read_sam, read_siglip
 from megavl.convert.safetensors_in import read_json
-from megavl.convert.table import NATIVE_SIGLIP, WeightRow, unused_parameters, weight_rows
+from megavl.convert.table import NATIVE_SIGLIP, POOL, POOL_PREFIX, WeightRow, unused_parameters, weight_rows
 from megavl.convert.transforms import Copy
 from megavl.convert.weight_files import StoredTensors, open_folder, open_source
 from megavl.weights.canonical_names import canonical_shapes
@@ -38,17 +38,6 @@ from megavl.weights.lazy import LazyTensor, require_exactly
 _NATIVE_LLM, _NATIVE_SAM = "model.language_model.", "model.high_res_vision_model.vision_encoder."
 _SIGLIP_ENDS = {"timm": "patch_embed.proj.weight", "transformers": "embeddings.patch_embedding.weight"}
 _SAM_ENDS = {"segment-anything": "patch_embed.proj.weight", "transformers": "patch_embed.projection.weight"}
-_POOL = "attn_pool."
-_TRANSFORMERS_POOL: dict[str, tuple[str, tuple[int, int] | None]] = {
-    "latent": ("head.probe", None),
-    "q.*": ("head.attention.in_proj_*", (0, 1)),
-    "kv.*": ("head.attention.in_proj_*", (1, 3)),
-    "proj.*": ("head.attention.out_proj.*", None),
-    "norm.*": ("head.layernorm.*", None),
-    "mlp.fc1.*": ("head.mlp.fc1.*", None),
-    "mlp.fc2.*": ("head.mlp.fc2.*", None),
-}
-"""Attention pool: the original format's name, and transformers' name and first and last third of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +95,13 @@ def read_siglip_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) ->
     pool: dict[str, tuple[str, tuple[int, int] | None]]
     if layout == "timm":
         rows = _same_names(config, "vision.siglip.")
-        pool = {name: (_POOL + name, None) for name in _pool_rows(config)}
+        pool = {name: (POOL_PREFIX + name, None) for name in _pool_rows(config)}
     else:
         _check_tower(path, config, "siglip")
         rows = _native_tower(config, "vision.siglip.", NATIVE_SIGLIP)
         pool = {
             name.replace("*", kind): (key.replace("*", kind), thirds)
-            for name, (key, thirds) in _TRANSFORMERS_POOL.items()
+            for name, key, thirds, _ in POOL
             for kind in (("weight", "bias") if "*" in name else ("",))
         }
     ignored = [prefix + key for key, _ in pool.values()]
@@ -251,9 +240,9 @@ def _same_names(config: ModelConfig, prefix: str) -> list[WeightRow]:
 def _pool_rows(config: ModelConfig) -> dict[str, WeightRow]:
     """The attention pool by the part of the name after `attn_pool.`."""
     return {
-        unused.key.partition(_POOL)[2]: WeightRow(unused.key, unused.shape, (unused.key,), Copy())
+        unused.key.partition(POOL_PREFIX)[2]: WeightRow(unused.key, unused.shape, (unused.key,), Copy())
         for unused in unused_parameters(config)
-        if _POOL in unused.key
+        if POOL_PREFIX in unused.key
     }
 
 

@@ -117,6 +117,21 @@ NATIVE_SIGLIP = "model.vision_model.vision_model."
 NATIVE_SIGLIP_UNNESTED = "model.vision_model."
 """Layout that transformers 5.10 and later save when a model is built from scratch."""
 
+POOL_PREFIX = "attn_pool."
+POOL: tuple[tuple[str, str, tuple[int, int] | None, str], ...] = (
+    ("latent", "head.probe", None, "1 1 W"),
+    ("q.*", "head.attention.in_proj_*", (0, 1), "W W"),
+    ("kv.*", "head.attention.in_proj_*", (1, 3), "2W W"),
+    ("proj.*", "head.attention.out_proj.*", None, "W W"),
+    ("norm.*", "head.layernorm.*", None, "W"),
+    ("mlp.fc1.*", "head.mlp.fc1.*", None, "M W"),
+    ("mlp.fc2.*", "head.mlp.fc2.*", None, "W M"),
+)
+"""SigLIP's attention pool: original name, transformers' name, first and last third of its rows there, shape.
+
+W is the tower's width and M its MLP width; `*` is weight or bias.
+"""
+
 _ORIGINAL_SAM = "vision_model.vision_tower_high.vision_tower."
 
 
@@ -143,37 +158,23 @@ def key_shapes(config: ModelConfig, fmt: Format) -> dict[str, Shape]:
 
 def unused_parameters(config: ModelConfig) -> tuple[UnusedParameter, ...]:
     """Parameters that only the original format has: SigLIP's attention pool and, with SAM, two layer norms."""
-    width, mlp_dim, pool = config.siglip.width, config.siglip.mlp_dim, _original_siglip(config) + "attn_pool."
-    shapes: dict[str, Shape] = {
-        pool + "latent": (1, 1, width),
-        pool + "q.weight": (width, width),
-        pool + "q.bias": (width,),
-        pool + "kv.weight": (2 * width, width),
-        pool + "kv.bias": (2 * width,),
-        pool + "proj.weight": (width, width),
-        pool + "proj.bias": (width,),
-        pool + "norm.weight": (width,),
-        pool + "norm.bias": (width,),
-        pool + "mlp.fc1.weight": (mlp_dim, width),
-        pool + "mlp.fc1.bias": (mlp_dim,),
-        pool + "mlp.fc2.weight": (width, mlp_dim),
-        pool + "mlp.fc2.bias": (width,),
-    }
+    sizes = {"1": 1, "W": config.siglip.width, "2W": 2 * config.siglip.width, "M": config.siglip.mlp_dim}
+    shapes: dict[str, Shape] = {}
+    for name, _, _, axes in POOL:
+        for kind in ("weight", "bias") if "*" in name else ("",):
+            shape = tuple(sizes[axis] for axis in axes.split())
+            key = _original_siglip(config) + POOL_PREFIX + name.replace("*", kind)
+            shapes[key] = shape[:1] if kind == "bias" else shape
     if config.sam is not None:
         for norm in ("high_layer_norm", "low_layer_norm"):
-            shapes |= {f"vision_model.{norm}.weight": (width,), f"vision_model.{norm}.bias": (width,)}
+            shapes |= dict.fromkeys((f"vision_model.{norm}.weight", f"vision_model.{norm}.bias"), (sizes["W"],))
     return tuple(UnusedParameter(key, shape, float(key.endswith("norm.weight"))) for key, shape in shapes.items())
 
 
 def native_pool_keys(config: ModelConfig) -> frozenset[str]:
     """Attention-pool names of a native file saved with `vision_use_head: true`; the native classes never use them."""
-    tails = ["probe", "attention.in_proj_weight", "attention.in_proj_bias"]
-    tails += [
-        f"{name}.{kind}"
-        for name in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
-        for kind in ("weight", "bias")
-    ]
-    return frozenset(f"{NATIVE_SIGLIP}head.{tail}" for tail in tails)
+    kinds = ("weight", "bias")
+    return frozenset(NATIVE_SIGLIP + key.replace("*", kind) for _, key, _, _ in POOL for kind in kinds)
 
 
 def _original_siglip(config: ModelConfig) -> str:

@@ -6,18 +6,13 @@ archives of `torch.save`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Protocol
-
-import torch
-from torch import Tensor
 
 from megavl.config.errors import CheckpointError
 from megavl.convert.pickle_in import PickleFile
 from megavl.convert.safetensors_in import SafetensorsFile, read_json
-from megavl.weights.canonical_names import Shape
 from megavl.weights.lazy import LazyTensor
 
 PICKLES = (".bin", ".pth", ".pt")
@@ -26,25 +21,7 @@ _STEMS = ("model.safetensors", "pytorch_model.bin")
 """Names that transformers gives to weights, the preferred one first; sharded weights have `.index.json` after it."""
 
 
-class WeightFile(Protocol):
-    """A file that gives shape and type of its tensors without reading their values."""
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of its tensors."""
-
-    def describe(self, name: str) -> tuple[Shape, torch.dtype]:
-        """Shape and dtype of one tensor."""
-
-    def load(self, name: str) -> Tensor:
-        """Values of one tensor, in memory of their own."""
-
-    def load_slice(self, name: str, start: int, stop: int, *, axis: int) -> Tensor:
-        """The indices `start` to `stop` of an axis of a tensor, in memory of their own."""
+WeightFile = SafetensorsFile | PickleFile
 
 
 class StoredTensors(Mapping[str, LazyTensor]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -38,10 +39,8 @@ class NewFile:
         self._digest = hashlib.sha256()
         self.size = 0
         """Bytes written so far."""
-        try:
+        with _writing(self._temporary):
             self._stream = self._temporary.open("w+b")
-        except OSError as error:
-            raise storage_error(self._temporary, error) from error
 
     def write(self, data: bytes | memoryview) -> None:
         """Append.
@@ -49,10 +48,8 @@ class NewFile:
         Raises:
             StorageError: the storage is full or failing.
         """
-        try:
+        with _writing(self._temporary):
             self._stream.write(data)
-        except OSError as error:
-            raise storage_error(self._temporary, error) from error
         self._digest.update(data)
         self.size += len(data)
 
@@ -62,11 +59,9 @@ class NewFile:
         Raises:
             StorageError: the storage is full or failing.
         """
-        try:
+        with _writing(self._temporary):
             self._stream.flush()
             return os.pread(self._stream.fileno(), size, start)
-        except OSError as error:
-            raise storage_error(self._temporary, error) from error
 
     def commit(self) -> FileEntry:
         """Sync the file and give it its final name.
@@ -74,13 +69,11 @@ class NewFile:
         Raises:
             StorageError: the storage is full or failing.
         """
-        try:
+        with _writing(self._temporary):
             self._stream.flush()
             os.fsync(self._stream.fileno())
             self._stream.close()
             os.replace(self._temporary, self.path)
-        except OSError as error:
-            raise storage_error(self._temporary, error) from error
         return FileEntry(name=self.path.name, size=self.size, sha256=self._digest.hexdigest())
 
     def discard(self) -> None:
@@ -112,10 +105,8 @@ def sync_directory(path: Path) -> None:
     Raises:
         StorageError: the storage is failing.
     """
-    try:
+    with _writing(path):
         durable.sync_directory(path)
-    except OSError as error:
-        raise storage_error(path, error) from error
 
 
 def remove_leftovers(path: Path) -> None:
@@ -127,3 +118,11 @@ def remove_leftovers(path: Path) -> None:
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The error for a file that cannot be written."""
     return StorageError(f"{path}: cannot write ({error.strerror}); free or repair the storage and start again")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error

@@ -217,7 +217,8 @@ def test_folder_without_weights_or_configuration(folder):
     (folder / "model.safetensors").unlink()
     assert "none of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in refusal(folder)
     (folder / "config.json").unlink()
-    assert "config.json: no such file" in refusal(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        read_config(folder)
 
 
 @pytest.mark.parametrize(
