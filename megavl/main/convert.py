@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
-from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
-from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.chat import IMAGE_TOKEN
-from megavl.config.errors import CheckpointError, DataError, UsageError
+from megavl.config.errors import CheckpointError, DataError
 from megavl.config.load import load_model_config as load_preset
-from megavl.config.model import ModelConfig
 from megavl.config.presets import MODELS
-from megavl.convert.hf_read import canonical_tensors, is_hf_folder, open_hf_tensors, read_config, read_unused
-from megavl.convert.hf_write import write_hf
+from megavl.convert.checkpoint_files import ORIGINS, export_checkpoint, write_checkpoint
+from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config, read_unused
 from megavl.convert.open_weights import open_weights
 from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare
-from megavl.convert.weight_files import open_file
 from megavl.main.device import choose_device
 from megavl.main.progress import counted
 from megavl.weights.dtypes import DTYPES
-from megavl.weights.lazy import LazyTensor
-
-PASSTHROUGH = "passthrough.safetensors"
-"""File of a checkpoint that keeps the original format's unused tensors for a complete export."""
-ORIGINS = "origins.json"
-"""File of a start checkpoint that says where every tensor comes from."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +83,8 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     weights = canonical_tensors(tensors, config=config, fmt=fmt)
     files: dict[str, bytes | Path] = {f"tokenizer/{p.name}": p for p in tokenizer_paths(arguments.source)}
     unused = read_unused(tensors, config=config, fmt=fmt)
-    out = _write(arguments.out, config=config, tensors=weights, unused=unused, files=files, what="from-hf")
+    progress = partial(counted, what="from-hf")
+    out = write_checkpoint(arguments.out, config=config, tensors=weights, unused=unused, files=files, progress=progress)
     print(f"{arguments.source} ({fmt} format, {config.preset} sizes): {len(weights)} tensors to {out}")
     return 0
 
@@ -115,7 +104,14 @@ def _init(arguments: argparse.Namespace) -> int:
     tokenizer, added = with_image_token(arguments.llm, image_id=config.image_token_id)
     files: dict[str, bytes | Path] = {f"tokenizer/{name}": content for name, content in tokenizer.items()}
     files[ORIGINS] = json.dumps(weights.origins(), indent=1).encode()
-    out = _write(arguments.out, config=config, tensors=weights.tensors, unused=weights.unused, files=files, what="init")
+    out = write_checkpoint(
+        arguments.out,
+        config=config,
+        tensors=weights.tensors,
+        unused=weights.unused,
+        files=files,
+        progress=partial(counted, what="init"),
+    )
     _report(weights, out=out, added=added)
     return 0
 
@@ -135,47 +131,14 @@ def _report(weights: StartWeights, *, out: Path, added: bool) -> None:
     print(f"{out}: {weights.dtype}; {ORIGINS} in it names the origin of every tensor")
 
 
-def _write(
-    directory: Path,
-    *,
-    config: ModelConfig,
-    tensors: Mapping[str, LazyTensor],
-    unused: Mapping[str, LazyTensor],
-    files: dict[str, bytes | Path],
-    what: str,
-) -> Path:
-    """Write a checkpoint of iteration 0 with a bar on the terminal."""
-    if unused:
-        files[PASSTHROUGH] = save({name: tensor.load().contiguous() for name, tensor in unused.items()})
-    with counted(tensors, what=what) as source:
-        return write_model_checkpoint(
-            directory,
-            config=config,
-            tensors=((name, tensor.load()) for name, tensor in source.items()),
-            files=files,
-        )
-
-
 def _to_hf(arguments: argparse.Namespace) -> int:
-    source = resolve(arguments.source, skip_hash=True)
-    if is_hf_folder(source):
-        raise UsageError(f"{source}: already a Hugging Face folder; run `megavl convert from-hf` on it first")
-    passthrough = source / PASSTHROUGH
-    tensors = open_model_tensors(source, skip_hash=True)
-    # The files are hashed while they are converted: both read them, and the disk is read once.
-    with ThreadPoolExecutor(max_workers=1) as pool, counted(tensors, what="to-hf") as weights:
-        verified = pool.submit(resolve, source)
-        out = write_hf(
-            arguments.out,
-            config=load_model_config(source),
-            tensors=weights,
-            fmt=arguments.format,
-            tokenizer_dir=source / "tokenizer",
-            dtype=arguments.dtype,
-            unused=open_file(passthrough) if passthrough.exists() else None,
-            source=str(source),
-            confirm=verified.result,
-        )
+    source, out = export_checkpoint(
+        arguments.source,
+        arguments.out,
+        fmt=arguments.format,
+        dtype=arguments.dtype,
+        progress=partial(counted, what="to-hf"),
+    )
     print(f"{source} to {out} ({arguments.format} format)")
     return 0
 

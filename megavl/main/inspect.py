@@ -10,7 +10,7 @@ from typing import Any
 
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.store import read_manifest
-from megavl.main.convert import ORIGINS
+from megavl.convert.checkpoint_files import ORIGINS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

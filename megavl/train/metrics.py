@@ -12,6 +12,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megavl.data.batch import Modality
+from megavl.files.durable import replace_durably
 from megavl.planner.cost.flops import mfu, step_flops
 from megavl.train.run_plan import RunPlan
 from megavl.train.step import StepResult
@@ -103,9 +104,7 @@ class MetricsLog:
             return
         with self.path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(discarded)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text("".join(kept), encoding="utf-8")
-        draft.replace(self.path)
+        replace_durably(self.path, "".join(kept).encode())
 
 
 _SCALARS = {

@@ -64,7 +64,7 @@ def load_error(path: Path) -> str:
     return end.error[1]
 
 
-def test_metadata(target: Path, tmp_path: Path) -> None:
+def test_code_in_metadata_is_refused(target: Path, tmp_path: Path) -> None:
     sentinel = tmp_path / "ran"
     (target / ".metadata").write_bytes(pickle.dumps(Bomb(sentinel)))
     forge(target)
@@ -86,7 +86,7 @@ def test_only_listed_names_pass(target: Path, name: str) -> None:
         read_metadata(target)
 
 
-def test_byte_object(target: Path, tmp_path: Path) -> None:
+def test_code_in_a_byte_object_is_refused(target: Path, tmp_path: Path) -> None:
     sentinel = tmp_path / "ran"
     with (target / "__9_0.distcp").open("wb") as stream:
         torch.save([Bomb(sentinel)], stream)
@@ -102,7 +102,7 @@ def test_byte_object(target: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_common_state(target: Path, tmp_path: Path, legacy: bool) -> None:
+def test_code_in_the_common_state_is_refused(target: Path, tmp_path: Path, legacy: bool) -> None:
     sentinel = tmp_path / "ran"
     torch.save({"x": Bomb(sentinel)}, target / "common.pt", _use_new_zipfile_serialization=not legacy)
     forge(target)
@@ -113,7 +113,7 @@ def test_common_state(target: Path, tmp_path: Path, legacy: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["../iter_0000005/__0_0.distcp", "/etc/passwd", "x/y.distcp", "common.pt"])
-def test_shards_outside_the_checkpoint(target: Path, name: str) -> None:
+def test_shards_outside_the_checkpoint_are_refused(target: Path, name: str) -> None:
     def redirect(metadata: Metadata) -> None:
         for info in metadata.storage_data.values():
             info.relative_path = name
@@ -123,7 +123,7 @@ def test_shards_outside_the_checkpoint(target: Path, name: str) -> None:
         open_model_tensors(target)
 
 
-def test_impossible_sizes(target: Path) -> None:
+def test_impossible_sizes_are_refused(target: Path) -> None:
     def enlarge(metadata: Metadata) -> None:
         metadata.state_dict_metadata["model.vision.weight"].size = torch.Size([1 << 40, 1 << 20])
 
@@ -132,7 +132,7 @@ def test_impossible_sizes(target: Path) -> None:
         open_model_tensors(target)
 
 
-def test_reading_past_the_end(target: Path) -> None:
+def test_offset_past_the_end_is_refused(target: Path) -> None:
     def shift(metadata: Metadata) -> None:
         for info in metadata.storage_data.values():
             info.offset += 1 << 20
@@ -142,7 +142,7 @@ def test_reading_past_the_end(target: Path) -> None:
         open_model_tensors(target)
 
 
-def test_item_that_is_not_what_the_metadata_says(target: Path) -> None:
+def test_item_that_contradicts_the_metadata_is_refused(target: Path) -> None:
     def swap(metadata: Metadata) -> None:
         for index in metadata.storage_data:
             if index.fqn == "model.vision.bias":
@@ -154,7 +154,7 @@ def test_item_that_is_not_what_the_metadata_says(target: Path) -> None:
     assert "model.vision.bias" in load_error(target)
 
 
-def test_manifest_that_leaves_the_directory(target: Path) -> None:
+def test_manifest_that_leaves_the_directory_is_refused(target: Path) -> None:
     text = commit.encode_manifest(iteration=5, world_size=1, content={}, files={"../../x": {"size": 1, "sha256": "0"}})
     (target / "manifest.json").write_bytes(text)
     with pytest.raises(CheckpointError, match="refused file name"):

@@ -36,7 +36,7 @@ def pair(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_round_trip_is_bitwise_and_keeps_the_newest_two(tmp_path: Path, world: int) -> None:
+def test_round_trip_is_bitwise_and_keeps_newest_two(tmp_path: Path, world: int) -> None:
     directory = tmp_path / "checkpoints"
     found = results(run_ranks(states.save_and_load, world, str(directory), [1, 2, 3]))
     whole = (torch.arange(states.ROWS * 4, dtype=torch.float32).reshape(states.ROWS, 4) + 3).tolist()
@@ -54,7 +54,7 @@ def test_round_trip_is_bitwise_and_keeps_the_newest_two(tmp_path: Path, world: i
     assert {f"__{rank}_0.distcp" for rank in range(world)} < set(manifest["files"])
 
 
-def test_other_number_of_ranks(saved: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_loads_it(saved: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(saved, tmp_path / "pair"))
     (one,) = results(run_ranks(states.load_only, 1, str(directory), False, False))
     assert one["weight"] == (torch.arange(states.ROWS * 4.0).reshape(states.ROWS, 4) + 10).tolist()
@@ -73,7 +73,7 @@ SITES = ["before_mkdir", "mid_shard", "after_shard", "after_manifest", "after_re
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("site", SITES)
-def test_kill_in_each_phase_of_a_save(pair: Path, site: str, rank: int) -> None:
+def test_kill_during_a_save_keeps_a_checkpoint(pair: Path, site: str, rank: int) -> None:
     ended = run_ranks(states.save_again, 2, str(pair), [15], fault=f"{site}:{rank}:15:sigkill")
     assert ended[rank].exit_code == -9
     store = CheckpointStore(pair)
@@ -85,7 +85,7 @@ def test_kill_in_each_phase_of_a_save(pair: Path, site: str, rank: int) -> None:
     assert len(names(pair)) >= 2
 
 
-def test_save_succeeds_over_remains(pair: Path) -> None:
+def test_save_succeeds_over_leftovers(pair: Path) -> None:
     (pair / "iter_0000015.tmp-abc").mkdir()
     (pair / "iter_0000015").mkdir()
     (pair / "iter_0000015" / "common.pt").write_bytes(b"half")
@@ -134,7 +134,7 @@ def test_damage_falls_back_and_is_named(pair: Path, damage: str, caplog: pytest.
         assert str(named.value).count("sha256") == 1 and "expected" in str(named.value)
 
 
-def test_sizes_only_on_request(pair: Path) -> None:
+def test_skip_hash_compares_sizes_only(pair: Path) -> None:
     shard = pair / "iter_0000010" / "__0_0.distcp"
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
@@ -170,7 +170,7 @@ def test_nothing_valid_is_an_error_and_deletes_nothing(pair: Path) -> None:
     assert sorted(pair.rglob("*")) == before
 
 
-def test_first_start_and_lost_checkpoints(tmp_path: Path) -> None:
+def test_first_start_differs_from_lost_checkpoints(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "new")
     assert store.newest() is None
     (tmp_path / "new" / "latest").write_text("iter_0000005\n")
@@ -180,7 +180,7 @@ def test_first_start_and_lost_checkpoints(tmp_path: Path) -> None:
         resolve(tmp_path / "nowhere")
 
 
-def test_full_disk(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_older_checkpoint(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     for end in run_ranks(states.save_limited, 2, str(directory)):
         assert end.error is not None and end.error[0] == "StorageError", end
@@ -196,7 +196,7 @@ def test_storage_errors_reach_every_rank(pair: Path, fault: str) -> None:
     assert names(pair) == ["iter_0000005", "iter_0000010"]
 
 
-def test_unusable_directory(tmp_path: Path) -> None:
+def test_unusable_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="file"):
         CheckpointStore(tmp_path / "file")
@@ -232,7 +232,7 @@ def test_mismatch_names_the_key_on_every_rank(saved: Path, change: str, key: str
         assert key in end.error[1]
 
 
-def test_conversion_of_types_on_request(tmp_path: Path) -> None:
+def test_types_are_converted_on_request(tmp_path: Path) -> None:
     results(run_ranks(states.save_again, 1, str(tmp_path / "one"), [5]))
     (found,) = results(run_ranks(states.converted, 1, str(tmp_path / "one" / "iter_0000005")))
     assert found == (torch.arange(states.ROWS * 4.0).reshape(states.ROWS, 4) + 5).bfloat16().tolist()

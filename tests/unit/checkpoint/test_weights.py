@@ -102,7 +102,7 @@ def test_views_do_not_drag_their_storage_along(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in path.glob("*.distcp")) < sum(t.nbytes for _, t in weights()) + 200_000
 
 
-def test_several_shard_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_fill_several_shard_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megavl.checkpoint.writer.SHARD_BYTES", 1 << 20)
     path = write_model_checkpoint(tmp_path, config=CONFIG, tensors=weights(), files={})
     assert len(list(path.glob("*.distcp"))) > 1
@@ -130,12 +130,12 @@ def test_incomplete_or_wrong_weights_leave_nothing(tmp_path: Path) -> None:
             write_model_checkpoint(tmp_path / "out", config=CONFIG, tensors=weights(), files={bad: b""})
 
 
-def test_weights_are_not_replaced(written: Path) -> None:
+def test_valid_weights_are_not_replaced(written: Path) -> None:
     with pytest.raises(CheckpointError, match="valid checkpoint of this iteration"):
         write_model_checkpoint(written.parent, config=CONFIG, tensors=weights(), files={})
 
 
-def test_names_have_an_exact_inverse() -> None:
+def test_stored_keys_have_an_exact_inverse() -> None:
     for name in canonical_shapes(preset("7b")):
         stored = stored_key(name)
         assert is_stacked(stored.key) == (stored.layer is not None)
@@ -145,7 +145,7 @@ def test_names_have_an_exact_inverse() -> None:
     )
 
 
-def test_hashes_of_what_was_written_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_hashes_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megavl.checkpoint.writer.SHARD_BYTES", 1 << 20)
     tensors = [*weights(), ("vision.large", torch.randn(1 << 20)), ("vision.odd", torch.randn(700_001).half())]
     path = write_model_checkpoint(tmp_path, config=CONFIG, tensors=tensors, files={})
@@ -170,7 +170,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, little_storage: None) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_storage_that_fails_in_the_background_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sync_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(stream: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -180,7 +180,7 @@ def test_storage_that_fails_in_the_background_leaves_nothing(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_killed_conversion_are_cleared_and_others_kept(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_conversion_are_removed(tmp_path: Path) -> None:
     for name in ("iter_0000000.tmp-1", "iter_0000005.tmp-2"):
         (tmp_path / name).mkdir()
     write_model_checkpoint(tmp_path, config=CONFIG, tensors=weights(), files={})

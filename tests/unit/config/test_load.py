@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_round_trip(recipe: Path, tmp_path: Path) -> None:
+def test_recipe_round_trip_is_exact(recipe: Path, tmp_path: Path) -> None:
     loaded = load_recipe(recipe, overrides=["optimizer.lr=3e-4", "parallel.layout=[4]"])
     assert loaded.optimizer.lr == 3e-4
     again = tmp_path / "again.yaml"
@@ -33,7 +33,7 @@ def test_round_trip(recipe: Path, tmp_path: Path) -> None:
     assert load_recipe(again) == loaded
 
 
-def test_base_is_laid_under(recipe: Path, tmp_path: Path) -> None:
+def test_recipe_replaces_values_of_its_base(recipe: Path, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("base: recipe.yaml\ntraining: {steps: 20}\n")
     assert load_recipe(child).training.steps == 20
@@ -87,7 +87,7 @@ def test_refusal_names_path_value_and_remedy(recipe: Path, override: str, words:
 
 
 @pytest.mark.parametrize("text", ["- 1", "{", "model: 3"])
-def test_broken_files(tmp_path: Path, text: str) -> None:
+def test_broken_files_are_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match="broken.yaml"):
@@ -116,7 +116,7 @@ def test_presets_keep_the_topology() -> None:
         assert (config.image_tokens, config.canvas_size, config.image_geometry.tokens) == (tokens, canvas, tokens)
 
 
-def test_virtual_stages_want_whole_rounds_of_micro_batches(recipe: Path) -> None:
+def test_virtual_stages_need_whole_rounds_of_micro_batches(recipe: Path) -> None:
     cut = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]"]
     assert load_recipe(recipe, overrides=cut).data_parallel(4) == 2
     odd = load_recipe(recipe, overrides=[*cut, "training.global_batch_size=6"])

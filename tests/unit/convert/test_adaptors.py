@@ -17,12 +17,12 @@ from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.convert.adaptors import ORIGINAL
 from megavl.convert.hf_read import read_config
+from megavl.convert.open_weights import open_weights
 from megavl.convert.original_format import side_files
 from megavl.convert.table import FORMATS, key_shapes, weight_rows
 from megavl.convert.tokenizer_files import TokenizerIds
 from megavl.convert.verify import compare
 from megavl.main.cli import main
-from megavl.main.convert import open_weights
 
 IDS = TokenizerIds(bos=0, eos=1, pad=1, image=3)
 EVEN = {"siglip": {"image_size": 96}, "sam": {"image_size": 256}}
@@ -87,7 +87,7 @@ def test_the_original_configuration_of_a_shared_mlp() -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize(("kind", "depth"), CASES)
-def test_every_kind_has_a_place_or_is_refused(fmt: Any, kind: str, depth: int) -> None:
+def test_every_kind_is_held_or_refused(fmt: Any, kind: str, depth: int) -> None:
     config = config_of(kind, depth)
     if holds(fmt, kind, depth):
         assert weight_rows(config, fmt)
@@ -111,7 +111,7 @@ def test_every_kind_has_a_place_or_is_refused(fmt: Any, kind: str, depth: int) -
         ("token_pooling_height", "native", "the native format has no place for kind token_pooling_height of depth 2"),
     ],
 )
-def test_a_refused_export_writes_nothing_and_ends_with_code_2(
+def test_refused_export_writes_nothing(
     kind: str, fmt: str, words: str, checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "to-hf", str(checkpoint(config_of(kind, 2))), str(tmp_path / "out"), "--format", fmt]) == 2
@@ -121,7 +121,7 @@ def test_a_refused_export_writes_nothing_and_ends_with_code_2(
 
 
 @pytest.mark.parametrize("concat_type", ["tuple", None])
-def test_absent_fields_mean_the_defaults_of_the_release(
+def test_absent_fields_get_the_defaults_of_the_release(
     concat_type: str | None, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     """Towers are joined as a tuple, a projector has one layer, and a linear one has one whatever its depth says."""
@@ -167,7 +167,7 @@ def test_absent_fields_mean_the_defaults_of_the_release(
         ),
     ],
 )
-def test_an_unknown_adaptor_of_an_import_names_file_and_field(
+def test_unknown_adaptor_names_file_and_field(
     preset: str, changes: dict[str, Any], place: str, words: str, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     raw = side_files(load_model_config(preset), ids=IDS, dtype="float16")["config.json"]

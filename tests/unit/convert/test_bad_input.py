@@ -59,17 +59,17 @@ def refusal(folder):
     return str(error.value)
 
 
-def test_missing_tensor(folder):
+def test_missing_tensor_is_named(folder):
     rewrite(folder, lambda tensors: tensors.pop(LM_HEAD))
     assert f"{folder}/model.safetensors: no tensor 'lm_head.weight'" in refusal(folder)
 
 
-def test_unexpected_tensor(folder):
+def test_unexpected_tensor_is_named(folder):
     rewrite(folder, lambda tensors: tensors.update({"lora.a": torch.zeros(2)}))
     assert f"{folder}/model.safetensors: unexpected tensor 'lora.a'" in refusal(folder)
 
 
-def test_misshapen_tensor(folder):
+def test_misshapen_tensor_is_named(folder):
     rewrite(folder, lambda tensors: tensors.update({DOWN_PROJ: tensors[DOWN_PROJ].T}))
     message = refusal(folder)
     assert (
@@ -77,18 +77,18 @@ def test_misshapen_tensor(folder):
     )
 
 
-def test_parts_of_two_types(folder):
+def test_parts_of_two_types_are_refused(folder):
     up = "model.language_model.layers.1.mlp.up_proj.weight"
     rewrite(folder, lambda tensors: tensors.update({up: tensors[up].half()}))
     assert up in refusal(folder)
 
 
-def test_integer_weights(folder):
+def test_integer_weights_are_refused(folder):
     rewrite(folder, lambda tensors: tensors.update({LM_HEAD: tensors[LM_HEAD].to(torch.int8)}))
     assert "'lm_head.weight' is of type I8" in refusal(folder)
 
 
-def test_both_siglip_layouts_at_once(folder):
+def test_both_siglip_layouts_at_once_are_refused(folder):
     nested = "model.vision_model.vision_model.post_layernorm.bias"
     flat = nested.replace("vision_model.vision_model", "vision_model")
     rewrite(folder, lambda tensors: tensors.update({flat: tensors[nested].clone()}))
@@ -96,7 +96,7 @@ def test_both_siglip_layouts_at_once(folder):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_truncated_file(folder, keep):
+def test_truncated_file_is_refused(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     assert f"{path}: not a readable safetensors file" in refusal(folder)
@@ -115,25 +115,25 @@ def test_truncated_file(folder, keep):
     ],
     ids=["overlap", "overflow", "dtype", "beyond the file"],
 )
-def test_hostile_header(folder, header):
+def test_hostile_header_is_refused(folder, header):
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     assert f"{folder}/model.safetensors: not a readable" in refusal(folder)
 
 
-def test_header_length_beyond_the_file(folder):
+def test_header_longer_than_the_file_is_refused(folder):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{}")
     assert f"{folder}/model.safetensors: not a readable" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/../../x", "..", "C:\\x", "..\\x", ""])
-def test_index_that_leaves_the_folder(folder, name):
+def test_index_that_leaves_the_folder_is_refused(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {LM_HEAD: name}}))
     message = refusal(folder)
     assert "model.safetensors.index.json" in message and "outside the folder" in message
 
 
-def test_index_and_files_disagree(folder):
+def test_index_must_agree_with_the_files(folder):
     tensors = load_file(folder / "model.safetensors")
     index = {"weight_map": dict.fromkeys([*tensors, "more"], "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -148,13 +148,13 @@ def test_index_and_files_disagree(folder):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {"a": 1}}', "{}"])
-def test_damaged_index(folder, content):
+def test_damaged_index_is_refused(folder, content):
     (folder / "model.safetensors.index.json").write_text(content)
     assert "model.safetensors.index.json: " in refusal(folder)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_weights_of_torch_save_are_read_where_there_are_no_others(folder, sources, sharded):
+def test_torch_archives_are_read_without_safetensors(folder, sources, sharded):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = list(tensors)
@@ -194,7 +194,7 @@ def test_archive_of_old_torch_is_refused_with_a_remedy(folder):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_values_do_not_stay_tied_to_the_file(folder, name):
+def test_values_outlive_the_file(folder, name):
     """A tensor in a map of the file would change with it, and would count as memory for as long as the file is open."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     if name.endswith(".bin"):
@@ -206,14 +206,14 @@ def test_values_do_not_stay_tied_to_the_file(folder, name):
     assert torch.equal(loaded, tensors[LM_HEAD])
 
 
-def test_file_that_shrinks_after_it_was_opened(folder):
+def test_file_that_shrinks_after_opening_is_named(folder):
     tensors = open_hf_tensors(folder)
     os.truncate(folder / "model.safetensors", 100_000)
     with pytest.raises(CheckpointError, match="cannot read tensor .*the file has become shorter"):
         [tensor.load() for tensor in tensors.values()]
 
 
-def test_folder_without_weights_or_configuration(folder):
+def test_folder_without_weights_or_configuration_is_refused(folder):
     (folder / "model.safetensors").unlink()
     assert "none of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in refusal(folder)
     (folder / "config.json").unlink()
@@ -231,7 +231,7 @@ def test_folder_without_weights_or_configuration(folder):
         ({"text_config": 3}, "text_config: a JSON object is expected"),
     ],
 )
-def test_configuration_that_cannot_be_represented(folder, change, message):
+def test_unsupported_configuration_is_refused(folder, change, message):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, **change}))
     with pytest.raises(CheckpointError) as error:
@@ -248,7 +248,7 @@ JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_value_of_any_field_gives_a_model_or_one_message(tmp_path_factory, data):
+def test_any_field_value_gives_a_model_or_message(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")
     config, fmt = load_model_config("tiny-hybrid"), data.draw(st.sampled_from(FORMATS))
     module = native_format if fmt == "native" else original_format
@@ -336,7 +336,7 @@ def test_value_beyond_float16_is_named(folder, tokenizer_dir, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_killed_writer_leaves_no_model_and_the_next_one_succeeds(folder, tokenizer_dir, tmp_path):
+def test_killed_export_leaves_no_model(folder, tokenizer_dir, tmp_path):
     script = """
 import dataclasses, os, signal, sys
 sys.path.insert(0, sys.argv[4])

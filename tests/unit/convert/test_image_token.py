@@ -19,7 +19,7 @@ from tests.unit.convert import public_models
 IMAGE = "<image_placeholder>"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SIZE = 310
-"""Entries before the image token: 295 of the BPE, 15 added behind them, as DeepSeek-LLM has 100000 and 15."""
+"""Entries before the image token: 295 of the BPE, then 15 added ones, as DeepSeek-LLM has 100000 and 15."""
 TEXTS = ("User: which colour is the square?\n\nAssistant: red", "ø û é <b> 12345  ", "<image _placeholder>", f"{EOS}x")
 
 
@@ -49,7 +49,7 @@ def written(folder, files):
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def test_missing_token_is_added_behind_all_others(folder):
+def test_missing_token_becomes_the_last_one(folder):
     raw, before = (
         json.loads((folder / "tokenizer.json").read_text()),
         Tokenizer.from_file(str(folder / "tokenizer.json")),
@@ -69,12 +69,12 @@ def test_missing_token_is_added_behind_all_others(folder):
 
 
 @pytest.mark.parametrize("image_id", [SIZE - 1, SIZE + 1, 100015])
-def test_token_that_would_get_another_id(folder, image_id):
+def test_token_that_would_get_another_id_is_refused(folder, image_id):
     with pytest.raises(DataError, match=rf"next free id is {SIZE}, but the model has model.image_token_id {image_id}"):
         with_image_token(folder, image_id=image_id)
 
 
-def test_token_with_another_id(folder):
+def test_token_with_another_id_is_refused(folder):
     written(folder, with_image_token(folder, image_id=SIZE)[0])
     with pytest.raises(DataError, match=rf"{IMAGE} has id {SIZE}, the model has model.image_token_id 7"):
         with_image_token(folder, image_id=7)
@@ -95,7 +95,7 @@ def test_damaged_files_are_named(folder, name, content, message):
         with_image_token(folder, image_id=SIZE)
 
 
-def test_start_weights_with_such_a_tokenizer(folder, tmp_path, monkeypatch, capsys):
+def test_start_weights_add_the_token(folder, tmp_path, monkeypatch, capsys):
     """From the command to a tokenizer that transformers loads from the export."""
     monkeypatch.setitem(MODELS["tiny-siglip"], "image_token_id", SIZE)
     public = public_models.build(tmp_path / "public", folder)
@@ -114,7 +114,7 @@ def test_start_weights_with_such_a_tokenizer(folder, tmp_path, monkeypatch, caps
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == before.encode(text).ids
 
 
-def test_start_weights_with_a_tokenizer_that_does_not_fit(folder, tmp_path, capsys):
+def test_start_weights_refuse_a_wrong_tokenizer(folder, tmp_path, capsys):
     public = public_models.build(tmp_path / "public", folder)
     words = ["--llm", public.llm_paths["bin"], "--siglip", public.siglip_paths["timm"], "--preset", "tiny-siglip"]
     assert main(["convert", "init", *map(str, words), str(tmp_path / "out")]) == 4

@@ -67,7 +67,7 @@ def exports(sources, tokenizer_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_sizes_are_read_as_the_preset(sources, preset):
+def test_sizes_are_those_of_the_preset(sources, preset):
     assert read_config(sources[preset]) == (load_model_config(preset), "native")
 
 
@@ -216,7 +216,7 @@ def test_unnested_siglip_names_are_read(sources, tmp_path):
     assert compare(open_weights(sources["tiny-hybrid"]), open_weights(tmp_path)).identical
 
 
-def test_an_attention_pool_and_derived_buffers_are_passed_over(sources, tmp_path):
+def test_attention_pool_and_derived_buffers_are_ignored(sources, tmp_path):
     tensors = load_file(sources["tiny-siglip"] / "model.safetensors")
     tensors["model.vision_model.vision_model.head.probe"] = torch.zeros(1, 1, 64)
     tensors["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)

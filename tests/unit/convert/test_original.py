@@ -51,7 +51,7 @@ def test_export_is_read_back_bitwise(sources, exports, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_native_after_original_is_the_first_file_again(sources, exports, tokenizer_dir, tmp_path, preset):
+def test_original_and_back_gives_the_native_file(sources, exports, tokenizer_dir, tmp_path, preset):
     config, tensors = opened(exports[preset])
     out = write_hf(tmp_path / "out", config=config, tensors=tensors, fmt="native", tokenizer_dir=exports[preset])
     first, last = load_file(sources[preset] / "model.safetensors"), load_file(out / "model.safetensors")
@@ -85,7 +85,7 @@ def test_import_needs_no_unused_parameters(exports, tmp_path):
     assert read_unused(open_hf_tensors(tmp_path), config=config, fmt="original") == {}
 
 
-def test_passthrough_of_another_shape_is_refused(sources, tokenizer_dir, tmp_path):
+def test_unused_parameter_of_another_shape_is_refused(sources, tokenizer_dir, tmp_path):
     config, tensors = opened(sources["tiny-hybrid"])
     wrong = {"vision_model.high_layer_norm.bias": LazyTensor.of(torch.zeros(3))}
     with pytest.raises(
@@ -98,7 +98,7 @@ def test_passthrough_of_another_shape_is_refused(sources, tokenizer_dir, tmp_pat
 
 
 @pytest.mark.parametrize("preset", ["1b", "7b"])
-def test_full_size_configuration_names_the_released_towers(preset):
+def test_released_towers_keep_their_names(preset):
     files = side_files(load_model_config(preset), ids=IDS, dtype="float16")
     params = files["config.json"]["vision_config"]["params"]
     low = params if preset == "1b" else params["low_res_cfg"]
@@ -114,7 +114,7 @@ def test_full_size_configuration_names_the_released_towers(preset):
     assert files["processor_config.json"]["num_image_tokens"] == 576
 
 
-def test_small_towers_get_a_name_the_release_does_not_know(exports):
+def test_small_towers_get_a_name_of_their_own(exports):
     params = json.loads((exports["tiny-hybrid"] / "config.json").read_text())["vision_config"]["params"]
     config = load_model_config("tiny-hybrid")
     sam, siglip = config.sam, config.siglip
@@ -166,7 +166,7 @@ def test_select_layer_gives_the_depth(tokenizer_dir, tmp_path, select_layer, dep
         ("language_config", [1]),
     ],
 )
-def test_what_cannot_be_represented_is_named(tokenizer_dir, tmp_path, path, value):
+def test_unsupported_configuration_is_named(tokenizer_dir, tmp_path, path, value):
     raw = side_files(load_model_config("7b"), ids=IDS, dtype="float16")["config.json"]
     *parents, last = path.split(".")
     node = raw

@@ -96,7 +96,7 @@ TENSORS = [
 
 
 @pytest.mark.parametrize(("part", "change", "message"), TENSORS, ids=[message[:50] for _, _, message in TENSORS])
-def test_tensors_that_do_not_fit(parts, refusal, part, change, message):
+def test_tensors_that_do_not_fit_are_refused(parts, refusal, part, change, message):
     rewrite(parts[part], change)
     code, text = refusal()
     assert code == 4 and f"{parts[part]}: " in text and message in text
@@ -110,7 +110,7 @@ LLM_TENSORS = [
 
 
 @pytest.mark.parametrize(("change", "message"), LLM_TENSORS, ids=["missing", "misshapen", "integers"])
-def test_language_model_that_does_not_fit(parts, refusal, change, message):
+def test_language_model_that_does_not_fit_is_refused(parts, refusal, change, message):
     index = json.loads((parts["--llm"] / "pytorch_model.bin.index.json").read_text())
     shard = parts["--llm"] / index["weight_map"][HEAD]
     rewrite(shard, change)
@@ -129,7 +129,7 @@ def test_language_model_that_does_not_fit(parts, refusal, change, message):
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
     ],
 )
-def test_language_configuration_that_disagrees(parts, refusal, changes, message):
+def test_language_configuration_that_disagrees_is_refused(parts, refusal, changes, message):
     edit(parts["--llm"] / "config.json", **changes)
     code, text = refusal()
     assert code == 4 and f"{parts['--llm']}/config.json: " in text and message in text
@@ -146,7 +146,7 @@ def test_language_configuration_that_disagrees(parts, refusal, changes, message)
         ("sam", {"vision_config__use_rel_pos": False}, "vision_config.use_rel_pos: MegaVL has True only"),
     ],
 )  # fmt: skip
-def test_tower_configuration_that_disagrees(public, refusal, tmp_path, part, changes, message):
+def test_tower_configuration_that_disagrees_is_refused(public, refusal, tmp_path, part, changes, message):
     folder = shutil.copytree(getattr(public, f"{part}_paths")["transformers"], tmp_path / part)
     edit(folder / "config.json", **changes)
     code, text = refusal(**{part: folder})
@@ -155,7 +155,7 @@ def test_tower_configuration_that_disagrees(public, refusal, tmp_path, part, cha
 
 @pytest.mark.parametrize("part", ["--siglip", "--sam"])
 @pytest.mark.parametrize("keep", [0, 100, -1])
-def test_truncated_file(parts, refusal, part, keep):
+def test_truncated_file_is_refused(parts, refusal, part, keep):
     path = parts[part]
     path.write_bytes(path.read_bytes()[:keep])
     code, text = refusal()
@@ -188,13 +188,13 @@ def test_hostile_pickle_does_not_run(parts, refusal, tmp_path, part, bare):
     assert not ran.exists()
 
 
-def test_archive_of_something_else(parts, refusal):
+def test_archive_of_other_objects_is_refused(parts, refusal):
     torch.save([torch.ones(2)], parts["--sam"])
     code, text = refusal()
     assert code == 4 and f"{parts['--sam']}: holds a list; tensors by name are expected" in text
 
 
-def test_folder_with_several_files(parts, refusal, tmp_path):
+def test_folder_with_several_files_is_refused(parts, refusal, tmp_path):
     folder = tmp_path / "towers"
     folder.mkdir()
     for name in ("a.safetensors", "b.safetensors"):
@@ -207,7 +207,7 @@ def test_folder_with_several_files(parts, refusal, tmp_path):
     assert code == 4 and f"{folder}: no weights" in text
 
 
-def test_value_beyond_float16(parts, tmp_path, capsys):
+def test_value_beyond_float16_is_refused(parts, tmp_path, capsys):
     rewrite(parts["--siglip"], lambda tensors: tensors.update({"norm.bias": torch.full((64,), 1e6)}))
     words = [str(word) for pair in parts.items() for word in pair]
     assert main(["convert", "init", *words, "--dtype", "float16", str(tmp_path / "out")]) == 4
@@ -222,18 +222,18 @@ def test_value_beyond_float16(parts, tmp_path, capsys):
         ({"preset": "tiny-siglip"}, "--preset tiny-siglip: the model has no SAM tower; leave --sam out"),
     ],
 )
-def test_sam_is_given_exactly_where_the_model_has_it(refusal, changes, message):
+def test_sam_must_match_the_preset(refusal, changes, message):
     code, text = refusal(**changes)
     assert code == 2 and message in text
 
 
-def test_paths_that_do_not_exist(refusal, tmp_path):
+def test_missing_paths_are_named(refusal, tmp_path):
     for part in ("llm", "siglip", "sam"):
         code, text = refusal(**{part: tmp_path / "nowhere"})
         assert code == 4 and f"{tmp_path / 'nowhere'}" in text and "no such file" in text
 
 
-def test_checkpoint_in_the_way_is_kept(parts, tmp_path, capsys):
+def test_existing_checkpoint_is_kept(parts, tmp_path, capsys):
     words = [str(word) for pair in parts.items() for word in pair]
     assert main(["convert", "init", *words, str(tmp_path / "out")]) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

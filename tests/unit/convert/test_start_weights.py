@@ -55,7 +55,7 @@ def relative(found, expected):
 
 
 @torch.no_grad()
-def test_towers_and_language_model_compute_what_their_sources_do(public, start, report_table):
+def test_parts_compute_what_their_sources_compute(public, start, report_table):
     config, generator = load_model_config("tiny-hybrid"), torch.Generator().manual_seed(1)
     low = torch.randn(2, 3, config.siglip.image_size, config.siglip.image_size, generator=generator)
     high = torch.randn(2, 3, config.sam.image_size, config.sam.image_size, generator=generator)
@@ -102,7 +102,7 @@ def test_every_layout_gives_the_same_checkpoint(public, start, tmp_path, llm, si
     assert len(pools[0]) == 13 and compare(*pools).identical
 
 
-def test_model_without_sam(public, tmp_path, capsys):
+def test_model_without_sam_is_complete(public, tmp_path, capsys):
     assert init(public, tmp_path / "out", sam=None, preset="tiny-siglip") == 0
     assert {name: tuple(tensor.shape) for name, tensor in weights(tmp_path / "out").items()} == canonical_shapes(
         load_model_config("tiny-siglip")
@@ -111,7 +111,7 @@ def test_model_without_sam(public, tmp_path, capsys):
     assert rows[:5] == ["from", "llm", "siglip", "random, seed 0", "total"]
 
 
-def test_adaptor_of_an_ablation(public, tmp_path, capsys):
+def test_adaptor_of_an_ablation_is_initialised(public, tmp_path, capsys):
     options = ("--adaptor", "separate_mlp", "--adaptor-depth", "3")
     assert init(public, tmp_path / "out", *options) == 0
     config = load_model_config("tiny-hybrid", adaptor={"kind": "separate_mlp", "depth": 3})
@@ -150,7 +150,7 @@ def test_table_and_origins_name_every_tensor(public, tmp_path, capsys):
     assert "vision.sam.hd_alpha_downsamples  (1,)  bfloat16  <- zero" in shown
 
 
-def test_new_tensors_begin_as_those_of_a_fresh_model(public, start, tmp_path, report_table):
+def test_new_tensors_begin_as_in_a_new_model(public, start, tmp_path, report_table):
     config = load_model_config("tiny-hybrid")
     torch.manual_seed(0)
     fresh = {f"vision.adaptor.{name}": value.detach() for name, value in build_adaptor(config).named_parameters()}
@@ -181,7 +181,7 @@ def test_new_tensors_depend_on_the_seed_alone(public, start, tmp_path):
     assert changed == {name for name in weights(start) if name.startswith(NEW)}
 
 
-def test_one_type_whatever_the_sources_have(public, start, tmp_path):
+def test_all_tensors_get_one_type(public, start, tmp_path):
     """Parts of one tensor may differ too: here the query of one layer."""
     folder = tmp_path / "llm"
     public.llm.save_pretrained(folder)
@@ -199,7 +199,7 @@ def test_one_type_whatever_the_sources_have(public, start, tmp_path):
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
 
 
-def test_attention_pool_comes_out_in_the_original_format(public, start, tmp_path):
+def test_attention_pool_reaches_the_original_format(public, start, tmp_path):
     assert main(["convert", "to-hf", str(start), str(tmp_path / "hf"), "--format", "original"]) == 0
     written = SafetensorsFile(tmp_path / "hf" / "model.safetensors")
     image = public_models.timm_names(dict(public.siglip.vision_model.state_dict()))
@@ -209,7 +209,7 @@ def test_attention_pool_comes_out_in_the_original_format(public, start, tmp_path
         assert torch.equal(written.load(f"vision_model.vision_tower_low.vision_tower.{name}"), value), name
 
 
-def test_source_without_attention_pool(public, start, tmp_path):
+def test_source_without_attention_pool_is_accepted(public, start, tmp_path):
     image = public_models.timm_names(dict(public.siglip.vision_model.state_dict()))
     alone = {name: value.contiguous() for name, value in image.items() if not name.startswith("attn_pool.")}
     public_models.save_file(alone, tmp_path / "towers.safetensors")

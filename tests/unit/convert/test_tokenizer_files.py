@@ -35,7 +35,7 @@ def test_ids_come_from_the_files(folder):
     assert image_token_id(folder) == 3
 
 
-def test_without_a_configuration_the_released_names_hold_and_padding_is_eos(folder):
+def test_released_names_hold_without_a_configuration(folder):
     (folder / "tokenizer_config.json").unlink()
     assert read_tokenizer(folder).ids == TokenizerIds(bos=0, eos=1, pad=1, image=3)
 
@@ -133,12 +133,12 @@ def said(role, *parts):
     }
 
 
-def test_inference_prompt():
+def test_template_renders_the_inference_prompt():
     rendered = render([said("user", None, "What is\nthis? ")], generate=True)
     assert rendered == f"{SYSTEM_PROMPT}\n\nUser: <image_placeholder>What is\nthis?\n\nAssistant:"
 
 
-def test_turns_and_closing_eos():
+def test_template_closes_every_answer_with_eos():
     messages = [said("User", "a", "b", None), {"role": "Assistant", "content": " c "}, said("User", "d")]
     assert render(messages, generate=True) == (
         f"{SYSTEM_PROMPT}\n\nUser: a b<image_placeholder>\n\nAssistant: c{EOS}User: d\n\nAssistant:"

@@ -43,7 +43,7 @@ def newer():
 def run(python, folder, inputs, out):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     command = [python, str(SCRIPT), str(folder), str(inputs), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), load_file(out)
 

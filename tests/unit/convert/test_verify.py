@@ -12,7 +12,7 @@ def of(**tensors):
     return {name: LazyTensor.of(torch.tensor(value)) for name, value in tensors.items()}
 
 
-def test_equal_sets():
+def test_equal_sets_are_identical():
     verdict = compare(of(a=[1.0, math.nan], b=[math.inf]), of(b=[math.inf], a=[1.0, math.nan]))
     assert verdict.identical and verdict.summary() == "2 tensors, all equal"
 
@@ -31,7 +31,7 @@ def test_differences_are_measured_and_sorted():
     assert "3 tensors compared, 2 different (max abs 1, max rel 0.25)" in verdict.summary()
 
 
-def test_names_and_shapes():
+def test_names_and_shapes_are_compared():
     verdict = compare(of(a=[1.0], b=[1.0], c=[1.0]), of(b=[1.0, 2.0], c=[1.0], d=[1.0]))
     assert (verdict.compared, verdict.missing, verdict.extra, verdict.misshapen) == (1, ("a",), ("d",), ("b",))
     assert not verdict.identical and "missing: a" in verdict.summary()

@@ -1,0 +1,78 @@
+"""Checkpoints as source and target of a conversion, with the files that only conversions need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from safetensors.torch import save
+
+from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
+from megavl.checkpoint.writer import write_model_checkpoint
+from megavl.config.errors import UsageError
+from megavl.config.model import ModelConfig
+from megavl.convert.hf_read import is_hf_folder
+from megavl.convert.hf_write import write_hf
+from megavl.convert.table import Format
+from megavl.convert.weight_files import open_file
+from megavl.weights.lazy import LazyTensor
+
+PASSTHROUGH = "passthrough.safetensors"
+"""File of a checkpoint that keeps the original format's unused parameters for a complete export."""
+ORIGINS = "origins.json"
+"""File of a start checkpoint that says where every tensor comes from."""
+
+Progress = Callable[[Mapping[str, LazyTensor]], AbstractContextManager[Mapping[str, LazyTensor]]]
+"""Gives the same tensors in a context that shows how many bytes of them were read."""
+
+
+def write_checkpoint(
+    directory: Path,
+    *,
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    unused: Mapping[str, LazyTensor],
+    files: Mapping[str, bytes | Path],
+    progress: Progress,
+) -> Path:
+    """Write a checkpoint of iteration 0; arguments and errors as in `write_model_checkpoint`."""
+    if unused:
+        kept = save({name: tensor.load().contiguous() for name, tensor in unused.items()})
+        files = {**files, PASSTHROUGH: kept}
+    with progress(tensors) as source:
+        pairs = ((name, tensor.load()) for name, tensor in source.items())
+        return write_model_checkpoint(directory, config=config, tensors=pairs, files=files)
+
+
+def export_checkpoint(
+    path: Path, out: Path, *, fmt: Format, dtype: str | None, progress: Progress
+) -> tuple[Path, Path]:
+    """Write a checkpoint as a Hugging Face folder; other arguments and errors as in `write_hf`.
+
+    Returns:
+        The checkpoint that was taken, and the folder.
+    """
+    path = resolve(path, skip_hash=True)
+    if is_hf_folder(path):
+        raise UsageError(f"{path}: already a Hugging Face folder; run `megavl convert from-hf` on it first")
+    passthrough = path / PASSTHROUGH
+    # The files are hashed while they are converted: both read them, and the disk is read once.
+    with (
+        ThreadPoolExecutor(max_workers=1) as pool,
+        progress(open_model_tensors(path, skip_hash=True)) as tensors,
+    ):
+        verified = pool.submit(resolve, path)
+        folder = write_hf(
+            out,
+            config=load_model_config(path),
+            tensors=tensors,
+            fmt=fmt,
+            tokenizer_dir=path / "tokenizer",
+            dtype=dtype,
+            unused=open_file(passthrough) if passthrough.exists() else None,
+            source=str(path),
+            confirm=verified.result,
+        )
+    return path, folder
