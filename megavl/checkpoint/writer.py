@@ -68,7 +68,7 @@ def write_model_checkpoint(
     with storage_errors(doing):
         directory.mkdir(parents=True, exist_ok=True)
         commit.free_name(directory, 0, skip_hash=False)
-        # What a killed conversion left is as large as a model.
+        # Leftovers of a killed conversion are as large as a model.
         for leftover in directory.glob(f"{checkpoint_name(0)}.tmp-*"):
             shutil.rmtree(leftover)
         temporary = commit.make_temporary(directory, 0)
@@ -122,7 +122,7 @@ class _ShardFiles:
         index = MetadataIndex(stored.key, offsets)
         if index in self._stored:
             raise CheckpointError(f"{name}: given twice")
-        # A view would drag its whole storage into the file.
+        # torch.save writes the whole storage of a view.
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         self._stored[index] = self._append(tensor)

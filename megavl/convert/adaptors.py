@@ -42,7 +42,7 @@ def require_holdable(config: ModelConfig, fmt: Literal["native", "original"]) ->
     """Refuse an adaptor that a format cannot hold.
 
     Raises:
-        UsageError: naming kind, format and the remedy.
+        UsageError: names kind, format and remedy.
     """
     kind, depth = config.adaptor.kind, config.adaptor.depth
     in_original = kind in ORIGINAL

@@ -33,10 +33,10 @@ def is_hf_folder(path: str | Path) -> bool:
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, Format]:
-    """Sizes and format of a Hugging Face folder; `auto_map` and other pointers to code are never looked at.
+    """Sizes and format of a Hugging Face folder; `auto_map` and other pointers to code are ignored.
 
     Raises:
-        CheckpointError: naming config.json and the field that MegaVL cannot represent.
+        CheckpointError: names config.json and the field that MegaVL cannot represent.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)

@@ -30,7 +30,7 @@ from megavl.weights.dtypes import DTYPES, cast, dtype_name
 from megavl.weights.lazy import LazyTensor, require_exactly
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-"""Largest weight file, bytes: what transformers 4 chooses."""
+"""Largest weight file in bytes; the default of transformers 4."""
 
 
 def write_hf(

@@ -62,7 +62,7 @@ def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
     """Sizes from a native `config.json`; absent fields get the defaults of transformers.
 
     Raises:
-        CheckpointError: naming the field that MegaVL cannot represent.
+        CheckpointError: names the field that MegaVL cannot represent.
     """
     top = Fields(raw, where=where, path="", defaults={"image_token_id": 100015})
     hybrid = raw["model_type"] == "deepseek_vl_hybrid"

@@ -36,7 +36,7 @@ def read_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
     The image token's id comes from the tokenizer in the same folder.
 
     Raises:
-        CheckpointError: naming the field that MegaVL cannot represent.
+        CheckpointError: names the field that MegaVL cannot represent.
         DataError: the tokenizer has no image token.
     """
     top = Fields(raw, where=where, path="", defaults={})

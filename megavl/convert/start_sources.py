@@ -1,12 +1,12 @@
 """The three public models that a DeepSeek-VL starts from, each read as the part of the model that it becomes.
 
-| model | layouts | recognised by the end of a name |
+| model | layouts | recognised by a name that ends with the |
 |---|---|---|
 | DeepSeek-LLM | transformers' `LlamaForCausalLM` | - |
 | SigLIP | timm and open_clip; transformers' `SiglipModel`, `SiglipVisionModel` | patch embedding |
 | SAM | segment-anything; transformers' `SamModel`, `SamVisionModel` | patch embedding |
 
-The text before that end is the tower's prefix, such as `visual.trunk.`, `vision_model.`, `image_encoder.` or none.
+The text before that ending is the tower's prefix, such as `visual.trunk.`, `vision_model.`, `image_encoder.` or none.
 Tensors without the prefix belong to other parts of the same model and are left out.
 """
 
@@ -42,7 +42,7 @@ _SAM_ENDS = {"segment-anything": "patch_embed.proj.weight", "transformers": "pat
 
 @dataclass(frozen=True, kw_only=True)
 class StartSource:
-    """What one public model contributes."""
+    """The tensors that come from one public model."""
 
     path: Path
     tensors: dict[str, LazyTensor]
@@ -56,16 +56,15 @@ class StartSource:
 
 
 def read_llm(folder: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartSource:
-    """A language model in LLaMA format.
+    """Open a language model in LLaMA format.
 
     Args:
         folder: `config.json` and weights as transformers saves them.
-        config: sizes asked for.
+        config: sizes that the source must have.
         dtype: type of the result.
 
     Raises:
-        CheckpointError: other sizes than asked for; a missing, unexpected or misshapen tensor; a damaged or hostile
-            file.
+        CheckpointError: other sizes; a missing, unexpected or misshapen tensor; a damaged or hostile file.
     """
     where = folder / "config.json"
     _require_sizes(read_llama(read_json(where), where=where), config, "llm", where)
@@ -80,11 +79,11 @@ def read_llm(folder: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartS
 
 
 def read_siglip_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartSource:
-    """A SigLIP image tower in a file or folder, in any of the layouts above; a text tower beside it is left out.
+    """Open a SigLIP image tower in any of the layouts above; a text tower in the same file is left out.
 
     Args:
         path: weight file, or folder with one set of weights.
-        config: sizes asked for.
+        config: sizes that the source must have.
         dtype: type of the result.
 
     Raises:
@@ -118,11 +117,11 @@ def read_siglip_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) ->
 
 
 def read_sam_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartSource:
-    """A SAM image encoder in a file or folder, in any of the layouts above; the rest of SAM is left out.
+    """Open a SAM image encoder in any of the layouts above; the rest of SAM is left out.
 
     Args:
         path: weight file, or folder with one set of weights.
-        config: sizes asked for.
+        config: sizes that the source must have.
         dtype: type of the result.
 
     Raises:
@@ -178,7 +177,7 @@ def _taken(
         dtype: type of the result; the parts may have others.
         thirds: first and last third of the rows of the only part; None for all rows.
     """
-    # A part whose type no weights have is refused here, before anything is written.
+    # A part of an integer type is refused here, before anything is written.
     parts = {key: tensors[key] for key in keys}
 
     def load() -> Tensor:
@@ -219,7 +218,7 @@ def _native_rows(config: ModelConfig) -> tuple[WeightRow, ...]:
 
 
 def _native_tower(config: ModelConfig, prefix: str, native: str) -> list[WeightRow]:
-    """Rows of a tower by transformers' names; what DeepSeek-VL adds to SAM has other names and is not among them."""
+    """Rows of a tower by transformers' names, without the parts that DeepSeek-VL adds to SAM."""
     return [
         dataclasses.replace(row, keys=tuple(key.removeprefix(native) for key in row.keys))
         for row in _native_rows(config)
@@ -228,7 +227,7 @@ def _native_tower(config: ModelConfig, prefix: str, native: str) -> list[WeightR
 
 
 def _same_names(config: ModelConfig, prefix: str) -> list[WeightRow]:
-    """Rows of a tower whose public names are the released model's."""
+    """Rows of a tower whose public names equal those of the released model."""
     shapes = canonical_shapes(config)
     return [
         WeightRow(name, shape, (name.removeprefix(prefix),), Copy())
@@ -238,7 +237,7 @@ def _same_names(config: ModelConfig, prefix: str) -> list[WeightRow]:
 
 
 def _pool_rows(config: ModelConfig) -> dict[str, WeightRow]:
-    """The attention pool by the part of the name after `attn_pool.`."""
+    """Rows of the attention pool by the part of the name after `attn_pool.`."""
     return {
         unused.key.partition(POOL_PREFIX)[2]: WeightRow(unused.key, unused.shape, (unused.key,), Copy())
         for unused in unused_parameters(config)
@@ -286,7 +285,7 @@ def _require_sizes(found: dict[str, Any], config: ModelConfig, part: str, where:
     wanted = dataclasses.asdict(getattr(config, part))
     for name, value in found.items():
         value = tuple(value) if isinstance(value, list) else value
-        # How long a context the model promises and how it is initialised do not change the weights.
+        # Context length and initialisation do not change the weights.
         if name not in ("max_position_embeddings", "init_std") and value != wanted[name]:
             raise CheckpointError(
                 f"{where}: gives {name} {value}, preset {config.preset} has model.{part}.{name} {wanted[name]}; "

@@ -32,17 +32,17 @@ _NECK, _NECK_HD, _HD_SCALE = "vision.sam.neck.", "vision.sam.neck_hd.", "vision.
 
 @dataclass(frozen=True, kw_only=True)
 class StartWeights:
-    """Every tensor of a model; values are read or drawn on demand."""
+    """Every tensor of a model; values are read or generated on demand."""
 
     config: ModelConfig
     dtype: str
     seed: int
     sources: dict[str, StartSource]
-    """By `llm`, `siglip` and `sam`."""
+    """Sources by `llm`, `siglip` and `sam`."""
     tensors: dict[str, LazyTensor]
     """By canonical name."""
     made: dict[str, str]
-    """How the tensors that no source has are made, by canonical name."""
+    """How each tensor without a source is made, by canonical name."""
 
     @property
     def unused(self) -> dict[str, LazyTensor]:
@@ -62,7 +62,7 @@ class StartWeights:
         }
 
     def table(self) -> Iterator[str]:
-        """Lines for people: tensors, parameters, bytes and path of each origin."""
+        """Lines of a printed table: tensors, parameters, bytes and path of each origin."""
         groups: dict[str, list[LazyTensor]] = {name: [] for name in self.sources}
         for name, tensor in self.tensors.items():
             groups.setdefault(self._group(name), []).append(tensor)
@@ -86,11 +86,11 @@ def start_weights(
     """Put a model together; names, shapes and types are checked here, and values are read later.
 
     Args:
-        config: sizes of the model; every source must have them.
+        config: sizes of the model and of every source.
         llm: folder of the language model, in LLaMA format.
         siglip: file or folder of SigLIP.
         sam: file or folder of SAM; None for a model without it.
-        dtype: float32, bfloat16 or float16: one type for all tensors, whatever the sources have.
+        dtype: float32, bfloat16 or float16; all tensors get this type.
         seed: seed of the random tensors.
 
     Raises:

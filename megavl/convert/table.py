@@ -49,10 +49,10 @@ class UnusedParameter:
     """Name in the original format."""
     shape: Shape
     fill: float
-    """Value of every element where no source gives the tensor: 1 for the scale of a norm, else 0."""
+    """Value of every element if no source has the tensor: 1 for the scale of a norm, else 0."""
 
     def synthesise(self, dtype: torch.dtype) -> torch.Tensor:
-        """The stand-in tensor."""
+        """The tensor for a model whose source lacks it."""
         return torch.full(self.shape, self.fill, dtype=dtype)
 
 
@@ -113,9 +113,9 @@ _ADAPTORS: dict[AdaptorKind, tuple[tuple[str, tuple[str, ...], Transform], ...]]
 }
 
 NATIVE_SIGLIP = "model.vision_model.vision_model."
-"""Nested layout: published, and the only one that transformers 4.57 reads."""
+"""Prefix in the nested layout, the published one and the only one that transformers 4.57 reads."""
 NATIVE_SIGLIP_UNNESTED = "model.vision_model."
-"""Layout that transformers 5.10 and later save when a model is built from scratch."""
+"""Prefix that transformers 5.10 and later write for a model that was built from scratch."""
 
 POOL_PREFIX = "attn_pool."
 POOL: tuple[tuple[str, str, tuple[int, int] | None, str], ...] = (

@@ -38,14 +38,14 @@ class TokenizerIds:
 
 @dataclass(frozen=True)
 class TokenizerFolder:
-    """A folder with a `tokenizer.json`, read as data."""
+    """Special tokens and configuration of a folder with a `tokenizer.json`."""
 
     folder: Path
     tokens: dict[str, str]
     """Texts of bos_token, eos_token and pad_token."""
     ids: TokenizerIds
     config: dict[str, Any]
-    """Content of its `tokenizer_config.json`; empty where there is none."""
+    """Content of its `tokenizer_config.json`; empty if there is none."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -56,7 +56,7 @@ class TokenizerFolder:
 def read_tokenizer(folder: str | Path) -> TokenizerFolder:
     """Special tokens and their ids from the files of a tokenizer folder.
 
-    Padding is the EOS token where no file names another.
+    Padding is the EOS token if no file names another.
 
     Raises:
         DataError: no tokenizer.json, a damaged file, or a special token without an id.

@@ -33,7 +33,7 @@ class Comparison:
     compared: int
     """Tensors of equal name and shape."""
     different: tuple[TensorDifference, ...]
-    """Those with at least one different value, the largest relative difference first."""
+    """Tensors with at least one different value, the largest relative difference first."""
     missing: tuple[str, ...]
     """Names of the first set that the second lacks."""
     extra: tuple[str, ...]
@@ -57,7 +57,7 @@ class Comparison:
         return max((item.max_rel for item in self.different), default=0.0)
 
     def summary(self, *, limit: int = 5) -> str:
-        """A few lines for people: the verdict and the first `limit` names of each kind."""
+        """A few printed lines: the verdict and the first `limit` names of each kind."""
         if self.identical:
             return f"{self.compared} tensors, all equal"
         lines = [
@@ -75,7 +75,7 @@ class Comparison:
 
 
 def compare(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor]) -> Comparison:
-    """Compare two sets of tensors by name; values are compared in float64, whatever the types."""
+    """Compare two sets of tensors by name; values of any type are compared in float64."""
     common = [name for name in a if name in b]
     misshapen = tuple(name for name in common if tuple(a[name].shape) != tuple(b[name].shape))
     alike = [name for name in common if name not in misshapen]

@@ -27,7 +27,7 @@ WeightFile = SafetensorsFile | PickleFile
 class StoredTensors(Mapping[str, LazyTensor]):
     """Every tensor of one file or of one sharded set, by the name that the file gives it.
 
-    A tensor is described when it is taken from the mapping, so that only wanted tensors must be of a type of weights.
+    Shape and type are read when a tensor is taken from the mapping. So tensors that nobody takes may have any type.
     """
 
     def __init__(self, source: Path, files: Mapping[str, WeightFile]) -> None:
@@ -57,7 +57,7 @@ class StoredTensors(Mapping[str, LazyTensor]):
 
 
 def open_file(path: Path) -> StoredTensors:
-    """Tensors of a single file: of `torch.save` where its name ends so, else safetensors.
+    """Tensors of a single file; its ending tells an archive of `torch.save` from safetensors.
 
     Raises:
         CheckpointError: missing, damaged or hostile.
@@ -67,7 +67,7 @@ def open_file(path: Path) -> StoredTensors:
 
 
 def open_folder(folder: Path) -> StoredTensors:
-    """Tensors of a Hugging Face folder: the file of a usual name, or the files of its index.
+    """Tensors of a Hugging Face folder, from the file of a usual name or from the files of its index.
 
     Raises:
         CheckpointError: no weights, a damaged or hostile file, an index that leaves the folder or does not fit its

@@ -11,7 +11,7 @@ import torch
 
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.chat import IMAGE_TOKEN
-from megavl.config.errors import CheckpointError, DataError
+from megavl.config.errors import CheckpointError, DataError, UsageError
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.presets import MODELS
 from megavl.convert.checkpoint_files import ORIGINS, export_checkpoint, write_checkpoint
