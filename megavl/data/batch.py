@@ -85,7 +85,10 @@ def make_batch(
     borders = tuple(borders) or (0, len(tokens))
     if images is None:
         images = torch.zeros((0, 3, 1, 1), dtype=torch.uint8)
-    none = tokens[:0]
+    image_rows = none = tokens[:0]
+    if len(images):
+        assert image_token_id is not None, "images come with the id of their positions"
+        image_rows = tokens.eq(image_token_id).nonzero().flatten()
     loss_rows = none if loss_mask is None else loss_mask.nonzero().flatten()
     return Batch(
         modality=modality or ("multimodal" if len(images) else "text"),
@@ -94,7 +97,7 @@ def make_batch(
         positions=torch.cat([torch.arange(end - start) for start, end in zip(borders, borders[1:])]),
         labels=tokens.roll(-1)[loss_rows],
         loss_rows=loss_rows,
-        image_rows=(tokens == image_token_id).nonzero().flatten() if len(images) else none,
+        image_rows=image_rows,
         images=images,
         image_count=len(images),
         sample_ids=tuple(sample_ids),
