@@ -45,7 +45,7 @@ def make_targets() -> frozenset[str]:
 @cache
 def help_of(subcommand: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megavl", *subcommand, "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
 
 
 def check(words: list[str]) -> None:
