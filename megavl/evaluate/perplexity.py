@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 from megavl.config.errors import NumericsError
+from megavl.config.expected_warnings import expected_warnings_ignored
 from megavl.config.presets import ImageGeometry
 from megavl.data.batch import make_batch
 from megavl.generate.prompt import read_canvases
-from megavl.model.vl_model import DeepseekVL
+
+with expected_warnings_ignored():
+    from megavl.model.vl_model import DeepseekVL
 
 ROW_TOKENS = 2048
 """Tokens of a row; a longer segment gets a row of its own. At 102400 vocabulary rows a row has 0.8 GB of logits."""

@@ -12,13 +12,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
-from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
 
 from megavl.config.errors import NumericsError
-from megavl.model.cache import KeyValueCache, Step
-from megavl.model.vl_model import DeepseekVL
-from megavl.parallel import cpu_runtime
+from megavl.config.expected_warnings import expected_warnings_ignored
+
+with expected_warnings_ignored():
+    from megatron.core import parallel_state as mpu
+    from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
+
+    from megavl.model.cache import KeyValueCache, Step
+    from megavl.model.vl_model import DeepseekVL
+    from megavl.parallel import cpu_runtime
 
 _NOT_FINITE = -1
 """Told in place of a token when logits are not finite, so that all ranks end alike."""

@@ -13,19 +13,22 @@ from pathlib import Path
 
 import torch
 
-from megavl.checkpoint import collective_errors
-from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.config.errors import DataError, UsageError
+from megavl.config.expected_warnings import expected_warnings_ignored
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
-from megavl.convert.flat_names import flat_shapes
-from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.generate.weights import LazyTensor, load_weights
-from megavl.model.build import BuildSpec, build_to_generate
-from megavl.model.vl_model import DeepseekVL
-from megavl.parallel import groups
 from megavl.planner.layouts.layout import balance_weights, layout_string
+
+with expected_warnings_ignored():
+    from megavl.checkpoint import collective_errors
+    from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
+    from megavl.convert.flat_names import flat_shapes
+    from megavl.convert.hf_read import flat_view, is_hf_folder, open_hf_tensors, read_config
+    from megavl.model.build import BuildSpec, build_to_generate
+    from megavl.model.vl_model import DeepseekVL
+    from megavl.parallel import groups
 
 ALONE = ParallelConfig()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -155,9 +158,9 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
     if layers == "auto":
         layers = balance_weights(source.config, stages=parallel.pipeline, tensor=parallel.tensor)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    model = build_to_generate(
-        BuildSpec(model=source.config, parallel=parallel, layout=layout_string(layers), dtype=_DTYPES[name])
-    )
+    spec = BuildSpec(model=source.config, parallel=parallel, layout=layout_string(layers), dtype=_DTYPES[name])
+    with expected_warnings_ignored():
+        model = build_to_generate(spec)
     at = groups.position()
     collective_errors.on_every_rank(
         lambda: load_weights(

@@ -45,19 +45,19 @@ def model(tokenizer) -> Iterator[Model]:
 
 def run_snippet(code: str, *, place: Path) -> str:
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-c", code],
         cwd=place,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert (run.returncode, run.stderr) == (0, "")
     return run.stdout
 
 
-def test_five_lines(place, capsys):
+def test_five_lines_answer_without_any_warning(place, capsys):
     (code, _) = SNIPPETS
     assert code in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) == 5
