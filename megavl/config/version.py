@@ -1,3 +1,3 @@
 """The version of this code, in one place: packaging reads it here, and datasets state what they were made with."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
