@@ -36,7 +36,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model on disk: everything but its weights has been read."""
+    """A model on disk, with everything but its weights in memory."""
 
     path: Path
     """Checkpoint or Hugging Face folder."""
@@ -73,7 +73,7 @@ def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
 
 
 def find_model_on_every_rank(path: str | Path) -> ModelSource:
-    """`find_model`, ending alike on every rank; hashes are compared by rank 0 alone, before the others look."""
+    """`find_model`, with the same end on every rank; rank 0 alone compares hashes, before the others read."""
     first: list[ModelSource] = []
     collective_errors.on_rank_zero(lambda: first.append(find_model(path)))
     collective_errors.on_every_rank(lambda: None if first else first.append(find_model(path, skip_hash=True)))
@@ -96,9 +96,9 @@ def check_world(parallel: ParallelConfig) -> None:
 
 @contextmanager
 def world(parallel: ParallelConfig) -> Iterator[None]:
-    """The processes of a launcher, or this one, as tensor x pipeline ranks.
+    """Process groups over the processes of a launcher, or over this one alone.
 
-    After an error among several ranks they are not waited for: the process must end.
+    After an error with several ranks the groups stay: waiting for other ranks could hang, so the process must end.
     """
     check_world(parallel)
     groups.start(parallel, seed=0)
@@ -130,7 +130,7 @@ def loaded(source: ModelSource, *, dtype: str | None = None, parallel: ParallelC
 
 
 def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Whether the model can be cut so.
+    """Check that the model can be divided like this.
 
     Raises:
         UsageError: naming the option and the size that do not fit.
@@ -149,7 +149,7 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConfig) -> DeepseekVL:
-    """This rank's stage with its weights, of which it reads no others, in eval mode; in a started world.
+    """This rank's stage with its weights, in eval mode; it reads no other weights. The process groups must run.
 
     Raises:
         CheckpointError: tensors that do not fit, on every rank.

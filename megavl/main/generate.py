@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='many prompts, one {"prompt", "images", "system", "seed", "id"} a line; prints one JSON line for each',
     )
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=8, help="answers under way at a time (default: %(default)s)"
+        "--batch-size", metavar="N", type=int, default=8, help="answers in progress at a time (default: %(default)s)"
     )
     parser.add_argument(
         "--template",
@@ -134,36 +134,32 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompts is not None:
         return read_prompts(arguments.prompts)
     images = tuple(map(Path, arguments.image))
-    return [Prompt(place="", text=arguments.prompt, images=images, system=None, seed=None, id=None)]
+    return [Prompt(location="", text=arguments.prompt, images=images, system=None, seed=None, id=None)]
 
 
 def _encode(arguments: argparse.Namespace, processor: Processor, prompt: Prompt) -> list[int]:
     from megavl.config.chat import SYSTEM_PROMPT
-    from megavl.config.errors import DataError
+    from megavl.generate.json_lines import naming
     from megavl.generate.prompt import prompt_pieces
 
     systems = (prompt.system, arguments.system, SYSTEM_PROMPT)
     system = next(text for text in systems if text is not None)
-    try:
+    with naming(prompt.location):
         pieces = prompt_pieces(prompt.text, images=len(prompt.images), template=arguments.template, system=system)
         return processor.encode(pieces, room=arguments.max_new_tokens)
-    except DataError as error:
-        raise DataError(f"{prompt.place}: {error}" if prompt.place else str(error)) from error
 
 
 def _canvases(processor: Processor, prompt: Prompt) -> torch.Tensor:
     """Images of a prompt on the ranks that encode them; a damaged one ends all ranks alike."""
     from megavl.checkpoint import collective_errors
-    from megavl.config.errors import DataError
+    from megavl.generate.json_lines import naming
     from megavl.parallel import groups
 
     found: list[torch.Tensor] = []
 
     def read() -> None:
-        try:
+        with naming(prompt.location):
             found.append(processor.read_images(prompt.images if groups.position().first_stage else ()))
-        except DataError as error:
-            raise DataError(f"{prompt.place}: {error}" if prompt.place else str(error)) from error
 
     collective_errors.on_every_rank(read)
     return found[0]

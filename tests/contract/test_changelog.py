@@ -18,7 +18,7 @@ def test_versions_are_newest_first() -> None:
     assert all(versions)
     numbers = [tuple(map(int, version.groups())) for version in versions if version]
     assert numbers == sorted(numbers, reverse=True)
-    assert VERSION == ".".join(map(str, numbers[0]))
+    assert ".".join(map(str, numbers[0])) == VERSION
 
 
 def test_groups_are_known() -> None:

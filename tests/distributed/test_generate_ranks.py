@@ -86,7 +86,7 @@ def on_ranks(layout: str, model: Path, *words: str) -> subprocess.CompletedProce
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=1800,
         check=False,
     )
 
@@ -172,7 +172,7 @@ def test_a_lost_peer_ends_the_other(family, tmp_path):
     try:
         assert json.loads(ranks[0].stdout.readline())["prompt_tokens"] > 0
         ranks[0].kill()
-        _, told = ranks[1].communicate(timeout=60)
+        _, told = ranks[1].communicate(timeout=1800)
     finally:
         for rank in ranks:
             rank.kill()

@@ -39,7 +39,7 @@ def talk(folder: Path, lines: list[str]) -> subprocess.CompletedProcess[str]:
         env=environment() | {"PYTHONUTF8": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
 

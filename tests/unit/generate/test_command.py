@@ -33,7 +33,7 @@ def ask(model: Path | str, *words: str) -> int:
     return main(["generate", str(model), "--device", "cpu", "--max-new-tokens", "6", *words])
 
 
-def test_every_form_of_a_model_gives_the_same_answer(folders, picture, capsys):
+def test_every_model_format_answers_the_same(folders, picture, capsys):
     lines = []
     for folder in folders.values():
         assert ask(folder, "--image", str(picture), "--prompt", "which colour?", "--json") == 0

@@ -26,13 +26,13 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8
 
 
 @pytest.fixture(scope="module")
-def place(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the README names."""
-    root = tmp_path_factory.mktemp("place")
+    root = tmp_path_factory.mktemp("demo")
     seed = models.TALKATIVE["tiny-hybrid"]
-    folder = root / "runs/demo/hf_native"
-    folder.parent.mkdir(parents=True)
-    models.write_folder("tiny-hybrid", folder, tokenizer=tokenizer_dir, fmt="native", seed=seed)
+    model = root / "runs/demo/hf_native"
+    model.parent.mkdir(parents=True)
+    models.write_folder("tiny-hybrid", model, tokenizer=tokenizer_dir, fmt="native", seed=seed)
     models.write_picture(root / "photo.png", seed=7)
     return root
 
@@ -43,10 +43,10 @@ def model(tokenizer) -> Iterator[Model]:
         yield Model(stage, Processor(models.config_of("tiny-hybrid"), tokenizer))
 
 
-def run_snippet(code: str, *, place: Path) -> str:
+def run_snippet(code: str, *, folder: Path) -> str:
     run = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=place,
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
@@ -57,23 +57,23 @@ def run_snippet(code: str, *, place: Path) -> str:
     return run.stdout
 
 
-def test_five_lines_answer_without_any_warning(place, capsys):
+def test_five_lines_answer_without_any_warning(folder, capsys):
     (code, _) = SNIPPETS
     assert code in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) == 5
-    shown = run_snippet(code, place=place)
-    words = ["--image", str(place / "photo.png"), "--prompt", "What is this?", "--max-new-tokens", "64", "--json"]
-    assert main(["generate", str(place / "runs/demo/hf_native"), "--device", "cpu", *words]) == 0
+    shown = run_snippet(code, folder=folder)
+    words = ["--image", str(folder / "photo.png"), "--prompt", "What is this?", "--max-new-tokens", "64", "--json"]
+    assert main(["generate", str(folder / "runs/demo/hf_native"), "--device", "cpu", *words]) == 0
     assert shown == json.loads(capsys.readouterr().out)["text"] + "\n"
 
 
 @pytest.mark.slow
-def test_batches_and_streams(place):
-    shown = run_snippet(SNIPPETS[1], place=place)
+def test_batches_and_streams(folder):
+    shown = run_snippet(SNIPPETS[1], folder=folder)
     assert len(re.findall(r"^\d+ \((?:\d+, ){5,}\d+,?\) ", shown, re.MULTILINE)) == 2
 
 
-def test_images_in_memory_and_messages_are_the_same_prompt(model, picture):
+def test_images_and_messages_give_one_prompt(model, picture):
     text = "<image_placeholder>red?"
     ways = [
         model.processor(text, images=[picture]),

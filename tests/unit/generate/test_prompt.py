@@ -37,7 +37,7 @@ def test_chat_prompt():
         ("none", "[image][image]A"),
     ],
 )
-def test_images_stand_in_front_where_the_prompt_names_no_place(template, expected):
+def test_images_precede_a_prompt_without_image_tags(template, expected):
     assert shown(prompt_pieces("A", images=2, template=template, system="")) == expected
 
 
@@ -63,7 +63,7 @@ def test_ids_hold_every_position_of_an_image(tokenizer):
     assert ids[0] == tokenizer.bos_id and ids.count(3) == 2 * CONFIG.image_tokens
 
 
-def test_special_tokens_spelt_in_the_text_are_ordinary_text(tokenizer):
+def test_spelt_special_tokens_are_ordinary_text(tokenizer):
     ids = encode_prompt(prompt_pieces(EOS, images=0), tokenizer=tokenizer, config=CONFIG, room=0)
     assert tokenizer.eos_id not in ids
 

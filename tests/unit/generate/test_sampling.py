@@ -108,7 +108,7 @@ def test_any_temperature_above_0_gives_probabilities(temperature):
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.3, {1}), (0.41, {1, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})])
-def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
+def test_top_p_keeps_the_fewest_likely_tokens(top_p, kept):
     assert set(draws(Sampling(temperature=1.0, top_p=top_p))) == kept
 
 

@@ -72,7 +72,7 @@ def test_text_appears_at_once(tokenizer):
     assert found == [tokenizer.decode([token]) for token in ids] + [""]
 
 
-def test_an_end_inside_a_character_is_shown_in_the_end(tokenizer):
+def test_incomplete_last_character_is_shown(tokenizer):
     ids = tokenizer.encode("a🙂")[:-1]
     found = parts(ids, tokenizer=tokenizer)
     assert found[0] == "a" and set(found[1:-1]) == {""} and found[-1] == answer_text(ids, tokenizer=tokenizer)[1:]
