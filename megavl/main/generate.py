@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer; 0. Among several ranks an error leaves at once, for others may be waiting."""
+    """Answer; returns 0. With several ranks an error exits at once, because other ranks may be waiting."""
     parallel = _parallel(arguments)
     choose_device(arguments.device, ranks=parallel.tensor * parallel.pipeline)
     if parallel.tensor * parallel.pipeline == 1:
@@ -101,7 +101,7 @@ def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
 
 
 def _answer(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
-    """Everything that can be wrong with the prompts is found before the weights are read."""
+    """Check every prompt before the weights are read, then answer."""
     from megavl.checkpoint import collective_errors
     from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
     from megavl.generate.pretrained import Model, Processor
@@ -150,7 +150,7 @@ def _encode(arguments: argparse.Namespace, processor: Processor, prompt: Prompt)
 
 
 def _canvases(processor: Processor, prompt: Prompt) -> torch.Tensor:
-    """Images of a prompt on the ranks that encode them; a damaged one ends all ranks alike."""
+    """Images of a prompt on the ranks that encode them; a damaged image ends all ranks alike."""
     from megavl.checkpoint import collective_errors
     from megavl.generate.json_lines import naming
     from megavl.parallel import groups
@@ -174,7 +174,7 @@ def _requests(
     first: torch.Tensor,
     sampling: Sampling,
 ) -> Iterator[Request]:
-    """Requests, whose images are read when their turn comes; those of the first are there."""
+    """Requests in order; images are read when needed, and `first` holds those of the first prompt."""
     from megavl.generate.decode import Request
 
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
@@ -192,7 +192,7 @@ def _print_all(
     from tqdm import tqdm
 
     answers = model.answers(requests, batch_size=min(arguments.batch_size, len(prompts)), length=length)
-    # On a terminal only, and on one rank; a file would fill with half lines.
+    # On a terminal only, because a file would fill with half lines; and on one rank.
     quiet = None if _speaks() else True
     with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=quiet) as bar:
         tokens = 0

@@ -1,4 +1,4 @@
-"""Bits per byte against the definition, and where they are known beforehand."""
+"""Bits per byte against their definition, and against values that are known beforehand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def definition(model, ids, images, start):
 
 
 @pytest.mark.parametrize("with_image", [False, True])
-def test_bits_are_those_of_one_pass(tokenizer, tmp_path, with_image, report_table):
+def test_bits_equal_those_of_one_pass(tokenizer, tmp_path, with_image, report_table):
     images = (models.write_picture(tmp_path / "a.png", seed=1),) if with_image else ()
     texts = passages(images=images)
     with models.built(PRESET) as model:

@@ -1,4 +1,4 @@
-"""Pairing of questions with other questions' images."""
+"""The image shuffle: no question keeps an image, and every image is used as often as before."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_no_question_sees_an_image_of_its_own(images, seed):
 
 
 @given(st.integers(2, 60), st.integers(0, 99))
-def test_every_image_is_lent_once(count, seed):
+def test_every_image_is_used_once(count, seed):
     questions = [asked((str(number),)) for number in range(count)]
     found = shuffle_images(questions, seed=seed)
     assert sorted(found) == sorted(question.images for question in questions)
     assert all(other != question.images for question, other in zip(questions, found))
 
 
-def test_the_seed_decides():
+def test_seed_decides_the_shuffle():
     questions = [asked((str(number),)) for number in range(30)]
     assert shuffle_images(questions, seed=0) != shuffle_images(questions, seed=1)

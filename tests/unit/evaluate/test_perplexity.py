@@ -1,4 +1,4 @@
-"""Perplexities from packed rows against every option on its own."""
+"""Perplexities from packed rows against those of single options."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def alone(model: DeepseekVL, option: EncodedOption, images: tuple) -> float:
 
 
 @pytest.mark.parametrize("row_tokens", [1, 500, 100_000])
-def test_packed_rows_give_what_each_option_gives_alone(model, task, tokenizer, row_tokens, report_table):
+def test_packed_rows_equal_single_options(model, task, tokenizer, row_tokens, report_table):
     questions = encode_questions(read_tasks([task]), processor=Processor(CONFIG, tokenizer))
     assert {len(option.ids) - option.start for q in questions for option in q.options} > {1}
     told = []
@@ -80,7 +80,7 @@ def test_a_prompt_beyond_the_positions_names_its_line(task, tokenizer):
         encode_questions(read_tasks([task]), processor=Processor(short, tokenizer))
 
 
-def test_damaged_weights_are_told(model, task, tokenizer):
+def test_damaged_weights_are_reported(model, task, tokenizer):
     weight = model.language_model.output_layer.weight
     before = weight[5].clone()
     try:
@@ -91,7 +91,7 @@ def test_damaged_weights_are_told(model, task, tokenizer):
         weight[5] = before
 
 
-def test_report(model, task, tokenizer):
+def test_report_counts_accuracy_chance_and_blind(model, task, tokenizer):
     report = evaluate_choices(Model(model, Processor(CONFIG, tokenizer)), read_tasks([task]), blind=True)
     found = report.to_dict()
     assert list(found) == ["accuracy", "blind", "chance", "n", "by_kind", "questions"]

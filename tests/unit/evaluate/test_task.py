@@ -19,7 +19,7 @@ def write(path, *lines):
     return path
 
 
-def test_questions_in_order(task):
+def test_questions_are_read_in_order(task):
     questions = read_tasks([task])
     assert [question.id for question in questions] == [f"q{number}" for number in range(9)]
     assert questions[0].location == f"{task}:1" and questions[0].images == (task.parent / "images/0-0.png",)
@@ -71,13 +71,13 @@ def test_keys_of_a_line_choose_its_type(task, tmp_path):
         ({**TEXT, "images": ["gone.png"]}, "images: .*gone.png does not exist"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path, line, message):
+def test_malformed_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "t.jsonl", GOOD, line)
     with pytest.raises(DataError, match=rf"t\.jsonl:2: {message}"):
         read_tasks([path])
 
 
-def test_unreadable_files(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot read the task"):
         read_tasks([tmp_path / "gone.jsonl"])
     with pytest.raises(DataError, match="no question in it"):

@@ -1,4 +1,4 @@
-"""MegaVL as a library: the README's code as it stands there, and the mistakes that a caller can make."""
+"""MegaVL as a library: the README's code runs as written, and a caller's mistakes are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_five_lines_answer_without_any_warning(folder, capsys):
 
 
 @pytest.mark.slow
-def test_batches_and_streams(folder):
+def test_readme_code_of_batches_and_streams_runs(folder):
     shown = run_snippet(SNIPPETS[1], folder=folder)
     assert len(re.findall(r"^\d+ \((?:\d+, ){5,}\d+,?\) ", shown, re.MULTILINE)) == 2
 
@@ -86,7 +86,7 @@ def test_images_and_messages_give_one_prompt(model, picture):
     assert all(way.ids == ways[0].ids and way.images.equal(ways[0].images) for way in ways)
 
 
-def test_a_batch_gives_the_answers_in_their_order(model, picture):
+def test_batch_answers_come_in_order(model, picture):
     questions = [("red?", [picture]), ("which colour?", []), ("green or blue?", [picture, picture]), ("why?", [])]
     inputs = [model.processor(text, images=images) for text, images in questions]
     sampling = Sampling(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=3)
@@ -96,7 +96,7 @@ def test_a_batch_gives_the_answers_in_their_order(model, picture):
     assert all(1 <= len(answer.token_ids) <= 9 for answer in alone) and len({a.token_ids for a in alone}) == 4
 
 
-def test_a_stream_is_the_answer_in_pieces(model, picture):
+def test_stream_pieces_join_to_the_answer(model, picture):
     inputs = model.processor("which colour?", images=[picture])
     pieces = list(model.stream(model.request(inputs, max_new_tokens=20)))
     assert "".join(pieces) == model.generate(inputs, max_new_tokens=20).text
@@ -112,12 +112,12 @@ def test_a_stream_is_the_answer_in_pieces(model, picture):
         ([{"role": "user", "content": "<image_placeholder>"}], "has 1 <image_placeholder>, but 0 images"),
     ],
 )
-def test_conversations_that_are_not_understood(model, messages, message):
+def test_malformed_conversations_are_refused(model, messages, message):
     with pytest.raises(DataError, match=message):
         model.processor(messages)
 
 
-def test_what_does_not_fit(model, picture):
+def test_unfit_requests_are_refused(model, picture):
     inputs = model.processor("red?")
     with pytest.raises(DataError, match=f"{len(inputs.ids)} prompt tokens and 4096 after them exceed the model's 4096"):
         model.generate(inputs, max_new_tokens=4096)
