@@ -79,7 +79,7 @@ def answer_questions(
         questions: from `read_tasks`.
         ids: from `encode_open_questions`.
         max_new_tokens: most tokens of an answer.
-        batch_size: most answers under way at a time.
+        batch_size: most answers in progress at a time.
 
     Raises:
         DataError: an image cannot be read; with file:line.
