@@ -14,7 +14,8 @@ from xml.sax.saxutils import escape
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
 from megavl.planner.hardware.devices import find_device
-from megavl.planner.layouts.layout import resolve_layout
+from megavl.planner.layouts.check import checked_layout
+from megavl.planner.scenario import make_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "launch/recipes/7b/stage2.yaml"
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / PICTURE, help=f"default: {PICTURE}")
     arguments = parser.parse_args()
     recipe = load_recipe(ROOT / RECIPE)
-    layout = resolve_layout(recipe, device=find_device(DEVICE))
+    layout = checked_layout(make_scenario(recipe), find_device(DEVICE))
     arguments.output.write_text(draw(recipe, layout), encoding="utf-8")
 
 
