@@ -19,7 +19,7 @@ STAMP := .venv/.megavl-installed
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q -rs --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-clients check bench golden clean
+.PHONY: help setup demo quick test test-all test-clients check bench golden clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ $(STAMP): setup.py pyproject.toml Makefile
 
 demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: at most 10 minutes on 2 cores
 	$(BIN)/python launch/demo.py
+
+quick: $(STAMP)  ## unit tests that start no process: under 2 minutes on 2 cores
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not processes" tests/unit $(PYTEST_ARGS)
 
 check: $(STAMP)  ## ruff, mypy and the contract tests
 	$(BIN)/ruff check .

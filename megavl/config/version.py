@@ -1,3 +1,3 @@
 """The version of this code. Packaging reads it here, and a dataset records the version that made it."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -1,1 +1,1 @@
-"""Multiple choice by perplexity, written answers, and bits per byte of texts."""
+"""Scores of a model: choices by perplexity, free-form answers, and bits per byte of texts."""

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from megavl.config.errors import DataError
-from megavl.config.model import ModelConfig
 from megavl.data.template import Piece, document_pieces, encode_batch
-from megavl.data.tokenizer import Tokenizer
 from megavl.evaluate.perplexity import ROW_TOKENS, EncodedOption, EncodedQuestion, option_perplexities
 from megavl.evaluate.task import Passage
-from megavl.model.vl_model import DeepseekVL
+from megavl.generate.json_lines import naming
+from megavl.generate.pretrained import Model, Processor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Read:
-    """A text, and the bits that the model needs for it."""
+class ScoredPassage:
+    """A text and the bits that the model needs for it."""
 
     entry: Passage
     tokens: int
@@ -34,9 +33,7 @@ class Read:
         return len(self.entry.text.encode())
 
 
-def encode_passages(
-    passages: Sequence[Passage], *, tokenizer: Tokenizer, config: ModelConfig
-) -> list[list[EncodedQuestion]]:
+def encode_passages(passages: Sequence[Passage], *, processor: Processor) -> list[list[EncodedQuestion]]:
     """Windows of each text, as documents are trained: BOS and the images, then the text.
 
     A text longer than the model's positions has several windows. Every token is predicted once; a further window
@@ -45,25 +42,24 @@ def encode_passages(
     Raises:
         DataError: a text with images is longer than the model's positions, or yields the image token; with file:line.
     """
+    config = processor.config
     limit = config.llm.max_position_embeddings
     found = []
     for passage in passages:
         images = [Piece(kind="image") for _ in passage.images]
         pieces = [Piece(kind="bos"), *images, *document_pieces(passage.text, template="none", tagged=False)]
-        try:
-            (sample,) = encode_batch([pieces], tokenizer=tokenizer, image_tokens=config.image_tokens)
-        except DataError as error:
-            raise DataError(f"{passage.place}: {error}") from error
+        with naming(passage.location):
+            (sample,) = encode_batch([pieces], tokenizer=processor.tokenizer, image_tokens=config.image_tokens)
         ids, start = tuple(map(int, sample.ids)), 1 + config.image_tokens * len(images)
         if images and len(ids) > limit:
             raise DataError(
-                f"{passage.place}: text: {len(ids)} tokens with its images exceed the model's {limit} positions; "
+                f"{passage.location}: text: {len(ids)} tokens with its images exceed the model's {limit} positions; "
                 "shorten the text"
             )
         found.append(
             [
                 EncodedQuestion(
-                    place=passage.place,
+                    location=passage.location,
                     options=(EncodedOption(ids=ids[first : first + limit], start=1 if first else start),),
                     images=passage.images,
                 )
@@ -73,21 +69,19 @@ def encode_passages(
     return found
 
 
-def read_passages(
-    model: DeepseekVL,
+def score_passages(
+    model: Model,
     passages: Sequence[Passage],
     windows: Sequence[Sequence[EncodedQuestion]],
     *,
-    config: ModelConfig,
     row_tokens: int = ROW_TOKENS,
-) -> list[Read]:
-    """Read all texts.
+) -> list[ScoredPassage]:
+    """Score all texts.
 
     Args:
-        model: a one-rank model in eval mode.
+        model: who reads, on one process.
         passages: from `read_tasks`.
         windows: from `encode_passages`.
-        config: sizes of the model.
         row_tokens: most tokens of a packed row.
 
     Raises:
@@ -95,15 +89,14 @@ def read_passages(
         NumericsError: a perplexity is not finite.
     """
     every = [window for of_passage in windows for window in of_passage]
+    geometry = model.processor.config.image_geometry
     with tqdm(total=len(every), unit="window", desc="read", disable=None if every else True) as bar:
         values = iter(
-            option_perplexities(
-                model, every, geometry=config.image_geometry, row_tokens=row_tokens, progress=bar.update
-            )
+            option_perplexities(model.stage, every, geometry=geometry, row_tokens=row_tokens, progress=bar.update)
         )
     found = []
     for passage, of_passage in zip(passages, windows, strict=True):
         tokens = [len(window.options[0].ids) - window.options[0].start for window in of_passage]
         bits = math.fsum(count * math.log2(next(values)[0]) for count in tokens)
-        found.append(Read(entry=passage, tokens=sum(tokens), bits=bits))
+        found.append(ScoredPassage(entry=passage, tokens=sum(tokens), bits=bits))
     return found

@@ -1,4 +1,4 @@
-"""Questions that the model answers in writing, greedily, and how its answers are compared.
+"""Free-form answers: the model answers greedily, and its text is compared with the accepted answers.
 
 Source: DeepSeek-VL, section 4: greedy generation in free text.
 """
@@ -13,44 +13,40 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from megavl.config.chat import SYSTEM_PROMPT
-from megavl.config.errors import DataError
-from megavl.config.model import ModelConfig
 from megavl.data.template import Template
-from megavl.data.tokenizer import Tokenizer
 from megavl.evaluate.task import OpenQuestion
 from megavl.generate.decode import Request
+from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import prompt_pieces
-from megavl.model.vl_model import DeepseekVL
 
 _MARKS = " .,;:!?()[]{}<>*_`'\"“”‘’«»、。「」『』《》"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """A question and what the model wrote."""
+class FreeFormAnswer:
+    """A question and the text that the model answered."""
 
     entry: OpenQuestion
     text: str
 
     @property
     def exact(self) -> bool:
-        """Whether it is one of the right answers, but for case, width of characters, white space and outer marks."""
+        """Whether it equals an accepted answer; case, width of characters, white space and outer marks do not count."""
         return plain(self.text) in map(plain, self.entry.answers)
 
     @property
     def contains(self) -> bool:
-        """Whether one of the right answers stands in it, not inside of a longer Latin word or number."""
-        before, behind = r"(?<![a-z0-9])(?<!\d[.,])", r"(?![a-z0-9])(?![.,]\d)"
+        """Whether it contains an accepted answer that is not part of a longer Latin word or number."""
+        before, after = r"(?<![a-z0-9])(?<!\d[.,])", r"(?![a-z0-9])(?![.,]\d)"
         wanted = (re.escape(plain(answer)) for answer in self.entry.answers)
-        return any(re.search(before + answer + behind, plain(self.text)) for answer in wanted)
+        return any(re.search(before + answer + after, plain(self.text)) for answer in wanted)
 
 
 def encode_open_questions(
     questions: Sequence[OpenQuestion],
     *,
-    tokenizer: Tokenizer,
-    config: ModelConfig,
+    processor: Processor,
     max_new_tokens: int,
     template: Template = "deepseek",
     system: str = SYSTEM_PROMPT,
@@ -60,36 +56,30 @@ def encode_open_questions(
     Raises:
         DataError: a prompt and its answer do not fit the model's positions; with file:line.
     """
-    processor, found = Processor(config, tokenizer), []
+    found = []
     for question in questions:
-        try:
+        with naming(question.location):
             pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=system)
             found.append(processor.encode(pieces, room=max_new_tokens))
-        except DataError as error:
-            raise DataError(f"{question.place}: {error}") from error
     return found
 
 
-def write_answers(
-    model: DeepseekVL,
+def answer_questions(
+    model: Model,
     questions: Sequence[OpenQuestion],
     ids: Sequence[Sequence[int]],
     *,
-    tokenizer: Tokenizer,
-    config: ModelConfig,
     max_new_tokens: int,
     batch_size: int = 8,
-) -> list[Written]:
-    """Ask all questions.
+) -> list[FreeFormAnswer]:
+    """Answer all questions.
 
     Args:
-        model: a one-rank model in eval mode.
+        model: who answers, on one process.
         questions: from `read_tasks`.
         ids: from `encode_open_questions`.
-        tokenizer: the model's.
-        config: sizes of the model.
         max_new_tokens: most tokens of an answer.
-        batch_size: most answers under way at a time.
+        batch_size: most answers in progress at a time.
 
     Raises:
         DataError: an image cannot be read; with file:line.
@@ -97,23 +87,20 @@ def write_answers(
     """
     if not questions:
         return []
-    processor = Processor(config, tokenizer)
 
     def requests() -> Iterator[Request]:
         for question, tokens in zip(questions, ids, strict=True):
-            try:
-                images = processor.read_images(question.images)
-            except DataError as error:
-                raise DataError(f"{question.place}: {error}") from error
+            with naming(question.location):
+                images = model.processor.read_images(question.images)
             yield Request(ids=tokens, images=images, max_new_tokens=max_new_tokens)
 
     length = max(map(len, ids)) + max_new_tokens
-    answers = Model(model, processor).answers(requests(), batch_size=min(batch_size, len(questions)), length=length)
-    bar = tqdm(answers, total=len(questions), unit="answer", desc="write", disable=None)
-    return [Written(entry=question, text=answer.text) for question, answer in zip(questions, bar, strict=True)]
+    answers = model.answers(requests(), batch_size=min(batch_size, len(questions)), length=length)
+    bar = tqdm(answers, total=len(questions), unit="answer", desc="answer", disable=None)
+    return [FreeFormAnswer(entry=question, text=answer.text) for question, answer in zip(questions, bar, strict=True)]
 
 
 def plain(text: str) -> str:
-    """For comparison: compatible characters made equal, no case, single spaces, no marks or spaces around."""
+    """The text for comparison: NFKC, no case, single spaces, no punctuation marks around it."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return text.strip(_MARKS) or text

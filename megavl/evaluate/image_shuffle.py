@@ -1,4 +1,7 @@
-"""Every question with other questions' images: what is still answered right was answered without looking."""
+"""The image shuffle of `--blind`: every question gets the images of other questions.
+
+A question that is still answered right was answered without looking at its image.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from megavl.config.errors import DataError
 from megavl.evaluate.task import Question
 
 
-def wrong_images(questions: Sequence[Question], *, seed: int) -> list[tuple[Path, ...]]:
+def shuffle_images(questions: Sequence[Question], *, seed: int) -> list[tuple[Path, ...]]:
     """As many images for each question as it has, none of them its own.
 
-    Every image is lent as often as it is shown. The images are put in an order, equal ones together, and each takes
-    the place of the one that stands a fixed number of places before it.
+    Every image is used as often as it was. The images are put in a random order, equal ones together, and then
+    rotated by a fixed number.
 
     Args:
         questions: questions, with images or without.
         seed: seed of the order.
 
     Raises:
-        DataError: no question has an image, or an image is shown so often that there is no such exchange.
+        DataError: no question has an image, or an image is shown so often that no shuffle exists.
     """
     counts = Counter(image for question in questions for image in question.images)
     if not counts:

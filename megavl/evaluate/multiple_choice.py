@@ -1,4 +1,4 @@
-"""Multiple choice by perplexity: every option is read after the prompt, and the least surprising one is the answer.
+"""Multiple choice by perplexity: the model's answer is the option of lowest perplexity after the prompt.
 
 Source: DeepSeek-VL, sections 3.2.2 and 4.2.
 """
@@ -12,10 +12,8 @@ from tqdm import tqdm
 
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
-from megavl.config.model import ModelConfig
 from megavl.data.template import Piece, Template, encode_batch
-from megavl.data.tokenizer import Tokenizer
-from megavl.evaluate.image_shuffle import wrong_images
+from megavl.evaluate.image_shuffle import shuffle_images
 from megavl.evaluate.perplexity import (
     ROW_TOKENS,
     EncodedOption,
@@ -25,47 +23,43 @@ from megavl.evaluate.perplexity import (
 )
 from megavl.evaluate.report import Answered, Report
 from megavl.evaluate.task import Question
+from megavl.generate.json_lines import naming
+from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import prompt_pieces
-from megavl.model.vl_model import DeepseekVL
 
 
 def evaluate_choices(
-    model: DeepseekVL,
+    model: Model,
     questions: Sequence[Question],
     *,
-    tokenizer: Tokenizer,
-    config: ModelConfig,
     template: Template = "deepseek",
     system: str = SYSTEM_PROMPT,
     blind: bool = False,
     seed: int = 0,
     row_tokens: int = ROW_TOKENS,
 ) -> Report:
-    """Ask all questions.
+    """Score all questions.
 
     Args:
-        model: a one-rank model in eval mode.
+        model: who answers, on one process.
         questions: from `read_tasks`.
-        tokenizer: the model's.
-        config: sizes of the model.
         template: format of the prompt, see `prompt_pieces`.
         system: system text of the chat format; empty for none.
-        blind: ask again with the images of other questions.
-        seed: seed of that pairing.
+        blind: ask again with shuffled images.
+        seed: seed of the shuffle.
         row_tokens: most tokens of a packed row.
 
     Raises:
-        DataError: a question does not fit the model, an image cannot be read, or no blind pairing exists.
+        DataError: a question does not fit the model, an image cannot be read, or images cannot be shuffled.
         NumericsError: a perplexity is not finite.
     """
-    wrong = wrong_images(questions, seed=seed) if blind else [()] * len(questions)
-    encoded = encode_questions(questions, tokenizer=tokenizer, config=config, template=template, system=system)
-    blindly = [replace(question, images=images) for question, images in zip(encoded, wrong) if images]
-    total = sum(len(option_segments(0, question)) for question in encoded + blindly)
+    shuffled = shuffle_images(questions, seed=seed) if blind else [()] * len(questions)
+    encoded = encode_questions(questions, processor=model.processor, template=template, system=system)
+    asked = encoded + [replace(question, images=images) for question, images in zip(encoded, shuffled) if images]
+    total = sum(len(option_segments(0, question)) for question in asked)
+    geometry = model.processor.config.image_geometry
     with tqdm(total=total, unit="prompt", desc="evaluate", disable=None) as bar:
-        found = option_perplexities(
-            model, encoded + blindly, geometry=config.image_geometry, row_tokens=row_tokens, progress=bar.update
-        )
+        found = option_perplexities(model.stage, asked, geometry=geometry, row_tokens=row_tokens, progress=bar.update)
     blind_found = iter(found[len(questions) :])
     answers = [
         Answered(
@@ -73,7 +67,7 @@ def evaluate_choices(
             perplexities=tuple(values),
             blind_perplexities=tuple(next(blind_found)) if images else None,
         )
-        for question, values, images in zip(questions, found, wrong)
+        for question, values, images in zip(questions, found, shuffled)
     ]
     return Report(answers=tuple(answers))
 
@@ -81,14 +75,13 @@ def evaluate_choices(
 def encode_questions(
     questions: Sequence[Question],
     *,
-    tokenizer: Tokenizer,
-    config: ModelConfig,
+    processor: Processor,
     template: Template = "deepseek",
     system: str = SYSTEM_PROMPT,
 ) -> list[EncodedQuestion]:
-    """Prompts with each option behind them, a space in front of the option as in training answers.
+    """Prompts followed by each option, with a space before the option as in training answers.
 
-    Prompt and option are tokenized together, so an option's tokens are those that training saw.
+    Prompt and option are tokenized together, so an option has the tokens that training saw.
 
     Raises:
         DataError: a question is longer than the model's positions, or an option has no token of its own; with
@@ -96,8 +89,8 @@ def encode_questions(
     """
     return [
         EncodedQuestion(
-            place=question.place,
-            options=_encode_options(question, tokenizer=tokenizer, config=config, template=template, system=system),
+            location=question.location,
+            options=_encode_options(question, processor=processor, template=template, system=system),
             images=question.images,
         )
         for question in questions
@@ -105,23 +98,22 @@ def encode_questions(
 
 
 def _encode_options(
-    question: Question, *, tokenizer: Tokenizer, config: ModelConfig, template: Template, system: str
+    question: Question, *, processor: Processor, template: Template, system: str
 ) -> tuple[EncodedOption, ...]:
-    try:
+    config, location = processor.config, question.location
+    with naming(location):
         pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=system)
         samples = [
             [*pieces, Piece(kind="text", text=f" {choice.strip()}", supervised=True)] for choice in question.choices
         ]
-        encoded = encode_batch(samples, tokenizer=tokenizer, image_tokens=config.image_tokens)
-    except DataError as error:
-        raise DataError(f"{question.place}: {error}") from error
+        encoded = encode_batch(samples, tokenizer=processor.tokenizer, image_tokens=config.image_tokens)
     options = []
     for choice, sample in zip(question.choices, encoded):
         if len(sample.spans) != 1 or sample.spans[0][0] == 0:
-            raise DataError(f"{question.place}: choices: {choice!r} has no token of its own behind the prompt")
+            raise DataError(f"{location}: choices: {choice!r} has no token of its own behind the prompt")
         if len(sample.ids) > config.llm.max_position_embeddings:
             raise DataError(
-                f"{question.place}: {len(sample.ids)} tokens exceed the model's {config.llm.max_position_embeddings} "
+                f"{location}: {len(sample.ids)} tokens exceed the model's {config.llm.max_position_embeddings} "
                 "positions; shorten the prompt"
             )
         options.append(EncodedOption(ids=tuple(map(int, sample.ids)), start=sample.spans[0][0]))

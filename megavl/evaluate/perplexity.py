@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 from megavl.config.errors import NumericsError
+from megavl.config.expected_warnings import expected_warnings_ignored
 from megavl.config.presets import ImageGeometry
 from megavl.data.batch import make_batch
 from megavl.generate.prompt import read_canvases
-from megavl.model.vl_model import DeepseekVL
+
+with expected_warnings_ignored():
+    from megavl.model.vl_model import DeepseekVL
 
 ROW_TOKENS = 2048
 """Tokens of a row; a longer segment gets a row of its own. At 102400 vocabulary rows a row has 0.8 GB of logits."""
@@ -35,15 +38,15 @@ class EncodedOption:
 class EncodedQuestion:
     """A question as the model reads it."""
 
-    place: str
-    """For messages."""
+    location: str
+    """`file:line`, for messages."""
     options: tuple[EncodedOption, ...]
     images: tuple[Path, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Tokens that are run once, and the options that are read from them."""
+    """Tokens that run once, and the options that are scored from them."""
 
     question: int
     ids: tuple[int, ...]
@@ -81,16 +84,17 @@ def option_perplexities(
     for question, values in zip(questions, found):
         if not all(map(math.isfinite, values)):
             raise NumericsError(
-                f"{question.place}: perplexities {values} are not finite; the weights are damaged, or the model needs "
-                "--dtype float32"
+                f"{question.location}: perplexities {values} are not finite; the weights are damaged, or the model "
+                "needs --dtype float32"
             )
     return found
 
 
 def option_segments(number: int, question: EncodedQuestion) -> list[Segment]:
-    """What must run so that every option can be read: an option whose context another one begins with rides along.
+    """The sequences to run, so that every option can be scored.
 
-    The last token of an option is only predicted, so options of one token all read from the prompt itself.
+    The last token of an option is only predicted, never fed. An option needs no sequence of its own where another one
+    begins with the rest of it: all options of one token are scored from the prompt itself.
     """
     kept: dict[tuple[int, ...], list[int]] = {}
     longest_first = sorted(range(len(question.options)), key=lambda index: -len(question.options[index].ids))

@@ -1,4 +1,4 @@
-"""What an evaluation found: tables for people, a mapping for programs."""
+"""The results of an evaluation, as tables for people and as a mapping for programs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from megavl.evaluate.bits_per_byte import Read
-from megavl.evaluate.free_form import Written
+from megavl.evaluate.bits_per_byte import ScoredPassage
+from megavl.evaluate.free_form import FreeFormAnswer
 from megavl.evaluate.task import Entry, Question
 
 
@@ -18,7 +18,7 @@ class Answered:
     entry: Question
     perplexities: tuple[float, ...]
     blind_perplexities: tuple[float, ...] | None = None
-    """With another question's images; None without `--blind` or without an image."""
+    """With shuffled images; None without `--blind` or without an image."""
 
     @property
     def prediction(self) -> int:
@@ -32,7 +32,7 @@ class Answered:
 
     @property
     def blind_right(self) -> bool | None:
-        """The same with wrong images."""
+        """The same with shuffled images."""
         if self.blind_perplexities is None:
             return None
         return _lowest(self.blind_perplexities) == self.entry.answer
@@ -43,32 +43,32 @@ class Report:
     """All entries of an evaluation."""
 
     answers: tuple[Answered, ...] = ()
-    written: tuple[Written, ...] = ()
-    read: tuple[Read, ...] = ()
+    free_form: tuple[FreeFormAnswer, ...] = ()
+    passages: tuple[ScoredPassage, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, for what was asked: figures of choices, then `written` and `text` with figures of their own.
+        """A mapping for JSON with what was asked: figures of choices, then `written` and `text` with their own.
 
-        Choices: accuracy, blind (null when not measured), chance, n, by_kind, questions. Written: exact, contains, n,
-        by_kind, questions. Text: bits_per_byte, bytes, tokens, n, by_kind, texts.
+        Choices: accuracy, blind (null when not measured), chance, n, by_kind, questions. `written` has the free-form
+        answers: exact, contains, n, by_kind, questions. `text`: bits_per_byte, bytes, tokens, n, by_kind, texts.
         """
         found: dict[str, Any] = {}
         if self.answers:
             found |= {**_sums(self.answers, _figures), "questions": [_line(answered) for answered in self.answers]}
-        if self.written:
-            lines = [_written_line(one) for one in self.written]
-            found["written"] = {**_sums(self.written, _written_figures), "questions": lines}
-        if self.read:
-            lines = [{"id": one.entry.id, "kind": one.entry.kind, **_read_figures([one])} for one in self.read]
-            found["text"] = {**_sums(self.read, _read_figures), "texts": lines}
+        if self.free_form:
+            lines = [_free_form_line(one) for one in self.free_form]
+            found["written"] = {**_sums(self.free_form, _free_form_figures), "questions": lines}
+        if self.passages:
+            lines = [{"id": one.entry.id, "kind": one.entry.kind, **_passage_figures([one])} for one in self.passages]
+            found["text"] = {**_sums(self.passages, _passage_figures), "texts": lines}
         return found
 
     def table(self) -> str:
-        """A table for each way of asking; the last row of each is over all its entries."""
+        """A table for choices, free-form answers and texts each; its last row is over all kinds."""
         tables = (
             _table(self.answers, _figures, ("accuracy", "blind", "chance")),
-            _table(self.written, _written_figures, ("exact", "contains")),
-            _table(self.read, _read_figures, ("bits_per_byte", "bytes", "tokens")),
+            _table(self.free_form, _free_form_figures, ("exact", "contains")),
+            _table(self.passages, _passage_figures, ("bits_per_byte", "bytes", "tokens")),
         )
         return "\n\n".join(filter(None, tables))
 
@@ -136,7 +136,7 @@ def _line(answered: Answered) -> dict[str, Any]:
     }
 
 
-def _written_figures(found: Sequence[Written]) -> dict[str, Any]:
+def _free_form_figures(found: Sequence[FreeFormAnswer]) -> dict[str, Any]:
     return {
         "exact": sum(one.exact for one in found) / len(found),
         "contains": sum(one.contains for one in found) / len(found),
@@ -144,19 +144,19 @@ def _written_figures(found: Sequence[Written]) -> dict[str, Any]:
     }
 
 
-def _written_line(written: Written) -> dict[str, Any]:
-    question = written.entry
+def _free_form_line(answer: FreeFormAnswer) -> dict[str, Any]:
+    question = answer.entry
     return {
         "id": question.id,
         "kind": question.kind,
         "answers": list(question.answers),
-        "text": written.text,
-        "exact": written.exact,
-        "contains": written.contains,
+        "text": answer.text,
+        "exact": answer.exact,
+        "contains": answer.contains,
     }
 
 
-def _read_figures(found: Sequence[Read]) -> dict[str, Any]:
+def _passage_figures(found: Sequence[ScoredPassage]) -> dict[str, Any]:
     size = sum(one.text_bytes for one in found)
     return {
         "bits_per_byte": sum(one.bits for one in found) / size,

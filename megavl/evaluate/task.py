@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,13 +12,14 @@ from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import DataError
 from megavl.data.template import IMAGE_TAG
+from megavl.generate.json_lines import existing_images, read_lines
 
 _STRICT = ConfigDict(strict=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class _Line:
-    """A line as it is written; further keys are passed over."""
+    """What every line of a file may hold; further keys are ignored."""
 
     id: str
     images: tuple[str, ...] = ()
@@ -57,10 +59,10 @@ _LINE: TypeAdapter[_Choices | _Answers | _Text] = TypeAdapter(
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every line of a task has."""
+    """What every entry of a task has."""
 
     id: str
-    place: str
+    location: str
     """`file:line`, for messages."""
     images: tuple[Path, ...]
     kind: str
@@ -80,7 +82,7 @@ class Question(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenQuestion(Entry):
-    """One question that is answered in writing."""
+    """One question with a free-form answer."""
 
     prompt: str
     """As in `Question`."""
@@ -90,7 +92,7 @@ class OpenQuestion(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Passage(Entry):
-    """A text that is read, behind its images."""
+    """A text that is scored after its images."""
 
     text: str
 
@@ -112,29 +114,14 @@ def read_tasks(paths: Sequence[str | Path], *, limit: int | None = None) -> list
 
 
 def _read_task(path: Path, *, limit: int | None) -> list[Task]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"{path}: cannot read the task ({reason}); give a JSONL file") from error
-    entries: list[Task] = []
-    for number, line in _lines(text):
-        if len(entries) == limit:
-            break
-        entries.append(_entry(line, path=path, place=f"{path}:{number}"))
+    lines = islice(read_lines(path, what="task"), limit)
+    entries = [_entry(line, path=path, location=location) for location, line in lines]
     if not entries:
         raise DataError(f"{path}: no question in it; give a JSONL file with one question a line")
     return entries
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not splitlines: it would also cut at U+2028 and the like, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _entry(text: str, *, path: Path, place: str) -> Task:
+def _entry(text: str, *, path: Path, location: str) -> Task:
     try:
         line = _LINE.validate_json(text)
     except ValidationError as error:
@@ -143,55 +130,52 @@ def _entry(text: str, *, path: Path, place: str) -> Task:
         key = ".".join(str(part) for part in first["loc"][1:])
         found = "" if first["type"] in ("missing", "json_invalid") else f", found {str(first['input'])[:80]!r}"
         raise DataError(
-            f"{place}: {key + ': ' if key else ''}{first['msg']}{found}; a line is one JSON object with id, and either "
-            "prompt, choices and answer, or prompt and answers, or text; and images and kind where it has them"
+            f"{location}: {key + ': ' if key else ''}{first['msg']}{found}; a line is one JSON object with id, and "
+            "either prompt, choices and answer, or prompt and answers, or text; and images and kind where it has them"
         ) from None
-    images = tuple(path.parent / image for image in line.images)
-    common: dict[str, Any] = {"id": line.id, "place": place, "images": images, "kind": line.kind or path.stem}
-    found_entry: Task
+    _check(line, location=location)
+    images = existing_images(line.images, path=path, location=location)
+    common: dict[str, Any] = {"id": line.id, "location": location, "images": images, "kind": line.kind or path.stem}
     if isinstance(line, _Text):
-        _check_text(line, place=place)
-        found_entry = Passage(**common, text=line.text)
-    else:
-        _check_prompt(line.prompt, images=len(images), place=place)
-        if isinstance(line, _Answers):
-            _check_answers(line.answers, place=place)
-            found_entry = OpenQuestion(**common, prompt=line.prompt, answers=line.answers)
-        else:
-            _check_choices(line, place=place)
-            found_entry = Question(**common, prompt=line.prompt, choices=line.choices, answer=line.answer)
-    if absent := next((image for image in images if not image.is_file()), None):
-        raise DataError(f"{place}: images: {absent} does not exist; paths are relative to the JSONL file")
-    return found_entry
+        return Passage(**common, text=line.text)
+    if isinstance(line, _Answers):
+        return OpenQuestion(**common, prompt=line.prompt, answers=line.answers)
+    return Question(**common, prompt=line.prompt, choices=line.choices, answer=line.answer)
 
 
-def _check_prompt(prompt: str, *, images: int, place: str) -> None:
+def _check(line: _Choices | _Answers | _Text, *, location: str) -> None:
+    if isinstance(line, _Text):
+        _check_text(line, location=location)
+        return
+    _check_prompt(line.prompt, images=len(line.images), location=location)
+    if isinstance(line, _Choices):
+        _check_choices(line, location=location)
+    elif not line.answers or not all(map(str.strip, line.answers)):
+        raise DataError(f"{location}: answers: {list(line.answers)} must be one or more non-empty texts")
+
+
+def _check_prompt(prompt: str, *, images: int, location: str) -> None:
     if not prompt.strip():
-        raise DataError(f"{place}: prompt: is empty; give the question")
+        raise DataError(f"{location}: prompt: is empty; give the question")
     places = prompt.count(IMAGE_TAG)
     if places not in (0, images):
         raise DataError(
-            f"{place}: prompt: has {places} {IMAGE_TAG} for {images} images; give one for each, "
+            f"{location}: prompt: has {places} {IMAGE_TAG} for {images} images; give one for each, "
             "or none to put all images in front"
         )
 
 
-def _check_choices(line: _Choices, *, place: str) -> None:
+def _check_choices(line: _Choices, *, location: str) -> None:
     if len(line.choices) < 2 or len(set(line.choices)) < len(line.choices) or not all(map(str.strip, line.choices)):
-        raise DataError(f"{place}: choices: {list(line.choices)} must be two or more different, non-empty texts")
+        raise DataError(f"{location}: choices: {list(line.choices)} must be two or more different, non-empty texts")
     if not 0 <= line.answer < len(line.choices):
         raise DataError(
-            f"{place}: answer: {line.answer} is no index of the {len(line.choices)} choices; the first choice is 0"
+            f"{location}: answer: {line.answer} is no index of the {len(line.choices)} choices; the first choice is 0"
         )
 
 
-def _check_answers(answers: Sequence[str], *, place: str) -> None:
-    if not answers or not all(map(str.strip, answers)):
-        raise DataError(f"{place}: answers: {list(answers)} must be one or more non-empty texts")
-
-
-def _check_text(line: _Text, *, place: str) -> None:
+def _check_text(line: _Text, *, location: str) -> None:
     if not line.text:
-        raise DataError(f"{place}: text: is empty; give the text to be read")
+        raise DataError(f"{location}: text: is empty; give the text to be read")
     if IMAGE_TAG in line.text and line.images:
-        raise DataError(f"{place}: text: holds {IMAGE_TAG}, but images stand in front of a text; leave it out")
+        raise DataError(f"{location}: text: holds {IMAGE_TAG}, but images stand in front of a text; leave it out")

@@ -1,7 +1,7 @@
 """A conversation whose earlier turns stay in the key-value cache.
 
-What a turn reads is always the prompt that the whole conversation would have from scratch. The cache is used as far as
-its tokens are that prompt's beginning, and the rest is read, so that a conversation answers as recomputation would.
+Every turn has the prompt of the whole conversation. The cache is kept up to the first token that differs from that
+prompt, and the model reads the rest. So a conversation answers exactly as it would from scratch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.data.template import Turn, inference_prompt
 from megavl.generate.engine import Engine
 from megavl.generate.pretrained import Model
-from megavl.generate.prompt import ImageSource, placed
+from megavl.generate.prompt import ImageSource, with_image_tags
 from megavl.generate.sampling import Sampling, choose
 from megavl.generate.stream import TextStream
 
 
 class Conversation:
-    """Turns of a user and of a model that runs on this process alone."""
+    """Turns of a user and of a model on one process."""
 
     def __init__(
         self,
@@ -38,18 +38,18 @@ class Conversation:
             model: who answers.
             system: system text; empty for none.
             max_new_tokens: most tokens of an answer.
-            sampling: how tokens are chosen; its seed begins the draws of all answers.
+            sampling: how tokens are chosen; one generator with its seed draws for all answers.
         """
         self.turns: list[Turn] = []
         self.reused = 0
-        """Tokens of the latest prompt that were in the cache already."""
+        """Tokens of the latest prompt that were already in the cache."""
         self._model, self._system, self._max_new_tokens = model, system, max_new_tokens
         self._sampling = sampling or Sampling()
         self._generator = self._sampling.generator()
         self._engine = Engine(model.stage)
         self._images = model.processor.read_images([])
         self._cached: list[int | bytes] = []
-        """What the cache holds, as by `_keys`."""
+        """The contents of the cache, as `_keys` gives them."""
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -58,19 +58,19 @@ class Conversation:
     def ask(self, text: str, images: Sequence[ImageSource] = ()) -> Generator[str, None, None]:
         """The answer to a new turn, piece by piece, without white space around it.
 
-        A turn counts once its answer has begun, also when it is broken off: close the iterator, or interrupt it. A
-        turn that cannot be asked leaves the conversation as it was.
+        To stop an answer, close the iterator or interrupt it. The turn then keeps the text that was shown. A turn that
+        fails before its answer begins leaves the conversation unchanged.
 
         Args:
-            text: what the user says; `<image_placeholder>` marks where an image stands, else images stand in front.
+            text: what the user says; `<image_placeholder>` marks an image's position, else images come first.
             images: files, or images in memory.
 
         Raises:
-            DataError: places and images differ in number, an image cannot be read, or the conversation is too long.
+            DataError: image tags and images differ in number, an image cannot be read, or the conversation is too long.
             NumericsError: the model's logits are not finite.
         """
         processor = self._model.processor
-        turns = [*self.turns, Turn(role="user", text=placed(text, images=len(images)))]
+        turns = [*self.turns, Turn(role="user", text=with_image_tags(text, images=len(images)))]
         canvases = torch.cat([self._images, processor.read_images(images)])
         prompt = processor.encode(inference_prompt(turns, system=self._system))
         answer = TextStream(processor.tokenizer, strip=True)
@@ -97,7 +97,7 @@ class Conversation:
             self._cached.append(token)
 
     def _read(self, prompt: list[int], canvases: torch.Tensor) -> torch.Tensor:
-        """Logits behind a prompt, of which only what is not in the cache is read; at least its last token."""
+        """Logits after a prompt; the model reads what is not in the cache, and at least the last token."""
         config = self._model.processor.config
         keys = self._keys(prompt, canvases)
         kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._cached, keys[:-1])))
@@ -111,11 +111,11 @@ class Conversation:
         return logits
 
     def _keys(self, prompt: list[int], canvases: torch.Tensor) -> list[int | bytes]:
-        """What tells the tokens of prompts apart: their ids, and at the places of an image a hash of its pixels."""
+        """One key per token of a prompt: its id, or at an image's positions a hash of the pixels."""
         config = self._model.processor.config
         hashes = (hashlib.sha256(canvas.numpy().data).digest() for canvas in canvases)
-        places = (one for one in hashes for _ in range(config.image_tokens))
-        return [next(places) if token == config.image_token_id else token for token in prompt]
+        images = (one for one in hashes for _ in range(config.image_tokens))
+        return [next(images) if token == config.image_token_id else token for token in prompt]
 
     @staticmethod
     def _last(logits: torch.Tensor | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Answers to many prompts: each prompt in one pass, then one token of every unfinished answer at a time.
 
-A prompt runs alone and exactly as in training; answers share the matrix products of a step. A row that finishes is
-given to the next prompt, and the rows in use always stand first, so that nothing is computed for finished ones.
+A prompt runs alone, exactly as in training. Answers share the matrix products of a step. A row whose answer ends takes
+the next prompt. The rows in use always come first, so nothing is computed for ended answers.
 
 Legend: I images, C canvas side in pixels, V vocabulary rows.
 """
@@ -22,11 +22,11 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how it is answered; the same on every rank."""
+    """A prompt, and how to answer it; the same on every rank."""
 
     ids: Sequence[int]
     images: torch.Tensor | None = None
-    """uint8 (I, 3, C, C) in the order of their places; read on the ranks of the first stage only."""
+    """uint8 (I, 3, C, C) in the order of their positions; read on the ranks of the first stage only."""
     max_new_tokens: int
     """Most tokens to give, at least 1."""
     sampling: Sampling = GREEDY
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(kw_only=True)
 class _Answer:
-    """An unfinished answer; its place in the list of answers is its row in the cache."""
+    """An unfinished answer; its index in the list of answers is its row in the cache."""
 
     number: int
     request: Request
@@ -56,17 +56,17 @@ class _Answer:
 def generate(
     model: DeepseekVL, requests: Iterable[Request], *, eos_id: int, rows: int = 1, length: int = 0
 ) -> Iterator[tuple[int, int, bool]]:
-    """Tokens as they are chosen; the end-of-sentence token is an answer's last one when the model gives it.
+    """Tokens as they are chosen; an answer ends with the end-of-sentence token, or at its limit.
 
     Args:
         model: this rank's stage, in eval mode; every rank must make the same call and read it to its end.
         requests: prompts; one is fetched when a row is free for it.
         eos_id: id that ends an answer.
-        rows: most answers under way at a time.
-        length: tokens of the longest prompt with its answer, where known: room for them is made at once.
+        rows: most answers in progress at a time.
+        length: tokens of the longest prompt with its answer, if known; the cache gets that size at once.
 
     Yields:
-        Number of the request, token, and whether it is the answer's last one.
+        Index of the request, token, and whether it is the answer's last one.
 
     Raises:
         NumericsError: the model's logits are not finite.
@@ -91,7 +91,7 @@ def generate(
 def _start(
     engine: Engine, waiting: Iterator[tuple[int, Request]], *, begun: int, rows: int
 ) -> tuple[list[_Answer], torch.Tensor | None]:
-    """Read prompts into the free rows; the stages of a pipeline work on several of them at once."""
+    """Read prompts into the free rows, so that several prompts fill the pipeline at once."""
     fresh: list[_Answer] = []
     logits: list[torch.Tensor] = []
     for row in range(begun, rows):

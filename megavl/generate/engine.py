@@ -1,7 +1,7 @@
-"""The stages of a model as one: prompts and tokens in, logits out, whatever the layout of ranks.
+"""All pipeline stages as one engine: tokens in, logits out, for any layout of ranks.
 
-Every rank makes the same calls with the same tokens in the same order. A stage takes the hidden states of the one
-before it, and what the last stage chose is told to all.
+Every rank makes the same calls with the same tokens in the same order. A stage receives the hidden states of the
+previous stage. The last stage chooses a token and broadcasts it to all.
 
 Legend: N tokens of a step, R rows (sequences), I images, C canvas side in pixels, H hidden, V vocabulary rows.
 """
@@ -12,20 +12,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
-from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
 
 from megavl.config.errors import NumericsError
-from megavl.model.cache import KeyValueCache, Step
-from megavl.model.vl_model import DeepseekVL
-from megavl.parallel import cpu_runtime
+from megavl.config.expected_warnings import expected_warnings_ignored
+
+with expected_warnings_ignored():
+    from megatron.core import parallel_state as mpu
+    from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
+
+    from megavl.model.cache import KeyValueCache, Step
+    from megavl.model.vl_model import DeepseekVL
+    from megavl.parallel import cpu_runtime
 
 _NOT_FINITE = -1
-"""Told in place of a token when logits are not finite, so that all ranks end alike."""
+"""Broadcast instead of a token when logits are not finite, so that all ranks end alike."""
 
 
 class Engine:
-    """Cached sequences; row r holds the one that `extend` began there."""
+    """Cached sequences, one per row; `extend` starts a sequence in a row."""
 
     def __init__(self, model: DeepseekVL, *, rows: int = 1) -> None:
         """An empty cache over this rank's stage, which is in eval mode."""
@@ -41,7 +45,7 @@ class Engine:
         """Add tokens to one sequence.
 
         Args:
-            row: which.
+            row: row of the sequence.
             ids: one token or more.
             images: uint8 (I, 3, C, C) for the image positions among `ids`; needed on the first stage only.
 

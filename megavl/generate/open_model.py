@@ -13,27 +13,30 @@ from pathlib import Path
 
 import torch
 
-from megavl.checkpoint import collective_errors
 from megavl.config.errors import DataError, UsageError
+from megavl.config.expected_warnings import expected_warnings_ignored
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
-from megavl.convert.open_weights import find_weights
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.generate.weights import load_weights
-from megavl.model.build import BuildSpec, build_to_generate
-from megavl.model.vl_model import DeepseekVL
-from megavl.parallel import groups
 from megavl.planner.layouts.layout import balance_weights, layout_string
 from megavl.weights.canonical_names import canonical_shapes
 from megavl.weights.dtypes import DTYPES
 from megavl.weights.lazy import LazyTensor
+
+with expected_warnings_ignored():
+    from megavl.checkpoint import collective_errors
+    from megavl.convert.open_weights import find_weights
+    from megavl.model.build import BuildSpec, build_to_generate
+    from megavl.model.vl_model import DeepseekVL
+    from megavl.parallel import groups
 
 ALONE = ParallelConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model on disk: everything but its weights has been read."""
+    """A model on disk, with everything but its weights in memory."""
 
     path: Path
     """Checkpoint or Hugging Face folder."""
@@ -61,7 +64,7 @@ def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
 
 
 def find_model_on_every_rank(path: str | Path) -> ModelSource:
-    """`find_model`, ending alike on every rank; hashes are compared by rank 0 alone, before the others look."""
+    """`find_model`, with the same end on every rank; rank 0 alone compares hashes, before the others read."""
     first: list[ModelSource] = []
     collective_errors.on_rank_zero(lambda: first.append(find_model(path)))
     collective_errors.on_every_rank(lambda: None if first else first.append(find_model(path, skip_hash=True)))
@@ -84,9 +87,9 @@ def check_world(parallel: ParallelConfig) -> None:
 
 @contextmanager
 def world(parallel: ParallelConfig) -> Iterator[None]:
-    """The processes of a launcher, or this one, as tensor x pipeline ranks.
+    """Process groups over the processes of a launcher, or over this one alone.
 
-    After an error among several ranks they are not waited for: the process must end.
+    After an error with several ranks the groups stay: waiting for other ranks could hang, so the process must end.
     """
     check_world(parallel)
     groups.start(parallel, seed=0)
@@ -118,7 +121,7 @@ def loaded(source: ModelSource, *, dtype: str | None = None, parallel: ParallelC
 
 
 def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Whether the model can be cut so.
+    """Check that the model can be divided like this.
 
     Raises:
         UsageError: naming the option and the size that do not fit.
@@ -137,7 +140,7 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConfig) -> DeepseekVL:
-    """This rank's stage with its weights, of which it reads no others, in eval mode; in a started world.
+    """This rank's stage with its weights, in eval mode; it reads no other weights. The process groups must run.
 
     Raises:
         CheckpointError: tensors that do not fit, on every rank.
@@ -146,9 +149,9 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
     if layers == "auto":
         layers = balance_weights(source.config, stages=parallel.pipeline, tensor=parallel.tensor)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    model = build_to_generate(
-        BuildSpec(model=source.config, parallel=parallel, layout=layout_string(layers), dtype=DTYPES[name])
-    )
+    spec = BuildSpec(model=source.config, parallel=parallel, layout=layout_string(layers), dtype=DTYPES[name])
+    with expected_warnings_ignored():
+        model = build_to_generate(spec)
     at = groups.position()
     collective_errors.on_every_rank(
         lambda: load_weights(

@@ -32,10 +32,10 @@ from megavl.generate.prompt import (
     ImageSource,
     answer_text,
     encode_prompt,
-    placed,
     prompt_pieces,
     read_canvases,
     require_room,
+    with_image_tags,
 )
 from megavl.generate.sampling import Sampling
 from megavl.generate.stream import TextStream
@@ -52,7 +52,7 @@ class Inputs:
 
     ids: tuple[int, ...]
     images: torch.Tensor
-    """uint8 (I, 3, C, C) in the order of their places."""
+    """uint8 (I, 3, C, C) in the order of their positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +83,15 @@ class Processor:
         """Prepare a prompt that waits for the model's answer.
 
         Args:
-            prompt: one question, or the messages of a conversation, the last of the user (an empty one of the assistant
-                may follow it). Each `<image_placeholder>` stands for an image; without any, images stand in front.
+            prompt: one question, or the messages of a conversation that ends with the user's. An empty message of the
+                assistant may follow. Each `<image_placeholder>` stands for an image; without any, images come first.
             images: files, or images in memory, of one question; messages bring their own.
-            system: system text of the chat format, where the conversation brings none; empty for none.
+            system: system text of the chat format, unless the conversation has one; empty for none.
             template: see `prompt_pieces`; a conversation has the chat format.
 
         Raises:
-            DataError: places and images differ in number, roles do not alternate, the prompt is too long, or an image
-                cannot be read.
+            DataError: image tags and images differ in number, roles do not alternate, the prompt is too long, or an
+                image cannot be read.
         """
         if isinstance(prompt, str):
             pieces = prompt_pieces(prompt, images=len(images), template=template, system=system)
@@ -104,7 +104,7 @@ class Processor:
         return Inputs(ids=tuple(ids), images=self.read_images(images))
 
     def encode(self, pieces: Sequence[Piece], *, room: int = 1) -> list[int]:
-        """Token ids of a prompt that leaves `room` tokens for an answer; see `encode_prompt`."""
+        """Token ids of a prompt with `room` tokens left for an answer; see `encode_prompt`."""
         return encode_prompt(pieces, tokenizer=self.tokenizer, config=self.config, room=room)
 
     def read_images(self, images: Sequence[ImageSource]) -> torch.Tensor:
@@ -179,7 +179,7 @@ class Model:
             batch: prompts; they are fetched as earlier ones finish.
             max_new_tokens: most tokens of each answer.
             sampling: how tokens are chosen; every answer has its own draws from the seed.
-            batch_size: most answers under way at a time.
+            batch_size: most answers in progress at a time.
         """
         requests = (self.request(i, max_new_tokens=max_new_tokens, sampling=sampling) for i in batch)
         return self.answers(requests, batch_size=batch_size)
@@ -240,7 +240,7 @@ def _turns(messages: Sequence[Message]) -> tuple[list[Turn], list[ImageSource]]:
         if role == "assistant" and number == len(messages) and not content.strip():
             break
         own = list(message.get("images") or ())
-        turns.append(Turn(role=role, text=placed(content, images=len(own))))  # type: ignore[arg-type]
+        turns.append(Turn(role=role, text=with_image_tags(content, images=len(own))))  # type: ignore[arg-type]
         images += own
     return turns, images
 

@@ -1,4 +1,4 @@
-"""Prompts: text with image places to token ids, and image files to canvases.
+"""Prompts: text with image tags to token ids, and image files to canvases.
 
 Legend: I images, C canvas side in pixels.
 """
@@ -38,17 +38,16 @@ def prompt_pieces(
     """A prompt that waits for the model's answer.
 
     Args:
-        text: the user's text; each `<image_placeholder>` stands for an image, and without any all images stand in
-            front.
+        text: the user's text; each `<image_placeholder>` stands for an image. Without any, images come first.
         images: number of images given.
-        template: `deepseek` is the chat format, ending with `Assistant:`; `plain` continues the text after BOS, as
-            captions and documents are trained; `none` continues the text alone.
+        template: `deepseek` is the chat format, ending with `Assistant:`. `plain` continues the text after BOS, as in
+            training on documents. `none` continues the text alone.
         system: system text of the chat format; empty for none.
 
     Raises:
-        DataError: places and images differ in number, or the prompt is empty.
+        DataError: image tags and images differ in number, or the prompt is empty.
     """
-    text = placed(text, images=images)
+    text = with_image_tags(text, images=images)
     if template == "deepseek":
         return inference_prompt([Turn(role="user", text=text)], system=system)
     start = [Piece(kind="bos")] if template == "plain" else []
@@ -59,18 +58,18 @@ def prompt_pieces(
     return pieces
 
 
-def placed(text: str, *, images: int) -> str:
-    """A text with one `<image_placeholder>` for each image; without any, all images stand in front.
+def with_image_tags(text: str, *, images: int) -> str:
+    """A text with one `<image_placeholder>` for each image; without any, images come first.
 
     Raises:
-        DataError: places and images differ in number.
+        DataError: image tags and images differ in number.
     """
-    places = text.count(IMAGE_TAG)
-    if not places:
+    tags = text.count(IMAGE_TAG)
+    if not tags:
         return IMAGE_TAG * images + text
-    if places != images:
+    if tags != images:
         raise DataError(
-            f"the prompt has {places} {IMAGE_TAG}, but {images} images are given; give one image for each place, "
+            f"the prompt has {tags} {IMAGE_TAG}, but {images} images are given; give one image for each place, "
             "or leave the places out to put all images in front"
         )
     return text
@@ -83,7 +82,7 @@ def encode_prompt(pieces: Sequence[Piece], *, tokenizer: Tokenizer, config: Mode
         pieces: from `prompt_pieces`.
         tokenizer: the model's.
         config: sizes of the model.
-        room: tokens that must fit behind the prompt.
+        room: tokens that must fit after the prompt.
 
     Raises:
         DataError: the prompt is too long for the model, or its text spells the image token.
@@ -94,7 +93,7 @@ def encode_prompt(pieces: Sequence[Piece], *, tokenizer: Tokenizer, config: Mode
 
 
 def require_room(tokens: int, *, room: int, config: ModelConfig) -> None:
-    """Whether a prompt and what follows it fit the model.
+    """Check that a prompt and `room` tokens after it fit the model.
 
     Raises:
         DataError: they do not.
@@ -108,7 +107,7 @@ def require_room(tokens: int, *, room: int, config: ModelConfig) -> None:
 
 
 def read_canvases(sources: Sequence[ImageSource], *, geometry: ImageGeometry) -> torch.Tensor:
-    """Image files, or images in memory, as the first stage reads them: uint8 (I, 3, C, C).
+    """Image files or images in memory as canvases for the first stage: uint8 (I, 3, C, C).
 
     Raises:
         ImageError: a file is missing, damaged or not an image; the message names it.
@@ -120,7 +119,7 @@ def read_canvases(sources: Sequence[ImageSource], *, geometry: ImageGeometry) ->
 
 
 def answer_text(ids: Sequence[int], *, tokenizer: Tokenizer) -> str:
-    """Text of generated ids, special tokens left out; rows of the vocabulary that the tokenizer lacks have none."""
+    """Text of generated ids without special tokens; ids beyond the tokenizer's vocabulary have no text."""
     return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import DataError
+from megavl.generate.json_lines import existing_images, read_lines
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -30,7 +30,7 @@ _LINE = TypeAdapter(_Line)
 class Prompt:
     """One prompt of a file."""
 
-    place: str
+    location: str
     """`file:line`, for messages."""
     text: str
     images: tuple[Path, ...]
@@ -39,7 +39,7 @@ class Prompt:
     seed: int | None
     """Seed of this answer's draws; None for the command's."""
     id: str | int | None
-    """Given back with the answer."""
+    """Printed with the answer."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -53,33 +53,19 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         DataError: the file is missing or holds no prompt, or a line is malformed; the message gives file:line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"{path}: cannot read the prompts ({reason}); give a JSONL file") from error
-    prompts = [_prompt(line, path=path, place=f"{path}:{number}") for number, line in _lines(text)]
+    prompts = [_prompt(line, path=path, location=location) for location, line in read_lines(path, what="prompts")]
     if not prompts:
         raise DataError(f"{path}: no prompt in it; give a JSONL file with one prompt a line")
     return prompts
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not splitlines: it would also cut at U+2028 and the like, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _prompt(text: str, *, path: Path, place: str) -> Prompt:
+def _prompt(text: str, *, path: Path, location: str) -> Prompt:
     try:
         line = _LINE.validate_json(text)
     except ValidationError as error:
-        raise DataError(f"{place}: {_explain(error)}") from None
-    images = tuple(path.parent / image for image in line.images)
-    if absent := next((image for image in images if not image.is_file()), None):
-        raise DataError(f"{place}: images: {absent} does not exist; paths are relative to the JSONL file")
-    return Prompt(place=place, text=line.prompt, images=images, system=line.system, seed=line.seed, id=line.id)
+        raise DataError(f"{location}: {_explain(error)}") from None
+    images = existing_images(line.images, path=path, location=location)
+    return Prompt(location=location, text=line.prompt, images=images, system=line.system, seed=line.seed, id=line.id)
 
 
 def _explain(error: ValidationError) -> str:

@@ -24,11 +24,11 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the likeliest token; above it, logits are divided by it and a token is drawn."""
     top_k: int = 0
-    """Draw from so many of the likeliest tokens (and those as likely as the last of them); 0 keeps all."""
+    """Draw from this many of the likeliest tokens, and any that tie with the last; 0 keeps all."""
     top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities reach this sum; 1 keeps all."""
+    """Draw from the fewest likeliest tokens whose probabilities add up to this; 1 keeps all."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that the prompt or the answer holds already are divided by it if positive, else multiplied."""
+    """Divides positive logits, and multiplies negative ones, of tokens already in the prompt or the answer."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -55,7 +55,7 @@ class Sampling:
             raise UsageError(f"--seed: {self.seed} is out of range; give a number from 0 to 2^63 - 1")
 
     def generator(self) -> torch.Generator:
-        """A generator at the seed."""
+        """A new random generator with the seed."""
         return torch.Generator().manual_seed(self.seed)
 
 
@@ -95,15 +95,14 @@ def choose(
 
 
 def candidates(scores: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a token is drawn from.
+    """The tokens to draw from, with their probabilities.
 
     Args:
         scores: float32 (V,), on the host.
         sampling: rule, with a temperature.
 
     Returns:
-        Float64 probabilities (n,) and their tokens (n,), without those that a filter drops. With a filter the
-        likeliest stands first.
+        Float64 probabilities (n,) and their tokens (n,) after the filters. With top-p they are in falling order.
     """
     # The largest is 0, so that no temperature, however small, makes a score infinite that is not.
     scores, tokens = (scores - scores.max()).double() / sampling.temperature, None
@@ -122,7 +121,7 @@ def candidates(scores: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tenso
 
 
 def penalised(scores: torch.Tensor, *, sampling: Sampling, present: Collection[int]) -> torch.Tensor:
-    """Scores (V,) in which the repetition penalty has been laid on the tokens that are present already."""
+    """Scores (V,) with the repetition penalty applied to the tokens that are already present."""
     if sampling.repetition_penalty == 1.0:
         return scores
     tokens = torch.tensor(sorted(set(present)), dtype=torch.int64, device=scores.device)

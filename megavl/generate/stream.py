@@ -6,21 +6,21 @@ from megavl.data.tokenizer import Tokenizer
 from megavl.generate.prompt import answer_text
 
 _INCOMPLETE = "\ufffd"
-"""What decoding gives for bytes that are no character, or not one yet."""
+"""Decoding gives this for bytes that are not a complete character."""
 
 
 class TextStream:
-    """Gives out what a new token makes certain; all parts together are the text of the whole answer.
+    """Text pieces that a new token makes certain; together they are the text of the answer.
 
-    A character of UTF-8 may take several tokens of a byte-level vocabulary, so an end that is not a character is held
-    back until it is one, or can no longer become one. Every token decodes the whole answer again: spaces between words
-    depend on what stands before them, and decoding costs a thousandth of the token itself.
+    A UTF-8 character may take several tokens of a byte-level vocabulary. An incomplete character at the end is held
+    back until it is complete, or the answer ends. Every token decodes the whole answer again, because spaces depend on
+    the text before them. That costs a thousandth of computing the token.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, strip: bool = False) -> None:
         """An empty answer; with `strip`, white space around it is left out."""
         self.shown = ""
-        """What has been given out."""
+        """The text so far, without what is held back."""
         self._ids: list[int] = []
         self._tokenizer, self._strip = tokenizer, strip
 
@@ -31,7 +31,7 @@ class TextStream:
         return self._show(self._text().rstrip(_INCOMPLETE))
 
     def end(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return self._show(self._text())
 
     def _text(self) -> str:

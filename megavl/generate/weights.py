@@ -1,4 +1,4 @@
-"""Weights by canonical name into this rank's modules: its layers, and of each cut matrix its own rows or columns."""
+"""Copies weights by name into this rank's modules: its layers, and its rows or columns of partitioned matrices."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megavl.weights.lazy import LazyTensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a parameter is cut over tensor-parallel ranks: a rank holds its share of each of `blocks` equal blocks.
+class Partition:
+    """How tensor parallelism divides a parameter: a rank holds its share of each of `blocks` equal blocks.
 
     The gate and up projections of an MLP are two blocks in one matrix.
     """
@@ -43,7 +43,7 @@ def load_weights(
         tensors: the whole model's weights by canonical name.
         source: where they come from, for messages.
         first_layer: number of the decoder layer that the stage begins with.
-        tensor_rank: this rank's place among the tensor-parallel ranks.
+        tensor_rank: this rank's index among the tensor-parallel ranks.
         tensor_size: their number.
         elsewhere: canonical names of the weights that other stages may hold.
 
@@ -58,35 +58,37 @@ def load_weights(
             f"{source}: {len(unexpected)} tensors are not the model's: {', '.join(unexpected[:3])}; "
             "is this another model's model.json or config.json?"
         )
-    cuts = {name: _cut(parameter, rank=tensor_rank, size=tensor_size) for name, parameter in parameters.items()}
+    partitions = {
+        name: _partition(parameter, rank=tensor_rank, size=tensor_size) for name, parameter in parameters.items()
+    }
     for name, parameter in parameters.items():
-        wanted = _whole_shape(parameter, cuts[name])
+        wanted = _whole_shape(parameter, partitions[name])
         if tuple(tensors[name].shape) != wanted:
             raise CheckpointError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model wants {wanted}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(_load(tensors[name], cuts[name]))
+            parameter.copy_(_load(tensors[name], partitions[name]))
 
 
-def _cut(parameter: nn.Parameter, *, rank: int, size: int) -> Cut | None:
+def _partition(parameter: nn.Parameter, *, rank: int, size: int) -> Partition | None:
     if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return None
     blocks = parameter.partition_stride  # type: ignore[attr-defined]
-    return Cut(axis=parameter.partition_dim, blocks=blocks, rank=rank, size=size)  # type: ignore[attr-defined]
+    return Partition(axis=parameter.partition_dim, blocks=blocks, rank=rank, size=size)  # type: ignore[attr-defined]
 
 
-def _whole_shape(parameter: nn.Parameter, cut: Cut | None) -> tuple[int, ...]:
+def _whole_shape(parameter: nn.Parameter, partition: Partition | None) -> tuple[int, ...]:
     shape = list(parameter.shape)
-    if cut is not None:
-        shape[cut.axis] *= cut.size
+    if partition is not None:
+        shape[partition.axis] *= partition.size
     return tuple(shape)
 
 
-def _load(tensor: LazyTensor, cut: Cut | None) -> torch.Tensor:
-    if cut is None:
+def _load(tensor: LazyTensor, partition: Partition | None) -> torch.Tensor:
+    if partition is None:
         return tensor.load()
-    block = tensor.shape[cut.axis] // cut.blocks
-    share = block // cut.size
-    starts = [index * block + cut.rank * share for index in range(cut.blocks)]
-    parts = [tensor.load_slice(start, start + share, axis=cut.axis) for start in starts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.axis)
+    block = tensor.shape[partition.axis] // partition.blocks
+    share = block // partition.size
+    starts = [index * block + partition.rank * share for index in range(partition.blocks)]
+    parts = [tensor.load_slice(start, start + share, axis=partition.axis) for start in starts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=partition.axis)

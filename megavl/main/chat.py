@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Talk until `/exit` or the end of the input; 0."""
+    """Chat until `/exit` or the end of the input; returns 0."""
     choose_device(arguments.device)
     from megavl.config.chat import SYSTEM_PROMPT
     from megavl.generate.conversation import Conversation
@@ -52,12 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Chat:
-    """Lines of the input to turns and commands."""
+    """Turns input lines into messages and commands."""
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self.images: list[Path] = []
-        """Shown with the next message."""
+        """Images for the next message."""
         self.typed = sys.stdin.isatty()
 
     def run(self) -> None:

@@ -8,10 +8,10 @@ import importlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 
 from megavl.config.errors import MegaVLError, UsageError
+from megavl.config.expected_warnings import ignore_expected_warnings
 
 _COMMANDS = {
     "train": "train one stage; run under torchrun or srun; resumes by itself",
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 storage, 6 numerics, 7 peer lost, 75 pre-empted and saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _silence_expected_warnings()
+    ignore_expected_warnings()
     parser = _Parser(prog="megavl", description="Train DeepSeek-VL with 3D parallelism.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in arguments if word in _COMMANDS), None)
@@ -76,12 +76,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-
-
-def _silence_expected_warnings() -> None:
-    """Hide what megatron-core says on every rank and step about optional packages and old names in torch."""
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-    warnings.filterwarnings("ignore", message="Please use DTensor instead.*")
-    warnings.filterwarnings("ignore", message="full scope is deprecated.*")
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated.*")

@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK.jsonl",
         nargs="+",
         help='lines of {"id", "images", "kind"} with {"prompt", "choices", "answer"} (option of lowest perplexity), '
-        '{"prompt", "answers"} (written answer) or {"text"} (bits per byte); images relative to the file',
+        '{"prompt", "answers"} (free-form answer) or {"text"} (bits per byte); images relative to the file',
     )
     parser.add_argument("--json", metavar="OUT", help="write the figures, perplexities and answers there")
     parser.add_argument("--limit", metavar="N", type=int, help="ask the first N questions of each file only")
     parser.add_argument(
         "--blind",
         action="store_true",
-        help="ask questions with choices again with the images of other ones, and report that too",
+        help="ask questions with choices again with shuffled images, and report that too",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of --blind (default: %(default)s)")
     parser.add_argument(
@@ -37,21 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=512, help="of a written answer (default: %(default)s)"
+        "--max-new-tokens", metavar="N", type=int, default=512, help="of a free-form answer (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=8, help="answers under way at a time (default: %(default)s)"
+        "--batch-size", metavar="N", type=int, default=8, help="answers in progress at a time (default: %(default)s)"
     )
     add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the questions, print the tables; 0."""
+    """Score the tasks and print the tables; 0."""
     choose_device(arguments.device)
     from megavl.config.chat import SYSTEM_PROMPT
     from megavl.evaluate.run_tasks import evaluate
     from megavl.evaluate.task import read_tasks
     from megavl.generate.open_model import find_model, loaded
+    from megavl.generate.pretrained import Model, Processor
 
     for name in ("limit", "max_new_tokens", "batch_size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
@@ -60,12 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--json: {Path(arguments.json).parent} is no directory; create it first")
     tasks = read_tasks(arguments.tasks, limit=arguments.limit)
     source = find_model(arguments.model)
-    with loaded(source, dtype=arguments.dtype) as model:
+    with loaded(source, dtype=arguments.dtype) as stage:
         report = evaluate(
-            model,
+            Model(stage, Processor(source.config, source.tokenizer)),
             tasks,
-            tokenizer=source.tokenizer,
-            config=source.config,
             template=arguments.template,
             system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
             blind=arguments.blind,

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='many prompts, one {"prompt", "images", "system", "seed", "id"} a line; prints one JSON line for each',
     )
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=8, help="answers under way at a time (default: %(default)s)"
+        "--batch-size", metavar="N", type=int, default=8, help="answers in progress at a time (default: %(default)s)"
     )
     parser.add_argument(
         "--template",
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer; 0. Among several ranks an error leaves at once, for others may be waiting."""
+    """Answer; returns 0. With several ranks an error exits at once, because other ranks may be waiting."""
     parallel = _parallel(arguments)
     choose_device(arguments.device, ranks=parallel.tensor * parallel.pipeline)
     if parallel.tensor * parallel.pipeline == 1:
@@ -101,7 +101,7 @@ def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
 
 
 def _answer(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
-    """Everything that can be wrong with the prompts is found before the weights are read."""
+    """Check every prompt before the weights are read, then answer."""
     from megavl.checkpoint import collective_errors
     from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
     from megavl.generate.pretrained import Model, Processor
@@ -134,36 +134,32 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompts is not None:
         return read_prompts(arguments.prompts)
     images = tuple(map(Path, arguments.image))
-    return [Prompt(place="", text=arguments.prompt, images=images, system=None, seed=None, id=None)]
+    return [Prompt(location="", text=arguments.prompt, images=images, system=None, seed=None, id=None)]
 
 
 def _encode(arguments: argparse.Namespace, processor: Processor, prompt: Prompt) -> list[int]:
     from megavl.config.chat import SYSTEM_PROMPT
-    from megavl.config.errors import DataError
+    from megavl.generate.json_lines import naming
     from megavl.generate.prompt import prompt_pieces
 
     systems = (prompt.system, arguments.system, SYSTEM_PROMPT)
     system = next(text for text in systems if text is not None)
-    try:
+    with naming(prompt.location):
         pieces = prompt_pieces(prompt.text, images=len(prompt.images), template=arguments.template, system=system)
         return processor.encode(pieces, room=arguments.max_new_tokens)
-    except DataError as error:
-        raise DataError(f"{prompt.place}: {error}" if prompt.place else str(error)) from error
 
 
 def _canvases(processor: Processor, prompt: Prompt) -> torch.Tensor:
-    """Images of a prompt on the ranks that encode them; a damaged one ends all ranks alike."""
+    """Images of a prompt on the ranks that encode them; a damaged image ends all ranks alike."""
     from megavl.checkpoint import collective_errors
-    from megavl.config.errors import DataError
+    from megavl.generate.json_lines import naming
     from megavl.parallel import groups
 
     found: list[torch.Tensor] = []
 
     def read() -> None:
-        try:
+        with naming(prompt.location):
             found.append(processor.read_images(prompt.images if groups.position().first_stage else ()))
-        except DataError as error:
-            raise DataError(f"{prompt.place}: {error}" if prompt.place else str(error)) from error
 
     collective_errors.on_every_rank(read)
     return found[0]
@@ -178,7 +174,7 @@ def _requests(
     first: torch.Tensor,
     sampling: Sampling,
 ) -> Iterator[Request]:
-    """Requests, whose images are read when their turn comes; those of the first are there."""
+    """Requests in order; images are read when needed, and `first` holds those of the first prompt."""
     from megavl.generate.decode import Request
 
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
@@ -196,7 +192,7 @@ def _print_all(
     from tqdm import tqdm
 
     answers = model.answers(requests, batch_size=min(arguments.batch_size, len(prompts)), length=length)
-    # On a terminal only, and on one rank; a file would fill with half lines.
+    # On a terminal only, because a file would fill with half lines; and on one rank.
     quiet = None if _speaks() else True
     with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=quiet) as bar:
         tokens = 0

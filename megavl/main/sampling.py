@@ -1,4 +1,4 @@
-"""Options that say how tokens are chosen, for the commands that write."""
+"""Options that say how tokens are chosen, for `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", metavar="T", type=float, default=0.0, help="draw tokens at this temperature; default: greedy"
     )
     parser.add_argument(
-        "--top-p", metavar="P", type=float, default=1.0, help="draw from the likeliest tokens that reach this share"
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="draw from the fewest likeliest tokens whose probabilities add up to P",
     )
     parser.add_argument(
         "--top-k", metavar="K", type=int, default=0, help="draw from the K likeliest tokens; default: all"
@@ -28,13 +32,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         type=float,
         default=1.0,
-        help="above 1, tokens that prompt or answer hold already become less likely (default: %(default)s)",
+        help="above 1, tokens already in the prompt or the answer become less likely (default: %(default)s)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the draws (default: %(default)s)")
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
-    """The rule that the options give.
+    """The sampling that the options describe.
 
     Raises:
         UsageError: naming the option that cannot be used.

@@ -18,7 +18,7 @@ LIBRARIES = {
 }  # fmt: skip
 TOP_LEVEL = {
     "megavl", "launch", "data_tools", "tests",
-    "Makefile", "setup.py", "README.md", "pyproject.toml", "LICENSE", "CHANGELOG.md",
+    "Makefile", "setup.py", "README.md", "pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md",
 }  # fmt: skip
 
 

@@ -34,11 +34,11 @@ class Family:
     """A tiny model on disk, questions for it, and what one process answers."""
 
     models: dict[str, Path]
-    """Folder by kind."""
+    """Model folders by kind."""
     prompts: Path
     pictures: list[Path]
     answers: list[dict[str, Any]]
-    """To the lines of `prompts`, each asked alone."""
+    """Answers to the lines of `prompts`, each asked alone."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def on_ranks(layout: str, model: Path, *words: str) -> subprocess.CompletedProce
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=1800,
         check=False,
     )
 
@@ -128,8 +128,8 @@ def test_tokens_do_not_depend_on_the_layout(family, layout, kind, report_table):
 
 
 @pytest.mark.parametrize("family", ["tiny-hybrid"], indirect=True)
-def test_one_line_from_several_ranks(family):
-    """Single questions through the same door; only one rank speaks, whichever holds the logits."""
+def test_only_one_rank_prints(family):
+    """One rank prints, whichever rank holds the logits."""
     images = [word for path in family.pictures for word in ("--image", str(path))]
     prompt = "<image_placeholder>red <image_placeholder>or <image_placeholder>?"
     run = on_ranks("pp2", family.models["native"], "--prompt", prompt, *images, *TOKENS, "--json")
@@ -137,7 +137,7 @@ def test_one_line_from_several_ranks(family):
 
 
 @pytest.mark.parametrize("family", ["tiny-hybrid"], indirect=True)
-def test_a_mistake_is_told_once(family, tmp_path):
+def test_mistake_is_reported_once(family, tmp_path):
     """The image belongs to the first stage alone, and the last one must not wait for it."""
     broken = tmp_path / "broken.png"
     broken.write_bytes(family.pictures[0].read_bytes()[:200])
@@ -151,7 +151,7 @@ def test_a_mistake_is_told_once(family, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny-hybrid"], indirect=True)
-def test_a_lost_peer_ends_the_other(family, tmp_path):
+def test_lost_peer_ends_the_other(family, tmp_path):
     """Without torchrun, which would end it itself."""
     prompts = tmp_path / "many.jsonl"
     prompts.write_text('{"prompt": "red?"}\n' * 1000)
@@ -172,7 +172,7 @@ def test_a_lost_peer_ends_the_other(family, tmp_path):
     try:
         assert json.loads(ranks[0].stdout.readline())["prompt_tokens"] > 0
         ranks[0].kill()
-        _, told = ranks[1].communicate(timeout=60)
+        _, told = ranks[1].communicate(timeout=1800)
     finally:
         for rank in ranks:
             rank.kill()

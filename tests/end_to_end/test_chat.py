@@ -1,4 +1,4 @@
-"""`megavl chat` as a process that is talked to through pipes."""
+"""`megavl chat` as a process, driven through pipes."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def talk(folder: Path, lines: list[str]) -> subprocess.CompletedProcess[str]:
         env=environment() | {"PYTHONUTF8": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
 
 
 def expected_answers(folder: Path, conversations: list[list[tuple[str, list[Path]]]]) -> list[str]:
-    """What the model answers to each turn when the whole conversation is read anew."""
+    """The model's answer to each turn when it reads the whole conversation from scratch."""
     answers = []
     with models.built(PRESET, seed=SEED) as stage:
         from megavl.data.tokenizer import open_tokenizer
@@ -60,7 +60,7 @@ def expected_answers(folder: Path, conversations: list[list[tuple[str, list[Path
     return answers
 
 
-def test_turns_images_mistakes_and_a_new_beginning(folder, pictures, tmp_path):
+def test_chat_answers_turns_and_survives_mistakes(folder, pictures, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(pictures[0].read_bytes()[:200])
     lines = [
@@ -91,12 +91,12 @@ def test_turns_images_mistakes_and_a_new_beginning(folder, pictures, tmp_path):
     assert [mark in line for mark, line in zip(marks, told, strict=True)] == [True] * 4
 
 
-def test_the_end_of_the_input_leaves(folder):
+def test_end_of_input_ends_the_chat(folder):
     run = talk(folder, ["/help"])
     assert run.returncode == 0 and "/image PATH" in run.stdout and "error" not in run.stderr
 
 
-def test_a_model_that_is_not_there(tmp_path):
+def test_missing_model_is_named(tmp_path):
     run = talk(tmp_path / "nothing", ["red?"])
     told = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert run.returncode == 4 and len(told) == 1 and str(tmp_path / "nothing") in told[0]

@@ -42,7 +42,7 @@ def test_table_and_report(folder, task, tmp_path, capsys):
     assert again.read_text() == out.read_text()
 
 
-def test_all_ways_of_asking_at_once(folder, task, tmp_path, capsys):
+def test_three_kinds_of_entries_share_a_report(folder, task, tmp_path, capsys):
     more, out = tmp_path / "more.jsonl", tmp_path / "report.json"
     lines = [
         {"id": "o", "prompt": "which colour is it?", "answers": ["red"]},
@@ -58,14 +58,14 @@ def test_all_ways_of_asking_at_once(folder, task, tmp_path, capsys):
     assert tables[2][-1].split()[2:4] == [f"{report['text']['bits_per_byte']:.3f}", str(len("it is green"))]
 
 
-def test_limit_and_without_blind(folder, task, tmp_path):
+def test_limit_applies_and_blind_is_optional(folder, task, tmp_path):
     out = tmp_path / "report.json"
     assert ask(folder, task, task, "--json", out, "--limit", "2", "--template", "plain") == 0
     report = json.loads(out.read_text())
     assert (report["n"], report["blind"]) == (4, None)
 
 
-def test_mistakes(folder, task, tmp_path, capsys):
+def test_wrong_options_and_files_are_named(folder, task, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(task.read_text().splitlines()[2] + "\n{}\n")
     assert ask(folder, bad) == 3
@@ -84,7 +84,7 @@ def test_mistakes(folder, task, tmp_path, capsys):
     assert "create it first" in refused(capsys)
 
 
-def test_a_corrupt_image(folder, task, tmp_path, capsys):
+def test_corrupt_image_is_named(folder, task, tmp_path, capsys):
     line = json.loads(task.read_text().splitlines()[0])
     (tmp_path / "images").mkdir()
     (tmp_path / line["images"][0]).write_bytes((task.parent / line["images"][0]).read_bytes()[:300])

@@ -1,4 +1,4 @@
-"""Perplexities from packed rows against every option on its own."""
+"""Perplexities from packed rows against those of single options."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megavl.data.batch import make_batch
 from megavl.evaluate.multiple_choice import encode_questions, evaluate_choices
 from megavl.evaluate.perplexity import EncodedOption, EncodedQuestion, option_perplexities, option_segments
 from megavl.evaluate.task import read_tasks
+from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import read_canvases
 from megavl.model.vl_model import DeepseekVL
 from tests.unit.generate import models
@@ -37,8 +38,8 @@ def alone(model: DeepseekVL, option: EncodedOption, images: tuple) -> float:
 
 
 @pytest.mark.parametrize("row_tokens", [1, 500, 100_000])
-def test_packed_rows_give_what_each_option_gives_alone(model, task, tokenizer, row_tokens, report_table):
-    questions = encode_questions(read_tasks([task]), tokenizer=tokenizer, config=CONFIG)
+def test_packed_rows_equal_single_options(model, task, tokenizer, row_tokens, report_table):
+    questions = encode_questions(read_tasks([task]), processor=Processor(CONFIG, tokenizer))
     assert {len(option.ids) - option.start for q in questions for option in q.options} > {1}
     told = []
     found = option_perplexities(
@@ -52,9 +53,9 @@ def test_packed_rows_give_what_each_option_gives_alone(model, task, tokenizer, r
     assert sum(told) == sum(len(option_segments(0, question)) for question in questions)
 
 
-def test_options_of_one_token_read_from_the_prompt_itself():
+def test_one_token_options_share_the_prompt():
     question = EncodedQuestion(
-        place="t:1",
+        location="t:1",
         images=(),
         options=tuple(
             EncodedOption(ids=(1, 2, 3, *option), start=3) for option in ((4,), (5,), (6, 7), (6, 8), (9, 7))
@@ -66,7 +67,7 @@ def test_options_of_one_token_read_from_the_prompt_itself():
 
 def test_every_option_is_tokenized_as_in_training(task, tokenizer):
     for question, encoded in zip(
-        read_tasks([task]), encode_questions(read_tasks([task]), tokenizer=tokenizer, config=CONFIG)
+        read_tasks([task]), encode_questions(read_tasks([task]), processor=Processor(CONFIG, tokenizer))
     ):
         for choice, option in zip(question.choices, encoded.options):
             assert tokenizer.decode(option.ids[option.start :]) == f" {choice}"
@@ -76,22 +77,22 @@ def test_every_option_is_tokenized_as_in_training(task, tokenizer):
 def test_a_prompt_beyond_the_positions_names_its_line(task, tokenizer):
     short = models.load_model_config(PRESET, llm={"max_position_embeddings": 60})
     with pytest.raises(DataError, match=r"task.jsonl:1: \d+ tokens exceed the model's 60 positions"):
-        encode_questions(read_tasks([task]), tokenizer=tokenizer, config=short)
+        encode_questions(read_tasks([task]), processor=Processor(short, tokenizer))
 
 
-def test_damaged_weights_are_told(model, task, tokenizer):
+def test_damaged_weights_are_reported(model, task, tokenizer):
     weight = model.language_model.output_layer.weight
     before = weight[5].clone()
     try:
         weight[5] = torch.nan
         with pytest.raises(NumericsError, match=r"task.jsonl:1: .* not finite"):
-            evaluate_choices(model, read_tasks([task]), tokenizer=tokenizer, config=CONFIG)
+            evaluate_choices(Model(model, Processor(CONFIG, tokenizer)), read_tasks([task]))
     finally:
         weight[5] = before
 
 
-def test_report(model, task, tokenizer):
-    report = evaluate_choices(model, read_tasks([task]), tokenizer=tokenizer, config=CONFIG, blind=True)
+def test_report_counts_accuracy_chance_and_blind(model, task, tokenizer):
+    report = evaluate_choices(Model(model, Processor(CONFIG, tokenizer)), read_tasks([task]), blind=True)
     found = report.to_dict()
     assert list(found) == ["accuracy", "blind", "chance", "n", "by_kind", "questions"]
     assert found["n"] == 9 and list(found["by_kind"]) == ["0 images", "1 images", "2 images"]

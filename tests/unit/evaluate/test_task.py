@@ -19,10 +19,10 @@ def write(path, *lines):
     return path
 
 
-def test_questions_in_order(task):
+def test_questions_are_read_in_order(task):
     questions = read_tasks([task])
     assert [question.id for question in questions] == [f"q{number}" for number in range(9)]
-    assert questions[0].place == f"{task}:1" and questions[0].images == (task.parent / "images/0-0.png",)
+    assert questions[0].location == f"{task}:1" and questions[0].images == (task.parent / "images/0-0.png",)
 
 
 def test_limit_is_per_file(task, tmp_path):
@@ -30,13 +30,13 @@ def test_limit_is_per_file(task, tmp_path):
     assert [question.id for question in read_tasks([task, other], limit=2)] == ["q0", "q1", "a", "a"]
 
 
-def test_a_line_may_leave_out_kind_and_images_and_hold_more(tmp_path):
+def test_kind_and_images_may_be_missing(tmp_path):
     line = {key: GOOD[key] for key in ("id", "prompt", "choices", "answer")} | {"source": "x"}
     (question,) = read_tasks([write(tmp_path / "words.jsonl", "", line)])
-    assert (question.kind, question.images, question.place) == ("words", (), f"{tmp_path}/words.jsonl:2")
+    assert (question.kind, question.images, question.location) == ("words", (), f"{tmp_path}/words.jsonl:2")
 
 
-def test_the_keys_of_a_line_say_how_it_is_asked(task, tmp_path):
+def test_keys_of_a_line_choose_its_type(task, tmp_path):
     picture = task.parent / "images/0-0.png"
     lines = [GOOD, OPEN, {**TEXT, "images": [str(picture)]}, {**GOOD, "answers": ["passed over"], "text": ""}]
     found = read_tasks([write(tmp_path / "mixed.jsonl", *lines)])
@@ -71,13 +71,13 @@ def test_the_keys_of_a_line_say_how_it_is_asked(task, tmp_path):
         ({**TEXT, "images": ["gone.png"]}, "images: .*gone.png does not exist"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path, line, message):
+def test_malformed_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "t.jsonl", GOOD, line)
     with pytest.raises(DataError, match=rf"t\.jsonl:2: {message}"):
         read_tasks([path])
 
 
-def test_unreadable_files(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot read the task"):
         read_tasks([tmp_path / "gone.jsonl"])
     with pytest.raises(DataError, match="no question in it"):

@@ -33,7 +33,7 @@ def ask(model: Path | str, *words: str) -> int:
     return main(["generate", str(model), "--device", "cpu", "--max-new-tokens", "6", *words])
 
 
-def test_every_form_of_a_model_gives_the_same_answer(folders, picture, capsys):
+def test_every_model_format_answers_the_same(folders, picture, capsys):
     lines = []
     for folder in folders.values():
         assert ask(folder, "--image", str(picture), "--prompt", "which colour?", "--json") == 0
@@ -54,14 +54,14 @@ def test_images_may_be_repeated_and_placed(folders, picture, capsys):
     assert both - json.loads(capsys.readouterr().out)["prompt_tokens"] >= 2 * IMAGE_TOKENS
 
 
-def test_text_without_json(folders, capsys):
+def test_text_alone_is_printed_without_json(folders, capsys):
     assert (
         ask(folders["native"], "--prompt", "red", "--template", "plain", "--temperature", "0.7", "--top-p", "0.9") == 0
     )
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_a_sentencepiece_checkpoint(picture, tmp_path, capsys):
+def test_checkpoint_with_sentencepiece_tokenizer_answers(picture, tmp_path, capsys):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
@@ -81,7 +81,7 @@ def test_a_sentencepiece_checkpoint(picture, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] > IMAGE_TOKENS
 
 
-def test_bfloat16(folders, picture, capsys):
+def test_bfloat16_answers(folders, picture, capsys):
     words = ("--image", str(picture), "--prompt", "red", "--json", "--dtype", "bfloat16")
     assert ask(folders["checkpoint"], *words) == 0
     assert len(json.loads(capsys.readouterr().out)["token_ids"]) >= 1
@@ -95,7 +95,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def test_bad_images(folders, picture, tmp_path, capsys):
+def test_bad_images_are_named(folders, picture, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture.read_bytes()[:300])
     assert ask(folders["native"], "--image", str(broken), "--prompt", "red") == 3
@@ -106,7 +106,7 @@ def test_bad_images(folders, picture, tmp_path, capsys):
     assert "has 2 <image_placeholder>, but 1 images are given" in refused(capsys)
 
 
-def test_bad_models(folders, tmp_path, capsys):
+def test_bad_models_are_named(folders, tmp_path, capsys):
     assert ask(tmp_path / "nothing", "--prompt", "red") == 4
     assert str(tmp_path / "nothing") in refused(capsys)
     (tmp_path / "empty").mkdir()
@@ -122,14 +122,14 @@ def test_bad_models(folders, tmp_path, capsys):
     assert str(mute) in refused(capsys)
 
 
-def test_a_prompt_longer_than_the_model(folders, picture, capsys):
+def test_prompt_longer_than_the_model_is_refused(folders, picture, capsys):
     assert ask(folders["checkpoint"], "--prompt", "red " * 5000) == 3
     assert "exceed the model's 4096 positions" in refused(capsys)
     assert ask(folders["native"], "--prompt", "red", "--max-new-tokens", "4096") == 3
     assert "4096 after them exceed the model's 4096 positions" in refused(capsys)
 
 
-def test_a_tokenizer_without_the_image_token(folders, picture, tmp_path, capsys):
+def test_tokenizer_without_the_image_token_answers(folders, picture, tmp_path, capsys):
     other = shutil.copytree(folders["native"], tmp_path / "other")
     text = (other / "tokenizer.json").read_text().replace("<image_placeholder>", "<something_else>")
     (other / "tokenizer.json").write_text(text)
@@ -137,7 +137,7 @@ def test_a_tokenizer_without_the_image_token(folders, picture, tmp_path, capsys)
     assert f"{other / 'tokenizer.json'}: no <image_placeholder> token" in refused(capsys)
 
 
-def test_a_foreign_tokenizer(folders, tmp_path, capsys):
+def test_foreign_tokenizer_is_refused(folders, tmp_path, capsys):
     other = shutil.copytree(folders["native"], tmp_path / "other")
     text = (other / "tokenizer.json").read_text().replace("<image_placeholder>", "<something_else>")
     (other / "tokenizer.json").write_text(text)
@@ -150,7 +150,7 @@ def test_a_foreign_tokenizer(folders, tmp_path, capsys):
     assert "the model's image token is 5" in refused(capsys)
 
 
-def test_usage(folders, monkeypatch, capsys):
+def test_wrong_options_are_named(folders, monkeypatch, capsys):
     assert ask(folders["native"], "--prompt", "red", "--max-new-tokens", "0") == 2
     assert "--max-new-tokens: 0" in refused(capsys)
     assert ask(folders["native"], "--prompt", "red", "--top-p", "0.5") == 2

@@ -49,7 +49,7 @@ def test_every_turn_is_what_the_whole_conversation_gives(model, pictures):
     assert reused[3] > 2 * model.processor.config.image_tokens
 
 
-def test_a_reset_forgets_the_turns_and_keeps_what_every_prompt_begins_with(model, pictures):
+def test_reset_keeps_the_common_prompt_in_the_cache(model, pictures):
     conversation = Conversation(model, max_new_tokens=12)
     first = ask(conversation, "which colour?", pictures[:1])
     ask(conversation, "why?")
@@ -71,7 +71,7 @@ def test_other_pictures_are_not_taken_from_the_cache(model, pictures):
     assert 0 < conversation.reused <= before
 
 
-def test_a_broken_off_answer_stays_as_far_as_it_was_said(model):
+def test_interrupted_answer_keeps_its_shown_text(model):
     conversation = Conversation(model, max_new_tokens=12)
     pieces = conversation.ask("which colour?")
     said = ""

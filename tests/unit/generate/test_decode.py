@@ -178,7 +178,7 @@ def test_greedy_tokens_are_those_of_full_recomputation(model, images):
     assert answer(model, ids, pixels, tokens=12) == expected
 
 
-def test_decoding_stops_behind_the_end_of_sentence(model):
+def test_decoding_stops_at_the_end_of_sentence(model):
     ids, pixels = prompt(model, images=1)
     free = answer(model, ids, pixels, tokens=8)
     assert answer(model, ids, pixels, tokens=8, eos_id=free[3]) == free[: free.index(free[3]) + 1]

@@ -1,4 +1,4 @@
-"""MegaVL as a library: the README's code as it stands there, and the mistakes that a caller can make."""
+"""MegaVL as a library: the README's code runs as written, and a caller's mistakes are refused."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8
 
 
 @pytest.fixture(scope="module")
-def place(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the README names."""
-    root = tmp_path_factory.mktemp("place")
+    root = tmp_path_factory.mktemp("demo")
     seed = models.TALKATIVE["tiny-hybrid"]
-    folder = root / "runs/demo/hf_native"
-    folder.parent.mkdir(parents=True)
-    models.write_folder("tiny-hybrid", folder, tokenizer=tokenizer_dir, fmt="native", seed=seed)
+    model = root / "runs/demo/hf_native"
+    model.parent.mkdir(parents=True)
+    models.write_folder("tiny-hybrid", model, tokenizer=tokenizer_dir, fmt="native", seed=seed)
     models.write_picture(root / "photo.png", seed=7)
     return root
 
@@ -43,37 +43,37 @@ def model(tokenizer) -> Iterator[Model]:
         yield Model(stage, Processor(models.config_of("tiny-hybrid"), tokenizer))
 
 
-def run_snippet(code: str, *, place: Path) -> str:
+def run_snippet(code: str, *, folder: Path) -> str:
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=place,
+        [sys.executable, "-c", code],
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert (run.returncode, run.stderr) == (0, "")
     return run.stdout
 
 
-def test_five_lines(place, capsys):
+def test_five_lines_answer_without_any_warning(folder, capsys):
     (code, _) = SNIPPETS
     assert code in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) == 5
-    shown = run_snippet(code, place=place)
-    words = ["--image", str(place / "photo.png"), "--prompt", "What is this?", "--max-new-tokens", "64", "--json"]
-    assert main(["generate", str(place / "runs/demo/hf_native"), "--device", "cpu", *words]) == 0
+    shown = run_snippet(code, folder=folder)
+    words = ["--image", str(folder / "photo.png"), "--prompt", "What is this?", "--max-new-tokens", "64", "--json"]
+    assert main(["generate", str(folder / "runs/demo/hf_native"), "--device", "cpu", *words]) == 0
     assert shown == json.loads(capsys.readouterr().out)["text"] + "\n"
 
 
 @pytest.mark.slow
-def test_batches_and_streams(place):
-    shown = run_snippet(SNIPPETS[1], place=place)
+def test_readme_code_of_batches_and_streams_runs(folder):
+    shown = run_snippet(SNIPPETS[1], folder=folder)
     assert len(re.findall(r"^\d+ \((?:\d+, ){5,}\d+,?\) ", shown, re.MULTILINE)) == 2
 
 
-def test_images_in_memory_and_messages_are_the_same_prompt(model, picture):
+def test_images_and_messages_give_one_prompt(model, picture):
     text = "<image_placeholder>red?"
     ways = [
         model.processor(text, images=[picture]),
@@ -86,7 +86,7 @@ def test_images_in_memory_and_messages_are_the_same_prompt(model, picture):
     assert all(way.ids == ways[0].ids and way.images.equal(ways[0].images) for way in ways)
 
 
-def test_a_batch_gives_the_answers_in_their_order(model, picture):
+def test_batch_answers_come_in_order(model, picture):
     questions = [("red?", [picture]), ("which colour?", []), ("green or blue?", [picture, picture]), ("why?", [])]
     inputs = [model.processor(text, images=images) for text, images in questions]
     sampling = Sampling(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=3)
@@ -96,7 +96,7 @@ def test_a_batch_gives_the_answers_in_their_order(model, picture):
     assert all(1 <= len(answer.token_ids) <= 9 for answer in alone) and len({a.token_ids for a in alone}) == 4
 
 
-def test_a_stream_is_the_answer_in_pieces(model, picture):
+def test_stream_pieces_join_to_the_answer(model, picture):
     inputs = model.processor("which colour?", images=[picture])
     pieces = list(model.stream(model.request(inputs, max_new_tokens=20)))
     assert "".join(pieces) == model.generate(inputs, max_new_tokens=20).text
@@ -112,12 +112,12 @@ def test_a_stream_is_the_answer_in_pieces(model, picture):
         ([{"role": "user", "content": "<image_placeholder>"}], "has 1 <image_placeholder>, but 0 images"),
     ],
 )
-def test_conversations_that_are_not_understood(model, messages, message):
+def test_malformed_conversations_are_refused(model, messages, message):
     with pytest.raises(DataError, match=message):
         model.processor(messages)
 
 
-def test_what_does_not_fit(model, picture):
+def test_unfit_requests_are_refused(model, picture):
     inputs = model.processor("red?")
     with pytest.raises(DataError, match=f"{len(inputs.ids)} prompt tokens and 4096 after them exceed the model's 4096"):
         model.generate(inputs, max_new_tokens=4096)

@@ -1,4 +1,4 @@
-"""Prompts: places of images, templates, image files, limits."""
+"""Prompts: positions of images, templates, image files, limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shown(pieces) -> str:
     return "".join(marks.get(piece.kind, piece.text) for piece in pieces)
 
 
-def test_chat_prompt():
+def test_chat_prompt_has_the_inference_format():
     assert shown(prompt_pieces(f" A {PLACE} B\n", images=1)) == (
         f"[bos]{SYSTEM_PROMPT}\n\nUser: A [image] B\n\nAssistant:"
     )
@@ -37,7 +37,7 @@ def test_chat_prompt():
         ("none", "[image][image]A"),
     ],
 )
-def test_images_stand_in_front_where_the_prompt_names_no_place(template, expected):
+def test_images_precede_a_prompt_without_image_tags(template, expected):
     assert shown(prompt_pieces("A", images=2, template=template, system="")) == expected
 
 
@@ -47,13 +47,13 @@ def test_nothing_of_a_prompt_is_supervised(template):
 
 
 @pytest.mark.parametrize(("text", "images"), [(f"{PLACE}A", 2), (f"{PLACE}{PLACE}A", 1), (f"{PLACE}A", 0)])
-def test_places_and_images_must_agree(text, images):
+def test_image_tags_and_images_must_agree(text, images):
     with pytest.raises(DataError, match=f"has {text.count(PLACE)} {PLACE}, but {images} images are given"):
         prompt_pieces(text, images=images)
 
 
 @pytest.mark.parametrize("template", ["deepseek", "none"])
-def test_an_empty_prompt(template):
+def test_empty_prompt_is_refused(template):
     with pytest.raises(DataError, match="empty"):
         prompt_pieces("", images=0, template=template)
 
@@ -63,12 +63,12 @@ def test_ids_hold_every_position_of_an_image(tokenizer):
     assert ids[0] == tokenizer.bos_id and ids.count(3) == 2 * CONFIG.image_tokens
 
 
-def test_special_tokens_spelt_in_the_text_are_ordinary_text(tokenizer):
+def test_spelt_special_tokens_are_ordinary_text(tokenizer):
     ids = encode_prompt(prompt_pieces(EOS, images=0), tokenizer=tokenizer, config=CONFIG, room=0)
     assert tokenizer.eos_id not in ids
 
 
-def test_a_prompt_beyond_the_positions(tokenizer):
+def test_prompt_beyond_the_positions_is_refused(tokenizer):
     pieces = prompt_pieces("red", images=0, system="")
     size = len(encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=0))
     encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=LIMIT - size)
@@ -78,7 +78,7 @@ def test_a_prompt_beyond_the_positions(tokenizer):
         encode_prompt(pieces, tokenizer=tokenizer, config=CONFIG, room=LIMIT + 1 - size)
 
 
-def test_canvases(picture, tmp_path):
+def test_images_become_canvases(picture, tmp_path):
     colour = tmp_path / "red.png"
     Image.new("RGB", (64, 32), (200, 0, 0)).save(colour)
     canvases = read_canvases([picture, colour], geometry=CONFIG.image_geometry)
@@ -102,6 +102,6 @@ def test_unusable_images_are_named(picture, tmp_path, damage):
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
-def test_text_of_an_answer(tokenizer):
+def test_answer_text_leaves_out_special_tokens(tokenizer):
     ids = tokenizer.encode(" red")
     assert answer_text([*ids, 1023, tokenizer.eos_id], tokenizer=tokenizer) == " red"

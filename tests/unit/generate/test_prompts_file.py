@@ -81,7 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> str:
         (json.dumps({"prompt": "red " * 5000}), "questions.jsonl:2: "),
     ],
 )
-def test_mistakes_in_a_line(folder, tmp_path, capsys, line, message):
+def test_malformed_line_is_named(folder, tmp_path, capsys, line, message):
     (tmp_path / "broken.png").write_bytes(models.write_picture(tmp_path / "a.png", seed=1).read_bytes()[:100])
     path = tmp_path / "questions.jsonl"
     path.write_text(f"\n{line}\n", encoding="utf-8")
@@ -89,7 +89,7 @@ def test_mistakes_in_a_line(folder, tmp_path, capsys, line, message):
     assert message in refused(capsys)
 
 
-def test_files_that_hold_no_prompts(folder, tmp_path, capsys):
+def test_files_without_prompts_are_refused(folder, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
     for name in ("empty.jsonl", "latin.jsonl", "gone.jsonl"):
@@ -97,7 +97,7 @@ def test_files_that_hold_no_prompts(folder, tmp_path, capsys):
         assert name in refused(capsys)
 
 
-def test_options_that_contradict_each_other(folder, questions, capsys):
+def test_contradicting_options_are_refused(folder, questions, capsys):
     for words, message in [
         ((), "either --prompt"),
         (("--prompt", "x", "--prompts", str(questions)), "either --prompt"),

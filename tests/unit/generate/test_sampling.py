@@ -1,4 +1,4 @@
-"""From logits to tokens."""
+"""Choosing tokens from logits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ REFERENCE = {
     ],
     ids=str,
 )
-def test_the_distribution_is_that_of_transformers(settings, report_table):
+def test_distribution_equals_transformers(settings, report_table):
     generator = torch.Generator().manual_seed(1)
     worst = 0.0
     for _ in range(20):
@@ -70,7 +70,7 @@ def test_the_distribution_is_that_of_transformers(settings, report_table):
     assert worst < 1e-6
 
 
-def test_a_repetition_penalty_also_steers_greedy_choices():
+def test_repetition_penalty_changes_greedy_choices():
     logits, present = torch.tensor([2.0, 3.0, -1.0, -0.5]), [1, 1]
     processor = RepetitionPenaltyLogitsProcessor(2.0)
     expected = int(processor(torch.tensor([present]), logits[None].clone()).argmax())
@@ -78,7 +78,7 @@ def test_a_repetition_penalty_also_steers_greedy_choices():
     assert choose(logits, sampling=sampling, generator=sampling.generator(), present=present) == expected == 0
 
 
-def test_many_greedy_choices_at_once():
+def test_many_rows_are_chosen_greedily_at_once():
     logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(2)).bfloat16()
     assert likeliest(logits) == logits.argmax(-1).tolist()
     for bad in (math.nan, math.inf, -math.inf):
@@ -87,7 +87,7 @@ def test_many_greedy_choices_at_once():
             likeliest(logits)
 
 
-def test_greedy_takes_the_first_of_the_likeliest():
+def test_greedy_takes_the_first_of_ties():
     greedy = Sampling()
     assert choose(torch.tensor([1.0, 3.0, 3.0]), sampling=greedy, generator=greedy.generator()) == 1
 
@@ -96,7 +96,7 @@ def test_draws_follow_the_probabilities():
     assert draws(Sampling(temperature=1.0)) == pytest.approx({0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}, abs=0.03)
 
 
-def test_temperature_sharpens():
+def test_low_temperature_sharpens_the_distribution():
     weights = [p**2 for p in (0.1, 0.4, 0.2, 0.3)]
     expected = {token: weight / sum(weights) for token, weight in enumerate(weights)}
     assert draws(Sampling(temperature=0.5)) == pytest.approx(expected, abs=0.03)
@@ -108,7 +108,7 @@ def test_any_temperature_above_0_gives_probabilities(temperature):
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.3, {1}), (0.41, {1, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})])
-def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
+def test_top_p_keeps_the_fewest_likely_tokens(top_p, kept):
     assert set(draws(Sampling(temperature=1.0, top_p=top_p))) == kept
 
 
@@ -127,12 +127,12 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
         ({"seed": -1}, "--seed: -1"),
     ],
 )
-def test_unusable_settings(settings, message):
+def test_unusable_settings_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         Sampling(**settings)
 
 
-def test_logits_that_are_not_finite():
+def test_non_finite_logits_are_refused():
     greedy = Sampling()
     with pytest.raises(NumericsError, match="not finite"):
         choose(torch.tensor([0.0, math.nan]), sampling=greedy, generator=greedy.generator())

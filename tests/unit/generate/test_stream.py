@@ -1,4 +1,4 @@
-"""Text that appears token by token is the text of the whole, and never half a character."""
+"""Streamed text equals the text of the whole answer and never splits a character."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_characters_arrive_whole(kind, tokenizer, pieces):
 
 @pytest.mark.parametrize("strip", [False, True])
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
-def test_any_tokens_at_all(kind, strip, tokenizer, pieces):
-    """Random tokens are mostly no text; what they give alone is what they give in parts."""
+def test_random_tokens_stream_to_their_text(kind, strip, tokenizer, pieces):
+    """Random tokens are mostly incomplete characters; their pieces still join to the whole text."""
     chosen = tokenizer if kind == "bytes" else pieces
     for seed in range(30):
         ids = torch.randint(0, chosen.vocab_size, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -66,13 +66,13 @@ def test_any_tokens_at_all(kind, strip, tokenizer, pieces):
         assert "".join(parts(ids, tokenizer=chosen, strip=strip)) == (whole.strip() if strip else whole)
 
 
-def test_text_appears_at_once(tokenizer):
+def test_complete_text_is_shown_at_once(tokenizer):
     ids = tokenizer.encode("red green blue")
     found = parts(ids, tokenizer=tokenizer)
     assert found == [tokenizer.decode([token]) for token in ids] + [""]
 
 
-def test_an_end_inside_a_character_is_shown_in_the_end(tokenizer):
+def test_incomplete_last_character_is_shown(tokenizer):
     ids = tokenizer.encode("a🙂")[:-1]
     found = parts(ids, tokenizer=tokenizer)
     assert found[0] == "a" and set(found[1:-1]) == {""} and found[-1] == answer_text(ids, tokenizer=tokenizer)[1:]

@@ -87,7 +87,7 @@ def test_each_rank_takes_its_share():
         load_weights(Split(), stored(**whole), source="x", tensor_rank=0, tensor_size=4)
 
 
-def test_weights_of_other_stages_are_not_in_the_way():
+def test_weights_of_other_stages_are_ignored():
     layer = nn.Linear(2, 1)
     tensors = stored(weight=torch.ones(1, 2), bias=torch.ones(1), other=torch.ones(1))
     load_weights(layer, tensors, source="x", elsewhere=["other"])
