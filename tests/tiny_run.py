@@ -67,7 +67,7 @@ def run_training(
 
 
 def metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Rows written so far; a line cut off by a kill is left out."""
+    """Rows written so far; a line that a kill left incomplete is skipped."""
     path = run / name
     if not path.exists():
         return []

@@ -17,9 +17,6 @@ from megavl.model.vision import VisionTowers
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import cpu_runtime
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""By `training.precision`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSpec:
@@ -39,14 +36,14 @@ class BuildSpec:
     """Seed of the initial weights."""
 
     @classmethod
-    def of(cls, recipe: Recipe, *, layout: str | None) -> BuildSpec:
-        """What a recipe says about the model, with its resolved layout."""
+    def of(cls, recipe: Recipe, *, layout: str | None, dtype: torch.dtype) -> BuildSpec:
+        """What a recipe says about the model, with its resolved layout and the dtype of its precision."""
         return cls(
             model=recipe.model,
             parallel=recipe.parallel,
             recompute=recipe.recompute,
             layout=layout,
-            dtype=DTYPES[recipe.training.precision],
+            dtype=dtype,
             train=recipe.trainable_parts,
             seed=recipe.training.seed,
         )

@@ -15,6 +15,7 @@ from megavl.parallel.groups import Position
 from megavl.planner.hardware.devices import Device, find_device, known_device
 from megavl.planner.layouts.layout import layout_string
 from megavl.planner.scenario import Scenario
+from megavl.weights.dtypes import DTYPE_OF_PRECISION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,9 @@ class RunPlan:
     @property
     def build(self) -> BuildSpec:
         """What this rank's stages are built from."""
-        return BuildSpec.of(self.recipe, layout=layout_string(self.layers))
+        return BuildSpec.of(
+            self.recipe, layout=layout_string(self.layers), dtype=DTYPE_OF_PRECISION[self.recipe.training.precision]
+        )
 
     @property
     def peak_flops(self) -> float | None:

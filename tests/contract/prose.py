@@ -49,8 +49,8 @@ def sentences_of_python(source: str) -> list[str]:
 
 
 def _without_code(docstring: str) -> str:
-    """The docstring without indented blocks that are code, of which the line before says nothing but code."""
-    return re.sub(r"^ {4,}(\S.*[\\={}(].*)$", "", docstring, flags=re.MULTILINE)
+    """The docstring without tables and without indented lines of code."""
+    return re.sub(r"^(\s*\|.*| {4,}\S.*[\\={}(].*)$", "", docstring, flags=re.MULTILINE)
 
 
 def _sentences(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from megavl.data.batch import Batch, make_batch
 
 
 class SyntheticSteps:
-    """Global batches that depend on (step, slot) alone, cut for one data-parallel rank.
+    """Global batches that depend on (step, slot) alone: the share of one data-parallel rank.
 
     Every sequence packs two documents of uneven length and a padding tail; image counts are uneven.
     """

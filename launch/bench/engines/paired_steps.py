@@ -46,6 +46,7 @@ from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.profile.step_profiler import Record, StepProfiler
 from megavl.train.step import train_step
+from megavl.weights.dtypes import DTYPE_OF_PRECISION
 
 WARM_UP = 1
 """Turns that do not count."""
@@ -64,7 +65,9 @@ class Variant:
         self.position, self.probe = position, probe
         self.split_all, self.number = recipe.parallel.vision == "split_all", 0
         layout = checked_layout(make_scenario(recipe, devices=position.world_size), find_device("cpu"))
-        self.model = build_model_chunks(BuildSpec.of(recipe, layout=layout_string(layout)))
+        self.model = build_model_chunks(
+            BuildSpec.of(recipe, layout=layout_string(layout), dtype=DTYPE_OF_PRECISION[recipe.training.precision])
+        )
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=False)
         set_learning_rate(self.optimizer, lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay)
         self.short_probes: list[float] = []

@@ -24,7 +24,7 @@ from megavl.convert.table import weight_rows
 from megavl.data.batch import Batch
 from megavl.generate.against_transformers import pixel_tensors
 from megavl.model import decoder
-from megavl.model.build import DTYPES, BuildSpec
+from megavl.model.build import BuildSpec
 from megavl.model.trainable import is_vision, part_of
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
@@ -33,6 +33,7 @@ from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.profile.calibration_steps import MICRO_BATCHES, RandomSteps
 from megavl.train.step import train_step
 from megavl.weights.canonical_names import canonical_name
+from megavl.weights.dtypes import DTYPE_OF_PRECISION
 
 SIDES = ("megavl", "megatron-local", "transformers")
 
@@ -99,7 +100,7 @@ class MegaVL:
         recipe, self.marks = work.recipe, marks
         precision = recipe.training.precision
         with _part(work.part), _modules(local=local):
-            self.model = build_model_chunks(BuildSpec.of(recipe, layout=None))
+            self.model = build_model_chunks(BuildSpec.of(recipe, layout=None, dtype=DTYPE_OF_PRECISION[precision]))
         (chunk,) = self.model.chunks
         if weights is not None:
             for name, parameter in chunk.module.named_parameters():
@@ -193,7 +194,7 @@ class Transformers:
     ) -> None:
         assert work.part == "whole", "transformers has no pipeline stages"
         recipe, self.marks, self.config = work.recipe, marks, work.recipe.model
-        self.dtype = DTYPES[recipe.training.precision]
+        self.dtype = DTYPE_OF_PRECISION[recipe.training.precision]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if weights is not None:
             model = transformers_model(self.config, weights, attention="sdpa").to(self.device, self.dtype)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megavl.config.recipe import Recipe
 from megavl.data.batch import Batch, Modality
 from megavl.data.loader import StepLoader
-from megavl.model.build import DTYPES, BuildSpec
+from megavl.model.build import BuildSpec
 from megavl.parallel import cpu_runtime, groups
 from megavl.parallel.groups import Position
 from megavl.planner.hardware.calibration import (
@@ -44,6 +44,7 @@ from megavl.train.optimizer import Optimizer, build_optimizer, set_learning_rate
 from megavl.train.profile.block_hooks import add_block_hooks
 from megavl.train.profile.calibration_steps import MICRO_BATCHES, RandomSteps, step_source
 from megavl.train.step import train_step
+from megavl.weights.dtypes import DTYPE_OF_PRECISION
 
 LAYERS = 4
 """Decoder layers that are measured; the planner multiplies."""
@@ -225,7 +226,7 @@ def _reduced(recipe: Recipe) -> Recipe:
 
 
 def _build(recipe: Recipe) -> tuple[ModelChunks, Optimizer]:
-    model = build_model_chunks(BuildSpec.of(recipe, layout=None))
+    model = build_model_chunks(BuildSpec.of(recipe, layout=None, dtype=DTYPE_OF_PRECISION[recipe.training.precision]))
     optimizer = build_optimizer(model, optimizer=recipe.optimizer, bf16=recipe.training.precision == "bf16")
     set_learning_rate(optimizer, lr=1e-9, weight_decay=0.0)
     return model, optimizer
@@ -320,7 +321,7 @@ def _transfer(recipe: Recipe, position: Position) -> float | None:
         return None
     tokens = recipe.training.micro_batch_size * recipe.data.seq_length
     shape = (tokens, 1, recipe.model.llm.hidden_size)
-    tensor = torch.zeros(shape, dtype=DTYPES[recipe.training.precision], device=cpu_runtime.device())
+    tensor = torch.zeros(shape, dtype=DTYPE_OF_PRECISION[recipe.training.precision], device=cpu_runtime.device())
     times = []
     for _ in range(20):
         dist.barrier()

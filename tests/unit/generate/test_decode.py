@@ -91,7 +91,7 @@ def test_cached_decoding_equals_full_recomputation(model, images, report_table):
 
 
 def test_several_tokens_after_a_prefix_equal_full_recomputation(model, report_table):
-    """A cut anywhere, also between the images; the cache grows on the way."""
+    """The prompt may be split anywhere, also between the images; the cache grows on the way."""
     ids, pixels = prompt(model, images=3)
     image = models.config_of(model.preset).image_tokens
     cuts = [0, 4, 10 + image, 13 + image, 15 + 2 * image, len(ids)]

@@ -51,7 +51,7 @@ def test_what_does_not_fit_changes_nothing(tensors, message):
 
 
 class Split(nn.Module):
-    """One matrix of each kind that tensor parallelism cuts, as one of two ranks holds it."""
+    """One matrix of each kind that tensor parallelism splits, as one of two ranks holds it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_weights_of_other_stages_are_ignored():
 
 @pytest.mark.parametrize("form", ["native", "pickle", "original", "checkpoint"])
 def test_slices_are_parts_of_the_whole(form, tokenizer_dir, tmp_path):
-    """Along both axes of every matrix that ranks share; heads are never cut."""
+    """Along both axes of every matrix that ranks share; heads are never split."""
     if form == "checkpoint":
         source = find_model(models.write_checkpoint("tiny-hybrid", tmp_path / "c", tokenizer=tokenizer_dir))
     else:
