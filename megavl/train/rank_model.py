@@ -88,7 +88,9 @@ def build_rank_model(
     train: tuple[str, ...],
     seed: int,
 ) -> RankModel:
-    """Build this rank's stages with random weights and put the trainable ones into gradient buffers (fp32).
+    """Build this rank's stages with random weights and put the trainable ones into gradient buffers.
+
+    Gradients add up in fp32, or in fp64 where the weights are.
 
     Args:
         model: sizes.
@@ -103,7 +105,7 @@ def build_rank_model(
         model, parallel=parallel, recompute=recompute, layout=layout, dtype=dtype, train=train, seed=seed
     )
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=dtype != torch.float64,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
