@@ -15,7 +15,7 @@ CHUNK = 8 << 20
 
 
 def vocab_parallel_loss(logits: torch.Tensor, labels: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
-    """Loss of each position, fp32 (R,), nats.
+    """Loss of each position, at least fp32, (R,), nats.
 
     It computes the sum of megatron-core's `vocab_parallel_cross_entropy` without an fp32 copy of all logits. For 4096
     positions of the 102,400-way head that copy is 1.6 GiB kept for the backward pass, and as much again on the way.
@@ -35,7 +35,8 @@ class _VocabParallelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         chunks = logits.split(max(1, CHUNK // logits.shape[1]))
-        largest = logits.amax(dim=1).float()
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        largest = logits.amax(dim=1).to(wide)
         if group.size() > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         shifts = largest[:, None].split(len(chunks[0]))
@@ -44,7 +45,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         own = (columns >= 0) & (columns < logits.shape[1])
         columns = columns.where(own, 0)
         # Relative to the largest logit of the row, so that the loss of a nearly certain label keeps its digits.
-        chosen = (logits[rows, columns].float() - largest).where(own, 0.0)
+        chosen = (logits[rows, columns].to(wide) - largest).where(own, 0.0)
         total = torch.cat([(chunk - shift).exp_().sum(dim=1) for chunk, shift in zip(chunks, shifts)])
         if group.size() > 1:
             both = torch.stack([total, chosen])
@@ -77,7 +78,7 @@ def counted_loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, d
     Returns:
         Sum over the tokens, their number, and a report `{"loss": [sum, number]}`.
     """
-    total = per_token.float().sum()
+    total = per_token.to(torch.promote_types(per_token.dtype, torch.float32)).sum()
     tokens = torch.full_like(total, per_token.numel())
     # megatron-core scales the loss in place later, so the report is a copy.
     return total, tokens.to(torch.int), {"loss": torch.stack([total.detach().clone(), tokens])}

@@ -63,8 +63,9 @@ class SamTower(nn.Module):
 
     def _downsample(self, x: torch.Tensor) -> torch.Tensor:
         size = (self.upsampled, self.upsampled)
-        # The reference interpolates in fp32 whatever the model's precision.
-        wide = F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False).to(x.dtype)
+        # The reference interpolates in fp32 also where the model is bf16.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = F.interpolate(wide, size=size, mode="bilinear", align_corners=False).to(x.dtype)
         out: torch.Tensor = self.downsamples(wide)
         return out
 
@@ -79,7 +80,7 @@ def _neck(width: int, channels: int, *, eps: float) -> nn.Sequential:
 
 
 class ChannelLayerNorm(nn.Module):
-    """LayerNorm over the channels of (I, C, G, G), in fp32 inside: the reference's fp16 variance loses 3 bits."""
+    """LayerNorm over the channels of (I, C, G, G), at least in fp32: the reference's fp16 variance loses 3 bits."""
 
     def __init__(self, channels: int, *, eps: float) -> None:
         super().__init__()
@@ -88,8 +89,9 @@ class ChannelLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        last = x.permute(0, 2, 3, 1).float()
-        out = F.layer_norm(last, last.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        last = x.permute(0, 2, 3, 1).to(wide)
+        out = F.layer_norm(last, last.shape[-1:], self.weight.to(wide), self.bias.to(wide), self.eps)
         return out.to(x.dtype).permute(0, 3, 1, 2)
 
 

@@ -48,7 +48,7 @@ class VisionTowers(nn.Module):
             (low,) or (low, high), each (I, P, W), in the dtype of the weights.
         """
         dtype = self.siglip.pos_embed.dtype
-        pixels = canvases.float() / 255.0
+        pixels = canvases.to(torch.promote_types(dtype, torch.float32)) / 255.0
         low = pixels
         if self.sam is not None:
             size = (self.low_size, self.low_size)

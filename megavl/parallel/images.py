@@ -79,8 +79,8 @@ def exchange_images(
 
 
 def sum_over(tensors: Sequence[torch.Tensor], *, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """fp32 sums of equally shaped tensors over a group, in one collective."""
-    flat = torch.cat([tensor.float().flatten() for tensor in tensors])
+    """Sums of equally shaped tensors of one type over a group, in one collective."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
     return [part.view_as(like) for part, like in zip(flat.split([t.numel() for t in tensors]), tensors)]
 

@@ -77,10 +77,13 @@ class ModelChunks:
 
 
 def build_model_chunks(spec: BuildSpec) -> ModelChunks:
-    """Build this rank's stages with random weights and put the trainable ones into gradient buffers (fp32)."""
+    """Build this rank's stages with random weights and put the trainable ones into gradient buffers.
+
+    Gradients add up in fp32, or in fp64 where the weights are.
+    """
     stages, parallel = build_stages(spec), spec.parallel
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=spec.dtype != torch.float64,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,

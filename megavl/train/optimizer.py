@@ -65,6 +65,7 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
         adam_beta2=optimizer.betas[1],
         adam_eps=optimizer.eps,
         clip_grad=optimizer.clip_grad,
+        params_dtype=model.chunks[0].config.params_dtype,
         bf16=bf16,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
@@ -122,16 +123,16 @@ class Optimizer(ChainedOptimizer):
             loss: loss of the global batch, equal on all ranks.
 
         Returns:
-            Norm of the gradients over all ranks before clipping (fp32), and whether weights changed; both of shape
-            () on the device.
+            Norm of the gradients over all ranks before clipping, in their dtype, and whether weights changed; both of
+            shape () on the device.
         """
         self.prepare_grads()
         norm = self._norm()
         updated = norm.isfinite() & loss.isfinite()
         most = self.config.clip_grad
         for part in self.chained_optimizers:
-            # torch's fused kernel divides gradients by `grad_scale` and does nothing if `found_inf` is 1.
-            part.optimizer.grad_scale = ((norm + _CLIP_EPS) / most).clamp(min=1.0) if most else None
+            # torch's fused kernel divides gradients by `grad_scale`, does nothing if `found_inf` is 1, and wants fp32.
+            part.optimizer.grad_scale = ((norm + _CLIP_EPS) / most).clamp(min=1.0).float() if most else None
             part.optimizer.found_inf = (~updated).float()
         self.step_with_ready_grads()
         return norm, updated
@@ -140,7 +141,8 @@ class Optimizer(ChainedOptimizer):
         parts = self.chained_optimizers
         gradients = [gradient.detach() for part in parts for gradient in part.get_main_grads_for_grad_norm()]
         # For an empty list torch returns a tensor on the CPU.
-        gradients = gradients or [torch.zeros(1, device=cpu_runtime.device())]
+        dtype = torch.promote_types(self.config.params_dtype, torch.float32)
+        gradients = gradients or [torch.zeros(1, dtype=dtype, device=cpu_runtime.device())]
         total = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return total.sqrt()

@@ -133,8 +133,10 @@ class SplitEncoders:
         return exchange_images(rows, send=send, receive=receive, group=self._group)
 
     def _weight_gradients(self, gradients: torch.Tensor) -> list[torch.Tensor]:
-        """fp32, of this rank's images."""
-        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in self._trained]
+        """At least fp32, of this rank's images."""
+        sums = [
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in self._trained
+        ]
         for features, piece in zip(self._own, gradients.split(ENCODED_AT_ONCE)):
             pairs = [(tower, gradient) for tower, gradient in zip(features, piece.unbind(1)) if tower.requires_grad]
             found = torch.autograd.grad(

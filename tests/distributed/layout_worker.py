@@ -6,9 +6,14 @@ megatron-core costs more than the cases do.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +31,18 @@ from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import Optimizer, build_optimizer
 from megavl.train.state import restore_state, save_state
-from megavl.train.step import StepResult, forward_backward, train_step
+from megavl.train.step import StepResult, train_step
+from tests.distributed.faults import fault
+from tests.distributed.float64 import fp32_is_fp64, keep_float64
 from tests.distributed.gather import complete_gradients, gather, gather_counts, vision_state
 from tests.distributed.synthetic import SyntheticSteps
+from tests.tiny_run import free_port
 
-SEQ_LENGTH = 160
+SEQ_LENGTH = 128
 # Pieces of a rank's share of up to three images.
 split_encoders.ENCODED_AT_ONCE = 2
 BATCH = 4
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 # With two replicas 2 against 3 images, later 4 against 1; a step may begin or end with a micro-batch without any.
 IMAGE_COUNTS = (2, 0, 1, 2)
 
@@ -43,17 +52,20 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
 
     `case["sizes"]` is laid over the tiny preset, whose weights under those sizes are `case["checkpoint"]`.
 
-    A multimodal, a text and a multimodal step are run; then, where `case["saves"]`, the state is saved.
-    `case["resume"]` names the case whose saved state, under another layout, is loaded into a fresh model and optimizer
-    for three more steps; `case["goes on"]` runs these without a break.
+    A multimodal, a text and a multimodal step are run, or with `case["one step"]` only the first. It may start from
+    weights moved by the seed `case["moved"]`, or run under a `case["fault"]`. Then, where `case["saves"]`, the state is
+    saved. `case["resume"]` names the case whose saved state, under another layout, is loaded into a fresh model and
+    optimizer for three more steps; `case["goes on"]` runs these without a break.
     """
-    parallel = _parallel(case)
+    parallel, dtype = _parallel(case), DTYPES[case["precision"]]
     position = groups.start(parallel, seed=1)
     config = load_model_config("tiny-hybrid", **case["sizes"])
     model, optimizer = _build(case, parallel=parallel)
     checkpoint = Path(case["checkpoint"])
     store = CheckpointStore(checkpoint.parent)
     model.load_weights(lambda state: store.load(checkpoint, state, strict=False, convert_dtype=True))
+    if "moved" in case:
+        _move_weights(model, seed=case["moved"])
     optimizer.reload_model_params()
 
     def step_data(modality: str, step: int) -> tuple[Batch, ...]:
@@ -69,33 +81,50 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
         )
         return next_step(source if broadcast.is_source() else None, step, split_all=parallel.vision == "split_all")
 
-    model.zero_grad()
-    optimizer.zero_grad()
-    forward_backward(model, step_data("text", 0))
-    complete_gradients(model)
-    result: dict[str, Any] = {"text gradients": gather(model, what="grad")}
-    first, result["multimodal gradients"] = _step_with_gradients(model, optimizer, step_data("multimodal", 0))
-    steps = [first]
-    result["text steps"] = [_text_step(model, optimizer, step_data("text", 1), steps)]
-    steps.append(train_step(model, optimizer, step_data("multimodal", 2), stop_flag=False))
+    result: dict[str, Any] = {"text steps": []}
+    steps: list[StepResult] = []
+
+    def run(modality: str, *, keep_gradients: bool = False) -> None:
+        data = step_data(modality, len(steps))
+        watched = _vision_watched(model, optimizer) if modality == "text" else contextlib.nullcontext()
+        kept = _gradients_kept(model, optimizer, keep=keep_gradients, replicas_agree="fault" not in case)
+        with watched as counts, kept as gradients:
+            steps.append(train_step(model, optimizer, data, stop_flag=False))
+        if keep_gradients:
+            (result[f"{modality} gradients"],) = gradients
+        if modality == "text":
+            result["text steps"].append(counts)
+
+    with fault(case.get("fault")):
+        run("multimodal", keep_gradients=True)
+    if not case["one step"]:
+        run("text", keep_gradients=True)
+        run("multimodal")
     if case["saves"]:
-        states = CheckpointStore(out / f"state of {case['name']}")
-        states.save(3, state=save_state(model, optimizer), content={}, files={})
+        with fp32_is_fp64(dtype):
+            state = save_state(model, optimizer)
+        CheckpointStore(out / f"state of {case['name']}").save(3, state=state, content={}, files={})
     if case["resume"]:
         model, optimizer = _build(case, parallel=parallel)
         states, path = CheckpointStore(out), out / f"state of {case['resume']}" / "iter_0000003"
-        restore_state(model, optimizer, lambda state: states.load(path, state))
+        with fp32_is_fp64(dtype):
+            restore_state(model, optimizer, lambda state: states.load(path, state))
     if case["resume"] or case["goes on"]:
-        # The last loss depends on both updates, so on the moments of all weights.
-        steps.append(train_step(model, optimizer, step_data("multimodal", 3), stop_flag=False))
-        result["text steps"].append(_text_step(model, optimizer, step_data("text", 4), steps))
-        steps.append(train_step(model, optimizer, step_data("multimodal", 5), stop_flag=False))
+        # Text first: what it must leave alone was just loaded. The last loss depends on both updates, so on the moments
+        # of all weights.
+        for modality in ("text", "multimodal", "multimodal"):
+            run(modality)
     result["losses"] = [step.loss for step in steps]
     result["norms"] = [step.grad_norm for step in steps]
     result["loss tokens"] = [step.loss_tokens for step in steps]
     if position.rank == 0:
-        torch.save(result, out / f"{case['name']}.pt")
+        # Whoever waits counts the files, so a file is there at once.
+        torch.save(result, out / "unfinished")
+        (out / "unfinished").rename(out / f"{case['name']}.pt")
     groups.stop()
+    if position.rank == 0 and case["resume"]:
+        # No other case resumes it.
+        shutil.rmtree(out / f"state of {case['resume']}")
 
 
 def _parallel(case: dict[str, Any]) -> ParallelConfig:
@@ -112,13 +141,14 @@ def _parallel(case: dict[str, Any]) -> ParallelConfig:
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed_optimizer,
         # Small buckets, so that every overlap path is taken and buckets end in padding.
-        bucket_size=20_000,
-        timeout_s=120,
+        bucket_size=60_000,
+        # Whoever started this process ends it sooner.
+        timeout_s=3600,
     )
 
 
 def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[ModelChunks, Optimizer]:
-    config, bf16 = load_model_config("tiny-hybrid", **case["sizes"]), case.get("bf16", False)
+    config, dtype = load_model_config("tiny-hybrid", **case["sizes"]), DTYPES[case["precision"]]
     stages = parallel.pipeline * parallel.virtual_pipeline
     even = (config.llm.num_layers // stages,) * stages
     spec = BuildSpec(
@@ -126,44 +156,58 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[ModelChun
         parallel=parallel,
         recompute=RecomputeConfig(**case.get("recompute", {})),
         layout=layout_string(even if parallel.layout == "auto" else parallel.layout),
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         train=tuple(case.get("train", TRAINABLE_PARTS)),
         seed=1,
     )
     model = build_model_chunks(spec)
-    return model, build_optimizer(model, optimizer=OptimizerConfig(lr=1e-4), bf16=bf16)
+    with fp32_is_fp64(dtype):
+        optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-4), bf16=dtype == torch.bfloat16)
+    if dtype == torch.float64:
+        keep_float64(optimizer)
+    return model, optimizer
 
 
-def _step_with_gradients(
-    model: ModelChunks, optimizer: Optimizer, data: tuple[Batch, ...]
-) -> tuple[StepResult, dict[str, torch.Tensor] | None]:
-    """A step, and on rank 0 the gradients that its update is made from."""
+@torch.no_grad()
+def _move_weights(model: ModelChunks, *, seed: int) -> None:
+    """Move every number of every weight up or down by one rounding of fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.chunks[0].module.parameters():
+        signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+        weight.mul_(1 + torch.finfo(torch.float32).eps * signs)
+
+
+@contextlib.contextmanager
+def _gradients_kept(
+    model: ModelChunks, optimizer: Optimizer, *, keep: bool, replicas_agree: bool
+) -> Iterator[list[dict[str, torch.Tensor] | None]]:
+    """On rank 0 the gradients that each update inside is made from, if they are to be kept."""
     kept: list[Any] = []
     update = optimizer.step
 
     def keep_and_update(loss: torch.Tensor) -> Any:
         complete_gradients(model)
-        kept.append(gather(model, what="grad"))
+        kept.append(gather(model, what="grad", replicas_agree=replicas_agree))
         return update(loss)
 
-    optimizer.step = keep_and_update
+    if keep:
+        optimizer.step = keep_and_update
     try:
-        result = train_step(model, optimizer, data, stop_flag=False)
+        yield kept
     finally:
         optimizer.step = update
-    return result, kept[0]
 
 
-def _text_step(
-    model: ModelChunks, optimizer: Optimizer, data: tuple[Batch, ...], steps: list[StepResult]
-) -> dict[str, int]:
-    """Append a text step; counts over all ranks of what it found and left of the vision side."""
+@contextlib.contextmanager
+def _vision_watched(model: ModelChunks, optimizer: Optimizer) -> Iterator[dict[str, int]]:
+    """Counts over all ranks, at the end, of what a text step found and left of the vision side."""
+    counts: dict[str, int] = {}
     before = vision_state(model, optimizer)
-    steps.append(train_step(model, optimizer, data, stop_flag=False))
+    yield counts
     after = vision_state(model, optimizer)
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    return gather_counts(
+    counts |= gather_counts(
         {
             "changed": len(changed),
             **{
@@ -177,15 +221,29 @@ def _text_step(
     )
 
 
+def _port(rank: int, *, file: Path) -> str:
+    """Where the ranks of a case meet; chosen when it begins, since a port does not stay free for long."""
+    if rank == 0:
+        unfinished = file.with_name("unfinished port")
+        unfinished.write_text(str(free_port()))
+        unfinished.rename(file)
+    while not file.exists():
+        time.sleep(0.01)
+    return file.read_text()
+
+
 def main() -> None:
     """Run all cases in order."""
     rank, cases, out = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     torch.set_num_threads(1)
+    # What was imported stays; megatron-core collects garbage at every save and load.
+    gc.freeze()
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for case in cases:
         world = case.get("tp", 1) * case.get("pp", 1) * case.get("dp", 1)
         if rank < world:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(case["port"]))
+            port = _port(rank, file=out / f"{case['name']}.port")
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=port)
             run_case(case, out=out)
 
 
