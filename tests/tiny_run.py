@@ -13,6 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LENGTH = 256
+PATIENCE_S = 1800.0
+"""How long a test waits for another process: the machine may be busy, and only one that hangs must be given up."""
 
 
 def environment() -> dict[str, str]:
@@ -62,7 +64,7 @@ def run_training(
     """Run it to its end, in `environment()` or another."""
     command = train_command(dataset, run, *overrides, processes=processes)
     return subprocess.run(
-        command, cwd=ROOT, env=env or environment(), capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=env or environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
 
 
