@@ -7,19 +7,21 @@ from torch import Tensor
 
 from megavl.config.errors import CheckpointError
 
-# Name in `config.json` and on the command line, torch's type, code in a safetensors header.
+# Name in `config.json` and on the command line, torch's type, code in a safetensors header, `training.precision`.
 _TYPES = (
-    ("float64", torch.float64, "F64"),
-    ("float32", torch.float32, "F32"),
-    ("bfloat16", torch.bfloat16, "BF16"),
-    ("float16", torch.float16, "F16"),
+    ("float64", torch.float64, "F64", None),
+    ("float32", torch.float32, "F32", "fp32"),
+    ("bfloat16", torch.bfloat16, "BF16", "bf16"),
+    ("float16", torch.float16, "F16", None),
 )
 
-DTYPES = {name: dtype for name, dtype, _ in _TYPES if name != "float64"}
+DTYPES = {name: dtype for name, dtype, _, _ in _TYPES if name != "float64"}
 """Types that an export, a start checkpoint or a loaded model may have, by name."""
-DTYPE_OF_CODE = {code: dtype for _, dtype, code in _TYPES}
+DTYPE_OF_CODE = {code: dtype for _, dtype, code, _ in _TYPES}
 """Types that a weight file may have, by their code in a safetensors header."""
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+DTYPE_OF_PRECISION = {precision: dtype for _, dtype, _, precision in _TYPES if precision is not None}
+"""Types of the weights during training, by `training.precision`."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
