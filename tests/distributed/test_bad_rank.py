@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.tiny_run import ROOT, environment, free_port
+from tests.tiny_run import PATIENCE_S, ROOT, environment, free_port
 
 
 @pytest.mark.parametrize(("bf16", "distributed"), [("0", "0"), ("1", "1")])
@@ -17,7 +17,7 @@ def test_all_ranks_skip_and_change_nothing(bf16: str, distributed: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", str(free_port()), "-m", "tests.distributed.bad_rank", bf16, distributed]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

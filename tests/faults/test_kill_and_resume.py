@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.tiny_run import ROOT, environment, metrics, run_training, train_command
+from tests.tiny_run import PATIENCE_S, ROOT, environment, metrics, run_training, train_command
 
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence_parallel=true", "parallel.layout=auto")
 OTHER = (
@@ -78,8 +78,8 @@ def test_lost_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) -> No
     workers = [c for c in psutil.Process(process.pid).children() if "RANK" in c.environ()]
     next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
     killed = time.monotonic()
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and time.monotonic() - killed < 30
+    printed = process.communicate(timeout=PATIENCE_S)[0]
+    assert process.returncode != 0 and time.monotonic() - killed < 300, "long before the timeout of 600 s"
     status = json.loads((tmp_path / "exit_status.json").read_text())
     assert (status["code"], status["rank"], status["resumable"]) == (7, 0, True), status
     assert "lost a peer at step" in status["reason"] and "Traceback" not in printed.partition("error: ")[0], printed
@@ -96,9 +96,9 @@ def test_stopped_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) ->
     next(worker for worker in workers if worker.environ()["RANK"] == "1").suspend()
     stopped = time.monotonic()
     while not (tmp_path / "exit_status.json").exists():
-        assert time.monotonic() - stopped < 20, "the other rank waits for ever"
+        assert time.monotonic() - stopped < PATIENCE_S, "the other rank waits for ever"
         time.sleep(0.1)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE_S)
     status = json.loads((tmp_path / "exit_status.json").read_text())
     assert (status["code"], status["rank"], status["resumable"]) == (7, 0, True), status
 
@@ -121,7 +121,7 @@ def test_image_workers_may_be_signalled_killed_and_stopped(
     first.kill()
     wait_for_steps(process, tmp_path, 4)
     image_worker(process.pid).suspend()
-    printed = process.communicate(timeout=240)[0]
+    printed = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, printed
     assert [row["loss"] for row in metrics(tmp_path)] == [row["loss"] for row in reference]
     assert all(row["bad_samples"] == 0 for row in metrics(tmp_path))
@@ -131,7 +131,7 @@ def test_image_workers_may_be_signalled_killed_and_stopped(
 
 def image_worker(launcher: int) -> psutil.Process:
     """The only process that decodes images; waits for it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         for child in psutil.Process(launcher).children(recursive=True):
             if "megavl.data.image_worker" in child.cmdline():
@@ -142,7 +142,7 @@ def image_worker(launcher: int) -> psutil.Process:
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
     """Until that many steps are logged."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE_S
     while len(metrics(run)) < steps:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
@@ -160,4 +160,4 @@ def interrupt(dataset: Path, run: Path, number: signal.Signals, *, after: int) -
         victims += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     for pid in victims:
         os.kill(pid, number)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE_S)

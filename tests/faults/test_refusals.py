@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import ROOT, SEQ_LENGTH, environment
+from tests.tiny_run import PATIENCE_S, ROOT, SEQ_LENGTH, environment
 
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", "parallel.sequence_parallel=false")
 
@@ -27,7 +27,7 @@ def refuse(dataset: Path, run: Path, *overrides: str) -> tuple[int, str]:
         *overrides,
     ]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert "Traceback" not in done.stderr, done.stderr
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
