@@ -21,6 +21,7 @@ from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare
+from megavl.files.durable import replace_durably, storage_errors
 from megavl.main.device import choose_device
 from megavl.main.progress import counted
 from megavl.weights.dtypes import DTYPES
@@ -146,7 +147,9 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.against:
         return _verify_against_transformers(arguments)
-    if arguments.out is None or arguments.json is not None:
+    if arguments.json is not None:
+        raise UsageError("verify: --json: needs --against transformers")
+    if arguments.out is None:
         raise UsageError("verify: give two models, A and B, or add --against transformers")
     with torch.no_grad():
         result = compare(open_weights(arguments.source), open_weights(arguments.out))
@@ -155,6 +158,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verify_against_transformers(arguments: argparse.Namespace) -> int:
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UsageError(f"verify: --json: {arguments.json.absolute().parent} is no directory; create it first")
     choose_device("cpu")
     # Imports megatron-core, which the other actions do without.
     from megavl.generate.against_transformers import compare as compare_logits
@@ -162,5 +167,6 @@ def _verify_against_transformers(arguments: argparse.Namespace) -> int:
     result = compare_logits(arguments.source, arguments.out or arguments.source)
     print(result.summary())
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result.report()) + "\n", encoding="utf-8")
+        with storage_errors(f"writing {arguments.json}"):
+            replace_durably(arguments.json, (json.dumps(result.report()) + "\n").encode())
     return 0 if result.within_tolerance else 4

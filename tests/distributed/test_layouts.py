@@ -204,9 +204,7 @@ def test_layout_equals_one_rank(results: dict[str, Any], name: str, report_table
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resumed_under_another_layout_equals_one_rank_that_went_on(
-    results: dict[str, Any], name: str, report_table: Any
-) -> None:
+def test_resuming_under_another_layout_equals_one_rank(results: dict[str, Any], name: str, report_table: Any) -> None:
     reference, found = results[reference_of(name)], results[name]
     errors = {key: _relative(found[key][3:], reference[key][3:]) for key in ("losses", "norms")}
     _report(report_table, f"{CASES[name]} -> {name}", errors, f"tolerance {TOLERANCE:.0e}")
@@ -239,7 +237,7 @@ def test_fp32_rounds_within_its_bound(results: dict[str, Any], name: str, report
     assert max(errors.values()) <= FP32_MOVES, errors
 
 
-def test_bf16_follows_its_own_one_rank_run_and_fp64(results: dict[str, Any], report_table: Any) -> None:
+def test_bf16_follows_one_rank_and_fp64(results: dict[str, Any], report_table: Any) -> None:
     alone, exact = results["bf16 1x1x1"], results["1x1x1"]
     errors = {"one rank to fp64": _relative(alone["losses"], exact["losses"])}
     for name in BF16:

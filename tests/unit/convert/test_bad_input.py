@@ -186,7 +186,7 @@ def test_hostile_pickle_is_refused_and_does_not_run(folder, tmp_path, write):
     assert not (tmp_path / "ran").exists()
 
 
-def test_archive_of_old_torch_is_refused_with_a_remedy(folder):
+def test_archive_of_old_torch_is_refused_with_remedy(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)

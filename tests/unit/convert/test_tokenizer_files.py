@@ -88,7 +88,7 @@ def test_another_image_token_id_is_refused(sources, folder, tmp_path):
 
 
 @pytest.mark.parametrize("fmt", ["native", "original"])
-def test_exported_tokenizer_puts_bos_first_and_adds_no_token(folder, fmt):
+def test_exported_tokenizer_adds_bos_and_no_other_token(folder, fmt):
     tokenizer = read_tokenizer(folder)
     (folder / "tokenizer_config.json").write_bytes(tokenizer_config(tokenizer, fmt=fmt, max_length=4096))
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])

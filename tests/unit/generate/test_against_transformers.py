@@ -92,3 +92,10 @@ def test_wrong_folders_are_answered(exported: Path, tmp_path: Path, tokenizer: P
 def test_one_model_alone_needs_against(exported: Path, capsys) -> None:
     assert main(["convert", "verify", str(exported)]) == 2
     assert "--against transformers" in capsys.readouterr().err
+
+
+def test_json_without_use_is_refused_first(tmp_path: Path, exported: Path, capsys) -> None:
+    assert main(["convert", "verify", str(exported), str(exported), "--json", str(tmp_path / "x.json")]) == 2
+    assert "needs --against transformers" in capsys.readouterr().err
+    assert verify(exported, "--json", tmp_path / "none" / "x.json") == 2
+    assert "is no directory" in capsys.readouterr().err
