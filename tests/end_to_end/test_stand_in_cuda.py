@@ -211,9 +211,12 @@ def test_a_run_trains_as_on_the_cpu(
     assert {row["modality"] for row in rows["cpu"]} == {"text", "multimodal"}
     peaks = [row["mfu"] for row in rows["stand-in"]]
     assert all(peaks), "the stand-in's name is in the table of devices"
+    # Losses of all steps. In bf16 the norms of the first text and the first multimodal step only: rounding moves the
+    # weights apart, and a later norm depends on the CPU. On one, bf16 and fp32 differ by 8% at the fifth step.
+    steps = {"loss": 5, "grad_norm": 2 if precision == "bf16" else 5}
     errors = {
-        name: max(abs(a[name] / b[name] - 1) for a, b in zip(rows["stand-in"], rows["cpu"], strict=True))
-        for name in ("loss", "grad_norm")
+        name: max(abs(a[name] / b[name] - 1) for a, b in list(zip(rows["stand-in"], rows["cpu"], strict=True))[:count])
+        for name, count in steps.items()
     }
     report_table(f"five steps in {precision} on the stand-in, against the CPU: {errors}, limit {limit:.0e}")
     assert errors["loss"] <= limit and errors["grad_norm"] <= 10 * limit
