@@ -46,7 +46,7 @@ check: $(STAMP)  ## ruff, mypy and the contract tests
 	$(BIN)/mypy
 	$(PYTEST) tests/contract
 
-test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): at most 12 minutes on 2 cores
+test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): 12 to 25 minutes on 2 cores
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" --ignore=tests/contract $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## the slow tests too
