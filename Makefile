@@ -37,7 +37,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: at most 10 minutes on 2 cores
 	$(BIN)/python launch/demo.py
 
-quick: $(STAMP)  ## unit tests that start no process: under 2 minutes on 2 cores
+quick: $(STAMP)  ## unit tests that start no process: about 2 minutes on 2 cores
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not processes" tests/unit $(PYTEST_ARGS)
 
 check: $(STAMP)  ## ruff, mypy and the contract tests
