@@ -1,6 +1,6 @@
 """The former name of `view.py`, kept so that old command lines say where it went.
 
-A folder, because a file `inspect.py` would shadow the standard library's module for every program beside it.
+This is a folder because a file `inspect.py` would shadow the standard library's module in the other programs.
 """
 
 from __future__ import annotations

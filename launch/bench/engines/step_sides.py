@@ -52,7 +52,7 @@ class Side(Protocol):
 
 
 class GivenSteps:
-    """A source that gives the same micro-batches for every step."""
+    """A source that repeats the same micro-batches."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches

@@ -224,7 +224,7 @@ def _rewritten(png: bytes) -> bytes:
 
 
 def _grey() -> bytes:
-    """The picture shown for every image that is not embedded in the page."""
+    """A placeholder picture. It replaces images that are not embedded in the page."""
     buffer = io.BytesIO()
     Image.new("RGB", (320, 200), (190, 190, 190)).save(buffer, "PNG")
     return buffer.getvalue()
