@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.pipeline.balance import balance_lines, check_balance
 from data_tools.pipeline.engine import run_tasks
 from data_tools.pipeline.extras import require
 from data_tools.pipeline.finish import check_rejected, dry_run_report, finish
@@ -23,7 +24,7 @@ from data_tools.pipeline.histograms import histogram_lines
 from data_tools.pipeline.image_map import open_image_map
 from data_tools.pipeline.job import Job, Task, open_input, plan_tasks, sampled, tokenizer_at
 from data_tools.pipeline.output import Output
-from data_tools.readers.formats import FORMATS
+from data_tools.readers.formats import COLUMN_NAMES, FORMATS
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.presets import IMAGE_PRESETS
@@ -45,7 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", nargs="+", required=True, metavar="SRC", help="JSONL, JSON, tar or Parquet files")
     add("--output", required=True, metavar="DIR", help="folder of the dataset")
     add("--tokenizer", required=True, metavar="PATH", help="folder with tokenizer.json, or a SentencePiece .model")
-    add("--format", choices=("auto", *FORMATS), default="auto", help="format of every input")
+    add(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="format of all records; otherwise each is read in the one that it has",
+    )
+    add(
+        "--columns",
+        nargs="+",
+        default=[],
+        type=_column,
+        metavar="NAME=COLUMN",
+        help="keys or columns that are called otherwise, such as image=photo text=alt; NAME is one of "
+        + ", ".join(COLUMN_NAMES),
+    )
     add(
         "--image-root",
         metavar="DIR",
@@ -190,6 +205,7 @@ def _run(options: argparse.Namespace) -> int:
         summaries = run_tasks(job, mine, count=len(tasks), workers=workers)
         report = dry_run_report(job, mine, summaries, records=records)
         _print_report(report)
+        check_balance(report["balance"])
         check_rejected(report, max_bad_frac=options.max_bad_frac, where="dry run")
         return 0
     output = Output(job.output)
@@ -227,7 +243,10 @@ def _left(job: Job, tasks: Sequence[Task]) -> list[Task]:
 
 def _job(options: argparse.Namespace) -> Job:
     tokenizer = tokenizer_at(options.tokenizer)
-    inputs = [open_input(path, format=options.format, template=options.template) for path in options.input]
+    columns = dict(options.columns)
+    inputs = [
+        open_input(path, format=options.format, template=options.template, columns=columns) for path in options.input
+    ]
     if options.image_map is None and any(item.format == "obelics" for item in inputs):
         raise UsageError(
             "--image-map: format obelics names images by address; fetch them and give a file with lines of address, "
@@ -247,7 +266,8 @@ def _job(options: argparse.Namespace) -> Job:
         max_images=options.max_images_per_sequence,
         image_map_sha256=None if options.image_map is None else open_image_map(options.image_map).sha256,
         fail_on_error=options.on_error == "fail",
-        **{name: value for name, value in vars(options).items() if name in own},
+        columns=tuple(sorted(columns.items())),
+        **{name: value for name, value in vars(options).items() if name in own and name != "columns"},
     )
 
 
@@ -270,11 +290,20 @@ def _print_report(report: dict[str, Any]) -> None:
             f"{estimate['tokens']:,} tokens, {estimate['images']:,} images, about {estimate['sequences']:,} sequences "
             f"{100 * estimate['fill']:.2f}% full"
         )
-    if report["images_without_file"]:
-        print(f"left out: {report['images_without_file']} images of interleaved documents that have no file")
+    for line in balance_lines(report["balance"]):
+        print(line)
+    if report["images_without_tag"]:
+        print(f"{report['images_without_tag']} images without a tag stand first in their records")
     if report["rejected"]:
         reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
         print(f"rejected: {reasons} (rejects.jsonl names each)")
+
+
+def _column(text: str) -> tuple[str, str]:
+    name, equals, column = text.partition("=")
+    if name not in COLUMN_NAMES or not column:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=COLUMN, with NAME one of {', '.join(COLUMN_NAMES)}")
+    return name, column
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_tools.readers.json_file import divide_json, json_records
+from data_tools.readers.references import is_inline, references
 from megavl.config.errors import DataError, StorageError, UsageError
 
 _SPLIT_BYTES = 64 << 20
@@ -84,25 +85,24 @@ def moved(record: TaggedRecord, *, root: Path) -> dict[str, Any]:
     Raises:
         UsageError: an image is outside `root`, where no preprocessing run would read it.
     """
-    content = dict(record.content)
-    for key in ("image", "images"):
-        if key in content:
-            content[key] = _moved(content[key], record, root=root)
-    turns = content.get("conversations")
-    if isinstance(turns, list):
-        content["conversations"] = [
-            {**turn, "images": _moved(turn["images"], record, root=root)}
-            if isinstance(turn, dict) and "images" in turn
-            else turn
-            for turn in turns
-        ]
-    return content
+    paths = {reference.keys for reference in references(record.content) if reference.kind == "image"}
+    moved_content: dict[str, Any] = _moved(record.content, record, root=root, paths=paths, keys=())
+    return moved_content
 
 
-def _moved(value: Any, record: TaggedRecord, *, root: Path) -> Any:
+def _moved(value: Any, record: TaggedRecord, *, root: Path, paths: set[tuple[str | int, ...]], keys: Any) -> Any:
+    """`value`, which `keys` lead to, with other paths where `paths` lead to."""
+    if isinstance(value, dict) and keys not in paths:
+        return {k: _moved(item, record, root=root, paths=paths, keys=(*keys, k)) for k, item in value.items()}
+    if isinstance(value, dict):
+        return {**value, "path": _moved_path(value.get("path"), record, root=root)}
     if isinstance(value, list):
-        return [_moved(item, record, root=root) for item in value]
-    if not isinstance(value, str) or "://" in value or value.startswith("data:") or os.path.isabs(value):
+        return [_moved(item, record, root=root, paths=paths, keys=(*keys, n)) for n, item in enumerate(value)]
+    return _moved_path(value, record, root=root) if keys in paths else value
+
+
+def _moved_path(value: Any, record: TaggedRecord, *, root: Path) -> Any:
+    if not isinstance(value, str) or "://" in value or is_inline(value) or os.path.isabs(value):
         return value
     target = os.path.relpath(os.path.join(os.path.abspath(record.path.parent), value), os.path.abspath(root))
     if target.split(os.sep)[0] == os.pardir:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.pipeline.balance import balance_report, check_balance
 from data_tools.pipeline.histograms import histograms
 from data_tools.pipeline.job import Job, Task, tokenizer_at
 from data_tools.pipeline.output import Output, TaskSummary
@@ -45,6 +46,7 @@ def finish(job: Job, tasks: Sequence[Task], *, max_bad_frac: float) -> dict[str,
         packs.write(file)
         report = build_report(job, tasks, summaries, packs=packs, examples=examples)
         write_file(directory / "report.json", to_json(report))
+        check_balance(report["balance"])
         check_rejected(report, max_bad_frac=max_bad_frac, where=f"{directory / 'rejects.jsonl'}")
         entry = file.commit()
     shards = tuple(shard for summary in summaries for shard in summary.shards)
@@ -58,7 +60,7 @@ def finish(job: Job, tasks: Sequence[Task], *, max_bad_frac: float) -> dict[str,
         multimodal_packs=packs.tallies["multimodal"].count,
         tokenizer=tokenizer_at(job.tokenizer).entry,
         geometry=geometry_entry(job.geometry),
-        templates=tuple(sorted({item.template for item in job.inputs})),
+        templates=tuple(sorted({name for summary in summaries for name in summary.templates})),
         fingerprint="",
     )
     manifest = replace(content, fingerprint=fingerprint(content))
@@ -114,8 +116,11 @@ def build_report(
     images_in_all, totals = int(images_of @ samples), packs.tallies["text"].totals + packs.tallies["multimodal"].totals
     rejected: Counter[str] = Counter()
     counts = [Counter[str]() for _ in job.inputs]
+    # What the samples hold is counted from them, not from what the readers said.
+    balance = Counter({"images/stored": images_in_all})
     for task, summary in zip(tasks, summaries):
         rejected.update(summary.rejected)
+        balance.update(summary.balance)
         images = sum(summary.images) if job.dry_run else sum(shard.images for shard in summary.shards)
         counts[task.input].update(
             records=summary.records, images=images, images_without_file=summary.images_without_file
@@ -135,6 +140,8 @@ def build_report(
         "documents_cut": sum(summary.cut for summary in summaries),
         "conversations_cut": sum(summary.shortened for summary in summaries),
         "images_without_file": sum(summary.images_without_file for summary in summaries),
+        "images_without_tag": sum(summary.untagged for summary in summaries),
+        "balance": balance_report(balance),
         "samples": packs.samples,
         "tokens": int(lengths @ samples),
         "images": images_in_all,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from data_tools.readers.files import choose_format, container_of, divide_file
 from data_tools.readers.formats import FORMATS, Container
 from data_tools.readers.parquet_table import column_names
+from data_tools.readers.record import IMAGE_KEYS
 from data_tools.readers.splits import Split
 from megavl.config.errors import UsageError
 from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
@@ -43,7 +44,11 @@ class Input:
     format: str
     content: Literal["text", "paths", "images"]
     """What most of its bytes hold."""
+    only: str | None
+    """The format that every record must have, if one was asked for."""
     template: Template
+    template_given: bool
+    """Otherwise each record has the template of its own kind."""
     size: int
     ends_sha256: str
     """Hash of its first and last 64 KiB."""
@@ -60,6 +65,8 @@ class Job:
     packed: bool
     max_images: int
     image_preset: str
+    columns: tuple[tuple[str, str], ...]
+    """Names that the formats use, and those that the records have instead."""
     max_side: int
     image_root: str | None
     image_map: str | None
@@ -116,13 +123,14 @@ class Task:
         return self.split.records if self.sample is None else self.sample
 
 
-def open_input(path: str, *, format: str, template: Template | None) -> Input:
+def open_input(path: str, *, format: str, template: Template | None, columns: Mapping[str, str]) -> Input:
     """Identify an input file and its format.
 
     Args:
         path: JSONL, JSON array, tar archive or Parquet file.
         format: row of FORMATS, or `auto`.
         template: None means the default of the format.
+        columns: other names of keys, by the name that the formats use.
 
     Raises:
         UsageError: the file is unreadable, empty or of no known format, or its format cannot take the template.
@@ -139,7 +147,9 @@ def open_input(path: str, *, format: str, template: Template | None) -> Input:
     except OSError as error:
         raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a readable file") from error
     container = container_of(path, start=start)
-    format = choose_format(path, container=container, asked=format)
+    only = None if format == "auto" and container != "tar" else format
+    format = choose_format(path, container=container, asked=format, columns=columns)
+    only = None if only is None else format
     usual = FORMATS[format].template
     if template == "deepseek" and usual != "deepseek":
         raise UsageError(f"--template deepseek: {path} has format {format}, which has no turns; use plain or none")
@@ -148,7 +158,9 @@ def open_input(path: str, *, format: str, template: Template | None) -> Input:
         container=container,
         format=format,
         content=_content(path, container=container, format=format, start=start),
+        only=only,
         template=template or usual,
+        template_given=template is not None,
         size=size,
         ends_sha256=digest.hexdigest(),
     )
@@ -198,7 +210,7 @@ def _content(path: str, *, container: Container, format: str, start: bytes) -> L
     if format == "obelics":
         return "paths"
     if container == "parquet":
-        return "images" if {"image", "images"} & set(column_names(path)) else "text"
+        return "images" if set(IMAGE_KEYS) & set(column_names(path)) else "text"
     if container == "tar" or b"data:image/" in start:
         return "images"
     return "text" if format == "text" else "paths"

@@ -36,6 +36,12 @@ class TaskSummary:
     """Number of conversations that were truncated after an earlier answer."""
     images_without_file: int
     """Number of images of interleaved documents that had no file."""
+    untagged: int
+    """Number of images that came first because no tag said where they stand."""
+    balance: dict[str, int]
+    """What became of all images, videos, audio clips and turns; the images that are stored are counted from shards."""
+    templates: tuple[str, ...]
+    """Templates of its samples."""
     rejected: dict[str, int]
     shards: tuple[ShardEntry, ...]
     lengths: tuple[int, ...] = ()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from data_tools.pipeline.balance import Balance
 from data_tools.pipeline.image_map import open_image_map
 from data_tools.pipeline.image_source import ImageSource, LoadedImage
 from data_tools.pipeline.job import Input, Job, Task, tokenizer_at
@@ -15,13 +17,13 @@ from data_tools.pipeline.output import Output, TaskSummary
 from data_tools.pipeline.sequence_limits import SequenceLimits
 from data_tools.pipeline.shard_writer import ShardWriter
 from data_tools.readers.files import entries
-from data_tools.readers.formats import FORMATS
+from data_tools.readers.formats import count_media, read_record
 from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordError, parse_json
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry
 from megavl.data.table import ReadHandles
-from megavl.data.template import Encoded, Piece, Turn, conversation_pieces, document_pieces, encode_batch
+from megavl.data.template import Encoded, Piece, Template, Turn, conversation_pieces, encode_batch, framed_document
 
 _BATCH = 256
 """Records tokenized together, at most."""
@@ -34,6 +36,9 @@ class _Parsed:
     position: int
     record: Record
     pieces: list[Piece]
+    template: Template
+    found: Mapping[str, int]
+    """What the record holds, by kind."""
 
 
 def process_task(job: Job, task: Task, *, count: int, advance: Callable[[int], None]) -> TaskSummary:
@@ -63,7 +68,10 @@ class _Worker:
         self._job, self._task = job, task
         self._input: Input = job.inputs[task.input]
         self._tokenizer = tokenizer_at(job.tokenizer)
-        self._counts = Counter(records=0, cut=0, shortened=0, images_without_file=0)
+        self._counts = Counter(records=0, cut=0, shortened=0, images_without_file=0, untagged=0)
+        self._balance = Balance()
+        self._templates: set[Template] = set()
+        self._columns = dict(job.columns)
         self._rejects: list[dict[str, str]] = []
         # Of each sample, in dry runs only.
         self._tokens_of: list[int] = []
@@ -94,15 +102,13 @@ class _Worker:
             if isinstance(entry.content, bytes) and not entry.content.strip():
                 continue
             self._counts["records"] += 1
-            try:
-                parsed.append(self._parse(entry))
-            except RecordError as error:
-                self._reject(entry.position, error.reason, str(error))
+            if item := self._parsed(entry):
+                parsed.append(item)
         for item, encoded in self._encode(parsed):
             try:
                 self._write(item, encoded)
             except (ImageError, RecordError) as error:
-                self._reject(item.position, error.reason, str(error))
+                self._reject(item.position, error.reason, str(error), found=item.found)
 
     def finish(self) -> TaskSummary:
         shards = []
@@ -119,6 +125,8 @@ class _Worker:
             shards=tuple(shards),
             lengths=tuple(self._tokens_of),
             images=tuple(self._images_of),
+            balance=dict(sorted(self._balance.counts.items())),
+            templates=tuple(sorted(self._templates)),
             **self._counts,
         )
         if not self._job.dry_run:
@@ -131,25 +139,43 @@ class _Worker:
         for writer in self._writers.values():
             writer.discard()
 
-    def _parse(self, entry: Entry) -> _Parsed:
-        content = entry.content
-        if isinstance(content, RecordError):
-            raise content
-        record = FORMATS[self._input.format].read(parse_json(content) if isinstance(content, bytes) else content)
-        record = self._with_files(record)
-        if len(record.pictures) > self._job.max_images and not (record.divisible or self._may_truncate(record)):
-            raise self._too_many_images(record)
+    def _parsed(self, entry: Entry) -> _Parsed | None:
+        """The record of an entry; None where it is rejected."""
+        raw: Any = None
+        record: Record | None = None
         try:
-            pieces = self._pieces(record)
+            if isinstance(entry.content, RecordError):
+                raise entry.content
+            raw = parse_json(entry.content) if isinstance(entry.content, bytes) else entry.content
+            record = read_record(raw, format=self._input.only, columns=self._columns)
+            return self._prepared(record, position=entry.position)
+        except RecordError as error:
+            if record is not None:
+                found = _held(record)
+            elif raw is not None:
+                found = count_media(raw, columns=self._columns)
+            else:
+                found = {"images": error.images}
+            self._reject(entry.position, error.reason, str(error), found=found)
+            return None
+
+    def _prepared(self, record: Record, *, position: int) -> _Parsed:
+        """A record that was read, as pieces for the tokenizer."""
+        found, template = _held(record), self._template(record)
+        kept = self._with_files(record)
+        if len(kept.pictures) > self._job.max_images and not (kept.divisible or self._may_truncate(kept)):
+            raise self._too_many_images(kept)
+        try:
+            pieces = self._pieces(kept, template=template)
             "".join(piece.text for piece in pieces).encode("utf-8")
         except UnicodeEncodeError as error:
             raise RecordError("holds half of a surrogate pair, which is no text", "encoding") from error
         except DataError as error:
             raise RecordError(str(error), "turns") from error
-        return _Parsed(position=entry.position, record=record, pieces=pieces)
+        return _Parsed(position=position, record=kept, pieces=pieces, template=template, found=found)
 
     def _with_files(self, record: Record) -> Record:
-        """The record without its optional images that have no file; counts them."""
+        """The record without its optional images that have no file."""
         if not any(isinstance(part, Picture) and part.optional for part in record.parts):
             return record
         parts = tuple(
@@ -157,22 +183,26 @@ class _Worker:
             for part in record.parts
             if not (isinstance(part, Picture) and part.optional) or self._source.has_file(part)
         )
-        self._counts["images_without_file"] += len(record.parts) - len(parts)
         return replace(record, parts=parts)
 
-    def _pieces(self, record: Record) -> list[Piece]:
-        template = self._input.template
+    def _template(self, record: Record) -> Template:
+        """The template that was asked for, or the usual one of conversations and of documents."""
+        if record.turns:
+            return self._input.template if self._input.template_given else "deepseek"
+        # A tar archive or table may hold documents beside conversations.
+        given = self._input.template_given and self._input.template != "deepseek"
+        return self._input.template if given else "plain"
+
+    def _pieces(self, record: Record, *, template: Template) -> list[Piece]:
         if record.turns:
             if template == "deepseek":
                 _refuse_empty_answers(record.turns)
             return conversation_pieces(record.turns, template=template, system=self._job.system_prompt)
-        # A tar archive or table may hold documents beside conversations.
-        frame = document_pieces("", template="plain" if template == "deepseek" else template, tagged=False)
         body = [
             Piece(kind="image") if isinstance(part, Picture) else Piece(kind="text", text=part, supervised=True)
             for part in record.parts
         ]
-        return [piece for slot in frame for piece in (body if slot.kind == "text" else [slot])]
+        return framed_document(body, template=template)
 
     def _encode(self, parsed: Sequence[_Parsed]) -> Iterator[tuple[_Parsed, Encoded]]:
         image_tokens = self._job.geometry.tokens
@@ -186,16 +216,17 @@ class _Worker:
                     alone = encode_batch([item.pieces], tokenizer=self._tokenizer, image_tokens=image_tokens)
                     yield item, alone[0]
                 except DataError as error:
-                    self._reject(item.position, "image_token", str(error))
+                    self._reject(item.position, "image_token", str(error), found=item.found)
 
     def _write(self, item: _Parsed, encoded: Encoded) -> None:
-        encoded = self._truncated(item.record, encoded)
+        whole, encoded = encoded, self._truncated(item.record, encoded)
         highest = int(encoded.ids.max(initial=0))
         if highest >= self._tokenizer.vocab_size:
             raise RecordError(
                 f"the tokenizer gave id {highest}, outside its vocabulary of {self._tokenizer.vocab_size}", "token_id"
             )
         images = self._images(item.record.pictures[: encoded.images])
+        self._account(item, encoded, truncated=encoded is not whole)
         parts = list(self._limits.divide(encoded))
         self._counts["cut"] += len(parts) > 1
         used = 0
@@ -215,7 +246,6 @@ class _Worker:
         if self._may_truncate(record):
             shorter = self._limits.truncate(encoded)
             if shorter is not None:
-                self._counts["shortened"] += 1
                 return shorter
         if encoded.images > self._job.max_images:
             raise self._too_many_images(record)
@@ -225,8 +255,28 @@ class _Worker:
             "too_long",
         )
 
+    def _account(self, item: _Parsed, encoded: Encoded, *, truncated: bool) -> None:
+        """Say what becomes of everything that a record holds, once nothing can reject it any more."""
+        record = item.record
+        self._balance.found(item.found)
+        self._templates.add(item.template)
+        self._counts["untagged"] += record.untagged
+        without_file = item.found["images"] - len(record.pictures)
+        self._counts["images_without_file"] += without_file
+        self._balance.left_out({"images": without_file}, reason="without_file")
+        for reason, count in record.left_out.items():
+            self._balance.left_out({"turns": count}, reason=reason)
+        turns = len(record.turns)
+        if truncated:
+            self._counts["shortened"] += 1
+            # Every answer that is kept ends with EOS, which no text yields.
+            turns = int(record.turns[0].role == "system") + 2 * int((encoded.ids == self._tokenizer.eos_id).sum())
+            left = {"images": len(record.pictures) - encoded.images, "turns": len(record.turns) - turns}
+            self._balance.left_out(left, reason="over_long")
+        self._balance.stored({"turns": turns})
+
     def _may_truncate(self, record: Record) -> bool:
-        return self._job.over_long == "cut" and bool(record.turns) and self._input.template == "deepseek"
+        return self._job.over_long == "cut" and bool(record.turns) and self._template(record) == "deepseek"
 
     def _too_many_images(self, record: Record) -> RecordError:
         return RecordError(
@@ -249,11 +299,18 @@ class _Worker:
             self._writers[modality] = ShardWriter(self._job, self._task, count=self._count, modality=modality)
         return self._writers[modality]
 
-    def _reject(self, position: int, reason: str, detail: str) -> None:
+    def _reject(self, position: int, reason: str, detail: str, *, found: Mapping[str, int]) -> None:
         where = f"{self._input.path}:{position}"
         if self._job.fail_on_error:
             raise DataError(f"{where}: {reason}: {detail}; correct the record, or reject it with --on-error skip")
         self._rejects.append({"reason": reason, "record": where, "detail": detail[:500]})
+        self._balance.found(found)
+        self._balance.rejected(found, reason=reason)
+
+
+def _held(record: Record) -> dict[str, int]:
+    """What a record holds, by kind."""
+    return {"images": len(record.pictures), "turns": record.messages}
 
 
 def _refuse_empty_answers(turns: Sequence[Turn]) -> None:

@@ -1,139 +1,419 @@
-"""Formats of conversations: turns of user and assistant with images in their text."""
+"""Conversations of every convention: turns of user and assistant with images in them.
+
+LLaVA, ShareGPT, DeepSeek-VL, OpenAI, ms-swift, Qwen and The Cauldron spell one thing in different ways. One reader
+takes them all, so that no convention has a gap that another one does not have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_tools.readers.record import (
+    SHORT_TAG,
     Picture,
     Record,
     RecordError,
-    check_tags,
     mapping,
     picture,
-    pictures,
+    record_images,
     string,
-    unify_tags,
 )
 from megavl.data.template import IMAGE_TAG, Turn
 
 Role = Literal["system", "user", "assistant"]
-_LLAVA_ROLES: Mapping[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
-_DEEPSEEK_ROLES: Mapping[str, Role] = {"User": "user", "Assistant": "assistant"}
-_MESSAGES_ROLES: Mapping[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+LISTS = ("conversations", "messages", "conversation")
+"""Keys of a list of turns."""
+QUESTIONS = (
+    *(("question", "answer"), ("question", "answers"), ("query", "response"), ("instruction", "output")),
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "response"), ("prompt", "answer")),
+    ("prefix", "suffix"),
+)
+"""Keys of a single question and its answer."""
+_SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
+_ROLES: Mapping[str, Role] = {
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("human", "user", "prompter", "question", "<|user|>"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "bard", "model", "answer", "<|assistant|>"), "assistant"),
+}
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+_MASKS = ("loss", "train", "weight", "learn", "trainable")
+"""Keys of a turn that say whether its text is learned: ms-swift, Axolotl, OpenAI."""
+_WEIGHTS = (*_MASKS, "loss_weight", "sample_weight", "label")
+"""Keys whose neutral value is 1 or true; those of the others are empty."""
+_REFUSED_IN_TURN = (
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "loss_mask",
+)
+_REFUSED = (
+    *("tools", "functions", "tool_calls", "function_call", "rejected_response", "rejected_messages", "rejected"),
+    *("chosen", "loss_mask", "image_order", *_WEIGHTS),
+)
+"""Keys of a record that change what is learned."""
+_REFUSED_BESIDE_QUESTION = ("choices", "options", "hint", "context")
+# Unlike HTML's, this tag has an end: the only place where Qwen-VL's first format names an image.
+_FOREIGN_TAG = re.compile(
+    r"<img>[^<\n]*</img>"
+    r"|<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|audio_pad|image|video|audio|image_\d+|video_\d+|audio_\d+"
+    r"|AUDIO|audio_bos|audio_eos)\|>"
+    r"|<(?:bbox|ref-object|cls-object|ImageHere|vision|speech|image[ _-]?\d+|video[ _-]?\d+|audio[ _-]?\d+)>"
+)
+_DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.-]+)*;base64,[A-Za-z0-9+/]{64}")
+_TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
+# A tag that no sentence would hold: alone on a line, or joined to the start or the end of the text.
+_LONE_TAG = re.compile(
+    r"(?m:^[ \t]*(?:{tag}[ \t]*)+$)|\A\s*{tag}(?=\S)|(?<=\S){tag}\s*\Z".format(
+        tag=r"(?:<image>|<image_placeholder>|<video>|<audio>)"
+    )
+)
 
 
-def read_llava(raw: Any) -> Record:
-    """{`image` or `images`, `conversations`: [{`from`, `value`}]}; without images it is a text conversation."""
-    record = mapping(raw)
-    images = record_images(record)
-    turns = []
-    for number, message in enumerate(_messages(record.get("conversations"), key="conversations")):
-        role = _role(message.get("from"), known=_LLAVA_ROLES, key=f"conversations[{number}].from")
-        text = string(message.get("value"), key=f"conversations[{number}].value")
-        turns.append(Turn(role=role, text=unify_tags(text)))
-    check_tags([turn.text for turn in turns], images=len(images))
-    return Record(turns=tuple(turns), images=images)
+@dataclass(frozen=True)
+class _Tag:
+    """Where an image may stand."""
+
+    spelled: str = ""
+    """The text that it is otherwise; empty where it can only be an image."""
+    index: int | None = None
+    """Number of its image, where the record says so."""
 
 
-def read_deepseek(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
-    """Turns {`role`, `content`, `images`}, bare or under `conversations`; images belong to the turn with their tags.
+@dataclass(kw_only=True)
+class _Message:
+    where: str
+    role: Role
+    parts: list[str | Picture | _Tag]
+    learned: bool = True
+    images: tuple[Picture, ...] = ()
+    """Those that the message itself names beside its text."""
 
-    In a turn that names no images, the next ones of `outer`, which come with the record, take the tags.
+    @property
+    def tags(self) -> list[_Tag]:
+        return [part for part in self.parts if isinstance(part, _Tag)]
+
+
+@dataclass(kw_only=True)
+class _Conversation:
+    messages: list[_Message]
+    untagged: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def turn_list(raw: Any) -> tuple[str, list[Any]] | None:
+    """Key and turns of a record that is a conversation, or None."""
+    if isinstance(raw, list):
+        return ("conversations", raw) if raw else None
+    if not isinstance(raw, Mapping):
+        return None
+    for key in LISTS:
+        turns = _as_list(raw.get(key))
+        if turns is not None:
+            return key, turns
+    prompt, completion = _as_list(raw.get("prompt")), _as_list(raw.get("completion"))
+    if prompt and completion:
+        return "prompt", [*prompt, *completion]
+    texts = raw.get("texts")
+    if isinstance(texts, list) and texts and all(isinstance(t, Mapping) and "user" in t for t in texts):
+        return "texts", _rounds_of(texts)
+    return None
+
+
+def question_keys(raw: Any) -> tuple[str, str] | None:
+    """The keys of question and answer of a record that is a single round, or None."""
+    if not isinstance(raw, Mapping):
+        return None
+    return next((pair for pair in QUESTIONS if all(raw.get(key) is not None for key in pair)), None)
+
+
+def read_conversation(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+    """A list of turns, bare or under one of LISTS, with images in the record, in a turn, or in a part of a turn.
+
+    Tags of the user and system take the images in order. A single image without any tag comes first; a tag in a record
+    without images is ordinary text, and so is every tag in an answer.
+
+    Args:
+        raw: a parsed record.
+        outer: images that come with the record, as the members of a tar archive do.
     """
-    turns: list[Turn] = []
-    images: list[Picture] = []
-    left = list(outer)
-    messages = _messages(raw if isinstance(raw, list) else mapping(raw).get("conversations"), key="conversations")
-    for number, message in enumerate(messages):
-        role = _role(message.get("role"), known=_DEEPSEEK_ROLES, key=f"conversations[{number}].role")
-        text = unify_tags(string(message.get("content"), key=f"conversations[{number}].content"))
-        found = pictures(message.get("images") or [], key=f"conversations[{number}].images")
-        if outer and not found:
-            tags = text.count(IMAGE_TAG)
-            found, left = tuple(left[:tags]), left[tags:]
-        check_tags([text], images=len(found), where=f"conversations[{number}]: ")
-        images += found
-        turns.append(Turn(role=role, text=text))
-    if left:
-        check_tags([turn.text for turn in turns], images=len(images) + len(left))
-    return Record(turns=tuple(turns), images=tuple(images))
+    found = turn_list(raw)
+    if found is None or not found[1]:
+        raise RecordError("conversations must be a list of turns")
+    key, turns = found
+    messages = [_message(turn, where=f"{key}[{number}]") for number, turn in enumerate(turns)]
+    if isinstance(raw, Mapping):
+        _refuse_fields(raw, names=_REFUSED)
+    # Its own definition: all images come before the first question.
+    return _finish(raw, messages, outer=outer, untagged_many=key == "texts")
 
 
-def read_messages(raw: Any) -> Record:
-    """{`messages`: [{`role`, `content`}], `images`}: content is a string with tags, or a list of parts.
-
-    Parts are {`type`: `text`, `text`} and {`type`: `image` or `image_url`}, joined without a separator. A tag takes the
-    next one of `images`, and so does an image part that names no image. None may be left over.
-    """
-    record = mapping(raw)
-    waiting = iter(record_images(record))
-    turns: list[Turn] = []
-    images: list[Picture] = []
-    for number, message in enumerate(_messages(record.get("messages"), key="messages")):
-        where = f"messages[{number}]"
-        role = _role(message.get("role"), known=_MESSAGES_ROLES, key=f"{where}.role")
-        text = ""
-        for part in _parts(message.get("content"), key=f"{where}.content"):
-            if isinstance(part, Picture):
-                images.append(part)
-                text += IMAGE_TAG
-                continue
-            text += part
-            for _ in range(part.count(IMAGE_TAG)):
-                images.append(_next(waiting, where=where))
-        turns.append(Turn(role=role, text=text))
-    if extra := len(list(waiting)):
-        raise RecordError(f"{extra} of images have no tag", "tag_count")
-    return Record(turns=tuple(turns), images=tuple(images))
+def read_question(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+    """A question and its answer under one of QUESTIONS, with an earlier `history` of pairs, and images."""
+    record, pair = mapping(raw), question_keys(raw)
+    if pair is None:
+        known = ", ".join(" and ".join(pair) for pair in QUESTIONS[:4])
+        raise RecordError(f"neither a conversation nor a question with its answer ({known}, ...)")
+    _refuse_fields(record, names=(*_REFUSED, *_REFUSED_BESIDE_QUESTION))
+    question, answer = string(record[pair[0]], key=pair[0]), _one_answer(record[pair[1]], key=pair[1])
+    if pair == ("instruction", "output") and record.get("input"):
+        question = f"{question}\n{string(record['input'], key='input')}"
+    messages: list[_Message] = []
+    for number, earlier in enumerate(record.get("history") or []):
+        where = f"history[{number}]"
+        if not isinstance(earlier, list) or len(earlier) != 2:
+            raise RecordError(f"{where} must be a pair of question and answer")
+        for role, text in zip(("user", "assistant"), earlier):
+            messages.append(_message({"role": role, "content": text}, where=where))
+    messages.append(_message({"role": "user", "content": question}, where=pair[0]))
+    messages.append(_message({"role": "assistant", "content": answer}, where=pair[1]))
+    return _finish(record, messages, outer=outer)
 
 
-def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
-    """Images under `image` (one, or a list) or `images`; none when both are absent."""
-    single = record.get("image")
-    if single is not None:
-        return pictures(single, key="image") if isinstance(single, list) else (picture(single, key="image"),)
-    return pictures(record["images"], key="images") if record.get("images") is not None else ()
+def _finish(raw: Any, messages: list[_Message], *, outer: tuple[Picture, ...], untagged_many: bool = False) -> Record:
+    talk = _Conversation(messages=messages)
+    if isinstance(raw, Mapping):
+        outer = outer or record_images(raw)
+        _add_system(raw, talk)
+    for message in messages:
+        if message.images:
+            _place(talk, [message], message.images, where=f"{message.where}: ")
+    rest = [message for message in messages if not message.images]
+    _place(talk, rest, outer, untagged_many=untagged_many)
+    count = len(talk.messages)
+    _mend_order(talk)
+    images = tuple(part for message in talk.messages for part in message.parts if isinstance(part, Picture))
+    return Record(
+        turns=tuple(_turn(message) for message in talk.messages),
+        images=images,
+        messages=count,
+        untagged=talk.untagged,
+        left_out=talk.left_out,
+    )
 
 
-def _parts(content: object, *, key: str) -> Iterator[str | Picture]:
-    """Text with unified tags, and images; a part that names no image is a tag."""
+def _message(raw: Any, *, where: str) -> _Message:
+    turn = mapping(raw)
+    named = next((key for key in _ROLE_KEYS if turn.get(key) is not None), _ROLE_KEYS[0])
+    value = turn.get(named)
+    role = _ROLES.get(value.strip().lower()) if isinstance(value, str) else None
+    if role is None:
+        raise RecordError(f"{where}.{named} must be user, assistant or system, or human or gpt; found {value!r}")
+    _refuse_fields(turn, names=_REFUSED_IN_TURN, where=f"{where}.")
+    key = next((key for key in _TEXT_KEYS if turn.get(key) is not None), _TEXT_KEYS[0])
+    parts = list(_parts(turn.get(key), role=role, key=f"{where}.{key}"))
+    return _Message(
+        where=where, role=role, parts=parts, learned=_learned(turn, role, where=where), images=record_images(turn)
+    )
+
+
+def _parts(content: object, *, role: Role, key: str) -> Iterator[str | Picture | _Tag]:
+    """Text and images of a turn; tags are found in what users and the system say."""
     if not isinstance(content, list):
-        yield unify_tags(string(content, key=key))
+        yield from _tagged(string(content, key=key), role=role, key=key)
         return
     for number, part in enumerate(content):
-        where, part = f"{key}[{number}]", mapping(part)
+        where = f"{key}[{number}]"
+        if isinstance(part, str):
+            raise RecordError(f"{where} must be an object with a type, found a string")
+        part = mapping(part)
         kind = part.get("type")
-        if kind == "text":
-            yield unify_tags(string(part.get("text"), key=f"{where}.text"))
-        elif kind == "image":
-            named = [part[name] for name in ("image", "path", "url") if part.get(name) is not None]
-            if len(named) > 1:
-                raise RecordError(f"{where} names {len(named)} images; keep one of image, path, url")
-            yield picture(named[0], key=where) if named else IMAGE_TAG
-        elif kind == "image_url":
-            address = part.get("image_url")
-            address = address.get("url") if isinstance(address, Mapping) else address
-            yield Picture(name=string(address, key=f"{where}.image_url.url"))
+        if kind in ("text", "input_text", "output_text"):
+            yield from _tagged(string(part.get("text"), key=f"{where}.text"), role=role, key=f"{where}.text")
+        elif kind in ("image", "image_url", "input_image"):
+            yield _image_part(part, where=where, address=kind != "image")
+        elif isinstance(kind, str) and any(word in kind for word in ("video", "audio", "file")):
+            raise RecordError(f"{where}.type is {kind}; only text and images can be trained", "unsupported_media")
         else:
             raise RecordError(f"{where}.type must be text, image or image_url, found {kind!r}")
 
 
-def _next(waiting: Iterator[Picture], *, where: str) -> Picture:
-    found = next(waiting, None)
-    if found is None:
-        raise RecordError(f"{where}: more image tags than images", "tag_count")
-    return found
+def _image_part(part: Mapping[str, Any], *, where: str, address: bool) -> Picture | _Tag:
+    named = [name for name in ("image", "path", "url", "image_url", "source", "data") if part.get(name) is not None]
+    if len(named) > 1:
+        raise RecordError(f"{where} names {len(named)} images; keep one of image, path, url")
+    if not named:
+        if address:
+            raise RecordError(f"{where}.image_url must be a string, found NoneType")
+        index = part.get("index")
+        return _Tag(index=index if type(index) is int else None)
+    value = part[named[0]]
+    if isinstance(value, Mapping) and "url" in value:
+        value = string(value["url"], key=f"{where}.{named[0]}.url")
+    elif isinstance(value, Mapping) and value.get("type") == "base64":
+        return Picture(name=string(value.get("data"), key=f"{where}.{named[0]}.data"))
+    return picture(value, key=f"{where}.{named[0]}")
 
 
-def _messages(value: object, *, key: str) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise RecordError(f"{key} must be a list of turns")
-    return [mapping(message) for message in value]
+def _tagged(text: str, *, role: Role, key: str) -> Iterator[str | _Tag]:
+    if match := _FOREIGN_TAG.search(text):
+        raise RecordError(
+            f"{key} has the tag {match[0][:60]!r} of another framework, which stands for a medium or a region; "
+            f"spell images as {SHORT_TAG} and name them under images",
+            "unsupported_media",
+        )
+    if "data:image/" in text and _DATA_URL.search(text):
+        raise RecordError(f"{key} holds a data URL inside its text; name the image under images", "unused_image")
+    if role == "assistant":
+        yield text
+        return
+    position = 0
+    for match in _TAG.finditer(text):
+        if match.start() > position:
+            yield text[position : match.start()]
+        yield _Tag(spelled=match[0])
+        position = match.end()
+    if position < len(text) or not text:
+        yield text[position:]
 
 
-def _role(value: object, *, known: Mapping[str, Role], key: str) -> Role:
-    if not isinstance(value, str) or value not in known:
-        raise RecordError(f"{key} must be one of {', '.join(known)}, found {value!r}")
-    return known[value]
+def _place(
+    talk: _Conversation,
+    messages: Sequence[_Message],
+    images: Sequence[Picture],
+    *,
+    where: str = "",
+    untagged_many: bool = False,
+) -> None:
+    """Put images at the tags of messages, or turn the tags back into text."""
+    tags = [tag for message in messages for tag in message.tags]
+    taken = any(isinstance(part, Picture) for message in messages for part in message.parts)
+    if not images and all(tag.spelled for tag in tags):
+        for message in messages:
+            _tags_to_text(message, where=where)
+        return
+    if not tags and images and not taken and (len(images) == 1 or untagged_many):
+        first = next((message for message in messages if message.role == "user"), None)
+        if first is not None:
+            first.parts[:0] = images
+            talk.untagged += len(images)
+            return
+    if len(tags) != len(images):
+        raise RecordError(f"{where}{len(tags)} image tags for {len(images)} images", "tag_count")
+    order = [number if tag.index is None else tag.index for number, tag in enumerate(tags)]
+    if sorted(order) != list(range(len(images))):
+        raise RecordError(f"{where}the image parts have the indices {order}, for {len(images)} images", "tag_count")
+    waiting = iter(order)
+    for message in messages:
+        message.parts = [images[next(waiting)] if isinstance(part, _Tag) else part for part in message.parts]
+
+
+def _tags_to_text(message: _Message, *, where: str) -> None:
+    """Turn the tags of a message without images back into text, unless they clearly stand for a missing image."""
+    message.parts = [part.spelled if isinstance(part, _Tag) else part for part in message.parts]
+    text = "".join(part for part in message.parts if isinstance(part, str))
+    if message.role == "assistant" or not (match := _LONE_TAG.search(text)):
+        return
+    tag = match[0].strip()
+    if tag in ("<video>", "<audio>"):
+        raise RecordError(f"{message.where} has the tag {tag}", "unsupported_media")
+    raise RecordError(f"{where}{len(_TAG.findall(text))} image tags for 0 images", "tag_count")
+
+
+def _add_system(record: Mapping[str, Any], talk: _Conversation) -> None:
+    """Put a system prompt that stands beside the turns before them."""
+    texts = {string(record[key], key=key) for key in _SYSTEMS if record.get(key)}
+    if not texts:
+        return
+    first = talk.messages[0]
+    if first.role == "system":
+        texts.add("".join(part for part in first.parts if isinstance(part, str)))
+    if len(texts) > 1:
+        raise RecordError("two different system prompts; keep one of them")
+    if first.role != "system":
+        talk.messages.insert(0, _Message(where="system", role="system", parts=list(texts)))
+
+
+def _mend_order(talk: _Conversation) -> None:
+    """Leave out an answer before the first question, and a last question without answer, as LLaVA's loader does."""
+    start = int(talk.messages[0].role == "system")
+    if len(talk.messages) > start + 1 and talk.messages[start].role == "assistant":
+        _leave_out(talk, start, why="leading_answer")
+    if len(talk.messages) > start + 1 and talk.messages[-1].role == "user":
+        _leave_out(talk, len(talk.messages) - 1, why="unanswered")
+
+
+def _leave_out(talk: _Conversation, index: int, *, why: str) -> None:
+    message = talk.messages.pop(index)
+    if any(isinstance(part, Picture) for part in message.parts):
+        what = "an answer before any question" if why == "leading_answer" else "a question without an answer"
+        raise RecordError(f"{message.where} is {what} and would be left out, but holds an image", "turns")
+    talk.left_out[why] = talk.left_out.get(why, 0) + 1
+
+
+def _turn(message: _Message) -> Turn:
+    """Join the parts; where the text spells the tag itself, say which tags are images."""
+    text, tags, seen = "", [], 0
+    for part in message.parts:
+        if isinstance(part, Picture):
+            tags.append(seen)
+            text, seen = text + IMAGE_TAG, seen + 1
+        else:
+            assert isinstance(part, str)
+            text, seen = text + part, seen + part.count(IMAGE_TAG)
+    return Turn(role=message.role, text=text, tags=None if len(tags) == seen else tuple(tags), learned=message.learned)
+
+
+def _learned(turn: Mapping[str, Any], role: Role, *, where: str) -> bool:
+    """Whether an answer is supervised, by the key with which its origin says so."""
+    for key in _MASKS:
+        value = turn.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1) or isinstance(value, str):
+            raise RecordError(f"{where}.{key} is {value!r}; only 0 and 1 are supported", "unsupported_field")
+        if value and role != "assistant" and key != "weight":
+            raise RecordError(f"{where}.{key} asks to learn what the {role} says", "unsupported_field")
+        if not value:
+            return False
+    return True
+
+
+def _refuse_fields(record: Mapping[str, Any], *, names: Sequence[str], where: str = "") -> None:
+    """Raise RecordError `unsupported_field` at a key that changes what is learned, unless it has no effect."""
+    for name in names:
+        value = record.get(name)
+        if value is not None and not (value == 1 if name in _WEIGHTS else not value):
+            raise RecordError(
+                f"{where}{name} changes what is learned and is not supported; remove it or the record",
+                "unsupported_field",
+            )
+
+
+def _one_answer(value: Any, *, key: str) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, str) and item == value[0] for item in value):
+        return str(value[0])
+    if isinstance(value, list):
+        raise RecordError(f"{key} holds {len(value)} answers; name the one to learn with --columns answer=...")
+    return string(value, key=key)
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    """Turns from a list, from a struct of lists as tables hold them, or from JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        lengths = {len(column) for column in value.values()}
+        if len(lengths) > 1:
+            raise RecordError(f"the lists under {', '.join(value)} have different lengths")
+        value = [dict(zip(value, row)) for row in zip(*value.values())]
+    return value if isinstance(value, list) and value else None
+
+
+def _rounds_of(texts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Turns of The Cauldron: [{`user`, `assistant`}]."""
+    roles = ("user", "assistant")
+    return [
+        {**{key: value for key, value in text.items() if key not in roles}, "role": role, "content": text.get(role)}
+        for text in texts
+        for role in roles
+    ]

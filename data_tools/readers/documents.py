@@ -2,52 +2,69 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from data_tools.readers.record import (
-    Picture,
-    Record,
-    RecordError,
-    check_tags,
-    mapping,
-    picture,
-    string,
-    unify_tags,
-)
+from data_tools.readers.record import SHORT_TAG, Picture, Record, RecordError, mapping, picture, record_images, string
 from megavl.data.template import IMAGE_TAG
 
+_TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
+_FIRST_TAG = re.compile(rf"\s*(?:{_TAG.pattern})[ \t]*\n?")
+_LAST_TAG = re.compile(rf"\n[ \t]*(?:{_TAG.pattern})\s*")
 
-def read_text(raw: Any) -> Record:
+
+def read_text(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
     """{`text`}: a document; tags that it spells are ordinary text."""
-    text = string(mapping(raw).get("text"), key="text")
+    record = mapping(raw)
+    text = string(record.get("text"), key="text")
     if not text.strip():
         raise RecordError("text is empty", "empty_text")
     return Record(parts=(text,), divisible=True)
 
 
-def read_caption(raw: Any) -> Record:
-    """{`image`, `text`}: the image comes before the text, or where the text has a tag."""
+def read_caption(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+    """An image with its `text` or `caption`; the image comes before the text.
+
+    Args:
+        raw: a parsed record.
+        outer: images that come with the record, as the members of a tar archive do.
+    """
     record = mapping(raw)
-    return caption(string(record.get("text"), key="text"), images=(picture(record.get("image"), key="image"),))
+    key, text = _caption_of(record)
+    images = outer or record_images(record)
+    if not images:
+        raise RecordError(f"no image beside the {key}; every value of its image is null or empty", "image_missing")
+    return caption(text, images=images)
 
 
 def caption(text: str, *, images: tuple[Picture, ...]) -> Record:
-    """Text with images at its tags; a single image without a tag comes before the text."""
-    text = unify_tags(text)
-    if not text.replace(IMAGE_TAG, "").strip():
+    """Text with images.
+
+    A single image comes before the text, or at a tag that begins or ends it on its own; any other tag is what the text
+    says. Of several images each takes one tag.
+    """
+    if not _TAG.sub("", text).strip():
         raise RecordError("text is empty", "empty_text")
-    if IMAGE_TAG not in text and len(images) == 1:
+    if len(images) == 1:
+        if (match := _FIRST_TAG.match(text)) and not _TAG.search(text, match.end()):
+            return Record(parts=(images[0], text[match.end() :]))
+        last = list(_LAST_TAG.finditer(text))
+        if len(_TAG.findall(text)) == 1 and last and last[0].end() == len(text):
+            return Record(parts=(text[: last[0].start()], images[0]))
         return Record(parts=(images[0], text))
-    check_tags([text], images=len(images))
-    parts: list[str | Picture] = []
-    for number, words in enumerate(text.split(IMAGE_TAG)):
-        parts += [images[number - 1], words] if number else [words]
+    words = _TAG.split(text)
+    if len(words) - 1 != len(images):
+        raise RecordError(f"{len(words) - 1} image tags for {len(images)} images", "tag_count")
+    parts: list[str | Picture] = [words[0]]
+    for image, following in zip(images, words[1:]):
+        parts += [image, following]
     return Record(parts=tuple(part for part in parts if part))
 
 
-def read_obelics(raw: Any) -> Record:
-    """{`images`, `texts`}: lists of equal length; at each index one of them is null. A blank line separates texts."""
+def read_obelics(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+    """{`images`, `texts`}: lists of equal length, at each index at most one not null; a blank line separates texts."""
     record = mapping(raw)
     images, texts = record.get("images"), record.get("texts")
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
@@ -55,17 +72,17 @@ def read_obelics(raw: Any) -> Record:
     parts: list[str | Picture] = []
     started = False
     for number, (image, text) in enumerate(zip(images, texts)):
-        if (image is None) == (text is None):
-            raise RecordError(f"index {number}: exactly one of images and texts must be null")
+        if image is not None and text is not None:
+            raise RecordError(f"index {number}: one of images and texts must be null")
         if image is not None:
             parts.append(replace(picture(image, key=f"images[{number}]"), optional=True))
-        elif string(text, key=f"texts[{number}]").strip():
+        elif text is not None and string(text, key=f"texts[{number}]").strip():
             parts.append(f"\n\n{text}" if started else text)
             started = True
     return _interleaved(parts)
 
 
-def read_mmc4(raw: Any) -> Record:
+def read_mmc4(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
     """{`text_list`, `image_info`}: sentences joined by spaces; each image comes before its matched sentence."""
     record = mapping(raw)
     sentences, infos = record.get("text_list"), record.get("image_info")
@@ -74,14 +91,13 @@ def read_mmc4(raw: Any) -> Record:
     before: dict[int, list[Picture]] = {}
     for number, info in enumerate(infos):
         index, name = mapping(info).get("matched_text_index"), info.get("image_name")
+        if isinstance(index, float) and index.is_integer():
+            index = int(index)
         if type(index) is not int or not 0 <= index < len(sentences):
             raise RecordError(f"image_info[{number}].matched_text_index must be a number of text_list, found {index!r}")
-        if name is None:
-            # This data set has a null name where an image could not be fetched.
-            found = Picture(name="", optional=True)
-        else:
-            found = Picture(name=string(name, key=f"image_info[{number}].image_name"), optional=True)
-        before.setdefault(index, []).append(found)
+        # This data set has a null name where an image could not be fetched.
+        name = "" if name is None else string(name, key=f"image_info[{number}].image_name")
+        before.setdefault(index, []).append(Picture(name=name, optional=True))
     parts: list[str | Picture] = []
     started = False
     for number, sentence in enumerate(sentences):
@@ -91,6 +107,19 @@ def read_mmc4(raw: Any) -> Record:
             parts.append(f" {text}" if started else text)
             started = True
     return _interleaved(parts)
+
+
+def _caption_of(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Key and text of a caption."""
+    names = [name for name in ("text", "caption") if record.get(name) is not None]
+    if len(names) == 2 and record["text"] != record["caption"]:
+        raise RecordError("text and caption in one record; name the one to learn with --columns text=...")
+    if not names:
+        null = [name for name in ("text", "caption") if name in record]
+        if null:
+            raise RecordError(f"{null[0]} is null", "empty_text")
+        raise RecordError("neither text nor caption")
+    return names[0], string(record[names[0]], key=names[0])
 
 
 def _interleaved(parts: list[str | Picture]) -> Record:

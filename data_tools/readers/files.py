@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from data_tools.readers.formats import FORMATS, Container, recognise
+from data_tools.readers.formats import FORMATS, Container, recognise, renamed
 from data_tools.readers.json_file import divide_json, json_entries
-from data_tools.readers.parquet_table import MAGIC, column_names, divide_parquet, parquet_entries, parquet_format
+from data_tools.readers.parquet_table import MAGIC, column_names, divide_parquet, parquet_entries
 from data_tools.readers.record import Entry, RecordError, parse_json
 from data_tools.readers.splits import Split
 from data_tools.readers.tar_archive import divide_tar, is_tar, tar_entries
@@ -39,14 +39,14 @@ def container_of(path: str, *, start: bytes) -> Container:
     return "tar" if is_tar(start) else "json"
 
 
-def choose_format(path: str, *, container: Container, asked: str) -> str:
+def choose_format(path: str, *, container: Container, asked: str, columns: Mapping[str, str]) -> str:
     """The format of a file; `asked` is a row of FORMATS, or `auto`.
 
     Raises:
         UsageError: the format is not recognised, or this kind of file cannot hold the wanted one.
     """
     if asked == "auto":
-        return _recognise(path, container=container)
+        return _recognise(path, container=container, columns=columns)
     if container not in FORMATS[asked].containers:
         fitting = ", ".join(name for name, row in FORMATS.items() if container in row.containers)
         raise UsageError(f"--format {asked}: {path} is {_KINDS[container]}, which holds {fitting}; name one of these")
@@ -65,31 +65,31 @@ def entries(split: Split) -> Iterator[Entry]:
     return readers[split.position_kind](split)
 
 
-def _recognise(path: str, *, container: Container) -> str:
+def _recognise(path: str, *, container: Container, columns: Mapping[str, str]) -> str:
+    """The format of the first record that has one; each record is later read in its own."""
     if container == "tar":
         return "webdataset"
-    if container == "parquet":
-        found = parquet_format(path)
-        seen = f"columns {', '.join(column_names(path)[:20])}"
-    else:
-        found, seen = _recognise_json(path)
+    found, seen = _first_format(path, container=container, columns=columns)
     if found is None:
         raise UsageError(
-            f"--input {path}: format not recognised (it has {seen}); "
-            f"known formats are {', '.join(FORMATS)}, named by --format"
+            f"--input {path}: format not recognised (it has {seen}); known formats are {', '.join(FORMATS)}, named by "
+            "--format; keys and columns that are called otherwise are named by --columns"
         )
-    return found
+    return "parquet" if container == "parquet" and found != "obelics" else found
 
 
-def _recognise_json(path: str) -> tuple[str | None, str]:
-    seen = ""
-    for split in divide_json(path, size=1 << 30, limit=_SAMPLED):
-        for entry in islice(json_entries(split), _SAMPLED):
+def _first_format(path: str, *, container: Container, columns: Mapping[str, str]) -> tuple[str | None, str]:
+    seen = f"columns {', '.join(column_names(path)[:20])}" if container == "parquet" else ""
+    for split in divide_file(path, container=container, size=1 << 30, limit=_SAMPLED):
+        for entry in islice(entries(split), _SAMPLED):
+            if isinstance(entry.content, RecordError):
+                continue
             try:
-                content = parse_json(entry.content) if isinstance(entry.content, bytes) else None
+                content = parse_json(entry.content) if isinstance(entry.content, bytes) else entry.content
+                name = recognise(renamed(content, columns))
             except RecordError:
                 continue
-            if name := recognise(content):
+            if name:
                 return name, ""
             seen = seen or (f"keys {', '.join(list(content)[:8])}" if isinstance(content, dict) else "no objects")
     return None, seen or "no valid JSON"

@@ -13,19 +13,8 @@ from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
 MAGIC = b"PAR1"
-COLUMNS = ("image", "images", "text", "caption", "conversations", "messages", "texts")
-"""Columns that are read; the others cost nothing."""
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 256
-
-
-def parquet_format(path: str | Path) -> str | None:
-    """The format of a table by its columns: `obelics`, `parquet` or None."""
-    schema = open_parquet(path).schema_arrow
-    kinds = {name: str(schema.field(number).type) for number, name in enumerate(schema.names)}
-    if all(kinds.get(name, "").startswith(("list<", "large_list<")) for name in ("images", "texts")):
-        return "obelics"
-    return "parquet" if {"text", "caption", "conversations", "messages"} & set(kinds) else None
 
 
 def column_names(path: str | Path) -> list[str]:
@@ -77,22 +66,19 @@ def open_parquet(path: str | Path) -> Any:
 
 def _rows(split: Split) -> Iterator[Entry]:
     table = open_parquet(split.path)
-    schema, metadata = table.schema_arrow, table.metadata
-    columns = [name for name in COLUMNS if name in schema.names]
+    metadata = table.metadata
     first = 1
     for number in range(metadata.num_row_groups):
         if first >= split.first_position:
-            yield from _group_rows(table, number, columns=columns, first=first)
+            yield from _group_rows(table, number, first=first)
         first += metadata.row_group(number).num_rows
 
 
-def _group_rows(table: Any, number: int, *, columns: list[str], first: int) -> Iterator[Entry]:
+def _group_rows(table: Any, number: int, *, first: int) -> Iterator[Entry]:
     rows = table.metadata.row_group(number)
     position, end = first, first + rows.num_rows
     try:
-        batches = table.iter_batches(
-            batch_size=_batch_rows(rows, columns=columns), row_groups=[number], columns=columns, use_threads=False
-        )
+        batches = table.iter_batches(batch_size=_batch_rows(rows), row_groups=[number], use_threads=False)
         for batch in batches:
             size = batch.nbytes // max(1, batch.num_rows)
             for row in _values(batch):
@@ -123,9 +109,8 @@ def _values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
             yield row
 
 
-def _batch_rows(rows: Any, *, columns: list[str]) -> int:
-    chunks = [rows.column(number) for number in range(rows.num_columns)]
-    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+def _batch_rows(rows: Any) -> int:
+    size = sum(rows.column(number).total_uncompressed_size for number in range(rows.num_columns))
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(1, rows.num_rows) // max(1, size)))
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megavl.config.errors import DataError
-from megavl.data.template import IMAGE_TAG, Turn
+from megavl.data.template import Turn
 
 SHORT_TAG = "<image>"
 """Other spelling of IMAGE_TAG in input files."""
+IMAGE_KEYS = (
+    *("image", "images", "image_path", "image_paths", "image_url", "image_urls", "image_file", "img"),
+    *("file_name", "file_names", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+)
+"""Keys under which a record names its images: one, or a list."""
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")
+"""File names of images that can be read end so."""
 MAX_RECORD = 64 << 20
 """Longest record in bytes, without images inside a tar or Parquet file; a longer one is rejected unread."""
 
@@ -22,9 +29,11 @@ MAX_IMAGE = 256 << 20
 class RecordError(DataError):
     """A record that is rejected; `reason` is the word under which the report counts it."""
 
-    def __init__(self, message: str, reason: str = "record") -> None:
+    def __init__(self, message: str, reason: str = "record", *, images: int = 0) -> None:
         super().__init__(message)
         self.reason = reason
+        self.images = images
+        """Images of a record that is rejected before it is parsed."""
 
 
 class Entry(NamedTuple):
@@ -70,6 +79,12 @@ class Record:
     """A document: text, in which no tag is looked for, and images."""
     divisible: bool = False
     """Whether a document that is too long for one sequence becomes several samples."""
+    messages: int = 0
+    """Turns that the input has, with those that were left out."""
+    untagged: int = 0
+    """Images that were put first because no tag says where they stand."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Turns that were left out, by the reason."""
 
     @property
     def pictures(self) -> list[Picture]:
@@ -103,18 +118,6 @@ def decode(raw: bytes, *, name: str = "") -> str:
         raise RecordError(f"{name}not UTF-8 ({error.reason} at byte {error.start})", "encoding") from error
 
 
-def unify_tags(text: str) -> str:
-    """Spell every image tag as IMAGE_TAG."""
-    return text.replace(SHORT_TAG, IMAGE_TAG)
-
-
-def check_tags(texts: Sequence[str], *, images: int, where: str = "") -> None:
-    """Raise RecordError `tag_count` unless there are as many tags as images."""
-    tags = sum(text.count(IMAGE_TAG) for text in texts)
-    if tags != images:
-        raise RecordError(f"{where}{tags} image tags for {images} images", "tag_count")
-
-
 def mapping(value: object) -> Mapping[str, Any]:
     """A value that must be a JSON object."""
     if not isinstance(value, Mapping):
@@ -130,7 +133,7 @@ def string(value: object, *, key: str) -> str:
 
 
 def picture(value: object, *, key: str) -> Picture:
-    """An image: a path or data URL, or in a Parquet file its bytes, alone or with a path as {`bytes`, `path`}."""
+    """An image: a path, address or data URL, or its bytes, alone or with a path as {`bytes`, `path`}."""
     if isinstance(value, Picture):
         return value
     if isinstance(value, str):
@@ -138,7 +141,7 @@ def picture(value: object, *, key: str) -> Picture:
     if isinstance(value, bytes):
         return Picture(name=key, data=value)
     if isinstance(value, Mapping):
-        data, path = value.get("bytes"), value.get("path")
+        data, path = value.get("bytes"), value.get("path") or value.get("url")
         if isinstance(data, bytes):
             return Picture(name=path if isinstance(path, str) else key, data=data)
         if data is None and isinstance(path, str):
@@ -146,8 +149,26 @@ def picture(value: object, *, key: str) -> Picture:
     raise RecordError(f"{key} must be a string or {{bytes, path}}, found {type(value).__name__}")
 
 
-def pictures(value: object, *, key: str) -> tuple[Picture, ...]:
-    """A list of images."""
-    if not isinstance(value, list):
-        raise RecordError(f"{key} must be a list of images, found {type(value).__name__}")
-    return tuple(picture(item, key=f"{key}[{number}]") for number, item in enumerate(value))
+def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
+    """The images under the first of IMAGE_KEYS that has any; files inside the record come before names of files.
+
+    Text-only records spell their missing image as null, as an empty string or as a list of these.
+    """
+    found: list[tuple[Picture, ...]] = []
+    for key in IMAGE_KEYS:
+        value = record.get(key)
+        items = value if isinstance(value, list | tuple) else [value]
+        items = [item for item in items if not _is_empty(item)]
+        if items and not (key.startswith("file_name") and not _names_image(items)):
+            found.append(tuple(picture(item, key=key) for item in items))
+    return next((images for images in found if images[0].data is not None), found[0] if found else ())
+
+
+def _is_empty(item: object) -> bool:
+    if isinstance(item, Mapping):
+        return not any(item.values())
+    return item is None or (isinstance(item, str) and not item.strip())
+
+
+def _names_image(items: Sequence[object]) -> bool:
+    return all(isinstance(item, str) and item.lower().rpartition(".")[2] in IMAGE_SUFFIXES for item in items)

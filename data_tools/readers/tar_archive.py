@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.readers.record import MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
+from data_tools.readers.record import IMAGE_SUFFIXES, MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
+from data_tools.readers.references import KIND_OF_SUFFIX
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_KNOWN = {*KIND_OF_SUFFIX, "txt", "json"}
+"""Ends of the names of members that are used, or refused; others are no part of a record."""
 _BLOCK = 512
 _ZEROS = 1 << 20
 _MAX_EXTENDED = 1 << 20
@@ -113,10 +115,10 @@ def tar_entries(split: Split) -> Iterator[Entry]:
                     f"key {_shown(key.key)}: its members are not adjacent; write the archive with tar --sort=name",
                     "tar_unsorted",
                 )
-            if problem is not None:
-                yield Entry(key.number, problem, 0)
-                continue
-            yield _read(handle, key, path=split.path)
+            entry = Entry(key.number, problem, 0) if problem is not None else _read(handle, key, path=split.path)
+            if isinstance(entry.content, RecordError):
+                entry.content.images = sum(_last(suffix) in IMAGE_SUFFIXES for suffix in key.files)
+            yield entry
     finally:
         os.close(handle)
 
@@ -180,7 +182,7 @@ def _keys(found: Iterator[Member]) -> Iterator[_Key]:
         if problem is None and suffix in current.files:
             problem = RecordError(f"{_shown(member.name)}: occurs twice", "tar_unsorted")
         current.problem = current.problem or problem
-        if suffix in (*IMAGE_SUFFIXES, "txt", "json"):
+        if _last(suffix) in _KNOWN:
             current.files[suffix] = member
     if current is not None:
         yield current
@@ -198,15 +200,17 @@ def _refusal(name: bytes, *, flag: bytes) -> RecordError | None:
 
 
 def _read(handle: int, key: _Key, *, path: str) -> Entry:
+    """The images of a key, in the order of their numbers, and its text or record."""
     shown = _shown(key.key)
     images: list[Picture] = []
     texts: dict[str, bytes | None] = {"txt": None, "json": None}
     size = 0
-    for suffix, member in key.files.items():
-        image = suffix in IMAGE_SUFFIXES
-        if suffix == "json" and "txt" in key.files:
-            # img2dataset writes metadata of the download beside every caption.
-            continue
+    for suffix in sorted(key.files, key=_natural if _numbered(key.files) else lambda _: 0):
+        member, last = key.files[suffix], _last(suffix)
+        if last in _KNOWN and last not in (*IMAGE_SUFFIXES, *texts):
+            problem = RecordError(f"{_shown(member.name)}: only images and text can be trained", "unsupported_media")
+            return Entry(key.number, problem, 0)
+        image = last in IMAGE_SUFFIXES
         if member.size > (MAX_IMAGE if image else MAX_RECORD):
             reason = "image_too_large" if image else "record_too_long"
             return Entry(key.number, RecordError(f"{_shown(member.name)}: {member.size} bytes", reason), 0)
@@ -214,13 +218,20 @@ def _read(handle: int, key: _Key, *, path: str) -> Entry:
             # Read later, one at a time, so that it is still in the processor's cache when it is decoded.
             images.append(Picture(name=_shown(member.name), data=Span(path, member.start, member.size)))
             continue
+        if texts[last] is not None:
+            problem = RecordError(
+                f"key {shown}: several members end in .{last} ({', '.join(key.files)}); a key ends at the first dot of "
+                "a file name, so rename files whose names have further dots",
+                "tar_names",
+            )
+            return Entry(key.number, problem, 0)
         data = os.pread(handle, member.size, member.start)
         while len(data) < member.size and (more := os.pread(handle, member.size - len(data), member.start + len(data))):
             data += more
         if len(data) < member.size:
             raise DataError(f"{path}: has shrunk while it was read; leave the inputs alone and start again")
         size += len(data)
-        texts[suffix] = data
+        texts[last] = data
     return Entry(key.number, {"key": shown, "images": tuple(images), **texts}, size)
 
 
@@ -238,6 +249,20 @@ def _split(name: bytes) -> tuple[bytes, str]:
     if not stem or not dot:
         return b"", ""
     return folder + slash + stem, suffix.decode("utf-8", "backslashreplace").lower()
+
+
+def _last(suffix: str) -> str:
+    return suffix.rpartition(".")[2]
+
+
+def _numbered(suffixes: Iterable[str]) -> bool:
+    """Whether the images of a key differ by a number alone, as in `img0.jpg` and `img10.jpg`."""
+    images = [suffix for suffix in suffixes if _last(suffix) in IMAGE_SUFFIXES]
+    return len(images) > 1 and len({re.sub(r"\d+", "", suffix) for suffix in images}) == 1
+
+
+def _natural(suffix: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", suffix)]
 
 
 def _shown(name: bytes) -> str:

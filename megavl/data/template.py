@@ -31,6 +31,10 @@ class Turn:
     role: Literal["system", "user", "assistant"]
     text: str
     """With one IMAGE_TAG per image."""
+    tags: tuple[int, ...] | None = None
+    """Which of its IMAGE_TAGs are images, from 0, where the text spells others; None: all."""
+    learned: bool = True
+    """Whether an answer is supervised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +68,7 @@ def document_pieces(text: str, *, template: Template, tagged: bool) -> list[Piec
     """
     if template == "deepseek":
         raise DataError("template deepseek needs turns of user and assistant, and a document has none; use plain")
-    body = _split_images(text, supervised=True) if tagged else [Piece(kind="text", text=text, supervised=True)]
-    if template == "none":
-        return body
-    return [Piece(kind="bos"), *body, Piece(kind="eos", supervised=True)]
+    return framed_document(_split_images(text, supervised=True, tags=None if tagged else ()), template=template)
 
 
 def conversation_pieces(turns: Sequence[Turn], *, template: Template, system: str = SYSTEM_PROMPT) -> list[Piece]:
@@ -87,7 +88,8 @@ def conversation_pieces(turns: Sequence[Turn], *, template: Template, system: st
         DataError: the turns do not alternate, or one of the user is empty.
     """
     if template != "deepseek":
-        return document_pieces("".join(turn.text for turn in turns), template=template, tagged=True)
+        body = [piece for turn in turns for piece in _split_images(turn.text, supervised=turn.learned, tags=turn.tags)]
+        return framed_document(body, template=template)
     return _chat_pieces(turns, system=system, last="assistant")
 
 
@@ -183,22 +185,32 @@ def _spans(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
     return tuple((int(start), int(end)) for start, end in edges.reshape(-1, 2))
 
 
-def _split_images(text: str, *, supervised: bool) -> list[Piece]:
+def framed_document(body: list[Piece], *, template: Template) -> list[Piece]:
+    """The pieces of a document between the tokens that a template, not `deepseek`, puts around them."""
+    return body if template == "none" else [Piece(kind="bos"), *body, Piece(kind="eos", supervised=True)]
+
+
+def _split_images(text: str, *, supervised: bool, tags: Sequence[int] | None = None) -> list[Piece]:
+    """Text and images; `tags` has the numbers of the IMAGE_TAGs that are images, None: all."""
     pieces: list[Piece] = []
-    for number, part in enumerate(text.split(IMAGE_TAG)):
-        if number:
-            pieces.append(Piece(kind="image"))
-        if part:
-            pieces.append(Piece(kind="text", text=part, supervised=supervised))
-    return pieces
+    start = position = 0
+    for number in range(text.count(IMAGE_TAG)):
+        position = text.index(IMAGE_TAG, position)
+        if tags is None or number in tags:
+            pieces += [Piece(kind="text", text=text[start:position], supervised=supervised), Piece(kind="image")]
+            start = position + len(IMAGE_TAG)
+        position += len(IMAGE_TAG)
+    pieces.append(Piece(kind="text", text=text[start:], supervised=supervised))
+    return [piece for piece in pieces if piece.kind == "image" or piece.text]
 
 
 def _chat_pieces(turns: Sequence[Turn], *, system: str, last: str) -> list[Piece]:
     """BOS, system text, turns; contents and the beginning of the whole text are stripped."""
     rounds = list(turns)
-    tagged = bool(rounds) and rounds[0].role == "system"
-    if tagged:
-        system = rounds.pop(0).text
+    tags: tuple[int, ...] | None = ()
+    if rounds and rounds[0].role == "system":
+        first = rounds.pop(0)
+        system, tags = first.text, first.tags
     _require_alternation(rounds, last=last)
     for number, turn in enumerate(turns, start=1):
         # The released text would run `User:` into `Assistant:`, without the blank line that the model knows.
@@ -206,16 +218,16 @@ def _chat_pieces(turns: Sequence[Turn], *, system: str, last: str) -> list[Piece
             raise DataError(f"turn {number} (user) is empty; give it text or an image")
     pieces = [Piece(kind="bos")]
     if system.strip():
-        text = f"{system.lstrip()}\n\n"
-        pieces += _split_images(text, supervised=False) if tagged else [Piece(kind="text", text=text)]
+        pieces += _split_images(f"{system.lstrip()}\n\n", supervised=False, tags=tags)
     for turn in rounds:
         content = turn.text.strip()
         if turn.role == "user":
-            pieces += _split_images(f"User: {content}\n\n", supervised=False)
+            pieces += _split_images(f"User: {content}\n\n", supervised=False, tags=turn.tags)
         else:
             pieces.append(Piece(kind="text", text="Assistant:"))
             if content:
-                pieces += [*_split_images(f" {content}", supervised=True), Piece(kind="eos", supervised=True)]
+                pieces += _split_images(f" {content}", supervised=turn.learned, tags=turn.tags)
+                pieces.append(Piece(kind="eos", supervised=turn.learned))
     return pieces
 
 

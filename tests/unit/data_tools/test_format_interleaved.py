@@ -63,7 +63,7 @@ def test_obelics_documents_give_exact_samples(root: Path, tokenizer: Path, capsy
     out = _run(root, tokenizer, records)
     printed = capsys.readouterr().out
     assert "format obelics (recognised), template plain" in printed
-    assert "left out: 3 images of interleaved documents that have no file" in printed
+    assert "images: 6 found = 3 stored + 3 left out (without_file 3)" in printed
     expect = Expected(tokenizer).document
     assert {sample.position: sample for sample in read_back(out)} == {
         1: _spelled(expect("First.", picture(0), "\n\nSecond @.", picture(1), position=1), tokenizer),
@@ -147,7 +147,8 @@ def test_bad_obelics_documents_are_rejected(root: Path, tokenizer: Path) -> None
         {**good, "images": "x"},
     ]
     mixed = _run(root, tokenizer, [good, *bad], more=("--format", "obelics"))
-    assert rejects(mixed) == [("record", f"in.jsonl:{position}") for position in range(2, 7)]
+    reasons = ["record", "record", "empty_text", "record", "record"]
+    assert rejects(mixed) == [(reason, f"in.jsonl:{position}") for position, reason in enumerate(reasons, start=2)]
     assert shard_bytes(mixed) == shard_bytes(_run(root, tokenizer, [good], name="clean"))
 
 

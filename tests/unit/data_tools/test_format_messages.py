@@ -79,8 +79,8 @@ def test_bad_messages_leave_the_others_unchanged(root: Path, tokenizer: Path) ->
     bad: list[tuple[str, Any]] = [
         ("tag_count", _talk({"type": "image"}, {"type": "text", "text": "?"})),
         ("tag_count", _talk({"type": "text", "text": "<image>?"})),
-        ("tag_count", _talk({"type": "text", "text": "?"}, images=["images/0.png"])),
-        ("record", _talk({"type": "audio", "audio": "a.wav"})),
+        ("tag_count", _talk({"type": "text", "text": "?"}, images=["images/0.png"] * 2)),
+        ("unsupported_media", _talk({"type": "audio", "audio": "a.wav"})),
         ("record", _talk({"type": "image", "image": "images/0.png", "url": "images/1.png"})),
         ("record", _talk({"type": "image_url"})),
         ("record", _talk({"type": "text", "text": 3})),

@@ -82,7 +82,7 @@ def test_tar_records_of_every_kind_are_read(
     expect = Expected(tokenizer)
     assert {sample.position: sample for sample in read_back(out)} == {
         3: expect.document(picture(1), "Thing 1.", position=3),
-        5: expect.document("Where ", picture(2, kind="JPEG"), " is.", position=5),
+        5: expect.document(picture(2, kind="JPEG"), "Where <image> is.", position=5),
         9: expect.conversation((f"{IMAGE}Which?", "red"), position=9, images=[picture(3, kind="WEBP")]),
         11: expect.conversation((f"{IMAGE}?", "No."), position=11, images=[picture(4, kind="JPEG")]),
         16: expect.document(picture(6), "Words.", position=16),
@@ -137,11 +137,11 @@ def test_bad_members_leave_the_others_unchanged(tokenizer: Path, tmp_path: Path)
         ("encoding", [member("utf-json.png", picture(2)), member("utf-json.json", b'{"text": "\xff"}')]),
         ("json", [member("json.png", picture(2)), member("json.json", b'{"text": ')]),
         ("json", [member("deep.png", picture(2)), member("deep.json", b"[" * 990)]),
-        ("record", [member("keys.png", picture(2)), _json("keys", {"caption": "made by a download"})]),
-        ("record", [member("both.png", picture(2)), _json("both", {**talk, "image": "../../secret.png"})]),
+        ("record", [member("keys.png", picture(2)), _json("keys", {"note": "made by a download"})]),
+        ("unused_image", [member("both.png", picture(2)), _json("both", {**talk, "image": "../../secret.png"})]),
         ("image_outside_root", [_json("path", {**talk, "image": "../../secret.png"})]),
         ("tag_count", [member("tags.png", picture(2)), _json("tags", {**talk, "conversations": [
-            {"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]})]),
+            {"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "red"}]})]),
         ("tag_count", [member("two.png", picture(2)), member("two.jpg", picture(2, kind="JPEG")),
                        member("two.txt", b"x")]),
         ("empty_text", [member("empty.png", picture(2)), member("empty.txt", b" \n")]),

@@ -75,7 +75,7 @@ def test_bad_conversations_are_rejected(tokenizer: Path, tmp_path: Path) -> None
         {"conversations": TALK},
         {"images": [image, image], "conversations": TALK},
         {"image": image, "conversations": TALK[:1]},
-        {"image": image, "conversations": [TALK[0], {"from": "bot", "value": "x"}]},
+        {"image": image, "conversations": [TALK[0], {"from": "narrator", "value": "x"}]},
         {"images": [image] * 3, "conversations": [{"from": "human", "value": "<image>" * 3}, TALK[1]]},
         {"image": image, "conversations": [TALK[0], {"from": "gpt", "value": "red " * 400}]},
         {"image": 5, "conversations": TALK},

@@ -1,0 +1,230 @@
+"""Images, videos and audio clips that a record refers to, found by their shape and not by the keys of a format.
+
+The formats read only some keys. What they leave must not vanish: `references` finds everything that looks like a
+medium, and `unused` says which of it a reader did not take.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from data_tools.readers.record import IMAGE_SUFFIXES, Picture
+
+Kind = Literal["image", "video", "audio"]
+
+# Images that cannot be read are images too.
+_OTHER_IMAGES = ("avif", "heic", "heif", "jp2", "jxl", "svg", "psd", "ico", "ppm", "pgm")
+VIDEO_SUFFIXES = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "wmv", "flv", "mpg", "mpeg", "3gp", "ogv")
+AUDIO_SUFFIXES = ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "aiff", "aif")
+KIND_OF_SUFFIX: Mapping[str, Kind] = {
+    **dict.fromkeys((*IMAGE_SUFFIXES, *_OTHER_IMAGES), "image"),
+    **dict.fromkeys(VIDEO_SUFFIXES, "video"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
+}
+_KIND_OF_WORD: Mapping[str, Kind] = {
+    **dict.fromkeys(("image", "img", "picture", "pic", "photo", "pixel"), "image"),
+    **dict.fromkeys(("video", "clip"), "video"),
+    **dict.fromkeys(("audio", "wave", "waveform"), "audio"),
+    **KIND_OF_SUFFIX,
+}
+# `image`, `images`, `image_2`, `image_path`, `left_image_urls`; not `image_id`, `image_size`, `num_images`.
+_MEDIA_KEY = re.compile(
+    r"(?!(?:num|n|has|is|no|with|max|min|total|count)_)(?:[a-z0-9]+_)*?(?P<word>"
+    + "|".join(sorted(_KIND_OF_WORD, key=len, reverse=True))
+    + r")s?(?:_?\d+)?(?P<as>_(?:path|file|filename|filepath|file_path|file_name|url|uri|link|byte|b64|base64|data|src"
+    r"|source|location|content|raw))?s?"
+)
+# Words under which any text is a reference; under the others only what has the shape of one.
+_SURE_WORDS = ("image", "img", "video", "audio")
+_SOURCE_KEYS = {
+    *("url", "uri", "path", "paths", "file", "file_name", "filename", "src", "source", "bytes", "data"),
+    *("base64", "b64", "image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"),
+}
+"""Keys inside an image that say where it is."""
+_TEXT_KEYS = {
+    *("text", "texts", "text_list", "caption", "captions", "value", "content", "question", "answer", "answers"),
+    *("user", "assistant", "prompt", "response", "query", "instruction", "input", "output", "completion", "history"),
+    *("system", "system_prompt", "title", "description", "alt", "alt_text", "prefix", "suffix", "choices", "options"),
+}
+"""Keys of what people write: only a data URL in it is a reference."""
+_IDENTITY_KEY = re.compile(r"(?:.*_)?(?:id|ids|key|hash|sha256|md5|license|licence|exif)|__\w+__")
+_ORIGIN_KEY = re.compile(
+    r"(?:.*_)?(?:url|urls|uri|link|href|source|sources|origin|original|background|provenance|website|page|raw_url|dataset)"
+)
+"""Keys that say where an image came from, beside the image itself."""
+_NAME_KEY = re.compile(r"(?:.*_)?(?:file_?names?|names?|paths?|files?)")
+_PART_KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(("image", "image_url", "input_image", "image_file", "image_path", "img"), "image"),
+    **dict.fromkeys(("video", "video_url", "input_video", "video_file"), "video"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio", "audio_file"), "audio"),
+}
+"""Values of `type` in a part of a message."""
+_DATA_URL = re.compile(r"\s*data:(image|video|audio)/", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
+_NAMED = re.compile(r"[^\s<>\"']{1,2048}\.([A-Za-z0-9]{2,5})(?:[?#]\S*)?")
+_BASE64_START = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk0")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{100,}={0,3}\s*")
+_MAGIC: Sequence[tuple[bytes, int, Kind]] = (
+    *((start, 0, "image") for start in (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")),
+    *((start, 8, "image") for start in (b"WEBP", b"avif", b"heic")),
+    *((start, 0, "audio") for start in (b"ID3", b"fLaC", b"OggS")),
+    *((start, 8, "audio") for start in (b"WAVE",)),
+    *((start, 4, "video") for start in (b"ftyp",)),
+    *((start, 0, "video") for start in (b"\x1aE\xdf\xa3",)),
+)
+
+
+class Reference(NamedTuple):
+    """Something in a record that looks like a medium."""
+
+    kind: Kind
+    keys: tuple[str | int, ...]
+    """Keys and indices that lead to it."""
+    value: Any
+    """A path, an address, a data URL, bytes, or {`bytes`, `path`}."""
+
+    @property
+    def where(self) -> str:
+        """`messages[0].content[1].image`"""
+        return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.keys).lstrip(".") or "record"
+
+
+def references(value: Any) -> list[Reference]:
+    """All media of a parsed record, in its order; empty strings and nulls are none."""
+    return list(_found(value, keys=(), kind=None, key=""))
+
+
+def is_inline(text: str) -> bool:
+    """Whether a string holds an image itself: a data URL, or bare base64."""
+    return bool(_DATA_URL.match(text)) or (text.startswith(_BASE64_START) and bool(_BASE64.fullmatch(text)))
+
+
+def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Reference]:
+    """The references that no picture of the parsed record stands for.
+
+    What only names a used image once more, or says where it was fetched from, counts as used.
+    """
+    names = Counter(picture.name for picture in pictures)
+    embedded = [picture for picture in pictures if picture.data is not None]
+    left = []
+    for reference in found:
+        data = _bytes_of(reference.value)
+        if data is not None and any(picture.data is data for picture in embedded):
+            continue
+        name = _name_of(reference.value)
+        if data is None and name and names[name] > 0:
+            names[name] -= 1
+            continue
+        left.append(reference)
+    return [reference for reference in left if not (pictures and _is_label(reference, pictures, embedded=embedded))]
+
+
+def _is_label(reference: Reference, pictures: Sequence[Picture], *, embedded: Sequence[Picture]) -> bool:
+    """Whether a reference beside used images is another name of one of them, or its origin."""
+    name, key = _name_of(reference.value), _last_key(reference.keys)
+    if reference.kind != "image" or not name or _DATA_URL.match(name):
+        return reference.kind != "image" and bool(_ORIGIN_KEY.fullmatch(key)) and not _MEDIA_KEY.fullmatch(key)
+    if _ORIGIN_KEY.fullmatch(key) and (_ADDRESS.match(name) or not _MEDIA_KEY.fullmatch(key)):
+        return True
+    if any(os.path.basename(picture.name) == os.path.basename(name) for picture in pictures):
+        return True
+    return bool(embedded) and len(pictures) == 1 and bool(_NAME_KEY.fullmatch(key))
+
+
+def _found(value: Any, *, keys: tuple[str | int, ...], kind: Kind | None, key: str) -> Iterator[Reference]:
+    """References below `value`; `kind` is that of the media key around it, `key` the nearest key."""
+    if isinstance(value, Picture):
+        yield Reference("image", keys, value)
+    elif isinstance(value, Mapping):
+        yield from _in_mapping(value, keys=keys, kind=kind)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _found(item, keys=(*keys, number), kind=kind, key=key)
+    elif isinstance(value, str | bytes) and value:
+        found = _kind_of_bytes(value, kind=kind) if isinstance(value, bytes) else _kind_of_text(value, kind, key=key)
+        if found:
+            yield Reference(found, keys, value)
+
+
+def _in_mapping(value: Mapping[str, Any], *, keys: tuple[str | int, ...], kind: Kind | None) -> Iterator[Reference]:
+    if value and value.keys() <= {"bytes", "path"}:
+        data, path = value.get("bytes"), value.get("path")
+        known = kind
+        if isinstance(path, str) and (match := _NAMED.fullmatch(path)):
+            known = KIND_OF_SUFFIX.get(match[1].lower(), kind)
+        if isinstance(data, bytes):
+            known = _kind_of_bytes(data, kind=known)
+        if known and (data or path):
+            yield Reference(known, keys, value)
+        return
+    if "sampling_rate" in value and value.get("array") is not None:
+        yield Reference("audio", keys, value)
+        return
+    part = _PART_KINDS.get(value["type"]) if isinstance(value.get("type"), str) else None
+    inner = part or kind
+    for name, item in value.items():
+        if not isinstance(name, str) or (part and name in ("type", "text", "detail", "index")):
+            continue
+        own = _kind_of_key(name)
+        if own is None and inner and (name in _SOURCE_KEYS or part):
+            own = inner
+        if inner and own == inner or name in _SOURCE_KEYS:
+            # Inside an image, its own keys say where it is.
+            yield from _found(item, keys=(*keys, name), kind=own, key="" if own else name)
+        else:
+            yield from _found(item, keys=(*keys, name), kind=own, key=name)
+
+
+def _kind_of_key(name: str) -> Kind | None:
+    match = _MEDIA_KEY.fullmatch(_plain(name))
+    if match is None or match["word"] not in _SURE_WORDS or match["as"] == "_source":
+        return None
+    return _KIND_OF_WORD[match["word"]]
+
+
+def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
+    if match := _DATA_URL.match(text):
+        return match[1].lower()  # type: ignore[return-value]
+    text = text.strip()
+    name = _plain(key)
+    if not text or name in _TEXT_KEYS:
+        return None
+    if kind is None and _IDENTITY_KEY.fullmatch(name):
+        return None
+    if match := _NAMED.fullmatch(text):
+        found = KIND_OF_SUFFIX.get(match[1].lower())
+        if found:
+            return found
+    return kind or ("image" if is_inline(text) else None)
+
+
+def _kind_of_bytes(data: bytes, *, kind: Kind | None) -> Kind | None:
+    return next((found for start, at, found in _MAGIC if data[at : at + len(start)] == start), kind)
+
+
+def _bytes_of(value: Any) -> Any:
+    if isinstance(value, Picture):
+        return value.data
+    if isinstance(value, Mapping):
+        return value.get("bytes")
+    return value if isinstance(value, bytes) else None
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, Picture):
+        return value.name
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    return value if isinstance(value, str) else ""
+
+
+def _last_key(keys: Sequence[str | int]) -> str:
+    return _plain(next((key for key in reversed(keys) if isinstance(key, str)), ""))
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("-", "_").replace(" ", "_")
