@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from data_tools.readers.files import choose_format, container_of, divide_file
+from data_tools.readers.files import check_columns, choose_format, container_of, divide_file
 from data_tools.readers.formats import FORMATS, Container
 from data_tools.readers.parquet_table import column_names
 from data_tools.readers.record import IMAGE_KEYS
@@ -147,6 +147,8 @@ def open_input(path: str, *, format: str, template: Template | None, columns: Ma
     except OSError as error:
         raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a readable file") from error
     container = container_of(path, start=start)
+    if columns and container != "tar":
+        check_columns(path, container=container, columns=columns)
     only = None if format == "auto" and container != "tar" else format
     format = choose_format(path, container=container, asked=format, columns=columns)
     only = None if only is None else format

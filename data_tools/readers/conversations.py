@@ -35,13 +35,15 @@ QUESTIONS = (
 """Keys of a single question and its answer."""
 _SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 _ROLES: Mapping[str, Role] = {
-    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("human", "user", "prompter", "question", "<|user|>"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "bard", "model", "answer", "<|assistant|>"), "assistant"),
 }
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
-_MASKS = ("loss", "train", "weight", "learn", "trainable")
+_MASKS = ("loss", "train", "weight", "learn", "trainable", "train_on_turn", "supervised")
 """Keys of a turn that say whether its text is learned: ms-swift, Axolotl, OpenAI."""
+_UNLEARNED = ("masked", "mask", "ignore", "ignore_loss", "skip", "no_loss")
+"""Keys of a turn that say the opposite."""
 _WEIGHTS = (*_MASKS, "loss_weight", "sample_weight", "label")
 """Keys whose neutral value is 1 or true; those of the others are empty."""
 _REFUSED_IN_TURN = (
@@ -362,13 +364,14 @@ def _turn(message: _Message) -> Turn:
 
 def _learned(turn: Mapping[str, Any], role: Role, *, where: str) -> bool:
     """Whether an answer is supervised, by the key with which its origin says so."""
-    for key in _MASKS:
+    for key in (*_MASKS, *_UNLEARNED):
         value = turn.get(key)
         if value is None:
             continue
         if value not in (0, 1) or isinstance(value, str):
             raise RecordError(f"{where}.{key} is {value!r}; only 0 and 1 are supported", "unsupported_field")
-        if value and role != "assistant" and key != "weight":
+        value = bool(value) != (key in _UNLEARNED)
+        if value and role != "assistant" and key not in ("weight", *_UNLEARNED):
             raise RecordError(f"{where}.{key} asks to learn what the {role} says", "unsupported_field")
         if not value:
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 from data_tools.readers.formats import FORMATS, Container, recognise, renamed
 from data_tools.readers.json_file import divide_json, json_entries
@@ -76,6 +77,32 @@ def _recognise(path: str, *, container: Container, columns: Mapping[str, str]) -
             "--format; keys and columns that are called otherwise are named by --columns"
         )
     return "parquet" if container == "parquet" and found != "obelics" else found
+
+
+def check_columns(path: str, *, container: Container, columns: Mapping[str, str]) -> None:
+    """Raise UsageError where none of the first records has a key or column that is named."""
+    seen: set[str] = set()
+    for content in _first_records(path, container=container):
+        for part in (content, *(turn for value in content.values() if isinstance(value, list) for turn in value)):
+            seen |= part.keys() if isinstance(part, Mapping) else set()
+    for name, column in columns.items():
+        if column not in seen:
+            raise UsageError(
+                f"--columns {name}={column}: no {column!r} in the first records of {path}; they have "
+                f"{', '.join(sorted(map(str, seen))[:20])}"
+            )
+
+
+def _first_records(path: str, *, container: Container) -> Iterator[Mapping[str, Any]]:
+    """The first records of a file that are objects."""
+    for split in divide_file(path, container=container, size=1 << 30, limit=_SAMPLED):
+        for entry in islice(entries(split), _SAMPLED):
+            try:
+                content = parse_json(entry.content) if isinstance(entry.content, bytes) else entry.content
+            except RecordError:
+                continue
+            if isinstance(content, Mapping):
+                yield content
 
 
 def _first_format(path: str, *, container: Container, columns: Mapping[str, str]) -> tuple[str | None, str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from data_tools.readers.conversations import question_keys, read_conversation, read_question, turn_list
 from data_tools.readers.documents import caption, read_caption, read_mmc4, read_obelics, read_text
 from data_tools.readers.record import Picture, Record, RecordError, decode, mapping, parse_json, record_images
-from data_tools.readers.references import Reference, references, unused
+from data_tools.readers.references import Reference, is_origin, references, unused
 from megavl.data.template import Template
 
 Container = Literal["json", "tar", "parquet"]
@@ -103,12 +103,16 @@ def read_record(raw: Any, *, format: str | None, columns: Mapping[str, str]) -> 
         other = unused(other, record_images(content) if isinstance(content, Mapping) else ())
         if other:
             raise _refusal(other[0], "unsupported_media", "only text and images are trained; remove it or the record")
-    record = (FORMATS[format].read if format else read_any)(raw)
-    left = unused([reference for reference in found if reference.kind == "image"], record.pictures)
+    images = [reference for reference in found if reference.kind == "image"]
+    try:
+        record = (FORMATS[format].read if format else read_any)(raw)
+    except RecordError as error:
+        # The image that is missing may stand under a key that no format reads.
+        others = [reference for reference in images if error.reason == "image_missing" and not is_origin(reference)]
+        raise (_unused_image(others[0]) if others else error) from None
+    left = unused(images, record.pictures)
     if left:
-        raise _refusal(
-            left[0], "unused_image", "no format reads it there; name its key with --columns image=..., or remove it"
-        )
+        raise _unused_image(left[0])
     return record
 
 
@@ -179,6 +183,11 @@ def _content(raw: Any) -> tuple[Any, tuple[Picture, ...]]:
         return parse_json(raw["json"]), raw["images"]
     except RecordError:
         return {}, raw["images"]
+
+
+def _unused_image(reference: Reference) -> RecordError:
+    remedy = "no format reads it there; name its key with --columns image=..., or remove it"
+    return _refusal(reference, "unused_image", remedy)
 
 
 def _refusal(reference: Reference, reason: str, remedy: str) -> RecordError:

@@ -103,6 +103,11 @@ def is_inline(text: str) -> bool:
     return bool(_DATA_URL.match(text)) or (text.startswith(_BASE64_START) and bool(_BASE64.fullmatch(text)))
 
 
+def is_origin(reference: Reference) -> bool:
+    """Whether the key of a reference says where an image came from, not where it is."""
+    return bool(_ORIGIN_KEY.fullmatch(_last_key(reference.keys)))
+
+
 def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Reference]:
     """The references that no picture of the parsed record stands for.
 
