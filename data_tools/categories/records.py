@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_tools.readers.json_file import divide_json, json_records
-from data_tools.readers.references import is_inline, references
+from data_tools.readers.references import is_inline, is_origin, references
 from megavl.config.errors import DataError, StorageError, UsageError
 
 _SPLIT_BYTES = 64 << 20
@@ -85,7 +85,11 @@ def moved(record: TaggedRecord, *, root: Path) -> dict[str, Any]:
     Raises:
         UsageError: an image is outside `root`, where no preprocessing run would read it.
     """
-    paths = {reference.keys for reference in references(record.content) if reference.kind == "image"}
+    paths = {
+        reference.keys
+        for reference in references(record.content)
+        if reference.kind == "image" and not is_origin(reference)
+    }
     moved_content: dict[str, Any] = _moved(record.content, record, root=root, paths=paths, keys=())
     return moved_content
 

@@ -1,5 +1,7 @@
 """Templates and label masks, word for word."""
 
+from dataclasses import replace
+
 import pytest
 
 from megavl.config.chat import SYSTEM_PROMPT
@@ -7,6 +9,7 @@ from megavl.config.errors import DataError
 from megavl.data.template import (
     IMAGE_TAG,
     Encoded,
+    Template,
     Turn,
     conversation_pieces,
     document_pieces,
@@ -99,6 +102,25 @@ def test_an_empty_answer_is_not_supervised(tokenizer: Tokenizer) -> None:
     assert text.endswith("\n\nAssistant:User: And the form?\n\nAssistant: A square.")
     assert _supervised(encoded, tokenizer) == [(" A square.", True)]
     assert encoded.ids.tolist().count(tokenizer.eos_id) == 1
+
+
+def test_an_answer_that_is_not_learned_keeps_its_tokens(tokenizer: Tokenizer) -> None:
+    turns = (*TALK[:1], replace(TALK[1], learned=False), *TALK[2:])
+    encoded = encode(conversation_pieces(turns, template="deepseek"), tokenizer=tokenizer, image_tokens=N)
+    whole = encode(conversation_pieces(TALK, template="deepseek"), tokenizer=tokenizer, image_tokens=N)
+    assert encoded.ids.tolist() == whole.ids.tolist()
+    assert _supervised(encoded, tokenizer) == [(" A square.", True)]
+
+
+@pytest.mark.parametrize("template", ["deepseek", "plain"])
+def test_only_the_numbered_tags_are_images(tokenizer: Tokenizer, template: Template) -> None:
+    text = f"Not {IMAGE_TAG}, this: {IMAGE_TAG} and {IMAGE_TAG}"
+    turns = [Turn(role="user", text=text, tags=(1,)), Turn(role="assistant", text=IMAGE_TAG, tags=())]
+    pieces = conversation_pieces(turns, template=template)
+    assert [piece.kind for piece in pieces].count("image") == 1
+    texts = "".join("@" if piece.kind == "image" else piece.text for piece in pieces)
+    assert f"Not {IMAGE_TAG}, this: @ and {IMAGE_TAG}" in texts and texts.endswith(IMAGE_TAG)
+    assert encode(pieces, tokenizer=tokenizer, image_tokens=N).ids.tolist().count(tokenizer.image_id) == N
 
 
 def test_a_tag_is_an_image_only_in_turns(tokenizer: Tokenizer) -> None:
