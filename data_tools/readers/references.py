@@ -105,7 +105,8 @@ def is_inline(text: str) -> bool:
 
 def is_origin(reference: Reference) -> bool:
     """Whether the key of a reference says where an image came from, not where it is."""
-    return bool(_ORIGIN_KEY.fullmatch(_last_key(reference.keys)))
+    named = [key for key in reference.keys if isinstance(key, str)]
+    return bool(_ORIGIN_KEY.fullmatch(_last_key(named))) and not any(_kind_of_key(key) for key in named)
 
 
 def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Reference]:
@@ -131,9 +132,11 @@ def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Refe
 def _is_label(reference: Reference, pictures: Sequence[Picture], *, embedded: Sequence[Picture]) -> bool:
     """Whether a reference beside used images is another name of one of them, or its origin."""
     name, key = _name_of(reference.value), _last_key(reference.keys)
+    if is_origin(reference):
+        return True
     if reference.kind != "image" or not name or _DATA_URL.match(name):
-        return reference.kind != "image" and bool(_ORIGIN_KEY.fullmatch(key)) and not _MEDIA_KEY.fullmatch(key)
-    if _ORIGIN_KEY.fullmatch(key) and (_ADDRESS.match(name) or not _MEDIA_KEY.fullmatch(key)):
+        return False
+    if len(reference.keys) == 1 and _ORIGIN_KEY.fullmatch(key) and _ADDRESS.match(name):
         return True
     if any(os.path.basename(picture.name) == os.path.basename(name) for picture in pictures):
         return True

@@ -164,6 +164,7 @@ def test_captions_of_every_convention(raw: Any, image: str, text: str) -> None:
         ("unused_image", {"meta": "data:image/png;base64,AAAA", "text": "red"}),
         ("unused_image", {"url": "https://x/y.jpg", "text": "red"}),
         ("unused_image", {"image": "a.jpg", "image_2": "b.jpg", "text": "red"}),
+        ("unused_image", {"image": "a.jpg", "images": [{"url": "http://x/b.jpg"}], "text": "red"}),
         ("unused_image", {"image": STRUCT, "depth": {"bytes": b"\x89PNG1", "path": None}, "text": "red"}),
         ("unused_image", {"image": "a.jpg", "images": ["b.jpg"], "conversations": [ASKS, SAYS]}),
         ("unused_image", {"conversations": [{**TEXT, "attachments": ["a.png"]}, SAYS]}),
