@@ -126,6 +126,7 @@ class ShardManifest:
     seq_length: int
     geometry: GeometryEntry
     template: str
+    """Usual template of its input; the manifest of the dataset names all that were used."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -45,6 +45,7 @@ def _record(draw: st.DrawFn) -> tuple[dict[str, Any], Counter[str]]:
     held = Counter({"images": len(names), "videos": 0, "turns": 2 * rounds})
     ask, answer = "<image>" * tags + "What?", "red <image> " * draw(st.sampled_from([1, 1, 60]))
     record: dict[str, Any]
+    asked: dict[str, Any]
     if kind == "caption":
         record, held["turns"] = {"image": names, "text": ask}, 0
     elif kind == "llava":
@@ -56,17 +57,17 @@ def _record(draw: st.DrawFn) -> tuple[dict[str, Any], Counter[str]]:
             held["turns"] += 1
         record = {"images": names, "conversations": turns}
     elif kind == "deepseek":
-        first = {"role": "User", "content": ask, "images": names}
-        turns = [{"role": role, "content": "More."} for _ in range(rounds - 1) for role in ("User", "Assistant")]
-        record = {"conversations": [first, {"role": "Assistant", "content": answer}, *turns]}
+        asked = {"role": "User", "content": ask, "images": names}
+        more = [{"role": role, "content": "More."} for _ in range(rounds - 1) for role in ("User", "Assistant")]
+        record = {"conversations": [asked, {"role": "Assistant", "content": answer}, *more]}
     elif kind == "messages":
-        turns = [{"role": role, "content": "More."} for _ in range(rounds - 1) for role in ("user", "assistant")]
-        first = {"role": "user", "content": ask}
-        record = {"images": names, "messages": [first, {"role": "assistant", "content": answer}, *turns]}
+        more = [{"role": role, "content": "More."} for _ in range(rounds - 1) for role in ("user", "assistant")]
+        asked = {"role": "user", "content": ask}
+        record = {"images": names, "messages": [asked, {"role": "assistant", "content": answer}, *more]}
     elif kind == "parts":
         parts = [{"type": "image", "image": name} for name in names]
-        first = {"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}
-        record, held["turns"] = {"messages": [first, {"role": "assistant", "content": answer}]}, 2
+        asked = {"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}
+        record, held["turns"] = {"messages": [asked, {"role": "assistant", "content": answer}]}, 2
     elif kind == "question":
         record, held["turns"] = {"images": names, "question": ask, "answer": answer}, 2
     elif kind == "cauldron":

@@ -113,13 +113,14 @@ def _run(root: Path, count: int) -> tuple[Job, list[Task]]:
     """The job of a simulated run, and its tasks."""
     tokenizer = open_tokenizer(root / "tokenizer")
     source = Input(
-        path="in.jsonl", container="json", format="text", content="text", template="plain", size=1, ends_sha256="0"
-    )
+        path="in.jsonl", container="json", format="text", only=None, content="text", template="plain",
+        template_given=False, size=1, ends_sha256="0",
+    )  # fmt: skip
     job = Job(
         inputs=(source,), tokenizer=str(tokenizer.path), tokenizer_sha256=tokenizer.sha256, seq_length=S, packed=True,
-        max_images=K, image_preset="hybrid-1024", max_side=0, image_root=None, image_map=None, image_map_sha256=None,
-        verify="header", max_aspect=1.0, system_prompt="", over_long="drop", limit=None,
-            output=str(root / "out"), fail_on_error=False,
+        max_images=K, image_preset="hybrid-1024", columns=(), max_side=0, image_root=None, image_map=None,
+        image_map_sha256=None, verify="header", max_aspect=1.0, system_prompt="", over_long="drop", limit=None,
+        output=str(root / "out"), fail_on_error=False,
         dry_run=False,
     )  # fmt: skip
     split = Split(path="in.jsonl", position_kind="line", start=0, end=1, first_position=1, records=SHARD)
@@ -161,8 +162,8 @@ def make_run(root: Path, count: int) -> None:
         shard = ShardEntry(name=name, sha256=digest, samples=size, tokens=tokens, images=int(images.sum()))
         summary = TaskSummary(
             number=number, config_sha256=job.config_sha256, records=size, cut=0, shortened=0,
-            images_without_file=0, rejected={},
-            shards=(shard,),
+            images_without_file=0, untagged=0, balance={"images/found": int(images.sum())}, templates=("plain",),
+            rejected={}, shards=(shard,),
         )  # fmt: skip
         Output(job.output).commit_task(summary, rejects=[])
 
