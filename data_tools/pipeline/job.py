@@ -68,7 +68,9 @@ class Job:
     columns: tuple[tuple[str, str], ...]
     """Names that the formats use, and those that the records have instead."""
     max_side: int
-    image_root: str | None
+    image_root: tuple[str, ...] | None
+    """Folders of images; None means the folder of each input."""
+    follow_links: bool
     image_map: str | None
     image_map_sha256: str | None
     verify: Verification
