@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from megavl.config.chat import IMAGE_TOKEN, SYSTEM_PROMPT
 from megavl.config.errors import DataError
-from megavl.data.tokenizer import Tokenizer
+from megavl.data.tokenizer import Ids, Tokenizer
 
 IMAGE_TAG = IMAGE_TOKEN
 """Stands for one image in the text of a turn or a tagged document."""
@@ -31,6 +31,14 @@ class Turn:
     role: Literal["system", "user", "assistant"]
     text: str
     """With one IMAGE_TAG per image."""
+    tagged: bool = True
+    """Whether IMAGE_TAG stands for an image; otherwise it is ordinary text."""
+
+    def pieces(self, text: str, *, supervised: bool) -> list[Piece]:
+        """Pieces of a text made of this turn's."""
+        if self.tagged:
+            return _split_images(text, supervised=supervised)
+        return [Piece(kind="text", text=text, supervised=supervised)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +73,7 @@ def document_pieces(text: str, *, template: Template, tagged: bool) -> list[Piec
     if template == "deepseek":
         raise DataError("template deepseek needs turns of user and assistant, and a document has none; use plain")
     body = _split_images(text, supervised=True) if tagged else [Piece(kind="text", text=text, supervised=True)]
-    if template == "none":
-        return body
-    return [Piece(kind="bos"), *body, Piece(kind="eos", supervised=True)]
+    return _framed(body, template=template)
 
 
 def conversation_pieces(turns: Sequence[Turn], *, template: Template, system: str = SYSTEM_PROMPT) -> list[Piece]:
@@ -87,7 +93,8 @@ def conversation_pieces(turns: Sequence[Turn], *, template: Template, system: st
         DataError: the turns do not alternate, or one of the user is empty.
     """
     if template != "deepseek":
-        return document_pieces("".join(turn.text for turn in turns), template=template, tagged=True)
+        body = [piece for turn in turns for piece in turn.pieces(turn.text, supervised=True)]
+        return _framed(body, template=template)
     return _chat_pieces(turns, system=system, last="assistant")
 
 
@@ -114,7 +121,7 @@ def encode(pieces: Sequence[Piece], *, tokenizer: Tokenizer, image_tokens: int) 
         image_tokens: positions of one image.
 
     Raises:
-        DataError: images without an image token in the vocabulary, or text that yields the image token.
+        DataError: images without an image token in the vocabulary, or text that yields a control token.
     """
     return encode_batch([pieces], tokenizer=tokenizer, image_tokens=image_tokens)[0]
 
@@ -129,33 +136,33 @@ def encode_batch(samples: Sequence[Sequence[Piece]], *, tokenizer: Tokenizer, im
 
 
 def _assemble(
-    runs: Iterable[list[Piece]], ready: dict[int, list[int]], *, tokenizer: Tokenizer, image_tokens: int
+    runs: Iterable[list[Piece]], ready: dict[int, Ids], *, tokenizer: Tokenizer, image_tokens: int
 ) -> Encoded:
-    ids: list[int] = []
-    flags: list[bool] = []
+    ids: list[Ids] = []
+    flags: list[npt.NDArray[np.bool_]] = []
     images = 0
     for run in runs:
         kind = run[0].kind
+        marks: npt.NDArray[np.bool_] | bool = run[0].supervised
         if kind == "text":
-            if id(run) in ready:
-                new, marks = ready[id(run)], [run[0].supervised] * len(ready[id(run)])
-            else:
+            new = ready.get(id(run))
+            if new is None:
                 new, parts = tokenizer.encode_parts([piece.text for piece in run])
-                marks = [run[part].supervised for part in parts]
-            if tokenizer.image_id is not None and tokenizer.image_id in new:
-                raise DataError(f"the text itself yields the image token id {tokenizer.image_id}")
+                marks = np.array([piece.supervised for piece in run])[parts]
+            if (found := new[np.isin(new, tokenizer.control_ids)]).size:
+                raise DataError(f"the text itself yields the control token id {found[0]}")
         elif kind == "image":
             if tokenizer.image_id is None:
                 raise DataError(f"{tokenizer.path}: no {IMAGE_TOKEN} token; add it to the vocabulary to use images")
-            new, marks = [tokenizer.image_id] * image_tokens, [False] * image_tokens
+            new, marks = np.full(image_tokens, tokenizer.image_id, np.int32), False
             images += 1
         else:
             token = tokenizer.bos_id if kind == "bos" else tokenizer.eos_id
-            new = [] if token is None else [token]
-            marks = [run[0].supervised] * len(new)
-        ids += new
-        flags += marks
-    return Encoded(ids=np.array(ids, np.int32), spans=_spans(flags), images=images)
+            new = np.array([] if token is None else [token], np.int32)
+        ids.append(new)
+        flags.append(np.full(len(new), marks, bool))
+    joined = np.concatenate([*ids, np.zeros(0, np.int32)])
+    return Encoded(ids=joined, spans=_spans(np.concatenate([*flags, np.zeros(0, bool)])), images=images)
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterable[list[Piece]]:
@@ -178,9 +185,13 @@ def _is_uniform(run: list[Piece]) -> bool:
     return all(piece.supervised == run[0].supervised for piece in run)
 
 
-def _spans(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], np.array(flags, bool), [False]]).astype(np.int8)))
+def _spans(flags: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
     return tuple((int(start), int(end)) for start, end in edges.reshape(-1, 2))
+
+
+def _framed(body: list[Piece], *, template: Template) -> list[Piece]:
+    return body if template == "none" else [Piece(kind="bos"), *body, Piece(kind="eos", supervised=True)]
 
 
 def _split_images(text: str, *, supervised: bool) -> list[Piece]:
@@ -196,26 +207,23 @@ def _split_images(text: str, *, supervised: bool) -> list[Piece]:
 def _chat_pieces(turns: Sequence[Turn], *, system: str, last: str) -> list[Piece]:
     """BOS, system text, turns; contents and the beginning of the whole text are stripped."""
     rounds = list(turns)
-    tagged = bool(rounds) and rounds[0].role == "system"
-    if tagged:
-        system = rounds.pop(0).text
+    own = rounds.pop(0) if rounds and rounds[0].role == "system" else Turn(role="system", text=system, tagged=False)
     _require_alternation(rounds, last=last)
     for number, turn in enumerate(turns, start=1):
         # The released text would run `User:` into `Assistant:`, without the blank line that the model knows.
         if turn.role == "user" and not turn.text.strip():
             raise DataError(f"turn {number} (user) is empty; give it text or an image")
     pieces = [Piece(kind="bos")]
-    if system.strip():
-        text = f"{system.lstrip()}\n\n"
-        pieces += _split_images(text, supervised=False) if tagged else [Piece(kind="text", text=text)]
+    if own.text.strip():
+        pieces += own.pieces(f"{own.text.lstrip()}\n\n", supervised=False)
     for turn in rounds:
         content = turn.text.strip()
         if turn.role == "user":
-            pieces += _split_images(f"User: {content}\n\n", supervised=False)
+            pieces += turn.pieces(f"User: {content}\n\n", supervised=False)
         else:
             pieces.append(Piece(kind="text", text="Assistant:"))
             if content:
-                pieces += [*_split_images(f" {content}", supervised=True), Piece(kind="eos", supervised=True)]
+                pieces += [*turn.pieces(f" {content}", supervised=True), Piece(kind="eos", supervised=True)]
     return pieces
 
 

@@ -7,6 +7,7 @@ from megavl.config.errors import DataError
 from megavl.data.template import (
     IMAGE_TAG,
     Encoded,
+    Template,
     Turn,
     conversation_pieces,
     document_pieces,
@@ -107,3 +108,17 @@ def test_a_tag_is_an_image_only_in_turns(tokenizer: Tokenizer) -> None:
     assert own.images == 1 and own.ids.tolist().count(tokenizer.image_id) == N
     given = conversation_pieces(TALK[2:], template="deepseek", system=turn.text)
     assert encode(given, tokenizer=tokenizer, image_tokens=N).images == 0
+
+
+@pytest.mark.parametrize("template", ["deepseek", "plain", "none"])
+def test_a_tag_in_an_untagged_turn_is_text(template: Template, tokenizer: Tokenizer) -> None:
+    turns = [
+        Turn(role="user", text=f"What is {IMAGE_TAG}?", tagged=False),
+        Turn(role="assistant", text=f"{IMAGE_TAG} is <image>.", tagged=False),
+        Turn(role="user", text=f"{IMAGE_TAG}And this?"),
+        Turn(role="assistant", text="Red."),
+    ]
+    encoded = encode(conversation_pieces(turns, template=template), tokenizer=tokenizer, image_tokens=N)
+    assert encoded.images == 1 and encoded.ids.tolist().count(tokenizer.image_id) == N
+    text = tokenizer.decode(encoded.ids.tolist())
+    assert f"What is {IMAGE_TAG}?" in text and f"{IMAGE_TAG} is <image>." in text
