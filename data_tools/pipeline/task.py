@@ -10,13 +10,12 @@ from pathlib import Path
 
 from data_tools.pipeline.image_map import open_image_map
 from data_tools.pipeline.image_source import ImageSource, LoadedImage
-from data_tools.pipeline.job import Input, Job, Task, tokenizer_at
+from data_tools.pipeline.job import Input, Job, Task, needs_image_token, tokenizer_at
 from data_tools.pipeline.output import Output, TaskSummary
 from data_tools.pipeline.sequence_limits import SequenceLimits
 from data_tools.pipeline.shard_writer import ShardWriter
-from data_tools.readers.files import entries
-from data_tools.readers.formats import FORMATS
-from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordError, parse_json
+from data_tools.readers.files import entries, read_record
+from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordError
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry
@@ -132,16 +131,15 @@ class _Worker:
             writer.discard()
 
     def _parse(self, entry: Entry) -> _Parsed:
-        content = entry.content
-        if isinstance(content, RecordError):
-            raise content
-        record = FORMATS[self._input.format].read(parse_json(content) if isinstance(content, bytes) else content)
-        record = self._with_files(record)
+        record = self._with_files(read_record(entry, format=self._input.format))
+        if record.pictures and self._tokenizer.image_id is None:
+            raise needs_image_token(self._job.tokenizer, where=f"{self._input.path}:{entry.position}")
         if len(record.pictures) > self._job.max_images and not (record.divisible or self._may_truncate(record)):
             raise self._too_many_images(record)
         try:
             pieces = self._pieces(record)
-            "".join(piece.text for piece in pieces).encode("utf-8")
+            for piece in pieces:
+                piece.text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RecordError("holds half of a surrogate pair, which is no text", "encoding") from error
         except DataError as error:

@@ -12,8 +12,11 @@ from megavl.data.template import IMAGE_TAG, Turn
 
 SHORT_TAG = "<image>"
 """Other spelling of IMAGE_TAG in input files."""
-MAX_RECORD = 64 << 20
-"""Longest record in bytes, without images inside a tar or Parquet file; a longer one is rejected unread."""
+MAX_RECORD = 72 << 20
+"""Longest record in bytes, without images inside a tar or Parquet file; a longer one is rejected unread.
+
+A text of 64 MB fits, with the escapes of JSON.
+"""
 
 MAX_IMAGE = 256 << 20
 """Largest image file, and largest sum of the image files of one record, bytes."""
