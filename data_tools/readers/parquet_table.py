@@ -13,14 +13,9 @@ from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
 MAGIC = b"PAR1"
-_BATCH_BYTES = 1 << 20
-_BATCH_ROWS = 256
-
-
-def column_names(path: str | Path) -> list[str]:
-    """Columns of a table."""
-    names: list[str] = open_parquet(path).schema_arrow.names
-    return names
+BATCH_BYTES = 1 << 20
+BATCH_ROWS = 256
+"""Most bytes and rows that become Python values at a time; one more row may exceed the bytes."""
 
 
 def divide_parquet(path: str | Path, *, size: int, limit: int | None = None) -> list[Split]:
@@ -52,16 +47,44 @@ def open_parquet(path: str | Path) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise UsageError(
-            f"--input {path}: reading Parquet needs pyarrow, which is not installed; "
-            "install it with: pip install 'megavl[parquet]' (or pip install pyarrow)"
-        ) from error
+        raise pyarrow_missing(path, kind="Parquet") from error
     try:
         return parquet.ParquetFile(str(path), buffer_size=1 << 20, page_checksum_verification=True)
     except Exception as error:  # on damaged bytes the library raises anything
         raise DataError(
-            f"{path}: not a readable Parquet file ({_first_line(error)}); the file is damaged or cut off, get it again"
+            f"{path}: not a readable Parquet file ({first_line(error)}); the file is damaged or cut off, get it again"
         ) from error
+
+
+def pyarrow_missing(path: str | Path, *, kind: str) -> UsageError:
+    """Says how to install the package that reads a file of this kind."""
+    return UsageError(
+        f"--input {path}: reading {kind} needs pyarrow, which is not installed; "
+        "install it with: pip install 'megavl[parquet]' (or pip install pyarrow)"
+    )
+
+
+def row_values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
+    """The rows of a record batch; those that cannot be read are RecordErrors."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except Exception as error:  # one value spoils the batch: find out which
+        spoilt = error
+    for number in range(batch.num_rows):
+        try:
+            (row,) = batch.slice(number, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            yield RecordError(f"not UTF-8 ({error.reason} at byte {error.start})", "encoding")
+        except Exception as error:  # as above
+            yield RecordError(f"cannot be read ({first_line(error) or first_line(spoilt)})")
+        else:
+            yield row
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _rows(split: Split) -> Iterator[Entry]:
@@ -81,37 +104,20 @@ def _group_rows(table: Any, number: int, *, first: int) -> Iterator[Entry]:
         batches = table.iter_batches(batch_size=_batch_rows(rows), row_groups=[number], use_threads=False)
         for batch in batches:
             size = batch.nbytes // max(1, batch.num_rows)
-            for row in _values(batch):
+            for row in row_values(batch):
                 yield Entry(position, row, size)
                 position += 1
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes the library raises anything
-        detail = f"row group {number + 1} cannot be read from here on ({_first_line(error)})"
+        detail = f"row group {number + 1} cannot be read from here on ({first_line(error)})"
         for lost in range(position, end):
             yield Entry(lost, RecordError(detail, "parquet_damaged"), 0)
 
 
-def _values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
-    try:
-        yield from batch.to_pylist()
-        return
-    except Exception as error:  # one value spoils the batch: find out which
-        spoilt = error
-    for number in range(batch.num_rows):
-        try:
-            (row,) = batch.slice(number, 1).to_pylist()
-        except UnicodeDecodeError as error:
-            yield RecordError(f"not UTF-8 ({error.reason} at byte {error.start})", "encoding")
-        except Exception as error:  # as above
-            yield RecordError(f"cannot be read ({_first_line(error) or _first_line(spoilt)})")
-        else:
-            yield row
-
-
 def _batch_rows(rows: Any) -> int:
     size = sum(rows.column(number).total_uncompressed_size for number in range(rows.num_columns))
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(1, rows.num_rows) // max(1, size)))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * max(1, rows.num_rows) // max(1, size)))
 
 
 def _span(rows: Any, *, path: str | Path) -> tuple[int, int]:
@@ -128,7 +134,3 @@ def _span(rows: Any, *, path: str | Path) -> tuple[int, int]:
     if not 0 <= begin <= end <= total:
         raise DataError(f"{path}: a row group lies outside the file; the file is damaged, get it again")
     return begin, end
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

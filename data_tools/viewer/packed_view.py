@@ -135,7 +135,8 @@ class PackReader:
     def _pieces(self, packed: PackedSequence, member: Member) -> Iterator[Piece]:
         entry, size = self.source.manifest.tokenizer, self.source.manifest.geometry.tokens
         ids, mask = packed.tokens.tolist(), packed.supervised.tolist()
-        names = {entry.bos_id: "BOS", entry.eos_id: "EOS", entry.pad_id: "PAD"}
+        # Of equal ids the last name counts, and no sample holds padding.
+        names = {entry.pad_id: "PAD", entry.bos_id: "BOS", entry.eos_id: "EOS"}
         images, position = iter(member.images), member.start
         while position < member.end:
             token = ids[position]
@@ -147,7 +148,8 @@ class PackReader:
                 )
                 position += size
             elif token in names:
-                yield Piece(start=position, ids=(token,), text=names[token], special=True, supervised=mask[position])
+                name = "BOS" if token == entry.bos_id and position == member.start else names[token]
+                yield Piece(start=position, ids=(token,), text=name, special=True, supervised=mask[position])
                 position += 1
             else:
                 before = ids[max(member.start, position - _CONTEXT) : position]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from megavl.config.chat import IMAGE_TOKEN, SYSTEM_PROMPT
 from megavl.config.errors import DataError
-from megavl.data.tokenizer import Tokenizer
+from megavl.data.tokenizer import Ids, Tokenizer
 
 IMAGE_TAG = IMAGE_TOKEN
 """Stands for one image in the text of a turn or a tagged document."""
@@ -116,7 +116,7 @@ def encode(pieces: Sequence[Piece], *, tokenizer: Tokenizer, image_tokens: int) 
         image_tokens: positions of one image.
 
     Raises:
-        DataError: images without an image token in the vocabulary, or text that yields the image token.
+        DataError: images without an image token in the vocabulary, or text that yields a control token.
     """
     return encode_batch([pieces], tokenizer=tokenizer, image_tokens=image_tokens)[0]
 
@@ -131,33 +131,33 @@ def encode_batch(samples: Sequence[Sequence[Piece]], *, tokenizer: Tokenizer, im
 
 
 def _assemble(
-    runs: Iterable[list[Piece]], ready: dict[int, list[int]], *, tokenizer: Tokenizer, image_tokens: int
+    runs: Iterable[list[Piece]], ready: dict[int, Ids], *, tokenizer: Tokenizer, image_tokens: int
 ) -> Encoded:
-    ids: list[int] = []
-    flags: list[bool] = []
+    ids: list[Ids] = []
+    flags: list[npt.NDArray[np.bool_]] = []
     images = 0
     for run in runs:
         kind = run[0].kind
+        marks: npt.NDArray[np.bool_] | bool = run[0].supervised
         if kind == "text":
-            if id(run) in ready:
-                new, marks = ready[id(run)], [run[0].supervised] * len(ready[id(run)])
-            else:
+            new = ready.get(id(run))
+            if new is None:
                 new, parts = tokenizer.encode_parts([piece.text for piece in run])
-                marks = [run[part].supervised for part in parts]
-            if tokenizer.image_id is not None and tokenizer.image_id in new:
-                raise DataError(f"the text itself yields the image token id {tokenizer.image_id}")
+                marks = np.array([piece.supervised for piece in run])[parts]
+            if (found := new[np.isin(new, tokenizer.control_ids)]).size:
+                raise DataError(f"the text itself yields the control token id {found[0]}")
         elif kind == "image":
             if tokenizer.image_id is None:
                 raise DataError(f"{tokenizer.path}: no {IMAGE_TOKEN} token; add it to the vocabulary to use images")
-            new, marks = [tokenizer.image_id] * image_tokens, [False] * image_tokens
+            new, marks = np.full(image_tokens, tokenizer.image_id, np.int32), False
             images += 1
         else:
             token = tokenizer.bos_id if kind == "bos" else tokenizer.eos_id
-            new = [] if token is None else [token]
-            marks = [run[0].supervised] * len(new)
-        ids += new
-        flags += marks
-    return Encoded(ids=np.array(ids, np.int32), spans=_spans(flags), images=images)
+            new = np.array([] if token is None else [token], np.int32)
+        ids.append(new)
+        flags.append(np.full(len(new), marks, bool))
+    joined = np.concatenate([*ids, np.zeros(0, np.int32)])
+    return Encoded(ids=joined, spans=_spans(np.concatenate([*flags, np.zeros(0, bool)])), images=images)
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterable[list[Piece]]:
@@ -180,8 +180,8 @@ def _is_uniform(run: list[Piece]) -> bool:
     return all(piece.supervised == run[0].supervised for piece in run)
 
 
-def _spans(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], np.array(flags, bool), [False]]).astype(np.int8)))
+def _spans(flags: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
     return tuple((int(start), int(end)) for start, end in edges.reshape(-1, 2))
 
 

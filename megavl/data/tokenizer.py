@@ -1,25 +1,33 @@
 """Tokenizers in both published forms: a Hugging Face `tokenizer.json` and a SentencePiece `.model`.
 
 Special tokens are inserted by id, never by their text: a document that spells `</s>` gets ordinary tokens.
+A long text is tokenized in parts where that gives the same ids (`text_parts.py`), so that its memory is bounded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
-from megavl.config.chat import IMAGE_TOKEN, USUAL_NAMES
-from megavl.config.errors import DataError
+from megavl.config.chat import IMAGE_TOKEN
+from megavl.config.errors import DataError, UsageError
+from megavl.data.control_tokens import Declared, declared_beside, separate_json, separate_model
 from megavl.data.manifest import TokenizerEntry
+from megavl.data.text_parts import parts as text_parts
+from megavl.data.text_parts import safe_places
+
+Ids: TypeAlias = npt.NDArray[np.int32]
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -29,6 +37,9 @@ _COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+_TOGETHER = 256 << 10
+"""Characters that go through the library at a time, apart from a single longer part."""
+_HUB_NAME = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
 
 
 class Tokenizer(ABC):
@@ -48,22 +59,90 @@ class Tokenizer(ABC):
     """EOS where the tokenizer names no padding."""
     image_id: int | None
     """Id of `<image_placeholder>`; None in a tokenizer of text alone."""
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-
-    @abstractmethod
-    def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of the joined parts, and for each id the number of the part in which its text begins."""
+    control_ids: Ids
+    """What text never gives, whatever it spells; ascending."""
+    _places: re.Pattern[str] | None = None
+    """Where a text may be cut."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
 
+    @abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text in one piece."""
+
+    @abstractmethod
+    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text in one piece, and the character at which each begins."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text.
+
+        Raises:
+            DataError: a text is too long, and cannot be tokenized in parts.
+        """
+        found: list[list[Ids]] = [[] for _ in texts]
+        for group in self._groups(texts):
+            for (number, _), ids in zip(group, self._encode([part for _, part in group])):
+                found[number].append(np.array(ids, np.int32))
+        return [_joined(ids) for ids in found]
+
+    def encode_parts(self, parts: Sequence[str]) -> tuple[Ids, npt.NDArray[np.intp]]:
+        """Ids of the joined parts, and for each id the number of the part in which its text begins.
+
+        Raises:
+            DataError: as for `encode_batch`.
+        """
+        text = "".join(parts)
+        ends = np.cumsum([len(part) for part in parts])
+        found: list[Ids] = []
+        owners: list[npt.NDArray[np.intp]] = []
+        for start, end in text_parts(text, places=self._places):
+            ids, starts = self._encode_with_starts(text[start:end])
+            found.append(np.array(ids, np.int32))
+            owners.append(np.searchsorted(ends, np.array(starts, np.int64) + start, side="right"))
+        return _joined(found), np.minimum(np.concatenate([*owners, np.zeros(0, np.intp)]), len(parts) - 1)
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
-        return self.encode_batch([text])[0]
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
+    def _set_specials(
+        self, declared: Declared, *, find: Callable[[str], int | None], known: Iterable[str], unknown: int | None
+    ) -> None:
+        """Set the ids of special tokens; `known` are all names of control tokens, `unknown` is what strange text gives.
+
+        Raises:
+            DataError: there is no end-of-sentence token.
+        """
+        bos_id, eos_id, pad_id = (declared.id_of(f"{role}_token", find=find) for role in ("bos", "eos", "pad"))
+        if eos_id is None:
+            raise DataError(f"{self.path}: no end-of-sentence token; name eos_token in tokenizer_config.json beside it")
+        self.bos_id, self.eos_id, self.image_id = bos_id, eos_id, find(IMAGE_TOKEN)
+        self.pad_id = eos_id if pad_id is None else pad_id
+        controls = {find(name) for name in known} - {unknown} | {bos_id, eos_id, self.image_id}
+        self.control_ids = np.array(sorted(token for token in controls if token is not None), np.int32)
+
+    def _without_controls(self, ids: Sequence[int]) -> list[int]:
+        found = np.array(ids, np.int64)
+        kept: list[int] = found[~np.isin(found, self.control_ids)].tolist()
+        return kept
+
+    def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+        """Parts of the texts, with the number of their text, as many as go through the library together."""
+        group: list[tuple[int, str]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            for start, end in text_parts(text, places=self._places):
+                group.append((number, text[start:end]))
+                size += end - start
+                if size >= _TOGETHER:
+                    yield group
+                    group, size = [], 0
+        if group:
+            yield group
 
     @property
     def entry(self) -> TokenizerEntry:
@@ -85,41 +164,35 @@ class HuggingFaceTokenizer(Tokenizer):
         self.path = path
         raw = _read(path)
         self.sha256 = hashlib.sha256(raw).hexdigest()
+        declared = declared_beside(path.parent)
         try:
-            self._inner = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
+            content = json.loads(raw)
+            known = separate_json(content, declared=declared)
+            self._places = safe_places(content)
+            self._inner = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+        except Exception as error:  # the library raises bare Exception, and any JSON comes this far
             raise DataError(f"{path}: not a Hugging Face tokenizer ({error}); give a tokenizer.json") from error
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
         self.files = tuple(file for name in _COMPANIONS if (file := path.parent / name).is_file()) or (path,)
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
-        named = _named_specials(path.parent)
-        self.bos_id = self._special("bos_token", named)
-        eos_id, pad_id = self._special("eos_token", named), self._special("pad_token", named)
-        if eos_id is None:
-            raise DataError(f"{path}: no end-of-sentence token; name eos_token in tokenizer_config.json beside it")
-        self.eos_id = eos_id
-        self.pad_id = eos_id if pad_id is None else pad_id
-        self.image_id = self._inner.token_to_id(IMAGE_TOKEN)
+        model = content["model"]
+        unknown = self._inner.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+        self._set_specials(
+            declared, find=lambda name: self._inner.token_to_id(known.get(name, name)), known=known, unknown=unknown
+        )
 
-    def _special(self, key: str, named: dict[str, str]) -> int | None:
-        names = (named[key],) if key in named else USUAL_NAMES[key]
-        ids = (self._inner.token_to_id(name) for name in names)
-        return next((token for token in ids if token is not None), None)
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of the joined parts, and for each id the number of the part in which its text begins."""
-        encoding = self._inner.encode("".join(parts), add_special_tokens=False)
-        return encoding.ids, _part_of([start for start, _ in encoding.offsets], [len(part) for part in parts])
+    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
-        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        text: str = self._inner.decode(self._without_controls(ids), skip_special_tokens=True)
         return text
 
 
@@ -131,35 +204,35 @@ class SentencePieceTokenizer(Tokenizer):
         self.files = (path,)
         raw = _read(path)
         self.sha256 = hashlib.sha256(raw).hexdigest()
+        declared = declared_beside(path.parent)
         try:
-            self._inner = sentencepiece.SentencePieceProcessor(model_proto=raw)
+            model = sentencepiece.SentencePieceProcessor(model_proto=raw)
+            pieces = {model.id_to_piece(token): token for token in range(model.vocab_size())}
+            own = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "pad_token": model.pad_id()}
+            roles = {role: model.id_to_piece(token) for role, token in own.items() if token >= 0}
+            declared = replace(declared, roles=roles | declared.roles)
+            known = declared.names_in(pieces)
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=separate_model(raw, controls=known))
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path}: not a SentencePiece model; give a .model file or a tokenizer.json") from error
-        self.vocab_size = self._inner.vocab_size()
-        bos_id, eos_id, pad_id = self._inner.bos_id(), self._inner.eos_id(), self._inner.pad_id()
-        if eos_id < 0:
-            raise DataError(f"{path}: no end-of-sentence token; train the model with an eos_id")
-        self.bos_id = bos_id if bos_id >= 0 else None
-        self.eos_id = eos_id
-        self.pad_id = pad_id if pad_id >= 0 else eos_id
-        image_id = self._inner.piece_to_id(IMAGE_TOKEN)
-        self.image_id = image_id if image_id != self._inner.unk_id() else None
-        self._specials = {token for token in (bos_id, eos_id, pad_id, self.image_id) if token is not None}
+        self.vocab_size = len(pieces)
+        controls = {name for name, token in pieces.items() if self._inner.is_control(token)}
+        self._set_specials(declared, find=pieces.get, known=known | controls, unknown=self._inner.unk_id())
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        return [list(ids) for ids in self._inner.encode(list(texts), num_threads=1)]
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(ids) for ids in self._inner.encode(texts, num_threads=1)]
 
-    def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of the joined parts, and for each id the number of the part in which its text begins."""
-        pieces = self._inner.encode("".join(parts), return_type="proto").pieces
+    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        pieces = self._inner.encode(text, return_type="proto").pieces
         # Offsets of SentencePiece count bytes of UTF-8.
-        sizes = [len(part.encode("utf-8")) for part in parts]
-        return [piece.id for piece in pieces], _part_of([piece.begin for piece in pieces], sizes)
+        sizes = np.array([len(char.encode("utf-8")) for char in text], np.int64)
+        ends = np.cumsum(sizes)
+        starts: list[int] = np.searchsorted(ends, [piece.begin for piece in pieces], side="right").tolist()
+        return [piece.id for piece in pieces], starts
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
-        text: str = self._inner.decode([token for token in ids if token not in self._specials])
+        text: str = self._inner.decode(self._without_controls(ids))
         return text
 
 
@@ -171,8 +244,17 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         DataError: neither is found, or the file is not a tokenizer with an end-of-sentence token.
+        UsageError: the path is the name of a repository on the Hugging Face Hub.
     """
-    path = Path(path)
+    hub, path = _HUB_NAME.fullmatch(str(path)), Path(path)
+    # `runs/tokenizer` looks like such a name as well; where `runs` is a folder, a file is meant.
+    if hub and not path.exists() and not path.parent.is_dir():
+        name = hub[1]
+        raise UsageError(
+            f"{path}: no such file or folder; if it is on the Hugging Face Hub, fetch it first: "
+            f"hf download {name} --include 'tokenizer*' --local-dir {Path(name).name} "
+            f"(then give {Path(name).name})"
+        )
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         if not found:
@@ -185,9 +267,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
 
 
-def _part_of(starts: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    ends = list(accumulate(sizes))
-    return [min(bisect_right(ends, start), len(ends) - 1) for start in starts]
+def _joined(parts: Sequence[Ids]) -> Ids:
+    return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.int32)])
 
 
 def _read(path: Path) -> bytes:
@@ -195,21 +276,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot read the tokenizer ({error.strerror}); give a readable file") from error
-
-
-def _named_specials(folder: Path) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            content: Any = json.loads(_read(file))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{file}: not valid JSON ({error}); restore the file") from error
-        for key in USUAL_NAMES:
-            value = content.get(key) if isinstance(content, dict) else None
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                named[key] = value
-    return named

@@ -129,3 +129,17 @@ def test_a_tag_is_an_image_only_in_turns(tokenizer: Tokenizer) -> None:
     assert own.images == 1 and own.ids.tolist().count(tokenizer.image_id) == N
     given = conversation_pieces(TALK[2:], template="deepseek", system=turn.text)
     assert encode(given, tokenizer=tokenizer, image_tokens=N).images == 0
+
+
+@pytest.mark.parametrize("template", ["deepseek", "plain", "none"])
+def test_a_tag_in_an_untagged_turn_is_text(template: Template, tokenizer: Tokenizer) -> None:
+    turns = [
+        Turn(role="user", text=f"What is {IMAGE_TAG}?", tags=()),
+        Turn(role="assistant", text=f"{IMAGE_TAG} is <image>.", tags=()),
+        Turn(role="user", text=f"{IMAGE_TAG}And this?"),
+        Turn(role="assistant", text="Red."),
+    ]
+    encoded = encode(conversation_pieces(turns, template=template), tokenizer=tokenizer, image_tokens=N)
+    assert encoded.images == 1 and encoded.ids.tolist().count(tokenizer.image_id) == N
+    text = tokenizer.decode(encoded.ids.tolist())
+    assert f"What is {IMAGE_TAG}?" in text and f"{IMAGE_TAG} is <image>." in text

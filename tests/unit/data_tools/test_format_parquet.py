@@ -219,7 +219,11 @@ def test_broken_tables_stop_the_run(
 @pytest.mark.parametrize(
     ("name", "asked", "message"),
     [
-        ("in.parquet", "webdataset", "--format webdataset: .*in.parquet is a Parquet file, which holds text, "),
+        (
+            "in.parquet",
+            "webdataset",
+            "--format webdataset: .*in.parquet is a Parquet file or an Arrow file, which holds text, ",
+        ),
         ("in.jsonl", "parquet", "--format parquet: .*in.jsonl is a JSON file, which holds text, caption"),
         ("in.jsonl", "webdataset", "--format webdataset: .*in.jsonl is a JSON file"),
         ("odd.parquet", "auto", "odd.parquet: format not recognised .it has columns alpha, beta"),
