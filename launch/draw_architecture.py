@@ -50,12 +50,7 @@ def main() -> None:
 
 
 def draw(recipe: Recipe, layout: Sequence[int]) -> str:
-    """The SVG document: the model over the ranks of a recipe, then the folders that data passes.
-
-    Args:
-        recipe: what is trained.
-        layout: decoder layers of each pipeline stage.
-    """
+    """The SVG document: the model over the ranks of a recipe, then the folders that data passes."""
     later, middle = _later_stages(layout, 446)
     flow, y = _flow(middle)
     body = [*_heading(recipe), *_first_stage(recipe, layout[0], 136), *_inputs(recipe, 80), *later, *flow]

@@ -42,11 +42,8 @@ def evaluate_choices(
 
     Args:
         model: who answers, on one process.
-        questions: from `read_tasks`.
         template: format of the prompt, see `prompt_pieces`.
         system: system text of the chat format; empty for none.
-        blind: ask again with shuffled images.
-        seed: seed of the shuffle.
         row_tokens: most tokens of a packed row.
 
     Raises:

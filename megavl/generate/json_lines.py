@@ -12,10 +12,6 @@ from megavl.config.errors import DataError
 def read_lines(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
     """Location (`file:line`) and text of every line that is not blank.
 
-    Args:
-        path: JSONL file.
-        what: name of its content, for the message.
-
     Raises:
         DataError: the file cannot be read.
     """

@@ -102,14 +102,7 @@ class Plan:
 
 
 def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSource, hardware: Device) -> Plan:
-    """Plan a run.
-
-    Args:
-        scenario: recipe and sizes.
-        layout: decoder layers per stage.
-        source: where seconds come from.
-        hardware: kind of device.
-    """
+    """Plan a run."""
     recipe, peak = scenario.recipe, hardware.peak_flops.get(scenario.recipe.training.precision)
     kinds: tuple[Kind, Kind] = ("text", "multimodal")
     found = {kind: step_time(scenario, layout, source, kind) for kind in kinds}

@@ -54,10 +54,7 @@ def program(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> Pr
     """Order of passes and exchanges of one pipeline rank.
 
     Args:
-        rank: pipeline rank r.
-        pipeline: pipeline ranks p.
         virtual: stages per rank v; with v > 1 `micro_batches` is a multiple of p.
-        micro_batches: micro-batches m.
     """
     assert virtual == 1 or micro_batches % pipeline == 0, "interleaving runs micro-batches in groups of p"
     sizes = _Sizes(rank, pipeline, virtual, micro_batches)

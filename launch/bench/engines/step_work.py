@@ -97,12 +97,8 @@ def make_work(
     """The work of a case.
 
     Args:
-        model: row of `MODELS`.
-        part: one of `PARTS`.
         layers: decoder layers; 0 for as many as the model has and `memory_bytes` holds.
         micro_batches: sequences of a step.
-        recompute: `recompute.granularity`.
-        precision: `training.precision`.
         memory_bytes: memory that the planner may fill; None: not bounded.
     """
     folder, preset = MODELS[model]

@@ -61,7 +61,6 @@ def step_flops(
     """Model FLOPs of one optimizer step over all ranks.
 
     Args:
-        model: sizes.
         seq_length: tokens per sequence S.
         sequences: sequences of the step (global batch).
         images: images of the step; 0 on a text-only step.
