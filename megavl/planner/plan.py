@@ -136,7 +136,11 @@ def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSourc
     )
 
 
-def block_table(scenario: Scenario) -> dict[str, tuple[BlockWork, ...]]:
+Blocks = dict[str, tuple[BlockWork, ...]]
+"""Work of every block by kind of step."""
+
+
+def block_table(scenario: Scenario) -> Blocks:
     """Work of every block by kind of step; vision blocks of one image, the others of one micro-batch on one rank."""
     return {kind: all_work(scenario, kind) for kind in ("text", "multimodal")}
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megavl.config.errors import UsageError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
@@ -208,14 +206,3 @@ def known_device(text: str) -> Device | None:
     if known is None:
         return None
     return DEVICES["a100-pcie" if known == "a100" and "pcie" in words else known]
-
-
-def find_device(name: str) -> Device:
-    """Row of `DEVICES`.
-
-    Raises:
-        UsageError: for an unknown name.
-    """
-    if name not in DEVICES:
-        raise UsageError(f"--device: unknown device {name!r}; choose from {', '.join(DEVICES)}")
-    return DEVICES[name]

@@ -18,7 +18,7 @@ from megavl.config.recipe import (
     TrainingConfig,
 )
 from megavl.planner.cost.blocks import decoder_layer_blocks, embedding_block, head_block, vision_blocks
-from megavl.planner.hardware.devices import find_device
+from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.layouts.layout import layout_of
 from megavl.planner.plan import Plan, plan_scenario
 from megavl.planner.scenario import make_scenario
@@ -84,7 +84,7 @@ def plan_recipe(
     images: float | None = None,
 ) -> Plan:
     """Plan `recipe` as `megavl plan` does for these arguments."""
-    hardware = find_device(device)
+    hardware = DEVICES[device]
     scenario = make_scenario(recipe, devices=devices, images=images)
     source: TimeSource = DeviceTimes(device=hardware)
     if efficiency is not None:
