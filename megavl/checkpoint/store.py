@@ -19,7 +19,7 @@ from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import read_manifest as read_manifest
 from megavl.checkpoint.shards import own_shards, write_shards
 from megavl.checkpoint.state import load_state, split_state
-from megavl.config.errors import CheckpointError
+from megavl.config.errors import CheckpointError, UsageError
 from megavl.files.durable import storage_errors, write_durably
 
 _HEADROOM = 1.2
@@ -40,6 +40,8 @@ class CheckpointStore:
         Raises:
             StorageError: the directory cannot be created or written.
         """
+        if keep < 2:
+            raise UsageError(f"checkpoint.keep: {keep} is too few; keep at least 2")
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._skip_hash = skip_hash
