@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
-from megavl.planner.hardware.devices import find_device
+from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import make_scenario
 
@@ -45,17 +45,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / PICTURE, help=f"default: {PICTURE}")
     arguments = parser.parse_args()
     recipe = load_recipe(ROOT / RECIPE)
-    layout = checked_layout(make_scenario(recipe), find_device(DEVICE))
+    layout = checked_layout(make_scenario(recipe), DEVICES[DEVICE])
     arguments.output.write_text(draw(recipe, layout), encoding="utf-8")
 
 
 def draw(recipe: Recipe, layout: Sequence[int]) -> str:
-    """The SVG document: the model over the ranks of a recipe, then the folders that data passes.
-
-    Args:
-        recipe: what is trained.
-        layout: decoder layers of each pipeline stage.
-    """
+    """The SVG document: the model over the ranks of a recipe, then the folders that data passes."""
     later, middle = _later_stages(layout, 446)
     flow, y = _flow(middle)
     body = [*_heading(recipe), *_first_stage(recipe, layout[0], 136), *_inputs(recipe, 80), *later, *flow]

@@ -26,8 +26,6 @@ def run(module: str, *words: object, gpu: bool = False, limit: float | None = No
     """Run `python -m module words`.
 
     Args:
-        module: name of the module.
-        words: its arguments.
         gpu: leave CUDA and the compiler to the program.
         limit: seconds after which it is ended.
 

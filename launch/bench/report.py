@@ -50,9 +50,7 @@ def report_path(theme: str, *, where: str | None = None, folder: Path = RESULTS)
     """The report's file: theme, hardware and month.
 
     Args:
-        theme: what was measured.
         where: the hardware; None for this machine's processor, empty where the report does not depend on it.
-        folder: where reports lie.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = (theme, hardware() if where is None else where, time.strftime("%Y%m"))

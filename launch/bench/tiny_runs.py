@@ -113,12 +113,8 @@ def paired_steps(
     """Take steps of variants of the recipe in turn, in the same processes.
 
     Args:
-        out: file to which the steps are appended.
         settings: overrides of all variants.
         variants: further overrides by name.
-        processes: ranks.
-        turns: turns that count.
-        steps: steps of each variant in a turn.
 
     Returns:
         All steps of the file, and the share of the machine that others used.

@@ -67,7 +67,6 @@ def write_extra_files(temporary: Path, files: Mapping[str, bytes | Path]) -> Non
     """Write the extra files of a checkpoint, such as the recipe and the tokenizer.
 
     Args:
-        temporary: directory of the save.
         files: content or source file by name inside the checkpoint, `/` between folders.
 
     Raises:

@@ -78,7 +78,6 @@ def verify(path: str | Path, *, skip_hash: bool = False) -> dict[str, Any]:
     A directory that this process has hashed is not hashed again while its files keep size, inode and times.
 
     Args:
-        path: checkpoint directory.
         skip_hash: check sizes only.
 
     Returns:

@@ -119,7 +119,6 @@ def safe_load(file: IO[bytes] | Path, *, source: str, mmap: bool = False, remedy
 
     Args:
         file: archive of `torch.save`.
-        source: its name, for messages.
         mmap: map the file instead of reading it; needs a path.
         remedy: end of the message about damaged bytes.
 

@@ -44,7 +44,6 @@ def write_shards(sharded: ShardedStateDict, directory: Path, *, step: int) -> No
     Args:
         sharded: `ShardedTensor`s and `ShardedObject`s only, factories applied.
         directory: existing, empty.
-        step: iteration, for fault injection.
 
     Raises:
         StorageError: on all ranks, when the storage failed on any.

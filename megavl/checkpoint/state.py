@@ -68,7 +68,6 @@ def load_state(
     byte is loaded. So a mismatch changes nothing and raises the same error on every rank.
 
     Args:
-        path: checkpoint directory.
         state: sharded state dict of the model (prefix `model.`), and of the optimizer where wanted.
         strict: every stored entry must be asked for. If False, whole parts that `state` does not touch are ignored. The
             part of a key is its text before the first dot, such as `optimizer`.

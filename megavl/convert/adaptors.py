@@ -74,7 +74,6 @@ def read_original(params: Fields, *, concat_type: Literal["tuple", "feature"] | 
     """Fields of `AdaptorConfig` from `aligner_config.params`.
 
     Args:
-        params: the fields.
         concat_type: how the towers before it are joined; None with one tower.
         sizes: `siglip` and `llm` as read so far.
 

@@ -50,10 +50,7 @@ def write_hf(
 
     Args:
         out: folder to create; it may exist if it is empty.
-        config: sizes of the model.
         tensors: every parameter by canonical name.
-        fmt: format to write.
-        tokenizer_dir: folder with `tokenizer.json`.
         dtype: float32, bfloat16 or float16; None keeps each tensor's type.
         unused: unused parameters of the original format by original name; absent ones are synthesised.
         max_shard_bytes: largest weight file, bytes.

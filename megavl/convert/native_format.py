@@ -112,7 +112,6 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
 
     Args:
         config: sizes, with an adaptor that the format holds (`adaptors.require_holdable`).
-        ids: special tokens.
         dtype: name of the weights' type, such as `bfloat16`.
     """
     hybrid = config.sam is not None

@@ -99,13 +99,7 @@ def _stated_sizes(fields: Fields) -> dict[str, Any]:
 
 
 def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
-    """JSON files of an export by file name, without those of the tokenizer.
-
-    Args:
-        config: sizes, with an adaptor that the format holds (`adaptors.require_holdable`).
-        ids: special tokens.
-        dtype: name of the weights' type, such as `bfloat16`.
-    """
+    """As `native_format.side_files`."""
     hybrid = config.sam is not None
     mean, std = (CLIP_MEAN, CLIP_STD) if hybrid else (HALF, HALF)
     return {

@@ -61,7 +61,6 @@ def read_llm(folder: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartS
     Args:
         folder: `config.json` and weights as transformers saves them.
         config: sizes that the source must have.
-        dtype: type of the result.
 
     Raises:
         CheckpointError: other sizes; a missing, unexpected or misshapen tensor; a damaged or hostile file.
@@ -84,7 +83,6 @@ def read_siglip_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) ->
     Args:
         path: weight file, or folder with one set of weights.
         config: sizes that the source must have.
-        dtype: type of the result.
 
     Raises:
         CheckpointError: as `read_llm`, or no tower is found.
@@ -122,7 +120,6 @@ def read_sam_tower(path: Path, *, config: ModelConfig, dtype: torch.dtype) -> St
     Args:
         path: weight file, or folder with one set of weights.
         config: sizes that the source must have.
-        dtype: type of the result.
 
     Raises:
         CheckpointError: as `read_llm`, or no encoder is found.
@@ -171,8 +168,6 @@ def _taken(
     """A parameter made of tensors of a source.
 
     Args:
-        row: its name, shape and transform.
-        tensors: the source.
         keys: names in the source, in the order that the transform takes them.
         dtype: type of the result; the parts may have others.
         thirds: first and last third of the rows of the only part; None for all rows.

@@ -91,7 +91,6 @@ def start_weights(
         siglip: file or folder of SigLIP.
         sam: file or folder of SAM; None for a model without it.
         dtype: float32, bfloat16 or float16; all tensors get this type.
-        seed: seed of the random tensors.
 
     Raises:
         UsageError: `sam` is missing or not wanted, or an unknown dtype.

@@ -98,7 +98,6 @@ def with_image_token(folder: str | Path, *, image_id: int) -> tuple[dict[str, by
     of `tokenizer.json` stay as they are, so all other text is tokenized as before.
 
     Args:
-        folder: folder with `tokenizer.json`.
         image_id: id that the model has for the image token.
 
     Returns:

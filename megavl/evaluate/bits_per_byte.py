@@ -80,8 +80,6 @@ def score_passages(
 
     Args:
         model: who reads, on one process.
-        passages: from `read_tasks`.
-        windows: from `encode_passages`.
         row_tokens: most tokens of a packed row.
 
     Raises:

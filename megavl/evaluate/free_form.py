@@ -76,10 +76,6 @@ def answer_questions(
 
     Args:
         model: who answers, on one process.
-        questions: from `read_tasks`.
-        ids: from `encode_open_questions`.
-        max_new_tokens: most tokens of an answer.
-        batch_size: most answers in progress at a time.
 
     Raises:
         DataError: an image cannot be read; with file:line.

@@ -20,10 +20,6 @@ def shuffle_images(questions: Sequence[Question], *, seed: int) -> list[tuple[Pa
     Every image is used as often as it was. The images are put in a random order, equal ones together, and then
     rotated by a fixed number.
 
-    Args:
-        questions: questions, with images or without.
-        seed: seed of the order.
-
     Raises:
         DataError: no question has an image, or an image is shown so often that no shuffle exists.
     """

@@ -42,11 +42,8 @@ def evaluate_choices(
 
     Args:
         model: who answers, on one process.
-        questions: from `read_tasks`.
         template: format of the prompt, see `prompt_pieces`.
         system: system text of the chat format; empty for none.
-        blind: ask again with shuffled images.
-        seed: seed of the shuffle.
         row_tokens: most tokens of a packed row.
 
     Raises:
@@ -87,34 +84,22 @@ def encode_questions(
         DataError: a question is longer than the model's positions, or an option has no token of its own; with
             file:line.
     """
-    return [
-        EncodedQuestion(
-            location=question.location,
-            options=_encode_options(question, processor=processor, template=template, system=system),
-            images=question.images,
-        )
-        for question in questions
-    ]
-
-
-def _encode_options(
-    question: Question, *, processor: Processor, template: Template, system: str
-) -> tuple[EncodedOption, ...]:
-    config, location = processor.config, question.location
-    with naming(location):
-        pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=system)
-        samples = [
-            [*pieces, Piece(kind="text", text=f" {choice.strip()}", supervised=True)] for choice in question.choices
-        ]
-        encoded = encode_batch(samples, tokenizer=processor.tokenizer, image_tokens=config.image_tokens)
-    options = []
-    for choice, sample in zip(question.choices, encoded):
-        if len(sample.spans) != 1 or sample.spans[0][0] == 0:
-            raise DataError(f"{location}: choices: {choice!r} has no token of its own behind the prompt")
-        if len(sample.ids) > config.llm.max_position_embeddings:
-            raise DataError(
-                f"{location}: {len(sample.ids)} tokens exceed the model's {config.llm.max_position_embeddings} "
-                "positions; shorten the prompt"
-            )
-        options.append(EncodedOption(ids=tuple(map(int, sample.ids)), start=sample.spans[0][0]))
-    return tuple(options)
+    config, found = processor.config, []
+    for question in questions:
+        with naming(question.location):
+            pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=system)
+            answers = [Piece(kind="text", text=f" {choice.strip()}", supervised=True) for choice in question.choices]
+            samples = [[*pieces, answer] for answer in answers]
+            encoded = encode_batch(samples, tokenizer=processor.tokenizer, image_tokens=config.image_tokens)
+        options = []
+        for choice, sample in zip(question.choices, encoded):
+            if len(sample.spans) != 1 or sample.spans[0][0] == 0:
+                raise DataError(f"{question.location}: choices: {choice!r} has no token of its own behind the prompt")
+            if len(sample.ids) > config.llm.max_position_embeddings:
+                raise DataError(
+                    f"{question.location}: {len(sample.ids)} tokens exceed the model's "
+                    f"{config.llm.max_position_embeddings} positions; shorten the prompt"
+                )
+            options.append(EncodedOption(ids=tuple(map(int, sample.ids)), start=sample.spans[0][0]))
+        found.append(EncodedQuestion(location=question.location, options=tuple(options), images=question.images))
+    return found

@@ -67,8 +67,6 @@ def option_perplexities(
 
     Args:
         model: a one-rank model in eval mode.
-        questions: encoded questions.
-        geometry: of the model's images.
         row_tokens: most tokens of a packed row.
         progress: told after each row the number of segments in it.
 

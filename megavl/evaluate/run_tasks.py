@@ -30,12 +30,9 @@ def evaluate(
 
     Args:
         model: who answers, on one process.
-        tasks: from `read_tasks`.
         template: format of prompts, see `prompt_pieces`; texts follow BOS, as documents are trained.
         system: system text of the chat format; empty for none.
         blind: ask questions with choices again with shuffled images.
-        seed: seed of the shuffle.
-        max_new_tokens: most tokens of a free-form answer.
         batch_size: most free-form answers in progress at a time.
 
     Raises:

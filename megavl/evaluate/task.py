@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import DataError
@@ -18,58 +19,19 @@ _STRICT = ConfigDict(strict=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class _Line:
-    """What every line of a file may hold; further keys are ignored."""
-
-    id: str
-    images: tuple[str, ...] = ()
-    kind: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class _Choices(_Line):
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class _Answers(_Line):
-    prompt: str
-    answers: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class _Text(_Line):
-    text: str
-
-
-def _shape(line: Any) -> str:
-    shapes = ("choices", "answers", "text")
-    return next((key for key in shapes if isinstance(line, dict) and key in line), "choices")
-
-
-_LINE: TypeAdapter[_Choices | _Answers | _Text] = TypeAdapter(
-    Annotated[
-        Annotated[_Choices, Tag("choices")] | Annotated[_Answers, Tag("answers")] | Annotated[_Text, Tag("text")],
-        Discriminator(_shape),
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every entry of a task has."""
+    """What every entry of a task has; further keys of a line are ignored."""
 
     id: str
-    location: str
-    """`file:line`, for messages."""
-    images: tuple[Path, ...]
-    kind: str
+    location: Annotated[str, BeforeValidator(str)] = ""
+    """`file:line`, for messages; never taken from the line."""
+    images: tuple[Path, ...] = ()
+    """Relative to the file, in a line."""
+    kind: Annotated[str, BeforeValidator(lambda kind: "" if kind is None else kind)] = ""
     """Group in the report; the file's name where the line gives none."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Question(Entry):
     """One question with its options."""
 
@@ -80,7 +42,7 @@ class Question(Entry):
     """Index of the right choice."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OpenQuestion(Entry):
     """One question with a free-form answer."""
 
@@ -90,7 +52,7 @@ class OpenQuestion(Entry):
     """Each of them is right."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Passage(Entry):
     """A text that is scored after its images."""
 
@@ -98,6 +60,19 @@ class Passage(Entry):
 
 
 Task = Question | OpenQuestion | Passage
+
+
+def _shape(line: Any) -> str:
+    shapes = ("choices", "answers", "text")
+    return next((key for key in shapes if isinstance(line, dict) and key in line), "choices")
+
+
+_LINE: TypeAdapter[Task] = TypeAdapter(
+    Annotated[
+        Annotated[Question, Tag("choices")] | Annotated[OpenQuestion, Tag("answers")] | Annotated[Passage, Tag("text")],
+        Discriminator(_shape),
+    ]
+)
 
 
 def read_tasks(paths: Sequence[str | Path], *, limit: int | None = None) -> list[Task]:
@@ -135,20 +110,15 @@ def _entry(text: str, *, path: Path, location: str) -> Task:
         ) from None
     _check(line, location=location)
     images = existing_images(line.images, path=path, location=location)
-    common: dict[str, Any] = {"id": line.id, "location": location, "images": images, "kind": line.kind or path.stem}
-    if isinstance(line, _Text):
-        return Passage(**common, text=line.text)
-    if isinstance(line, _Answers):
-        return OpenQuestion(**common, prompt=line.prompt, answers=line.answers)
-    return Question(**common, prompt=line.prompt, choices=line.choices, answer=line.answer)
+    return replace(line, location=location, images=images, kind=line.kind or path.stem)
 
 
-def _check(line: _Choices | _Answers | _Text, *, location: str) -> None:
-    if isinstance(line, _Text):
+def _check(line: Task, *, location: str) -> None:
+    if isinstance(line, Passage):
         _check_text(line, location=location)
         return
     _check_prompt(line.prompt, images=len(line.images), location=location)
-    if isinstance(line, _Choices):
+    if isinstance(line, Question):
         _check_choices(line, location=location)
     elif not line.answers or not all(map(str.strip, line.answers)):
         raise DataError(f"{location}: answers: {list(line.answers)} must be one or more non-empty texts")
@@ -165,7 +135,7 @@ def _check_prompt(prompt: str, *, images: int, location: str) -> None:
         )
 
 
-def _check_choices(line: _Choices, *, location: str) -> None:
+def _check_choices(line: Question, *, location: str) -> None:
     if len(line.choices) < 2 or len(set(line.choices)) < len(line.choices) or not all(map(str.strip, line.choices)):
         raise DataError(f"{location}: choices: {list(line.choices)} must be two or more different, non-empty texts")
     if not 0 <= line.answer < len(line.choices):
@@ -174,7 +144,7 @@ def _check_choices(line: _Choices, *, location: str) -> None:
         )
 
 
-def _check_text(line: _Text, *, location: str) -> None:
+def _check_text(line: Passage, *, location: str) -> None:
     if not line.text:
         raise DataError(f"{location}: text: is empty; give the text to be read")
     if IMAGE_TAG in line.text and line.images:

@@ -35,9 +35,7 @@ class Conversation:
         """A conversation without turns.
 
         Args:
-            model: who answers.
             system: system text; empty for none.
-            max_new_tokens: most tokens of an answer.
             sampling: how tokens are chosen; one generator with its seed draws for all answers.
         """
         self.turns: list[Turn] = []
@@ -63,7 +61,6 @@ class Conversation:
 
         Args:
             text: what the user says; `<image_placeholder>` marks an image's position, else images come first.
-            images: files, or images in memory.
 
         Raises:
             DataError: image tags and images differ in number, an image cannot be read, or the conversation is too long.

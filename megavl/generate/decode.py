@@ -61,7 +61,6 @@ def generate(
     Args:
         model: this rank's stage, in eval mode; every rank must make the same call and read it to its end.
         requests: prompts; one is fetched when a row is free for it.
-        eos_id: id that ends an answer.
         rows: most answers in progress at a time.
         length: tokens of the longest prompt with its answer, if known; the cache gets that size at once.
 

@@ -45,7 +45,6 @@ class Engine:
         """Add tokens to one sequence.
 
         Args:
-            row: row of the sequence.
             ids: one token or more.
             images: uint8 (I, 3, C, C) for the image positions among `ids`; needed on the first stage only.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,10 +11,6 @@ from megavl.config.errors import DataError
 
 def read_lines(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
     """Location (`file:line`) and text of every line that is not blank.
-
-    Args:
-        path: JSONL file.
-        what: name of its content, for the message.
 
     Raises:
         DataError: the file cannot be read.
@@ -30,7 +26,7 @@ def read_lines(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def existing_images(names: tuple[str, ...], *, path: Path, location: str) -> tuple[Path, ...]:
+def existing_images(names: Iterable[str | Path], *, path: Path, location: str) -> tuple[Path, ...]:
     """Image files named in a line, relative to the JSONL file.
 
     Raises:

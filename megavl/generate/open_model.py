@@ -50,7 +50,6 @@ def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
     """Read sizes, tokenizer and list of weights.
 
     Args:
-        path: see this module.
         skip_hash: compare sizes of a checkpoint's files only, not their hashes.
 
     Raises:
@@ -111,7 +110,6 @@ def loaded(source: ModelSource, *, dtype: str | None = None, parallel: ParallelC
     """The model with its weights, in eval mode, in a world that ends with the context.
 
     Args:
-        source: from `find_model`.
         dtype: float32 or bfloat16; None means float32 on the CPU and bfloat16 on CUDA.
         parallel: tensor x pipeline sizes and layout.
     """

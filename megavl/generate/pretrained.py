@@ -134,7 +134,6 @@ class Model:
         it with `CUDA_VISIBLE_DEVICES=` to stay on the CPU, where megatron-core's CUDA names are then redirected.
 
         Args:
-            path: what to open.
             dtype: float32 or bfloat16; None means float32 on the CPU and bfloat16 on CUDA.
             parallel: tensor x pipeline sizes and layout, when a launcher such as torchrun started several processes.
 
@@ -154,8 +153,6 @@ class Model:
         """Answer one prompt.
 
         Args:
-            inputs: from `processor`.
-            max_new_tokens: most tokens of the answer.
             sampling: how tokens are chosen; greedily by default.
 
         Raises:
@@ -177,9 +174,7 @@ class Model:
 
         Args:
             batch: prompts; they are fetched as earlier ones finish.
-            max_new_tokens: most tokens of each answer.
             sampling: how tokens are chosen; every answer has its own draws from the seed.
-            batch_size: most answers in progress at a time.
         """
         requests = (self.request(i, max_new_tokens=max_new_tokens, sampling=sampling) for i in batch)
         return self.answers(requests, batch_size=batch_size)
@@ -206,12 +201,7 @@ class Model:
                 given += 1
 
     def stream(self, request: Request, *, strip: bool = False) -> Iterator[str]:
-        """The text of an answer piece by piece; with `strip`, without white space around it.
-
-        Args:
-            request: from `request`.
-            strip: leave out white space around the answer.
-        """
+        """The text of an answer piece by piece; with `strip`, without white space around it."""
         text = TextStream(self.processor.tokenizer, strip=strip)
         for _, token, _ in generate(self.stage, [request], eos_id=self.processor.tokenizer.eos_id):
             yield text.add(token)

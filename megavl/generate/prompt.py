@@ -39,7 +39,6 @@ def prompt_pieces(
 
     Args:
         text: the user's text; each `<image_placeholder>` stands for an image. Without any, images come first.
-        images: number of images given.
         template: `deepseek` is the chat format, ending with `Assistant:`. `plain` continues the text after BOS, as in
             training on documents. `none` continues the text alone.
         system: system text of the chat format; empty for none.
@@ -79,9 +78,6 @@ def encode_prompt(pieces: Sequence[Piece], *, tokenizer: Tokenizer, config: Mode
     """Token ids of a prompt.
 
     Args:
-        pieces: from `prompt_pieces`.
-        tokenizer: the model's.
-        config: sizes of the model.
         room: tokens that must fit after the prompt.
 
     Raises:

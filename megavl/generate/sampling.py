@@ -78,7 +78,6 @@ def choose(
 
     Args:
         logits: (V,).
-        sampling: rule.
         generator: of the host, so that a seed gives the same draws on every device.
         present: tokens of the prompt and the answer so far, read with a repetition penalty only.
 

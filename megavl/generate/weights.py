@@ -39,12 +39,9 @@ def load_weights(
     """Copy every weight of this rank into its modules, cast to the model's type.
 
     Args:
-        model: this rank's stage.
         tensors: the whole model's weights by canonical name.
-        source: where they come from, for messages.
         first_layer: number of the decoder layer that the stage begins with.
         tensor_rank: this rank's index among the tensor-parallel ranks.
-        tensor_size: their number.
         elsewhere: canonical names of the weights that other stages may hold.
 
     Raises:

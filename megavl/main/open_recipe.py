@@ -33,8 +33,6 @@ def open_recipe(
     """Load and check.
 
     Args:
-        path: recipe file.
-        overrides: `key.path=value` strings that replace values of the recipe.
         devices: world size; default: what the recipe asks for.
         device: kind of device; a suggested layout then fits its memory.
 

@@ -12,7 +12,6 @@ from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
 from megavl.main.open_recipe import open_on_one_device, open_recipe
-from megavl.planner.cost.work import BlockWork
 from megavl.planner.hardware.calibration import (
     check_calibration,
     check_device,
@@ -20,11 +19,11 @@ from megavl.planner.hardware.calibration import (
     read_calibration,
     write_calibration,
 )
-from megavl.planner.hardware.devices import DEVICES, Device, find_device
+from megavl.planner.hardware.devices import DEVICES, Device
 from megavl.planner.layouts.check import check_memory, checked_scenario
 from megavl.planner.layouts.layout import layout_of
 from megavl.planner.layouts.search import Ranking, search
-from megavl.planner.plan import Plan, block_table, plan_scenario, to_json
+from megavl.planner.plan import Blocks, Plan, block_table, plan_scenario, to_json
 from megavl.planner.report.text import render, render_blocks, render_mixing, render_ranking
 from megavl.planner.report.timeline import write_timeline
 from megavl.planner.scenario import (
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the recipe cannot run with this layout. If only memory is missing, the plan is printed before.
     """
-    device = find_device(args.device)
+    device = DEVICES[args.device]
     alone = open_on_one_device(args.recipe, overrides=args.overrides)
     if args.calibrate:
         recipe = alone or open_recipe(args.recipe, overrides=args.overrides, device=device)
@@ -109,10 +108,8 @@ def run(args: argparse.Namespace) -> int:
     blocks = block_table(scenario) if args.blocks else None
     if args.timeline:
         write_timeline(args.timeline, scenario, layout, source)
-    if args.json:
-        print(_as_json(plan, ranking=ranking, mixing=mixing, blocks=blocks))
-    else:
-        print(_as_text(plan, scenario, ranking=ranking, mixing=mixing, blocks=blocks))
+    show = _as_json if args.json else _as_text
+    print(show(plan, scenario, ranking, mixing, blocks))
     check_memory(scenario, layout, device)
     return 0
 
@@ -146,12 +143,7 @@ def _ranking(scenario: Scenario, source: TimeSource, device: Device, args: argpa
 
 
 def _as_text(
-    plan: Plan,
-    scenario: Scenario,
-    *,
-    ranking: Ranking | None,
-    mixing: Mixing | None,
-    blocks: dict[str, tuple[BlockWork, ...]] | None,
+    plan: Plan, scenario: Scenario, ranking: Ranking | None, mixing: Mixing | None, blocks: Blocks | None
 ) -> str:
     """The plan, the samples of each data source, and the tables that options ask for."""
     parts = [render(plan), "\n".join(preview(scenario.recipe))]
@@ -181,11 +173,7 @@ def _times(recipe: Recipe, device: Device, args: argparse.Namespace) -> TimeSour
 
 
 def _as_json(
-    plan: Plan,
-    *,
-    ranking: Ranking | None,
-    mixing: Mixing | None,
-    blocks: dict[str, tuple[BlockWork, ...]] | None,
+    plan: Plan, scenario: Scenario, ranking: Ranking | None, mixing: Mixing | None, blocks: Blocks | None
 ) -> str:
     """The plan, and what options ask for; null without the option."""
     more: dict[str, Any] = {"ranking": None, "mixing": None, "blocks": None}

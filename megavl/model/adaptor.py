@@ -22,13 +22,13 @@ def build_adaptor(config: ModelConfig) -> nn.Module:
     """The row of the adaptor table that `config.adaptor` names; `forward(low, high)` gives (I, P, H)."""
     width, hidden, depth = config.siglip.width, config.llm.hidden_size, config.adaptor.depth
     rows: dict[AdaptorKind, Callable[[], nn.Module]] = {
-        "linear": lambda: _LowTower(nn.Linear(width, hidden)),
-        "mlp_gelu": lambda: _LowTower(_mlp(width, hidden, depth=depth)),
+        "linear": lambda: _Whole(nn.Linear(width, hidden)),
+        "mlp_gelu": lambda: _Whole(_mlp(width, hidden, depth=depth)),
         "low_high_hybrid_split_mlp_gelu": lambda: _SplitFirst(
-            width, hidden // 2, hidden, depth=depth, arrange=_unchanged, join=_join_channels
+            width, hidden // 2, hidden, depth=depth, arrange=nn.Identity(), join=_join_channels
         ),
-        "shared_linear": lambda: _JoinedTowers(nn.Linear(2 * width, hidden)),
-        "shared_mlp": lambda: _JoinedTowers(_mlp(2 * width, hidden, depth=depth)),
+        "shared_linear": lambda: _Whole(nn.Linear(2 * width, hidden), both=True),
+        "shared_mlp": lambda: _Whole(_mlp(2 * width, hidden, depth=depth), both=True),
         "separate_mlp": lambda: _SeparateTowers(width, hidden // 2, depth=depth),
         "token_pooling_width": lambda: _SplitFirst(
             2 * width, hidden, hidden, depth=depth, arrange=_pair_columns, join=_join_sequence
@@ -46,10 +46,6 @@ def _mlp(inputs: int, outputs: int, *, depth: int) -> nn.Sequential:
 
 def _gelu_then_linear(width: int, *, times: int) -> list[nn.Module]:
     return [module for _ in range(times) for module in (nn.GELU(), nn.Linear(width, width))]
-
-
-def _unchanged(features: torch.Tensor) -> torch.Tensor:
-    return features
 
 
 def _pair_columns(features: torch.Tensor) -> torch.Tensor:
@@ -74,27 +70,15 @@ def _join_sequence(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return torch.cat([high, low], dim=1)
 
 
-class _LowTower(nn.Module):
-    """Layers over SigLIP's features."""
+class _Whole(nn.Module):
+    """Layers over SigLIP's features, or over the channels of both towers, HIGH first."""
 
-    def __init__(self, layers: nn.Module) -> None:
+    def __init__(self, layers: nn.Module, *, both: bool = False) -> None:
         super().__init__()
-        self.layers = layers
-
-    def forward(self, low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
-        out: torch.Tensor = self.layers(low)
-        return out
-
-
-class _JoinedTowers(nn.Module):
-    """Layers over both towers' channels, HIGH first."""
-
-    def __init__(self, layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = layers
+        self.layers, self.both = layers, both
 
     def forward(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layers(_join_channels(high, low))
+        out: torch.Tensor = self.layers(_join_channels(high, low) if self.both else low)
         return out
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig, Recipe, RecomputeConfig
 from megavl.model.decoder import transformer_config
-from megavl.model.trainable import freeze, part_of
+from megavl.model.trainable import freeze
 from megavl.model.vision import VisionTowers
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import cpu_runtime
@@ -58,12 +58,6 @@ class BuildSpec:
             dtype=self.dtype,
             generates=generates,
         )
-
-
-def build_model(spec: BuildSpec) -> DeepseekVL:
-    """`build_stages` for a pipeline rank that has one stage."""
-    (stage,) = build_stages(spec)
-    return stage
 
 
 def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
@@ -133,19 +127,3 @@ def build_to_generate(spec: BuildSpec) -> DeepseekVL:
             assert not buffer.is_meta, f"{name} has no value on the meta device; name its device where it is made"
             setattr(module, name, buffer.to(cpu_runtime.device()))
     return stage.eval()
-
-
-def count_parameters_on_meta(model: ModelConfig) -> dict[str, int]:
-    """Parameters of every group, from the whole model built on the meta device: no memory, whatever its size.
-
-    Args:
-        model: sizes; a world of one process must have been started (`megavl.parallel.groups.start`).
-    """
-    config = BuildSpec(model=model).transformer_config()
-    with torch.device("meta"):
-        whole = DeepseekVL(config, model, pre_process=True, post_process=True)
-    counts: dict[str, int] = {}
-    for name, parameter in whole.named_parameters():
-        assert parameter.is_meta, f"{name} was allocated"
-        counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
-    return counts

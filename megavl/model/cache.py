@@ -38,11 +38,9 @@ class KeyValueCache:
         Args:
             rows: sequences it can hold.
             heads: attention heads of this rank.
-            head_dim: channels per head.
             angles: rotary angles (L, 1, 1, D) in fp32 of the first L positions, from the model itself.
             dtype: dtype of the model. On the CPU a bf16 model is cached in fp32: torch's attention of single queries
                 is 3 to 10 times faster there.
-            device: where the model runs.
         """
         self.lengths = [0] * rows
         self.capacity = 0
@@ -176,7 +174,6 @@ class Step(PackedSeqParams, ABC):
         """Store the new keys and values of a layer and attend to all of their rows.
 
         Args:
-            layer: number of the decoder layer.
             query, key, value: (N, A, D), without rotary embedding.
             scale: of the scores; None for D ** -0.5.
 

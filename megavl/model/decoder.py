@@ -53,9 +53,6 @@ def transformer_config(
     """megatron-core's configuration of the decoder.
 
     Args:
-        llm: sizes.
-        parallel: tensor x pipeline sizes.
-        recompute: activation recompute.
         layout: megatron-core's layout string; None when there is one stage (which would be read as virtual stages).
         dtype: dtype of weights and of pipeline transfers.
         generates: for inference, where torch.compile would start anew for every number of tokens.
@@ -174,8 +171,6 @@ def build_decoder(
     """Embedding, decoder layers and head of this pipeline stage.
 
     Args:
-        config: from `transformer_config`.
-        llm: sizes.
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the head.
         vp_stage: number among the stages of this pipeline rank; None without virtual stages.

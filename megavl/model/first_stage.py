@@ -32,13 +32,11 @@ def embed(
     """Text and image embeddings of one micro-batch.
 
     Args:
-        vision: encoders and adaptor.
         embedding: megatron-core's language model embedding (vocabulary split over tensor-parallel ranks).
         tokens: int64 (T,).
         images: what `placement` takes for I images: uint8 (I, 3, C, C), or features of the towers. None where
             `image_rows` is empty and no dummy image is wanted.
         image_rows: int64 (I * P,), rows of `tokens` that the images fill.
-        placement: which rank encodes them.
         dummy_image: where this rank encodes no image, encode a dummy one with weight zero. Overlapped gradient
             reduction then finds a gradient of every trainable weight.
         sequence_parallel: hand each tensor-parallel rank its share of the sequence.

@@ -25,7 +25,6 @@ def vocab_parallel_loss(logits: torch.Tensor, labels: torch.Tensor, *, group: di
         logits: (R, V) in the dtype of the weights, V split over the ranks of `group` in their order; overwritten where
             a gradient is wanted.
         labels: int64 (R,).
-        group: the tensor-parallel ranks.
     """
     out: torch.Tensor = _VocabParallelLoss.apply(logits, labels, group)
     return out

@@ -103,11 +103,7 @@ class DeepseekVL(MegatronModule):
         return out
 
     def new_cache(self, *, rows: int) -> KeyValueCache:
-        """An empty cache for the decoder layers of this stage.
-
-        Args:
-            rows: sequences that are decoded together.
-        """
+        """An empty cache for the decoder layers of this stage."""
         config, weight = self.config, next(self.parameters())
         return KeyValueCache(
             rows=rows,

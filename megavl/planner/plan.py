@@ -102,14 +102,7 @@ class Plan:
 
 
 def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSource, hardware: Device) -> Plan:
-    """Plan a run.
-
-    Args:
-        scenario: recipe and sizes.
-        layout: decoder layers per stage.
-        source: where seconds come from.
-        hardware: kind of device.
-    """
+    """Plan a run."""
     recipe, peak = scenario.recipe, hardware.peak_flops.get(scenario.recipe.training.precision)
     kinds: tuple[Kind, Kind] = ("text", "multimodal")
     found = {kind: step_time(scenario, layout, source, kind) for kind in kinds}
@@ -143,7 +136,11 @@ def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSourc
     )
 
 
-def block_table(scenario: Scenario) -> dict[str, tuple[BlockWork, ...]]:
+Blocks = dict[str, tuple[BlockWork, ...]]
+"""Work of every block by kind of step."""
+
+
+def block_table(scenario: Scenario) -> Blocks:
     """Work of every block by kind of step; vision blocks of one image, the others of one micro-batch on one rank."""
     return {kind: all_work(scenario, kind) for kind in ("text", "multimodal")}
 

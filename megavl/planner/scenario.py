@@ -196,7 +196,6 @@ def make_scenario(recipe: Recipe, *, devices: int | None = None, images: float |
     """Check the sizes against each other and fill in what the recipe implies.
 
     Args:
-        recipe: one training stage.
         devices: world size; default: one model replica.
         images: images of a multimodal sequence; default `expected_images`.
 

@@ -9,6 +9,7 @@ Stage g of p x v runs on rank g % p, as its virtual stage g // p.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,16 +55,11 @@ def program(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> Pr
     """Order of passes and exchanges of one pipeline rank.
 
     Args:
-        rank: pipeline rank r.
-        pipeline: pipeline ranks p.
         virtual: stages per rank v; with v > 1 `micro_batches` is a multiple of p.
-        micro_batches: micro-batches m.
     """
     assert virtual == 1 or micro_batches % pipeline == 0, "interleaving runs micro-batches in groups of p"
     sizes = _Sizes(rank, pipeline, virtual, micro_batches)
-    if virtual == 1:
-        return _one_forward_one_backward(sizes)
-    return _interleaved(sizes)
+    return tuple(_one_forward_one_backward(sizes) if virtual == 1 else _interleaved(sizes))
 
 
 def passes(rank: int, *, pipeline: int, virtual: int, micro_batches: int) -> tuple[Compute, ...]:
@@ -109,48 +105,43 @@ class _Sizes:
         return (Transfer(step.backward, step.micro_batch, step.stage, self.rank, target % self.pipeline),)
 
 
-class _Builder:
-    def __init__(self) -> None:
-        self.steps: list[Compute | Exchange] = []
-
-    def compute(self, step: Compute) -> None:
-        self.steps.append(step)
-
-    def exchange(self, *transfers: tuple[Transfer, ...]) -> None:
-        posted = tuple(transfer for part in transfers for transfer in part)
-        if posted:
-            self.steps.append(Exchange(posted))
+def _exchange(*transfers: tuple[Transfer, ...]) -> Iterator[Exchange]:
+    """What a rank posts at once; nothing if there is nothing to send or receive."""
+    posted = tuple(transfer for part in transfers for transfer in part)
+    if posted:
+        yield Exchange(posted)
 
 
-def _one_forward_one_backward(sizes: _Sizes) -> Program:
+def _one_forward_one_backward(sizes: _Sizes) -> Iterator[Compute | Exchange]:
     count = sizes.micro_batches
     warm = warmup_passes(sizes.rank, pipeline=sizes.pipeline, virtual=1, micro_batches=count)
-    steady, out = count - warm, _Builder()
+    steady = count - warm
     forward = [Compute(False, index, sizes.rank) for index in range(count)]
     backward = [Compute(True, index, sizes.rank) for index in range(count)]
     for step in forward[:warm]:
-        out.exchange(sizes.receive(step))
-        out.compute(step)
-        out.exchange(sizes.send(step))
+        yield from _alone(sizes, step)
     if steady:
-        out.exchange(sizes.receive(forward[warm]))
+        yield from _exchange(sizes.receive(forward[warm]))
     for index in range(steady):
-        out.compute(forward[warm + index])
-        out.exchange(sizes.send(forward[warm + index]), sizes.receive(backward[index]))
-        out.compute(backward[index])
+        yield forward[warm + index]
+        yield from _exchange(sizes.send(forward[warm + index]), sizes.receive(backward[index]))
+        yield backward[index]
         last = index == steady - 1
-        out.exchange(sizes.send(backward[index]), () if last else sizes.receive(forward[warm + index + 1]))
+        yield from _exchange(sizes.send(backward[index]), () if last else sizes.receive(forward[warm + index + 1]))
     for step in backward[steady:]:
-        out.exchange(sizes.receive(step))
-        out.compute(step)
-        out.exchange(sizes.send(step))
-    return tuple(out.steps)
+        yield from _alone(sizes, step)
 
 
-def _interleaved(sizes: _Sizes) -> Program:
+def _alone(sizes: _Sizes, step: Compute) -> Iterator[Compute | Exchange]:
+    yield from _exchange(sizes.receive(step))
+    yield step
+    yield from _exchange(sizes.send(step))
+
+
+def _interleaved(sizes: _Sizes) -> Iterator[Compute | Exchange]:
     total = sizes.micro_batches * sizes.virtual
     warm = warmup_passes(sizes.rank, pipeline=sizes.pipeline, virtual=sizes.virtual, micro_batches=sizes.micro_batches)
-    steady, out = total - warm, _Builder()
+    steady = total - warm
 
     def next_forward(index: int) -> tuple[Transfer, ...]:
         return sizes.receive(sizes.forward(index + 1)) if index + 1 < total else ()
@@ -158,20 +149,18 @@ def _interleaved(sizes: _Sizes) -> Program:
     def next_backward(index: int) -> tuple[Transfer, ...]:
         return sizes.receive(sizes.backward(index + 1)) if index + 1 < total else ()
 
-    out.exchange(sizes.receive(sizes.forward(0)))
+    yield from _exchange(sizes.receive(sizes.forward(0)))
     for index in range(warm):
-        out.compute(sizes.forward(index))
+        yield sizes.forward(index)
         first_gradient = next_backward(-1) if index == warm - 1 and steady else ()
-        out.exchange(sizes.send(sizes.forward(index)), next_forward(index), first_gradient)
+        yield from _exchange(sizes.send(sizes.forward(index)), next_forward(index), first_gradient)
     for index in range(steady):
         forward, backward = sizes.forward(index + warm), sizes.backward(index)
-        out.compute(forward)
-        out.compute(backward)
+        yield from (forward, backward)
         received = () if index == steady - 1 else next_forward(index + warm)
-        out.exchange(sizes.send(forward), sizes.send(backward), received, next_backward(index))
+        yield from _exchange(sizes.send(forward), sizes.send(backward), received, next_backward(index))
     if not steady:
-        out.exchange(next_backward(-1))
+        yield from _exchange(next_backward(-1))
     for index in range(steady, total):
-        out.compute(sizes.backward(index))
-        out.exchange(sizes.send(sizes.backward(index)), next_backward(index))
-    return tuple(out.steps)
+        yield sizes.backward(index)
+        yield from _exchange(sizes.send(sizes.backward(index)), next_backward(index))

@@ -111,7 +111,6 @@ def _divide_by_tokens(stages: Sequence[DistributedDataParallel], num_tokens: tor
     megatron-core does the same, but its host waits for the number.
 
     Args:
-        stages: this rank's stages.
         num_tokens: int32 (), loss tokens of this replica on the last stage, zero on others.
     """
     dist.broadcast(

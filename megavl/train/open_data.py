@@ -16,8 +16,6 @@ def recipe_dataset(
     """Open the recipe's sources.
 
     Args:
-        recipe: of the run.
-        tokenizer: the recipe's, open.
         skip_hash: leave out the checksums of whole files.
         share: (i, n): this process checks every n-th file, from the i-th.
 

@@ -51,8 +51,6 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
     """AdamW over this rank's trainable weights, or its shard of them, in named groups.
 
     Args:
-        model: this rank's part.
-        optimizer: hyper-parameters.
         bf16: whether weights are bf16; the optimizer then keeps fp32 master weights.
     """
     settings = model.chunks[0].ddp_config

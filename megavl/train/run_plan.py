@@ -12,7 +12,7 @@ from megavl.config.recipe import Recipe
 from megavl.model.build import BuildSpec
 from megavl.parallel import cpu_runtime
 from megavl.parallel.groups import Position
-from megavl.planner.hardware.devices import Device, find_device, known_device
+from megavl.planner.hardware.devices import DEVICES, Device, known_device
 from megavl.planner.layouts.layout import layout_string
 from megavl.planner.scenario import Scenario
 from megavl.weights.dtypes import DTYPE_OF_PRECISION
@@ -67,7 +67,7 @@ class RunPlan:
 def this_device() -> Device | None:
     """This device's row in the planner's table, with the memory that it really has; None where it has no row."""
     if not torch.cuda.is_available():
-        return find_device("cpu")
+        return DEVICES["cpu"]
     row = known_device(torch.cuda.get_device_name())
     if row is None:
         return None

@@ -11,9 +11,7 @@ def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
     """Rate of one optimizer step.
 
     Args:
-        config: peak, warm-up and shape.
         step: 1 for the first step.
-        steps: length of the stage.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps

@@ -46,9 +46,7 @@ def forward_backward(model: ModelChunks, batches: Sequence[Batch], *, forward_on
     """Run all micro-batches; gradients end up summed, divided by the global number of loss tokens.
 
     Args:
-        model: this rank's stages.
         batches: the replica's micro-batches, from `next_step`.
-        forward_only: leave out the backward passes.
 
     Returns:
         (2,) on the device: this rank's sum of the loss over tokens and their number, zero except on the last stage.

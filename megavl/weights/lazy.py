@@ -49,10 +49,7 @@ def require_exactly(
 
     Args:
         expected: shape by name.
-        found: the tensors there are.
-        locate: file or checkpoint of a name, for the message.
         ignored: names that may be there and are not looked at.
-        wanted: what states the expected shapes, for the message.
 
     Raises:
         CheckpointError: names the file, the first missing, unexpected or misshapen tensor, and how many more there are.

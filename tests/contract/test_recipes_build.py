@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megavl.config.load import load_recipe
+from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
-from megavl.model.build import count_parameters_on_meta
+from megavl.model.build import BuildSpec
+from megavl.model.trainable import part_of
+from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
@@ -36,6 +40,18 @@ def world() -> Iterator[None]:
     groups.start(ParallelConfig(), seed=0)
     yield
     groups.stop()
+
+
+def count_parameters_on_meta(model: ModelConfig) -> dict[str, int]:
+    """Parameters of every group of the whole model, which takes no memory on the meta device."""
+    config = BuildSpec(model=model).transformer_config()
+    with torch.device("meta"):
+        whole = DeepseekVL(config, model, pre_process=True, post_process=True)
+    counts: dict[str, int] = {}
+    for name, parameter in whole.named_parameters():
+        assert parameter.is_meta, f"{name} was allocated"
+        counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+    return counts
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,7 +23,7 @@ from megavl.config.recipe import ParallelConfig
 from megavl.data.batch import make_batch
 from megavl.data.image import canvas
 from megavl.generate.weights import load_weights
-from megavl.model.build import BuildSpec, build_model
+from megavl.model.build import BuildSpec, build_stages
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
 from megavl.weights.lazy import LazyTensor
@@ -79,7 +79,7 @@ def native_pair(config: ModelConfig, *, seed: int = 0, attention: str = "sdpa") 
     weights = random_tensors(config, seed=seed)
     groups.start(alone, seed=0)
     try:
-        ours = build_model(BuildSpec(model=config, parallel=alone, seed=1))
+        (ours,) = build_stages(BuildSpec(model=config, parallel=alone, seed=1))
         load_weights(ours, {name: LazyTensor.of(tensor) for name, tensor in weights.items()}, source="test")
         yield Pair(config, ours.eval(), transformers_model(config, weights, attention=attention))
     finally:

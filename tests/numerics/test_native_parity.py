@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from launch.bench.engines.random_models import relative_error
-from launch.bench.engines.released_pixels import ODD_SIZES
 from megavl.config.model import ModelConfig
 from tests.numerics.intermediates import intermediates, recording
 from tests.numerics.native_pair import EOS, TOLERANCE, native_pair, prompt_with_images
@@ -14,6 +13,8 @@ from tests.numerics.small_models import MODELS, TRUE_GRIDS
 from tests.unit.generate.models import greedy_tokens
 
 NEW_TOKENS = 12
+ODD_SIZES = ((517, 301), (640, 481), (1000, 333), (333, 1000), (640, 640), (1999, 1333), (1, 90), (31, 17), (7, 7))
+"""Width and height. For the first four, truncation and rounding of the short side differ."""
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import REGIONS, Marks
-from launch.bench.engines.step_sides import MegaVL, Transformers, TransformersSettings, made_up_batches
+from launch.bench.engines.step_sides import MegaVL, Transformers, made_up_batches
 from launch.bench.engines.step_speed import idle_share, measure, parse, vendor_peak
 from launch.bench.engines.step_work import PARTS, make_work
 from megavl.config.recipe import ParallelConfig
@@ -46,15 +46,13 @@ def losses(side, work, kind: str) -> list[float]:
 def test_all_sides_train_alike(model: str, report_table) -> None:
     work = tiny(model)
     weights = random_tensors(work.recipe.model)
-    plain = TransformersSettings(checkpointing=False, compiled=False)
-    saving = TransformersSettings(checkpointing=True, compiled=False)
     for kind in KINDS:
-        expected = losses(Transformers(work, marks=Marks(), lr=LR, settings=plain, weights=weights), work, kind)
+        expected = losses(Transformers(work, marks=Marks(), lr=LR, weights=weights), work, kind)
         assert expected[-1] < expected[0] - 0.01, "the steps train"
         sides = {
             "megavl": MegaVL(work, marks=Marks(), lr=LR, local=False, weights=weights),
             "megatron-local": MegaVL(work, marks=Marks(), lr=LR, local=True, weights=weights),
-            "checkpointing": Transformers(work, marks=Marks(), lr=LR, settings=saving, weights=weights),
+            "checkpointing": Transformers(work, marks=Marks(), lr=LR, weights=weights, checkpointing=True),
         }
         for name, side in sides.items():
             found = losses(side, work, kind)
@@ -69,8 +67,7 @@ def test_transformers_trains_in_bf16_from_own_weights(model: str) -> None:
     work = tiny(model)
     training = dataclasses.replace(work.recipe.training, precision="bf16")
     work = dataclasses.replace(work, recipe=dataclasses.replace(work.recipe, training=training))
-    settings = TransformersSettings(checkpointing=True, compiled=False)
-    side = Transformers(work, marks=Marks(), lr=LR, settings=settings, weights=None)
+    side = Transformers(work, marks=Marks(), lr=LR, weights=None, checkpointing=True)
     assert {parameter.dtype for parameter in side.model.parameters()} == {torch.bfloat16}
     assert side.model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32, "as from_pretrained leaves it"
     for kind in KINDS:
@@ -122,7 +119,7 @@ def test_as_many_layers_as_fit() -> None:
         work = make_work(
             "7b", part="first", layers=0, micro_batches=1, recompute="none", precision="bf16", memory_bytes=memory_bytes
         )
-        assert work.planned_bytes() <= memory_bytes
+        assert work.memory().total <= memory_bytes
         return work.recipe.model.llm.num_layers
 
     assert 0 < most(40e9) < most(80e9) < most(125e9) < 30 == most(1e12)

@@ -118,11 +118,8 @@ def differences(
     """One image of each size through the processor.
 
     Args:
-        processor: of transformers.
-        config: sizes of the model.
         sizes: width and height.
         squared: give the processor the finished square instead of the image.
-        call: further arguments of the processor's call.
     """
     found = []
     for number, size in enumerate(sizes):

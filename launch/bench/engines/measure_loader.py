@@ -44,9 +44,7 @@ def measure(path: str, *, workers: int, rounds: int, steps: int) -> dict[str, fl
     """Alternate rounds of both.
 
     Args:
-        path: dataset with image-text sequences.
         workers: decoding processes, at least 1.
-        rounds: pairs of rounds.
         steps: loader steps per round.
 
     Returns:

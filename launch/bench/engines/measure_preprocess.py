@@ -26,8 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_tools.corpus.demo.vocabulary import save_tokenizer, train_tokenizer
 from data_tools.preprocess import main as preprocess
 from launch.bench.engines.photos import photo
 from launch.bench.programs import ROOT, output
@@ -35,7 +35,6 @@ from megavl.data.packing import Kinds, Packing, Placed
 from megavl.data.tokenizer import open_tokenizer
 
 VOCABULARY = 32_000
-SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<image_placeholder>")
 DOCUMENTS = 600
 COPIES = 20
 """How often the documents are repeated where whole commands are timed."""
@@ -249,7 +248,7 @@ def _documents(scratch: Path, *, copies: int) -> list[str]:
         output("data_tools.build_corpus", "text", "--output", source, "--size", 12_000_000)
     whole = [json.loads(line)["text"] for line in (source / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     if not (scratch / "tokenizer").is_dir():
-        _train(whole, folder=scratch / "tokenizer")
+        save_tokenizer(train_tokenizer(whole, phrases=(), vocab_size=VOCABULARY), scratch / "tokenizer")
     texts = list(_pieces("\n\n".join(whole), count=DOCUMENTS))
     _write(scratch / "text.jsonl", ({"text": piece} for _ in range(copies) for piece in texts))
     return texts
@@ -262,27 +261,6 @@ def _pieces(content: str, *, count: int) -> Iterator[str]:
         start = 0 if start + size > len(content) else start
         yield content[start : start + size] if content[start : start + size].strip() else "blank"
         start += size
-
-
-def _train(texts: Sequence[str], *, folder: Path) -> None:
-    """Train a byte-level BPE that splits as DeepSeek's does: line ends, words, other signs, single digits."""
-    inner = Tokenizer(models.BPE())
-    splits = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"]
-    steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
-    steps += [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(name, special=True) for name in SPECIALS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer)
-    folder.mkdir()
-    inner.save(str(folder / "tokenizer.json"))
-    names = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIALS))
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def _lengths(captions: int, texts: int) -> tuple[list[int], list[int]]:

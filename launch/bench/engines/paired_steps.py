@@ -36,7 +36,7 @@ from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import open_tokenizer
 from megavl.model.build import BuildSpec
 from megavl.parallel import broadcast, groups
-from megavl.planner.hardware.devices import find_device
+from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.layouts.check import checked_layout
 from megavl.planner.layouts.layout import layout_string
 from megavl.planner.scenario import make_scenario
@@ -64,7 +64,7 @@ class Variant:
     def __init__(self, recipe: Recipe, *, position: groups.Position, probe: Probe, steps: int) -> None:
         self.position, self.probe = position, probe
         self.split_all, self.number = recipe.parallel.vision == "split_all", 0
-        layout = checked_layout(make_scenario(recipe, devices=position.world_size), find_device("cpu"))
+        layout = checked_layout(make_scenario(recipe, devices=position.world_size), DEVICES["cpu"])
         self.model = build_model_chunks(
             BuildSpec.of(recipe, layout=layout_string(layout), dtype=DTYPE_OF_PRECISION[recipe.training.precision])
         )

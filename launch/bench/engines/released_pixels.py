@@ -17,8 +17,6 @@ from megavl.config.model import ModelConfig
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-ODD_SIZES = ((517, 301), (640, 481), (1000, 333), (333, 1000), (640, 640), (1999, 1333), (1, 90), (31, 17), (7, 7))
-"""Width and height. For the first four, truncation and rounding of the short side differ."""
 
 
 def square(image: Image.Image, *, size: int, background: tuple[int, int, int]) -> Image.Image:

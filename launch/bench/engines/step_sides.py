@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 from unittest import mock
 
@@ -172,14 +171,6 @@ def _end_part(stage: torch.nn.Module, work: Work) -> None:
         stage.register_forward_pre_hook(lambda *_: stage.set_input_tensor(hidden.detach().requires_grad_()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformersSettings:
-    """Options of transformers' training."""
-
-    checkpointing: bool
-    compiled: bool
-
-
 class Transformers:
     """transformers' own class with SDPA, its loss, and torch's fused AdamW over weights of the training type."""
 
@@ -189,8 +180,9 @@ class Transformers:
         *,
         marks: Marks,
         lr: float,
-        settings: TransformersSettings,
         weights: dict[str, torch.Tensor] | None,
+        checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         assert work.part == "whole", "transformers has no pipeline stages"
         recipe, self.marks, self.config = work.recipe, marks, work.recipe.model
@@ -206,10 +198,10 @@ class Transformers:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if settings.checkpointing:
+        if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model.train()
-        if settings.compiled:
+        if compiled:
             # Marks would break the graph, so a compiled model is timed as a whole.
             self.model.compile()
         else:

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +26,13 @@ import torch
 from launch.bench.engines.peak_memory import peak_bytes, reset_peak
 from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import Marks
-from launch.bench.engines.step_sides import SIDES, MegaVL, Side, Transformers, TransformersSettings, made_up_batches
+from launch.bench.engines.step_sides import SIDES, MegaVL, Side, Transformers, made_up_batches
 from launch.bench.engines.step_work import MODELS, PARTS, TINY, Work, make_work
 from megavl.config.recipe import ParallelConfig
 from megavl.model import decoder
 from megavl.parallel import groups
 from megavl.planner.cost.flops import mfu
-from megavl.planner.hardware.devices import DEVICES, USABLE_SHARE
+from megavl.planner.hardware.devices import USABLE_SHARE, known_device
 
 DATA = 2
 """Steps for which batches are made; they are used in turn."""
@@ -107,12 +104,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build(work: Work, arguments: argparse.Namespace, *, marks: Marks) -> Side:
     """The side. Tiny models have equal weights on all sides; large ones draw their own."""
-    weights = None
-    if arguments.model in TINY:
-        weights = random_tensors(work.recipe.model)
+    weights = random_tensors(work.recipe.model) if arguments.model in TINY else None
     if arguments.side == "transformers":
-        settings = TransformersSettings(checkpointing=arguments.checkpointing, compiled=arguments.compile)
-        return Transformers(work, marks=marks, lr=arguments.lr, settings=settings, weights=weights)
+        options = {"checkpointing": arguments.checkpointing, "compiled": arguments.compile}
+        return Transformers(work, marks=marks, lr=arguments.lr, weights=weights, **options)
     groups.start(ParallelConfig(), seed=work.recipe.training.seed)
     local = arguments.side == "megatron-local"
     switches = {"_compiles_kernels": arguments.uncompiled, "fuses_weight_gradients": arguments.rounded_gradients}
@@ -152,7 +147,7 @@ def measure(side: Side, work: Work, kind: str, *, arguments: argparse.Namespace,
         "flops_per_s": flops / middle,
         "mfu": None if vendor is None else mfu(flops, seconds=middle, devices=1, peak_flops=vendor),
         "peak_bytes": peak,
-        "planned_bytes": work.planned_bytes(),
+        "planned_bytes": work.memory().total,
         "update_bytes": side.update_bytes(kind),
         "losses": losses,
         "regions": None if arguments.compile else regions(steps),
@@ -180,11 +175,7 @@ def profile(side: Side, data: Any, path: Path) -> dict[str, Any]:
         if on_cuda:
             torch.cuda.synchronize()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "trace.json"
-        found.export_chrome_trace(str(plain))
-        with plain.open("rb") as source, gzip.open(path, "wb") as target:
-            shutil.copyfileobj(source, target)
+    found.export_chrome_trace(str(path))
     name = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     # Annotations, such as the optimizer's, span kernels and the pauses between them.
     rows = [row for row in found.key_averages() if getattr(row, name) > 0 and not row.is_user_annotation]
@@ -237,9 +228,8 @@ def vendor_peak(precision: str) -> float | None:
     """FLOP/s by the planner's table of devices; None for a device that it does not know."""
     if not torch.cuda.is_available():
         return None
-    words = torch.cuda.get_device_name().lower().split()
-    rows = [row for name, row in DEVICES.items() if name in words]
-    return rows[0].peak_flops.get(precision) if rows else None
+    row = known_device(torch.cuda.get_device_name())
+    return row.peak_flops.get(precision) if row else None
 
 
 if __name__ == "__main__":

@@ -63,10 +63,6 @@ class Work:
             found -= train_flops([head_block(recipe.model.llm, tokens=self.tokens)], trainable=trainable)
         return found
 
-    def planned_bytes(self) -> int:
-        """Largest memory that the planner expects."""
-        return self.memory().total
-
     def memory(self) -> RankMemory:
         """Memory that the planner expects for the part, bytes."""
         # The planner sees a part as one of two stages; the other stage holds one layer.
@@ -97,12 +93,8 @@ def make_work(
     """The work of a case.
 
     Args:
-        model: row of `MODELS`.
-        part: one of `PARTS`.
         layers: decoder layers; 0 for as many as the model has and `memory_bytes` holds.
         micro_batches: sequences of a step.
-        recompute: `recompute.granularity`.
-        precision: `training.precision`.
         memory_bytes: memory that the planner may fill; None: not bounded.
     """
     folder, preset = MODELS[model]
@@ -124,7 +116,7 @@ def make_work(
 
     if layers:
         return of(min(layers, most))
-    fitting = [n for n in range(1, most + 1) if memory_bytes is None or of(n).planned_bytes() <= memory_bytes]
+    fitting = [n for n in range(1, most + 1) if memory_bytes is None or of(n).memory().total <= memory_bytes]
     if not fitting:
         raise SystemExit(f"error: {model} {part}: not even one layer fits {memory_bytes:,} bytes")
     return of(max(fitting))
@@ -138,7 +130,7 @@ def plan(model: str, part: str, *, memory_bytes: float) -> dict[str, Any]:
     return {
         "layers": work.recipe.model.llm.num_layers,
         "of_layers": whole.recipe.model.llm.num_layers,
-        "bytes": {**dataclasses.asdict(work.memory()), "peak": work.planned_bytes()},
+        "bytes": {**dataclasses.asdict(work.memory()), "peak": work.memory().total},
         "usable_bytes": memory_bytes,
         "convention": MFU_CONVENTION,
     }

@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import TRAINABLE_PARTS
-from megavl.planner.cost.blocks import Block, decoder_layer_blocks, embedding_block, head_block, vision_blocks
+from megavl.planner.cost.blocks import Block, decoder_layer_blocks, head_block, vision_blocks
 from megavl.planner.scenario import Kind, Scenario
 
 MFU_CONVENTION = (
@@ -23,21 +22,6 @@ MFU_CONVENTION = (
     "with a label or without; encoders as they run; recompute, repeated encoders and padding count as time only"
 )
 """Printed wherever MFU is."""
-
-
-def parameter_counts(model: ModelConfig) -> dict[str, int]:
-    """Parameters of each row of `TRAINABLE_PARTS`; rows that the model lacks hold 0."""
-    llm = model.llm
-    layer = decoder_layer_blocks(llm)
-    counts = dict.fromkeys(TRAINABLE_PARTS, 0)
-    for block in vision_blocks(model):
-        counts[block.part] += block.parameters
-    counts["llm"] = (
-        embedding_block(llm).parameters
-        + llm.num_layers * sum(block.parameters for block in layer)
-        + head_block(llm).parameters
-    )
-    return counts
 
 
 def active_parts(trainable_parts: Collection[str], *, images: int) -> frozenset[str]:
@@ -61,7 +45,6 @@ def step_flops(
     """Model FLOPs of one optimizer step over all ranks.
 
     Args:
-        model: sizes.
         seq_length: tokens per sequence S.
         sequences: sequences of the step (global batch).
         images: images of the step; 0 on a text-only step.
@@ -74,11 +57,6 @@ def step_flops(
     head = train_flops([head_block(model.llm, tokens=tokens)], trainable=trainable)
     vision = images * train_flops(vision_blocks(model), trainable=trainable)
     return decoder + head + vision
-
-
-def overhead_flops(blocks: Iterable[Block], *, trainable: frozenset[str]) -> int:
-    """Forward and backward FLOPs of `Block.overhead`; like attention it multiplies activations."""
-    return sum(block.overhead * (3 if block.needs_backward(trainable) else 1) for block in blocks)
 
 
 def mfu(flops: float, *, seconds: float, devices: int, peak_flops: float) -> float:

@@ -68,13 +68,7 @@ def rank_stages(scenario: Scenario, rank: int) -> tuple[int, ...]:
 
 
 def rank_parameters(scenario: Scenario, rank: int, layout: Sequence[int]) -> tuple[int, int]:
-    """Parameters on one device of pipeline rank `rank`: all of them, and those that train.
-
-    Args:
-        scenario: recipe and sizes.
-        rank: pipeline rank, from 0.
-        layout: decoder layers per stage.
-    """
+    """Parameters on one device of pipeline rank `rank`: all of them, and those that train."""
     recipe, tensor = scenario.recipe, scenario.tensor
     llm = recipe.model.llm
     width = llm.hidden_size
@@ -94,13 +88,7 @@ def rank_parameters(scenario: Scenario, rank: int, layout: Sequence[int]) -> tup
 
 
 def rank_memory(scenario: Scenario, rank: int, layout: Sequence[int]) -> RankMemory:
-    """Memory of one device of pipeline rank `rank`, by the formulas of this module.
-
-    Args:
-        scenario: recipe and sizes.
-        rank: pipeline rank, from 0.
-        layout: decoder layers per stage.
-    """
+    """Memory of one device of pipeline rank `rank`, by the formulas of this module."""
     parameters, trained = rank_parameters(scenario, rank, layout)
     per_weight = 12 if scenario.recipe.training.precision == "bf16" else 8
     multimodal = scenario.images > 0 and scenario.share > 0

@@ -96,11 +96,33 @@ def _towers(
     towers: dict[str, list[Block]] = {}
     for block in vision_blocks(model):
         towers.setdefault(block.name.partition(".")[0], []).append(block)
-    return tuple(
-        _tower(name, towers[key], trained=trained, active=active, again=again, rerun=key in rerun, element=element)
-        for key, name in _TOWERS.items()
-        if key in towers
-    )
+    out = []
+    for key in (key for key in _TOWERS if key in towers):
+        forward, backward, kept = Work(), Work(), 0
+        for block in towers[key]:
+            once = _forward([block], overhead=True) + Work(moved=2.0 * element * block.saved)
+            forward += once
+            if not block.needs_backward(active):
+                continue
+            weights = block.parameters if block.part in active else 0
+            moved = 4.0 * element * block.saved + weights * _gradient_bytes(element)
+            backward += _backward([block], active, overhead=True) + Work(moved=moved)
+            recomputed = again and block.checkpoint is not None
+            backward += once if recomputed else Work()
+            kept += element * (block.checkpoint if recomputed and block.checkpoint is not None else block.saved)
+        if key in rerun:
+            backward, kept = backward + forward, 0
+        out.append(
+            BlockWork(
+                name=_TOWERS[key],
+                parameters=sum(block.parameters for block in towers[key]),
+                trained=sum(block.parameters for block in towers[key] if block.part in trained),
+                forward=forward,
+                backward=backward,
+                kept=kept,
+            )
+        )
+    return tuple(out)
 
 
 ADAPTOR = "adaptor"
@@ -182,40 +204,6 @@ def all_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
 
 def _trainable(scenario: Scenario, kind: Kind) -> frozenset[str]:
     return active_parts(scenario.recipe.trainable_parts, images=int(kind == "multimodal"))
-
-
-def _tower(
-    name: str,
-    blocks: Sequence[Block],
-    *,
-    trained: frozenset[str],
-    active: frozenset[str],
-    again: bool,
-    rerun: bool,
-    element: int,
-) -> BlockWork:
-    forward, backward, kept = Work(), Work(), 0
-    for block in blocks:
-        once = _forward([block], overhead=True) + Work(moved=2.0 * element * block.saved)
-        forward += once
-        if not block.needs_backward(active):
-            continue
-        weights = block.parameters if block.part in active else 0
-        moved = 4.0 * element * block.saved + weights * _gradient_bytes(element)
-        backward += _backward([block], active, overhead=True) + Work(moved=moved)
-        recomputed = again and block.checkpoint is not None
-        backward += once if recomputed else Work()
-        kept += element * (block.checkpoint if recomputed and block.checkpoint is not None else block.saved)
-    if rerun:
-        backward, kept = backward + forward, 0
-    return BlockWork(
-        name=name,
-        parameters=sum(block.parameters for block in blocks),
-        trained=sum(block.parameters for block in blocks if block.part in trained),
-        forward=forward,
-        backward=backward,
-        kept=kept,
-    )
 
 
 def _forward(blocks: Sequence[Block], *, overhead: bool = False) -> Work:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megavl.config.errors import UsageError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
@@ -103,8 +101,6 @@ _ASSUMED = (
     "fp32: the shares of bf16 (assumed)",
 )
 _MAMF = "stas00/ml-engineering, compute/accelerator, maximum achievable matmul FLOPS, bf16"
-_HDR = Link(bandwidth=0.9 * 25e9, latency=20e-6)
-_NDR = Link(bandwidth=0.9 * 50e9, latency=20e-6)
 _HOPPER = (
     f"matrix products: 80.3% of the peak ({_MAMF}, H100 SXM; H200 is the same)",
     "attention: FlashAttention-2, 319 TFLOP/s forward at 4,096 tokens, head 128, H100 (FlashAttention-3's paper, arXiv "
@@ -112,6 +108,22 @@ _HOPPER = (
     "links: NVLink 450 GB/s a direction at 60%, 400 Gb/s a device at 90% (calculon, systems/h100_80g_nvl8.json)",
     "latency: 10 us in a node, 20 us between nodes (calculon, systems/a100_80g.json)",
 )
+
+
+def _hopper(name: str, *, memory_bytes: int, bandwidth: float, peak: str) -> Device:
+    return _nvidia(
+        name,
+        bf16=989.5e12,
+        fp32=67e12,
+        matrix=0.803,
+        attention=319 / 989.5,
+        memory_bytes=memory_bytes,
+        bandwidth=bandwidth,
+        local=Link(bandwidth=0.6 * 450e9, latency=10e-6),
+        network=Link(bandwidth=0.9 * 50e9, latency=20e-6),
+        sources=(f"peak: {peak}", *_HOPPER),
+    )
+
 
 DEVICES: dict[str, Device] = {
     "a100": _nvidia(
@@ -123,7 +135,7 @@ DEVICES: dict[str, Device] = {
         memory_bytes=80_000_000_000,
         bandwidth=2039e9,
         local=Link(bandwidth=0.65 * 300e9, latency=10e-6),
-        network=_HDR,
+        network=Link(bandwidth=0.9 * 25e9, latency=20e-6),
         sources=(
             "peak: NVIDIA A100 80GB SXM datasheet: bf16 dense 312 TFLOP/s, fp32 without TF32 19.5, 2,039 GB/s",
             f"matrix products: 86.9% of the peak ({_MAMF}, A100 SXM)",
@@ -151,32 +163,17 @@ DEVICES: dict[str, Device] = {
             "links: PCIe 4.0 x16, 32 GB/s a direction at 75% (assumed); 200 Gb/s a node at 90%",
         ),
     ),
-    "h100": _nvidia(
+    "h100": _hopper(
         "h100",
-        bf16=989.5e12,
-        fp32=67e12,
-        matrix=0.803,
-        attention=319 / 989.5,
         memory_bytes=80_000_000_000,
         bandwidth=3350e9,
-        local=Link(bandwidth=0.6 * 450e9, latency=10e-6),
-        network=_NDR,
-        sources=(
-            "peak: NVIDIA H100 SXM datasheet: bf16 1,979 TFLOP/s with sparsity, half of it dense; fp32 67; 3.35 TB/s",
-            *_HOPPER,
-        ),
+        peak="NVIDIA H100 SXM datasheet: bf16 1,979 TFLOP/s with sparsity, half of it dense; fp32 67; 3.35 TB/s",
     ),
-    "h200": _nvidia(
+    "h200": _hopper(
         "h200",
-        bf16=989.5e12,
-        fp32=67e12,
-        matrix=0.803,
-        attention=319 / 989.5,
         memory_bytes=141_000_000_000,
         bandwidth=4800e9,
-        local=Link(bandwidth=0.6 * 450e9, latency=10e-6),
-        network=_NDR,
-        sources=("peak: NVIDIA H200 SXM datasheet: the H100's arithmetic, 141 GB, 4.8 TB/s", *_HOPPER),
+        peak="NVIDIA H200 SXM datasheet: the H100's arithmetic, 141 GB, 4.8 TB/s",
     ),
     "cpu": Device(
         name="cpu",
@@ -209,14 +206,3 @@ def known_device(text: str) -> Device | None:
     if known is None:
         return None
     return DEVICES["a100-pcie" if known == "a100" and "pcie" in words else known]
-
-
-def find_device(name: str) -> Device:
-    """Row of `DEVICES`.
-
-    Raises:
-        UsageError: for an unknown name.
-    """
-    if name not in DEVICES:
-        raise UsageError(f"--device: unknown device {name!r}; choose from {', '.join(DEVICES)}")
-    return DEVICES[name]

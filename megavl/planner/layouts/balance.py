@@ -43,7 +43,6 @@ def balance(
 
     Args:
         scenario: recipe and sizes; its layout is not read.
-        source: where seconds come from.
         memory_bytes: limit of one rank; None: no limit.
         small_space: if there are at most so many layouts, all are tried.
         simulated: whether the simulation decides; the closed form is for ranking many scenarios.

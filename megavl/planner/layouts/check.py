@@ -134,7 +134,6 @@ def nearest(
     Args:
         recipe: the stage with any valid layout, which is ignored.
         wanted: what the user asked for; its recompute is ignored.
-        devices: world size.
         device: kind of device; None: no memory limit, times proportional to FLOPs.
     """
     base = Scenario(

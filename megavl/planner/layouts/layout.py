@@ -25,8 +25,6 @@ def balance_weights(model: ModelConfig, *, stages: int, tensor: int = 1) -> tupl
     A token passes the stages one after the other, so an even split is no faster; but each stage must fit its device.
 
     Args:
-        model: sizes.
-        stages: pipeline stages.
         tensor: tensor-parallel ranks, over which everything but the encoders is divided.
     """
     layer = sum(block.parameters for block in decoder_layer_blocks(model.llm)) / tensor

@@ -140,11 +140,6 @@ def search(
 
     Args:
         scenario: recipe, devices, images and mixture; its own layout is one of the candidates.
-        source: where seconds come from.
-        device: memory, peak and size of a node.
-        top: length of the list.
-        virtual: stages per pipeline rank to try.
-        placements: encoder placements to try.
     """
     run = _Search(scenario, source=source, device=device)
     for choice in choices(
@@ -189,8 +184,6 @@ def choices(
     Args:
         scenario: recipe, devices and images; its own layout is ignored.
         per_node: most tensor-parallel ranks.
-        virtual: stages per pipeline rank to try.
-        placements: encoder placements to try.
         rejected: counts sizes that do not fit, by reason.
         leanest: try every recompute setting; else only the fastest.
     """

@@ -72,7 +72,6 @@ def draw(panels: Sequence[Panel], *, title: str) -> str:
 
     Args:
         panels: one per kind of step, all to the same scale.
-        title: first line.
     """
     longest = max(_end(panel) for panel in panels)
     scale = _WIDTH / longest

@@ -49,10 +49,6 @@ def compare_mixing(
 
     Args:
         scenario: recipe and sizes; the share of multimodal sequences is its `share`.
-        layout: decoder layers per stage, the same for both.
-        source: where seconds come from.
-        steps: mixed steps to draw.
-        seed: seed of the draws.
     """
     draw = random.Random(seed)
     costs = _costs(scenario, layout, source)

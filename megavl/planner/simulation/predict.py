@@ -39,14 +39,7 @@ def kinds_of(scenario: Scenario) -> tuple[Kind, ...]:
 
 
 def step_time(scenario: Scenario, layout: Sequence[int], source: TimeSource, kind: Kind) -> StepTime:
-    """Simulate one kind of step.
-
-    Args:
-        scenario: recipe and sizes.
-        layout: decoder layers per stage.
-        source: where seconds come from.
-        kind: modality.
-    """
+    """Simulate one kind of step."""
     stages = stage_passes(source.blocks(scenario, kind), layout)
     seconds = pipeline_seconds(
         pipeline=scenario.pipeline,

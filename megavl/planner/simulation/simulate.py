@@ -66,8 +66,6 @@ def simulate(
     """Run one step.
 
     Args:
-        pipeline: pipeline ranks p.
-        virtual: stages per rank v.
         costs: by kind of micro-batch, then by stage (p x v): seconds of its passes.
         kinds: kind of each micro-batch, an index into `costs`.
         transfer_s: seconds of one transfer between ranks.

@@ -113,8 +113,6 @@ class TimeSource(Protocol):
         """Seconds outside the schedule.
 
         Args:
-            scenario: recipe and sizes.
-            kind: modality of the step.
             trained: trained parameters on the rank.
             last_backward: seconds of the rank's backward passes of its last micro-batch; reduction overlaps them.
         """

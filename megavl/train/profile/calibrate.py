@@ -58,7 +58,6 @@ def calibrate(recipe: Recipe, *, images: int, repeats: int) -> Calibration | Non
     Args:
         recipe: its micro-batch, tensor and sequence parallelism, recompute and trained groups are used.
         images: images of a random multimodal sequence; used if the recipe's data do not exist.
-        repeats: counted steps of each kind.
 
     Returns:
         A calibration with one entry on rank 0; None elsewhere.

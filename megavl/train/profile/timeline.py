@@ -47,11 +47,7 @@ def write_timeline(record: Record, *, plan: RunPlan, step: int, modality: Modali
     """Gather a step's records and write them to `<run.dir>/timeline/step_NNNNNN.json` and `.svg`. Collective.
 
     Args:
-        record: this rank's.
-        plan: of the run.
         step: 1 for the first.
-        modality: of the step.
-        seconds: of the step.
 
     Returns:
         On rank 0 a line that names the file, or a warning: a full disk must not end a run over a picture.

@@ -36,7 +36,6 @@ class Watchdog(threading.Thread):
         """Prepare; `start()` starts watching.
 
         Args:
-            status: status of this rank.
             timeout_s: longest time without progress inside a step, seconds.
             leave: ends the process with a code and a reason; called from this thread.
             grace_s: time for this rank to end by itself after another rank wrote its status, seconds.

@@ -17,8 +17,8 @@ from megavl.config.model import ModelConfig
 from megavl.model.adaptor import build_adaptor
 from megavl.model.vision import VisionEncoder
 from megavl.planner.cost.blocks import Block, vision_blocks
-from megavl.planner.cost.flops import parameter_counts
 from megavl.weights.canonical_names import canonical_shapes
+from tests.unit.planner.recipes import parameter_counts
 
 CASES = [(kind, depth) for kind, row in ADAPTORS.items() for depth in ((1,) if row.one_layer else (1, 2, 3))]
 TOLERANCE = 1e-14

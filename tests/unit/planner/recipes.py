@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megavl.config.load import load_model_config
+from megavl.config.model import ModelConfig
 from megavl.config.recipe import (
+    TRAINABLE_PARTS,
     DataConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -15,11 +17,21 @@ from megavl.config.recipe import (
     SourceConfig,
     TrainingConfig,
 )
-from megavl.planner.hardware.devices import find_device
+from megavl.planner.cost.blocks import decoder_layer_blocks, embedding_block, head_block, vision_blocks
+from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.layouts.layout import layout_of
 from megavl.planner.plan import Plan, plan_scenario
 from megavl.planner.scenario import make_scenario
 from megavl.planner.simulation.times import DeviceTimes, TimeSource, flat_times
+
+
+def parameter_counts(model: ModelConfig) -> dict[str, int]:
+    """Parameters of each row of `TRAINABLE_PARTS` by the planner's blocks; rows that the model lacks hold 0."""
+    counts = dict.fromkeys(TRAINABLE_PARTS, 0)
+    layers = model.llm.num_layers * decoder_layer_blocks(model.llm)
+    for block in (*vision_blocks(model), embedding_block(model.llm), *layers, head_block(model.llm)):
+        counts[block.part] += block.parameters
+    return counts
 
 
 def recipe_of(
@@ -72,7 +84,7 @@ def plan_recipe(
     images: float | None = None,
 ) -> Plan:
     """Plan `recipe` as `megavl plan` does for these arguments."""
-    hardware = find_device(device)
+    hardware = DEVICES[device]
     scenario = make_scenario(recipe, devices=devices, images=images)
     source: TimeSource = DeviceTimes(device=hardware)
     if efficiency is not None:

@@ -24,7 +24,7 @@ from megavl.planner.hardware.calibration import (
     recompute_key,
     write_calibration,
 )
-from megavl.planner.hardware.devices import find_device
+from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.layouts.search import search
 from megavl.planner.scenario import make_scenario
 from megavl.planner.simulation.measured import MeasuredTimes
@@ -84,7 +84,7 @@ def calibration(*entries: Entry, shared: bool = True) -> Calibration:
 
 
 def times(*entries: Entry, shared: bool = True) -> MeasuredTimes:
-    return MeasuredTimes(calibration=calibration(*entries, shared=shared), device=find_device("cpu"), path="c.json")
+    return MeasuredTimes(calibration=calibration(*entries, shared=shared), device=DEVICES["cpu"], path="c.json")
 
 
 def test_a_file_reads_back(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_file_of_something_else_is_refused() -> None:
 def test_a_file_of_another_device_is_refused(measured: str, named: str, fits: bool) -> None:
     file = dataclasses.replace(calibration(entry(1)), device=measured)
     with contextlib.nullcontext() if fits else pytest.raises(UsageError, match=f"--device is {named}"):
-        check_device(file, find_device(named), path="c.json")
+        check_device(file, DEVICES[named], path="c.json")
 
 
 def test_recompute_has_a_key() -> None:
@@ -193,7 +193,7 @@ def test_missing_measurements_name_their_command() -> None:
 
 
 def test_a_search_tries_only_what_was_measured() -> None:
-    device = find_device("cpu")
+    device = DEVICES["cpu"]
     source = times(entry(1), entry(2))
     recipe = recipe_of("tiny-hybrid", precision="fp32", fraction=0.5, batch=8)
     found = search(make_scenario(recipe, devices=2), source, device)

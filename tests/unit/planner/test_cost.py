@@ -15,14 +15,10 @@ from transformers import (
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_BY_STAGE, RecomputeConfig
 from megavl.planner.cost.blocks import Block, vision_blocks
-from megavl.planner.cost.flops import (
-    mfu,
-    parameter_counts,
-    step_flops,
-)
+from megavl.planner.cost.flops import mfu, step_flops
 from megavl.planner.cost.work import layer_work, vision_work
 from megavl.planner.scenario import make_scenario
-from tests.unit.planner.recipes import recipe_of
+from tests.unit.planner.recipes import parameter_counts, recipe_of
 
 PUBLISHED_COUNTS = {
     "1b": {"llm": 1_652_656_128, "siglip": 303_688_704, "adaptor": 6_295_552},

@@ -15,7 +15,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megavl.config.load import load_model_config
 from megavl.planner.cost.blocks import vision_blocks
 from megavl.planner.cost.memory import rank_memory
-from megavl.planner.hardware.devices import find_device
+from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.layouts.balance import ClosedForm, balance, every_layout
 from megavl.planner.layouts.layout import balance_weights, layout_of, layout_string
 from megavl.planner.scenario import Kind, Scenario, expected_images, make_scenario, multimodal_share
@@ -166,7 +166,7 @@ def test_resolve_keeps_a_given_layout() -> None:
     assert layout_of(make_scenario(recipe_of(pipeline=4, layout=given_layout)), FlatTimes()) == given_layout
     assert layout_of(make_scenario(recipe_of()), FlatTimes()) == (30,)
     scenario = make_scenario(recipe_of(pipeline=4, virtual_pipeline=2), devices=8)
-    found = layout_of(scenario, DeviceTimes(device=find_device("a100")))
+    found = layout_of(scenario, DeviceTimes(device=DEVICES["a100"]))
     assert (len(found), sum(found)) == (8, 30)
 
 

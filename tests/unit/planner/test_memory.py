@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from megavl.config.recipe import Recipe, RecomputeConfig
-from megavl.planner.cost.flops import parameter_counts
 from megavl.planner.cost.memory import RankMemory, outstanding, rank_memory, rank_parameters, tower_parameters
 from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import Scenario, make_scenario
 from megavl.planner.simulation.simulate import simulate
 from megavl.planner.simulation.times import Pass
-from tests.unit.planner.recipes import recipe_of
+from tests.unit.planner.recipes import parameter_counts, recipe_of
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -15,7 +15,7 @@ from megavl.config.errors import UsageError
 from megavl.config.load import dump_recipe, load_recipe
 from megavl.config.recipe import Recipe
 from megavl.planner.cost.memory import fullest_rank
-from megavl.planner.hardware.devices import Device, find_device
+from megavl.planner.hardware.devices import DEVICES, Device
 from megavl.planner.layouts.balance import every_layout
 from megavl.planner.layouts.check import checked_layout, checked_scenario, distance, nearest
 from megavl.planner.layouts.search import Choice, choices, recomputes, scenario_with, search
@@ -27,7 +27,7 @@ from tests.unit.planner.recipes import recipe_of
 
 def small(memory: int | None = None) -> Device:
     """A fast device with little memory and two devices a node."""
-    return dataclasses.replace(find_device("a100"), memory_bytes=memory, per_node=2)
+    return dataclasses.replace(DEVICES["a100"], memory_bytes=memory, per_node=2)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_search_finds_the_optimum_of_brute_force(stage: int, limit: int | None) 
 
 
 def test_the_list_is_sorted_distinct_and_fits() -> None:
-    device = find_device("a100")
+    device = DEVICES["a100"]
     scenario = make_scenario(recipe_of(batch=64), devices=16)
     found = search(scenario, DeviceTimes(device=device), device, top=8)
     assert len(found.best) == 8
@@ -64,7 +64,7 @@ def test_the_list_is_sorted_distinct_and_fits() -> None:
 
 
 def test_rejected_candidates_have_a_reason() -> None:
-    device = find_device("a100")
+    device = DEVICES["a100"]
     scenario = make_scenario(recipe_of(batch=12), devices=12)
     tight = dataclasses.replace(device, memory_bytes=6 * 10**9)
     found = search(scenario, DeviceTimes(device=tight), tight)
@@ -75,7 +75,7 @@ def test_rejected_candidates_have_a_reason() -> None:
 
 def test_recompute_is_chosen_only_to_fit_memory() -> None:
     scenario = make_scenario(recipe_of(batch=64, fraction=0.0), devices=8)
-    wide, tight = find_device("h200"), dataclasses.replace(find_device("h200"), memory_bytes=20 * 10**9)
+    wide, tight = DEVICES["h200"], dataclasses.replace(DEVICES["h200"], memory_bytes=20 * 10**9)
     assert search(scenario, DeviceTimes(device=wide), wide, top=1).best[0].choice.recompute.granularity == "none"
     found = search(scenario, DeviceTimes(device=tight), tight, top=4).best
     assert found
@@ -98,7 +98,7 @@ def test_choices_are_the_product_of_what_fits() -> None:
 
 
 def test_pasted_lines_give_the_ranked_recipe(tmp_path: Path) -> None:
-    device = find_device("a100")
+    device = DEVICES["a100"]
     recipe = recipe_of(stage=3, batch=64, tensor=8, sequence_parallel=True)
     scenario = make_scenario(recipe, devices=8)
     for item in search(scenario, DeviceTimes(device=device), device, top=5).best:
@@ -128,7 +128,7 @@ def layout_for(recipe: Recipe, *, devices: int, device: Device | None) -> tuple[
     ],
 )
 def test_impossible_layouts_name_the_nearest_working_one(changes: dict[str, Any], devices: int, message: str) -> None:
-    device = dataclasses.replace(find_device("a100"), memory_bytes=40 * 10**9)
+    device = dataclasses.replace(DEVICES["a100"], memory_bytes=40 * 10**9)
     with pytest.raises(UsageError, match=message) as caught:
         layout_for(recipe_of(**changes), devices=devices, device=device)
     assert "nearest that works" in str(caught.value) or "no layout of this recipe works" in str(caught.value)
@@ -137,23 +137,23 @@ def test_impossible_layouts_name_the_nearest_working_one(changes: dict[str, Any]
 def test_the_nearest_layout_works() -> None:
     recipe = recipe_of(batch=64)
     wanted = dataclasses.replace(Choice.of(recipe), tensor=3, pipeline=4)
-    found = nearest(recipe, wanted, devices=16, device=find_device("a100"))
+    found = nearest(recipe, wanted, devices=16, device=DEVICES["a100"])
     assert found is not None
     choice, layout = found
     assert (choice.tensor, choice.pipeline) == (4, 4)
     candidate = scenario_with(make_scenario(recipe, devices=16), choice)
-    assert fullest_rank(candidate, layout)[1].total <= (find_device("a100").usable_bytes or 0)
-    layout_for(candidate.recipe, devices=16, device=find_device("a100"))
+    assert fullest_rank(candidate, layout)[1].total <= (DEVICES["a100"].usable_bytes or 0)
+    layout_for(candidate.recipe, devices=16, device=DEVICES["a100"])
     distances = [distance(wanted, other) for other in choices(make_scenario(recipe, devices=16), per_node=8)]
     assert distance(wanted, choice) == min(distances)
 
 
 def test_without_a_known_device_memory_is_not_checked() -> None:
     layout_for(recipe_of(micro=8), devices=1, device=None)
-    layout_for(recipe_of(micro=8, precision="fp32"), devices=1, device=find_device("cpu"))
+    layout_for(recipe_of(micro=8, precision="fp32"), devices=1, device=DEVICES["cpu"])
 
 
 def test_no_layout_at_all() -> None:
-    tiny = dataclasses.replace(find_device("a100"), memory_bytes=10**8)
+    tiny = dataclasses.replace(DEVICES["a100"], memory_bytes=10**8)
     with pytest.raises(UsageError, match="no layout of this recipe works on 2 devices"):
         layout_for(recipe_of(batch=8), devices=2, device=tiny)

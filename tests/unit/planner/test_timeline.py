@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megavl.config.errors import UsageError
-from megavl.planner.hardware.devices import find_device
+from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.report.svg import COLOURS, draw
 from megavl.planner.report.timeline import panel, title, write_timeline
 from megavl.planner.scenario import make_scenario
@@ -21,7 +21,7 @@ from megavl.planner.simulation.times import DeviceTimes, FlatTimes
 from tests.unit.planner.recipes import recipe_of
 
 SVG = "{http://www.w3.org/2000/svg}"
-SOURCE = DeviceTimes(device=find_device("a100"))
+SOURCE = DeviceTimes(device=DEVICES["a100"])
 SIZES = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "batch": 16}
 LAYOUT = (6, 8, 8, 8)
 

@@ -11,7 +11,7 @@ from megavl.config.recipe import RecomputeConfig
 from megavl.planner.cost.blocks import decoder_layer_blocks, head_block, vision_blocks
 from megavl.planner.cost.flops import MFU_CONVENTION, train_flops
 from megavl.planner.cost.work import all_work
-from megavl.planner.hardware.devices import DEVICES, Link, find_device
+from megavl.planner.hardware.devices import DEVICES, Link
 from megavl.planner.scenario import Scenario, make_scenario
 from megavl.planner.simulation.predict import step_time
 from megavl.planner.simulation.times import (
@@ -105,23 +105,23 @@ def test_mfu_is_the_efficiency_when_nothing_is_lost() -> None:
 @pytest.mark.parametrize("efficiency", [0.0, -1.0, 1.5])
 def test_a_share_out_of_range_is_refused(efficiency: float) -> None:
     with pytest.raises(UsageError, match="--efficiency"):
-        flat_times(find_device("h100"), precision="bf16", efficiency=efficiency)
+        flat_times(DEVICES["h100"], precision="bf16", efficiency=efficiency)
 
 
 def test_a_share_of_no_peak_is_refused() -> None:
     with pytest.raises(UsageError, match="no peak of cpu"):
-        flat_times(find_device("cpu"), precision="fp32", efficiency=0.5)
+        flat_times(DEVICES["cpu"], precision="fp32", efficiency=0.5)
 
 
 def test_tensor_parallelism_divides_the_decoder() -> None:
-    source = DeviceTimes(device=find_device("h100"))
+    source = DeviceTimes(device=DEVICES["h100"])
     one, four = (source.blocks(scenario_of(tensor=t), "multimodal") for t in (1, 4))
     assert one.layer.forward / 4 < four.layer.forward < one.layer.forward
     assert four.vision == one.vision, "every tensor-parallel rank repeats the encoders"
 
 
 def test_placements_spread_the_encoders() -> None:
-    source = DeviceTimes(device=find_device("h100"))
+    source = DeviceTimes(device=DEVICES["h100"])
     sizes = {"tensor": 4, "pipeline": 4, "batch": 64}
     by_name = {name: scenario_of(vision=name, **sizes) for name in ("recompute", "split_tp", "split_all")}
     within = {name: source.blocks(scenario, "multimodal").vision.forward for name, scenario in by_name.items()}
@@ -135,7 +135,7 @@ def test_placements_spread_the_encoders() -> None:
 
 
 def test_gathering_shares_costs_what_other_ranks_encoded() -> None:
-    device = find_device("h100")
+    device = DEVICES["h100"]
     scenario = scenario_of(tensor=4, vision="split_tp")
     padded = 4 * 2 * 576 * 4096 * 2
     expected = device.local.latency + padded * 3 / 4 / device.local.bandwidth
@@ -146,7 +146,7 @@ def test_gathering_shares_costs_what_other_ranks_encoded() -> None:
 
 
 def test_split_all_pays_for_features_and_trained_towers() -> None:
-    device = find_device("h100")
+    device = DEVICES["h100"]
     sizes = {"pipeline": 4, "batch": 16, "vision": "split_all"}
     frozen, trained = (exchange_time(scenario_of(stage=stage, **sizes), "multimodal", device) for stage in (1, 3))
     # 16 micro-batches of 5 images, a quarter on each rank; two towers' features of 576 x 1024 in bf16.
@@ -174,7 +174,7 @@ def test_split_all_reruns_fully_trained_towers() -> None:
 
 
 def test_dummy_image_is_encoded_only_under_overlap() -> None:
-    source = DeviceTimes(device=find_device("h100"))
+    source = DeviceTimes(device=DEVICES["h100"])
     encoded = step_time(scenario_of(), (30,), source, "text").extras.dummy_image
     assert encoded > 0
     overlaps = {"overlap_grad_reduce": False, "overlap_param_gather": False}
@@ -183,7 +183,7 @@ def test_dummy_image_is_encoded_only_under_overlap() -> None:
 
 
 def test_tensor_ranks_beyond_a_node_use_the_network() -> None:
-    source = DeviceTimes(device=find_device("a100"))
+    source = DeviceTimes(device=DEVICES["a100"])
     near, far = (
         source.blocks(make_scenario(recipe_of(tensor=tensor), devices=16), "text").layer.forward for tensor in (8, 16)
     )
@@ -191,7 +191,7 @@ def test_tensor_ranks_beyond_a_node_use_the_network() -> None:
 
 
 def test_overlap_hides_gradient_reduction() -> None:
-    source = DeviceTimes(device=find_device("a100"))
+    source = DeviceTimes(device=DEVICES["a100"])
     hidden, shown = (
         step_time(
             make_scenario(recipe_of(overlap_grad_reduce=on, overlap_param_gather=on), devices=64), (30,), source, "text"
@@ -203,7 +203,7 @@ def test_overlap_hides_gradient_reduction() -> None:
 
 
 def test_without_distributed_optimizer_replicas_update_everything() -> None:
-    source = DeviceTimes(device=find_device("a100"))
+    source = DeviceTimes(device=DEVICES["a100"])
     shared, whole = (
         step_time(
             make_scenario(
@@ -234,8 +234,8 @@ def test_collectives() -> None:
 
 
 def test_peaks_and_sources_of_known_devices() -> None:
-    assert find_device("a100").peak_flops["bf16"] == 312e12
-    assert find_device("h200").peak_flops["bf16"] == find_device("h100").peak_flops["bf16"] == 989.5e12
+    assert DEVICES["a100"].peak_flops["bf16"] == 312e12
+    assert DEVICES["h200"].peak_flops["bf16"] == DEVICES["h100"].peak_flops["bf16"] == 989.5e12
     assert not DEVICES["cpu"].peak_flops
     for device in DEVICES.values():
         assert len(device.sources) >= 3
