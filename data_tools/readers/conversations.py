@@ -33,6 +33,8 @@ QUESTIONS = (
     ("prefix", "suffix"),
 )
 """Keys of a single question and its answer."""
+_QUESTION_KEYS = frozenset(question for question, _ in QUESTIONS)
+_LIST_KEYS = frozenset((*LISTS, "prompt", "texts"))
 _SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 _ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -113,7 +115,7 @@ def turn_list(raw: Any) -> tuple[str, list[Any]] | None:
     """Key and turns of a record that is a conversation, or None."""
     if isinstance(raw, list):
         return ("conversations", raw) if raw else None
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, Mapping) or _LIST_KEYS.isdisjoint(raw):
         return None
     for key in LISTS:
         turns = _as_list(raw.get(key))
@@ -130,7 +132,7 @@ def turn_list(raw: Any) -> tuple[str, list[Any]] | None:
 
 def question_keys(raw: Any) -> tuple[str, str] | None:
     """The keys of question and answer of a record that is a single round, or None."""
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, Mapping) or _QUESTION_KEYS.isdisjoint(raw):
         return None
     return next((pair for pair in QUESTIONS if all(raw.get(key) is not None for key in pair)), None)
 
@@ -381,8 +383,7 @@ def _learned(turn: Mapping[str, Any], role: Role, *, where: str) -> bool:
 def _refuse_fields(record: Mapping[str, Any], *, names: Sequence[str], where: str = "") -> None:
     """Raise RecordError `unsupported_field` at a key that changes what is learned, unless it has no effect."""
     for name in names:
-        value = record.get(name)
-        if value is not None and not (value == 1 if name in _WEIGHTS else not value):
+        if (value := record.get(name)) is not None and not (value == 1 if name in _WEIGHTS else not value):
             raise RecordError(
                 f"{where}{name} changes what is learned and is not supported; remove it or the record",
                 "unsupported_field",

@@ -17,6 +17,7 @@ IMAGE_KEYS = (
     *("file_name", "file_names", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
 )
 """Keys under which a record names its images: one, or a list."""
+_IMAGE_KEYS = frozenset(IMAGE_KEYS)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")
 """File names of images that can be read end so."""
 MAX_RECORD = 72 << 20
@@ -158,7 +159,7 @@ def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
     Text-only records spell their missing image as null, as an empty string or as a list of these.
     """
     found: list[tuple[Picture, ...]] = []
-    for key in IMAGE_KEYS:
+    for key in IMAGE_KEYS if not _IMAGE_KEYS.isdisjoint(record) else ():
         value = record.get(key)
         items = value if isinstance(value, list | tuple) else [value]
         items = [item for item in items if not _is_empty(item)]
@@ -168,9 +169,9 @@ def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
 
 
 def _is_empty(item: object) -> bool:
-    if isinstance(item, Mapping):
-        return not any(item.values())
-    return item is None or (isinstance(item, str) and not item.strip())
+    if item is None or isinstance(item, str):
+        return not (item and item.strip())
+    return isinstance(item, Mapping) and not any(item.values())
 
 
 def _names_image(items: Sequence[object]) -> bool:

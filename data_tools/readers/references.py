@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from data_tools.readers.record import IMAGE_SUFFIXES, Picture
@@ -187,6 +188,7 @@ def _in_mapping(value: Mapping[str, Any], *, keys: tuple[str | int, ...], kind: 
             yield from _found(item, keys=(*keys, name), kind=own, key=name)
 
 
+@lru_cache(maxsize=4096)
 def _kind_of_key(name: str) -> Kind | None:
     match = _MEDIA_KEY.fullmatch(_plain(name))
     if match is None or match["word"] not in _SURE_WORDS or match["as"] == "_source":
@@ -197,9 +199,8 @@ def _kind_of_key(name: str) -> Kind | None:
 def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
     if match := _DATA_URL.match(text):
         return match[1].lower()  # type: ignore[return-value]
-    text = text.strip()
     name = _plain(key)
-    if not text or name in _TEXT_KEYS:
+    if name in _TEXT_KEYS or not (text := text.strip()):
         return None
     if kind is None and _IDENTITY_KEY.fullmatch(name):
         return None
@@ -234,5 +235,6 @@ def _last_key(keys: Sequence[str | int]) -> str:
     return _plain(next((key for key in reversed(keys) if isinstance(key, str)), ""))
 
 
+@lru_cache(maxsize=4096)
 def _plain(key: str) -> str:
     return key.lower().replace("-", "_").replace(" ", "_")
