@@ -95,6 +95,16 @@ def test_mmc4_documents_give_exact_samples(root: Path, tokenizer: Path, capsys: 
     assert json.loads((out / "report.json").read_text())["images_without_file"] == 2
 
 
+def test_documents_as_they_are_published(root: Path, tokenizer: Path) -> None:
+    """Places that are null on both sides, and numbers that were written as floats."""
+    both_null = {"images": [f"{SITE}/0", None, None], "texts": [None, None, "One."], "metadata": "[{}]"}
+    expect = Expected(tokenizer).document
+    assert read_back(_run(root, tokenizer, [both_null], name="o")) == [expect(picture(0), "One.", position=1)]
+    info = {"image_name": "images/1.png", "raw_url": f"{SITE}/1.png", "matched_text_index": 1.0, "matched_sim": 0.3}
+    mmc4 = {**_mmc4(["One.", "Two."]), "image_info": [{**info, "face_detections": None}]}
+    assert read_back(_run(root, tokenizer, [mmc4], name="m")) == [expect("One.", picture(1), " Two.", position=1)]
+
+
 def test_long_documents_are_divided_between_images(root: Path, tokenizer: Path) -> None:
     names = [f"images/{number % 4}.png" for number in range(7)]
     sentences = [f"{'red ' * (30 * (0 < number < 6))}end." for number in range(7)]
