@@ -18,8 +18,13 @@ CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE"
 
 def environment(*, gpu: bool = False) -> dict[str, str]:
     """Variables of a program that finds this repository's modules; `gpu` leaves devices and threads as they are."""
-    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **({} if gpu else CPU)}
+    path = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), **({} if gpu else CPU)}
+
+
+def python() -> str:
+    """The interpreter of the programs; `PYTHON_EXEC` replaces this one, as it does for torchrun's ranks."""
+    return os.environ.get("PYTHON_EXEC", sys.executable)
 
 
 def run(module: str, *words: object, gpu: bool = False, limit: float | None = None) -> tuple[str, str]:
@@ -32,7 +37,7 @@ def run(module: str, *words: object, gpu: bool = False, limit: float | None = No
     Returns:
         Standard output, and why it failed; empty where it ended well.
     """
-    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, words)]
+    command = [python(), "-W", "ignore", "-m", module, *map(str, words)]
     variables = environment(gpu=gpu)
     if "--compile" in words:
         variables.pop("TORCHDYNAMO_DISABLE", None)
@@ -78,4 +83,4 @@ def ask_plan(recipe: str, *words: object) -> dict[str, Any]:
 def launcher(module: str, *, processes: int) -> list[str]:
     """Command that starts a module on a number of ranks."""
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    return [sys.executable, "-W", "ignore", *ranks, "-m", module]
+    return [python(), "-W", "ignore", *ranks, "-m", module]

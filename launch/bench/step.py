@@ -109,7 +109,8 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     os.chdir(ROOT)
-    (ceilings,) = ask("launch.bench.engines.step_ceiling", *ONE_THREAD, gpu=True, limit=arguments.limit)
+    repeats = ("--repeats", 2 if arguments.quick else 20)
+    (ceilings,) = ask("launch.bench.engines.step_ceiling", *ONE_THREAD, *repeats, gpu=True, limit=arguments.limit)
     path = report_path("step", where=device(ceilings), folder=arguments.out).with_suffix(".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.case else {}
     plans = plans_of(ceilings)

@@ -84,9 +84,11 @@ def block_seconds(calibration: dict[str, Any]) -> float:
     return sum(entry[kind]["layer"][way] for kind in KINDS for way in ("forward", "backward"))
 
 
-def build_data(work: Path, *, images: int = IMAGES, seq_length: int = SEQ_LENGTH) -> list[str]:
+def build_data(
+    work: Path, *, images: int = IMAGES, seq_length: int = SEQ_LENGTH, text_bytes: int = 2_500_000
+) -> list[str]:
     """Make a corpus whose multimodal sequences all hold `images` images; returns the overrides that runs share."""
-    output("data_tools.build_corpus", "demo", "--output", work / "corpus", "--samples", 600)
+    output("data_tools.build_corpus", "demo", "--output", work / "corpus", "--samples", 600, "--size", text_bytes)
     output(
         *("data_tools.preprocess", "--input", work / "corpus/text.jsonl", work / "corpus/captions.jsonl"),
         *("--output", work / "shards", "--tokenizer", work / "corpus/tokenizer", "--image-preset", "tiny-hybrid"),

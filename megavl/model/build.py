@@ -96,6 +96,7 @@ def build_towers(spec: BuildSpec) -> VisionTowers:
 
 def to_device_and_dtype(module: nn.Module, *, dtype: torch.dtype) -> None:
     """Move a module to this rank's device and its weights to a type; buffers keep theirs."""
+    cpu_runtime.prepare_products(dtype)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(device=cpu_runtime.device(), dtype=dtype)
     for buffer in module.buffers():
@@ -107,6 +108,7 @@ def build_to_generate(spec: BuildSpec) -> DeepseekVL:
 
     The modules are made on the meta device: drawing random weights takes a minute for the 7B.
     """
+    cpu_runtime.prepare_products(spec.dtype)
     config = spec.transformer_config(generates=True)
     with torch.device("meta"):
         stage = DeepseekVL(

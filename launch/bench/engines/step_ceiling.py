@@ -18,7 +18,7 @@ import torch
 
 PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192), (4096, 2048, 11264), (4096, 4096, 22016))
 """Rows, inner and columns: squares, and the two decoders' gate-and-up projections over 4096 tokens."""
-CPU_PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (512, 128, 704))
+CPU_PRODUCTS = ((256, 256, 256), (512, 128, 704))
 COPY_BYTES = 4 * 2**30
 CPU_COPY_BYTES = 64 * 2**20
 

@@ -25,7 +25,7 @@ from megavl.generate.against_transformers import pixel_tensors
 from megavl.model import decoder
 from megavl.model.build import BuildSpec
 from megavl.model.trainable import is_vision, part_of
-from megavl.parallel import groups
+from megavl.parallel import cpu_runtime, groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
@@ -187,7 +187,8 @@ class Transformers:
         assert work.part == "whole", "transformers has no pipeline stages"
         recipe, self.marks, self.config = work.recipe, marks, work.recipe.model
         self.dtype = DTYPE_OF_PRECISION[recipe.training.precision]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = cpu_runtime.device()
+        cpu_runtime.prepare_products(self.dtype)
         if weights is not None:
             model = transformers_model(self.config, weights, attention="sdpa").to(self.device, self.dtype)
         else:

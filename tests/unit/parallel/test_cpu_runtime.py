@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megavl.parallel import cpu_runtime
@@ -39,3 +40,24 @@ def test_random_state_is_the_cpus() -> None:
     first = torch.rand(3)
     torch.cuda.set_rng_state(state)
     assert torch.equal(first, torch.rand(3))
+
+
+def test_bf16_products_round_once() -> None:
+    cpu_runtime.prepare_products(torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 70), (50, 70), (50,)))
+    cpu_runtime.prepare_products(torch.bfloat16)
+    pairs = (
+        (x @ weight.t(), x.float() @ weight.float().t()),
+        (F.linear(x, weight, bias), F.linear(x.float(), weight.float(), bias.float())),
+        (torch.addmm(bias, x, weight.t(), beta=2, alpha=3), 2 * bias.float() + 3 * (x.float() @ weight.float().t())),
+        (torch.bmm(x[None], weight.t()[None]), (x.float() @ weight.float().t())[None]),
+    )
+    for found, exact in pairs:
+        assert found.dtype == torch.bfloat16
+        # Half of the last place; sums in another order may tip a tie.
+        assert ((found.float() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + 1e-5).all()
+    y = x.clone().requires_grad_()
+    F.linear(y, weight).backward(torch.ones(3, 50).bfloat16())
+    assert y.grad is not None and y.grad.dtype == torch.bfloat16
+    assert torch.equal(x.float() @ weight.float().t(), F.linear(x.float(), weight.float()))
