@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from data_tools.pipeline.image_map import ImageMap, open_image_map
-from data_tools.pipeline.inline_image import inline_image, is_inline
 from data_tools.pipeline.job import Input, Job
+from data_tools.readers.inline_image import inline_image, is_inline
 from data_tools.readers.record import MAX_IMAGE, Picture, Span
 from megavl.data.image import ImageError, ImageInfo, Verification, prepare_image
 from megavl.data.table import ReadHandles

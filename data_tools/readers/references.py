@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from data_tools.readers.inline_image import is_base64_image
 from data_tools.readers.record import IMAGE_SUFFIXES, Picture
 
 Kind = Literal["image", "video", "audio"]
@@ -67,8 +68,6 @@ _PART_KINDS: Mapping[str, Kind] = {
 _DATA_URL = re.compile(r"\s*data:(image|video|audio)/", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
 _NAMED = re.compile(r"[^\s<>\"']{1,2048}\.([A-Za-z0-9]{2,5})(?:[?#]\S*)?")
-_BASE64_START = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk0")
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{100,}={0,3}\s*")
 _MAGIC: Sequence[tuple[bytes, int, Kind]] = (
     *((start, 0, "image") for start in (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")),
     *((start, 8, "image") for start in (b"WEBP", b"avif", b"heic")),
@@ -97,11 +96,6 @@ class Reference(NamedTuple):
 def references(value: Any) -> list[Reference]:
     """All media of a parsed record, in its order; empty strings and nulls are none."""
     return list(_found(value, keys=(), kind=None, key=""))
-
-
-def is_inline(text: str) -> bool:
-    """Whether a string holds an image itself: a data URL, or bare base64."""
-    return bool(_DATA_URL.match(text)) or (text.startswith(_BASE64_START) and bool(_BASE64.fullmatch(text)))
 
 
 def is_origin(reference: Reference) -> bool:
@@ -208,7 +202,7 @@ def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
         found = KIND_OF_SUFFIX.get(match[1].lower())
         if found:
             return found
-    return kind or ("image" if is_inline(text) else None)
+    return kind or ("image" if is_base64_image(text) else None)
 
 
 def _kind_of_bytes(data: bytes, *, kind: Kind | None) -> Kind | None:

@@ -24,17 +24,20 @@ _STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
 def is_inline(name: str) -> bool:
-    """Whether a reference holds the image itself, and is no path or address.
-
-    Without `data:` the first bytes of an image tell, since `/9j/` may also begin a path.
-    """
+    """Whether a reference holds the image itself, and is no path or address."""
     if name.lstrip()[:5].lower() == "data:":
         return True
-    if len(name) < _SHORTEST or _BASE64.fullmatch(name, 0, _LONGEST_PATH + 1) is None:
+    too_long = len(name) > _LONGEST_PATH and _BASE64.fullmatch(name, 0, _LONGEST_PATH + 1) is not None
+    return too_long or is_base64_image(name)
+
+
+def is_base64_image(text: str) -> bool:
+    """Whether a text is an image file in base64: its first bytes tell, since `/9j/` may also begin a path."""
+    if len(text) < _SHORTEST or _BASE64.fullmatch(text, 0, _LONGEST_PATH + 1) is None:
         return False
-    start = "".join(name[:_START].split())
+    start = "".join(text[:_START].split())
     try:
-        return len(name) > _LONGEST_PATH or kind_of(_decoded(start[: len(start) // 4 * 4])) is not None
+        return kind_of(_decoded(start[: len(start) // 4 * 4])) is not None
     except ImageError:
         return False
 
