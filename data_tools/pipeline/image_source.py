@@ -12,7 +12,7 @@ from functools import cached_property
 
 from data_tools.pipeline.image_map import ImageMap
 from data_tools.readers.record import MAX_IMAGE, Picture, Span
-from megavl.data.image import ImageError, ImageInfo, Verification, check_image, shrink
+from megavl.data.image import ImageError, ImageInfo, Verification, prepare_image
 from megavl.data.table import ReadHandles
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
@@ -65,11 +65,9 @@ class ImageSource:
             ImageError: with the reason, and the reference in the message.
         """
         try:
-            data = self._bytes(picture)
-            info = check_image(data, verify=self.verify, max_aspect=self.max_aspect)
-            if self.max_side and max(info.width, info.height) > self.max_side:
-                data = shrink(data, max_side=self.max_side)
-                info = check_image(data, verify="header", max_aspect=float("inf"))
+            data, info = prepare_image(
+                self._bytes(picture), verify=self.verify, max_aspect=self.max_aspect, max_side=self.max_side
+            )
         except ImageError as error:
             raise ImageError(f"{picture.name[:200]}: {error}", error.reason) from error
         return LoadedImage(data=data, info=info)

@@ -1,32 +1,66 @@
 """Image files: header check, safe decoding to RGB, and the square canvas that the first stage reads.
 
-Pillow is the only decoder. Nothing is decoded before its header has passed the limits, and a truncated file is an
-error, never half an image.
+Pillow is the only decoder. It sees neither metadata nor formats that are not listed here. Nothing is decoded before its
+header has passed the limits, and a truncated file is an error, never half an image.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile as PillowFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from megavl.config.errors import DataError
 from megavl.config.presets import ImageGeometry
+from megavl.data.image_metadata import Kind, kind_of, pixels_of
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_PLUGINS: dict[Kind, type[PillowFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+}
+FORMATS = tuple(_PLUGINS)
 """File formats that are opened; tables store the index."""
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100.0
 """Largest ratio of the sides."""
 JPEG_QUALITY = 90
 """Of re-encoded images."""
+OUT_OF_MEMORY = "image_memory"
+"""Reason of an image for which there was no memory."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its orientation."""
+_INTEGER_WHITES = (1, 255, 4095, 65535)
+_FLOAT_WHITES = (1, 255, 65535)
+"""White in images of more than 8 bits, which rarely say what their white is: the least that holds all values."""
+_DARKEST = 1 / 16
+"""Least share of white that the highest float must reach: 1.02 is no almost black image of 0 to 255."""
 
 Verification = Literal["header", "scaled", "full"]
 
@@ -44,9 +78,9 @@ class ImageInfo:
     """What the header says."""
 
     width: int
-    """Pixels, as stored (before EXIF rotation)."""
+    """Pixels, as stored (before the file's orientation)."""
     height: int
-    format: str
+    format: Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,31 +95,50 @@ class ImageFile:
 
 
 def check_image(data: bytes, *, verify: Verification = "scaled", max_aspect: float = MAX_ASPECT) -> ImageInfo:
-    """Check an image file.
+    """Check an image file. What `scaled` and `full` accept, `decode_image` decodes.
 
     Args:
         data: the file's bytes.
         verify: `header` decodes nothing. `scaled` decodes a JPEG at 1/8 of its size, which still notices missing
-            bytes. It compares the checksums of a PNG, and decodes other formats wholly. `full` decodes everything.
+            bytes, and other formats wholly. `full` decodes everything.
         max_aspect: largest ratio of the sides.
 
     Raises:
         ImageError: with the reason.
     """
-    image = _open(data, max_aspect=max_aspect)
-    info = ImageInfo(width=image.width, height=image.height, format=str(image.format))
-    if verify == "scaled" and image.format == "PNG":
-        _load(image, step=image.verify)
-    elif verify == "scaled":
-        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-        _load(image)
-    elif verify == "full":
-        _load(image)
-    return info
+    opened = _open(data, max_aspect=max_aspect)
+    _verify(opened, verify=verify)
+    return opened.info
+
+
+def prepare_image(data: bytes, *, verify: Verification, max_aspect: float, max_side: int) -> tuple[bytes, ImageInfo]:
+    """Check an image file as `check_image` does, and shrink it where it is too large.
+
+    Args:
+        data: the file's bytes.
+        verify: how much of a file that stays as it is is decoded.
+        max_aspect: largest ratio of the sides.
+        max_side: longest side in pixels; 0 keeps every file.
+
+    Returns:
+        The file itself, or a JPEG of quality 90 whose longer side is `max_side`.
+
+    Raises:
+        ImageError: with the reason.
+    """
+    opened = _open(data, max_aspect=max_aspect)
+    if not max_side or max(opened.info.width, opened.info.height) <= max_side:
+        _verify(opened, verify=verify)
+        return data, opened.info
+    image = _decode(opened)
+    width, height = (max(1, round(side * max_side / max(image.size))) for side in image.size)
+    out = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=JPEG_QUALITY)
+    return out.getvalue(), ImageInfo(width=width, height=height, format="JPEG")
 
 
 def decode_image(source: bytes | str | Path, *, max_aspect: float = MAX_ASPECT) -> Image.Image:
-    """Decode an image file to upright RGB: first frame, 16-bit grey scaled to 8, alpha dropped as the original does.
+    """Decode the first frame of an image file to upright RGB.
 
     Args:
         source: the file's bytes, or its path.
@@ -95,16 +148,25 @@ def decode_image(source: bytes | str | Path, *, max_aspect: float = MAX_ASPECT) 
         ImageError: missing, empty, truncated, of another format, above 64 megapixels or too narrow.
     """
     data = source if isinstance(source, bytes) else _read(Path(source))
-    image = _open(data, max_aspect=max_aspect)
-    _load(image)
-    ImageOps.exif_transpose(image, in_place=True)
-    upright: Image.Image = image
-    if upright.mode.startswith("I"):
-        # A plain conversion clips 16 bits to white.
-        deep = np.asarray(upright).astype(np.int64)
-        scale = 256 if upright.mode.startswith("I;16") or deep.max(initial=0) > 255 else 1
-        upright = Image.fromarray(np.clip(deep // scale, 0, 255).astype(np.uint8))
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
+    return _decode(_open(data, max_aspect=max_aspect))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB. Its alpha is dropped, as the original does.
+
+    Values of more than 8 bits are scaled. White is the least of 1, 255, 4095 (not for floats) and 65535 that no value
+    exceeds.
+
+    Raises:
+        ImageError: the image cannot be loaded, or its values fit none of these ranges.
+    """
+    with _pillow():
+        image.load()
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(_eight_bits(image))
+        elif image.mode == "La":
+            image = image.convert("LA")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def canvas(
@@ -141,58 +203,95 @@ def blank_canvas(geometry: ImageGeometry) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(np.broadcast_to(colour, (3, side, side)))
 
 
-def shrink(data: bytes, *, max_side: int) -> bytes:
-    """The file itself when its longer side is at most `max_side`; otherwise a JPEG of that size, quality 90.
-
-    Raises:
-        ImageError: as `decode_image`.
-    """
-    if max(_open(data, max_aspect=float("inf")).size) <= max_side:
-        return data
-    image = decode_image(data, max_aspect=float("inf"))
-    longest = max(image.size)
-    width, height = (max(1, round(side * max_side / longest)) for side in image.size)
-    out = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=JPEG_QUALITY)
-    return out.getvalue()
+class _Opened(NamedTuple):
+    image: PillowFile
+    """Not loaded yet."""
+    info: ImageInfo
+    orientation: int
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: cannot read the image ({error.strerror})", "image_missing") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"{path}: cannot read the image ({why})", "image_missing") from error
 
 
-def _open(data: bytes, *, max_aspect: float) -> Image.Image:
+def _open(data: bytes, *, max_aspect: float) -> _Opened:
     if not data:
         raise ImageError("the image file is empty", "image_empty")
-    try:
-        with warnings.catch_warnings():
-            # Pillow's own limit only warns; ours below is an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"above {MAX_PIXELS} pixels", "image_too_large") from error
-    except Exception as error:  # decoders of hostile files raise anything
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            # Unlike the others it is looked through when it is opened.
-            raise ImageError("truncated or damaged", "image_truncated") from error
-        raise ImageError(f"not one of {', '.join(FORMATS)}", "image_format") from error
+    kind = kind_of(data)
+    if kind is None:
+        raise ImageError(f"not one of {', '.join(FORMATS)}", "image_format")
+    with _pillow(opening=kind):
+        pixels, orientation = pixels_of(data, kind=kind)
+        image = _PLUGINS[kind](io.BytesIO(pixels))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} is above {MAX_PIXELS} pixels", "image_too_large")
     if max(width, height) > max_aspect * min(width, height):
         raise ImageError(f"{width} x {height} is narrower than 1 to {max_aspect:g}", "image_aspect")
-    return image
+    return _Opened(image, ImageInfo(width=width, height=height, format=kind), orientation)
 
 
-def _load(image: Image.Image, *, step: Callable[[], object] | None = None) -> None:
+def _verify(opened: _Opened, *, verify: Verification) -> None:
+    if verify == "scaled" and opened.info.format == "JPEG":
+        with _pillow():
+            opened.image.draft("RGB", (max(1, opened.info.width // 8), max(1, opened.info.height // 8)))
+            opened.image.load()
+    elif verify != "header":
+        _decode(opened)
+
+
+def _decode(opened: _Opened) -> Image.Image:
+    with _pillow():
+        opened.image.load()
+        # A transparent colour is of no use here, and Pillow fails to convert some.
+        opened.image.info.clear()
+    image = to_rgb(opened.image)
+    turn = _TURNS.get(opened.orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W) of an image of integers or floats, as `to_rgb` scales them."""
+    deep = np.asarray(image)
+    floats = deep.dtype.kind == "f"
+    low, high = float(deep.min(initial=0)), float(deep.max(initial=0))
+    white = next((white for white in (_FLOAT_WHITES if floats else _INTEGER_WHITES) if high <= white), None)
+    # A comparison with NaN is false.
+    if white is None or not low >= 0 or (floats and 1 < high < _DARKEST * white):
+        raise ImageError(
+            f"pixel values from {low:g} to {high:g}; scale them to 0 to 1, to 0 to 255 or to 0 to 65535", "image_values"
+        )
+    if floats:
+        pixels = np.rint(deep * (255 / white)).astype(np.uint8)
+    elif white == 1:
+        pixels = (deep * 255).astype(np.uint8)
+    else:
+        pixels = (deep >> (white.bit_length() - 8)).astype(np.uint8)
+    # Pillow inverts 8 bits itself.
+    inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    return 255 - pixels if inverted else pixels
+
+
+@contextmanager
+def _pillow(*, opening: Kind | None = None) -> Iterator[None]:
+    """Turn whatever decoders of hostile files raise into ImageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            (step or image.load)()
-    except MemoryError:
+            yield
+    except ImageError:
         raise
-    except Exception as error:  # decoders of hostile files raise anything
-        raise ImageError(f"truncated or damaged ({error})", "image_truncated") from error
+    except MemoryError as error:
+        raise ImageError("there is no memory for it", OUT_OF_MEMORY) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"above {MAX_PIXELS} pixels", "image_too_large") from error
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        if opening and isinstance(error, SyntaxError) and not isinstance(error.msg, Exception):
+            # Pillow's sign for a kind that it does not know. Where bytes are missing, it wraps another error.
+            raise ImageError(f"a kind of {opening} that cannot be opened ({why})", "image_format") from error
+        raise ImageError(f"truncated or damaged ({why})", "image_truncated") from error

@@ -14,14 +14,14 @@ import signal
 import struct
 import sys
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from megavl.config.errors import DataError
 from megavl.config.presets import ImageGeometry
-from megavl.data.image import ImageError, ImageFile, canvas, decode_image
+from megavl.data.image import OUT_OF_MEMORY, ImageError, ImageFile, canvas, decode_image
 from megavl.data.table import ReadHandles
 
 Canvas = npt.NDArray[np.uint8]
@@ -76,15 +76,22 @@ def _serve(geometry: ImageGeometry, *, canvases: Canvas, requests: BinaryIO, rep
             load_canvas(image, geometry=geometry, handles=handles, out=canvases[number % SLOTS])
             status, text = OK, b""
         except ImageError as error:
+            if error.reason == OUT_OF_MEMORY:
+                _end_without_memory(image)
             status, text = BAD_IMAGE, f"{error.reason} {error}".encode()
         except DataError as error:
             status, text = BAD_FILE, f"- {error}".encode()
         except MemoryError:
-            print(f"image worker {os.getpid()}: out of memory with {location_of(image)}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _end_without_memory(image)
         replies.write(REPLY.pack(status, len(text)) + text)
         replies.flush()
         number += 1
+
+
+def _end_without_memory(image: ImageFile) -> NoReturn:
+    # A fresh process has more memory; the image is given up only when that one fails too.
+    print(f"image worker {os.getpid()}: out of memory with {location_of(image)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def main() -> None:

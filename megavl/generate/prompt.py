@@ -17,7 +17,7 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.config.model import ModelConfig
 from megavl.config.presets import ImageGeometry
-from megavl.data.image import ImageError, canvas, decode_image
+from megavl.data.image import ImageError, canvas, decode_image, to_rgb
 from megavl.data.template import (
     IMAGE_TAG,
     Piece,
@@ -125,7 +125,7 @@ def answer_text(ids: Sequence[int], *, tokenizer: Tokenizer) -> str:
 
 def _read_image(path: ImageSource) -> Image.Image:
     if isinstance(path, Image.Image):
-        return path.convert("RGB")
+        return to_rgb(path)
     try:
         return decode_image(path)
     except ImageError as error:

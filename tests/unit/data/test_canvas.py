@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megavl.config.presets import IMAGE_PRESETS
-from megavl.data.image import ImageError, blank_canvas, canvas, check_image, decode_image, shrink
+from megavl.data.image import ImageError, ImageInfo, blank_canvas, canvas, check_image, decode_image, prepare_image
 
 GEOMETRY = IMAGE_PRESETS["tiny-hybrid"]
 
@@ -110,8 +110,14 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert caught.value.reason == "image_missing"
 
 
-def test_only_large_images_are_encoded_again() -> None:
-    data = _bytes(NOISE)
-    assert shrink(data, max_side=300) is data
-    small = check_image(shrink(data, max_side=100))
-    assert (small.width, small.height, small.format) == (100, 67, "JPEG")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_only_large_images_are_encoded_again(kind: str) -> None:
+    data = _bytes(NOISE, kind)
+    kept, info = prepare_image(data, verify="scaled", max_aspect=100, max_side=300)
+    assert kept is data and info == check_image(data) == ImageInfo(width=300, height=200, format=kind)
+    small, info = prepare_image(data, verify="header", max_aspect=100, max_side=100)
+    assert info == check_image(small) == ImageInfo(width=100, height=67, format="JPEG")
+    for limit in (0, 100, 300):
+        with pytest.raises(ImageError) as caught:
+            prepare_image(data[:-1000], verify="scaled", max_aspect=100, max_side=limit)
+        assert caught.value.reason == "image_truncated"
