@@ -25,7 +25,7 @@ from data_tools.readers.record import MAX_IMAGE, MAX_RECORD, Entry, Picture, Rec
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")
 _BLOCK = 512
 _ZEROS = 1 << 20
 _MAX_EXTENDED = 1 << 20
