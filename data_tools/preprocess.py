@@ -19,6 +19,7 @@ from typing import Any
 from data_tools.pipeline.engine import run_tasks
 from data_tools.pipeline.extras import require
 from data_tools.pipeline.finish import check_rejected, dry_run_report, finish
+from data_tools.pipeline.first_images import check_first_images
 from data_tools.pipeline.histograms import histogram_lines
 from data_tools.pipeline.image_map import open_image_map
 from data_tools.pipeline.job import Job, Task, open_input, plan_tasks, sampled, tokenizer_at
@@ -48,9 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=("auto", *FORMATS), default="auto", help="format of every input")
     add(
         "--image-root",
+        nargs="+",
         metavar="DIR",
-        help="folder that image paths start from and may not leave (default: the input's)",
+        help="folders that image paths start from and may not leave; the first that holds a file wins "
+        "(default: the input's)",
     )
+    add("--follow-links", action="store_true", help="let symbolic links lead out of the image roots")
     add("--image-map", metavar="FILE", help="lines of address, tab and path, for images named by address")
     add(
         "--limit",
@@ -146,6 +150,8 @@ def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     job = _job(options)
     tasks = plan_tasks(job)
     output = Output(job.output)
+    if not (options.resume and output.is_begun):
+        check_first_images(job, tasks)
     locks = output.lock(array_task=0, array_tasks=1)
     output.begin(job.config, resume=options.resume, alone=True)
     todo = sorted({task.number % options.num_tasks for task in _left(job, tasks)})
@@ -187,12 +193,15 @@ def _run(options: argparse.Namespace) -> int:
         ]
         if job.limit is not None and job.limit < sum(records):
             mine = sampled(mine, limit=job.limit)
+        check_first_images(job, tasks)
         summaries = run_tasks(job, mine, count=len(tasks), workers=workers)
         report = dry_run_report(job, mine, summaries, records=records)
         _print_report(report)
         check_rejected(report, max_bad_frac=options.max_bad_frac, where="dry run")
         return 0
     output = Output(job.output)
+    if not (options.resume and output.is_begun):
+        check_first_images(job, tasks)
     locks = output.lock(array_task=options.task, array_tasks=options.num_tasks)
     output.begin(job.config, resume=options.resume, alone=options.num_tasks == 1)
     todo = _left(job, mine) if options.resume else mine
@@ -245,9 +254,10 @@ def _job(options: argparse.Namespace) -> Job:
         tokenizer_sha256=tokenizer.sha256,
         packed=options.pack,
         max_images=options.max_images_per_sequence,
+        image_root=None if options.image_root is None else tuple(options.image_root),
         image_map_sha256=None if options.image_map is None else open_image_map(options.image_map).sha256,
         fail_on_error=options.on_error == "fail",
-        **{name: value for name, value in vars(options).items() if name in own},
+        **{name: value for name, value in vars(options).items() if name in own - {"image_root"}},
     )
 
 

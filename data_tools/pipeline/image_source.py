@@ -1,21 +1,23 @@
-"""Reads the images of a record from inside the image root, checks them, and shrinks those above the limit."""
+"""Reads the images of a record from inside the image roots, checks them, and shrinks those above the limit."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
 import stat
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
-from data_tools.pipeline.image_map import ImageMap
+from data_tools.pipeline.image_map import ImageMap, open_image_map
+from data_tools.pipeline.inline_image import inline_image, is_inline
+from data_tools.pipeline.job import Input, Job
 from data_tools.readers.record import MAX_IMAGE, Picture, Span
 from megavl.data.image import ImageError, ImageInfo, Verification, prepare_image
 from megavl.data.table import ReadHandles
 
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+_FILE_URL = re.compile(r"file:(//(?P<host>[^/]*))?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,10 @@ class LoadedImage:
 class ImageSource:
     """Turns image references of records into images."""
 
-    root: str
-    """Folder that paths are relative to and may not leave, not even through symbolic links."""
+    roots: tuple[str, ...]
+    """Folders that paths are relative to and may not leave. The first that holds a file wins."""
+    follow_links: bool
+    """Let symbolic links inside a root lead out of all roots."""
     handles: ReadHandles
     """Open input files, for images stored inside them."""
     image_map: ImageMap | None
@@ -42,21 +46,36 @@ class ImageSource:
     """Images whose longer side has more pixels are re-encoded; 0 keeps every file."""
 
     @cached_property
-    def _real_root(self) -> str:
-        return os.path.realpath(self.root)
+    def _roots(self) -> tuple[str, ...]:
+        return tuple(os.path.abspath(root) for root in self.roots)
+
+    @cached_property
+    def _real_roots(self) -> tuple[str, ...]:
+        return tuple(os.path.realpath(root) for root in self.roots)
+
+    def path_of(self, picture: Picture) -> str | None:
+        """The path that a picture names; None for an image inside the record, and for an address without a file."""
+        if is_inside_record(picture):
+            return None
+        try:
+            return _local(self._mapped(picture.name))
+        except ImageError:
+            return None
+
+    def holds(self, path: str) -> bool:
+        """Whether a root holds something at a path, readable or not."""
+        return any(os.path.lexists(candidate) for candidate in self._candidates(path))
 
     def has_file(self, picture: Picture) -> bool:
         """False for an address outside the map and for a path without a file: the image was never fetched."""
-        if picture.data is not None or picture.name.startswith("data:"):
+        if is_inside_record(picture):
             return True
         name = self._mapped(picture.name)
-        if not name or "://" in name:
+        if not name or _is_address(name):
             return False
-        try:
-            self._path(name)
-            return os.path.lexists(os.path.join(self.root, name))
-        except (ImageError, ValueError):
-            return True
+        path = self.path_of(picture)
+        # What leads out of the roots is no missing file: it is refused when it is read.
+        return path is None or self.holds(path) or not self._candidates(path)
 
     def load(self, picture: Picture) -> LoadedImage:
         """Read and check one image.
@@ -77,42 +96,49 @@ class ImageSource:
         if isinstance(data, Span):
             _check_size(data.size)
             return self.handles.read(data.path, offset=data.start, size=data.size)
-        if data is not None:
-            _check_size(len(data))
-            return data
-        return _inline(picture.name) if picture.name.startswith("data:") else self._read(self._mapped(picture.name))
+        if data is None and not is_inline(picture.name):
+            return self._read(_local(self._mapped(picture.name)))
+        data = inline_image(picture.name) if data is None else data
+        _check_size(len(data))
+        return data
 
     def _mapped(self, name: str) -> str:
         if "://" not in name or self.image_map is None:
             return name
         return self.image_map.find(name) or name
 
-    def _path(self, name: str) -> str:
-        """The path with all symbolic links resolved, so that the checked file is the one that is opened."""
-        given = os.path.join(self.root, name)
-        # The spelling is checked too: what follows `..` must not depend on which folders exist.
-        if not _is_inside(os.path.abspath(self.root), os.path.abspath(given)):
-            raise ImageError(f"outside --image-root {self.root}", "image_outside_root")
-        try:
-            path = os.path.realpath(given)
-        except (OSError, ValueError) as error:
-            raise ImageError(f"cannot read {given} ({error})", "image_missing") from error
-        if not _is_inside(self._real_root, path):
-            raise ImageError(
-                f"a symbolic link leads to {path}, outside --image-root {self.root}; give a folder that holds both",
-                "image_outside_root",
-            )
-        return path
+    def _candidates(self, path: str) -> list[str]:
+        """Where a path may lie. `..` is resolved by its spelling, which must not depend on which folders exist."""
+        # POSIX gives two leading slashes a meaning of their own, which Linux does not.
+        path = "/" + path.lstrip("/") if path.startswith("//") else path
+        given = ((root, os.path.normpath(os.path.join(root, path))) for root in self._roots)
+        return [candidate for root, candidate in given if _is_inside(root, candidate)]
 
-    def _read(self, name: str) -> bytes:
-        if "://" in name:
-            raise ImageError("an address, not a file; fetch it and name its file in --image-map", "image_address")
-        path = self._path(name)
+    def _read(self, path: str) -> bytes:
+        candidates = self._candidates(path)
+        if not candidates:
+            raise ImageError(f"outside --image-root {' '.join(self.roots)}", "image_outside_root")
+        refusal: ImageError | None = None
+        for candidate in candidates:
+            try:
+                return self._read_file(candidate)
+            except ImageError as error:
+                # The reason to tell is that of the first file that is there.
+                if refusal is None or (refusal.reason == "image_missing" != error.reason):
+                    refusal = error
+        assert refusal is not None
+        raise refusal
+
+    def _read_file(self, path: str) -> bytes:
         try:
-            # Opening a named pipe must not block.
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            # The checked file is the one that is opened, with all links resolved. Opening a named pipe must not block.
+            real = os.path.realpath(path)
+            self._check_link(real)
+            handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK)
+        except ImageError:
+            raise
         except (OSError, ValueError) as error:
-            raise ImageError(f"cannot read {path} ({error})", "image_missing") from error
+            raise ImageError(f"cannot read {path[:200]} ({error})", "image_missing") from error
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             os.close(handle)
@@ -121,22 +147,61 @@ class ImageSource:
             _check_size(status.st_size)
             return stream.read()
 
+    def _check_link(self, real: str) -> None:
+        if not self.follow_links and not any(_is_inside(root, real) for root in self._real_roots):
+            raise ImageError(
+                f"a symbolic link leads to {real}, outside --image-root {' '.join(self.roots)}; allow such links with "
+                "--follow-links, or add the folder to --image-root",
+                "image_outside_root",
+            )
+
+
+def is_inside_record(picture: Picture) -> bool:
+    """Whether a record holds the image itself, as bytes or as text."""
+    return picture.data is not None or is_inline(picture.name)
+
+
+def open_image_source(job: Job, source: Input, *, handles: ReadHandles) -> ImageSource:
+    """Where the images of an input are read from, with the settings of its job."""
+    return ImageSource(
+        roots=job.image_root if job.image_root is not None else (str(Path(source.path).parent),),
+        follow_links=job.follow_links,
+        handles=handles,
+        image_map=open_image_map(job.image_map) if job.image_map is not None else None,
+        verify=job.verify,
+        max_aspect=job.max_aspect,
+        max_side=job.max_side,
+    )
+
+
+def _local(name: str) -> str:
+    """The path of a name that may be a `file:` URL.
+
+    Raises:
+        ImageError: it is an address on another machine.
+    """
+    if name[:5].lower() == "file:" and (match := _FILE_URL.fullmatch(name)):
+        if (match["host"] or "localhost").lower() != "localhost":
+            raise ImageError(
+                f"a file on the host {match['host']}; write file:///, followed by an absolute path", "image_address"
+            )
+        try:
+            return os.fsdecode(unquote_to_bytes(match["path"]))
+        except UnicodeEncodeError as error:
+            raise ImageError(f"not a file URL ({error})", "image_missing") from error
+    if _is_address(name):
+        raise ImageError("an address, not a file; fetch it and name its file in --image-map", "image_address")
+    return name
+
+
+def _is_address(name: str) -> bool:
+    return "://" in name and name[:5].lower() != "file:"
+
 
 def _is_inside(root: str, path: str) -> bool:
-    return os.path.commonpath([root, path]) == root
+    return path == root or path.startswith(root if root == "/" else root + "/")
 
 
 def _check_size(size: int) -> None:
     if size > MAX_IMAGE:
         raise ImageError(f"{size} bytes, above {MAX_IMAGE}", "image_too_large")
-
-
-def _inline(reference: str) -> bytes:
-    head = _DATA_URL.match(reference)
-    if head is None:
-        raise ImageError("a data URL must read data:image/...;base64,...", "image_format")
-    _check_size((len(reference) - head.end()) // 4 * 3)
-    try:
-        return base64.b64decode(reference[head.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"not valid base64 ({error})", "image_format") from error

@@ -61,7 +61,9 @@ class Job:
     max_images: int
     image_preset: str
     max_side: int
-    image_root: str | None
+    image_root: tuple[str, ...] | None
+    """Folders of images; None means the folder of each input."""
+    follow_links: bool
     image_map: str | None
     image_map_sha256: str | None
     verify: Verification

@@ -51,6 +51,11 @@ class Output:
         self.path = Path(path)
         self._tasks = self.path / "units"
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run has recorded its settings here."""
+        return (self.path / "job.json").is_file()
+
     def lock(self, *, array_task: int, array_tasks: int) -> list[Any]:
         """Keep other runs out of this folder; the array tasks of one run share it.
 

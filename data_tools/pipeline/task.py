@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
-from data_tools.pipeline.image_map import open_image_map
-from data_tools.pipeline.image_source import ImageSource, LoadedImage
+from data_tools.pipeline.image_source import LoadedImage, open_image_source
 from data_tools.pipeline.job import Input, Job, Task, tokenizer_at
 from data_tools.pipeline.output import Output, TaskSummary
 from data_tools.pipeline.sequence_limits import SequenceLimits
@@ -69,14 +67,7 @@ class _Worker:
         self._tokens_of: list[int] = []
         self._images_of: list[int] = []
         self._handles = ReadHandles(limit=4)
-        self._source = ImageSource(
-            handles=self._handles,
-            root=job.image_root if job.image_root is not None else str(Path(self._input.path).parent),
-            image_map=open_image_map(job.image_map) if job.image_map is not None else None,
-            verify=job.verify,
-            max_aspect=job.max_aspect,
-            max_side=job.max_side,
-        )
+        self._source = open_image_source(job, self._input, handles=self._handles)
         self._count = count
         self._limits = SequenceLimits(
             tokens=job.seq_length,
