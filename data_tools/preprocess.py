@@ -236,6 +236,9 @@ def _left(job: Job, tasks: Sequence[Task]) -> list[Task]:
 
 def _job(options: argparse.Namespace) -> Job:
     tokenizer = tokenizer_at(options.tokenizer)
+    for root in options.image_root or ():
+        if not os.path.isdir(root):
+            raise UsageError(f"--image-root {root}: no such folder; give folders that image paths start from")
     inputs = [open_input(path, format=options.format, template=options.template) for path in options.input]
     if options.image_map is None and any(item.format == "obelics" for item in inputs):
         raise UsageError(
