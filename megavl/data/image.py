@@ -227,6 +227,8 @@ def _open(data: bytes, *, max_aspect: float) -> _Opened:
     with _pillow(opening=kind):
         pixels, orientation = pixels_of(data, kind=kind)
         image = _PLUGINS[kind](io.BytesIO(pixels))
+        # At once: Pillow would copy what is left of the file after every 64 KiB.
+        image.decodermaxblock = max(image.decodermaxblock, len(pixels))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} is above {MAX_PIXELS} pixels", "image_too_large")

@@ -78,8 +78,8 @@ def _jpeg(data: bytes) -> Pixels:
 
     The index of further pictures in a file of a camera (MPO) is such a segment, so the first picture remains.
     """
-    kept, exif, xmp = [data[:2]], b"", b""
-    at = 2
+    kept, exif, xmp = [memoryview(data)[:2]], b"", b""
+    at, dropped = 2, False
     while True:
         at = data.find(b"\xff", at)
         if at < 0 or at + 4 > len(data):
@@ -90,19 +90,25 @@ def _jpeg(data: bytes) -> Pixels:
         elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:
             at += 2
         elif marker in (0xD9, 0xDA):
-            kept.append(data[at:])
-            return Pixels(b"".join(kept), _orientation(exif, xmp))
+            # Most files have no metadata, and copying takes as long as all the rest here.
+            clean = b"".join((*kept, memoryview(data)[at:])) if dropped else data
+            return Pixels(clean, _orientation(exif, xmp))
         else:
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
             if end < at + 4 or end > len(data):
                 return Pixels(data, _orientation(exif, xmp))
-            content = data[at + 4 : end]
-            if marker == 0xE1 and content.startswith(b"Exif\0"):
-                exif = exif or content
-            elif marker == 0xE1 and content.startswith(b"http://ns.adobe.com/xap/"):
-                xmp = xmp or content
-            elif not (0xE0 <= marker <= 0xEF or marker == 0xFE) or _says_colours(content):
-                kept.append(data[at:end])
+            if 0xE0 <= marker <= 0xEF or marker == 0xFE:
+                content = data[at + 4 : end]
+                if marker == 0xE1 and content.startswith(b"Exif\0"):
+                    exif = exif or content
+                elif marker == 0xE1 and content.startswith(b"http://ns.adobe.com/xap/"):
+                    xmp = xmp or content
+                wanted = _says_colours(content)
+                dropped = dropped or not wanted
+            else:
+                wanted = True
+            if wanted:
+                kept.append(memoryview(data)[at:end])
             at = end
 
 

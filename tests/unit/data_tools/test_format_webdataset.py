@@ -94,6 +94,20 @@ def test_tar_records_of_every_kind_are_read(
     assert rejects(out) == [("tag_count", "in.tar:13")]
 
 
+def test_images_of_every_format_are_members(tokenizer: Path, tmp_path: Path) -> None:
+    kinds = {"JPEG": ("jpg", "JPEG", "jpe", "jfif"), "MPO": ("mpo",), "PNG": ("png", "apng"), "WEBP": ("webp",)}
+    kinds |= {"GIF": ("gif",), "BMP": ("bmp", "BMP"), "TIFF": ("tif", "TIFF")}
+    images = [(suffix, picture(9, kind=kind)) for kind, suffixes in kinds.items() for suffix in suffixes]
+    members = [
+        part
+        for number, (suffix, data) in enumerate(images)
+        for part in (member(f"{number}.{suffix}", data), member(f"{number}.txt", b"A thing."))
+    ]
+    out = _run(write_tar(tmp_path / "in.tar", members), tokenizer)
+    assert not rejects(out)
+    assert [sample.images for sample in read_back(out)] == [[data] for _, data in images]
+
+
 def test_long_and_foreign_names_are_read(tokenizer: Path, tmp_path: Path) -> None:
     names = ["a" * 90 + "/" + "b" * 60, "ä" * 140, "x" * 200, "./y y"]
     members = [part for number, name in enumerate(names) for part in _caption(name, number)]

@@ -27,6 +27,7 @@ from data_tools.corpus.pairs.scenetext.phrases import MAX_PHRASES, phrases_of
 from data_tools.corpus.pairs.sources import Dropped, InputFormats, choose_heldout, find_sources, load
 from data_tools.corpus.scripts import Script
 from data_tools.corpus.texts import collect_text
+from data_tools.readers.tar_archive import IMAGE_SUFFIXES
 from megavl.config.errors import DataError, UsageError
 
 FORMATS = InputFormats(suffixes={".txt": "text", ".md": "text"}, keys={"text": "text"})
@@ -50,7 +51,7 @@ COMMAND = PairCommand(
 MAX_PHRASES_PER_IMAGE = 6
 JPEG_QUALITY = (70, 95)
 """Minimum and maximum. Photographs come as JPEG, and noise would make PNG files ten times as large."""
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGE_SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)
