@@ -17,7 +17,7 @@ from data_tools.readers.record import MAX_IMAGE, Picture, Span
 from megavl.data.image import ImageError, ImageInfo, Verification, prepare_image
 from megavl.data.table import ReadHandles
 
-_FILE_URL = re.compile(r"file:(//(?P<host>[^/]*))?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
+_FILE_URL = re.compile(r"file:(//(?P<host>[^/]*))?(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +135,17 @@ class ImageSource:
             real = os.path.realpath(path)
             self._check_link(real)
             handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK)
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                os.close(handle)
+                raise ImageError(f"{path} is no ordinary file", "image_missing")
+            with os.fdopen(handle, "rb") as stream:
+                _check_size(status.st_size)
+                return stream.read()
         except ImageError:
             raise
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot read {path[:200]} ({error})", "image_missing") from error
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(handle)
-            raise ImageError(f"{path} is no ordinary file", "image_missing")
-        with os.fdopen(handle, "rb") as stream:
-            _check_size(status.st_size)
-            return stream.read()
 
     def _check_link(self, real: str) -> None:
         if not self.follow_links and not any(_is_inside(root, real) for root in self._real_roots):
@@ -182,11 +182,12 @@ def _local(name: str) -> str:
     """
     if name[:5].lower() == "file:" and (match := _FILE_URL.fullmatch(name)):
         if (match["host"] or "localhost").lower() != "localhost":
+            host = match["host"][:200]
             raise ImageError(
-                f"a file on the host {match['host']}; write file:///, followed by an absolute path", "image_address"
+                f"a file on the host {host}; write file:///, followed by an absolute path", "image_address"
             )
         try:
-            return os.fsdecode(unquote_to_bytes(match["path"]))
+            return os.fsdecode(unquote_to_bytes(match["path"] or ""))
         except UnicodeEncodeError as error:
             raise ImageError(f"not a file URL ({error})", "image_missing") from error
     if _is_address(name):

@@ -12,7 +12,7 @@ from megavl.data.image import ImageError
 from megavl.data.image_metadata import kind_of
 
 _DATA_URL = re.compile(r"\s*data:([^,]{0,1000}),", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+[=\s]*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-=\s]+")
 _SHORTEST = 40
 """Characters; no image file is shorter in base64."""
 _LONGEST_PATH = 4096
@@ -30,10 +30,13 @@ def is_inline(name: str) -> bool:
     """
     if name.lstrip()[:5].lower() == "data:":
         return True
-    if len(name) < _SHORTEST or _BASE64.fullmatch(name) is None:
+    if len(name) < _SHORTEST or _BASE64.fullmatch(name, 0, _LONGEST_PATH + 1) is None:
         return False
     start = "".join(name[:_START].split())
-    return len(name) > _LONGEST_PATH or kind_of(_decoded(start[: len(start) // 4 * 4])) is not None
+    try:
+        return len(name) > _LONGEST_PATH or kind_of(_decoded(start[: len(start) // 4 * 4])) is not None
+    except ImageError:
+        return False
 
 
 def inline_image(name: str) -> bytes:

@@ -60,7 +60,7 @@ def pixels_of(data: bytes, *, kind: Kind) -> Pixels:
     """The file without metadata, and its orientation. What cannot be parsed is left as it is.
 
     Raises:
-        Damaged: a PNG is cut off inside its pixels, or their checksum does not match.
+        Damaged: a PNG ends inside its pixels, or their checksum does not match.
     """
     if kind == "JPEG":
         return _jpeg(data)

@@ -92,6 +92,10 @@ def test_file_urls_are_paths(tokenizer: Path, tmp_path: Path) -> None:
         f"file://{root}/%00.png": "image_missing",
         f"file://{root}/\ud800.png": "image_missing",
         f"file://server{path}": "image_address",
+        "file://a.png": "image_address",
+        "file://images/a.png": "image_address",
+        "file:a.png": "image_missing",
+        "file:///": "image_outside_root",
         "https://example.org/a.png": "image_address",
         "s3://bucket/a.png": "image_address",
     }
@@ -138,9 +142,10 @@ def test_bad_base64_is_refused_by_its_reason(tokenizer: Path, tmp_path: Path) ->
 
 
 def test_a_long_path_without_a_dot_is_a_path(tokenizer: Path, tmp_path: Path) -> None:
-    name = "9j/images/" + "a" * 200 + "/sha256-00112233445566778899aabbccddeeff"
-    _save(tmp_path / name, 1)
-    assert _images(_run(tmp_path, tokenizer, [name])) == [picture(1)]
+    names = ["9j/images/" + "a" * 200 + "/sha256-00112233445566778899aabbccddeeff", "day=1/" + "b c/" * 50 + "x="]
+    for name in names:
+        _save(tmp_path / name, 1)
+    assert _images(_run(tmp_path, tokenizer, names)) == [picture(1)] * 2
 
 
 def test_a_run_without_any_image_ends_at_its_start(
