@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,7 +34,6 @@ MARKS = (
     b"xap",
 )
 """Where metadata begin."""
-_STARTER = subprocess.DEVNULL  # The loader's worker is a process.
 
 
 def _bases() -> dict[str, list[bytes]]:
@@ -103,7 +101,7 @@ def _cut(data: bytearray, draw: random.Random) -> None:
 
 
 def _swapped(data: bytearray, draw: random.Random) -> None:
-    """Two chunks in each other's place; where there are none, two ranges."""
+    """Exchange two chunks; in a format without chunks, two byte ranges."""
     chunks = list(_chunks(data))
     if len(chunks) < 3:
         edges = sorted(draw.sample(range(8, len(data)), 4))
