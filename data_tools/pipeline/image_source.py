@@ -139,7 +139,7 @@ class ImageSource:
             if not stat.S_ISREG(status.st_mode):
                 os.close(handle)
                 raise ImageError(f"{path} is no ordinary file", "image_missing")
-            with os.fdopen(handle, "rb") as stream:
+            with os.fdopen(handle, "rb", buffering=0) as stream:
                 _check_size(status.st_size)
                 return stream.read()
         except ImageError:
