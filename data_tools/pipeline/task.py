@@ -86,8 +86,16 @@ class _Worker:
         )
         self._writers: dict[Modality, ShardWriter] = {}
 
-    def process(self, batch: Sequence[Entry]) -> None:
+    def process(self, batch: list[Entry]) -> None:
+        """Empties the batch: the JSON text of a long record is not needed once it is parsed."""
         self.seen += len(batch)
+        for item, encoded in self._encode(self._parse_all(batch)):
+            try:
+                self._write(item, encoded)
+            except (ImageError, RecordError) as error:
+                self._reject(item.position, error.reason, str(error))
+
+    def _parse_all(self, batch: list[Entry]) -> list[_Parsed]:
         parsed = []
         for entry in batch:
             if isinstance(entry.content, bytes) and not entry.content.strip():
@@ -97,11 +105,8 @@ class _Worker:
                 parsed.append(self._parse(entry))
             except RecordError as error:
                 self._reject(entry.position, error.reason, str(error))
-        for item, encoded in self._encode(parsed):
-            try:
-                self._write(item, encoded)
-            except (ImageError, RecordError) as error:
-                self._reject(item.position, error.reason, str(error))
+        batch.clear()
+        return parsed
 
     def finish(self) -> TaskSummary:
         shards = []
@@ -267,6 +272,8 @@ def _batches(items: Iterable[Entry]) -> Iterator[list[Entry]]:
     for entry in items:
         batch.append(entry)
         size += entry.size
+        # The variable would keep a long record in memory.
+        del entry
         if len(batch) == _BATCH or size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -10,13 +10,12 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
@@ -26,8 +25,6 @@ from megavl.data.control_tokens import Declared, declared_beside, separate_json,
 from megavl.data.manifest import TokenizerEntry
 from megavl.data.text_parts import parts as text_parts
 from megavl.data.text_parts import safe_places
-
-Ids: TypeAlias = npt.NDArray[np.int32]
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -59,8 +56,8 @@ class Tokenizer(ABC):
     """EOS where the tokenizer names no padding."""
     image_id: int | None
     """Id of `<image_placeholder>`; None in a tokenizer of text alone."""
-    control_ids: Ids
-    """What text never gives, whatever it spells; ascending."""
+    control_ids: frozenset[int]
+    """What text never gives, whatever it spells."""
     _places: re.Pattern[str] | None = None
     """Where a text may be cut."""
 
@@ -76,38 +73,51 @@ class Tokenizer(ABC):
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of a text in one piece, and the character at which each begins."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text.
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; long ones are better given to `encode_long`.
 
         Raises:
-            DataError: a text is too long, and cannot be tokenized in parts.
+            DataError: a text gives a control token all the same, or is too long and cannot be tokenized in parts.
         """
-        found: list[list[Ids]] = [[] for _ in texts]
+        found: list[list[int]] = [[] for _ in texts]
         for group in self._groups(texts):
             for (number, _), ids in zip(group, self._encode([part for _, part in group])):
-                found[number].append(np.array(ids, np.int32))
-        return [_joined(ids) for ids in found]
+                self._check(ids)
+                # Most texts are one part, which need not be copied.
+                found[number] = found[number] + ids if found[number] else ids
+        return found
 
-    def encode_parts(self, parts: Sequence[str]) -> tuple[Ids, npt.NDArray[np.intp]]:
+    def encode_long(self, text: str) -> Iterator[list[int]]:
+        """Ids of successive parts of a text, as few at a time as possible.
+
+        Raises:
+            DataError: as for `encode_batch`.
+        """
+        for start, end in text_parts(text, places=self._places):
+            (ids,) = self._encode([text[start:end]])
+            self._check(ids)
+            yield ids
+
+    def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids of the joined parts, and for each id the number of the part in which its text begins.
 
         Raises:
             DataError: as for `encode_batch`.
         """
         text = "".join(parts)
-        ends = np.cumsum([len(part) for part in parts])
-        found: list[Ids] = []
-        owners: list[npt.NDArray[np.intp]] = []
+        ends = list(accumulate(map(len, parts)))
+        found: list[int] = []
+        owners: list[int] = []
         for start, end in text_parts(text, places=self._places):
             ids, starts = self._encode_with_starts(text[start:end])
-            found.append(np.array(ids, np.int32))
-            owners.append(np.searchsorted(ends, np.array(starts, np.int64) + start, side="right"))
-        return _joined(found), np.minimum(np.concatenate([*owners, np.zeros(0, np.intp)]), len(parts) - 1)
+            self._check(ids)
+            found += ids
+            owners += [min(bisect_right(ends, start + first), len(ends) - 1) for first in starts]
+        return found, owners
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
-        ids: list[int] = self.encode_batch([text])[0].tolist()
-        return ids
+        return self.encode_batch([text])[0]
 
     def _set_specials(
         self, declared: Declared, *, find: Callable[[str], int | None], known: Iterable[str], unknown: int | None
@@ -123,12 +133,15 @@ class Tokenizer(ABC):
         self.bos_id, self.eos_id, self.image_id = bos_id, eos_id, find(IMAGE_TOKEN)
         self.pad_id = eos_id if pad_id is None else pad_id
         controls = {find(name) for name in known} - {unknown} | {bos_id, eos_id, self.image_id}
-        self.control_ids = np.array(sorted(token for token in controls if token is not None), np.int32)
+        self.control_ids = frozenset(token for token in controls if token is not None)
 
     def _without_controls(self, ids: Sequence[int]) -> list[int]:
-        found = np.array(ids, np.int64)
-        kept: list[int] = found[~np.isin(found, self.control_ids)].tolist()
-        return kept
+        return [token for token in ids if token not in self.control_ids]
+
+    def _check(self, ids: Sequence[int]) -> None:
+        """Refuse what the changes of `control_tokens.py` cannot prevent, such as an unknown token that is also EOS."""
+        if not self.control_ids.isdisjoint(ids):
+            raise DataError(f"the text itself yields the control token id {min(self.control_ids.intersection(ids))}")
 
     def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
         """Parts of the texts, with the number of their text, as many as go through the library together."""
@@ -225,10 +238,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         pieces = self._inner.encode(text, return_type="proto").pieces
         # Offsets of SentencePiece count bytes of UTF-8.
-        sizes = np.array([len(char.encode("utf-8")) for char in text], np.int64)
-        ends = np.cumsum(sizes)
-        starts: list[int] = np.searchsorted(ends, [piece.begin for piece in pieces], side="right").tolist()
-        return [piece.id for piece in pieces], starts
+        ends = list(accumulate(len(char.encode("utf-8")) for char in text))
+        return [piece.id for piece in pieces], [bisect_right(ends, piece.begin) for piece in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -265,10 +276,6 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer; give a folder with tokenizer.json, or a SentencePiece .model")
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
-
-
-def _joined(parts: Sequence[Ids]) -> Ids:
-    return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.int32)])
 
 
 def _read(path: Path) -> bytes:
