@@ -17,14 +17,13 @@ import numpy.typing as npt
 
 from megavl.config.chat import IMAGE_TOKEN, SYSTEM_PROMPT
 from megavl.config.errors import DataError
+from megavl.data.text_parts import LONG
 from megavl.data.tokenizer import Tokenizer
 
 IMAGE_TAG = IMAGE_TOKEN
 """Stands for one image in the text of a turn or a tagged document."""
 
 Template = Literal["deepseek", "plain", "none"]
-_LONG = 256 << 10
-"""Characters of a text from which on it goes through the tokenizer alone, part by part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ def encode_batch(samples: Sequence[Sequence[Piece]], *, tokenizer: Tokenizer, im
     """`encode` for many samples; those of one text piece at a time go through the tokenizer's batch call together."""
     runs = [list(_runs(pieces)) for pieces in samples]
     short = [
-        run for sample in runs for run in sample if run[0].kind == "text" and _is_uniform(run) and _size(run) < _LONG
+        run for sample in runs for run in sample if run[0].kind == "text" and _is_uniform(run) and _size(run) <= LONG
     ]
     texts = ["".join(piece.text for piece in run) for run in short]
     ready = {id(run): ids for run, ids in zip(short, tokenizer.encode_batch(texts))}

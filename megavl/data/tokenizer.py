@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,8 +24,8 @@ from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import DataError, UsageError
 from megavl.data.control_tokens import Declared, declared_beside, separate_json, separate_model
 from megavl.data.manifest import TokenizerEntry
+from megavl.data.text_parts import LONG, divides_words, inner_ends, require_short, safe_borders
 from megavl.data.text_parts import parts as text_parts
-from megavl.data.text_parts import safe_places
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -34,8 +35,6 @@ _COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
-_TOGETHER = 256 << 10
-"""Characters that go through the library at a time, apart from a single longer part."""
 _HUB_NAME = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
 
 
@@ -58,8 +57,8 @@ class Tokenizer(ABC):
     """Id of `<image_placeholder>`; None in a tokenizer of text alone."""
     control_ids: frozenset[int]
     """What text never gives, whatever it spells."""
-    _places: re.Pattern[str] | None = None
-    """Where a text may be cut."""
+    _borders: re.Pattern[str] | None = None
+    """Where a text may be divided."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -73,28 +72,37 @@ class Tokenizer(ABC):
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of a text in one piece, and the character at which each begins."""
 
+    def _encode_word(self, word: str) -> array[int] | None:
+        """Ids of a long text without borders, or None if they are not found in parts."""
+        return None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; long ones are better given to `encode_long`.
+        """Ids of each text; those of a long text take less memory from `encode_long`.
 
         Raises:
             DataError: a text gives a control token all the same, or is too long and cannot be tokenized in parts.
         """
-        found: list[list[int]] = [[] for _ in texts]
-        for group in self._groups(texts):
-            for (number, _), ids in zip(group, self._encode([part for _, part in group])):
+        found: list[list[int]] = []
+        for group in _groups(texts):
+            if len(group[0]) > LONG:
+                found += [[token for ids in self.encode_long(text) for token in ids] for text in group]
+                continue
+            for ids in self._encode(group):
                 self._check(ids)
-                # Most texts are one part, which need not be copied.
-                found[number] = found[number] + ids if found[number] else ids
+                found.append(ids)
         return found
 
-    def encode_long(self, text: str) -> Iterator[list[int]]:
-        """Ids of successive parts of a text, as few at a time as possible.
+    def encode_long(self, text: str) -> Iterator[Sequence[int]]:
+        """Ids of successive parts of a text.
 
         Raises:
             DataError: as for `encode_batch`.
         """
-        for start, end in text_parts(text, places=self._places):
-            (ids,) = self._encode([text[start:end]])
+        for start, end in text_parts(text, borders=self._borders):
+            part = text[start:end]
+            ids: Sequence[int] | None = self._encode_word(part) if len(part) > LONG else None
+            if ids is None:
+                (ids,) = self._encode([require_short(part)])
             self._check(ids)
             yield ids
 
@@ -108,8 +116,8 @@ class Tokenizer(ABC):
         ends = list(accumulate(map(len, parts)))
         found: list[int] = []
         owners: list[int] = []
-        for start, end in text_parts(text, places=self._places):
-            ids, starts = self._encode_with_starts(text[start:end])
+        for start, end in text_parts(text, borders=self._borders):
+            ids, starts = self._encode_with_starts(require_short(text[start:end]))
             self._check(ids)
             found += ids
             owners += [min(bisect_right(ends, start + first), len(ends) - 1) for first in starts]
@@ -143,20 +151,6 @@ class Tokenizer(ABC):
         if not self.control_ids.isdisjoint(ids):
             raise DataError(f"the text itself yields the control token id {min(self.control_ids.intersection(ids))}")
 
-    def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-        """Parts of the texts, with the number of their text, as many as go through the library together."""
-        group: list[tuple[int, str]] = []
-        size = 0
-        for number, text in enumerate(texts):
-            for start, end in text_parts(text, places=self._places):
-                group.append((number, text[start:end]))
-                size += end - start
-                if size >= _TOGETHER:
-                    yield group
-                    group, size = [], 0
-        if group:
-            yield group
-
     @property
     def entry(self) -> TokenizerEntry:
         """What manifests record."""
@@ -181,7 +175,8 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             content = json.loads(raw)
             known = separate_json(content, declared=declared)
-            self._places = safe_places(content)
+            self._borders = safe_borders(content)
+            self._divides_words = self._borders is not None and divides_words(content)
             self._inner = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
         except Exception as error:  # the library raises bare Exception, and any JSON comes this far
             raise DataError(f"{path}: not a Hugging Face tokenizer ({error}); give a tokenizer.json") from error
@@ -202,6 +197,32 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self._inner.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def _encode_word(self, word: str) -> array[int] | None:
+        if not self._divides_words:
+            return None
+        found = array("i")
+        start = 0
+        while start < len(word):
+            for end in inner_ends(word, start=start):
+                (ids,) = self._encode([word[start:end]])
+                (following,) = self._encode([word[end : end + LONG]])
+                if ids and (end == len(word) or self._stay_apart(ids[-1:], following[:1])):
+                    break
+            else:
+                return None
+            # Looked at again, because what followed was tokenized together with less than now.
+            if found and not self._stay_apart([found[-1]], ids[:1]):
+                return None
+            found.extend(ids)
+            start = end
+        return found
+
+    def _stay_apart(self, before: list[int], after: list[int]) -> bool:
+        """Whether no merge crosses the border between two tokens."""
+        pair = [*before, *after]
+        names = [self._inner.id_to_token(token) for token in pair]
+        return [token.id for token in self._inner.model.tokenize("".join(names))] == pair
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -276,6 +297,20 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer; give a folder with tokenizer.json, or a SentencePiece .model")
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Successive texts that go through the library together; a long text alone."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > LONG:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
 
 
 def _read(path: Path) -> bytes:
