@@ -21,6 +21,7 @@ from megavl.data.image import ImageError
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry
 from megavl.data.table import ReadHandles
 from megavl.data.template import Encoded, Piece, Turn, conversation_pieces, document_pieces, encode_batch
+from megavl.data.text_parts import TextTooLongError
 
 _BATCH = 256
 """Records tokenized together, at most."""
@@ -189,7 +190,8 @@ class _Worker:
                     alone = encode_batch([item.pieces], tokenizer=self._tokenizer, image_tokens=image_tokens)
                     yield item, alone[0]
                 except DataError as error:
-                    self._reject(item.position, "image_token", str(error))
+                    reason = "text_too_long" if isinstance(error, TextTooLongError) else "control_token"
+                    self._reject(item.position, reason, str(error))
 
     def _write(self, item: _Parsed, encoded: Encoded) -> None:
         encoded = self._truncated(item.record, encoded)

@@ -8,10 +8,10 @@ divided where the pre-tokenizer has a border in any case, and where the division
   expressions listed here has a letter directly before white space, so none crosses that position. A lookahead meets
   white space or the end of the text there, which is the same to it.
 
-A single word of many characters (Chinese without a line feed, a run of spaces) is divided between two characters of one
-kind, so that each side still is one word to the pre-tokenizer. Byte-pair merges cross such a position exactly if they
-cross it in the two tokens beside it alone, because merges look at nothing but their two neighbours. So these two tokens
-are merged alone, and the position counts only if they stay apart.
+A long word, such as Chinese without a line feed or a run of spaces, is divided between two characters of one kind. Each
+side is still one word to the pre-tokenizer. A merge of a byte-pair model looks at nothing but the two parts that it
+joins. So if a merge crosses the position, it also does when the two tokens beside it are tokenized alone. The position
+counts only if these two stay apart.
 
 Only steps for which this is proven are listed. With any other step the text stays whole, and its length is limited.
 """
@@ -29,8 +29,6 @@ _PART = 32 << 10
 """Characters after which the next border is looked for."""
 LONG = 4 * _PART
 """Characters of a long word."""
-LONGEST_PART = 2 << 20
-"""Most bytes of UTF-8 that are tokenized in one go."""
 _TRIES = 32
 """Positions of a long word that are tried in turn; tokens of spaces or equal letters have at most so many."""
 
@@ -66,6 +64,10 @@ _OTHERS = {
 """Further expressions without a match in which white space follows a letter."""
 _FORMS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents"}
 """Normalizers that change a character alone or with the marks after it, and leave white space alone."""
+
+
+class TextTooLongError(DataError):
+    """A text that would take too much memory, and cannot be tokenized in parts."""
 
 
 def safe_borders(content: dict[str, Any]) -> re.Pattern[str] | None:
@@ -114,15 +116,15 @@ def inner_ends(word: str, *, start: int) -> Iterator[int]:
         yield from islice((found.start() for found in _INSIDE.finditer(word, start + _PART)), _TRIES)
 
 
-def require_short(text: str) -> str:
+def require_short(text: str, *, longest: int) -> str:
     """The text itself.
 
     Raises:
-        DataError: it has more than LONGEST_PART bytes.
+        TextTooLongError: it has more than `longest` bytes.
     """
-    if len(text) > LONGEST_PART // 4 and (size := len(text.encode("utf-8"))) > LONGEST_PART:
-        raise DataError(
-            f"{size:,} bytes of text that this tokenizer can only take in one piece, above {LONGEST_PART:,}; "
+    if len(text) > longest // 4 and (size := len(text.encode("utf-8"))) > longest:
+        raise TextTooLongError(
+            f"{size:,} bytes of text that this tokenizer can only take in one piece, above {longest:,}; "
             "divide the text into several records"
         )
     return text

@@ -59,6 +59,8 @@ class Tokenizer(ABC):
     """What text never gives, whatever it spells."""
     _borders: re.Pattern[str] | None = None
     """Where a text may be divided."""
+    _longest: int
+    """Most bytes of UTF-8 that the library takes in one go, in 300 to 400 MB of memory."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -102,7 +104,7 @@ class Tokenizer(ABC):
             part = text[start:end]
             ids: Sequence[int] | None = self._encode_word(part) if len(part) > LONG else None
             if ids is None:
-                (ids,) = self._encode([require_short(part)])
+                (ids,) = self._encode([require_short(part, longest=self._longest)])
             self._check(ids)
             yield ids
 
@@ -117,7 +119,7 @@ class Tokenizer(ABC):
         found: list[int] = []
         owners: list[int] = []
         for start, end in text_parts(text, borders=self._borders):
-            ids, starts = self._encode_with_starts(require_short(text[start:end]))
+            ids, starts = self._encode_with_starts(require_short(text[start:end], longest=self._longest))
             self._check(ids)
             found += ids
             owners += [min(bisect_right(ends, start + first), len(ends) - 1) for first in starts]
@@ -166,6 +168,8 @@ class Tokenizer(ABC):
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, with the names of its special tokens from the files beside it."""
+
+    _longest = 2 << 20
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -232,6 +236,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`."""
+
+    _longest = 8 << 20
 
     def __init__(self, path: Path) -> None:
         self.path = path
