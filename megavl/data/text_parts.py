@@ -29,6 +29,8 @@ _PART = 32 << 10
 """Characters after which the next border is looked for."""
 LONG = 4 * _PART
 """Characters of a long word."""
+AHEAD = 1 << 10
+"""Characters that show the first token after a position."""
 _TRIES = 32
 """Positions of a long word that are tried in turn; tokens of spaces or equal letters have at most so many."""
 

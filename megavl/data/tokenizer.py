@@ -24,7 +24,7 @@ from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import DataError, UsageError
 from megavl.data.control_tokens import Declared, declared_beside, separate_json, separate_model
 from megavl.data.manifest import TokenizerEntry
-from megavl.data.text_parts import LONG, divides_words, inner_ends, require_short, safe_borders
+from megavl.data.text_parts import AHEAD, LONG, divides_words, inner_ends, require_short, safe_borders
 from megavl.data.text_parts import parts as text_parts
 
 _COMPANIONS = (
@@ -210,12 +210,12 @@ class HuggingFaceTokenizer(Tokenizer):
         while start < len(word):
             for end in inner_ends(word, start=start):
                 (ids,) = self._encode([word[start:end]])
-                (following,) = self._encode([word[end : end + LONG]])
+                (following,) = self._encode([word[end : end + AHEAD]])
                 if ids and (end == len(word) or self._stay_apart(ids[-1:], following[:1])):
                     break
             else:
                 return None
-            # Looked at again, because what followed was tokenized together with less than now.
+            # Looked at again, because fewer characters were tokenized then.
             if found and not self._stay_apart([found[-1]], ids[:1]):
                 return None
             found.extend(ids)

@@ -1,5 +1,6 @@
 """WebDataset tars: exact samples, and rejects for hostile archives."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -272,12 +273,13 @@ def test_scattered_keys_stop_the_run(tokenizer: Path, tmp_path: Path, capsys: py
     assert "tar --sort=name" in (out / "rejects.jsonl").read_text()
 
 
-@pytest.mark.parametrize("start", [b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"])
+@pytest.mark.parametrize("start", [b"", b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04"])
 def test_compressed_files_are_refused(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], start: bytes
 ) -> None:
     path = tmp_path / "in.tar.gz"
-    path.write_bytes(start + bytes(2000))
+    archive = write_tar(tmp_path / "in.tar", [member("a.txt", b"a")]).read_bytes()
+    path.write_bytes(start + bytes(2000) if start else gzip.compress(archive))
     assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out") == 3
     assert "in.tar.gz: is compressed (" in capsys.readouterr().err
 
