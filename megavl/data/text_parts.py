@@ -112,7 +112,7 @@ def parts(text: str, *, borders: re.Pattern[str] | None) -> Iterator[tuple[int, 
 
 def inner_ends(word: str, *, start: int) -> Iterator[int]:
     """Positions to try as the end of the part of a long word that begins at `start`."""
-    if len(word) - start <= LONG:
+    if len(word) - start <= 2 * _PART:
         yield len(word)
     else:
         yield from islice((found.start() for found in _INSIDE.finditer(word, start + _PART)), _TRIES)

@@ -1,4 +1,4 @@
-"""Long texts are cut only where their ids stay those of the whole text."""
+"""Long texts are divided only where their ids stay those of the whole text."""
 
 import json
 import random
