@@ -22,6 +22,7 @@ from megavl.data.image import ImageError
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry
 from megavl.data.table import ReadHandles
 from megavl.data.template import Encoded, Piece, Template, Turn, conversation_pieces, encode_batch, framed_document
+from megavl.data.text_parts import TextTooLongError
 
 _BATCH = 256
 """Records tokenized together, at most."""
@@ -86,8 +87,16 @@ class _Worker:
         )
         self._writers: dict[Modality, ShardWriter] = {}
 
-    def process(self, batch: Sequence[Entry]) -> None:
+    def process(self, batch: list[Entry]) -> None:
+        """Empties the batch: the JSON text of a long record is not needed once it is parsed."""
         self.seen += len(batch)
+        for item, encoded in self._encode(self._parse_all(batch)):
+            try:
+                self._write(item, encoded)
+            except (ImageError, RecordError) as error:
+                self._reject(item.position, error.reason, str(error), found=item.found)
+
+    def _parse_all(self, batch: list[Entry]) -> list[_Parsed]:
         parsed = []
         for entry in batch:
             if isinstance(entry.content, bytes) and not entry.content.strip():
@@ -95,11 +104,8 @@ class _Worker:
             self._counts["records"] += 1
             if item := self._parsed(entry):
                 parsed.append(item)
-        for item, encoded in self._encode(parsed):
-            try:
-                self._write(item, encoded)
-            except (ImageError, RecordError) as error:
-                self._reject(item.position, error.reason, str(error), found=item.found)
+        batch.clear()
+        return parsed
 
     def finish(self) -> TaskSummary:
         shards = []
@@ -210,7 +216,8 @@ class _Worker:
                     alone = encode_batch([item.pieces], tokenizer=self._tokenizer, image_tokens=image_tokens)
                     yield item, alone[0]
                 except DataError as error:
-                    self._reject(item.position, "image_token", str(error), found=item.found)
+                    reason = "text_too_long" if isinstance(error, TextTooLongError) else "control_token"
+                    self._reject(item.position, reason, str(error), found=item.found)
 
     def _write(self, item: _Parsed, encoded: Encoded) -> None:
         whole, encoded = encoded, self._truncated(item.record, encoded)
@@ -320,6 +327,8 @@ def _batches(items: Iterable[Entry]) -> Iterator[list[Entry]]:
     for entry in items:
         batch.append(entry)
         size += entry.size
+        # The variable would keep a long record in memory.
+        del entry
         if len(batch) == _BATCH or size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -49,7 +49,7 @@ def divide_arrow(path: str | Path, *, limit: int | None = None) -> list[Split]:
     """The file as one split of `limit` rows at most.
 
     Raises:
-        DataError: the file is damaged or cut off.
+        DataError: the file is damaged or ends too early.
     """
     rows = 0
     try:

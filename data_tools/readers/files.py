@@ -21,7 +21,7 @@ _SAMPLED = 100
 """Records looked at to recognise a format."""
 _START = 512
 _COMPRESSED = {GZIP: "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", ZSTD: "zstd", b"PK\x03\x04": "zip"}
-_KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet file or an Arrow file"}
+_KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet file"}
 
 
 def container_of(path: str, *, start: bytes) -> Container:
@@ -60,7 +60,8 @@ def choose_format(path: str, *, container: Container, asked: str, columns: Mappi
         return _recognise(path, container=container, columns=columns)
     if container not in FORMATS[asked].containers:
         fitting = ", ".join(name for name, row in FORMATS.items() if container in row.containers)
-        raise UsageError(f"--format {asked}: {path} is {_KINDS[container]}, which holds {fitting}; name one of these")
+        kind = "an Arrow file" if container == "parquet" and holds_arrow(path) else _KINDS[container]
+        raise UsageError(f"--format {asked}: {path} is {kind}, which holds {fitting}; name one of these")
     return asked
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -81,11 +81,14 @@ def json_records(split: Split) -> Iterator[tuple[int, bytes | None]]:
 
 def json_entries(split: Split) -> Iterator[Entry]:
     """The records of a split; those that exceed MAX_RECORD are RecordErrors."""
-    for position, raw in json_records(split):
-        if raw is None:
-            yield Entry(position, RecordError(f"longer than {MAX_RECORD} bytes", "record_too_long"), 0)
-        else:
-            yield Entry(position, raw, len(raw))
+    # No loop, whose variable would keep a long record in memory while it is worked on.
+    return starmap(_entry, json_records(split))
+
+
+def _entry(position: int, raw: bytes | None) -> Entry:
+    if raw is None:
+        return Entry(position, RecordError(f"longer than {MAX_RECORD} bytes", "record_too_long"), 0)
+    return Entry(position, raw, len(raw))
 
 
 def open_json(path: str | Path) -> BinaryIO | Decompressed:

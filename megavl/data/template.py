@@ -7,6 +7,7 @@ ids equal those of the whole prompt. A token is supervised when its first charac
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +17,8 @@ import numpy.typing as npt
 
 from megavl.config.chat import IMAGE_TOKEN, SYSTEM_PROMPT
 from megavl.config.errors import DataError
-from megavl.data.tokenizer import Ids, Tokenizer
+from megavl.data.text_parts import LONG
+from megavl.data.tokenizer import Tokenizer
 
 IMAGE_TAG = IMAGE_TOKEN
 """Stands for one image in the text of a turn or a tagged document."""
@@ -124,40 +126,49 @@ def encode(pieces: Sequence[Piece], *, tokenizer: Tokenizer, image_tokens: int) 
 def encode_batch(samples: Sequence[Sequence[Piece]], *, tokenizer: Tokenizer, image_tokens: int) -> list[Encoded]:
     """`encode` for many samples; those of one text piece at a time go through the tokenizer's batch call together."""
     runs = [list(_runs(pieces)) for pieces in samples]
-    uniform = [run for sample in runs for run in sample if run[0].kind == "text" and _is_uniform(run)]
-    texts = ["".join(piece.text for piece in run) for run in uniform]
-    ready = {id(run): ids for run, ids in zip(uniform, tokenizer.encode_batch(texts))}
+    short = [
+        run for sample in runs for run in sample if run[0].kind == "text" and _is_uniform(run) and _size(run) <= LONG
+    ]
+    texts = ["".join(piece.text for piece in run) for run in short]
+    ready = {id(run): ids for run, ids in zip(short, tokenizer.encode_batch(texts))}
     return [_assemble(sample, ready, tokenizer=tokenizer, image_tokens=image_tokens) for sample in runs]
 
 
 def _assemble(
-    runs: Iterable[list[Piece]], ready: dict[int, Ids], *, tokenizer: Tokenizer, image_tokens: int
+    runs: Iterable[list[Piece]], ready: dict[int, list[int]], *, tokenizer: Tokenizer, image_tokens: int
 ) -> Encoded:
-    ids: list[Ids] = []
-    flags: list[npt.NDArray[np.bool_]] = []
+    # One array that grows: the ids of a long document are held once.
+    ids = array("i")
+    spans: list[tuple[int, int]] = []
     images = 0
     for run in runs:
-        kind = run[0].kind
-        marks: npt.NDArray[np.bool_] | bool = run[0].supervised
+        kind, start = run[0].kind, len(ids)
         if kind == "text":
-            new = ready.get(id(run))
-            if new is None:
+            if id(run) in ready:
+                ids.extend(ready[id(run)])
+            elif _is_uniform(run):
+                for part in tokenizer.encode_long("".join(piece.text for piece in run)):
+                    ids.extend(part)
+            else:
                 new, parts = tokenizer.encode_parts([piece.text for piece in run])
+                ids.extend(new)
                 marks = np.array([piece.supervised for piece in run])[parts]
-            if (found := new[np.isin(new, tokenizer.control_ids)]).size:
-                raise DataError(f"the text itself yields the control token id {found[0]}")
+                spans += [(start + first, start + end) for first, end in _spans(marks)]
+                continue
         elif kind == "image":
             if tokenizer.image_id is None:
                 raise DataError(f"{tokenizer.path}: no {IMAGE_TOKEN} token; add it to the vocabulary to use images")
-            new, marks = np.full(image_tokens, tokenizer.image_id, np.int32), False
+            ids.extend([tokenizer.image_id] * image_tokens)
             images += 1
+            continue
         else:
             token = tokenizer.bos_id if kind == "bos" else tokenizer.eos_id
-            new = np.array([] if token is None else [token], np.int32)
-        ids.append(new)
-        flags.append(np.full(len(new), marks, bool))
-    joined = np.concatenate([*ids, np.zeros(0, np.int32)])
-    return Encoded(ids=joined, spans=_spans(np.concatenate([*flags, np.zeros(0, bool)])), images=images)
+            ids.extend([] if token is None else [token])
+        if run[0].supervised and len(ids) > start:
+            spans.append((start, len(ids)))
+    return Encoded(
+        ids=np.frombuffer(ids, np.int32) if ids else np.zeros(0, np.int32), spans=_merged(spans), images=images
+    )
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterable[list[Piece]]:
@@ -180,9 +191,23 @@ def _is_uniform(run: list[Piece]) -> bool:
     return all(piece.supervised == run[0].supervised for piece in run)
 
 
-def _spans(flags: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+def _size(run: list[Piece]) -> int:
+    return sum(len(piece.text) for piece in run)
+
+
+def _spans(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
-    return tuple((int(start), int(end)) for start, end in edges.reshape(-1, 2))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Spans in order, with adjoining ones as one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in spans:
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        merged.append((start, end))
+    return tuple(merged)
 
 
 def framed_document(body: list[Piece], *, template: Template) -> list[Piece]:

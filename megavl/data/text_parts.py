@@ -1,12 +1,17 @@
-"""Places at which a long text can be tokenized in parts, with the ids of the whole text.
+"""Positions at which a long text can be divided for tokenization, with the ids of the whole text.
 
-A library needs about 140 bytes of memory for each byte of a text that it tokenizes in one go. A long text is
-therefore cut where the pre-tokenizer has a border in any case, and where the cut moves no other border:
+A library needs about 140 bytes of memory for each byte of a text that it tokenizes in one go. A long text is therefore
+divided where the pre-tokenizer has a border in any case, and where the division moves no other border:
 
 - After a line feed, if the pre-tokenizer first isolates line feeds: all later steps see one line at a time.
 - Between a letter and a space or line feed, if a letter follows and the pre-tokenizer matches words. No match of the
-  expressions listed here has a letter directly before white space, so none crosses the cut. A lookahead meets white
-  space or the end of the text there, which is the same to it.
+  expressions listed here has a letter directly before white space, so none crosses that position. A lookahead meets
+  white space or the end of the text there, which is the same to it.
+
+A long word, such as Chinese without a line feed or a run of spaces, is divided between two characters of one kind. Each
+side is still one word to the pre-tokenizer. A merge of a byte-pair model looks at nothing but the two parts that it
+joins. So if a merge crosses the position, it also does when the two tokens beside it are tokenized alone. The position
+counts only if these two stay apart.
 
 Only steps for which this is proven are listed. With any other step the text stays whole, and its length is limited.
 """
@@ -15,18 +20,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from megavl.config.errors import DataError
 
 _PART = 32 << 10
-"""Characters after which the next place is looked for."""
-LONGEST_PART = 2 << 20
-"""Most bytes of UTF-8 without a place; a library takes about 140 bytes of memory for each."""
+"""Characters after which the next border is looked for."""
+LONG = 4 * _PART
+"""Characters of a long word."""
+AHEAD = 1 << 10
+"""Characters that show the first token after a position."""
+_TRIES = 32
+"""Positions of a long word that are tried in turn; tokens of spaces or equal letters have at most so many."""
 
 _LETTERS = "A-Za-zА-ИК-Яа-ик-я一-龥가-힣"
 """Letters to every version of Unicode, which stay letters under each normal form."""
 _LINE_END = r"\n"
+_INSIDE = re.compile("|".join(f"(?<={kind}{kind})(?={kind}{kind})" for kind in ("[a-z]", "[A-Z]", "[一-龥]", " ")))
 _WORD_END = rf"(?<=[{_LETTERS}])(?={{blank}}[{_LETTERS}])"
 
 _WORDS = {
@@ -57,8 +68,12 @@ _FORMS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents"}
 """Normalizers that change a character alone or with the marks after it, and leave white space alone."""
 
 
-def safe_places(content: dict[str, Any]) -> re.Pattern[str] | None:
-    """Where a text may be cut for a parsed `tokenizer.json`: at the end of each match; None if nowhere."""
+class TextTooLongError(DataError):
+    """A text that would take too much memory, and cannot be tokenized in parts."""
+
+
+def safe_borders(content: dict[str, Any]) -> re.Pattern[str] | None:
+    """Borders for a parsed `tokenizer.json`, each at the end of a match; None if there are none."""
     if content["model"].get("dropout") or any(map(_looks_at_blanks, content.get("added_tokens") or [])):
         return None
     if any(step["type"] not in _FORMS for step in _steps(content.get("normalizer"), "normalizers")):
@@ -71,30 +86,50 @@ def safe_places(content: dict[str, Any]) -> re.Pattern[str] | None:
     if None in effects:
         return None
     prefixed = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in steps)
-    places = [_LINE_END] if effects[:1] == ["lines"] and not prefixed else []
+    borders = [_LINE_END] if effects[:1] == ["lines"] and not prefixed else []
     if "words" in effects:
-        places.append(_WORD_END.format(blank=" " if prefixed else r"[ \n]"))
-    return re.compile("|".join(places)) if places else None
+        borders.append(_WORD_END.format(blank=" " if prefixed else r"[ \n]"))
+    return re.compile("|".join(borders)) if borders else None
 
 
-def parts(text: str, *, places: re.Pattern[str] | None) -> Iterator[tuple[int, int]]:
-    """Start and end of successive parts of a text.
+def divides_words(content: dict[str, Any]) -> bool:
+    """Whether `inner_ends` holds for a parsed `tokenizer.json` that has `safe_borders`."""
+    model, steps = content["model"], _steps(content.get("pre_tokenizer"), "pretokenizers")
+    apart = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    return model.get("type") == "BPE" and steps[-1]["type"] == "ByteLevel" and not any(map(model.get, apart))
 
-    Raises:
-        DataError: a part would be longer than LONGEST_PART.
-    """
+
+def parts(text: str, *, borders: re.Pattern[str] | None) -> Iterator[tuple[int, int]]:
+    """Start and end of successive parts of a text."""
     start = 0
     while start < len(text):
         end = len(text)
-        if end - start > _PART and places is not None and (found := places.search(text, start + _PART)):
+        if end - start > _PART and borders is not None and (found := borders.search(text, start + _PART)):
             end = found.end()
-        if end - start > LONGEST_PART // 4 and (size := len(text[start:end].encode("utf-8"))) > LONGEST_PART:
-            raise DataError(
-                f"{size:,} bytes of text that this tokenizer can only take in one piece, above {LONGEST_PART:,}; "
-                "divide the text into several records"
-            )
         yield start, end
         start = end
+
+
+def inner_ends(word: str, *, start: int) -> Iterator[int]:
+    """Positions to try as the end of the part of a long word that begins at `start`."""
+    if len(word) - start <= 2 * _PART:
+        yield len(word)
+    else:
+        yield from islice((found.start() for found in _INSIDE.finditer(word, start + _PART)), _TRIES)
+
+
+def require_short(text: str, *, longest: int) -> str:
+    """The text itself.
+
+    Raises:
+        TextTooLongError: it has more than `longest` bytes.
+    """
+    if len(text) > longest // 4 and (size := len(text.encode("utf-8"))) > longest:
+        raise TextTooLongError(
+            f"{size:,} bytes of text that this tokenizer can only take in one piece, above {longest:,}; "
+            "divide the text into several records"
+        )
+    return text
 
 
 def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -113,7 +148,7 @@ def _looks_at_blanks(token: dict[str, Any]) -> bool:
 
 
 def _effect(step: dict[str, Any]) -> str | None:
-    """What a pre-tokenizer separates: `words`, `lines` or `none`; None if a cut could move its borders."""
+    """What a pre-tokenizer separates: `words`, `lines` or `none`; None if a division could move its borders."""
     match step["type"]:
         case "ByteLevel":
             return "words" if step.get("use_regex", True) else "none"

@@ -10,13 +10,13 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
@@ -24,10 +24,8 @@ from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import DataError, UsageError
 from megavl.data.control_tokens import Declared, declared_beside, separate_json, separate_model
 from megavl.data.manifest import TokenizerEntry
+from megavl.data.text_parts import AHEAD, LONG, divides_words, inner_ends, require_short, safe_borders
 from megavl.data.text_parts import parts as text_parts
-from megavl.data.text_parts import safe_places
-
-Ids: TypeAlias = npt.NDArray[np.int32]
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -37,8 +35,6 @@ _COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
-_TOGETHER = 256 << 10
-"""Characters that go through the library at a time, apart from a single longer part."""
 _HUB_NAME = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
 
 
@@ -59,10 +55,12 @@ class Tokenizer(ABC):
     """EOS where the tokenizer names no padding."""
     image_id: int | None
     """Id of `<image_placeholder>`; None in a tokenizer of text alone."""
-    control_ids: Ids
-    """What text never gives, whatever it spells; ascending."""
-    _places: re.Pattern[str] | None = None
-    """Where a text may be cut."""
+    control_ids: frozenset[int]
+    """What text never gives, whatever it spells."""
+    _borders: re.Pattern[str] | None = None
+    """Where a text may be divided."""
+    _longest: int
+    """Most bytes of UTF-8 that the library takes in one go, in 300 to 400 MB of memory."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -76,38 +74,60 @@ class Tokenizer(ABC):
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of a text in one piece, and the character at which each begins."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text.
+    def _encode_word(self, word: str) -> array[int] | None:
+        """Ids of a long text without borders, or None if they are not found in parts."""
+        return None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; those of a long text take less memory from `encode_long`.
 
         Raises:
-            DataError: a text is too long, and cannot be tokenized in parts.
+            DataError: a text gives a control token all the same, or is too long and cannot be tokenized in parts.
         """
-        found: list[list[Ids]] = [[] for _ in texts]
-        for group in self._groups(texts):
-            for (number, _), ids in zip(group, self._encode([part for _, part in group])):
-                found[number].append(np.array(ids, np.int32))
-        return [_joined(ids) for ids in found]
+        found: list[list[int]] = []
+        for group in _groups(texts):
+            if len(group[0]) > LONG:
+                found += [[token for ids in self.encode_long(text) for token in ids] for text in group]
+                continue
+            for ids in self._encode(group):
+                self._check(ids)
+                found.append(ids)
+        return found
 
-    def encode_parts(self, parts: Sequence[str]) -> tuple[Ids, npt.NDArray[np.intp]]:
+    def encode_long(self, text: str) -> Iterator[Sequence[int]]:
+        """Ids of successive parts of a text.
+
+        Raises:
+            DataError: as for `encode_batch`.
+        """
+        for start, end in text_parts(text, borders=self._borders):
+            part = text[start:end]
+            ids: Sequence[int] | None = self._encode_word(part) if len(part) > LONG else None
+            if ids is None:
+                (ids,) = self._encode([require_short(part, longest=self._longest)])
+            self._check(ids)
+            yield ids
+
+    def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids of the joined parts, and for each id the number of the part in which its text begins.
 
         Raises:
             DataError: as for `encode_batch`.
         """
         text = "".join(parts)
-        ends = np.cumsum([len(part) for part in parts])
-        found: list[Ids] = []
-        owners: list[npt.NDArray[np.intp]] = []
-        for start, end in text_parts(text, places=self._places):
-            ids, starts = self._encode_with_starts(text[start:end])
-            found.append(np.array(ids, np.int32))
-            owners.append(np.searchsorted(ends, np.array(starts, np.int64) + start, side="right"))
-        return _joined(found), np.minimum(np.concatenate([*owners, np.zeros(0, np.intp)]), len(parts) - 1)
+        ends = list(accumulate(map(len, parts)))
+        found: list[int] = []
+        owners: list[int] = []
+        for start, end in text_parts(text, borders=self._borders):
+            ids, starts = self._encode_with_starts(require_short(text[start:end], longest=self._longest))
+            self._check(ids)
+            found += ids
+            owners += [min(bisect_right(ends, start + first), len(ends) - 1) for first in starts]
+        return found, owners
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
-        ids: list[int] = self.encode_batch([text])[0].tolist()
-        return ids
+        return self.encode_batch([text])[0]
 
     def _set_specials(
         self, declared: Declared, *, find: Callable[[str], int | None], known: Iterable[str], unknown: int | None
@@ -123,26 +143,15 @@ class Tokenizer(ABC):
         self.bos_id, self.eos_id, self.image_id = bos_id, eos_id, find(IMAGE_TOKEN)
         self.pad_id = eos_id if pad_id is None else pad_id
         controls = {find(name) for name in known} - {unknown} | {bos_id, eos_id, self.image_id}
-        self.control_ids = np.array(sorted(token for token in controls if token is not None), np.int32)
+        self.control_ids = frozenset(token for token in controls if token is not None)
 
     def _without_controls(self, ids: Sequence[int]) -> list[int]:
-        found = np.array(ids, np.int64)
-        kept: list[int] = found[~np.isin(found, self.control_ids)].tolist()
-        return kept
+        return [token for token in ids if token not in self.control_ids]
 
-    def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-        """Parts of the texts, with the number of their text, as many as go through the library together."""
-        group: list[tuple[int, str]] = []
-        size = 0
-        for number, text in enumerate(texts):
-            for start, end in text_parts(text, places=self._places):
-                group.append((number, text[start:end]))
-                size += end - start
-                if size >= _TOGETHER:
-                    yield group
-                    group, size = [], 0
-        if group:
-            yield group
+    def _check(self, ids: Sequence[int]) -> None:
+        """Refuse what the changes of `control_tokens.py` cannot prevent, such as an unknown token that is also EOS."""
+        if not self.control_ids.isdisjoint(ids):
+            raise DataError(f"the text itself yields the control token id {min(self.control_ids.intersection(ids))}")
 
     @property
     def entry(self) -> TokenizerEntry:
@@ -160,6 +169,8 @@ class Tokenizer(ABC):
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, with the names of its special tokens from the files beside it."""
 
+    _longest = 2 << 20
+
     def __init__(self, path: Path) -> None:
         self.path = path
         raw = _read(path)
@@ -168,7 +179,8 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             content = json.loads(raw)
             known = separate_json(content, declared=declared)
-            self._places = safe_places(content)
+            self._borders = safe_borders(content)
+            self._divides_words = self._borders is not None and divides_words(content)
             self._inner = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
         except Exception as error:  # the library raises bare Exception, and any JSON comes this far
             raise DataError(f"{path}: not a Hugging Face tokenizer ({error}); give a tokenizer.json") from error
@@ -190,6 +202,32 @@ class HuggingFaceTokenizer(Tokenizer):
         encoding = self._inner.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
+    def _encode_word(self, word: str) -> array[int] | None:
+        if not self._divides_words:
+            return None
+        found = array("i")
+        start = 0
+        while start < len(word):
+            for end in inner_ends(word, start=start):
+                (ids,) = self._encode([word[start:end]])
+                (following,) = self._encode([word[end : end + AHEAD]])
+                if ids and (end == len(word) or self._stay_apart(ids[-1:], following[:1])):
+                    break
+            else:
+                return None
+            # Looked at again, because fewer characters were tokenized then.
+            if found and not self._stay_apart([found[-1]], ids[:1]):
+                return None
+            found.extend(ids)
+            start = end
+        return found
+
+    def _stay_apart(self, before: list[int], after: list[int]) -> bool:
+        """Whether no merge crosses the border between two tokens."""
+        pair = [*before, *after]
+        names = [self._inner.id_to_token(token) for token in pair]
+        return [token.id for token in self._inner.model.tokenize("".join(names))] == pair
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
         text: str = self._inner.decode(self._without_controls(ids), skip_special_tokens=True)
@@ -198,6 +236,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`."""
+
+    _longest = 8 << 20
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -225,10 +265,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         pieces = self._inner.encode(text, return_type="proto").pieces
         # Offsets of SentencePiece count bytes of UTF-8.
-        sizes = np.array([len(char.encode("utf-8")) for char in text], np.int64)
-        ends = np.cumsum(sizes)
-        starts: list[int] = np.searchsorted(ends, [piece.begin for piece in pieces], side="right").tolist()
-        return [piece.id for piece in pieces], starts
+        ends = list(accumulate(len(char.encode("utf-8")) for char in text))
+        return [piece.id for piece in pieces], [bisect_right(ends, piece.begin) for piece in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -267,8 +305,18 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
 
 
-def _joined(parts: Sequence[Ids]) -> Ids:
-    return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.int32)])
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Successive texts that go through the library together; a long text alone."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > LONG:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
 
 
 def _read(path: Path) -> bytes:

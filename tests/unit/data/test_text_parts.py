@@ -1,4 +1,4 @@
-"""Long texts are cut only where their ids stay those of the whole text."""
+"""Long texts are divided only where their ids stay those of the whole text."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from megavl.config.errors import DataError
 from megavl.data import text_parts
-from megavl.data.text_parts import safe_places
+from megavl.data.text_parts import safe_borders
 from megavl.data.tokenizer import open_tokenizer
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,8 +99,8 @@ def _save(folder: Path, pre_tokenizer: Any, *, normalizer: Any = None, added: li
     return folder
 
 
-def _places(folder: Path) -> re.Pattern[str] | None:
-    return safe_places(json.loads((folder / "tokenizer.json").read_bytes()))
+def _borders(folder: Path) -> re.Pattern[str] | None:
+    return safe_borders(json.loads((folder / "tokenizer.json").read_bytes()))
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -113,11 +113,11 @@ def test_ids_in_parts_are_those_of_the_whole(name: str, tmp_path: Path, monkeypa
         sides = [text[:300], text[300:]]
         _, owners = tokenizer.encode_parts(sides)
         monkeypatch.setattr(text_parts, "_PART", seed + 1)
-        assert len(list(text_parts.parts(text, places=tokenizer._places))) > 3
-        assert tokenizer.encode(text) == whole
+        assert len(list(text_parts.parts(text, borders=tokenizer._borders))) > 3
+        assert [token for ids in tokenizer.encode_long(text) for token in ids] == whole
         ids, in_parts = tokenizer.encode_parts(sides)
-        assert ids.tolist() == whole
-        assert in_parts.tolist() == owners.tolist()
+        assert ids == whole
+        assert in_parts == owners
 
 
 @pytest.mark.parametrize("normalizer", ["NFC", "NFD", "NFKC", "NFKD", "Lowercase"])
@@ -130,13 +130,13 @@ def test_normalizers_do_not_move_borders(
         monkeypatch.setattr(text_parts, "_PART", 1 << 30)
         whole = tokenizer.encode(_text(seed))
         monkeypatch.setattr(text_parts, "_PART", 1)
-        assert len(list(text_parts.parts(_text(seed), places=tokenizer._places))) > 3
-        assert tokenizer.encode(_text(seed)) == whole
+        assert len(list(text_parts.parts(_text(seed), borders=tokenizer._borders))) > 3
+        assert [token for ids in tokenizer.encode_long(_text(seed)) for token in ids] == whole
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_unproven_pre_tokenizers_take_the_text_whole(name: str, tmp_path: Path) -> None:
-    assert _places(_save(tmp_path, WHOLE[name])) is None
+    assert _borders(_save(tmp_path, WHOLE[name])) is None
 
 
 @pytest.mark.parametrize(
@@ -148,19 +148,40 @@ def test_unproven_pre_tokenizers_take_the_text_whole(name: str, tmp_path: Path) 
     ],
 )
 def test_added_tokens_across_blanks_take_the_text_whole(added: AddedToken, tmp_path: Path) -> None:
-    assert _places(_save(tmp_path, GPT2, added=[added])) is None
+    assert _borders(_save(tmp_path, GPT2, added=[added])) is None
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.Prepend("▁"), normalizers.BertNormalizer(), normalizers.Strip()])
 def test_unproven_normalizers_take_the_text_whole(normalizer: Any, tmp_path: Path) -> None:
-    assert _places(_save(tmp_path, GPT2, normalizer=normalizer)) is None
+    assert _borders(_save(tmp_path, GPT2, normalizer=normalizer)) is None
 
 
-def test_a_text_too_long_for_one_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = open_tokenizer(_save(tmp_path, GPT2))
-    monkeypatch.setattr(text_parts, "LONGEST_PART", 50_000)
-    assert len(tokenizer.encode("a" * 50_000 + " b")) > 1
-    with pytest.raises(DataError, match="one piece, above 50,000"):
-        tokenizer.encode("a" * 50_001 + " b")
+@pytest.mark.parametrize("name", ["GPT-2", "DeepSeek", "DeepSeek V3", "Llama 3", "GPT-4o"])
+def test_long_words_are_divided_between_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = open_tokenizer(_save(tmp_path, CUT[name]))
+    monkeypatch.setattr(text_parts, "_PART", 50)
+    monkeypatch.setattr(text_parts, "LONG", 200)
+    monkeypatch.setattr("megavl.data.tokenizer.LONG", 200)
+    draw = random.Random(3)
+    kinds = ["a", "ab", "no", "中文", "文", " ", "no one is"]
+    kinds += ["".join(draw.choices("abnoise", k=977)), "".join(draw.choices("中文国한", k=977))]
+    kinds += ["".join(draw.choices("ABnoiseQ+/7", k=977)), "noone" + "is" * 400]
+    divided = 0
+    for kind in kinds:
+        for size in (977, 1203):
+            word = f"x{kind * size}"[:size]
+            (whole,) = tokenizer._encode([word])
+            ids = tokenizer._encode_word(word)
+            divided += ids is not None
+            assert ids is None or ids.tolist() == whole
+            assert tokenizer.encode(word) == whole
+    assert divided > len(kinds)
+
+
+def test_a_text_too_long_for_one_piece_is_refused(tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(_save(tmp_path, None))
+    text = "a b" * 700_000
+    with pytest.raises(DataError, match="one piece, above 2,097,152"):
+        tokenizer.encode(text)
     with pytest.raises(DataError, match="one piece"):
-        tokenizer.encode_parts(["a" * 50_001, " b"])
+        tokenizer.encode_parts([text, " b"])

@@ -51,8 +51,8 @@ def test_tokens_belong_to_the_part_they_begin(kind: str, folder: Path, tmp_path:
     tokenizer = open_tokenizer(path)
     parts = ["User: é?", " Assistant:", " red square"]
     ids, marks = tokenizer.encode_parts(parts)
-    assert ids.tolist() == tokenizer.encode("".join(parts))
-    assert marks.tolist() == sorted(marks)
+    assert ids == tokenizer.encode("".join(parts))
+    assert marks == sorted(marks)
     last = [token for token, mark in zip(ids, marks) if mark == 2]
     assert tokenizer.decode(last).strip() == "red square"
 

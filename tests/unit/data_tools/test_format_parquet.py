@@ -222,7 +222,7 @@ def test_broken_tables_stop_the_run(
         (
             "in.parquet",
             "webdataset",
-            "--format webdataset: .*in.parquet is a Parquet file or an Arrow file, which holds text, ",
+            "--format webdataset: .*in.parquet is a Parquet file, which holds text, ",
         ),
         ("in.jsonl", "parquet", "--format parquet: .*in.jsonl is a JSON file, which holds text, caption"),
         ("in.jsonl", "webdataset", "--format webdataset: .*in.jsonl is a JSON file"),
