@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from data_tools.pipeline.finish import check_rejected, dry_run_report, finish
 from data_tools.pipeline.first_images import check_first_images
 from data_tools.pipeline.histograms import histogram_lines
 from data_tools.pipeline.image_map import open_image_map
+from data_tools.pipeline.image_source import is_address
 from data_tools.pipeline.job import Job, Task, needs_image_token, open_input, plan_tasks, sampled, tokenizer_at
 from data_tools.pipeline.output import Output
 from data_tools.readers.files import first_with_image
@@ -70,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="keys or columns that are called otherwise, such as image=photo text=alt; NAME is one of "
         + ", ".join(COLUMN_NAMES),
     )
+    add("--ignore", nargs="+", default=[], metavar="KEY", help="keys of records to leave out, with all below them")
     add(
         "--image-root",
         nargs="+",
@@ -268,15 +271,26 @@ def _job(options: argparse.Namespace) -> Job:
         open_input(path, format=options.format, template=options.template, columns=columns)
         for path in input_files(options.input)
     ]
-    for item in inputs if tokenizer.image_id is None else ():
-        found = first_with_image(item.path, container=item.container, format=item.only, columns=columns)
-        if found is not None:
-            raise needs_image_token(options.tokenizer, where=f"{item.path}:{found}")
-    if options.image_map is None and any(item.format == "obelics" for item in inputs):
-        raise UsageError(
-            "--image-map: format obelics names images by address; fetch them and give a file with lines of address, "
-            "tab and path"
+    for item in inputs:
+        first = partial(
+            first_with_image,
+            item.path,
+            container=item.container,
+            format=item.only,
+            columns=columns,
+            ignore=options.ignore,
         )
+        if tokenizer.image_id is None and (found := first()):
+            raise needs_image_token(options.tokenizer, where=f"{item.path}:{found}")
+        if (
+            options.image_map is None
+            and item.format == "obelics"
+            and first(wanted=lambda image: is_address(image.name))
+        ):
+            raise UsageError(
+                "--image-map: format obelics names images by address; fetch them and give a file with lines of "
+                "address, tab and path"
+            )
     geometry = IMAGE_PRESETS[options.image_preset]
     if any(item.format != "text" for item in inputs) and geometry.tokens >= options.seq_length:
         raise UsageError(
@@ -293,7 +307,8 @@ def _job(options: argparse.Namespace) -> Job:
         image_map_sha256=None if options.image_map is None else open_image_map(options.image_map).sha256,
         fail_on_error=options.on_error == "fail",
         columns=tuple(sorted(columns.items())),
-        **{name: value for name, value in vars(options).items() if name in own - {"image_root", "columns"}},
+        ignore=tuple(sorted(set(options.ignore))),
+        **{name: value for name, value in vars(options).items() if name in own - {"image_root", "columns", "ignore"}},
     )
 
 

@@ -76,7 +76,7 @@ def _first_pictures(job: Job, tasks: Sequence[Task], *, handles: ReadHandles) ->
                 break
             try:
                 raw = parse_json(content) if isinstance(content, bytes) else content
-                record = read_record(raw, format=item.only, columns=dict(job.columns))
+                record = read_record(raw, format=item.only, columns=dict(job.columns), ignore=job.ignore)
             except RecordError:
                 continue
             yield from ((source, picture) for picture in record.pictures if not picture.optional)

@@ -71,7 +71,7 @@ class ImageSource:
         if is_inside_record(picture):
             return True
         name = self._mapped(picture.name)
-        if not name or _is_address(name):
+        if not name or is_address(name):
             return False
         path = self.path_of(picture)
         # What leads out of the roots is no missing file: it is refused when it is read.
@@ -190,12 +190,13 @@ def _local(name: str) -> str:
             return os.fsdecode(unquote_to_bytes(match["path"] or ""))
         except UnicodeEncodeError as error:
             raise ImageError(f"not a file URL ({error})", "image_missing") from error
-    if _is_address(name):
+    if is_address(name):
         raise ImageError("an address, not a file; fetch it and name its file in --image-map", "image_address")
     return name
 
 
-def _is_address(name: str) -> bool:
+def is_address(name: str) -> bool:
+    """Whether a reference names an image on another machine."""
     return "://" in name and name[:5].lower() != "file:"
 
 

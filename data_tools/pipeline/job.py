@@ -67,6 +67,8 @@ class Job:
     image_preset: str
     columns: tuple[tuple[str, str], ...]
     """Names that the formats use, and those that the records have instead."""
+    ignore: tuple[str, ...]
+    """Keys of records that are left out."""
     max_side: int
     image_root: tuple[str, ...] | None
     """Folders of images; None means the folder of each input."""

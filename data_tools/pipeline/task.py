@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from data_tools.pipeline.output import Output, TaskSummary
 from data_tools.pipeline.sequence_limits import SequenceLimits
 from data_tools.pipeline.shard_writer import ShardWriter
 from data_tools.readers.files import entries
-from data_tools.readers.formats import count_media, read_record
+from data_tools.readers.formats import count_ignored, count_media, read_record
 from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordError, parse_json
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
@@ -102,6 +103,7 @@ class _Worker:
             if isinstance(entry.content, bytes) and not entry.content.strip():
                 continue
             self._counts["records"] += 1
+            self._count_ignored(entry)
             if item := self._parsed(entry):
                 parsed.append(item)
         batch.clear()
@@ -144,17 +146,27 @@ class _Worker:
             if isinstance(entry.content, RecordError):
                 raise entry.content
             raw = parse_json(entry.content) if isinstance(entry.content, bytes) else entry.content
-            record = read_record(raw, format=self._input.only, columns=self._columns)
+            record = read_record(raw, format=self._input.only, columns=self._columns, ignore=self._job.ignore)
             return self._prepared(record, position=entry.position)
         except RecordError as error:
             if record is not None:
                 found = _held(record)
             elif raw is not None:
-                found = count_media(raw, columns=self._columns)
+                found = count_media(raw, columns=self._columns, ignore=self._job.ignore)
             else:
-                found = {"images": error.images}
+                found = error.held
             self._reject(entry.position, error.reason, str(error), found=found)
             return None
+
+    def _count_ignored(self, entry: Entry) -> None:
+        """Count what the user leaves out of a record, whatever becomes of the rest."""
+        if not self._job.ignore or isinstance(entry.content, RecordError):
+            return
+        with contextlib.suppress(RecordError):
+            raw = parse_json(entry.content) if isinstance(entry.content, bytes) else entry.content
+            left = count_ignored(raw, columns=self._columns, ignore=self._job.ignore)
+            self._balance.found(left)
+            self._balance.left_out(left, reason="ignored")
 
     def _prepared(self, record: Record, *, position: int) -> _Parsed:
         """A record that was read, as pieces for the tokenizer."""

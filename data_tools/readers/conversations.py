@@ -22,6 +22,17 @@ from data_tools.readers.record import (
     record_images,
     string,
 )
+from data_tools.readers.refusals import (
+    LONE_TAG,
+    MASKS,
+    REFUSED,
+    REFUSED_BESIDE_QUESTION,
+    REFUSED_IN_TALK,
+    REFUSED_IN_TURN,
+    UNLEARNED,
+    refuse_fields,
+    refuse_foreign_tags,
+)
 from megavl.data.template import IMAGE_TAG, Turn
 
 Role = Literal["system", "user", "assistant"]
@@ -35,49 +46,19 @@ QUESTIONS = (
 """Keys of a single question and its answer."""
 _QUESTION_KEYS = frozenset(question for question, _ in QUESTIONS)
 _LIST_KEYS = frozenset((*LISTS, "prompt", "texts"))
-_SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
+_SYSTEMS = ("system", "systemprompt", "systemmessage", "systeminstruction", "sysprompt", "metainstruction")
+"""Keys of a system prompt beside the turns, without case and separators."""
 _ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("human", "user", "prompter", "question", "<|user|>"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "bard", "model", "answer", "<|assistant|>"), "assistant"),
+    **dict.fromkeys(
+        ("gpt", "assistant", "chatgpt", "ai", "bot", "chatbot", "bard", "bing", "model", "answer", "<|assistant|>"),
+        "assistant",
+    ),
 }
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
-_MASKS = ("loss", "train", "weight", "learn", "trainable", "train_on_turn", "supervised")
-"""Keys of a turn that say whether its text is learned: ms-swift, Axolotl, OpenAI."""
-_UNLEARNED = ("masked", "mask", "ignore", "ignore_loss", "skip", "no_loss")
-"""Keys of a turn that say the opposite."""
-_WEIGHTS = (*_MASKS, "loss_weight", "sample_weight", "label")
-"""Keys whose neutral value is 1 or true; those of the others are empty."""
-_REFUSED_IN_TURN = (
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "loss_mask",
-)
-_REFUSED = (
-    *("tools", "functions", "tool_calls", "function_call", "rejected_response", "rejected_messages", "rejected"),
-    *("chosen", "loss_mask", "image_order", *_WEIGHTS),
-)
-"""Keys of a record that change what is learned."""
-_REFUSED_BESIDE_QUESTION = ("choices", "options", "hint", "context")
-# Unlike HTML's, this tag has an end: the only place where Qwen-VL's first format names an image.
-_FOREIGN_TAG = re.compile(
-    r"<img>[^<\n]*</img>"
-    r"|<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|audio_pad|image|video|audio|image_\d+|video_\d+|audio_\d+"
-    r"|AUDIO|audio_bos|audio_eos)\|>"
-    r"|<(?:bbox|ref-object|cls-object|ImageHere|vision|speech|image[ _-]?\d+|video[ _-]?\d+|audio[ _-]?\d+)>"
-)
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.-]+)*;base64,[A-Za-z0-9+/]{64}")
 _TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
-# A tag that no sentence would hold: alone on a line, or joined to the start or the end of the text.
-_LONE_TAG = re.compile(
-    r"(?m:^[ \t]*(?:{tag}[ \t]*)+$)|\A\s*{tag}(?=\S)|(?<=\S){tag}\s*\Z".format(
-        tag=r"(?:<image>|<image_placeholder>|<video>|<audio>)"
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -117,10 +98,11 @@ def turn_list(raw: Any) -> tuple[str, list[Any]] | None:
         return ("conversations", raw) if raw else None
     if not isinstance(raw, Mapping) or _LIST_KEYS.isdisjoint(raw):
         return None
-    for key in LISTS:
-        turns = _as_list(raw.get(key))
-        if turns is not None:
-            return key, turns
+    lists = [(key, turns) for key in LISTS if (turns := _as_list(raw.get(key))) is not None]
+    if any(turns != lists[0][1] for _, turns in lists):
+        raise RecordError(f"different turns under {' and '.join(key for key, _ in lists)}; keep one of them")
+    if lists:
+        return lists[0]
     prompt, completion = _as_list(raw.get("prompt")), _as_list(raw.get("completion"))
     if prompt and completion:
         return "prompt", [*prompt, *completion]
@@ -134,10 +116,12 @@ def question_keys(raw: Any) -> tuple[str, str] | None:
     """The keys of question and answer of a record that is a single round, or None."""
     if not isinstance(raw, Mapping) or _QUESTION_KEYS.isdisjoint(raw):
         return None
-    return next((pair for pair in QUESTIONS if all(raw.get(key) is not None for key in pair)), None)
+    pairs = (pair for pair in QUESTIONS if all(raw.get(key) is not None for key in pair))
+    # Beside text, or without an image, these are the parts of code around a gap.
+    return next((pair for pair in pairs if pair != ("prefix", "suffix") or record_images(raw)), None)
 
 
-def read_conversation(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+def read_conversation(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """A list of turns, bare or under one of LISTS, with images in the record, in a turn, or in a part of a turn.
 
     Tags of the user and system take the images in order. A single image without any tag comes first; a tag in a record
@@ -153,20 +137,22 @@ def read_conversation(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
     key, turns = found
     messages = [_message(turn, where=f"{key}[{number}]") for number, turn in enumerate(turns)]
     if isinstance(raw, Mapping):
-        _refuse_fields(raw, names=_REFUSED)
+        refuse_fields(raw, REFUSED, REFUSED_IN_TALK)
     # Its own definition: all images come before the first question.
     return _finish(raw, messages, outer=outer, untagged_many=key == "texts")
 
 
-def read_question(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+def read_question(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """A question and its answer under one of QUESTIONS, with an earlier `history` of pairs, and images."""
     record, pair = mapping(raw), question_keys(raw)
     if pair is None:
         known = ", ".join(" and ".join(pair) for pair in QUESTIONS[:4])
         raise RecordError(f"neither a conversation nor a question with its answer ({known}, ...)")
-    _refuse_fields(record, names=(*_REFUSED, *_REFUSED_BESIDE_QUESTION))
+    refuse_fields(record, REFUSED, REFUSED_BESIDE_QUESTION)
     question, answer = string(record[pair[0]], key=pair[0]), _one_answer(record[pair[1]], key=pair[1])
-    if pair == ("instruction", "output") and record.get("input"):
+    if record.get("input"):
+        if pair != ("instruction", "output"):
+            raise RecordError("input changes what is learned and is not supported here; remove it", "unsupported_field")
         question = f"{question}\n{string(record['input'], key='input')}"
     messages: list[_Message] = []
     for number, earlier in enumerate(record.get("history") or []):
@@ -209,7 +195,8 @@ def _message(raw: Any, *, where: str) -> _Message:
     role = _ROLES.get(value.strip().lower()) if isinstance(value, str) else None
     if role is None:
         raise RecordError(f"{where}.{named} must be user, assistant or system, or human or gpt; found {value!r}")
-    _refuse_fields(turn, names=_REFUSED_IN_TURN, where=f"{where}.")
+    handled = (*_ROLE_KEYS, *_TEXT_KEYS, *MASKS, *UNLEARNED)
+    refuse_fields({k: v for k, v in turn.items() if k not in handled}, REFUSED, REFUSED_IN_TURN, where=f"{where}.")
     key = next((key for key in _TEXT_KEYS if turn.get(key) is not None), _TEXT_KEYS[0])
     parts = list(_parts(turn.get(key), role=role, key=f"{where}.{key}"))
     return _Message(
@@ -228,6 +215,9 @@ def _parts(content: object, *, role: Role, key: str) -> Iterator[str | Picture |
             raise RecordError(f"{where} must be an object with a type, found a string")
         part = mapping(part)
         kind = part.get("type")
+        if kind is None:
+            # DashScope names the kind by the key alone.
+            kind = "text" if "text" in part else "image" if "image" in part else None
         if kind in ("text", "input_text", "output_text"):
             yield from _tagged(string(part.get("text"), key=f"{where}.text"), role=role, key=f"{where}.text")
         elif kind in ("image", "image_url", "input_image"):
@@ -245,8 +235,8 @@ def _image_part(part: Mapping[str, Any], *, where: str, address: bool) -> Pictur
     if not named:
         if address:
             raise RecordError(f"{where}.image_url must be a string, found NoneType")
-        index = part.get("index")
-        return _Tag(index=index if type(index) is int else None)
+        index = part.get("index") if part.get("index") is not None else part.get("image_index")
+        return _Tag(index=_index(index, where=where))
     value = part[named[0]]
     if isinstance(value, Mapping) and "url" in value:
         value = string(value["url"], key=f"{where}.{named[0]}.url")
@@ -255,13 +245,21 @@ def _image_part(part: Mapping[str, Any], *, where: str, address: bool) -> Pictur
     return picture(value, key=f"{where}.{named[0]}")
 
 
+def _index(value: Any, *, where: str) -> int | None:
+    """A whole number; tables turn it into a float where others are null."""
+    if value is None or value != value:
+        return None
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or number != float(value):
+        raise RecordError(f"{where}.index is {value!r}; it must be the number of an image", "tag_count")
+    return number
+
+
 def _tagged(text: str, *, role: Role, key: str) -> Iterator[str | _Tag]:
-    if match := _FOREIGN_TAG.search(text):
-        raise RecordError(
-            f"{key} has the tag {match[0][:60]!r} of another framework, which stands for a medium or a region; "
-            f"spell images as {SHORT_TAG} and name them under images",
-            "unsupported_media",
-        )
+    refuse_foreign_tags(text, key=key, spoken=role != "assistant")
     if "data:image/" in text and _DATA_URL.search(text):
         raise RecordError(f"{key} holds a data URL inside its text; name the image under images", "unused_image")
     if role == "assistant":
@@ -292,9 +290,18 @@ def _place(
         for message in messages:
             _tags_to_text(message, where=where)
         return
+    if (
+        not tags
+        and taken
+        and [part.name for m in messages for part in m.parts if isinstance(part, Picture)]
+        == [picture.name for picture in images]
+    ):
+        # Named twice, in the parts and beside them.
+        return
     if not tags and images and not taken and (len(images) == 1 or untagged_many):
         first = next((message for message in messages if message.role == "user"), None)
-        if first is not None:
+        drawn = any(m.role == "assistant" and _TAG.fullmatch("".join(map(str, m.parts)).strip()) for m in messages)
+        if first is not None and not drawn:
             first.parts[:0] = images
             talk.untagged += len(images)
             return
@@ -312,17 +319,14 @@ def _tags_to_text(message: _Message, *, where: str) -> None:
     """Turn the tags of a message without images back into text, unless they clearly stand for a missing image."""
     message.parts = [part.spelled if isinstance(part, _Tag) else part for part in message.parts]
     text = "".join(part for part in message.parts if isinstance(part, str))
-    if message.role == "assistant" or not (match := _LONE_TAG.search(text)):
-        return
-    tag = match[0].strip()
-    if tag in ("<video>", "<audio>"):
-        raise RecordError(f"{message.where} has the tag {tag}", "unsupported_media")
-    raise RecordError(f"{where}{len(_TAG.findall(text))} image tags for 0 images", "tag_count")
+    if message.role != "assistant" and LONE_TAG.search(text):
+        raise RecordError(f"{where}{len(_TAG.findall(text))} image tags for 0 images", "tag_count")
 
 
 def _add_system(record: Mapping[str, Any], talk: _Conversation) -> None:
     """Put a system prompt that stands beside the turns before them."""
-    texts = {string(record[key], key=key) for key in _SYSTEMS if record.get(key)}
+    named = (key for key in record if isinstance(key, str) and re.sub(r"[_ -]", "", key.lower()) in _SYSTEMS)
+    texts = {string(record[key], key=key) for key in named if record[key]}
     if not texts:
         return
     first = talk.messages[0]
@@ -353,41 +357,37 @@ def _leave_out(talk: _Conversation, index: int, *, why: str) -> None:
 
 def _turn(message: _Message) -> Turn:
     """Join the parts; where the text spells the tag itself, say which tags are images."""
-    text, tags, seen = "", [], 0
+    texts: list[str] = []
+    tags: list[int] = []
+    seen = 0
     for part in message.parts:
         if isinstance(part, Picture):
             tags.append(seen)
-            text, seen = text + IMAGE_TAG, seen + 1
+            texts.append(IMAGE_TAG)
+            seen += 1
         else:
             assert isinstance(part, str)
-            text, seen = text + part, seen + part.count(IMAGE_TAG)
-    return Turn(role=message.role, text=text, tags=None if len(tags) == seen else tuple(tags), learned=message.learned)
+            texts.append(part)
+            seen += part.count(IMAGE_TAG)
+    all_images = len(tags) == seen
+    text = "".join(texts)
+    return Turn(role=message.role, text=text, tags=None if all_images else tuple(tags), learned=message.learned)
 
 
 def _learned(turn: Mapping[str, Any], role: Role, *, where: str) -> bool:
     """Whether an answer is supervised, by the key with which its origin says so."""
-    for key in (*_MASKS, *_UNLEARNED):
+    for key in (*MASKS, *UNLEARNED):
         value = turn.get(key)
-        if value is None:
+        if value is None or (isinstance(value, str) and key == "label"):
             continue
         if value not in (0, 1) or isinstance(value, str):
             raise RecordError(f"{where}.{key} is {value!r}; only 0 and 1 are supported", "unsupported_field")
-        value = bool(value) != (key in _UNLEARNED)
-        if value and role != "assistant" and key not in ("weight", *_UNLEARNED):
+        value = bool(value) != (key in UNLEARNED)
+        if value and role != "assistant" and key not in ("weight", *UNLEARNED):
             raise RecordError(f"{where}.{key} asks to learn what the {role} says", "unsupported_field")
         if not value:
             return False
     return True
-
-
-def _refuse_fields(record: Mapping[str, Any], *, names: Sequence[str], where: str = "") -> None:
-    """Raise RecordError `unsupported_field` at a key that changes what is learned, unless it has no effect."""
-    for name in names:
-        if (value := record.get(name)) is not None and not (value == 1 if name in _WEIGHTS else not value):
-            raise RecordError(
-                f"{where}{name} changes what is learned and is not supported; remove it or the record",
-                "unsupported_field",
-            )
 
 
 def _one_answer(value: Any, *, key: str) -> str:
@@ -416,8 +416,11 @@ def _as_list(value: Any) -> list[Any] | None:
 def _rounds_of(texts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Turns of The Cauldron: [{`user`, `assistant`}]."""
     roles = ("user", "assistant")
-    return [
-        {**{key: value for key, value in text.items() if key not in roles}, "role": role, "content": text.get(role)}
-        for text in texts
-        for role in roles
-    ]
+    rounds = []
+    for text in texts:
+        other = {key: value for key, value in text.items() if key not in roles}
+        rounds += [
+            {"role": "user", "content": text.get("user")},
+            {**other, "role": "assistant", "content": text["assistant"]},
+        ]
+    return rounds

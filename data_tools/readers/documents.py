@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from data_tools.readers.record import SHORT_TAG, Picture, Record, RecordError, mapping, picture, record_images, string
+from data_tools.readers.record import (
+    IMAGE_KEYS,
+    SHORT_TAG,
+    Picture,
+    Record,
+    RecordError,
+    mapping,
+    picture,
+    record_images,
+    string,
+)
+from data_tools.readers.refusals import LONE_TAG, REFUSED, REFUSED_BESIDE_TEXT, refuse_fields, refuse_foreign_tags
 from megavl.data.template import IMAGE_TAG
 
 _TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
+_TAGGED = 1000
+"""Characters of a text in which the tag of a missing image is looked for."""
+_LEARNED = ("loss", "loss_mask", "train", "rejected", "chosen")
+"""Keys of a document that change what is learned."""
+_TALK_KEYS = {"question", "chosen", "rejected", "conversations", "messages"}
 _FIRST_TAG = re.compile(rf"\s*(?:{_TAG.pattern})[ \t]*\n?")
 _LAST_TAG = re.compile(rf"\n[ \t]*(?:{_TAG.pattern})\s*")
 
 
-def read_text(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+def read_text(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """{`text`}: a document; tags that it spells are ordinary text."""
     record = mapping(raw)
     text = string(record.get("text"), key="text")
     if not text.strip():
         raise RecordError("text is empty", "empty_text")
+    if LONE_TAG.search(text[:_TAGGED]) and any(key in record for key in IMAGE_KEYS):
+        raise RecordError("an image tag, but no image", "tag_count")
+    refuse_fields({key: value for key, value in record.items() if key in _LEARNED}, REFUSED)
     return Record(parts=(text,), divisible=True)
 
 
-def read_caption(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+def read_caption(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """An image with its `text` or `caption`; the image comes before the text.
 
     Args:
@@ -33,6 +53,10 @@ def read_caption(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
     """
     record = mapping(raw)
     key, text = _caption_of(record)
+    refuse_fields(record, REFUSED, REFUSED_BESIDE_TEXT)
+    refuse_foreign_tags(text, key=key)
+    if text.lstrip().startswith("{") and _is_talk(text):
+        raise RecordError(f"{key} is JSON with turns or answers, which would be learned as text", "unsupported_field")
     images = outer or record_images(record)
     if not images:
         raise RecordError(f"no image beside the {key}; every value of its image is null or empty", "image_missing")
@@ -63,9 +87,10 @@ def caption(text: str, *, images: tuple[Picture, ...]) -> Record:
     return Record(parts=tuple(part for part in parts if part))
 
 
-def read_obelics(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+def read_obelics(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """{`images`, `texts`}: lists of equal length, at each index at most one not null; a blank line separates texts."""
     record = mapping(raw)
+    refuse_fields(record, REFUSED, REFUSED_BESIDE_TEXT)
     images, texts = record.get("images"), record.get("texts")
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise RecordError("images and texts must be lists of equal length")
@@ -82,7 +107,7 @@ def read_obelics(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
     return _interleaved(parts)
 
 
-def read_mmc4(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+def read_mmc4(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """{`text_list`, `image_info`}: sentences joined by spaces; each image comes before its matched sentence."""
     record = mapping(raw)
     sentences, infos = record.get("text_list"), record.get("image_info")
@@ -120,6 +145,16 @@ def _caption_of(record: Mapping[str, Any]) -> tuple[str, str]:
             raise RecordError(f"{null[0]} is null", "empty_text")
         raise RecordError("neither text nor caption")
     return names[0], string(record[names[0]], key=names[0])
+
+
+def _is_talk(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not {"question", "chosen", "rejected", "conversations", "messages"}.isdisjoint(
+        found
+    )
 
 
 def _interleaved(parts: list[str | Picture]) -> Record:

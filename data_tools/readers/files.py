@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,8 +11,8 @@ from data_tools.readers.arrow_file import arrow_entries, arrow_schema, divide_ar
 from data_tools.readers.compressed import GZIP, ZSTD
 from data_tools.readers.formats import FORMATS, Container, read_record, recognise, renamed
 from data_tools.readers.json_file import divide_json, json_entries, open_json
-from data_tools.readers.parquet_table import MAGIC, divide_parquet, open_parquet, parquet_entries
-from data_tools.readers.record import Entry, RecordError, parse_json
+from data_tools.readers.parquet_table import MAGIC, check_names, divide_parquet, open_parquet, parquet_entries
+from data_tools.readers.record import Entry, Picture, RecordError, parse_json
 from data_tools.readers.splits import Split
 from data_tools.readers.tar_archive import divide_tar, is_tar, tar_entries
 from megavl.config.errors import DataError, UsageError
@@ -47,7 +47,9 @@ def container_of(path: str, *, start: bytes) -> Container:
 
 def schema_of(path: str) -> Any:
     """The Arrow schema of a table."""
-    return arrow_schema(path) if holds_arrow(path) else open_parquet(path).schema_arrow
+    schema = arrow_schema(path) if holds_arrow(path) else open_parquet(path).schema_arrow
+    check_names(schema, path=path)
+    return schema
 
 
 def choose_format(path: str, *, container: Container, asked: str, columns: Mapping[str, str]) -> str:
@@ -80,11 +82,19 @@ def entries(split: Split) -> Iterator[Entry]:
     return tar_entries(split) if split.position_kind == "member" else json_entries(split)
 
 
-def first_with_image(path: str, *, container: Container, format: str | None, columns: Mapping[str, str]) -> int | None:
-    """Position of a record with an image among the first records of a file."""
+def first_with_image(
+    path: str,
+    *,
+    container: Container,
+    format: str | None,
+    columns: Mapping[str, str],
+    ignore: Collection[str],
+    wanted: Callable[[Picture], bool] = lambda picture: True,
+) -> int | None:
+    """Position of a record with an image that is wanted among the first records of a file."""
     for position, content in _first_records(path, container=container):
         with contextlib.suppress(RecordError):
-            if read_record(content, format=format, columns=columns).pictures:
+            if any(map(wanted, read_record(content, format=format, columns=columns, ignore=ignore).pictures)):
                 return position
     return None
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from data_tools.readers.conversations import question_keys, read_conversation, read_question, turn_list
 from data_tools.readers.documents import caption, read_caption, read_mmc4, read_obelics, read_text
-from data_tools.readers.record import Picture, Record, RecordError, decode, mapping, parse_json, record_images
-from data_tools.readers.references import Reference, is_origin, references, unused
+from data_tools.readers.record import (
+    IMAGE_KEYS,
+    Picture,
+    Record,
+    RecordError,
+    decode,
+    mapping,
+    parse_json,
+    record_images,
+)
+from data_tools.readers.references import NAME_OF_KIND, Reference, absent_medium, is_origin, references, unused
 from megavl.data.template import Template
 
 Container = Literal["json", "tar", "parquet"]
@@ -24,7 +33,7 @@ COLUMN_NAMES = (
 
 
 class _Reader(Protocol):
-    def __call__(self, raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record: ...
+    def __call__(self, raw: Any, outer: tuple[Picture, ...] = ()) -> Record: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +46,8 @@ class Format:
     containers: tuple[Container, ...] = ("json", "parquet")
 
 
-def read_any(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
-    """A record in the format that it has by itself."""
+def read_any(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
+    """A record in the format that it has by itself; `outer` are images that come with it."""
     name = recognise(raw, images=bool(outer))
     if name is None:
         seen = f"keys {', '.join(map(str, list(raw)[:12]))}" if isinstance(raw, Mapping) else f"a {type(raw).__name__}"
@@ -46,7 +55,7 @@ def read_any(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
     return FORMATS[name].read(raw, outer=outer)
 
 
-def read_webdataset(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
+def read_webdataset(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """Members of one key: images with `txt` (a caption), or `json` (a record whose images are the members)."""
     group = mapping(raw)
     images: tuple[Picture, ...] = group["images"]
@@ -60,9 +69,8 @@ def read_webdataset(raw: Any, *, outer: tuple[Picture, ...] = ()) -> Record:
         return caption(decode(text, name=f"{key}.txt: ").removesuffix("\n").removesuffix("\r"), images=images)
     if group["json"] is None:
         raise RecordError(f"key {key}: has neither .txt nor .json", "tar_incomplete")
-    content = parse_json(group["json"], name=f"{key}.json: ")
     try:
-        return read_any(content, outer=images)
+        return read_any(*_named_members(parse_json(group["json"]), images))
     except RecordError as error:
         raise RecordError(f"key {key}: {error}", error.reason) from error
 
@@ -83,64 +91,98 @@ FORMATS: Mapping[str, Format] = {
 """Rows of `--format`."""
 
 
-def read_record(raw: Any, *, format: str | None, columns: Mapping[str, str]) -> Record:
+def read_record(raw: Any, *, format: str | None, columns: Mapping[str, str], ignore: Collection[str] = ()) -> Record:
     """Read a parsed record, and refuse it where a medium would be left out.
 
     Args:
         raw: a JSON value, the columns of a row, or the members of a key.
         format: row of FORMATS; None: what each record has by itself.
         columns: other names of keys, by the name that the formats use.
+        ignore: keys that the user leaves out.
 
     Raises:
         RecordError: the record cannot be used; `unused_image` and `unsupported_media` where it holds something that its
             format does not read.
     """
-    raw = renamed(raw, columns)
-    content, outer = _content(raw)
-    found = references(content)
-    if other := [reference for reference in found if reference.kind != "image"]:
-        # Beside images a video may be named as their origin.
-        other = unused(other, record_images(content) if isinstance(content, Mapping) else ())
-        if other:
-            raise _refusal(other[0], "unsupported_media", "only text and images are trained; remove it or the record")
-    images = [reference for reference in found if reference.kind == "image"]
     try:
-        record = (FORMATS[format].read if format else read_any)(raw)
-    except RecordError as error:
-        # The image that is missing may stand under a key that no format reads.
-        others = [reference for reference in images if error.reason == "image_missing" and not is_origin(reference)]
-        raise (_unused_image(others[0]) if others else error) from None
-    left = unused(images, record.pictures)
-    if left:
-        raise _unused_image(left[0])
-    return record
+        return _read_checked(_without(renamed(raw, columns), ignore), format=format)
+    except RecursionError as error:
+        raise RecordError("nested too deeply", "json") from error
 
 
-def count_media(raw: Any, *, columns: Mapping[str, str]) -> dict[str, int]:
+def count_media(raw: Any, *, columns: Mapping[str, str], ignore: Collection[str] = ()) -> dict[str, int]:
     """Images, videos, audio clips and turns of a parsed record, whatever its format."""
-    content, outer = _content(renamed(raw, columns))
-    counts = {"images": len(outer), "videos": 0, "audio": 0, "turns": 0}
-    for reference in references(content):
-        counts[{"image": "images", "video": "videos", "audio": "audio"}[reference.kind]] += 1
+    counts = dict.fromkeys((*NAME_OF_KIND.values(), "turns"), 0)
     try:
+        content, outer = _content(_without(renamed(raw, columns), ignore))
+        counts["images"] = len(outer)
+        for reference in references(content):
+            counts[NAME_OF_KIND[reference.kind]] += 1
         turns = turn_list(content)
-    except RecordError:
-        turns = None
-    counts["turns"] = len(turns[1]) if turns else 2 * (question_keys(content) is not None)
+        counts["turns"] = len(turns[1]) if turns else 2 * (question_keys(content) is not None)
+    except (RecordError, RecursionError):
+        pass
     return counts
 
 
+def count_ignored(raw: Any, *, columns: Mapping[str, str], ignore: Collection[str]) -> dict[str, int]:
+    """Images, videos and audio clips under keys that the user leaves out."""
+    if not ignore:
+        return {}
+    whole, kept = count_media(raw, columns=columns), count_media(raw, columns=columns, ignore=ignore)
+    return {kind: whole[kind] - kept[kind] for kind in NAME_OF_KIND.values()}
+
+
 def renamed(raw: Any, columns: Mapping[str, str]) -> Any:
-    """A record, and its turns, under the names that the formats use."""
+    """A record, and its turns, under the names that the formats use.
+
+    Raises:
+        RecordError: a record has an image under its usual name too.
+    """
     if not columns or not isinstance(raw, Mapping):
         return raw
-    taken = set(columns.values())
-    content = {key: value for key, value in raw.items() if key not in taken and key not in columns}
-    content |= {name: raw[column] for name, column in columns.items() if column in raw}
+    content = dict(raw)
+    for name, column in columns.items():
+        if column in raw:
+            if name in IMAGE_KEYS and raw.get(name) is not None and name not in columns.values():
+                raise RecordError(f"has {name} beside {column}, which --columns names {name}; keep one of them")
+            content[name] = raw[column]
+            if column not in columns:
+                del content[column]
     for key, value in content.items():
         if isinstance(value, list) and any(isinstance(turn, Mapping) for turn in value):
             content[key] = [renamed(turn, columns) for turn in value]
     return content
+
+
+def _without(raw: Any, ignore: Collection[str]) -> Any:
+    """A record, at every depth, without the keys that the user leaves out."""
+    if not ignore:
+        return raw
+    if isinstance(raw, Mapping):
+        return {key: _without(value, ignore) for key, value in raw.items() if key not in ignore}
+    return [_without(item, ignore) for item in raw] if isinstance(raw, list) else raw
+
+
+def _read_checked(raw: Any, *, format: str | None) -> Record:
+    content, _ = _content(raw)
+    found = references(content)
+    images = [reference for reference in found if reference.kind == "image"]
+    # Beside images a video may be named as their origin.
+    other = [reference for reference in found if reference.kind != "image"]
+    if other := unused(other, record_images(content) if isinstance(content, Mapping) else ()):
+        raise _refusal(other[0], "unsupported_media", "only text and images are trained; remove it or the record")
+    try:
+        record = FORMATS[format].read(raw) if format else read_any(raw)
+    except RecordError as error:
+        # The image that is missing may stand under a key that no format reads.
+        others = [reference for reference in images if error.reason == "image_missing" and not is_origin(reference)]
+        raise (_unused_image(others[0]) if others else error) from None
+    if left := unused(images, record.pictures):
+        raise _unused_image(left[0])
+    if record.turns and not record.pictures and isinstance(content, Mapping) and (key := absent_medium(content)):
+        raise RecordError(f"{key} ({content[key]!r}) names a medium that the record does not hold", "image_missing")
+    return record
 
 
 def recognise(raw: Any, *, images: bool = False) -> str | None:
@@ -177,16 +219,33 @@ def _content(raw: Any) -> tuple[Any, tuple[Picture, ...]]:
     if not (isinstance(raw, Mapping) and isinstance(raw.get("images"), tuple)):
         return raw, ()
     # The members of a key in a tar archive.
-    if raw["json"] is None:
-        return {}, raw["images"]
     try:
-        return parse_json(raw["json"]), raw["images"]
+        return _named_members(parse_json(raw["json"]) if raw["json"] is not None else {}, raw["images"])
     except RecordError:
         return {}, raw["images"]
 
 
+def _named_members(content: Any, members: tuple[Picture, ...]) -> tuple[Any, tuple[Picture, ...]]:
+    """A record beside its images, which it may name; the images in the order of their names."""
+    named = record_images(content) if isinstance(content, Mapping) and members else ()
+    if not named:
+        return content, members
+    found = [next((member for member in members if _is_named(member.name, picture.name)), None) for picture in named]
+    if len(named) == len(members) == 1 and named[0].data is None:
+        found = [members[0]]
+    if None in found or len({id(member) for member in found}) != len(members):
+        return content, members
+    return {key: value for key, value in content.items() if key not in IMAGE_KEYS}, tuple(filter(None, found))
+
+
+def _is_named(member: str, name: str) -> bool:
+    """Whether `00/k.1.jpg` is called `k.1.jpg`, `1.jpg` or `jpg/00/k.1.jpg`."""
+    file = member.rpartition("/")[2]
+    return file == name.rpartition("/")[2] or file.partition(".")[2] == name
+
+
 def _unused_image(reference: Reference) -> RecordError:
-    remedy = "no format reads it there; name its key with --columns image=..., or remove it"
+    remedy = "no format reads it there; name its key with --columns image=..., or leave it out with --ignore KEY"
     return _refusal(reference, "unused_image", remedy)
 
 

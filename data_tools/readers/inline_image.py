@@ -12,7 +12,7 @@ from megavl.data.image import ImageError
 from megavl.data.image_metadata import kind_of
 
 _DATA_URL = re.compile(r"\s*data:([^,]{0,1000}),", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-=\s]+")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+")
 _SHORTEST = 40
 """Characters; no image file is shorter in base64."""
 _LONGEST_PATH = 4096

@@ -12,7 +12,7 @@ _KINDS = (".jsonl", ".ndjson", ".json", ".tar", ".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 """Also what no reader takes: an error is better than a file that is left out in silence."""
 _DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""What the library `datasets` writes beside its data."""
+"""What the library `datasets` writes beside its data; img2dataset writes `00000_stats.json`."""
 
 
 def input_files(sources: Sequence[str]) -> list[str]:
@@ -39,17 +39,23 @@ def input_files(sources: Sequence[str]) -> list[str]:
             continue
         if not found:
             raise UsageError(f"--input {source}: {missing}")
+        # Some writers of shards leave an empty last one. img2dataset describes 00000.tar once more in 00000.parquet.
+        found = [file for file in found if os.path.getsize(file) and not _describes_tar(file)] or found
         new = [file for file in dict.fromkeys(found) if file not in files]
         files.update(dict.fromkeys(new))
         named += new
     return named
 
 
+def _describes_tar(file: str) -> bool:
+    return file.endswith(".parquet") and os.path.isfile(file.removesuffix("parquet") + "tar")
+
+
 def _matching(pattern: str) -> Iterator[str]:
     for path in sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(path):
             yield from sorted(_below(path))
-        elif os.path.basename(path) not in _DESCRIPTIONS:
+        elif _is_input(os.path.basename(path)) or not path.endswith(".json"):
             yield path
 
 
@@ -65,4 +71,5 @@ def _below(folder: str) -> Iterator[str]:
 def _is_input(name: str) -> bool:
     stem, suffix = os.path.splitext(name.lower())
     plain = stem if suffix in _COMPRESSED else name.lower()
-    return plain.endswith(_KINDS) and not name.startswith(".") and name not in _DESCRIPTIONS
+    described = name in _DESCRIPTIONS or name.endswith("_stats.json")
+    return plain.endswith(_KINDS) and not name.startswith(".") and not described

@@ -65,7 +65,15 @@ def pyarrow_missing(path: str | Path, *, kind: str) -> UsageError:
 
 
 def row_values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
-    """The rows of a record batch; those that cannot be read are RecordErrors."""
+    """The rows of a record batch; those that cannot be read are RecordErrors.
+
+    Times and dates become text: they carry nothing that is read, and Python's own types cannot hold all of them.
+    """
+    from pyarrow import types
+
+    for number, field in enumerate(batch.schema):
+        if types.is_temporal(field.type):
+            batch = batch.set_column(number, field.name, batch.column(number).cast("string"))
     try:
         yield from batch.to_pylist()
         return
@@ -80,6 +88,13 @@ def row_values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
             yield RecordError(f"cannot be read ({first_line(error) or first_line(spoilt)})")
         else:
             yield row
+
+
+def check_names(schema: Any, *, path: str | Path) -> None:
+    """Raise DataError where two columns have one name: one of them would be lost."""
+    names: list[str] = schema.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}; rename one of them")
 
 
 def first_line(error: Exception) -> str:

@@ -18,6 +18,8 @@ IMAGE_KEYS = (
 )
 """Keys under which a record names its images: one, or a list."""
 _IMAGE_KEYS = frozenset(IMAGE_KEYS)
+NO_IMAGE = ("", "none", "null", "nan", "[]")
+"""What tables write where there is no image."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")
 """File names of images that can be read end so."""
 MAX_RECORD = 72 << 20
@@ -33,11 +35,11 @@ MAX_IMAGE = 256 << 20
 class RecordError(DataError):
     """A record that is rejected; `reason` is the word under which the report counts it."""
 
-    def __init__(self, message: str, reason: str = "record", *, images: int = 0) -> None:
+    def __init__(self, message: str, reason: str = "record", *, held: Mapping[str, int] | None = None) -> None:
         super().__init__(message)
         self.reason = reason
-        self.images = images
-        """Images of a record that is rejected before it is parsed."""
+        self.held = dict(held or {})
+        """Media of a record that is rejected before it is parsed, by kind."""
 
 
 class Entry(NamedTuple):
@@ -103,11 +105,21 @@ def parse_json(raw: bytes, *, name: str = "") -> Any:
         RecordError: `encoding` or `json`.
     """
     try:
-        return json.loads(decode(raw, name=name).removeprefix("\ufeff"))
+        return json.loads(decode(raw, name=name).removeprefix("\ufeff"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RecordError):
             raise
         raise RecordError(f"{name}not valid JSON ({error})", "json") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that occurs twice one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"the key {twice!r} occurs twice in one object", "json")
+    return found
 
 
 def decode(raw: bytes, *, name: str = "") -> str:
@@ -169,9 +181,11 @@ def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
 
 
 def _is_empty(item: object) -> bool:
-    if item is None or isinstance(item, str):
-        return not (item and item.strip())
-    return isinstance(item, Mapping) and not any(item.values())
+    if isinstance(item, str):
+        return item.strip().lower() in NO_IMAGE
+    if isinstance(item, list | tuple):
+        return all(map(_is_empty, item))
+    return item is None or item is False or item != item or (isinstance(item, Mapping) and not any(item.values()))
 
 
 def _names_image(items: Sequence[object]) -> bool:

@@ -6,7 +6,6 @@ medium, and `unused` says which of it a reader did not take.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +13,35 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from data_tools.readers.inline_image import is_base64_image
-from data_tools.readers.record import IMAGE_SUFFIXES, Picture
+from data_tools.readers.record import IMAGE_SUFFIXES, NO_IMAGE, Picture
 
 Kind = Literal["image", "video", "audio"]
 
-# Images that cannot be read are images too.
-_OTHER_IMAGES = ("avif", "heic", "heif", "jp2", "jxl", "svg", "psd", "ico", "ppm", "pgm")
-VIDEO_SUFFIXES = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "wmv", "flv", "mpg", "mpeg", "3gp", "ogv")
-AUDIO_SUFFIXES = ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "aiff", "aif")
+# Images that cannot be read are images too; `svg` is the text of a drawing as often.
+_OTHER_IMAGES = ("avif", "heic", "heif", "jp2", "jxl", "psd", "ico", "ppm", "pgm", "pbm", "tga", "exr", "dng", "dcm")
+VIDEO_SUFFIXES = (
+    *(
+        "mp4",
+        "mpeg4",
+        "m4v",
+        "mov",
+        "mkv",
+        "webm",
+        "avi",
+        "wmv",
+        "flv",
+        "mpg",
+        "mpeg",
+        "3gp",
+        "ogv",
+        "mts",
+        "m2ts",
+        "vob",
+    ),
+)
+AUDIO_SUFFIXES = (
+    *("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "aiff", "aif", "amr", "mka", "ape", "wv"),
+)
 KIND_OF_SUFFIX: Mapping[str, Kind] = {
     **dict.fromkeys((*IMAGE_SUFFIXES, *_OTHER_IMAGES), "image"),
     **dict.fromkeys(VIDEO_SUFFIXES, "video"),
@@ -40,8 +60,9 @@ _MEDIA_KEY = re.compile(
     + r")s?(?:_?\d+)?(?P<as>_(?:path|file|filename|filepath|file_path|file_name|url|uri|link|byte|b64|base64|data|src"
     r"|source|location|content|raw))?s?"
 )
-# Words under which any text is a reference; under the others only what has the shape of one.
+# Under the first any text is a reference, under the next what names a folder or an address; else its shape decides.
 _SURE_WORDS = ("image", "img", "video", "audio")
+_LIKELY_WORDS = ("picture", "pic", "photo", "clip")
 _SOURCE_KEYS = {
     *("url", "uri", "path", "paths", "file", "file_name", "filename", "src", "source", "bytes", "data"),
     *("base64", "b64", "image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"),
@@ -54,11 +75,13 @@ _TEXT_KEYS = {
 }
 """Keys of what people write: only a data URL in it is a reference."""
 _IDENTITY_KEY = re.compile(r"(?:.*_)?(?:id|ids|key|hash|sha256|md5|license|licence|exif)|__\w+__")
-_ORIGIN_KEY = re.compile(
-    r"(?:.*_)?(?:url|urls|uri|link|href|source|sources|origin|original|background|provenance|website|page|raw_url|dataset)"
-)
-"""Keys that say where an image came from, beside the image itself."""
-_NAME_KEY = re.compile(r"(?:.*_)?(?:file_?names?|names?|paths?|files?)")
+_ORIGIN_KEY = re.compile(r"(?:.*_)?(?:urls?|uri|links?|href|sources?|origin|original|provenance|website|page)")
+"""Keys under which an address says where an image came from."""
+_ADDRESS_KEYS = ("image_url", "image_urls", "img_url", "image_link", "original_image_url")
+_NAME_KEYS = ("file_name", "file_names", "filename", "filenames", "file", "path", "paths", "name", "names")
+_NAME_KEYS += ("image_path", "image_paths", "image_name", "image_names", "image_file", "img_path")
+"""Keys that name an embedded image once more."""
+_ABSENT_KEY = re.compile(r"(?:image|img|picture|photo|video|audio|clip)_?(?:id|name|idx|key|file|path)")
 _PART_KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("image", "image_url", "input_image", "image_file", "image_path", "img"), "image"),
     **dict.fromkeys(("video", "video_url", "input_video", "video_file"), "video"),
@@ -67,7 +90,7 @@ _PART_KINDS: Mapping[str, Kind] = {
 """Values of `type` in a part of a message."""
 _DATA_URL = re.compile(r"\s*data:(image|video|audio)/", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
-_NAMED = re.compile(r"[^\s<>\"']{1,2048}\.([A-Za-z0-9]{2,5})(?:[?#]\S*)?")
+_LONGEST_NAME = 2048
 _MAGIC: Sequence[tuple[bytes, int, Kind]] = (
     *((start, 0, "image") for start in (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")),
     *((start, 8, "image") for start in (b"WEBP", b"avif", b"heic")),
@@ -76,6 +99,10 @@ _MAGIC: Sequence[tuple[bytes, int, Kind]] = (
     *((start, 4, "video") for start in (b"ftyp",)),
     *((start, 0, "video") for start in (b"\x1aE\xdf\xa3",)),
 )
+
+
+NAME_OF_KIND: Mapping[Kind, str] = {"image": "images", "video": "videos", "audio": "audio"}
+"""The word under which a balance counts a kind."""
 
 
 class Reference(NamedTuple):
@@ -99,9 +126,10 @@ def references(value: Any) -> list[Reference]:
 
 
 def is_origin(reference: Reference) -> bool:
-    """Whether the key of a reference says where an image came from, not where it is."""
+    """Whether a reference is an address under a key that says where an image came from, not where it is."""
     named = [key for key in reference.keys if isinstance(key, str)]
-    return bool(_ORIGIN_KEY.fullmatch(_last_key(named))) and not any(_kind_of_key(key) for key in named)
+    known = bool(_ORIGIN_KEY.fullmatch(_last_key(named))) and not any(_kind_of_key(key) for key in named)
+    return known and bool(_ADDRESS.match(_name_of(reference.value)))
 
 
 def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Reference]:
@@ -121,21 +149,41 @@ def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Refe
             names[name] -= 1
             continue
         left.append(reference)
-    return [reference for reference in left if not (pictures and _is_label(reference, pictures, embedded=embedded))]
+    siblings = Counter(reference.keys[0] for reference in left if reference.keys)
+    return [
+        reference
+        for reference in left
+        if not pictures
+        or siblings[reference.keys[0]] > len(pictures)
+        or not _is_label(reference, pictures, embedded=bool(embedded))
+    ]
 
 
-def _is_label(reference: Reference, pictures: Sequence[Picture], *, embedded: Sequence[Picture]) -> bool:
+def absent_medium(record: Mapping[str, Any]) -> str | None:
+    """A key of a record without images that names one elsewhere, such as `image_id`, or None."""
+    return next((key for key, value in record.items() if value and _ABSENT_KEY.fullmatch(_plain(str(key)))), None)
+
+
+def _is_label(reference: Reference, pictures: Sequence[Picture], *, embedded: bool) -> bool:
     """Whether a reference beside used images is another name of one of them, or its origin."""
     name, key = _name_of(reference.value), _last_key(reference.keys)
+    if _bytes_of(reference.value) is not None or not name or _DATA_URL.match(name):
+        return False
     if is_origin(reference):
         return True
-    if reference.kind != "image" or not name or _DATA_URL.match(name):
+    if reference.kind != "image":
         return False
-    if len(reference.keys) == 1 and _ORIGIN_KEY.fullmatch(key) and _ADDRESS.match(name):
+    top = len(reference.keys) - sum(isinstance(key, int) for key in reference.keys) == 1
+    if top and key in _ADDRESS_KEYS and _ADDRESS.match(name):
         return True
-    if any(os.path.basename(picture.name) == os.path.basename(name) for picture in pictures):
+    if any(_ends_alike(picture.name, name) for picture in pictures):
         return True
-    return bool(embedded) and len(pictures) == 1 and bool(_NAME_KEY.fullmatch(key))
+    return embedded and top and key in _NAME_KEYS
+
+
+def _ends_alike(one: str, other: str) -> bool:
+    """Whether one path is the end of the other."""
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
 
 
 def _found(value: Any, *, keys: tuple[str | int, ...], kind: Kind | None, key: str) -> Iterator[Reference]:
@@ -151,14 +199,15 @@ def _found(value: Any, *, keys: tuple[str | int, ...], kind: Kind | None, key: s
         found = _kind_of_bytes(value, kind=kind) if isinstance(value, bytes) else _kind_of_text(value, kind, key=key)
         if found:
             yield Reference(found, keys, value)
+    elif isinstance(value, int) and value and not isinstance(value, bool) and kind in ("video", "audio"):
+        # The number of a clip, which lies elsewhere.
+        yield Reference(kind, keys, value)
 
 
 def _in_mapping(value: Mapping[str, Any], *, keys: tuple[str | int, ...], kind: Kind | None) -> Iterator[Reference]:
     if value and value.keys() <= {"bytes", "path"}:
         data, path = value.get("bytes"), value.get("path")
-        known = kind
-        if isinstance(path, str) and (match := _NAMED.fullmatch(path)):
-            known = KIND_OF_SUFFIX.get(match[1].lower(), kind)
+        known = (_kind_of_name(path) if isinstance(path, str) else None) or kind
         if isinstance(data, bytes):
             known = _kind_of_bytes(data, kind=known)
         if known and (data or path):
@@ -198,11 +247,20 @@ def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
         return None
     if kind is None and _IDENTITY_KEY.fullmatch(name):
         return None
-    if match := _NAMED.fullmatch(text):
-        found = KIND_OF_SUFFIX.get(match[1].lower())
-        if found:
-            return found
+    if (found := _kind_of_name(text)) or text.lower() in NO_IMAGE:
+        return found
+    if kind is None and (_ADDRESS.match(text) or "/" in text[:_LONGEST_NAME]):
+        match = _MEDIA_KEY.fullmatch(name)
+        kind = _KIND_OF_WORD[match["word"]] if match and match["word"] in _LIKELY_WORDS else None
     return kind or ("image" if is_base64_image(text) else None)
+
+
+def _kind_of_name(text: str) -> Kind | None:
+    """The kind of medium that a path or address of one line names by its end."""
+    if len(text) > _LONGEST_NAME or "\n" in text or "<" in text:
+        return None
+    path = text.partition("?")[0].partition("#")[0] if _ADDRESS.match(text) else text
+    return KIND_OF_SUFFIX.get(path.rpartition(".")[2].lower()) if "." in path[1:] else None
 
 
 def _kind_of_bytes(data: bytes, *, kind: Kind | None) -> Kind | None:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.readers.record import IMAGE_SUFFIXES, MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
-from data_tools.readers.references import KIND_OF_SUFFIX
+from data_tools.readers.references import KIND_OF_SUFFIX, NAME_OF_KIND
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
@@ -117,7 +118,8 @@ def tar_entries(split: Split) -> Iterator[Entry]:
                 )
             entry = Entry(key.number, problem, 0) if problem is not None else _read(handle, key, path=split.path)
             if isinstance(entry.content, RecordError):
-                entry.content.images = sum(_last(suffix) in IMAGE_SUFFIXES for suffix in key.files)
+                kinds = (KIND_OF_SUFFIX.get(_last(suffix)) for suffix in key.files)
+                entry.content.held = Counter(NAME_OF_KIND[kind] for kind in kinds if kind)
             yield entry
     finally:
         os.close(handle)
@@ -208,7 +210,8 @@ def _read(handle: int, key: _Key, *, path: str) -> Entry:
     for suffix in sorted(key.files, key=_natural if _numbered(key.files) else lambda _: 0):
         member, last = key.files[suffix], _last(suffix)
         if last in _KNOWN and last not in (*IMAGE_SUFFIXES, *texts):
-            problem = RecordError(f"{_shown(member.name)}: only images and text can be trained", "unsupported_media")
+            kinds = ", ".join(IMAGE_SUFFIXES)
+            problem = RecordError(f"{_shown(member.name)}: only text and {kinds} are trained", "unsupported_media")
             return Entry(key.number, problem, 0)
         image = last in IMAGE_SUFFIXES
         if member.size > (MAX_IMAGE if image else MAX_RECORD):
@@ -257,12 +260,13 @@ def _last(suffix: str) -> str:
 
 def _numbered(suffixes: Iterable[str]) -> bool:
     """Whether the images of a key differ by a number alone, as in `img0.jpg` and `img10.jpg`."""
-    images = [suffix for suffix in suffixes if _last(suffix) in IMAGE_SUFFIXES]
-    return len(images) > 1 and len({re.sub(r"\d+", "", suffix) for suffix in images}) == 1
+    images = [suffix.rpartition(".")[0] for suffix in suffixes if _last(suffix) in IMAGE_SUFFIXES]
+    return len(set(images)) == len(images) > 1 and len({re.sub(r"\d+", "", stem) for stem in images}) == 1
 
 
 def _natural(suffix: str) -> list[tuple[bool, int, str]]:
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", suffix)]
+    stem = suffix.rpartition(".")[0]
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", stem)]
 
 
 def _shown(name: bytes) -> str:

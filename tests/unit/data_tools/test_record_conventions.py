@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Any
 
 import pytest
 
-from data_tools.readers.formats import read_record
-from data_tools.readers.record import Picture, Record, RecordError
+from data_tools.readers.formats import count_ignored, read_record
+from data_tools.readers.record import Picture, Record, RecordError, parse_json
 
 I = "<image_placeholder>"  # noqa: E741
 JPEG = b"\xff\xd8\xff\xe0" + bytes(40)
@@ -17,6 +19,9 @@ ASKS = {"from": "human", "value": "<image>\nWhat?"}
 TEXT = {"from": "human", "value": "What?"}
 SAYS = {"from": "gpt", "value": "red"}
 USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+DEEP: Any = []
+for _ in range(3000):
+    DEEP = [DEEP]
 
 
 def _read(raw: Any, **columns: str) -> Record:
@@ -107,6 +112,9 @@ def _parts(*content: dict[str, Any]) -> dict[str, Any]:
             f"{I}Q",
         ),
         ({"conversations": [TEXT, SAYS], "image": ""}, [], "What?"),
+        ({"conversations": [TEXT, SAYS], "image": float("nan")}, [], "What?"),
+        ({"conversations": [TEXT, SAYS], "image": "None"}, [], "What?"),
+        ({"conversations": [TEXT, SAYS], "label": 3, "tools": "[]", "hint": None}, [], "What?"),
         ({"conversations": [TEXT, SAYS], "image": [""]}, [], "What?"),
         ({"conversations": [TEXT, SAYS], "images": [None]}, [], "What?"),
         ({"conversations": [TEXT, SAYS], "image": {"bytes": None, "path": None}}, [], "What?"),
@@ -169,6 +177,39 @@ def test_captions_of_every_convention(raw: Any, image: str, text: str) -> None:
         ("unused_image", {"image": "a.jpg", "images": ["b.jpg"], "conversations": [ASKS, SAYS]}),
         ("unused_image", {"conversations": [{**TEXT, "attachments": ["a.png"]}, SAYS]}),
         ("unused_image", {"conversations": [TEXT, {**SAYS, "value": f"![](data:image/png;base64,{BASE64})"}]}),
+        (
+            "unused_image",
+            {"image": {"bytes": JPEG, "path": "0.png"}, "edge": {"bytes": b"\x89PNG", "path": "0.png"}, "text": "a"},
+        ),
+        ("unused_image", {"image": "rgb/1.png", "depth": "depth/1.png", "text": "red"}),
+        ("unused_image", {"image": STRUCT, "second_image_path": "b.png", "text": "red"}),
+        ("unused_image", {"images": [STRUCT], "image_paths": ["a.png", "b.png"], "text": "red"}),
+        ("unused_image", {"image": "a.jpg", "original": "b.jpg", "text": "red"}),
+        ("unused_image", {"photo": "my photos/dog 1.jpg", "text": "red"}),
+        ("unused_image", {"photo": "https://example.org/photo-1?w=5", "text": "red"}),
+        ("unsupported_media", {"video": 4010069381, "question": "Q", "answer": "A"}),
+        ("image_missing", {"image_id": "2412112", "question": "Q", "answer": "A"}),
+        ("unsupported_field", {"image": "a.jpg", "text": '{"question": "Q", "chosen": "A", "rejected": "B"}'}),
+        ("unsupported_field", {"messages": [USER, {**REPLY, "train_detail": [{"begin": 0}]}]}),
+        ("unsupported_field", {"messages": [USER, {**REPLY, "labels": [-100]}]}),
+        ("unsupported_field", {"messages": [USER, REPLY], "mask": "Assistant"}),
+        ("unsupported_field", {"messages": [USER, REPLY], "kto_tag": True, "chat_template_kwargs": {"tools": ["f"]}}),
+        ("unsupported_field", {"messages": [USER, REPLY], "history": [["q", "a"]]}),
+        ("unsupported_field", {"image": STRUCT, "question": "Q", "A": "x", "B": "y", "answer": "A"}),
+        ("unsupported_field", {"question": "Q", "passage": "Read.", "answer": "A"}),
+        ("unsupported_field", {"image": "a.jpg", "text": "red", "question": "Q"}),
+        ("record", {"messages": [USER, REPLY], "conversations": [TEXT, SAYS]}),
+        ("tag_count", {"image": "a.jpg", "conversations": [TEXT, {"from": "gpt", "value": "<image>"}]}),
+        ("tag_count", {"conversations": [{"from": "human", "value": "Image 1: <image>\nDiffer?"}, SAYS]}),
+        ("tag_count", {"image": None, "text": "<image>\nA man"}),
+        ("tag_count", {"images": ["a.jpg", "b.jpg"], **_parts({"type": "image", "index": 0.5}, {"type": "image"})}),
+        (
+            "unsupported_media",
+            {"image": "a.jpg", "conversations": [{"from": "human", "value": "<video><image>Q"}, SAYS]},
+        ),
+        ("unsupported_media", {"image": "a.jpg", "text": "<video>\nA man runs."}),
+        ("unsupported_media", {"conversations": [{"from": "human", "value": "<IMG_CONTEXT>Q"}, SAYS]}),
+        ("json", {"text": "a", "meta": DEEP}),
         ("image_missing", {"jpg": None, "caption": "red", "url": "http://x/y.jpg", "status": "failed_to_download"}),
         ("tag_count", {"conversations": [ASKS, SAYS]}),
         ("tag_count", {"image": None, "conversations": [ASKS, SAYS]}),
@@ -199,6 +240,8 @@ def test_what_would_vanish_or_change_is_refused(reason: str, raw: Any) -> None:
         {"text": "red", "url": "https://example.org/page.html", "meta": {"score": 0.5}},
         {"text": "<img src='a.png'> <image>"},
         {"text": "Plain.", "image": None},
+        {"text": "icon", "path": "assets/icon.svg", "url": "https://example.org/File:Foo", "license": "mit"},
+        {"conversations": [{"from": "human", "value": "What does <video>\n</video> do?"}, SAYS]},
         {"conversations": [{"from": "human", "value": "Explain <image_placeholder>."}, SAYS]},
         {
             "conversations": [
@@ -227,6 +270,26 @@ def test_tags_in_an_answer_are_text() -> None:
 def test_image_parts_beside_text_that_spells_the_tag() -> None:
     record = _read(_parts({"type": "text", "text": f"No {I} here, "}, {"type": "image", "image": "a.jpg"}))
     assert (record.turns[0].text, record.turns[0].tags) == (f"No {I} here, {I}", (1,))
+
+
+def test_index_may_be_a_float() -> None:
+    parts = ({"type": "image", "index": 1.0}, {"type": "image", "index": 0.0})
+    assert _names(_read({"images": ["a.jpg", "b.jpg"], **_parts(*parts)})) == ["b.jpg", "a.jpg"]
+
+
+def test_members_of_a_tar_take_the_order_of_their_names() -> None:
+    members = tuple(Picture(name=f"00/k.{n}.jpg", data=bytes([n])) for n in (1, 2))
+    talk = {"images": ["2.jpg", "k.1.jpg"], "conversations": [{"from": "human", "value": "<image><image>"}, SAYS]}
+    group = {"key": "k", "images": members, "txt": None, "json": json.dumps(talk).encode()}
+    record = read_record(group, format="webdataset", columns={})
+    assert _names(record) == ["00/k.2.jpg", "00/k.1.jpg"]
+
+
+@pytest.mark.parametrize("text", ["x.ab?" * 200_000 + " z", "A" * 100 + " " * 15_000 + "!", "<image>" * 100_000])
+def test_long_texts_take_no_time(text: str) -> None:
+    """Each of these takes minutes where an expression goes back and forth."""
+    with contextlib.suppress(RecordError):
+        _read({"conversations": [{"from": "human", "value": f"Say {text} again"}, SAYS], "note": text})
 
 
 def test_index_of_an_image_part_is_its_image() -> None:
@@ -260,7 +323,22 @@ def test_answers_marked_as_not_learned(mask: dict[str, Any]) -> None:
 
 def test_columns_give_keys_their_names() -> None:
     caption = _read({"photo": "a.jpg", "alt": "red", "text": "not this"}, image="photo", text="alt")
+    assert _names(_read({"image": "b.jpg", "text": "red"}, image="photo")) == ["b.jpg"]
+    with pytest.raises(RecordError, match="has image beside photo"):
+        _read({"image": "b.jpg", "photo": "a.jpg", "text": "red"}, image="photo")
     assert [part.name if isinstance(part, Picture) else part for part in caption.parts] == ["a.jpg", "red"]
     talk = {"dialog": [{"speaker": "user", "said": "Q"}, {"speaker": "assistant", "said": "A"}]}
     record = _read(talk, conversations="dialog", role="speaker", content="said")
     assert [turn.text for turn in record.turns] == ["Q", "A"]
+
+
+def test_ignored_keys_are_left_out_and_counted() -> None:
+    raw = {"image": "a.jpg", "mask": "m.png", "meta": {"clip": "c.mp4"}, "text": "red"}
+    ignore = ("mask", "clip")
+    assert _names(read_record(raw, format=None, columns={}, ignore=ignore)) == ["a.jpg"]
+    assert count_ignored(raw, columns={}, ignore=ignore) == {"images": 1, "videos": 1, "audio": 0}
+
+
+def test_a_key_that_occurs_twice_is_refused() -> None:
+    with pytest.raises(RecordError, match="the key 'image' occurs twice"):
+        parse_json(b'{"image": "a.png", "image": "b.png", "text": "red"}')

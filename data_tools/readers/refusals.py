@@ -1,0 +1,101 @@
+"""What records say in a way that nothing here can honour: fields that change what is learned, and foreign tags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from data_tools.readers.record import SHORT_TAG, RecordError
+
+MASKS = (
+    *("loss", "train", "training", "weight", "loss_weight", "loss_scale", "learn", "trainable", "train_on_turn"),
+    *("supervised", "is_train", "label"),
+)
+"""Keys of a turn that say whether its text is learned: ms-swift, Axolotl, OpenAI."""
+UNLEARNED = ("masked", "mask", "is_masked", "ignore", "ignore_loss", "skip", "no_loss")
+"""Keys of a turn that say the opposite."""
+_MASK_LIKE = re.compile(r"(?:.*_)?(?:loss|train|mask|weight|label|learn|supervised)(?:s|ed|ing|able)?(?:_.*)?")
+"""Keys that change what is learned where they hold numbers or truth values."""
+REFUSED = re.compile(
+    r"tools?|functions?|tool_calls?|function_calls?|tool_call_id|(?:rejected|chosen|preferred)(?:_.*)?|kto_tag"
+    r"|image_order|image_index(?:es)?|chat_template_kwargs|custom_instructions|developer|preamble"
+)
+"""Keys of a record or turn that change what is learned, unless they are empty."""
+REFUSED_IN_TURN = re.compile(r"reasoning(?:_content)?|thinking|thought|system(?:_prompt)?|train_detail")
+REFUSED_IN_TALK = re.compile(r"history|instructions")
+REFUSED_BESIDE_QUESTION = re.compile(
+    r"(?:answer_)?choices?(?:_?[a-e0-9])?|options?(?:_?[a-e0-9])?|op[a-e]|[abcde]|candidates|endings|hint|context|passage"
+    r"|article|story|document|table|text|caption|middle"
+)
+REFUSED_BESIDE_TEXT = re.compile(r"question|query|instruction|history|system(?:_prompt)?|image_order")
+# Unlike HTML's, this tag has an end: the only place where Qwen-VL's first format names an image.
+_FOREIGN_TAG = re.compile(
+    r"<(img|video|audio|image)>[^<\n]+</\1>|\(<(?:image|video|audio)>\./</"
+    r"|<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|audio_pad|image|video|audio|image_\d+|video_\d+|audio_\d+"
+    r"|audio_bos|audio_eos|image_start|image_end|box_start|object_ref_start)\|>"
+    r"|<(?:bbox|ref-object|cls-object|ImageHere|IMG_CONTEXT|start_of_image|image_soft_token|video_placeholder"
+    r"|audio_placeholder|(?:image|video|audio)[ _-]\d+)>|<ref>[^<\n]*</ref>\s*<box>",
+    re.IGNORECASE,
+)
+_MEDIA_TAG = r"(?:<image>|<image_placeholder>|<video>|<audio>)"
+# A tag that no sentence holds: alone on a line, after a short title, or joined to the start or the end of the text.
+LONE_TAG = re.compile(
+    rf"(?m:^[ \t]*(?:{_MEDIA_TAG}[ \t]*)+$)|(?m:^\S[^\n:]{{0,20}}:[ \t]*{_MEDIA_TAG}[ \t]*$)"
+    rf"|\A\s*{_MEDIA_TAG}(?=\S)|(?<=\S){_MEDIA_TAG}\s*\Z"
+)
+_LONE_CLIP = re.compile(
+    r"(?m:^[ \t]*<(video|audio)>[ \t]*$)|\A\s*<(?:video|audio)>(?=\S)|(?<=\S)<(?:video|audio)>\s*\Z"
+)
+
+
+def refuse_fields(record: Mapping[str, Any], *refused: re.Pattern[str], where: str = "") -> None:
+    """Raise RecordError `unsupported_field` at a key that changes what is learned, unless it has no effect."""
+    for name, value in record.items():
+        plain = name.lower().replace("-", "_") if isinstance(name, str) else ""
+        if any(pattern.fullmatch(plain) for pattern in refused):
+            neutral = not value or value != value or value in ("[]", "{}", "null", "nan")
+        elif _MASK_LIKE.fullmatch(plain) or plain in UNLEARNED:
+            neutral = _is_neutral_mask(plain, value)
+        else:
+            continue
+        if not neutral:
+            raise RecordError(
+                f"{where}{name} changes what is learned and is not supported; remove it, or leave it out with --ignore",
+                "unsupported_field",
+            )
+
+
+def _is_neutral_mask(name: str, value: Any) -> bool:
+    """Whether a mask or weight leaves all answers learned; a text or an object under such a key is no mask."""
+    if isinstance(value, list | tuple):
+        return all(_is_neutral_mask(name, item) for item in value)
+    if isinstance(value, str):
+        return name not in ("mask", "loss_mask") or value.lower() in ("", "user", "human")
+    if value is None or isinstance(value, Mapping) or value != value:
+        return True
+    if name in UNLEARNED:
+        return not value
+    # The number of a class, as data sets for classification have it.
+    return bool(value == 1) or (name.startswith("label") and not isinstance(value, bool) and value > 1)
+
+
+def refuse_foreign_tags(text: str, *, key: str, spoken: bool = True) -> None:
+    """Raise RecordError `unsupported_media` at a tag with which other frameworks place a medium or a region.
+
+    Args:
+        text: what is looked at.
+        key: where it stands.
+        spoken: whether a tag of a clip may stand in it, as in what a user says.
+    """
+    match = _FOREIGN_TAG.search(text)
+    if spoken and match is None:
+        clip = _LONE_CLIP.search(text)
+        # HTML closes its elements.
+        match = clip if clip and f"</{clip[0].strip().strip('<>')}>" not in text else None
+    if match:
+        raise RecordError(
+            f"{key} has the tag {match[0].strip()[:60]!r} of another framework, which stands for a medium or a region; "
+            f"spell images as {SHORT_TAG} and name them under images",
+            "unsupported_media",
+        )
