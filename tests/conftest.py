@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+
+from tests.tiny_run import build_dataset
 
 # Machines are shared: an example that takes long says nothing about the code.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
 _PROPERTY = "report_table"
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small dataset that tests of training runs share."""
+    return build_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

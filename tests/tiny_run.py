@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import fork_server
+
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LENGTH = 256
 PATIENCE_S = 1800.0
@@ -23,10 +25,15 @@ def environment() -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
+def forked(variables: dict[str, str]) -> dict[str, str]:
+    """The same with `PYTHON_EXEC`, by which torchrun starts its ranks, naming the fork server's executable."""
+    return {**variables, "PYTHON_EXEC": fork_server.python(variables)}
+
+
 def build_dataset(directory: Path) -> Path:
     """Corpus, tokenizer and packed shards with text and images; `tokenizer/` and `shards/` in `directory`."""
     corpus = directory / "corpus"
-    _tool("build_corpus.py", "demo", "--output", corpus, "--samples", 96)
+    _tool("build_corpus.py", "demo", "--output", corpus, "--samples", 96, "--size", 200_000)
     _tool(
         *(
             "preprocess.py",
@@ -42,10 +49,10 @@ def build_dataset(directory: Path) -> Path:
     return directory
 
 
-def train_command(dataset: Path, run: Path, *overrides: str, processes: int) -> list[str]:
+def train_command(dataset: Path, run: Path, *overrides: str, processes: int, python: str = sys.executable) -> list[str]:
     """`megavl train` of the tiny recipe under torchrun."""
     return [
-        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *(python, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
         *("--master-port", str(free_port()), "-m", "megavl", "train", "launch/recipes/tiny/stage2.yaml"),
         f"data.sources=[{{path: {dataset}/shards}}]",
         f"data.tokenizer={dataset}/corpus/tokenizer",
@@ -62,10 +69,9 @@ def run_training(
     dataset: Path, run: Path, *overrides: str, processes: int, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run it to its end, in `environment()` or another."""
-    command = train_command(dataset, run, *overrides, processes=processes)
-    return subprocess.run(
-        command, cwd=ROOT, env=env or environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+    env = forked(env or environment())
+    command = train_command(dataset, run, *overrides, processes=processes, python=env["PYTHON_EXEC"])
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 
 import pytest
 
-from tests.tiny_run import PATIENCE_S, ROOT, environment, free_port
+from tests.tiny_run import PATIENCE_S, ROOT, environment, forked, free_port
 
 
 @pytest.mark.parametrize(("bf16", "distributed"), [("0", "0"), ("1", "1")])
 def test_all_ranks_skip_and_change_nothing(bf16: str, distributed: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    env = forked(environment())
+    command = [env["PYTHON_EXEC"], "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", str(free_port()), "-m", "tests.distributed.bad_rank", bf16, distributed]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert sorted(row["rank"] for row in rows) == [0, 1]

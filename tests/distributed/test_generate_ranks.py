@@ -16,7 +16,7 @@ import pytest
 
 from launch.bench.engines.random_models import write_tokenizer
 from megavl.main.cli import main
-from tests.tiny_run import environment, free_port
+from tests.tiny_run import environment, forked, free_port
 from tests.unit.generate import models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,10 +80,11 @@ def on_ranks(layout: str, model: Path, *words: str) -> subprocess.CompletedProce
     launcher = ("-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes))
     port = ("--master-port", str(free_port()))
     command = ("-m", "megavl", "generate", str(model), "--device", "cpu", *options, *words)
+    env = forked(environment())
     return subprocess.run(
-        [sys.executable, *launcher, *port, *command],
+        [env["PYTHON_EXEC"], *launcher, *port, *command],
         cwd=ROOT,
-        env=environment(),
+        env=env,
         capture_output=True,
         text=True,
         timeout=1800,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from launch.bench.engines.random_models import write_tokenizer
 from megavl.generate.pretrained import Model, Processor
-from tests.tiny_run import ROOT, environment
+from tests.tiny_run import ROOT, environment, forked
 from tests.unit.generate import models
 
 PRESET = "tiny-hybrid"
@@ -31,12 +30,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def talk(folder: Path, lines: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "megavl", "chat", str(folder), "--device", "cpu"]
+    env = forked(environment() | {"PYTHONUTF8": "1"})
+    command = [env["PYTHON_EXEC"], "-W", "ignore", "-m", "megavl", "chat", str(folder), "--device", "cpu"]
     return subprocess.run(
         [*command, "--max-new-tokens", "16"],
         input="".join(line + "\n" for line in lines),
         cwd=ROOT,
-        env=environment() | {"PYTHONUTF8": "1"},
+        env=env,
         capture_output=True,
         text=True,
         timeout=1800,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.bench import programs, step
+from tests.tiny_run import environment, forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("tiny whole megavl precision fp32", "tiny whole megatron-local precision fp32")
@@ -27,9 +26,10 @@ def rows(report: str, heading: str) -> list[list[str]]:
 
 
 def test_without_a_gpu_only_tiny_cases_run(tmp_path: Path) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables = forked(environment())
+    variables["PYTHON"] = variables["PYTHON_EXEC"]
     command = ["bash", "launch/bench/gpu.sh", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "gpu.sh: no GPU here" in done.stdout
     (path,) = tmp_path.glob("step_*.md")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.bench import balance, tiny_runs
+from tests.tiny_run import environment, forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["parallel.tensor=1", "parallel.pipeline=2", "training.global_batch_size=2", "training.micro_batch_size=1"]
@@ -16,8 +17,12 @@ VARIANTS = {"even": ("parallel.layout=[2,2]",), "uneven": ("parallel.layout=[1,3
 
 def test_turns_are_equal_work_and_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    # Steps need not wait for quick cores.
+    monkeypatch.setattr(tiny_runs, "QUICK", 1e9)
+    for name, value in forked(environment()).items():
+        monkeypatch.setenv(name, value)
     settings = [
-        *tiny_runs.build_data(tmp_path / "data", images=1, seq_length=128),
+        *tiny_runs.build_data(tmp_path / "data", images=1, seq_length=128, text_bytes=100_000),
         *SIZES,
         "data.multimodal_fraction=0.5",
     ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_run import ROOT, environment, run_training
+from tests.tiny_run import ROOT, environment, forked, run_training
 
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", "parallel.sequence_parallel=false")
 AGAINST = ("--against", "transformers")
@@ -28,8 +27,9 @@ def checkpoint(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(*words: Any) -> str:
     """Output of a command that must succeed."""
-    line = [sys.executable, *map(str, words)]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1800, check=False)
+    env = forked(environment())
+    line = [env["PYTHON_EXEC"], *map(str, words)]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tiny_run import ROOT, environment, metrics, run_training
+from tests.tiny_run import ROOT, environment, forked, metrics, run_training
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"),
@@ -151,10 +150,11 @@ def stand_in() -> dict[str, str]:
 
 def run(*words: str) -> str:
     """Standard output of Python on the stand-in."""
+    env = forked(stand_in())
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::UserWarning:megatron", *words],
+        [env["PYTHON_EXEC"], "-W", "ignore", *words],
         cwd=ROOT,
-        env=stand_in(),
+        env=env,
         capture_output=True,
         text=True,
         timeout=1800,

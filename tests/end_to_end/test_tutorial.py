@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny_run import ROOT, environment, metrics
+from tests.tiny_run import ROOT, environment, forked, metrics
 
 SMALLER = {"IMAGES": "60", "STEPS_1": "11", "STEPS_2": "16", "STEPS_3": "11"}
 
@@ -17,9 +17,13 @@ def test_tutorial_runs_from_images_to_chat(tmp_path: Path) -> None:
     text = (ROOT / "launch" / "TUTORIAL.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert all(f"${{{name}:-" in blocks[0] for name in (*SMALLER, "WORK")), "the first block explains every variable"
-    # The commands that the reader's activated environment would find.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**environment(), "TORCHDYNAMO_DISABLE": "1", "PATH": path, **SMALLER, "WORK": str(tmp_path)}
+    # The commands that the reader's activated environment would find; `megavl` is forked.
+    installed, commands = Path(sys.executable).parent, tmp_path / "bin"
+    env = forked({**environment(), "TORCHDYNAMO_DISABLE": "1", **SMALLER, "WORK": str(tmp_path)})
+    commands.mkdir()
+    (commands / "megavl").write_text(f'#!/bin/sh\nexec {env["PYTHON_EXEC"]} {installed / "megavl"} "$@"\n')
+    (commands / "megavl").chmod(0o700)
+    env["PATH"] = os.pathsep.join([str(commands), str(installed), os.environ["PATH"]])
     script = "\n".join(["set -euo pipefail", *blocks])
     done = subprocess.run(
         ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600, check=False

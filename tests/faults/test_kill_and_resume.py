@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.tiny_run import PATIENCE_S, ROOT, environment, metrics, run_training, train_command
+from tests.tiny_run import PATIENCE_S, ROOT, environment, forked, metrics, run_training, train_command
 
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence_parallel=true", "parallel.layout=auto")
 OTHER = (
@@ -72,7 +72,7 @@ def test_signal_saves_and_another_layout_goes_on(
 def test_lost_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) -> None:
     command = train_command(dataset, tmp_path, *LAYOUT, processes=2)
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=forked(environment()), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for_steps(process, tmp_path, 2)
     workers = [c for c in psutil.Process(process.pid).children() if "RANK" in c.environ()]
@@ -152,7 +152,7 @@ def interrupt(dataset: Path, run: Path, number: signal.Signals, *, after: int) -
     """Train until `after` steps are logged, then signal every process (SIGKILL) or the launcher (others)."""
     command = train_command(dataset, run, *LAYOUT, processes=2)
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=forked(environment()), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for_steps(process, run, after)
     victims = [process.pid]

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import PATIENCE_S, ROOT, SEQ_LENGTH, environment
+from tests.tiny_run import PATIENCE_S, ROOT, SEQ_LENGTH, environment, forked
 
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", "parallel.sequence_parallel=false")
 
 
 def refuse(dataset: Path, run: Path, *overrides: str) -> tuple[int, str]:
     """Exit code and message of a run of one process."""
+    env = forked(environment())
     command = [
-        *(sys.executable, "-m", "megavl", "train", "launch/recipes/tiny/stage1.yaml", *ALONE),
+        *(env["PYTHON_EXEC"], "-m", "megavl", "train", "launch/recipes/tiny/stage1.yaml", *ALONE),
         f"data.sources=[{{path: {dataset}/shards}}]",
         f"data.tokenizer={dataset}/corpus/tokenizer",
         f"data.seq_length={SEQ_LENGTH}",
@@ -26,9 +26,7 @@ def refuse(dataset: Path, run: Path, *overrides: str) -> tuple[int, str]:
         *("run.tensorboard=false", "training.steps=2", "optimizer.warmup_steps=0", "training.global_batch_size=2"),
         *overrides,
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, done.stderr

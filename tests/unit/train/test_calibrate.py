@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from megavl.config.load import load_recipe
 from megavl.main.plan import add_arguments, run
 from megavl.planner.hardware.calibration import read_calibration
 from megavl.train.profile.calibrate import _differences, calibrate, low
+from tests.tiny_run import ROOT, environment, forked
 
 RECIPE = """
 model: {preset: tiny-hybrid, llm: {num_layers: 5}}
@@ -124,8 +124,9 @@ def test_plan_reads_the_file_of_the_command(path: Path, capsys: pytest.CaptureFi
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     file = str(path.with_name("c.json"))
-    command = [sys.executable, "-m", "megavl", "plan", str(path), "--calibrate", file, "--repeats", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    env = forked(environment())
+    command = [env["PYTHON_EXEC"], "-m", "megavl", "plan", str(path), "--calibrate", file, "--repeats", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert "tensor 1, 1 processes" in done.stdout
     assert len(read_calibration(file).entries) == 1

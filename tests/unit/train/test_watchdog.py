@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.watchdog import Watchdog
-from tests.tiny_run import ROOT, environment
+from tests.tiny_run import ROOT, environment, forked
 
 HANGS = """
 import os, sys, time
@@ -63,8 +62,9 @@ def status(tmp_path: Path) -> ExitStatus:
 
 
 def test_hung_process_leaves_with_code_7(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HANGS, tmp_path]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    env = forked(environment())
+    command = [env["PYTHON_EXEC"], "-c", HANGS, tmp_path]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 7, done.stderr
     assert "rank 1 made no progress" in done.stdout and "step 7 while training" in done.stdout
     assert '"code": 7' in (tmp_path / "exit_status.json").read_text()
