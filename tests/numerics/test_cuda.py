@@ -31,7 +31,7 @@ ALONE = ParallelConfig()
 BAND = 0.05
 """Relative, of every loss along 20 steps in bf16, along which the loss falls to less than two thirds.
 
-On the CPU, bf16 stays within 1.6e-2 of fp32.
+On the CPU, bf16 stays within 1.8e-2 of fp32.
 """
 LR = 1e-3
 ON_CUDA = torch.cuda.is_available()
@@ -101,10 +101,12 @@ def host_waits(micro_batches: int) -> int:
 
 def test_a_deterministic_run_repeats_its_bits() -> None:
     parallel = ParallelConfig(deterministic=True)
+    # A CPU adds in one order anyway, and is slow.
+    steps = STEPS if ON_CUDA else 3
     groups.start(parallel, seed=1)
     try:
         assert torch.are_deterministic_algorithms_enabled() and os.environ["NCCL_ALGO"] == "^NVLS,NVLSTree"
-        first, second = (own_curve("bf16", lr=LR, kind="multimodal", parallel=parallel) for _ in range(2))
+        first, second = (own_curve("bf16", lr=LR, kind="multimodal", parallel=parallel, steps=steps) for _ in range(2))
     finally:
         groups.stop()
         torch.use_deterministic_algorithms(False)
@@ -123,11 +125,13 @@ def test_the_band_admits_rounding_only(report_table) -> None:
     assert rounding <= BAND < wrong
 
 
-def own_curve(precision: str, *, lr: float, kind: str = "text", parallel: ParallelConfig = ALONE) -> list[float]:
+def own_curve(
+    precision: str, *, lr: float, kind: str = "text", parallel: ParallelConfig = ALONE, steps: int = STEPS
+) -> list[float]:
     """Losses of the tiny model's steps in this process."""
     words = {"part": "whole", "layers": 0, "micro_batches": 2, "recompute": "none", "memory_bytes": None}
     work = make_work("tiny", precision=precision, **words)
     work = dataclasses.replace(work, recipe=dataclasses.replace(work.recipe, parallel=parallel))
     side = MegaVL(work, marks=Marks(), lr=lr, local=False, weights=random_tensors(work.recipe.model))
     data = [side.prepare(batches, kind) for batches in made_up_batches(work, kind, steps=2)]
-    return [side.step(data[step % 2]) for step in range(STEPS)]
+    return [side.step(data[step % 2]) for step in range(steps)]
