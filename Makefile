@@ -17,6 +17,8 @@ STAMP := .venv/.megavl-installed
 # Importing megatron-core also imports torch's compiler, which only CUDA uses: 40% of a rank's start.
 # Tests compare with what the CPU computes, on a machine with GPUs too; launch/bench/gpu.sh runs those that need one.
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q -rs --durations=10
+# Files in the order of their names: those of tests/distributed and tests/end_to_end, which take longest, begin.
+PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quick test test-all test-clients check bench golden clean
@@ -38,7 +40,7 @@ demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export,
 	$(BIN)/python launch/demo.py
 
 quick: $(STAMP)  ## unit tests that start no process: about 2 minutes on 2 cores
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not processes" tests/unit $(PYTEST_ARGS)
+	$(PARALLEL) -m "not slow and not processes" tests/unit $(PYTEST_ARGS)
 
 check: $(STAMP)  ## ruff, mypy and the contract tests
 	$(BIN)/ruff check .
@@ -47,10 +49,10 @@ check: $(STAMP)  ## ruff, mypy and the contract tests
 	$(PYTEST) tests/contract
 
 test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): 12 to 25 minutes on 2 cores
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" --ignore=tests/contract $(PYTEST_ARGS)
+	$(PARALLEL) -m "not slow" --ignore=tests/contract $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## the slow tests too
-	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PARALLEL) $(PYTEST_ARGS)
 
 # Each client wants packages that nothing else here needs, so each gets an environment of its own. torchvision must be of
 # torch's build: where torch is CPU-only, TORCH_INDEX must name the index that has both.
