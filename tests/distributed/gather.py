@@ -1,7 +1,9 @@
-"""Puts sharded tensors of all ranks together again under the names of a one-rank checkpoint."""
+"""Puts sharded tensors of all ranks together under the names of a one-rank checkpoint, and takes them apart."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +74,30 @@ def gather_counts(counts: dict[str, int]) -> dict[str, int]:
     return dict(zip(counts, total.tolist(), strict=True))
 
 
+@torch.no_grad()
+def scatter(model: ModelChunks, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy each rank's shares of whole weights, under the names of a checkpoint, into its modules."""
+    state: Any = {str(i): chunk.module.sharded_state_dict(prefix="model.") for i, chunk in enumerate(model.chunks)}
+    state, _ = extract_sharded_tensors_and_factories(state)
+    # Their pieces are views.
+    apply_factories(state)
+    for item in nested_values(state):
+        shape = tuple(item.data.shape if item.prepend_axis_num else item.local_shape)
+        places = [slice(start, start + size) for start, size in zip(item.global_offset[-len(shape) :], shape)]
+        whole = weights[item.key]
+        for position in item.global_offset[: len(item.global_offset) - len(shape)]:
+            whole = whole[position]
+        item.data.copy_(whole[tuple(places)])
+    if model.encoders is not None:
+        model.encoders.copy_weights()
+
+
+def _unpacked(shapes: list[Any], flat: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    parts = flat.split([math.prod(local) for *_, local in shapes])
+    for (key, shape, offset, local), part in zip(shapes, parts, strict=True):
+        yield key, shape, offset, part.view(local)
+
+
 def gather(model: ModelChunks, *, what: str, replicas_agree: bool = True) -> dict[str, torch.Tensor] | None:
     """Global tensors on rank 0, None elsewhere.
 
@@ -91,22 +117,19 @@ def gather(model: ModelChunks, *, what: str, replicas_agree: bool = True) -> dic
         wide = torch.promote_types(item.data.dtype, torch.float32)
         item.data = item.data.detach().to("cpu", wide, copy=True)
     apply_factories(state)
-    pieces = [
-        (
-            s.key,
-            tuple(s.global_shape),
-            tuple(s.global_offset),
-            s.data.view(s.local_shape if not s.prepend_axis_num else s.data.shape),
-        )
-        for s in nested_values(state)
-        if isinstance(s, ShardedTensor)
-    ]
+    found = [item for item in nested_values(state) if isinstance(item, ShardedTensor)]
+    shapes = []
+    for item in found:
+        local = tuple(item.data.shape if item.prepend_axis_num else item.local_shape)
+        shapes.append((item.key, tuple(item.global_shape), tuple(item.global_offset), local))
+    # One tensor: pickling hundreds takes as long as a step.
+    pieces = shapes, torch.cat([s.data.flatten() for s in found])
     box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(pieces, box, dst=0)
     if box is None:
         return None
     whole: dict[str, torch.Tensor] = {}
-    for key, shape, offset, data in (piece for rank in box for piece in rank):
+    for key, shape, offset, data in (piece for rank in box for piece in _unpacked(*rank)):
         target = whole.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
         lead = target
         for position in offset[: len(shape) - data.dim()]:

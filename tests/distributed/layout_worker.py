@@ -7,6 +7,7 @@ megatron-core costs more than the cases do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 
+from launch.bench.engines.random_models import random_weights
 from megavl.checkpoint.store import CheckpointStore
+from megavl.checkpoint.stored_keys import is_stacked, stored_key
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.data.batch import Batch
@@ -34,7 +37,7 @@ from megavl.train.state import restore_state, save_state
 from megavl.train.step import StepResult, train_step
 from tests.distributed.faults import fault
 from tests.distributed.float64 import fp32_is_fp64, keep_float64
-from tests.distributed.gather import complete_gradients, gather, gather_counts, vision_state
+from tests.distributed.gather import complete_gradients, gather, gather_counts, scatter, vision_state
 from tests.distributed.synthetic import SyntheticSteps
 from tests.tiny_run import free_port
 
@@ -50,7 +53,7 @@ IMAGE_COUNTS = (2, 0, 1, 2)
 def run_case(case: dict[str, Any], *, out: Path) -> None:
     """Losses, norms and gathered gradients of one layout, saved by its rank 0.
 
-    `case["sizes"]` is laid over the tiny preset, whose weights under those sizes are `case["checkpoint"]`.
+    `case["sizes"]` is laid over the tiny preset.
 
     A multimodal, a text and a multimodal step are run, or with `case["one step"]` only the first. It may start from
     weights moved by the seed `case["moved"]`, or run under a `case["fault"]`. Then, where `case["saves"]`, the state is
@@ -61,9 +64,7 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
     position = groups.start(parallel, seed=1)
     config = load_model_config("tiny-hybrid", **case["sizes"])
     model, optimizer = _build(case, parallel=parallel)
-    checkpoint = Path(case["checkpoint"])
-    store = CheckpointStore(checkpoint.parent)
-    model.load_weights(lambda state: store.load(checkpoint, state, strict=False, convert_dtype=True))
+    scatter(model, _start_weights(json.dumps(case["sizes"])))
     if "moved" in case:
         _move_weights(model, seed=case["moved"])
     optimizer.reload_model_params()
@@ -125,6 +126,15 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
     if position.rank == 0 and case["resume"]:
         # No other case resumes it.
         shutil.rmtree(out / f"state of {case['resume']}")
+
+
+@functools.cache
+def _start_weights(sizes: str) -> dict[str, torch.Tensor]:
+    """Whole random weights under the names of a checkpoint."""
+    layers: dict[str, list[torch.Tensor]] = {}
+    for name, weight in random_weights(load_model_config("tiny-hybrid", **json.loads(sizes))):
+        layers.setdefault(stored_key(name).key, []).append(weight)
+    return {key: torch.stack(found) if is_stacked(key) else found[0] for key, found in layers.items()}
 
 
 def _parallel(case: dict[str, Any]) -> ParallelConfig:
