@@ -1,9 +1,9 @@
 """Python processes that begin with torch, megatron-core and MegaVL imported, which takes 5 s of a core in each other.
 
-`python()` is an executable that takes the arguments of `python`. It asks a server, started at the first call, to fork a
-process that runs the same module, script or code as `__main__`, with the caller's arguments, environment, folder and
-standard streams. Exit status and signals pass through. Where the process needs another state at its start than the
-server has (see `STATE`, and the options that `fork_client` knows), a usual Python starts instead.
+`python()` is an executable that takes the arguments of `python`. It asks a server, started at the first call, to fork.
+The child runs the module, script or code as `__main__`, with the caller's arguments, environment, folder and standard
+streams. Exit status and signals pass through. A usual Python starts instead where an option is not known to
+`fork_client`, or a variable of `STATE` differs from the server's.
 
 A test that looks at the processes themselves, or suspends one, needs `sys.executable`: the caller sees the client, and
 its child belongs to the server.

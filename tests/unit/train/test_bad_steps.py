@@ -21,7 +21,7 @@ from tests.distributed.gather import own_state
 from tests.distributed.synthetic import SyntheticSteps
 
 PARALLEL = ParallelConfig()
-CONFIG = load_model_config("tiny-siglip")
+CONFIG = load_model_config("tiny-siglip", llm={"hidden_size": 64, "ffn_hidden_size": 96, "vocab_size": 256})
 
 
 @pytest.fixture(scope="module", autouse=True)
