@@ -40,7 +40,7 @@ class Declared:
 
     def names_in(self, vocabulary: Container[str]) -> set[str]:
         """All names of a vocabulary that never come out of text."""
-        usual = {IMAGE_TOKEN}
+        usual = {IMAGE_TOKEN, *self.roles.values()}
         for role, names in USUAL_NAMES.items():
             if role not in self.roles:
                 usual.update([name for name in names if name in vocabulary][:1])
