@@ -20,6 +20,8 @@ _DECLARATIONS = ("special_tokens_map.json", "tokenizer_config.json")
 _USUAL = frozenset({IMAGE_TOKEN, *(name for names in USUAL_NAMES.values() for name in names)})
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 """Types of SentencePiece symbols."""
+_MODEL_ROLES = {46: ("bos_token", "<s>"), 47: ("eos_token", "</s>"), 48: ("pad_token", "<pad>")}
+"""Fields of a SentencePiece TrainerSpec that name special tokens, and their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Declared:
 
     def names_in(self, vocabulary: Container[str]) -> set[str]:
         """All names of a vocabulary that never come out of text."""
-        usual = {IMAGE_TOKEN}
+        usual = {IMAGE_TOKEN, *self.roles.values()}
         for role, names in USUAL_NAMES.items():
             if role not in self.roles:
                 usual.update([name for name in names if name in vocabulary][:1])
@@ -132,6 +134,20 @@ def separate_model(raw: bytes, *, controls: Iterable[str]) -> bytes:
                 continue
         out += raw[field:end]
     return bytes(out)
+
+
+def roles_of_model(raw: bytes) -> dict[str, str]:
+    """Names of special tokens by the keys of USUAL_NAMES, as a SentencePiece model states them.
+
+    The library gives no id for a user-defined symbol in such a role.
+    """
+    roles = dict(_MODEL_ROLES.values())
+    for number, _, start, end in _fields(raw):
+        # A ModelProto holds its TrainerSpec as field 2.
+        for inner, _, first, last in _fields(raw[start:end]) if number == 2 else ():
+            if inner in _MODEL_ROLES:
+                roles[_MODEL_ROLES[inner][0]] = raw[start:end][first:last].decode("utf-8")
+    return roles
 
 
 def _parsed(file: Path) -> dict[str, Any]:

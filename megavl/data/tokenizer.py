@@ -22,7 +22,7 @@ import tokenizers
 
 from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import DataError, UsageError
-from megavl.data.control_tokens import Declared, declared_beside, separate_json, separate_model
+from megavl.data.control_tokens import Declared, declared_beside, roles_of_model, separate_json, separate_model
 from megavl.data.manifest import TokenizerEntry
 from megavl.data.text_parts import AHEAD, LONG, divides_words, inner_ends, require_short, safe_borders
 from megavl.data.text_parts import parts as text_parts
@@ -248,12 +248,11 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=raw)
             pieces = {model.id_to_piece(token): token for token in range(model.vocab_size())}
-            own = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "pad_token": model.pad_id()}
-            roles = {role: model.id_to_piece(token) for role, token in own.items() if token >= 0}
+            roles = {role: name for role, name in roles_of_model(raw).items() if name in pieces}
             declared = replace(declared, roles=roles | declared.roles)
             known = declared.names_in(pieces)
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=separate_model(raw, controls=known))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, LookupError, ValueError) as error:
             raise DataError(f"{path}: not a SentencePiece model; give a .model file or a tokenizer.json") from error
         self.vocab_size = len(pieces)
         controls = {name for name, token in pieces.items() if self._inner.is_control(token)}

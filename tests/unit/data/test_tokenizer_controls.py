@@ -146,6 +146,7 @@ def _sentencepiece(path: Path, **settings: Any) -> Path:
         {"user_defined_symbols": [EOS, PAD, IMAGE, OWN], "eos_id": -1},
         {"user_defined_symbols": [EOS, IMAGE], "eos_id": -1, "bos_id": -1, "pad_id": 1},
         {"eos_id": 5, "pad_id": 6, "eos_piece": "<over>", "user_defined_symbols": [EOS, IMAGE]},
+        {"eos_piece": "<over>", "user_defined_symbols": ["<over>", IMAGE]},
     ],
 )
 def test_spelled_sentencepiece_symbols_stay_text(model_type: str, settings: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,14 @@ from PIL import Image
 from data_tools import view
 from data_tools.viewer.packed_view import PackReader, visible
 from megavl.data.tokenizer import open_tokenizer
-from tests.unit.data.corpus_files import IMAGE_TOKENS, make_images, make_tokenizer, run_preprocess, write_jsonl
+from tests.unit.data.corpus_files import (
+    IMAGE_TOKENS,
+    make_images,
+    make_sentencepiece,
+    make_tokenizer,
+    run_preprocess,
+    write_jsonl,
+)
 
 HOSTILE = (
     "</span></title><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> "
@@ -171,3 +178,13 @@ def test_browser_shows_the_page(page: Path, browser: str, tmp_path: Path) -> Non
     assert len(np.unique(colours, axis=0)) > 30
     # The bar of the first sequence, in the colour of its first segment.
     assert (colours == (0x3B, 0x78, 0xD8)).all(axis=1).sum() > 1000
+
+
+def test_an_end_token_that_also_pads_is_shown_as_end(tmp_path: Path) -> None:
+    tokenizer = make_sentencepiece(tmp_path / "tokenizer.model")
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "a red thing"}])
+    assert run_preprocess([text], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    reader = PackReader(tmp_path / "out", tokenizer=open_tokenizer(tokenizer))
+    assert open_tokenizer(tokenizer).pad_id == open_tokenizer(tokenizer).eos_id
+    (segment,) = reader.view(0).segments
+    assert [piece.text for piece in segment.pieces if piece.special] == ["BOS", "EOS"]
