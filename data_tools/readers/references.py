@@ -78,8 +78,10 @@ _IDENTITY_KEY = re.compile(r"(?:.*_)?(?:id|ids|key|hash|sha256|md5|license|licen
 _ORIGIN_KEY = re.compile(r"(?:.*_)?(?:urls?|uri|links?|href|sources?|origin|original|provenance|website|page)")
 """Keys under which an address says where an image came from."""
 _ADDRESS_KEYS = ("image_url", "image_urls", "img_url", "image_link", "original_image_url")
-_NAME_KEYS = ("file_name", "file_names", "filename", "filenames", "file", "path", "paths", "name", "names")
-_NAME_KEYS += ("image_path", "image_paths", "image_name", "image_names", "image_file", "img_path")
+_NAME_KEYS = (
+    *("file_name", "file_names", "filename", "filenames", "file", "path", "paths", "name", "names"),
+    *("image_path", "image_paths", "image_name", "image_names", "image_file", "img_path"),
+)
 """Keys that name an embedded image once more."""
 _ABSENT_KEY = re.compile(r"(?:image|img|picture|photo|video|audio|clip)_?(?:id|name|idx|key|file|path)")
 _PART_KINDS: Mapping[str, Kind] = {

@@ -81,7 +81,7 @@ def _is_neutral_mask(name: str, value: Any) -> bool:
 
 
 def refuse_foreign_tags(text: str, *, key: str, spoken: bool = True) -> None:
-    """Raise RecordError `unsupported_media` at a tag with which other frameworks place a medium or a region.
+    """Raise RecordError `unsupported_media` at a tag of another framework for a medium or a region.
 
     Args:
         text: what is looked at.

@@ -96,7 +96,7 @@ def test_mmc4_documents_give_exact_samples(root: Path, tokenizer: Path, capsys: 
 
 
 def test_documents_as_they_are_published(root: Path, tokenizer: Path) -> None:
-    """Places that are null on both sides, and numbers that were written as floats."""
+    """Indices that are null on both sides, and numbers that were written as floats."""
     both_null = {"images": [f"{SITE}/0", None, None], "texts": [None, None, "One."], "metadata": "[{}]"}
     expect = Expected(tokenizer).document
     assert read_back(_run(root, tokenizer, [both_null], name="o")) == [expect(picture(0), "One.", position=1)]
