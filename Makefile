@@ -35,6 +35,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH)
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[corpus,screens,slurm,hf,board,test,dev]'
 	touch $@
+	@echo "installed; next: source .venv/bin/activate, or make demo"
 
 demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: at most 10 minutes on 2 cores
 	$(BIN)/python launch/demo.py

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -137,7 +138,7 @@ def _training_command(out: Path, stage: str, *, init: Path | None) -> list[str]:
 
 def _run_and_kill(command: list[str], *, run: Path) -> None:
     """Start training and kill every process of it with SIGKILL a few steps after its first save."""
-    print(f"$ {' '.join(command)}   # killed with -9 after the first save", flush=True)
+    print(f"$ {shlex.join(command)}   # killed with -9 after the first save", flush=True)
     process = subprocess.Popen(command, start_new_session=True, env=_environment())
     saved = None
     try:
@@ -230,6 +231,7 @@ def _print_table(summary: dict[str, Any], *, path: Path) -> None:
         f"questions   {accuracy['n']} on held-out images: {accuracy['image']:.1%} right, with another image "
         f"{accuracy['blind']:.1%}, chance {accuracy['chance']:.1%}",
         f"time        {summary['seconds']:.0f} s; {path}",
+        f"next        source .venv/bin/activate && megavl chat {summary['hf_native']} --system ''",
     ]
     print("\n" + "\n".join(lines), flush=True)
 
@@ -268,7 +270,7 @@ def _environment() -> dict[str, str]:
 
 
 def _run(command: Sequence[str]) -> None:
-    print(f"$ {' '.join(command)}", flush=True)
+    print(f"$ {shlex.join(command)}", flush=True)
     code = subprocess.run(command, check=False, env=_environment()).returncode
     if code:
         raise DemoFailed(f"the command above ended with code {code}")

@@ -109,7 +109,7 @@ def build_report(
     summaries: Sequence[TaskSummary],
     *,
     packs: PackTable,
-    examples: dict[str, list[str]],
+    examples: dict[str, list[dict[str, str]]],
 ) -> dict[str, Any]:
     """Content of `report.json`, which follows from the job alone."""
     _, lengths, images_of, samples = packs.kinds.T
@@ -156,7 +156,12 @@ def build_report(
             seq_length=job.seq_length,
         ),
         "rejected": {
-            reason: {"count": count, "examples": examples.get(reason, [])} for reason, count in sorted(rejected.items())
+            reason: {
+                "count": count,
+                "examples": [reject["record"] for reject in examples.get(reason, [])],
+                "detail": next((reject["detail"] for reject in examples.get(reason, [])), ""),
+            }
+            for reason, count in sorted(rejected.items())
         },
     }
 
@@ -166,9 +171,11 @@ def check_rejected(report: dict[str, Any], *, max_bad_frac: float, where: str) -
     bad = sum(entry["count"] for entry in report["rejected"].values())
     reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
     if bad > max_bad_frac * report["records"]:
+        most = max(report["rejected"].values(), key=lambda entry: entry["count"])
+        first = f" The first of the most frequent: {most['detail']}" if most["detail"] else ""
         raise DataError(
             f"{where}: {bad} of {report['records']} records rejected ({reasons}), above --max-bad-frac "
-            f"{max_bad_frac:g}; correct the input or raise the limit"
+            f"{max_bad_frac:g}; correct the input or raise the limit.{first}"
         )
     for item in report["inputs"]:
         if item["images_without_file"] and not item["images"]:
@@ -215,9 +222,9 @@ def _counted_samples(summaries: Sequence[TaskSummary]) -> Iterator[Block]:
         yield Block(shard=number, first=0, lengths=lengths, images=images)
 
 
-def _merge_rejects(output: Output, tasks: Sequence[Task], directory: Path) -> dict[str, list[str]]:
+def _merge_rejects(output: Output, tasks: Sequence[Task], directory: Path) -> dict[str, list[dict[str, str]]]:
     """Write `rejects.jsonl`; returns the first examples per reason."""
-    examples: dict[str, list[str]] = {}
+    examples: dict[str, list[dict[str, str]]] = {}
     with NewFile(directory / "rejects.jsonl") as merged:
         for task in tasks:
             with open(output.rejects_path(task.number), "rb") as stream:
@@ -226,6 +233,6 @@ def _merge_rejects(output: Output, tasks: Sequence[Task], directory: Path) -> di
                     reject = json.loads(line)
                     known = examples.setdefault(reject["reason"], [])
                     if len(known) < _EXAMPLES:
-                        known.append(reject["record"])
+                        known.append(reject)
         merged.commit()
     return examples

@@ -11,6 +11,8 @@ from megavl.config.errors import UsageError
 _KINDS = (".jsonl", ".ndjson", ".json", ".tar", ".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 """Also what no reader takes: an error is better than a file that is left out in silence."""
+_PARTS = ("train", "test", "validation", "val", "dev")
+"""How files of the parts of a data set on the Hugging Face Hub begin."""
 _DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 """What the library `datasets` writes beside its data; img2dataset writes `00000_stats.json`."""
 
@@ -30,6 +32,7 @@ def input_files(sources: Sequence[str]) -> list[str]:
     for source in sources:
         if os.path.isdir(source):
             found = sorted(_below(source))
+            _refuse_mixed_parts(source, found)
             missing = f"no file below it ends in {', '.join(_KINDS)}, or in one of these and .gz or .zst"
         elif glob.has_magic(source) and not os.path.lexists(source):
             found = list(_matching(source))
@@ -45,6 +48,17 @@ def input_files(sources: Sequence[str]) -> list[str]:
         files.update(dict.fromkeys(new))
         named += new
     return named
+
+
+def _refuse_mixed_parts(folder: str, files: Sequence[str]) -> None:
+    """Raise UsageError where a folder holds the training and the test part of a data set."""
+    parts = {name: file for file in files if (name := os.path.basename(file).partition("-")[0]) in _PARTS}
+    if len(parts) > 1:
+        patterns = [os.path.join(os.path.dirname(file), f"{name}-*") for name, file in sorted(parts.items())]
+        raise UsageError(
+            f"--input {folder}: holds {' and '.join(sorted(parts))} files, which are different parts of a data set; "
+            f"name those to train on, such as '{patterns[-1]}'"
+        )
 
 
 def _describes_tar(file: str) -> bool:

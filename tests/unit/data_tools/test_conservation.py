@@ -121,6 +121,8 @@ def test_members_and_rows_are_accounted_for(root: Path, tokenizer: Path) -> None
             "image": pa.array([struct, None, struct], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
             "text": ["red", "text alone", "blue"],
             "thumbnail": [None, None, struct["bytes"]],
+            # Python has no times of this precision.
+            "fetched": pa.array([1, 2, 3], pa.timestamp("ns")),
             "clip": [None, None, clip],
         }
     )
@@ -131,6 +133,7 @@ def test_members_and_rows_are_accounted_for(root: Path, tokenizer: Path) -> None
     balance = json.loads((out / "report.json").read_text())["balance"]
     rejected = {"tag_count": 2, "tar_names": 1, "unsupported_media": 1, "unused_image": 2}
     assert balance["images"] == {"found": 10, "stored": 4, "rejected": rejected, "left_out": {}}
+    assert balance["videos"] == {"found": 1, "stored": 0, "rejected": {"unsupported_media": 1}, "left_out": {}}
     files = [image for sample in read_back(out) for image in sample.images]
     # Members that differ by a number are in the order of the number.
     assert files == [picture(0), picture(9), picture(10), picture(5)]

@@ -105,6 +105,18 @@ def test_documents_as_they_are_published(root: Path, tokenizer: Path) -> None:
     assert read_back(_run(root, tokenizer, [mmc4], name="m")) == [expect("One.", picture(1), " Two.", position=1)]
 
 
+def test_obelics_with_local_images_needs_no_map(root: Path, tokenizer: Path) -> None:
+    path = write_jsonl(
+        root / "in.jsonl", [_obelics("One."), {"images": ["images/1.png", None], "texts": [None, "Two."]}]
+    )
+    assert run_preprocess([path], tokenizer=tokenizer, output=root / "out") == 0
+    expect = Expected(tokenizer).document
+    assert {s.position: s for s in read_back(root / "out")} == {
+        1: expect("One.", position=1),
+        2: expect(picture(1), "Two.", position=2),
+    }
+
+
 def test_long_documents_are_divided_between_images(root: Path, tokenizer: Path) -> None:
     names = [f"images/{number % 4}.png" for number in range(7)]
     sentences = [f"{'red ' * (30 * (0 < number < 6))}end." for number in range(7)]

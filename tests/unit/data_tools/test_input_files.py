@@ -66,6 +66,22 @@ def test_folders_and_patterns_are_sorted_files(tmp_path: Path, monkeypatch: pyte
             input_files([source if source != ".cache" else "empty"])
 
 
+def test_descriptions_and_empty_shards_are_no_input(tmp_path: Path) -> None:
+    """As img2dataset and writers of shards leave them."""
+    for name in ("00000.tar", "00000.parquet", "00000_stats.json", "part-0.jsonl"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "part-1.jsonl").touch()
+    assert [Path(file).name for file in input_files([str(tmp_path)])] == ["00000.tar", "part-0.jsonl"]
+
+
+def test_parts_of_a_data_set_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"holds test and train files.*name those to train on, such as '.*/train-\*'"):
+        input_files([str(tmp_path)])
+    assert len(input_files([str(tmp_path / "train-*")])) == 1
+
+
 def test_a_folder_of_all_kinds_is_one_dataset(tokenizer: Path, tmp_path: Path) -> None:
     folder, table = tmp_path / "in", pa.table({"text": TEXTS})
     (folder / "saved").mkdir(parents=True)
