@@ -45,7 +45,7 @@ S, K, IMAGE_TOKENS = 4096, 5, 576
 
 def text(scratch: Path, *, repeats: int) -> dict[str, Any]:
     """Tokenise, pack and write, against `encode_batch` alone."""
-    texts = _documents(scratch, copies=1)
+    texts = documents(scratch, copies=1)
     tokenizer = open_tokenizer(scratch / "tokenizer")
 
     def bare() -> int:
@@ -65,17 +65,8 @@ def text(scratch: Path, *, repeats: int) -> dict[str, Any]:
 
 def images(scratch: Path, *, repeats: int) -> dict[str, Any]:
     """Images that pass through with scaled verification, against Pillow's draft decoding of the same files."""
-    _documents(scratch, copies=1)
-    folder = scratch / "images"
-    folder.mkdir(exist_ok=True)
-    files = [photo(number) for number in range(IMAGES)]
-    records = []
-    for number, data in enumerate(files):
-        (folder / f"{number}.jpg").write_bytes(data)
-        records.append(
-            {"image": f"images/{number}.jpg", "text": f"Coloured areas with grain over them, number {number}."}
-        )
-    _write(scratch / "captions.jsonl", records)
+    documents(scratch, copies=1)
+    files = photos(scratch)
 
     def bare() -> None:
         for data in files:
@@ -133,7 +124,7 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
     Two workers are less than twice as fast where the cores share caches, or while other programs use the second core.
     CPU time tells what they cost. The bare processes share nothing, so they show the most that the machine allows.
     """
-    _documents(scratch, copies=COPIES)
+    documents(scratch, copies=COPIES)
     wall: dict[int, list[float]] = {1: [], 2: []}
     cpu: dict[int, list[float]] = {1: [], 2: []}
     bare: dict[int, list[float]] = {1: [], 2: []}
@@ -181,7 +172,7 @@ def memory(scratch: Path, *, repeats: int) -> dict[str, Any]:
     """Peak resident memory of the command with one worker, on an input and on ten times as much."""
     found = {}
     for copies in (1, 10):
-        _documents(scratch, copies=copies)
+        documents(scratch, copies=copies)
         found[copies] = _command(scratch, "text.jsonl", workers=1)
     return {
         "mib_1": found[1],
@@ -215,6 +206,11 @@ def _arguments(scratch: Path, name: str, *, workers: int) -> list[str]:
     ]
 
 
+def command_line(scratch: Path, name: str, *, workers: int) -> list[str]:
+    """Command that preprocesses an input of the scratch folder."""
+    return [sys.executable, "data_tools/preprocess.py", *_arguments(scratch, name, workers=workers)]
+
+
 def _run(scratch: Path, name: str, *more: str) -> Callable[[], object]:
     """Preprocess in this process; only the first call imports modules and opens the tokenizer."""
 
@@ -241,7 +237,22 @@ def _command(scratch: Path, name: str, *, workers: int) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def _documents(scratch: Path, *, copies: int) -> list[str]:
+def photos(scratch: Path) -> list[bytes]:
+    """Image files under `images`, with their captions in `captions.jsonl`."""
+    folder = scratch / "images"
+    folder.mkdir(exist_ok=True)
+    files = [photo(number) for number in range(IMAGES)]
+    records = []
+    for number, data in enumerate(files):
+        (folder / f"{number}.jpg").write_bytes(data)
+        records.append(
+            {"image": f"images/{number}.jpg", "text": f"Coloured areas with grain over them, number {number}."}
+        )
+    _write(scratch / "captions.jsonl", records)
+    return files
+
+
+def documents(scratch: Path, *, copies: int) -> list[str]:
     """Documents of the machine's own text in the lengths of web pages, and a tokenizer trained on them."""
     source = scratch / "source"
     if not source.is_dir():

@@ -62,7 +62,7 @@ def test_records_name_the_phrases_in_the_image(corpus):
             assert all(0 <= x <= image.width and 0 <= y <= image.height for x, y in box["quad"])
         picture, text = FORMATS["caption"].read(record).parts
         assert picture.name == record["image"] and text == record["text"]
-    assert len({record["background"] for record in both["train"]}) >= 4
+    assert len({record["background_id"] for record in both["train"]}) >= 4
 
 
 def test_same_bytes_with_any_number_of_workers(corpus, tmp_path):
@@ -164,8 +164,8 @@ def test_backgrounds_come_from_the_given_folder(tmp_path, capsys):
     record = records(tmp_path / "out", "train")[0]
     red, green, _ = Image.open(tmp_path / "out" / record["image"]).resize((1, 1)).getpixel((0, 0))
     (heldout,) = records(tmp_path / "out", "heldout")
-    assert {record["background"], heldout["background"]} == {"large.png", "small.png"} and red > green
-    assert len({record["background"] for record in records(tmp_path / "out", "train")}) == 1
+    assert {record["background_id"], heldout["background_id"]} == {"large.png", "small.png"} and red > green
+    assert len({record["background_id"] for record in records(tmp_path / "out", "train")}) == 1
     (tmp_path / "photos/broken.png").write_bytes(b"no image")
     (tmp_path / "photos/large.png").unlink()
     (tmp_path / "photos/small.png").unlink()

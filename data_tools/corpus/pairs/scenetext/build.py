@@ -137,7 +137,7 @@ def draw_scene(
         return result
     buffer = io.BytesIO()
     degrade(rng, image).save(buffer, "JPEG", quality=rng.randint(*JPEG_QUALITY))
-    extra = {"background": background, "boxes": [{"text": one.text, "quad": one.quad} for one in drawn]}
+    extra = {"background_id": background, "boxes": [{"text": one.text, "quad": one.quad} for one in drawn]}
     text = "\n".join(one.text for one in drawn)
     result.pairs.append(Pair(source=f"scene {number}", image=buffer.getvalue(), text=text, script=script, extra=extra))
     return result

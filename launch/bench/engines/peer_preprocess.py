@@ -1,0 +1,134 @@
+"""Whole preprocessing commands beside those of other projects; `launch/bench/preprocess_peers.py` writes the report.
+
+    python -m launch.bench.engines.peer_preprocess {text,images} --scratch DIR [--megatron DIR] [--repeats N]
+
+Prints one JSON object. The programs run in turn, each in processes of its own, start-up included; the best wall time
+counts. `text` needs a checkout of Megatron-LM, and the packages that its arguments import; `images` needs webdataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.bench.engines.measure_preprocess import COPIES, command_line, documents, photos
+from launch.bench.programs import ROOT
+
+WORKERS = (1, 2)
+WEBDATASET = """
+import io, json, sys
+import webdataset
+from PIL import Image
+with webdataset.ShardWriter(sys.argv[2] + "/%05d.tar", verbose=0) as writer:
+    for number, line in enumerate(open(sys.argv[1], encoding="utf-8")):
+        record = json.loads(line)
+        data = open(sys.argv[3] + "/" + record["image"], "rb").read()
+        image = Image.open(io.BytesIO(data))
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.load()
+        writer.write({"__key__": f"{number:08d}", "jpg": data, "txt": record["text"]})
+"""
+"""What people write: each image checked by a scaled decode, as ours, and stored with its caption."""
+
+
+def text(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
+    """Text to `.bin` and `.idx`: Megatron-LM's `tools/preprocess_data.py`, and ours with samples, packs and hashes."""
+    texts = documents(scratch, copies=COPIES)
+    peer = [
+        *(sys.executable, "-W", "ignore", "tools/preprocess_data.py", "--input", str(scratch / "text.jsonl")),
+        *("--output-prefix", str(scratch / "megatron"), "--append-eod"),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(scratch / "tokenizer")),
+    ]
+    found: dict[str, Any] = {
+        "documents": len(texts) * COPIES,
+        "input_bytes": (scratch / "text.jsonl").stat().st_size,
+        "megatron": _version(megatron),
+    }
+    for count in WORKERS:
+        sides = {"ours": [], "peer": []}
+        for _ in range(repeats):
+            sides["ours"].append(_timed(command_line(scratch, "text.jsonl", workers=count), folder=ROOT))
+            sides["peer"].append(_timed([*peer, "--workers", str(count)], folder=megatron))
+        found[str(count)] = {name: _best(runs) for name, runs in sides.items()}
+    return found
+
+
+def images(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
+    """Images with captions to shards: webdataset's ShardWriter with Pillow, and ours with verification and hashes."""
+    documents(scratch, copies=1)
+    photos(scratch)
+    folder = scratch / "tars"
+    folder.mkdir(exist_ok=True)
+    peer = [sys.executable, "-c", WEBDATASET, str(scratch / "captions.jsonl"), str(folder), str(scratch)]
+    sides: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    for _ in range(repeats):
+        sides["ours"].append(_timed(command_line(scratch, "captions.jsonl", workers=1), folder=ROOT))
+        sides["peer"].append(_timed(peer, folder=ROOT))
+    return {name: _best(runs) for name, runs in sides.items()}
+
+
+def _timed(command: Sequence[str], *, folder: Path) -> dict[str, float]:
+    """Wall seconds of a command, and the most memory (MiB) that its processes held together."""
+    environment: Mapping[str, str] = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    started, peak = time.perf_counter(), 0
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as run:
+        tree = psutil.Process(run.pid)
+        while run.poll() is None:
+            try:
+                held = sum(one.memory_info().rss for one in (tree, *tree.children(recursive=True)))
+            except psutil.NoSuchProcess:
+                held = 0
+            peak = max(peak, held)
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+        printed = run.stdout.read() if run.stdout else b""
+    if run.returncode:
+        raise SystemExit(f"error: {' '.join(command[:4])} ended with {run.returncode}\n{printed.decode()[-3000:]}")
+    return {"seconds": seconds, "mib": peak / 2**20}
+
+
+def _best(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {
+        "seconds": min(run["seconds"] for run in runs),
+        "mib": max(run["mib"] for run in runs),
+        "all": [round(run["seconds"], 2) for run in runs],
+    }
+
+
+def _version(megatron: Path) -> str:
+    content = (megatron / "megatron/core/package_info.py").read_text(encoding="utf-8")
+    numbers: dict[str, Any] = {}
+    for line in content.splitlines():
+        name, equals, value = line.partition(" = ")
+        if equals and name in ("MAJOR", "MINOR", "PATCH"):
+            numbers[name] = value.split("#")[0].strip()
+    return ".".join(numbers[name] for name in ("MAJOR", "MINOR", "PATCH"))
+
+
+def main() -> int:
+    """Run one comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=("text", "images"))
+    parser.add_argument("--scratch", type=Path, required=True, metavar="DIR", help="folder for inputs and outputs")
+    parser.add_argument("--megatron", type=Path, metavar="DIR", help="checkout of Megatron-LM")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    compare = {"text": text, "images": images}[options.comparison]
+    print(json.dumps(compare(options.scratch, repeats=options.repeats, megatron=options.megatron)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
