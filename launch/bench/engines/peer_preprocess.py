@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ from typing import Any
 
 import psutil
 
-from launch.bench.engines.measure_preprocess import COPIES, command_line, documents, photos
+from launch.bench.engines.measure_preprocess import command_line, documents, photos
 from launch.bench.programs import ROOT
 
 WORKERS = (1, 2)
+COPIES = 7
+"""How often the documents are repeated: 15 MB of text."""
 WEBDATASET = """
 import io, json, sys
 import webdataset
@@ -80,9 +83,11 @@ def _timed(command: Sequence[str], *, folder: Path) -> dict[str, float]:
     """Wall seconds of a command, and the most memory (MiB) that its processes held together."""
     environment: Mapping[str, str] = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     started, peak = time.perf_counter(), 0
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as run:
+    # A pipe that nobody reads would fill up and stop the program.
+    with (
+        tempfile.TemporaryFile() as printed,
+        subprocess.Popen(command, cwd=folder, env=environment, stdout=printed, stderr=subprocess.STDOUT) as run,
+    ):
         tree = psutil.Process(run.pid)
         while run.poll() is None:
             try:
@@ -92,9 +97,10 @@ def _timed(command: Sequence[str], *, folder: Path) -> dict[str, float]:
             peak = max(peak, held)
             time.sleep(0.05)
         seconds = time.perf_counter() - started
-        printed = run.stdout.read() if run.stdout else b""
-    if run.returncode:
-        raise SystemExit(f"error: {' '.join(command[:4])} ended with {run.returncode}\n{printed.decode()[-3000:]}")
+        printed.seek(0)
+        if run.returncode:
+            said = printed.read().decode(errors="replace")[-3000:]
+            raise SystemExit(f"error: {' '.join(command[:4])} ended with {run.returncode}\n{said}")
     return {"seconds": seconds, "mib": peak / 2**20}
 
 

@@ -156,7 +156,7 @@ def test_bad_members_leave_the_others_unchanged(tokenizer: Path, tmp_path: Path)
         ("json", [member("json.png", picture(2)), member("json.json", b'{"text": ')]),
         ("json", [member("deep.png", picture(2)), member("deep.json", b"[" * 990)]),
         ("record", [member("keys.png", picture(2)), _json("keys", {"note": "made by a download"})]),
-        ("unused_image", [member("both.png", picture(2)), _json("both", {**talk, "image": "../../secret.png"})]),
+        ("unused_image", [member("both.png", picture(2)), _json("both", {**talk, "images": ["both.png", "a"]})]),
         ("image_outside_root", [_json("path", {**talk, "image": "../../secret.png"})]),
         ("tag_count", [member("tags.png", picture(2)), _json("tags", {**talk, "conversations": [
             {"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "red"}]})]),

@@ -292,7 +292,12 @@ def test_image_paths_follow_the_output(tmp_path, capsys):
         {"id": 3, "conversations": [{"role": "User", "content": "x", "images": ["i/c.png"]}], "category": "safety"},
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "i/d"}]}], "category": "safety"},
         {"messages": [{"content": [{"type": "image_url", "image_url": {"url": "i/e.png"}}]}], "category": "safety"},
-        {"image": {"bytes": None, "path": "i/f.png"}, "text": "see i/f.png", "source": "x.png", "category": "safety"},
+        {
+            "image": {"bytes": None, "path": "i/f.png"},
+            "text": "see i/f.png",
+            "source": "http://x/y.png",
+            "category": "safety",
+        },
     ]
     source = write(tmp_path / "a/b/in.jsonl", records)
     options = ["tag", "--input", source, "--output", tmp_path / "a/out.jsonl"]
@@ -301,7 +306,7 @@ def test_image_paths_follow_the_output(tmp_path, capsys):
     assert others[0]["messages"][0]["content"][0]["image"] == "b/i/d"
     assert others[1]["messages"][0]["content"][0]["image_url"]["url"] == "b/i/e.png"
     assert others[2]["image"]["path"] == "b/i/f.png"
-    assert (others[2]["text"], others[2]["source"]) == ("see i/f.png", "x.png")
+    assert (others[2]["text"], others[2]["source"]) == ("see i/f.png", "http://x/y.png")
     assert one["image"] == "b/i/a.png" and two["images"] == ["b/i/a.png", "data:image/png;base64,AA", "/abs/b.png"]
     assert three["conversations"][0]["images"] == ["b/i/c.png"]
     options = ["tag", "--input", source, "--output", tmp_path / "c/out.jsonl"]
