@@ -86,11 +86,11 @@ def _results(
             bar.update(sum(progress) - bar.n)
             for future in ready:
                 yield future.result()
-    except BaseException:
+    finally:
+        # Every result is here, or none is wanted. A killed worker may have left the lock of the queue locked, where the
+        # others would wait without end, and the pool for them.
         for process in multiprocessing.active_children():
             process.terminate()
-        raise
-    finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
