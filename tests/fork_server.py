@@ -71,7 +71,7 @@ def _start(state: tuple[str | None, ...]) -> str:
 
 
 def _serve(listener: socket.socket) -> dict[str, Any]:
-    """Fork for every request; returns the request in the child."""
+    """Fork a process for each request. Returns the request in the child."""
     ready = selectors.DefaultSelector()
     ready.register(listener, selectors.EVENT_READ)
     ready.register(0, selectors.EVENT_READ)

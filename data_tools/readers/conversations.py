@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_tools.readers.record import (
-    SHORT_TAG,
+    TAG,
     Picture,
     Record,
     RecordError,
@@ -58,7 +58,6 @@ _ROLES: Mapping[str, Role] = {
 }
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.-]+)*;base64,[A-Za-z0-9+/]{64}")
-_TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def _tagged(text: str, *, role: Role, key: str) -> Iterator[str | _Tag]:
         yield text
         return
     position = 0
-    for match in _TAG.finditer(text):
+    for match in TAG.finditer(text):
         if match.start() > position:
             yield text[position : match.start()]
         yield _Tag(spelled=match[0])
@@ -300,7 +299,7 @@ def _place(
         return
     if not tags and images and not taken and (len(images) == 1 or untagged_many):
         first = next((message for message in messages if message.role == "user"), None)
-        drawn = any(m.role == "assistant" and _TAG.fullmatch("".join(map(str, m.parts)).strip()) for m in messages)
+        drawn = any(m.role == "assistant" and TAG.fullmatch("".join(map(str, m.parts)).strip()) for m in messages)
         if first is not None and not drawn:
             first.parts[:0] = images
             talk.untagged += len(images)
@@ -320,7 +319,7 @@ def _tags_to_text(message: _Message, *, where: str) -> None:
     message.parts = [part.spelled if isinstance(part, _Tag) else part for part in message.parts]
     text = "".join(part for part in message.parts if isinstance(part, str))
     if message.role != "assistant" and LONE_TAG.search(text):
-        raise RecordError(f"{where}{len(_TAG.findall(text))} image tags for 0 images", "tag_count")
+        raise RecordError(f"{where}{len(TAG.findall(text))} image tags for 0 images", "tag_count")
 
 
 def _add_system(record: Mapping[str, Any], talk: _Conversation) -> None:

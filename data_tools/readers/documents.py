@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.readers.record import (
     IMAGE_KEYS,
-    SHORT_TAG,
+    TAG,
     Picture,
     Record,
     RecordError,
@@ -20,16 +20,14 @@ from data_tools.readers.record import (
     string,
 )
 from data_tools.readers.refusals import LONE_TAG, REFUSED, REFUSED_BESIDE_TEXT, refuse_fields, refuse_foreign_tags
-from megavl.data.template import IMAGE_TAG
 
-_TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
 _TAGGED = 1000
 """Characters of a text in which the tag of a missing image is looked for."""
 _LEARNED = ("loss", "loss_mask", "train", "rejected", "chosen")
 """Keys of a document that change what is learned."""
 _TALK_KEYS = {"question", "chosen", "rejected", "conversations", "messages"}
-_FIRST_TAG = re.compile(rf"\s*(?:{_TAG.pattern})[ \t]*\n?")
-_LAST_TAG = re.compile(rf"\n[ \t]*(?:{_TAG.pattern})\s*")
+_FIRST_TAG = re.compile(rf"\s*(?:{TAG.pattern})[ \t]*\n?")
+_LAST_TAG = re.compile(rf"\n[ \t]*(?:{TAG.pattern})\s*")
 
 
 def read_text(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
@@ -69,16 +67,16 @@ def caption(text: str, *, images: tuple[Picture, ...]) -> Record:
     A single image comes before the text, or at a tag that begins or ends it on its own; any other tag is what the text
     says. Of several images each takes one tag.
     """
-    if not _TAG.sub("", text).strip():
+    if not TAG.sub("", text).strip():
         raise RecordError("text is empty", "empty_text")
     if len(images) == 1:
-        if (match := _FIRST_TAG.match(text)) and not _TAG.search(text, match.end()):
+        if (match := _FIRST_TAG.match(text)) and not TAG.search(text, match.end()):
             return Record(parts=(images[0], text[match.end() :]))
         last = list(_LAST_TAG.finditer(text))
-        if len(_TAG.findall(text)) == 1 and last and last[0].end() == len(text):
+        if len(TAG.findall(text)) == 1 and last and last[0].end() == len(text):
             return Record(parts=(text[: last[0].start()], images[0]))
         return Record(parts=(images[0], text))
-    words = _TAG.split(text)
+    words = TAG.split(text)
     if len(words) - 1 != len(images):
         raise RecordError(f"{len(words) - 1} image tags for {len(images)} images", "tag_count")
     parts: list[str | Picture] = [words[0]]

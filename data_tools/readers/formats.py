@@ -121,6 +121,7 @@ def count_media(raw: Any, *, columns: Mapping[str, str], ignore: Collection[str]
         turns = turn_list(content)
         counts["turns"] = len(turns[1]) if turns else 2 * (question_keys(content) is not None)
     except (RecordError, RecursionError):
+        # The record is rejected for what was raised; what was counted until then stands.
         pass
     return counts
 

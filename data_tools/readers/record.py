@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megavl.config.errors import DataError
-from megavl.data.template import Turn
+from megavl.data.template import IMAGE_TAG, Turn
 
 SHORT_TAG = "<image>"
 """Other spelling of IMAGE_TAG in input files."""
+TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
 IMAGE_KEYS = (
     *("image", "images", "image_path", "image_paths", "image_url", "image_urls", "image_file", "img"),
     *("file_name", "file_names", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),

@@ -1,4 +1,4 @@
-"""Control tokens spelled in text stay text, for every way in which a tokenizer declares them."""
+"""Control tokens that a text spells stay text, however the tokenizer declares them."""
 
 import io
 import json
