@@ -88,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="draw_schedule.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, YAML")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that override the recipe")
+    parser.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", default=[], help="values that override the recipe"
+    )
     parser.add_argument("--output", type=Path, required=True, help="SVG or PNG file")
     parser.add_argument("--steps", type=int, help="number of steps (default: the whole run)")
     parser.add_argument("--window", type=int, default=100, help="steps of the realised share (default: %(default)s)")

@@ -39,12 +39,19 @@ from megavl.data.image import MAX_ASPECT
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False, [], "") else action.help
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All options, with their defaults."""
     parser = argparse.ArgumentParser(
         prog="preprocess.py",
         description="Turn text, captions and conversations into a packed dataset for megavl train.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("input and output").add_argument

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,9 @@ from megavl.config.recipe import Recipe
 
 _RECIPE = TypeAdapter(Recipe)
 _MODEL = TypeAdapter(ModelConfig)
+_TYPED = "on the command line"
+_KEY = re.compile(r"[a-z_]+(?:\.\w+)+")
+"""A dotted path in a message."""
 
 
 def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -32,14 +36,17 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: names the file, the dotted path, the value and the remedy.
     """
     raw = read_raw(path, overrides=overrides)
-    if raw.get("parallel") == "auto":
-        raise UsageError(
-            f"{path}: parallel: auto leaves the choice open; `megavl plan {path} --devices N --device KIND` ranks what "
-            "is possible and prints the lines to put there"
-        )
-    if "model" in raw:
-        raw = {**raw, "model": _with_preset(raw["model"], source=str(path))}
-    recipe: Recipe = _validate(_RECIPE, raw, source=str(path))
+    try:
+        if raw.get("parallel") == "auto":
+            raise UsageError(
+                f"parallel: auto leaves the choice open; `megavl plan {path} --devices N --device KIND` ranks what is "
+                "possible and prints the lines to put there"
+            )
+        if "model" in raw:
+            raw = {**raw, "model": _with_preset(raw["model"])}
+        recipe: Recipe = _validate(_RECIPE, raw)
+    except UsageError as error:
+        raise UsageError(f"{_origin(str(error), raw, path=Path(path), overrides=overrides)}: {error}") from None
     return recipe
 
 
@@ -47,24 +54,31 @@ def read_raw(path: str | Path, *, overrides: Sequence[str] = ()) -> dict[str, An
     """Read a recipe file with its base and the overrides into a mapping, without checks.
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or an override changes no key or an entry that is not there.
     """
-    raw = _read_with_base(Path(path))
-    for override in overrides:
-        raw = _merge(raw, _parse_override(override))
+    own, *base = _read_files(Path(path)).values()
+    source = str(path)
+    try:
+        raw = _merge(base[0], own) if base else own
+        source = _TYPED
+        for override in overrides:
+            raw = _merge(raw, _parse_override(override))
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
     return raw
 
 
 def load_model_config(preset: str, **changes: Any) -> ModelConfig:
     """Model sizes of a preset; `changes` replace values and are nested as a recipe's `model:`."""
-    raw = _with_preset(_merge({"preset": preset}, changes), source="model")
-    config: ModelConfig = _validate(_MODEL, raw, source="model")
-    return config
+    return model_config_from_dict(_with_preset(_merge({"preset": preset}, changes)), source="model")
 
 
 def model_config_from_dict(raw: Mapping[str, Any], *, source: str) -> ModelConfig:
     """Model sizes from a complete mapping, as `to_dict` writes it into a checkpoint."""
-    config: ModelConfig = _validate(_MODEL, dict(raw), source=source)
+    try:
+        config: ModelConfig = _validate(_MODEL, dict(raw))
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
     return config
 
 
@@ -79,23 +93,30 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
 
-def _read_with_base(path: Path) -> dict[str, Any]:
+def _read_files(path: Path) -> dict[Path, dict[str, Any]]:
+    """The content of a recipe file, and then of its base."""
     raw = _read_yaml(path)
     base = raw.pop("base", None)
     if base is None:
-        return raw
+        return {path: raw}
     base_path = path.parent / str(base)
+    if not base_path.is_file():
+        raise UsageError(
+            f"{path}: base: {base!r} would be the file {base_path}, which is not there; give a path relative to the "
+            f"recipe's own folder, {path.parent}"
+        )
     parent = _read_yaml(base_path)
     if "base" in parent:
         raise UsageError(f"{base_path}: base: a base file may not have a base itself; name {path}'s root directly")
-    return _merge(parent, raw)
+    return {path: raw, base_path: parent}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the recipe ({error}); give the path of a YAML file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -148,26 +169,71 @@ def _merged(old: Any, value: Any, *, at: str) -> Any:
 def _merge_entries(under: Sequence[Any], over: Mapping[str, Any], *, at: str) -> list[Any]:
     """Merge changes into single entries of a list, addressed by their `name:` or number."""
     merged = list(under)
-    names = [str(entry["name"]) if isinstance(entry, Mapping) and "name" in entry else None for entry in under]
     for address, value in over.items():
-        number = names.index(address) if address in names else int(address) if str(address).isdecimal() else -1
-        if not 0 <= number < len(under):
-            known = ", ".join(name or str(number) for number, name in enumerate(names))
+        number = _number_of(under, address)
+        if number is None:
+            known = ", ".join(name or str(number) for number, name in enumerate(_names(under)))
             raise UsageError(f"{at}{address}: no such entry; there are {known or 'none'}")
         merged[number] = _merged(merged[number], value, at=f"{at}{address}.")
     return merged
 
 
-def _with_preset(model: Any, *, source: str) -> Any:
+def _names(entries: Sequence[Any]) -> list[str | None]:
+    return [str(entry["name"]) if isinstance(entry, Mapping) and "name" in entry else None for entry in entries]
+
+
+def _number_of(entries: Sequence[Any], address: Any) -> int | None:
+    """The number of the entry of this `name:` or number; None if there is none."""
+    names = _names(entries)
+    number = names.index(address) if address in names else int(address) if str(address).isdecimal() else -1
+    return number if 0 <= number < len(entries) else None
+
+
+def _origin(message: str, raw: Mapping[str, Any], *, path: Path, overrides: Sequence[str]) -> str:
+    """Where the value comes from that a message names first: an override, the recipe file, or its base."""
+    changed = {_find(text.partition("=")[0], raw)[0]: text for text in overrides}
+    blamed, _, rest = message.partition(":")
+    if _override_of(blamed, raw, changed=changed):
+        return _TYPED
+    files = _read_files(path)
+    source = next((file for file, content in files.items() if _find(blamed, content)[1]), path)
+    others = (_override_of(key, raw, changed=changed) for key in _KEY.findall(rest))
+    other = next((text for text in others if text), None)
+    return f"{source} with {other} {_TYPED}" if other else str(source)
+
+
+def _override_of(key: str, raw: Mapping[str, Any], *, changed: Mapping[tuple[str, ...], str]) -> str | None:
+    """The override that sets a key, its section, or a key below it."""
+    parts, _ = _find(key, raw)
+    # Later overrides win.
+    found = [text for own, text in changed.items() if own[: len(parts)] == parts or parts[: len(own)] == own]
+    return found[-1] if found else None
+
+
+def _find(key: str, raw: Any) -> tuple[tuple[str, ...], bool]:
+    """A dotted path as its parts, with numbers for the names of list entries, and whether `raw` has it."""
+    parts: list[str] = []
+    there = True
+    for part in key.split("."):
+        found: Any = part
+        if isinstance(raw, list) and (number := _number_of(raw, part)) is not None:
+            found, raw = number, dict(enumerate(raw))
+        there = there and isinstance(raw, Mapping) and found in raw
+        raw = raw[found] if there else None
+        parts.append(str(found))
+    return tuple(parts), there
+
+
+def _with_preset(model: Any) -> Any:
     if not isinstance(model, Mapping):
-        raise UsageError(f"{source}: model: expected a mapping with a preset, found {model!r}")
+        raise UsageError(f"model: expected a mapping with a preset, found {model!r}")
     preset = model.get("preset")
     if preset not in MODELS:
-        raise UsageError(f"{source}: model.preset: unknown preset {preset!r}; choose from {', '.join(MODELS)}")
+        raise UsageError(f"model.preset: unknown preset {preset!r}; choose from {', '.join(MODELS)}")
     return _merge(MODELS[preset], model)
 
 
-def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any], *, source: str) -> Any:
+def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any]) -> Any:
     # UsageError is a ValueError, which pydantic would wrap; its text is unwrapped again here.
     try:
         return adapter.validate_python(raw)
@@ -178,12 +244,12 @@ def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any], *, source: str)
         path = ".".join(str(part) for part in first["loc"])
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UsageError):
-            raise UsageError(f"{source}: {cause}") from None
+            raise UsageError(str(cause)) from None
         if first["type"] == "unexpected_keyword_argument":
-            raise UsageError(f"{source}: {path}: unknown key{_nearest(first['loc'], adapter)}") from None
+            raise UsageError(f"{path}: unknown key{_nearest(first['loc'], adapter)}") from None
         if first["type"].startswith("missing"):
-            raise UsageError(f"{source}: {path}: this key is required; add it") from None
-        raise UsageError(f"{source}: {path}: found {first['input']!r}; {first['msg']}") from None
+            raise UsageError(f"{path}: this key is required; add it") from None
+        raise UsageError(f"{path}: found {first['input']!r}; {first['msg']}") from None
 
 
 def _nearest(location: Sequence[int | str], adapter: TypeAdapter[Any]) -> str:
@@ -195,7 +261,7 @@ def _nearest(location: Sequence[int | str], adapter: TypeAdapter[Any]) -> str:
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
         if part not in kinds:
             break
-        cls = _dataclass_in(_resolve(cls, part)) or cls
+        cls = dataclass_in(_resolve(cls, part)) or cls
     names = [f.name for f in dataclasses.fields(cls)]
     match = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known keys: {', '.join(names)}"
@@ -205,7 +271,8 @@ def _resolve(cls: Any, name: str) -> Any:
     return cls.__pydantic_fields__[name].annotation
 
 
-def _dataclass_in(kind: Any) -> Any:
+def dataclass_in(kind: Any) -> Any:
+    """The dataclass in a field's type, such as `tuple[SourceConfig, ...]`; None if there is none."""
     if dataclasses.is_dataclass(kind):
         return kind
-    return next((found for arg in get_args(kind) if (found := _dataclass_in(arg))), None)
+    return next((found for arg in get_args(kind) if (found := dataclass_in(arg))), None)

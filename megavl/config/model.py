@@ -14,7 +14,7 @@ from megavl.config.adaptor import ADAPTORS, AdaptorKind, AdaptorLayer, AdaptorSi
 from megavl.config.errors import UsageError
 from megavl.config.presets import HYBRID_BACKGROUND, SIGLIP_BACKGROUND, ImageGeometry
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _require(condition: bool, path: str, message: str) -> None:
@@ -155,7 +155,7 @@ class ModelConfig:
     """A DeepSeek-VL model."""
 
     preset: str
-    """Row of `megavl.config.presets.MODELS` that gives the default of every other field."""
+    """1b, 7b, tiny-hybrid or tiny-siglip: the row of `megavl.config.presets.MODELS` with the other fields' defaults."""
     llm: DecoderConfig
     siglip: SiglipConfig
     sam: SamConfig | None = None

@@ -114,7 +114,9 @@ class ModalityWeights:
     """Weight of a source in text steps and in multimodal steps; with 0, nothing is drawn from it there."""
 
     text: Annotated[float, Field(ge=0)] = 0.0
+    """Relative to the other sources, in text steps."""
     multimodal: Annotated[float, Field(ge=0)] = 0.0
+    """Relative to the other sources, in multimodal steps."""
 
 
 def _in_both(weight: object) -> object:
@@ -298,7 +300,8 @@ class Recipe:
         if self.optimizer.warmup_steps > self.training.steps:
             raise UsageError(
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} exceeds training.steps "
-                f"{self.training.steps}; shorten the warm-up or train longer"
+                f"{self.training.steps}; set optimizer.warmup_steps to {self.training.steps} or less, or raise "
+                "training.steps"
             )
         if late := [step for step in self.run.timeline_steps if step > self.training.steps]:
             raise UsageError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from megavl.data.tokenizer import Tokenizer
 
 _AGAIN = "preprocess the data again with the recipe's settings, or correct the recipe"
 _AFRESH = "restore the file or start data_tools/preprocess.py again with --no-resume"
+Problem = tuple[str, str]
+"""What is wrong, and the remedy."""
 _MEMBERS = 32
 """Rows of a pack that are read at once; longer packs take more reads."""
 
@@ -257,78 +259,104 @@ def open_dataset(
         share: (part, parts) of the files to check here, to divide the work among ranks.
 
     Raises:
-        DataError: a file is missing or damaged, or tokenizer, vocabulary, sequence length or image geometry differ.
+        DataError: a file is missing or damaged; or tokenizer, vocabulary, sequence length or image geometry differ from
+            the run's, all of them in one message.
     """
     handles = ReadHandles()
-    _check_tokenizer(tokenizer, vocab_size=vocab_size, image_token_id=image_token_id)
-    _check_present(sources)
-    opened = []
-    for config in sources:
-        source = Source(config.path, handles=handles)
-        where = f"data.sources.{config.name}"
-        _check_fit(source, where=where, tokenizer=tokenizer, seq_length=seq_length, geometry=geometry)
-        for shard in source.shards:
-            if shard.manifest.max_token >= vocab_size:
-                raise DataError(
-                    f"{source.path / shard.manifest.name}.json: holds token id {shard.manifest.max_token}, outside "
-                    f"model.llm.vocab_size {vocab_size}; train a model with more rows or use its own tokenizer"
-                )
+    problems = [
+        *_tokenizer_problems(tokenizer, vocab_size=vocab_size, image_token_id=image_token_id),
+        *_missing(sources),
+    ]
+    opened = [Source(config.path, handles=handles) for config in sources if _is_finished(config)]
+    for source, config in zip(opened, filter(_is_finished, sources), strict=True):
+        problems += _misfits(
+            source,
+            where=f"data.sources.{config.name}",
+            tokenizer=tokenizer,
+            seq_length=seq_length,
+            geometry=geometry,
+            vocab_size=vocab_size,
+        )
+    if problems:
+        # Every remedy once, after all that is wrong.
+        raise DataError(
+            "; ".join(dict.fromkeys([*(what for what, _ in problems), *(remedy for _, remedy in problems)]))
+        )
+    for source in opened:
         source.check(share=share, skip_hash=skip_hash)
-        opened.append(source)
     weights = [config.weight for config in sources]
     return Dataset(opened, weights=weights, pad_id=tokenizer.pad_id, geometry=geometry, handles=handles)
 
 
-def _check_present(sources: Sequence[MixtureSource]) -> None:
-    """One message for all sources that are missing."""
-    absent = [source for source in sources if not Path(source.path, "manifest.json").is_file()]
+def _is_finished(source: MixtureSource) -> bool:
+    return Path(source.path, "manifest.json").is_file()
+
+
+def _missing(sources: Sequence[MixtureSource]) -> Iterator[Problem]:
+    """One problem for all sources that are missing."""
+    absent = [source for source in sources if not _is_finished(source)]
     if not absent:
         return
     slots = ", ".join(f"{source.name} ({source.path}/manifest.json not found)" for source in absent)
     parents = sorted({Path(source.path).parent for source in absent})
     whole = next((parent for parent in parents if (parent / "manifest.json").is_file()), None)
-    raise DataError(
-        f"data.sources: no finished dataset for {slots}; preprocess one into each, point data.sources.NAME.path "
-        "elsewhere, or leave a source out with data.sources.NAME.weight=0"
-        + (f"; {whole} itself is a dataset, which data.sources=[{{}}] trains on alone" if whole else "")
+    yield (
+        f"data.sources: no finished dataset for {slots}",
+        "preprocess one into each, point data.sources.NAME.path elsewhere, or leave a source out with "
+        "data.sources.NAME.weight=0"
+        + (f"; {whole} itself is a dataset, which data.sources=[{{}}] trains on alone" if whole else ""),
     )
 
 
-def _check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int, image_token_id: int | None) -> None:
+def _tokenizer_problems(tokenizer: Tokenizer, *, vocab_size: int, image_token_id: int | None) -> Iterator[Problem]:
     if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.path}: has ids up to {tokenizer.vocab_size - 1}, but model.llm.vocab_size is {vocab_size}; "
-            "use the model's own tokenizer or more rows"
+        yield (
+            f"{tokenizer.path}: has ids up to {tokenizer.vocab_size - 1}, but model.llm.vocab_size is {vocab_size}",
+            "use the model's own tokenizer or more rows",
         )
     if image_token_id is not None and tokenizer.image_id != image_token_id:
-        raise DataError(
+        yield (
             f"{tokenizer.path}: <image_placeholder> has id {tokenizer.image_id}, but model.image_token_id is "
-            f"{image_token_id}; correct model.image_token_id or use the model's own tokenizer"
+            f"{image_token_id}",
+            "correct model.image_token_id or use the model's own tokenizer",
         )
 
 
-def _check_fit(source: Source, *, where: str, tokenizer: Tokenizer, seq_length: int, geometry: ImageGeometry) -> None:
+def _misfits(
+    source: Source, *, where: str, tokenizer: Tokenizer, seq_length: int, geometry: ImageGeometry, vocab_size: int
+) -> Iterator[Problem]:
+    """Settings in which a dataset and the run differ."""
     manifest, path = source.manifest, source.path / "manifest.json"
     if manifest.tokenizer.sha256 != tokenizer.sha256:
-        raise DataError(
+        yield (
             f"{path}: {where} was made with tokenizer sha256 {manifest.tokenizer.sha256}, but data.tokenizer "
-            f"{tokenizer.path} has {tokenizer.sha256}; {_AGAIN}"
+            f"{tokenizer.path} has {tokenizer.sha256}",
+            _AGAIN,
         )
     if _specials(manifest.tokenizer) != _specials(tokenizer.entry):
-        raise DataError(
+        yield (
             f"{path}: {where} has special tokens {_specials(manifest.tokenizer)}, but data.tokenizer {tokenizer.path} "
-            f"has {_specials(tokenizer.entry)}; {_AGAIN}"
+            f"has {_specials(tokenizer.entry)}",
+            _AGAIN,
         )
     if manifest.pack.seq_length != seq_length:
-        raise DataError(
-            f"{path}: {where} is packed to {manifest.pack.seq_length} tokens, but data.seq_length is {seq_length}; "
-            f"{_AGAIN}"
+        yield (
+            f"{path}: {where} is packed to {manifest.pack.seq_length} tokens, but data.seq_length is {seq_length}",
+            _AGAIN,
         )
     if manifest.multimodal_packs and manifest.geometry != geometry_entry(geometry):
-        raise DataError(
+        yield (
             f"{path}: {where} has images of {manifest.geometry.tokens} tokens on a canvas of "
             f"{manifest.geometry.canvas_size} pixels, but the model reads {geometry.tokens} tokens and "
-            f"{geometry.canvas_size} pixels; choose --image-preset for this model and preprocess again"
+            f"{geometry.canvas_size} pixels",
+            "choose --image-preset for this model and preprocess again",
+        )
+    largest = max(source.shards, key=lambda shard: shard.manifest.max_token, default=None)
+    if largest is not None and largest.manifest.max_token >= vocab_size:
+        yield (
+            f"{source.path / largest.manifest.name}.json: holds token id {largest.manifest.max_token}, outside "
+            f"model.llm.vocab_size {vocab_size}",
+            "train a model with more rows or use its own tokenizer",
         )
 
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "overrides" not in parsed or overrides != rest:
         parsed = parser.parse_args(arguments)
     else:
-        parsed.overrides += overrides
+        parsed.overrides = [*parsed.overrides, *overrides]
     try:
         return int(runs[parsed.command](parsed))
     except MegaVLError as error:

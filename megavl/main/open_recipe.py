@@ -1,10 +1,13 @@
-"""Loads a recipe; if its layout cannot work, the error message names the nearest one that does."""
+"""A recipe on the command line; if its layout cannot work, the error message names the nearest one that does."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from megavl.config.errors import UsageError
+from megavl.config.key_list import key_lines
 from megavl.config.load import load_recipe, read_raw
 from megavl.config.recipe import Recipe
 from megavl.planner.hardware.devices import Device
@@ -14,6 +17,29 @@ _ONE_DEVICE = (
     *("parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.layout=auto"),
     *("parallel.sequence_parallel=false", "parallel.vision=recompute"),
 )
+
+
+class _ListKeys(argparse.Action):
+    """Like `--help`: prints, and ends the command without its other arguments."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print("\n".join(key_lines()))
+        parser.exit()
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """`RECIPE`, `key.path=value` and `--keys`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file of one stage, e.g. launch/recipes/7b/stage2.yaml")
+    parser.add_argument(
+        "overrides",
+        metavar="key.path=value",
+        nargs="*",
+        default=[],
+        help="replaces a value of the recipe; --keys lists the keys",
+    )
+    parser.add_argument(
+        "--keys", action=_ListKeys, nargs=0, help="list the keys of a recipe and their defaults, and exit"
+    )
 
 
 def open_on_one_device(path: str, *, overrides: Sequence[str] = ()) -> Recipe | None:

@@ -11,7 +11,7 @@ from typing import Any
 from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
-from megavl.main.open_recipe import open_on_one_device, open_recipe
+from megavl.main.open_recipe import add_recipe_arguments, open_on_one_device, open_recipe
 from megavl.planner.hardware.calibration import (
     check_calibration,
     check_device,
@@ -42,8 +42,7 @@ from megavl.planner.simulation.times import DeviceTimes, TimeSource, flat_times
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file of one stage, e.g. launch/recipes/7b/stage2.yaml")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a value of the recipe")
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--devices",
         type=int,

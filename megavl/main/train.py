@@ -13,15 +13,14 @@ from typing import NoReturn
 
 from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError, UsageError
 from megavl.config.load import read_raw
-from megavl.main.open_recipe import open_recipe
+from megavl.main.open_recipe import add_recipe_arguments, open_recipe
 from megavl.planner.layouts.check import checked_scenario
 from megavl.train.supervise.exit_status import ExitStatus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file of one stage, e.g. launch/recipes/7b/stage2.yaml")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a value of the recipe")
+    add_recipe_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -177,7 +177,10 @@ def _resume_or_start(plan: RunPlan, state: RunState) -> Progress:
     if progress is not None:
         return progress
     if recipe.checkpoint.init is not None:
-        state.start_from(recipe.checkpoint.init)
+        try:
+            state.start_from(recipe.checkpoint.init)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint.init: {error}") from error
         plan.say(f"weights from {recipe.checkpoint.init}")
     elif not recipe.checkpoint.allow_random_init:
         raise CheckpointError(

@@ -25,6 +25,7 @@ def test_program_shows_its_help_from_any_folder(program: str, tmp_path: Path) ->
     for path, cwd in ((f"data_tools/{program}", ROOT), (str(FOLDER / program), tmp_path)):
         shown = run(path, "--help", cwd=cwd)
         assert shown.returncode == 0 and "usage:" in shown.stdout, shown.stderr
+        assert "default: None" not in shown.stdout
 
 
 def test_old_name_answers_with_the_new_one(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megavl.config.errors import UsageError
-from megavl.config.load import dump_recipe, load_model_config, load_recipe
+from megavl.config.key_list import key_lines
+from megavl.config.load import dump_recipe, load_model_config, load_recipe, to_dict
 
 RECIPE = """
 model: {preset: tiny-hybrid}
@@ -67,7 +69,10 @@ def test_recipe_replaces_values_of_its_base(recipe: Path, tmp_path: Path) -> Non
         ("data.sources=[]", ["data.sources", "empty"]),
         ("training.train=[]", ["training.train", "names nothing", "siglip"]),
         ("training.train=[llm,vision]", ["training.train", "'vision'", "siglip"]),
-        ("optimizer.warmup_steps=11", ["optimizer.warmup_steps: 11", "training.steps 10"]),
+        (
+            "optimizer.warmup_steps=11",
+            ["optimizer.warmup_steps: 11", "training.steps 10", "set optimizer.warmup_steps to 10 or less"],
+        ),
         ("run.timeline_steps=[3,11]", ["run.timeline_steps: 11", "training.steps 10"]),
         ("optimizer.milestones=[0.5]", ["optimizer.factors"]),
         ("model.sam=null", ["model.adaptor.kind", "needs a model.sam"]),
@@ -84,6 +89,60 @@ def test_refusal_names_path_value_and_remedy(recipe: Path, override: str, words:
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "source"),
+    [
+        ("parallel.tensr=2", "on the command line: parallel.tensr"),
+        ("parallel={tensr: 2}", "on the command line: parallel.tensr"),
+        ("training.steps=many", "on the command line: training.steps"),
+        ("model.preset=70b", "on the command line: model.preset"),
+        ("parallel=auto", "on the command line: parallel: auto"),
+        ("data.sources.shown.max_epoch=2", "on the command line: data.sources.0.max_epoch"),
+        ("data.sources.other.path=x", "on the command line: data.sources.other: no such entry; there are shown"),
+        ("steps", "on the command line: 'steps'"),
+        ("training.steps=4", "{child} with training.steps=4 on the command line: optimizer.warmup_steps: 5 exceeds"),
+        ("run.dir=x", None),
+    ],
+)
+def test_message_names_where_the_value_stands(recipe: Path, tmp_path: Path, override: str, source: str | None) -> None:
+    child = tmp_path / "child.yaml"
+    sources = "data: {sources: [{name: shown, path: shards}]}\n"
+    child.write_text(f"base: recipe.yaml\noptimizer: {{warmup_steps: 5}}\n{sources}")
+    if source is None:
+        load_recipe(child, overrides=[override])
+        return
+    with pytest.raises(UsageError) as caught:
+        load_recipe(child, overrides=[override])
+    assert str(caught.value).startswith(source.format(child=child))
+
+
+def test_message_names_the_base_file(recipe: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("base: recipe.yaml\ntraining: {steps: 20}\n")
+    recipe.write_text(RECIPE.replace("lr:", "lrr:"))
+    with pytest.raises(UsageError, match=rf"^{recipe}: optimizer\.lrr: unknown key"):
+        load_recipe(child, overrides=["run.dir=x"])
+    child.write_text("base: no/recipe.yaml\n")
+    with pytest.raises(UsageError, match=rf"^{child}: base: 'no/recipe.yaml' .* relative to the recipe's own folder"):
+        load_recipe(child)
+
+
+def test_every_key_is_listed_with_its_meaning(recipe: Path) -> None:
+    lines = key_lines()
+    keys = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert all(len(line.split(maxsplit=2)) == 3 for line in keys.values()), "a field has no docstring"
+    plain = to_dict(load_recipe(recipe))
+    plain["data"]["sources"] = {"NAME": plain["data"]["sources"][0]}
+    assert set(keys) == set(_paths(plain))
+    assert "required" in keys["optimizer.lr"] and "fp32 | bf16" in keys["training.precision"]
+    assert "of the preset" in keys["model.llm.hidden_size"] and " 600 " in keys["parallel.timeout_s"]
+
+
+def _paths(node: dict[str, Any], at: str = "") -> list[str]:
+    below = [(f"{at}{key}", value) for key, value in node.items()]
+    return [p for path, value in below for p in (_paths(value, f"{path}.") if isinstance(value, dict) else [path])]
 
 
 @pytest.mark.parametrize("text", ["- 1", "{", "model: 3"])

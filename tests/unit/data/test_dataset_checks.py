@@ -107,6 +107,19 @@ def test_settings_of_run_and_data_must_agree(made: tuple[Path, Path]) -> None:
         open_small(made[0], tokenizer=made[1], image_token_id=7)
 
 
+def test_all_that_disagrees_stands_in_one_message(made: tuple[Path, Path]) -> None:
+    other = {"seq_length": 2 * SEQ_LENGTH, "geometry": IMAGE_PRESETS["siglip-384"], "vocab_size": 100}
+    with pytest.raises(DataError) as caught:
+        open_small(made[0], made[0].parent / "absent", tokenizer=made[1], image_token_id=7, **other)
+    told = str(caught.value)
+    wrong = (
+        *("model.llm.vocab_size is 100", "model.image_token_id is 7", "no finished dataset for 1"),
+        *(f"data.seq_length is {2 * SEQ_LENGTH}", "576 tokens and 384 pixels", "outside model.llm.vocab_size 100"),
+    )
+    assert [text for text in wrong if text not in told] == [] and "\n" not in told
+    assert told.index("choose --image-preset") > told.index("outside model.llm.vocab_size")
+
+
 def test_text_alone_fits_any_image_geometry(made: tuple[Path, Path], tmp_path: Path) -> None:
     inputs = [made[0].parent / "text.jsonl"]
     assert run_preprocess(inputs, tokenizer=made[1], output=tmp_path / "text") == 0

@@ -1,4 +1,4 @@
-"""A misspelt subcommand is answered with the nearest one."""
+"""What the command says to words that it cannot use, and in its help."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ def test_misspelt_choices_name_the_nearest(words: list[str], nearest: str, capsy
         main(words)
     assert ended.value.code == 2
     assert f"did you mean {nearest}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_only_the_recipe_is_required(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command])
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("required: RECIPE\n")
+
+
+def test_help_leads_to_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for option in ("--help", "--keys"):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", option])
+        assert ended.value.code == 0
+        told.append(capsys.readouterr().out)
+    assert "--keys" in told[0] and "training.global_batch_size" in told[1]
 
 
 def test_far_words_name_all_choices(capsys: pytest.CaptureFixture[str]) -> None:
