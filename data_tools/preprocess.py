@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -27,9 +28,9 @@ from data_tools.pipeline.image_map import open_image_map
 from data_tools.pipeline.image_source import is_address
 from data_tools.pipeline.job import Job, Task, needs_image_token, open_input, plan_tasks, sampled, tokenizer_at
 from data_tools.pipeline.output import Output
-from data_tools.readers.files import first_with_image
+from data_tools.readers.files import check_columns, first_with_image
 from data_tools.readers.formats import COLUMN_NAMES, FORMATS
-from data_tools.readers.input_paths import input_files
+from data_tools.readers.input_paths import counted, input_files
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.presets import IMAGE_PRESETS
@@ -274,10 +275,12 @@ def _job(options: argparse.Namespace) -> Job:
         if not os.path.isdir(root):
             raise UsageError(f"--image-root {root}: no such folder; give folders that image paths start from")
     columns = dict(options.columns)
-    inputs = [
-        open_input(path, format=options.format, template=options.template, columns=columns)
-        for path in input_files(options.input)
-    ]
+    if twice := [name for name, count in Counter(name for name, _ in options.columns).items() if count > 1]:
+        raise UsageError(f"--columns: names {twice[0]} twice; give each name one column")
+    left_out: Counter[str] = Counter()
+    paths = input_files(options.input, left_out=left_out)
+    check_columns(paths, columns)
+    inputs = [open_input(path, format=options.format, template=options.template, columns=columns) for path in paths]
     for item in inputs:
         first = partial(
             first_with_image,
@@ -307,6 +310,7 @@ def _job(options: argparse.Namespace) -> Job:
     own = {item.name for item in fields(Job)}
     return Job(
         inputs=tuple(inputs),
+        files_left_out=tuple(sorted(left_out.items())),
         tokenizer_sha256=tokenizer.sha256,
         packed=options.pack,
         max_images=options.max_images_per_sequence,
@@ -342,6 +346,10 @@ def _print_report(report: dict[str, Any]) -> None:
         print(line)
     if report["images_without_tag"]:
         print(f"{report['images_without_tag']} images without a tag stand first in their records")
+    if report["records_with_empty_image"]:
+        print(f"{report['records_with_empty_image']} records whose image is null or empty are stored as text")
+    if files := report["files_left_out"]:
+        print(f"files of the folders that are not read: {counted(files)}")
     if report["rejected"]:
         reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
         print(f"rejected: {reasons} (rejects.jsonl names each)")

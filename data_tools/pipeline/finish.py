@@ -136,11 +136,13 @@ def build_report(
             }
             for item, count in zip(job.inputs, counts)
         ],
+        "files_left_out": dict(job.files_left_out),
         "records": sum(summary.records for summary in summaries),
         "documents_cut": sum(summary.cut for summary in summaries),
         "conversations_cut": sum(summary.shortened for summary in summaries),
         "images_without_file": sum(summary.images_without_file for summary in summaries),
         "images_without_tag": sum(summary.untagged for summary in summaries),
+        "records_with_empty_image": sum(summary.image_empty for summary in summaries),
         "balance": balance_report(balance),
         "samples": packs.samples,
         "tokens": int(lengths @ samples),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from data_tools.readers.files import check_columns, choose_format, container_of, divide_file, schema_of
+from data_tools.readers.files import choose_format, container_of, divide_file, schema_of
 from data_tools.readers.formats import FORMATS, Container
 from data_tools.readers.record import IMAGE_KEYS
 from data_tools.readers.splits import Split
@@ -59,6 +59,8 @@ class Job:
     """Everything that the output depends on, and its folder."""
 
     inputs: tuple[Input, ...]
+    files_left_out: tuple[tuple[str, int], ...]
+    """Number of files of input folders that are not read, by the end of their names."""
     tokenizer: str
     tokenizer_sha256: str
     seq_length: int
@@ -99,7 +101,7 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """All settings that determine the bytes of the output."""
-        apart = {"output", "fail_on_error", "dry_run", "tokenizer", "image_map"}
+        apart = {"output", "fail_on_error", "dry_run", "tokenizer", "image_map", "files_left_out"}
         settings = {key: value for key, value in asdict(self).items() if key not in apart}
         made_by = {"format_version": FORMAT_VERSION, "code_version": VERSION}
         plain: dict[str, Any] = json.loads(json.dumps({**settings, **made_by}))
@@ -153,8 +155,6 @@ def open_input(path: str, *, format: str, template: Template | None, columns: Ma
     except OSError as error:
         raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a readable file") from error
     container = container_of(path, start=start)
-    if columns and container != "tar":
-        check_columns(path, container=container, columns=columns)
     only = None if format == "auto" and container != "tar" else format
     format = choose_format(path, container=container, asked=format, columns=columns)
     only = None if only is None else format

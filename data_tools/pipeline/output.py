@@ -38,6 +38,8 @@ class TaskSummary:
     """Number of images of interleaved documents that had no file."""
     untagged: int
     """Number of images that came first because no tag said where they stand."""
+    image_empty: int
+    """Number of records stored as text whose image is null or empty."""
     balance: dict[str, int]
     """What became of all images, videos, audio clips and turns; the images that are stored are counted from shards."""
     templates: tuple[str, ...]

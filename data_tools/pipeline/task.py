@@ -68,7 +68,7 @@ class _Worker:
         self._job, self._task = job, task
         self._input: Input = job.inputs[task.input]
         self._tokenizer = tokenizer_at(job.tokenizer)
-        self._counts = Counter(records=0, cut=0, shortened=0, images_without_file=0, untagged=0)
+        self._counts = Counter(records=0, cut=0, shortened=0, images_without_file=0, untagged=0, image_empty=0)
         self._balance = Balance()
         self._templates: set[Template] = set()
         self._columns = dict(job.columns)
@@ -274,6 +274,7 @@ class _Worker:
         self._balance.found(item.found)
         self._templates.add(item.template)
         self._counts["untagged"] += record.untagged
+        self._counts["image_empty"] += record.image_empty
         without_file = item.found["images"] - len(record.pictures)
         self._counts["images_without_file"] += without_file
         self._balance.left_out({"images": without_file}, reason="without_file")

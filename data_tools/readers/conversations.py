@@ -6,7 +6,6 @@ takes them all, so that no convention has a gap that another one does not have.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from data_tools.readers.record import (
     Picture,
     Record,
     RecordError,
+    from_json_text,
     mapping,
     picture,
     record_images,
@@ -56,7 +56,8 @@ _ROLES: Mapping[str, Role] = {
         "assistant",
     ),
 }
-_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+ROLE_KEYS = ("role", "from")
+_TEXT_KEYS = ("content", "value", "text")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.-]+)*;base64,[A-Za-z0-9+/]{64}")
 
 
@@ -97,12 +98,12 @@ def turn_list(raw: Any) -> tuple[str, list[Any]] | None:
         return ("conversations", raw) if raw else None
     if not isinstance(raw, Mapping) or _LIST_KEYS.isdisjoint(raw):
         return None
-    lists = [(key, turns) for key in LISTS if (turns := _as_list(raw.get(key))) is not None]
+    lists = [(key, turns) for key in LISTS if (turns := as_list(raw.get(key))) is not None]
     if any(turns != lists[0][1] for _, turns in lists):
         raise RecordError(f"different turns under {' and '.join(key for key, _ in lists)}; keep one of them")
     if lists:
         return lists[0]
-    prompt, completion = _as_list(raw.get("prompt")), _as_list(raw.get("completion"))
+    prompt, completion = as_list(raw.get("prompt")), as_list(raw.get("completion"))
     if prompt and completion:
         return "prompt", [*prompt, *completion]
     texts = raw.get("texts")
@@ -189,12 +190,16 @@ def _finish(raw: Any, messages: list[_Message], *, outer: tuple[Picture, ...], u
 
 def _message(raw: Any, *, where: str) -> _Message:
     turn = mapping(raw)
-    named = next((key for key in _ROLE_KEYS if turn.get(key) is not None), _ROLE_KEYS[0])
+    named = next((key for key in ROLE_KEYS if turn.get(key) is not None), ROLE_KEYS[0])
     value = turn.get(named)
     role = _ROLES.get(value.strip().lower()) if isinstance(value, str) else None
     if role is None:
-        raise RecordError(f"{where}.{named} must be user, assistant or system, or human or gpt; found {value!r}")
-    handled = (*_ROLE_KEYS, *_TEXT_KEYS, *MASKS, *UNLEARNED)
+        known = ", ".join(name for name in _ROLES if name.isalpha())
+        raise RecordError(
+            f"{where}.{named} is {str(value)[:80]!r}, which is none of {known}; if it means one of these, name it with "
+            "--columns user=... or assistant=..."
+        )
+    handled = (*ROLE_KEYS, *_TEXT_KEYS, *MASKS, *UNLEARNED)
     refuse_fields({k: v for k, v in turn.items() if k not in handled}, REFUSED, REFUSED_IN_TURN, where=f"{where}.")
     key = next((key for key in _TEXT_KEYS if turn.get(key) is not None), _TEXT_KEYS[0])
     parts = list(_parts(turn.get(key), role=role, key=f"{where}.{key}"))
@@ -397,13 +402,9 @@ def _one_answer(value: Any, *, key: str) -> str:
     return string(value, key=key)
 
 
-def _as_list(value: Any) -> list[Any] | None:
-    """Turns from a list, from a struct of lists as tables hold them, or from JSON text."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+def as_list(value: Any) -> list[Any] | None:
+    """Turns from a list, from a struct of lists as tables hold them, or from JSON text; None if they are no turns."""
+    value = from_json_text(value)
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         lengths = {len(column) for column in value.values()}
         if len(lengths) > 1:

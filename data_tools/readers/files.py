@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from data_tools.readers.arrow_file import arrow_entries, arrow_schema, divide_arrow, holds_arrow, is_arrow
 from data_tools.readers.compressed import GZIP, ZSTD
+from data_tools.readers.conversations import ROLE_KEYS, as_list
 from data_tools.readers.formats import FORMATS, Container, read_record, recognise, renamed
 from data_tools.readers.json_file import divide_json, json_entries, open_json
 from data_tools.readers.parquet_table import MAGIC, check_names, divide_parquet, open_parquet, parquet_entries
@@ -20,7 +21,14 @@ from megavl.config.errors import DataError, UsageError
 _SAMPLED = 100
 """Records looked at to recognise a format."""
 _START = 512
-_COMPRESSED = {GZIP: "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", ZSTD: "zstd", b"PK\x03\x04": "zip"}
+_COMPRESSED = {
+    GZIP: "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    ZSTD: "zstd",
+    b"PK\x03\x04": "zip",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 _KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet file"}
 
 
@@ -112,20 +120,44 @@ def _recognise(path: str, *, container: Container, columns: Mapping[str, str]) -
     return "parquet" if container == "parquet" and found != "obelics" else found
 
 
-def check_columns(path: str, *, container: Container, columns: Mapping[str, str]) -> None:
-    """Raise UsageError where none of the first records has a key or column that is named."""
+def check_columns(paths: Sequence[str], columns: Mapping[str, str]) -> None:
+    """Raise UsageError where no file has a key, column or role that is named, among its first records.
+
+    Args:
+        paths: input files. What lies in a tar archive is not looked at.
+        columns: names that the formats use, with those that the records have instead.
+    """
+    if not columns:
+        return
     seen: set[str] = set()
-    for _, content in _first_records(path, container=container):
-        if not isinstance(content, Mapping):
-            continue
-        for part in (content, *(turn for value in content.values() if isinstance(value, list) for turn in value)):
-            seen |= part.keys() if isinstance(part, Mapping) else set()
+    for path in paths:
+        start = b""
+        # A file that cannot be read is refused when it is opened as an input.
+        with contextlib.suppress(OSError), open(path, "rb") as stream:
+            start = stream.read(_START)
+        if (container := container_of(path, start=start)) == "tar":
+            return
+        for _, content in _first_records(path, container=container) if start else ():
+            seen |= _names_in(content, role=columns.get("role", ""))
+        if seen.issuperset(columns.values()):
+            return
     for name, column in columns.items():
         if column not in seen:
             raise UsageError(
-                f"--columns {name}={column}: no {column!r} in the first records of {path}; they have "
+                f"--columns {name}={column}: no {column!r} in the first records of {', '.join(paths[:3])}; they have "
                 f"{', '.join(sorted(map(str, seen))[:20])}"
             )
+
+
+def _names_in(content: Any, *, role: str) -> set[str]:
+    """Keys of a record and its turns, and the values under `role` or the usual keys of a role."""
+    values = content.values() if isinstance(content, Mapping) else [content]
+    found: set[str] = set()
+    with contextlib.suppress(RecordError):
+        for part in (content, *(turn for value in values for turn in as_list(value) or ())):
+            if isinstance(part, Mapping):
+                found |= part.keys() | {said for key in (*ROLE_KEYS, role) if isinstance(said := part.get(key), str)}
+    return found
 
 
 def _first_records(path: str, *, container: Container) -> Iterator[tuple[int, Any]]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from data_tools.readers.conversations import question_keys, read_conversation, read_question, turn_list
+from data_tools.readers.conversations import (
+    LISTS,
+    ROLE_KEYS,
+    as_list,
+    question_keys,
+    read_conversation,
+    read_question,
+    turn_list,
+)
 from data_tools.readers.documents import caption, read_caption, read_mmc4, read_obelics, read_text
 from data_tools.readers.record import (
     IMAGE_KEYS,
@@ -18,18 +26,28 @@ from data_tools.readers.record import (
     parse_json,
     record_images,
 )
-from data_tools.readers.references import NAME_OF_KIND, Reference, absent_medium, is_origin, references, unused
+from data_tools.readers.references import (
+    NAME_OF_KIND,
+    Reference,
+    absent_medium,
+    is_origin,
+    is_web_address,
+    references,
+    unused,
+)
 from megavl.data.template import Template
 
 Container = Literal["json", "tar", "parquet"]
 """Kind of file: JSONL or a JSON array, tar archive, Parquet."""
 
 
+_WEB_KEYS = frozenset(("texts", "text_list"))
+"""Keys of interleaved documents."""
 COLUMN_NAMES = (
     *("image", "images", "text", "caption", "question", "answer", "conversations", "messages", "system"),
-    *("role", "content"),
+    *("role", "content", "user", "assistant"),
 )
-"""Names that `--columns` can give to other keys of a record, or of its turns."""
+"""Names that `--columns` can give to other keys of a record or of its turns, or to other values of their roles."""
 
 
 class _Reader(Protocol):
@@ -70,7 +88,7 @@ def read_webdataset(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     if group["json"] is None:
         raise RecordError(f"key {key}: has neither .txt nor .json", "tar_incomplete")
     try:
-        return read_any(*_named_members(parse_json(group["json"]), images))
+        return read_any(*_named_members(_record_of(group), images))
     except RecordError as error:
         raise RecordError(f"key {key}: {error}", error.reason) from error
 
@@ -105,7 +123,7 @@ def read_record(raw: Any, *, format: str | None, columns: Mapping[str, str], ign
             format does not read.
     """
     try:
-        return _read_checked(_without(renamed(raw, columns), ignore), format=format)
+        return _read_checked(_prepared(raw, columns, ignore), format=format)
     except RecursionError as error:
         raise RecordError("nested too deeply", "json") from error
 
@@ -114,10 +132,13 @@ def count_media(raw: Any, *, columns: Mapping[str, str], ignore: Collection[str]
     """Images, videos, audio clips and turns of a parsed record, whatever its format."""
     counts = dict.fromkeys((*NAME_OF_KIND.values(), "turns"), 0)
     try:
-        content, outer = _content(_without(renamed(raw, columns), ignore))
-        counts["images"] = len(outer)
-        for reference in references(content):
+        content, outer = _content(_prepared(raw, columns, ignore))
+        found = references(content)
+        named = [reference for reference in found if not is_origin(reference)]
+        # An address beside its image is no other image.
+        for reference in named if outer or named else found:
             counts[NAME_OF_KIND[reference.kind]] += 1
+        counts["images"] += len(outer)
         turns = turn_list(content)
         counts["turns"] = len(turns[1]) if turns else 2 * (question_keys(content) is not None)
     except (RecordError, RecursionError):
@@ -140,8 +161,10 @@ def renamed(raw: Any, columns: Mapping[str, str]) -> Any:
     Raises:
         RecordError: a record has an image under its usual name too.
     """
-    if not columns or not isinstance(raw, Mapping):
+    if not columns:
         return raw
+    if not isinstance(raw, Mapping):
+        return [renamed(turn, columns) for turn in raw] if isinstance(raw, list) else raw
     content = dict(raw)
     for name, column in columns.items():
         if column in raw:
@@ -150,10 +173,29 @@ def renamed(raw: Any, columns: Mapping[str, str]) -> Any:
             content[name] = raw[column]
             if column not in columns:
                 del content[column]
+    roles = {columns[role].lower(): role for role in ("system", "user", "assistant") if role in columns}
+    for key in ROLE_KEYS:
+        if roles and isinstance(said := content.get(key), str):
+            content[key] = roles.get(said.strip().lower(), said)
     for key, value in content.items():
-        if isinstance(value, list) and any(isinstance(turn, Mapping) for turn in value):
-            content[key] = [renamed(turn, columns) for turn in value]
+        turns = as_list(value) if key in LISTS or isinstance(value, list) else None
+        if turns and any(isinstance(turn, Mapping) for turn in turns):
+            content[key] = [renamed(turn, columns) for turn in turns]
     return content
+
+
+def _prepared(raw: Any, columns: Mapping[str, str], ignore: Collection[str]) -> Any:
+    """A record as the formats read it: under their names, and without the keys that the user leaves out."""
+    if not columns and not ignore:
+        return raw
+    if not _is_group(raw):
+        return _without(renamed(raw, columns), ignore)
+    try:
+        record = parse_json(raw["json"]) if raw["json"] is not None else None
+    except RecordError:
+        # Told when it is read.
+        return raw
+    return {**raw, "json": _without(renamed(record, columns), ignore)} if record else raw
 
 
 def _without(raw: Any, ignore: Collection[str]) -> Any:
@@ -179,11 +221,16 @@ def _read_checked(raw: Any, *, format: str | None) -> Record:
         # The image that is missing may stand under a key that no format reads.
         others = [reference for reference in images if error.reason == "image_missing" and not is_origin(reference)]
         raise (_unused_image(others[0]) if others else error) from None
+    # Web documents also list addresses of their page, some of images that they do not hold.
+    if record.divisible and isinstance(content, Mapping) and not _WEB_KEYS.isdisjoint(content):
+        images = [reference for reference in images if not is_web_address(reference)]
     if left := unused(images, record.pictures):
         raise _unused_image(left[0])
-    if record.turns and not record.pictures and isinstance(content, Mapping) and (key := absent_medium(content)):
+    if record.pictures or not isinstance(content, Mapping):
+        return record
+    if record.turns and (key := absent_medium(content)):
         raise RecordError(f"{key} ({content[key]!r}) names a medium that the record does not hold", "image_missing")
-    return record
+    return replace(record, image_empty=True) if any(key in content for key in IMAGE_KEYS) else record
 
 
 def recognise(raw: Any, *, images: bool = False) -> str | None:
@@ -217,13 +264,23 @@ def recognise(raw: Any, *, images: bool = False) -> str | None:
 
 def _content(raw: Any) -> tuple[Any, tuple[Picture, ...]]:
     """What a record says, and the images that come with it."""
-    if not (isinstance(raw, Mapping) and isinstance(raw.get("images"), tuple)):
+    if not _is_group(raw):
         return raw, ()
-    # The members of a key in a tar archive.
     try:
-        return _named_members(parse_json(raw["json"]) if raw["json"] is not None else {}, raw["images"])
+        return _named_members(_record_of(raw), raw["images"])
     except RecordError:
         return {}, raw["images"]
+
+
+def _is_group(raw: Any) -> bool:
+    """Whether these are the members of a key in a tar archive."""
+    return isinstance(raw, Mapping) and isinstance(raw.get("images"), tuple)
+
+
+def _record_of(group: Mapping[str, Any]) -> Any:
+    """The record of a key, parsed or not; an empty one where it has none."""
+    content = group["json"]
+    return parse_json(content) if isinstance(content, bytes) else {} if content is None else content
 
 
 def _named_members(content: Any, members: tuple[Picture, ...]) -> tuple[Any, tuple[Picture, ...]]:

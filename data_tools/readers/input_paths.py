@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from data_tools.readers.arrow_file import is_arrow
+from data_tools.readers.parquet_table import MAGIC
+from data_tools.readers.references import KIND_OF_SUFFIX
 from megavl.config.errors import UsageError
 
 _KINDS = (".jsonl", ".ndjson", ".json", ".tar", ".parquet", ".arrow")
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_TABLES = (".pq", ".parq", ".feather", ".ipc", ".arrows")
+"""Further names of tables, where the first bytes decide."""
+_COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".br", ".snappy", ".zip")
 """Also what no reader takes: an error is better than a file that is left out in silence."""
 _PARTS = ("train", "test", "validation", "val", "dev")
 """How files of the parts of a data set on the Hugging Face Hub begin."""
@@ -17,37 +23,62 @@ _DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "datas
 """What the library `datasets` writes beside its data; img2dataset writes `00000_stats.json`."""
 
 
-def input_files(sources: Sequence[str]) -> list[str]:
+def input_files(sources: Sequence[str], *, left_out: Counter[str] | None = None) -> list[str]:
     """Files in the order of their sources; those of a folder or pattern are sorted, and no file comes twice from them.
 
     Args:
         sources: files, folders, and patterns with `*`, `?`, `[...]` or `**`. A folder stands for all files below it of
             a known kind, without hidden ones. Links to folders are not followed. A file of that name is no pattern.
+        left_out: gets the number of files of folders that are not read, by the end of their names. Images and clips do
+            not count: records name them.
 
     Raises:
         UsageError: a folder or pattern has no such file, or a folder cannot be read.
     """
     files: dict[str, None] = {}
     named: list[str] = []
+    others: set[str] = set()
     for source in sources:
+        unread: list[str] = []
         if os.path.isdir(source):
-            found = sorted(_below(source))
+            found = sorted(_below(source, unread=unread))
             _refuse_mixed_parts(source, found)
             missing = f"no file below it ends in {', '.join(_KINDS)}, or in one of these and .gz or .zst"
         elif glob.has_magic(source) and not os.path.lexists(source):
-            found = list(_matching(source))
+            found = list(_matching(source, unread=unread))
             missing = "no file matches; quote the pattern, and check the folder that it starts from"
         else:
             named.append(source)
             continue
         if not found:
-            raise UsageError(f"--input {source}: {missing}")
+            held = f"; it holds {counted(_ends(unread))}; convert records to JSONL or Parquet" if unread else ""
+            raise UsageError(f"--input {source}: {missing}{held}")
         # Some writers of shards leave an empty last one. img2dataset describes 00000.tar once more in 00000.parquet.
+        others |= {file for file in unread if file.rpartition(".")[2].lower() not in KIND_OF_SUFFIX}
+        others |= {file for file in found if _describes_tar(file)}
         found = [file for file in found if os.path.getsize(file) and not _describes_tar(file)] or found
         new = [file for file in dict.fromkeys(found) if file not in files]
         files.update(dict.fromkeys(new))
         named += new
+    if left_out is not None:
+        left_out.update(_ends(others - {*named}))
     return named
+
+
+def counted(ends: Mapping[str, int]) -> str:
+    """`3 .csv, 1 .txt.gz`"""
+    return ", ".join(f"{count} {end}" for end, count in sorted(ends.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _ends(files: Iterable[str]) -> Counter[str]:
+    """Number of files by the end of their names, which has two parts in `a.txt.gz`."""
+    ends: Counter[str] = Counter()
+    for file in files:
+        stem, end = os.path.splitext(os.path.basename(file).lower())
+        if end in _COMPRESSED:
+            end = os.path.splitext(stem)[1] + end
+        ends[f"{end} beside .tar" if _describes_tar(file) else end or "without an extension"] += 1
+    return ends
 
 
 def _refuse_mixed_parts(folder: str, files: Sequence[str]) -> None:
@@ -65,25 +96,47 @@ def _describes_tar(file: str) -> bool:
     return file.endswith(".parquet") and os.path.isfile(file.removesuffix("parquet") + "tar")
 
 
-def _matching(pattern: str) -> Iterator[str]:
+def _matching(pattern: str, *, unread: list[str]) -> Iterator[str]:
     for path in sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(path):
-            yield from sorted(_below(path))
-        elif _is_input(os.path.basename(path)) or not path.endswith(".json"):
+            yield from sorted(_below(path, unread=unread))
+        elif _is_input(path) or not path.endswith(".json"):
             yield path
 
 
-def _below(folder: str) -> Iterator[str]:
+def _below(folder: str, *, unread: list[str]) -> Iterator[str]:
+    """Inputs below a folder; adds the other files that are neither hidden nor descriptions to `unread`."""
+
     def fail(error: OSError) -> None:
         raise UsageError(f"--input {error.filename}: cannot read ({error.strerror}); give a readable folder") from error
 
     for path, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in files if _is_input(name))
+        for name in files:
+            file = os.path.join(path, name)
+            if _is_input(file):
+                yield file
+            elif not name.startswith(".") and not _is_description(name):
+                unread.append(file)
 
 
-def _is_input(name: str) -> bool:
-    stem, suffix = os.path.splitext(name.lower())
-    plain = stem if suffix in _COMPRESSED else name.lower()
-    described = name in _DESCRIPTIONS or name.endswith("_stats.json")
-    return plain.endswith(_KINDS) and not name.startswith(".") and not described
+def _is_input(path: str) -> bool:
+    name = os.path.basename(path)
+    lower = name.lower()
+    stem, suffix = os.path.splitext(lower)
+    plain = stem if suffix in _COMPRESSED else lower
+    known = plain.endswith(_KINDS) or (lower.endswith(_TABLES) and _begins_as_table(path))
+    return known and not name.startswith(".") and not _is_description(name)
+
+
+def _is_description(name: str) -> bool:
+    return name in _DESCRIPTIONS or name.endswith("_stats.json")
+
+
+def _begins_as_table(path: str) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(8)
+    except OSError:
+        return False
+    return start.startswith(MAGIC) or is_arrow(start)

@@ -91,6 +91,8 @@ class Record:
     """Turns that the input has, with those that were left out."""
     untagged: int = 0
     """Images that were put first because no tag says where they stand."""
+    image_empty: bool = False
+    """Whether the input has a key for an image, which is null or empty."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Turns that were left out, by the reason."""
 
@@ -167,6 +169,16 @@ def picture(value: object, *, key: str) -> Picture:
     raise RecordError(f"{key} must be a string or {{bytes, path}}, found {type(value).__name__}")
 
 
+def from_json_text(value: Any) -> Any:
+    """The list or object of a text that is JSON, as tables without nested columns hold them; any other value itself."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
     """The images under the first of IMAGE_KEYS that has any; files inside the record come before names of files.
 
@@ -174,7 +186,7 @@ def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
     """
     found: list[tuple[Picture, ...]] = []
     for key in IMAGE_KEYS if not _IMAGE_KEYS.isdisjoint(record) else ():
-        value = record.get(key)
+        value = from_json_text(record.get(key))
         items = value if isinstance(value, list | tuple) else [value]
         items = [item for item in items if not _is_empty(item)]
         if items and not (key.startswith("file_name") and not _names_image(items)):

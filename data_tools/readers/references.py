@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from data_tools.readers.inline_image import is_base64_image
-from data_tools.readers.record import IMAGE_SUFFIXES, NO_IMAGE, Picture
+from data_tools.readers.record import IMAGE_SUFFIXES, NO_IMAGE, Picture, from_json_text
 
 Kind = Literal["image", "video", "audio"]
 
-# Images that cannot be read are images too; `svg` is the text of a drawing as often.
+# Images that cannot be read are images too.
 _OTHER_IMAGES = ("avif", "heic", "heif", "jp2", "jxl", "psd", "ico", "ppm", "pgm", "pbm", "tga", "exr", "dng", "dcm")
 VIDEO_SUFFIXES = (
     *(
@@ -47,6 +47,11 @@ KIND_OF_SUFFIX: Mapping[str, Kind] = {
     **dict.fromkeys(VIDEO_SUFFIXES, "video"),
     **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
 }
+DRAWINGS = frozenset(
+    ("svg", "svgz", "eps", "ps", "ai", "emf", "wmf", "cdr", "dxf", "pdf", "djvu", "xps", "epub")
+    + ("doc", "docx", "ppt", "pptx", "xls", "xlsx", "odt", "odp", "ods", "rtf")
+)
+"""File names of drawings and documents, which a text may as well come from."""
 _KIND_OF_WORD: Mapping[str, Kind] = {
     **dict.fromkeys(("image", "img", "picture", "pic", "photo", "pixel"), "image"),
     **dict.fromkeys(("video", "clip"), "video"),
@@ -63,6 +68,11 @@ _MEDIA_KEY = re.compile(
 # Under the first any text is a reference, under the next what names a folder or an address; else its shape decides.
 _SURE_WORDS = ("image", "img", "video", "audio")
 _LIKELY_WORDS = ("picture", "pic", "photo", "clip")
+_DRAWING_KEY = re.compile(
+    r"(?:[a-z0-9]+_)*?(?:fig|figure|drawing|diagram|chart|plot|graphic|visual|slide|scan|screenshot|attachment|media"
+    r"|files|document|doc|pdf|svg)s?(?:_?\d+)?(?:_(?:path|file|file_name|filename|url|uri|link|src))?s?"
+)
+"""Further keys under which the name of a drawing or document is a reference."""
 _SOURCE_KEYS = {
     *("url", "uri", "path", "paths", "file", "file_name", "filename", "src", "source", "bytes", "data"),
     *("base64", "b64", "image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"),
@@ -75,7 +85,7 @@ _TEXT_KEYS = {
 }
 """Keys of what people write: only a data URL in it is a reference."""
 _IDENTITY_KEY = re.compile(r"(?:.*_)?(?:id|ids|key|hash|sha256|md5|license|licence|exif)|__\w+__")
-_ORIGIN_KEY = re.compile(r"(?:.*_)?(?:urls?|uri|links?|href|sources?|origin|original|provenance|website|page)")
+_ORIGIN_KEY = re.compile(r"(?:.*_)?(?:urls?|uri|links?|href|sources?|origin|original|provenance|website|page|src)")
 """Keys under which an address says where an image came from."""
 _ADDRESS_KEYS = ("image_url", "image_urls", "img_url", "image_link", "original_image_url")
 _NAME_KEYS = (
@@ -90,11 +100,11 @@ _PART_KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("audio", "audio_url", "input_audio", "audio_file"), "audio"),
 }
 """Values of `type` in a part of a message."""
-_DATA_URL = re.compile(r"\s*data:(image|video|audio)/", re.IGNORECASE)
+_DATA_URL = re.compile(r"\s*data:(?:(image|video|audio)/|application/pdf)", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
 _LONGEST_NAME = 2048
 _MAGIC: Sequence[tuple[bytes, int, Kind]] = (
-    *((start, 0, "image") for start in (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")),
+    *((start, 0, "image") for start in (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%PDF-")),
     *((start, 8, "image") for start in (b"WEBP", b"avif", b"heic")),
     *((start, 0, "audio") for start in (b"ID3", b"fLaC", b"OggS")),
     *((start, 8, "audio") for start in (b"WAVE",)),
@@ -129,9 +139,13 @@ def references(value: Any) -> list[Reference]:
 
 def is_origin(reference: Reference) -> bool:
     """Whether a reference is an address under a key that says where an image came from, not where it is."""
+    return is_web_address(reference) and not any(_kind_of_key(key) for key in reference.keys if isinstance(key, str))
+
+
+def is_web_address(reference: Reference) -> bool:
+    """Whether a reference is an address under a key of addresses, as web documents list those of their page."""
     named = [key for key in reference.keys if isinstance(key, str)]
-    known = bool(_ORIGIN_KEY.fullmatch(_last_key(named))) and not any(_kind_of_key(key) for key in named)
-    return known and bool(_ADDRESS.match(_name_of(reference.value)))
+    return bool(_ORIGIN_KEY.fullmatch(_last_key(named)) and _ADDRESS.match(_name_of(reference.value)))
 
 
 def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Reference]:
@@ -151,12 +165,13 @@ def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Refe
             names[name] -= 1
             continue
         left.append(reference)
-    siblings = Counter(reference.keys[0] for reference in left if reference.keys)
+    # `urls[0]` and `urls[1]` name two images; `meta.url` and `meta.src` may both name one.
+    siblings = Counter(_without_indices(reference) for reference in left)
     return [
         reference
         for reference in left
         if not pictures
-        or siblings[reference.keys[0]] > len(pictures)
+        or siblings[_without_indices(reference)] > len(pictures)
         or not _is_label(reference, pictures, embedded=bool(embedded))
     ]
 
@@ -183,6 +198,10 @@ def _is_label(reference: Reference, pictures: Sequence[Picture], *, embedded: bo
     return embedded and top and key in _NAME_KEYS
 
 
+def _without_indices(reference: Reference) -> tuple[str, ...]:
+    return tuple(key for key in reference.keys if isinstance(key, str))
+
+
 def _ends_alike(one: str, other: str) -> bool:
     """Whether one path is the end of the other."""
     return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
@@ -197,6 +216,8 @@ def _found(value: Any, *, keys: tuple[str | int, ...], kind: Kind | None, key: s
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield from _found(item, keys=(*keys, number), kind=kind, key=key)
+    elif isinstance(value, str) and _may_hold_json(value, kind, key=key) and (inner := from_json_text(value)) != value:
+        yield from _found(inner, keys=keys, kind=kind, key=key)
     elif isinstance(value, str | bytes) and value:
         found = _kind_of_bytes(value, kind=kind) if isinstance(value, bytes) else _kind_of_text(value, kind, key=key)
         if found:
@@ -241,9 +262,17 @@ def _kind_of_key(name: str) -> Kind | None:
     return _KIND_OF_WORD[match["word"]]
 
 
+def _may_hold_json(text: str, kind: Kind | None, *, key: str) -> bool:
+    """Whether a text may be a list or object that a table without nested columns holds."""
+    if text[:1] not in ("[", "{", " ", "\n") or text.lstrip()[:1] not in ("[", "{"):
+        return False
+    name = _plain(key)
+    return name not in _TEXT_KEYS and (kind is not None or not _IDENTITY_KEY.fullmatch(name))
+
+
 def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
     if match := _DATA_URL.match(text):
-        return match[1].lower()  # type: ignore[return-value]
+        return (match[1] or "image").lower()  # type: ignore[return-value]
     name = _plain(key)
     if name in _TEXT_KEYS or not (text := text.strip()):
         return None
@@ -251,6 +280,8 @@ def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
         return None
     if (found := _kind_of_name(text)) or text.lower() in NO_IMAGE:
         return found
+    if kind is None and _end_of_name(text) in DRAWINGS:
+        return "image" if _DRAWING_KEY.fullmatch(name) or _MEDIA_KEY.fullmatch(name) else None
     if kind is None and (_ADDRESS.match(text) or "/" in text[:_LONGEST_NAME]):
         match = _MEDIA_KEY.fullmatch(name)
         kind = _KIND_OF_WORD[match["word"]] if match and match["word"] in _LIKELY_WORDS else None
@@ -259,10 +290,15 @@ def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
 
 def _kind_of_name(text: str) -> Kind | None:
     """The kind of medium that a path or address of one line names by its end."""
+    return KIND_OF_SUFFIX.get(_end_of_name(text))
+
+
+def _end_of_name(text: str) -> str:
+    """What follows the last dot of a path or address of one line, in lower case."""
     if len(text) > _LONGEST_NAME or "\n" in text or "<" in text:
-        return None
+        return ""
     path = text.partition("?")[0].partition("#")[0] if _ADDRESS.match(text) else text
-    return KIND_OF_SUFFIX.get(path.rpartition(".")[2].lower()) if "." in path[1:] else None
+    return path.rpartition(".")[2].lower() if "." in path[1:] else ""
 
 
 def _kind_of_bytes(data: bytes, *, kind: Kind | None) -> Kind | None:

@@ -14,7 +14,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -23,11 +23,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.readers.record import IMAGE_SUFFIXES, MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
-from data_tools.readers.references import KIND_OF_SUFFIX, NAME_OF_KIND
+from data_tools.readers.references import DRAWINGS, KIND_OF_SUFFIX, NAME_OF_KIND, Kind
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 
-_KNOWN = {*KIND_OF_SUFFIX, "txt", "json"}
+_KIND_OF_SUFFIX: Mapping[str, Kind] = {**dict.fromkeys(DRAWINGS, "image"), **KIND_OF_SUFFIX}
+_KNOWN = {*_KIND_OF_SUFFIX, "txt", "json"}
 """Ends of the names of members that are used, or refused; others are no part of a record."""
 _BLOCK = 512
 _ZEROS = 1 << 20
@@ -118,7 +119,7 @@ def tar_entries(split: Split) -> Iterator[Entry]:
                 )
             entry = Entry(key.number, problem, 0) if problem is not None else _read(handle, key, path=split.path)
             if isinstance(entry.content, RecordError):
-                kinds = (KIND_OF_SUFFIX.get(_last(suffix)) for suffix in key.files)
+                kinds = (_KIND_OF_SUFFIX.get(_last(suffix)) for suffix in key.files)
                 entry.content.held = Counter(NAME_OF_KIND[kind] for kind in kinds if kind)
             yield entry
     finally:
@@ -207,7 +208,10 @@ def _read(handle: int, key: _Key, *, path: str) -> Entry:
     images: list[Picture] = []
     texts: dict[str, bytes | None] = {"txt": None, "json": None}
     size = 0
-    for suffix in sorted(key.files, key=_natural if _numbered(key.files) else lambda _: 0):
+    # Beside images a drawing or document is what they were made from.
+    drawn = any(_last(suffix) in IMAGE_SUFFIXES for suffix in key.files)
+    files = [suffix for suffix in key.files if not (drawn and _last(suffix) in DRAWINGS)]
+    for suffix in sorted(files, key=_natural if _numbered(files) else lambda _: 0):
         member, last = key.files[suffix], _last(suffix)
         if last in _KNOWN and last not in (*IMAGE_SUFFIXES, *texts):
             kinds = ", ".join(IMAGE_SUFFIXES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from array import array
@@ -35,7 +36,11 @@ _COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
-_HUB_NAME = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
+_HUB_NAME = re.compile(
+    r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<name>(?:[\w-][\w.-]*/)?[\w-][\w.-]*?)"
+    r"(?:/|/(?:tree|blob|resolve)/.*)?"
+)
+"""Name or page of a repository; the oldest ones, such as `gpt2`, have no owner."""
 
 
 class Tokenizer(ABC):
@@ -283,12 +288,10 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         DataError: neither is found, or the file is not a tokenizer with an end-of-sentence token.
         UsageError: the path is the name of a repository on the Hugging Face Hub.
     """
-    hub, path = _HUB_NAME.fullmatch(str(path)), Path(path)
-    # `runs/tokenizer` looks like such a name as well; where `runs` is a folder, a file is meant.
-    if hub and not path.exists() and not path.parent.is_dir():
-        name = hub[1]
+    given, path = str(path), Path(path)
+    if not os.path.lexists(path) and (name := _hub_name(given)):
         raise UsageError(
-            f"{path}: no such file or folder; if it is on the Hugging Face Hub, fetch it first: "
+            f"{given}: no such file or folder; correct the path, or if it is on the Hugging Face Hub, fetch it first: "
             f"hf download {name} --include 'tokenizer*' --local-dir {Path(name).name} "
             f"(then give {Path(name).name})"
         )
@@ -302,6 +305,15 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer; give a folder with tokenizer.json, or a SentencePiece .model")
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
+
+
+def _hub_name(path: str) -> str | None:
+    """The repository that a path without a file may name."""
+    found = _HUB_NAME.fullmatch(path)
+    # `runs/tokenizer` looks like such a name as well; where `runs` is a folder, a file is meant.
+    if found is None or path.endswith((".json", ".model")) or (os.sep in path and Path(path).parent.is_dir()):
+        return None
+    return found["name"]
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -112,6 +112,9 @@ def test_members_and_rows_are_accounted_for(root: Path, tokenizer: Path) -> None
             *(member("3.png", picture(4)), member("3.mp4", b"x"), member("3.txt", b"clip")),
             *(member("4.img10.png", picture(10)), member("4.img9.png", picture(9))),
             member("4.txt", b"<image> after <image>"),
+            # A drawing is the origin of the image beside it, but no image itself.
+            *(member("5.png", picture(5)), member("5.svg", b"<svg/>"), member("5.txt", b"red")),
+            *(member("6.pdf", b"%PDF-"), member("6.json", b'{"text": "page"}')),
         ],
         format=tarfile.USTAR_FORMAT,
     )
@@ -131,12 +134,12 @@ def test_members_and_rows_are_accounted_for(root: Path, tokenizer: Path) -> None
     inputs = [tar, root / "in.parquet"]
     assert run_preprocess(inputs, tokenizer=tokenizer, output=out, more=["--max-bad-frac", "1"]) == 0
     balance = json.loads((out / "report.json").read_text())["balance"]
-    rejected = {"tag_count": 2, "tar_names": 1, "unsupported_media": 1, "unused_image": 2}
-    assert balance["images"] == {"found": 10, "stored": 4, "rejected": rejected, "left_out": {}}
+    rejected = {"tag_count": 2, "tar_names": 1, "unsupported_media": 2, "unused_image": 2}
+    assert balance["images"] == {"found": 12, "stored": 5, "rejected": rejected, "left_out": {}}
     assert balance["videos"] == {"found": 1, "stored": 0, "rejected": {"unsupported_media": 1}, "left_out": {}}
     files = [image for sample in read_back(out) for image in sample.images]
     # Members that differ by a number are in the order of the number.
-    assert files == [picture(0), picture(9), picture(10), picture(5)]
+    assert files == [picture(0), picture(9), picture(10), picture(5), picture(5)]
 
 
 def test_a_balance_that_does_not_close_is_an_error() -> None:
@@ -156,6 +159,34 @@ def test_lines_of_different_formats_share_a_file(root: Path, tokenizer: Path) ->
     samples = [sorted((s.ids, s.supervised, s.images) for s in read_back(out)) for out in (forward, backward)]
     assert samples[0] == samples[1] and len(samples[0]) == 3
     assert json.loads((forward / "manifest.json").read_text())["templates"] == ["deepseek", "plain"]
+
+
+def test_rows_whose_image_is_null_are_counted(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": picture(1), "path": None}, None, None], struct)
+    table = pa.table({"image": images, "question": ["Q"] * 3, "answer": ["red", "green", None]})
+    pq.write_table(table, root / "in.parquet")
+    inputs, more = [root / "in.parquet"], ["--max-bad-frac", "1"]
+    assert run_preprocess(inputs, tokenizer=tokenizer, output=root / "out", more=more) == 0
+    assert "1 records whose image is null or empty are stored as text" in capsys.readouterr().out
+    report = json.loads((root / "out/report.json").read_text())
+    assert (report["records_with_empty_image"], report["samples"], report["images"]) == (1, 2, 1)
+
+
+def test_columns_hold_for_some_of_the_inputs(root: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"by": "client", "said": "Q"}, {"by": "helper", "said": "A"}]
+    paths = [
+        write_jsonl(root / "0.jsonl", [{"text": "red"}]),
+        write_jsonl(root / "1.jsonl", [{"photo": "0.png", "text": "red"}, {"talk": turns}]),
+    ]
+    names = ["conversations=talk", "role=by", "content=said", "user=client", "assistant=helper"]
+    more = ["--columns", "image=photo", *names]
+    assert run_preprocess(paths, tokenizer=tokenizer, output=root / "out", more=more) == 0
+    assert json.loads((root / "out/report.json").read_text())["balance"]["turns"]["stored"] == 2
+    for wrong, message in (("user=guest", "no 'guest' in the first records"), ("image=alt", "names image twice")):
+        more = ["--columns", "image=photo", *names[:3], wrong]
+        assert run_preprocess(paths, tokenizer=tokenizer, output=root / "out2", more=more) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_column_that_does_not_exist_is_refused(

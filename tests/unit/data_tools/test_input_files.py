@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from pyarrow import ipc, parquet
+from pyarrow import feather, ipc, parquet
 
 from data_tools.readers import json_file
 from data_tools.readers.files import divide_file, entries
@@ -17,7 +17,7 @@ from data_tools.readers.input_paths import input_files
 from data_tools.readers.record import RecordError
 from megavl.config.errors import DataError, UsageError
 from tests.unit.data.corpus_files import make_tokenizer, run_preprocess, write_jsonl
-from tests.unit.data_tools.format_files import Expected, picture, read_back, rejects, shard_bytes
+from tests.unit.data_tools.format_files import Expected, member, picture, read_back, rejects, shard_bytes, write_tar
 
 TEXTS = [f"A {colour} thing number {number}." for number in range(30) for colour in ("red", "green", "blue")]
 
@@ -102,6 +102,51 @@ def test_a_folder_of_all_kinds_is_one_dataset(tokenizer: Path, tmp_path: Path) -
     found = [(Path(item["path"]).name, item["records"]) for item in _report(outs[0])["inputs"]]
     names = ["a.jsonl.gz", "data-00000-of-00001.arrow", "file.arrow", "z.jsonl.zst"]
     assert found == [(name, len(TEXTS)) for name in names]
+
+
+def test_files_that_are_not_read_are_named(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    names = ["a.csv", "b/c.CSV", "d.tsv", "e.txt.gz", "f.feather", "g.lance/h.lance", "README.md", "part-0", "r.tgz"]
+    silent = ["0.jpg", "clip.mp4", ".hidden.csv", "state.json", "00000_stats.json", "empty.jsonl"]
+    for name in [*names, *silent[:-1]]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    (folder / silent[-1]).touch()
+    text = write_jsonl(folder / "text.jsonl", [{"text": "red"}])
+    write_tar(folder / "0.tar", [member("0.png", picture(0)), member("0.txt", b"red")])
+    (folder / "0.parquet").write_bytes(b"described again")
+    more = ["--dry-run"]
+    for source in (folder, f"{tmp_path}/i*"):
+        assert run_preprocess([source], tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
+        found = "2 .csv, 1 .feather, 1 .lance, 1 .md, 1 .parquet beside .tar, 1 .tgz, 1 .tsv, 1 .txt.gz, 1 without an"
+        assert f"files of the folders that are not read: {found}" in capsys.readouterr().out, source
+    assert run_preprocess([folder], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    made = _report(tmp_path / "out")["files_left_out"]
+    assert (made[".csv"], made[".txt.gz"], made["without an extension"], len(made)) == (2, 1, 1, 9)
+    # A new file of another kind is no other input.
+    (folder / "late.csv").touch()
+    assert run_preprocess([folder], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    assert run_preprocess([text], tokenizer=tokenizer, output=tmp_path / "alone") == 0
+    assert _report(tmp_path / "alone")["files_left_out"] == {}
+
+
+def test_tables_are_known_by_their_first_bytes(tokenizer: Path, tmp_path: Path) -> None:
+    table = pa.table({"text": TEXTS})
+    parquet.write_table(table, tmp_path / "a.pq")
+    parquet.write_table(table, tmp_path / "b.parquet.gzip", compression="gzip")
+    feather.write_feather(table, str(tmp_path / "c.feather"))
+    assert run_preprocess([tmp_path], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    assert _report(tmp_path / "out")["samples"] == 3 * len(TEXTS)
+
+
+def test_a_folder_of_other_files_names_them(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "b.csv", "c.txt.gz", "d.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    assert run_preprocess([tmp_path / "in"], tokenizer=tokenizer, output=tmp_path / "out") == 2
+    assert "it holds 2 .csv, 1 .jpg, 1 .txt.gz; convert records to JSONL or Parquet" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_an_error(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,14 +288,36 @@ def test_a_tokenizer_without_the_image_token_is_refused(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["deepseek-ai/deepseek-vl-7b-base", "hf://org/name", "https://huggingface.co/deepseek-ai/deepseek-vl-7b-base"],
+    ("name", "hub"),
+    [
+        ("deepseek-ai/deepseek-vl-7b-base", "deepseek-ai/deepseek-vl-7b-base"),
+        ("hf://org/name", "org/name"),
+        ("https://huggingface.co/deepseek-ai/deepseek-vl-7b-base", "deepseek-ai/deepseek-vl-7b-base"),
+        ("gpt2", "gpt2"),
+        ("https://huggingface.co/gpt2", "gpt2"),
+        ("hf.co/org/name.v2/", "org/name.v2"),
+        ("https://huggingface.co/org/name/tree/main", "org/name"),
+    ],
 )
 def test_a_hub_name_is_answered_with_a_command(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, hub: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}])
     assert run_preprocess([text], tokenizer=name, output=tmp_path / "out") == 2
-    hub = "/".join(name.split("/")[-2:])
-    assert f"hf download {hub} --include 'tokenizer*' --local-dir" in capsys.readouterr().err
+    folder = hub.rpartition("/")[2]
+    expected = f"hf download {hub} --include 'tokenizer*' --local-dir {folder} (then give {folder})"
+    assert f"error: {name}: no such file or folder" in (error := capsys.readouterr().err) and expected in error
+
+
+@pytest.mark.parametrize("name", ["tok.json", "typo/tok.model", "in/typo", "/gone/tok", "../tok", "a b/c d", "link"])
+def test_a_path_that_is_no_hub_name_is_a_missing_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to("gone")
+    text = write_jsonl(tmp_path / "in/text.jsonl", [{"text": "a"}])
+    assert run_preprocess([text], tokenizer=name, output=tmp_path / "out") == 3
+    error = capsys.readouterr().err
+    assert f"error: {name}: no such tokenizer; give a folder with tokenizer.json" in error and "hf " not in error

@@ -32,6 +32,19 @@ def _names(record: Record) -> list[str]:
     return [picture.name for picture in record.pictures]
 
 
+PAGE = json.dumps(
+    [{"document_url": "http://x/p", "src": "http://x/a.jpg", "unformatted_src": "http://x/a.jpg?w=9"}, None]
+)
+WEB = {
+    "images": ["a.jpg", None],
+    "texts": [None, "Hello."],
+    "metadata": PAGE,
+    "general_metadata": '{"url": "http://x"}',
+}
+INFO = {"image_name": "a.jpg", "raw_url": "http://x/a.jpg", "matched_text_index": 0, "matched_sim": 0.3}
+MMC4 = {"text_list": ["Hello."], "image_info": [INFO], "url": "http://x", "similarity_matrix": [[0.3]]}
+
+
 def _parts(*content: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(content)}, REPLY]}
 
@@ -111,6 +124,11 @@ def _parts(*content: dict[str, Any]) -> dict[str, Any]:
             ["file:///data/a.jpg"],
             f"{I}Q",
         ),
+        ({"conversations": [ASKS, SAYS], "image": '["a.jpg"]'}, ["a.jpg"], f"{I}\nWhat?"),
+        ({"conversations": [ASKS, SAYS], "images": ' [{"path": "a.jpg"}]'}, ["a.jpg"], f"{I}\nWhat?"),
+        ({"conversations": [{**ASKS, "images": '["a.jpg"]'}, SAYS]}, ["a.jpg"], f"{I}\nWhat?"),
+        ({"messages": json.dumps(_parts({"type": "image", "image": "a.jpg"})["messages"])}, ["a.jpg"], I),
+        ({"conversations": [TEXT, SAYS], "image": "[]"}, [], "What?"),
         ({"conversations": [TEXT, SAYS], "image": ""}, [], "What?"),
         ({"conversations": [TEXT, SAYS], "image": float("nan")}, [], "What?"),
         ({"conversations": [TEXT, SAYS], "image": "None"}, [], "What?"),
@@ -167,6 +185,18 @@ def test_captions_of_every_convention(raw: Any, image: str, text: str) -> None:
         ("unused_image", {"photo": "a.jpg", "text": "red"}),
         ("unused_image", {"picture": "a.jpg", "caption": "red"}),
         ("unused_image", {"img_b64": BASE64, "text": "red"}),
+        ("unused_image", {"media": '["a.jpg"]', "text": "red"}),
+        ("unused_image", {"meta": '{"shown": ["x/y.png"]}', "conversations": [TEXT, SAYS]}),
+        ("unsupported_media", {"clips": '["x.mp4"]', "text": "red"}),
+        ("unused_image", {"picture": "a.svg", "text": "red"}),
+        ("unused_image", {"figure_path": "a.EPS", "text": "red"}),
+        ("unused_image", {"image_2": "a.pdf", "image": "b.jpg", "text": "red"}),
+        ("unused_image", {"pdf": "a.pdf", "conversations": [TEXT, SAYS]}),
+        ("unused_image", {"attachments": ["a.docx"], "messages": [USER, REPLY]}),
+        ("unused_image", {"paper": "data:application/pdf;base64,AAAA", "text": "red"}),
+        ("unused_image", {"paper": {"bytes": b"%PDF-1.7", "path": None}, "text": "red"}),
+        ("unused_image", {**WEB, "more_images": ["b.jpg"]}),
+        ("unused_image", {**MMC4, "more_images": ["http://x/b.jpg"]}),
         ("unused_image", {"thumb": {"bytes": JPEG, "path": None}, "text": "red"}),
         ("unused_image", {"meta": {"files": [{"p": "x/y.png"}]}, "text": "red"}),
         ("unused_image", {"meta": "data:image/png;base64,AAAA", "text": "red"}),
@@ -240,6 +270,8 @@ def test_what_would_vanish_or_change_is_refused(reason: str, raw: Any) -> None:
         {"text": "red", "url": "https://example.org/page.html", "meta": {"score": 0.5}},
         {"text": "<img src='a.png'> <image>"},
         {"text": "Plain.", "image": None},
+        {"text": "[draft] {see} x.png", "note": "[1] {a: b}", "source": "papers/1.pdf", "url": "http://x/1.pdf"},
+        {"text": "Code", "exif": '{"Image Name": "a.jpg"}'},
         {"text": "icon", "path": "assets/icon.svg", "url": "https://example.org/File:Foo", "license": "mit"},
         {"conversations": [{"from": "human", "value": "What does <video>\n</video> do?"}, SAYS]},
         {"conversations": [{"from": "human", "value": "Explain <image_placeholder>."}, SAYS]},
@@ -255,6 +287,51 @@ def test_text_that_speaks_of_images_stays_text(raw: Any) -> None:
     record = _read(raw)
     assert not record.pictures
     assert all(turn.tags in (None, ()) and turn.text.count(I) == 0 or turn.tags == () for turn in record.turns)
+
+
+@pytest.mark.parametrize(
+    ("raw", "image"),
+    [
+        (WEB, "a.jpg"),
+        ({**WEB, "metadata": json.loads(PAGE)}, "a.jpg"),
+        ({**WEB, "images": [STRUCT, None]}, "images[0]"),
+        ({**WEB, "images": ["http://x/a.jpg", None]}, "http://x/a.jpg"),
+        ({**WEB, "image_urls": ["http://x/a.jpg", "http://x/logo.png"]}, "a.jpg"),
+        (MMC4, "a.jpg"),
+        ({**MMC4, "image_info": [{**INFO, "image_name": None}]}, ""),
+        ({**MMC4, "urls": ["http://x/a.jpg", "http://x/logo.png"]}, "a.jpg"),
+    ],
+)
+def test_addresses_of_web_documents_are_no_images(raw: Any, image: str) -> None:
+    assert _names(_read(raw)) == [image]
+
+
+def test_roles_of_other_names_are_given_by_columns() -> None:
+    talk = [{"speaker": "Client", "said": "Q"}, {"speaker": "helper", "said": "A"}]
+    columns = {"role": "speaker", "content": "said", "user": "client", "assistant": "helper"}
+    member = {"key": "k", "images": (), "txt": None, "json": json.dumps({"conversations": talk}).encode()}
+    struct = {key: [turn[key] for turn in talk] for key in ("speaker", "said")}
+    for raw in ({"conversations": talk}, talk, {"conversations": json.dumps(talk)}, {"conversations": struct}, member):
+        format = "webdataset" if raw is member else None
+        record = read_record(raw, format=format, columns=columns)
+        assert [(turn.role, turn.text) for turn in record.turns] == [("user", "Q"), ("assistant", "A")], raw
+    with pytest.raises(RecordError, match=r"role is 'Client', which is none of system.*human.*--columns user="):
+        _read({"conversations": talk}, role="speaker", content="said")
+
+
+def test_ignored_keys_of_a_tar_member_are_left_out() -> None:
+    picture = Picture(name="k.jpg", data=JPEG)
+    raw = {"key": "k", "images": (picture,), "txt": None, "json": b'{"text": "red", "mask": "m.png"}'}
+    ignore = ("mask", "images", "txt")
+    assert _names(read_record(raw, format="webdataset", columns={}, ignore=ignore)) == ["k.jpg"]
+    assert count_ignored(raw, columns={}, ignore=ignore)["images"] == 1
+
+
+@pytest.mark.parametrize(("image", "empty"), [(None, True), ("", True), ([None], True), ("a.jpg", False)])
+def test_an_empty_image_is_noted(image: Any, empty: bool) -> None:
+    for rest in ({"question": "Q", "answer": "A"}, {"text": "red"}):
+        assert _read({"image": image, **rest}).image_empty is empty
+        assert not _read(rest).image_empty
 
 
 def test_tags_in_an_answer_are_text() -> None:
