@@ -48,6 +48,10 @@ class Batch:
     `parallel.vision: split_all` first this rank's share of them, then the towers' features (I, V, P, W)."""
     image_count: int
     """I, on every rank."""
+    parents: tuple[int, ...] = ()
+    """For each segment, the earlier segment that it continues, or -1; empty: no segment continues another. A token of
+    a continuing segment attends to the whole parent too, and its positions go on from the parent's end. Evaluation
+    alone makes such segments: the answers to one question continue its prompt."""
     sample_ids: tuple[int, ...] = ()
     """Global numbers of the packs, for logs of bad steps."""
     bad_samples: tuple[str, ...] = ()
@@ -63,6 +67,7 @@ def make_batch(
     tokens: torch.Tensor,
     *,
     borders: Sequence[int] = (),
+    parents: Sequence[int] = (),
     loss_mask: torch.Tensor | None = None,
     images: torch.Tensor | None = None,
     image_token_id: int | None = None,
@@ -75,6 +80,7 @@ def make_batch(
     Args:
         tokens: int64 (T,).
         borders: first token of each segment, and T; default: one segment.
+        parents: for each segment, the one that it continues, or -1; default: none continues another.
         loss_mask: (T,), nonzero where the next token counts in the loss; default: nowhere.
         images: uint8 (I, 3, C, C); default: none.
         image_token_id: id that marks image positions.
@@ -94,12 +100,19 @@ def make_batch(
         modality=modality or ("multimodal" if len(images) else "text"),
         borders=borders,
         tokens=tokens,
-        positions=torch.cat([torch.arange(end - start) for start, end in zip(borders, borders[1:])]),
+        positions=_positions(borders, parents),
         labels=tokens.roll(-1)[loss_rows],
         loss_rows=loss_rows,
         image_rows=image_rows,
         images=images,
         image_count=len(images),
+        parents=tuple(parents),
         sample_ids=tuple(sample_ids),
         bad_samples=tuple(bad_samples),
     )
+
+
+def _positions(borders: Sequence[int], parents: Sequence[int]) -> torch.Tensor:
+    lengths = [end - start for start, end in zip(borders, borders[1:])]
+    starts = [lengths[parent] if parent >= 0 else 0 for parent in parents] or [0] * len(lengths)
+    return torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)])

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from megavl.config.errors import DataError
 from megavl.data.template import Piece, document_pieces, encode_batch
-from megavl.evaluate.perplexity import ROW_TOKENS, EncodedOption, EncodedQuestion, option_perplexities
 from megavl.evaluate.task import Passage
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
+from megavl.generate.score import ROW_TOKENS
+from megavl.generate.score_rows import EncodedOption, ScoreRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class ScoredPassage:
         return len(self.entry.text.encode())
 
 
-def encode_passages(passages: Sequence[Passage], *, processor: Processor) -> list[list[EncodedQuestion]]:
+def encode_passages(passages: Sequence[Passage], *, processor: Processor) -> list[list[ScoreRequest]]:
     """Windows of each text, as documents are trained: BOS and the images, then the text.
 
     A text longer than the model's positions has several windows. Every token is predicted once; a further window
@@ -58,7 +59,7 @@ def encode_passages(passages: Sequence[Passage], *, processor: Processor) -> lis
             )
         found.append(
             [
-                EncodedQuestion(
+                ScoreRequest(
                     location=passage.location,
                     options=(EncodedOption(ids=ids[first : first + limit], start=1 if first else start),),
                     images=passage.images,
@@ -72,7 +73,7 @@ def encode_passages(passages: Sequence[Passage], *, processor: Processor) -> lis
 def score_passages(
     model: Model,
     passages: Sequence[Passage],
-    windows: Sequence[Sequence[EncodedQuestion]],
+    windows: Sequence[Sequence[ScoreRequest]],
     *,
     row_tokens: int = ROW_TOKENS,
 ) -> list[ScoredPassage]:
@@ -87,14 +88,11 @@ def score_passages(
         NumericsError: a perplexity is not finite.
     """
     every = [window for of_passage in windows for window in of_passage]
-    geometry = model.processor.config.image_geometry
     with tqdm(total=len(every), unit="window", desc="read", disable=None if every else True) as bar:
-        values = iter(
-            option_perplexities(model.stage, every, geometry=geometry, row_tokens=row_tokens, progress=bar.update)
-        )
+        scores = iter(model.score_requests(every, row_tokens=row_tokens, progress=bar.update))
     found = []
     for passage, of_passage in zip(passages, windows, strict=True):
-        tokens = [len(window.options[0].ids) - window.options[0].start for window in of_passage]
-        bits = math.fsum(count * math.log2(next(values)[0]) for count in tokens)
-        found.append(ScoredPassage(entry=passage, tokens=sum(tokens), bits=bits))
+        own = [next(scores)[0] for _ in of_passage]
+        bits = -math.fsum(score.log_prob for score in own) / math.log(2)
+        found.append(ScoredPassage(entry=passage, tokens=sum(score.tokens for score in own), bits=bits))
     return found

@@ -14,18 +14,13 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.data.template import Piece, Template, encode_batch
 from megavl.evaluate.image_shuffle import shuffle_images
-from megavl.evaluate.perplexity import (
-    ROW_TOKENS,
-    EncodedOption,
-    EncodedQuestion,
-    option_perplexities,
-    option_segments,
-)
 from megavl.evaluate.report import Answered, Report
 from megavl.evaluate.task import Question
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import prompt_pieces
+from megavl.generate.score import ROW_TOKENS
+from megavl.generate.score_rows import EncodedOption, ScoreRequest
 
 
 def evaluate_choices(
@@ -53,10 +48,10 @@ def evaluate_choices(
     shuffled = shuffle_images(questions, seed=seed) if blind else [()] * len(questions)
     encoded = encode_questions(questions, processor=model.processor, template=template, system=system)
     asked = encoded + [replace(question, images=images) for question, images in zip(encoded, shuffled) if images]
-    total = sum(len(option_segments(0, question)) for question in asked)
-    geometry = model.processor.config.image_geometry
-    with tqdm(total=total, unit="prompt", desc="evaluate", disable=None) as bar:
-        found = option_perplexities(model.stage, asked, geometry=geometry, row_tokens=row_tokens, progress=bar.update)
+    total = sum(len(question.options) for question in asked)
+    with tqdm(total=total, unit="option", desc="evaluate", disable=None) as bar:
+        scores = model.score_requests(asked, row_tokens=row_tokens, progress=bar.update)
+    found = [[score.perplexity for score in of_question] for of_question in scores]
     blind_found = iter(found[len(questions) :])
     answers = [
         Answered(
@@ -75,7 +70,7 @@ def encode_questions(
     processor: Processor,
     template: Template = "deepseek",
     system: str = SYSTEM_PROMPT,
-) -> list[EncodedQuestion]:
+) -> list[ScoreRequest]:
     """Prompts followed by each option, with a space before the option as in training answers.
 
     Prompt and option are tokenized together, so an option has the tokens that training saw.
@@ -94,12 +89,12 @@ def encode_questions(
         options = []
         for choice, sample in zip(question.choices, encoded):
             if len(sample.spans) != 1 or sample.spans[0][0] == 0:
-                raise DataError(f"{question.location}: choices: {choice!r} has no token of its own behind the prompt")
+                raise DataError(f"{question.location}: choices: {choice!r} has no token of its own after the prompt")
             if len(sample.ids) > config.llm.max_position_embeddings:
                 raise DataError(
                     f"{question.location}: {len(sample.ids)} tokens exceed the model's "
                     f"{config.llm.max_position_embeddings} positions; shorten the prompt"
                 )
             options.append(EncodedOption(ids=tuple(map(int, sample.ids)), start=sample.spans[0][0]))
-        found.append(EncodedQuestion(location=question.location, options=tuple(options), images=question.images))
+        found.append(ScoreRequest(location=question.location, options=tuple(options), images=question.images))
     return found

@@ -12,7 +12,8 @@ Legend: I images, C canvas side in pixels.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megavl.config.chat import SYSTEM_PROMPT
-from megavl.config.errors import DataError, UsageError
+from megavl.config.errors import DataError, NumericsError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
 from megavl.data.template import Piece, Template, Turn, inference_prompt
@@ -38,6 +39,8 @@ from megavl.generate.prompt import (
     with_image_tags,
 )
 from megavl.generate.sampling import Sampling
+from megavl.generate.score import ROW_TOKENS, Score, score
+from megavl.generate.score_rows import ScoreRequest
 from megavl.generate.stream import TextStream
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
@@ -148,6 +151,37 @@ class Model:
         check_layout(source.config, parallel)
         stage = load_stage(source, dtype=dtype, parallel=parallel)
         return cls(stage, Processor(source.config, source.tokenizer))
+
+    def score_requests(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        row_tokens: int = ROW_TOKENS,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> list[list[Score]]:
+        """Score encoded options; see `generate.score.score`.
+
+        Raises:
+            ImageError: an image cannot be read.
+            NumericsError: a log-probability is not finite; the message names the request.
+        """
+        config = self.processor.config
+        found = score(
+            [self.stage],
+            requests,
+            geometry=config.image_geometry,
+            image_token_id=config.image_token_id,
+            row_tokens=row_tokens,
+            progress=progress,
+        )
+        for request, scores in zip(requests, found, strict=True):
+            if not all(math.isfinite(one.log_prob) for one in scores):
+                values = [one.log_prob for one in scores]
+                raise NumericsError(
+                    f"{request.location + ': ' if request.location else ''}log-probabilities {values} are not finite; "
+                    "the weights are damaged, or the model needs --dtype float32"
+                )
+        return found
 
     def generate(self, inputs: Inputs, *, max_new_tokens: int = 512, sampling: Sampling | None = None) -> Answer:
         """Answer one prompt.

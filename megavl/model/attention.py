@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
@@ -29,7 +30,13 @@ class Segments(PackedSeqParams):
     """Segment borders of a batch in the form that megatron-core's modules pass on, and the rotary angles."""
 
     borders: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    """As in `Batch`."""
     device_cu_seqlens: torch.Tensor | None = None
+    key_rows: torch.Tensor | None = None
+    """int64 (K,): rows whose keys each segment reads, its parent's and its own; None where all read their own."""
+    device_cu_seqlens_keys: torch.Tensor | None = None
+    """int32: first of each segment's `key_rows`, and K; None where all read their own."""
     positions: torch.Tensor | None = None
     """int64 (T,), of each token in its segment."""
     cos: torch.Tensor | None = None
@@ -56,20 +63,32 @@ def segments(batch: Batch, *, on_device: bool = True) -> Segments:
         on_device: megatron-core's own modules read the borders there, as its fused rotary embedding does. Its plain
             one reads them on the host and would wait for the device.
     """
-    borders = batch.borders
+    borders, parents = batch.borders, batch.parents
     on_host = torch.tensor(borders, dtype=torch.int32)
     moved = on_host.to(batch.tokens.device, non_blocking=True)
     cu_seqlens = moved if on_device else on_host
     # The true longest segment: were it T for several segments, RoPE would switch to global positions.
-    longest = max(end - start for start, end in zip(borders, borders[1:]))
+    lengths = [end - start for start, end in zip(borders, borders[1:])]
+    longest = max(lengths)
+    key_lengths = [length + (lengths[parent] if parent >= 0 else 0) for length, parent in zip(lengths, parents)]
+    key_rows = key_borders = None
+    if key_lengths:
+        ranges = [torch.arange(start, end) for start, end in zip(borders, borders[1:])]
+        rows = [torch.cat([ranges[parent], own]) if parent >= 0 else own for own, parent in zip(ranges, parents)]
+        key_rows = torch.cat(rows).to(batch.tokens.device)
+        ends = list(accumulate(key_lengths, initial=0))
+        key_borders = torch.tensor(ends, dtype=torch.int32).to(batch.tokens.device)
     return Segments(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_kv=max(key_lengths, default=longest),
         borders=borders,
+        parents=parents,
         device_cu_seqlens=moved,
+        key_rows=key_rows,
+        device_cu_seqlens_keys=key_borders,
         positions=batch.positions,
     )
 
@@ -159,20 +178,31 @@ class PackedAttention(nn.Module):
         query, key = (_Rotated.apply(x, cos, sin, self.rotate) for x in (query, key))
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, packed_seq_params)
+        spans = list(zip(packed_seq_params.borders, packed_seq_params.borders[1:]))
         pieces = []
-        for start, end in zip(packed_seq_params.borders, packed_seq_params.borders[1:]):
+        for (start, end), parent in zip_longest(spans, packed_seq_params.parents, fillvalue=-1):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))  # (1, A, L, D)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            mask = None
+            if parent >= 0:
+                first, last = spans[parent]
+                k, v = (
+                    torch.cat([x[first:last].transpose(0, 1)[None], own], dim=2) for x, own in ((key, k), (value, v))
+                )
+                mask = torch.ones(end - start, k.shape[2], dtype=torch.bool, device=k.device).tril(last - first)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
             pieces.append(out[0].transpose(0, 1))
         return torch.cat(pieces)
 
     def _varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Segments) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        cu, longest = packed.device_cu_seqlens, packed.max_seqlen_q
+        cu, keys = packed.device_cu_seqlens, packed.device_cu_seqlens
         assert cu is not None, "segments() sets them"
-        # A window of (-1, 0) is torch's way to say causal here.
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))
+        if packed.key_rows is not None:
+            k, v, keys = k[packed.key_rows], v[packed.key_rows], packed.device_cu_seqlens_keys
+        longest, longest_keys = packed.max_seqlen_q, packed.max_seqlen_kv
+        # A window of (-1, 0) is torch's way to say causal here; queries are aligned with the last keys.
+        out = varlen_attn(q, k, v, cu, keys, longest, longest_keys, scale=self.scale, window_size=(-1, 0))
         assert isinstance(out, torch.Tensor), "no auxiliary output was asked for"
         return out
 

@@ -122,7 +122,8 @@ class Decoder(GPTModel):
     """megatron-core's GPTModel whose head computes logits only where the loss counts, and keeps no copies of them.
 
     Image tokens, questions and padding carry no loss: with five images in 4096 tokens that is 70% of the positions.
-    `loss_mask`, which megatron-core reads for multi-token prediction alone, takes the positions of the labels here.
+    `loss_mask`, which megatron-core reads for multi-token prediction alone, takes the positions of the labels here;
+    None stands for all.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -148,8 +149,7 @@ class Decoder(GPTModel):
         if self.post_process and self.config.sequence_parallel:
             # Every rank computes the gradient of its share of the vocabulary for all positions, and the head sums them.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        if self.post_process and labels is not None:
-            assert loss_mask is not None, "labels come with their positions"
+        if self.post_process and loss_mask is not None:
             hidden_states = hidden_states.index_select(0, loss_mask)
         out: torch.Tensor = super()._postprocess(hidden_states, *args, labels=labels, loss_mask=None, **kwargs)
         return out

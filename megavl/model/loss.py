@@ -30,21 +30,51 @@ def vocab_parallel_loss(logits: torch.Tensor, labels: torch.Tensor, *, group: di
     return out
 
 
+@torch.no_grad()
+def vocab_parallel_scores(logits: torch.Tensor, labels: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
+    """Loss of each position, and whether its label is the likeliest token, (2, R), at least fp32.
+
+    Args:
+        logits: (R, V), V split over the ranks of `group` in their order.
+        labels: int64 (R,).
+
+    Returns:
+        The loss in nats, and 1 where no logit exceeds the label's, else 0.
+    """
+    _, chosen, _, _ = _label_logits(logits, labels, group=group)
+    if group.size() > 1:
+        dist.all_reduce(chosen, group=group)
+    loss = vocab_parallel_loss(logits, labels, group=group)
+    return torch.stack([loss, (chosen == 0).to(loss.dtype)])
+
+
+def _label_logits(
+    logits: torch.Tensor, labels: torch.Tensor, *, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest logit of each row, and the label's relative to it.
+
+    Returns:
+        The largest logits (R,), at least fp32, over all ranks. The label's logit minus the largest one (R,), zero where
+        another rank holds the label. Its column on this rank (R,), and whether this rank holds it (R,).
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    largest = logits.amax(dim=1).to(wide)
+    if group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    columns = labels - group.rank() * logits.shape[1]
+    own = (columns >= 0) & (columns < logits.shape[1])
+    columns = columns.where(own, 0)
+    # Relative to the largest logit of the row, so that the loss of a nearly certain label keeps its digits.
+    chosen = (logits.gather(1, columns[:, None])[:, 0].to(wide) - largest).where(own, 0.0)
+    return largest, chosen, columns, own
+
+
 class _VocabParallelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         chunks = logits.split(max(1, CHUNK // logits.shape[1]))
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        largest = logits.amax(dim=1).to(wide)
-        if group.size() > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        largest, chosen, columns, own = _label_logits(logits, labels, group=group)
         shifts = largest[:, None].split(len(chunks[0]))
-        rows = torch.arange(len(labels), device=labels.device)
-        columns = labels - group.rank() * logits.shape[1]
-        own = (columns >= 0) & (columns < logits.shape[1])
-        columns = columns.where(own, 0)
-        # Relative to the largest logit of the row, so that the loss of a nearly certain label keeps its digits.
-        chosen = (logits[rows, columns].to(wide) - largest).where(own, 0.0)
         total = torch.cat([(chunk - shift).exp_().sum(dim=1) for chunk, shift in zip(chunks, shifts)])
         if group.size() > 1:
             both = torch.stack([total, chosen])
@@ -56,6 +86,7 @@ class _VocabParallelLoss(torch.autograd.Function):
             for chunk, shift in zip(chunks, shifts):
                 chunk.copy_((chunk - shift).exp_())
             # Of a label p - 1, without rounding p to the dtype of the logits.
+            rows = torch.arange(len(labels), device=labels.device)
             of_label = torch.expm1(-loss).to(logits.dtype)
             logits[rows, columns] = of_label.where(own, logits[rows, columns])
             ctx.gradient = logits

@@ -17,6 +17,7 @@ from megavl.model.cache import KeyValueCache, Step
 from megavl.model.decoder import build_decoder
 from megavl.model.first_stage import embed
 from megavl.model.image_placement import PLACEMENTS
+from megavl.model.loss import vocab_parallel_scores
 from megavl.model.vision import VisionEncoder
 
 
@@ -71,11 +72,23 @@ class DeepseekVL(MegatronModule):
         Returns:
             Inner stages: hidden states (T, 1, H). Last stage: loss of each label (1, R).
         """
-        return self._run(batch, labels=batch.labels[None], dummy_image=dummy_image)
+        return self._run(batch, labels=batch.labels[None], loss_rows=batch.loss_rows, dummy_image=dummy_image)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits (T, V) of every token's successor, V split over tensor-parallel ranks; only where the head is."""
-        return self._run(batch, labels=None)[0]
+        return self._run(batch, labels=None, loss_rows=None)[0]
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """One micro-batch through this stage, to score its labels without a gradient.
+
+        Returns:
+            Inner stages: hidden states (T, 1, H). Last stage: (2, R), at least fp32: the loss of each label in nats,
+            and 1 where no token is likelier than the label, else 0.
+        """
+        out = self._run(batch, labels=None, loss_rows=batch.loss_rows)
+        if not self.post_process:
+            return out
+        return vocab_parallel_scores(out[0], batch.labels, group=self.language_model.pg_collection.tp)
 
     def forward_cached(
         self, step: Step, *, tokens: torch.Tensor, images: torch.Tensor | None, image_rows: torch.Tensor
@@ -114,12 +127,19 @@ class DeepseekVL(MegatronModule):
             device=weight.device,
         )
 
-    def _run(self, batch: Batch, *, labels: torch.Tensor | None, dummy_image: bool = False) -> torch.Tensor:
+    def _run(
+        self,
+        batch: Batch,
+        *,
+        labels: torch.Tensor | None,
+        loss_rows: torch.Tensor | None,
+        dummy_image: bool = False,
+    ) -> torch.Tensor:
         out: torch.Tensor = self.language_model(
             *(None, None, None),
             decoder_input=self._embed(batch.tokens, batch.images, batch.image_rows, dummy_image=dummy_image),
             labels=labels if self.post_process else None,
-            loss_mask=batch.loss_rows,
+            loss_mask=loss_rows,
             packed_seq_params=segments(batch, on_device=self.config.apply_rope_fusion),
         )
         return out

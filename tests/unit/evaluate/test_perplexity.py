@@ -10,10 +10,10 @@ import torch
 from megavl.config.errors import DataError, NumericsError
 from megavl.data.batch import make_batch
 from megavl.evaluate.multiple_choice import encode_questions, evaluate_choices
-from megavl.evaluate.perplexity import EncodedOption, EncodedQuestion, option_perplexities, option_segments
 from megavl.evaluate.task import read_tasks
 from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import read_canvases
+from megavl.generate.score_rows import EncodedOption, ScoreRequest, score_rows
 from megavl.model.vl_model import DeepseekVL
 from tests.unit.generate import models
 
@@ -42,27 +42,24 @@ def test_packed_rows_equal_single_options(model, task, tokenizer, row_tokens, re
     questions = encode_questions(read_tasks([task]), processor=Processor(CONFIG, tokenizer))
     assert {len(option.ids) - option.start for q in questions for option in q.options} > {1}
     told = []
-    found = option_perplexities(
-        model, questions, geometry=CONFIG.image_geometry, row_tokens=row_tokens, progress=told.append
-    )
+    scorer = Model(model, Processor(CONFIG, tokenizer))
+    scores = scorer.score_requests(questions, row_tokens=row_tokens, progress=told.append)
+    found = [[score.perplexity for score in of_question] for of_question in scores]
     expected = [[alone(model, option, question.images) for option in question.options] for question in questions]
     errors = [abs(a / b - 1) for x, y in zip(found, expected) for a, b in zip(x, y)]
     report_table([f"perplexity, rows of at most {row_tokens} tokens against alone, relative", max(errors)])
     assert all(error < 1e-5 for error in errors)
     assert len({round(value, 3) for values in found for value in values}) > 9
-    assert sum(told) == sum(len(option_segments(0, question)) for question in questions)
+    assert sum(told) == sum(len(question.options) for question in questions)
 
 
-def test_one_token_options_share_the_prompt():
-    question = EncodedQuestion(
-        location="t:1",
-        images=(),
-        options=tuple(
-            EncodedOption(ids=(1, 2, 3, *option), start=3) for option in ((4,), (5,), (6, 7), (6, 8), (9, 7))
-        ),
-    )
-    found = option_segments(2, question)
-    assert [(segment.ids, segment.options) for segment in found] == [((1, 2, 3, 6), (2, 3, 0, 1)), ((1, 2, 3, 9), (4,))]
+def test_options_share_their_common_prefix():
+    options = ((4,), (5,), (6, 7), (6, 8), (9, 7))
+    request = ScoreRequest(options=tuple(EncodedOption(ids=(1, 2, 3, *option), start=3) for option in options))
+    (row,) = score_rows([request], limit=100)
+    assert [(segment.ids, segment.parent) for segment in row.segments] == [((1, 2, 3), -1), ((6,), 0), ((9,), 0)]
+    found = {one.option: (one.positions, one.labels) for one in row.predictions}
+    assert found == {0: ((2,), (4,)), 1: ((2,), (5,)), 2: ((2, 3), (6, 7)), 3: ((2, 3), (6, 8)), 4: ((2, 4), (9, 7))}
 
 
 def test_every_option_is_tokenized_as_in_training(task, tokenizer):

@@ -1,0 +1,209 @@
+"""Log-probabilities of options after a prompt, through all pipeline stages, on any layout of ranks.
+
+Rows run forward only, through megatron-core's own schedule. Each data-parallel replica takes its share of them.
+
+Legend: T tokens of a row, R labels of a row, I images, C canvas side in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavl.config.expected_warnings import expected_warnings_ignored
+from megavl.config.presets import ImageGeometry
+from megavl.data.batch import Batch, make_batch
+from megavl.generate.prompt import read_canvases
+from megavl.generate.score_rows import ScoreRequest, ScoreRow, score_rows
+from megavl.parallel import cpu_runtime
+
+with expected_warnings_ignored():
+    from megatron.core import parallel_state as mpu
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megavl.checkpoint import collective_errors
+    from megavl.model.vl_model import DeepseekVL
+
+ROW_TOKENS = 2048
+"""Tokens of a row; a longer request gets a row of its own."""
+_MICRO_BATCHES = 4
+"""Rows of a replica in one pass of the schedule, for each pipeline stage: their images are in memory together."""
+
+Spread = Callable[[Sequence[Batch]], Sequence[Batch]]
+"""From batches with all images to what the first stage takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model thinks of one option after its prompt."""
+
+    log_prob: float
+    """Sum of the natural log-probabilities of the option's tokens."""
+    tokens: int
+    """Tokens of the option."""
+    greedy: bool
+    """Whether greedy decoding would say exactly this option."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean negative log-probability of a token)."""
+        return math.exp(-self.log_prob / self.tokens) if math.isfinite(self.log_prob) else math.nan
+
+
+def score(
+    stages: Sequence[DeepseekVL],
+    requests: Sequence[ScoreRequest],
+    *,
+    geometry: ImageGeometry,
+    image_token_id: int,
+    row_tokens: int = ROW_TOKENS,
+    spread: Spread | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[list[Score]]:
+    """Score every option of every request. Every rank makes the same call and gets the same scores.
+
+    Args:
+        stages: this rank's pipeline stages: one, or those of `parallel.virtual_pipeline`. They end as they were.
+        geometry: of the canvases that the first stage reads.
+        row_tokens: most tokens of a row.
+        spread: hands the images of some batches to the ranks that encode them; default: the first stage does.
+        progress: told after each pass the number of options in it.
+
+    Returns:
+        For each request a score for each option. A log-probability that is not finite is returned as it is.
+
+    Raises:
+        ImageError: an image cannot be read; on every rank.
+    """
+    rows = score_rows(requests, limit=row_tokens)
+    every = mpu.get_data_parallel_world_size() * mpu.get_pipeline_model_parallel_world_size() * _MICRO_BATCHES
+    found = [[Score(log_prob=math.nan, tokens=0, greedy=False)] * len(request.options) for request in requests]
+    with _evaluating(stages):
+        for first in range(0, len(rows), every):
+            part = rows[first : first + every]
+            values = _run(stages, part, geometry=geometry, image_token_id=image_token_id, spread=spread)
+            for one, (losses, likeliest) in zip((one for row in part for one in row.predictions), values, strict=True):
+                found[one.request][one.option] = Score(
+                    log_prob=-math.fsum(losses), tokens=len(one.labels), greedy=all(likeliest)
+                )
+            progress(sum(len(row.predictions) for row in part))
+    return found
+
+
+@contextmanager
+def _evaluating(stages: Sequence[DeepseekVL]) -> Iterator[None]:
+    were = [stage.training for stage in stages]
+    for stage in stages:
+        stage.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for stage, training in zip(stages, were):
+            stage.train(training)
+
+
+def _run(
+    stages: Sequence[DeepseekVL],
+    rows: Sequence[ScoreRow],
+    *,
+    geometry: ImageGeometry,
+    image_token_id: int,
+    spread: Spread | None,
+) -> Iterator[tuple[list[float], list[float]]]:
+    """Losses and whether each label is the likeliest, for each option of the rows, in their order."""
+    replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    own = rows[replica::replicas]
+    reads = spread is not None or any(stage.pre_process for stage in stages)
+    canvases: list[torch.Tensor] = []
+
+    def read() -> None:
+        canvases.extend(read_canvases(row.images if reads else (), geometry=geometry) for row in own)
+
+    collective_errors.on_every_rank(read)
+    length = _padded_length(rows)
+    batches = [
+        _batch(row, length=length or row.tokens, images=images, image_token_id=image_token_id)
+        for row, images in zip(own, canvases)
+    ]
+    # The interleaved schedule wants a multiple of the pipeline's ranks, and every replica joins the collectives.
+    for _ in range(-len(batches) % mpu.get_pipeline_model_parallel_world_size() or (not batches)):
+        empty = ScoreRow(segments=(), predictions=(), images=())
+        batches.append(_batch(empty, length=length or 1, images=read_canvases((), geometry=geometry), image_token_id=0))
+    if spread is not None:
+        batches = list(spread(batches))
+    outputs = _forward_only(stages, batches, length=length)
+    sizes = [len(one.labels) for row in rows for one in row.predictions]
+    values = torch.zeros(2, sum(sizes), dtype=torch.float64, device=cpu_runtime.device())
+    if outputs and mpu.get_tensor_model_parallel_rank() == 0:
+        lengths = [sum(len(one.labels) for one in row.predictions) for row in rows]
+        shares = values.split(lengths, dim=1)[replica::replicas]
+        for share, output in zip(shares, outputs):
+            share.copy_(output)
+    if dist.get_world_size() > 1:
+        # One rank has each value, so the sum is exact.
+        dist.all_reduce(values)
+    losses, likeliest = (iter(part.split(sizes)) for part in values.cpu())
+    return ((next(losses).tolist(), next(likeliest).tolist()) for _ in sizes)
+
+
+def _padded_length(rows: Sequence[ScoreRow]) -> int | None:
+    """Common length of the rows; None where each may have its own."""
+    ranks = mpu.get_tensor_model_parallel_world_size()
+    if mpu.get_pipeline_model_parallel_world_size() == 1 and ranks == 1:
+        return None
+    longest = max(row.tokens for row in rows)
+    return -(-longest // ranks) * ranks
+
+
+def _batch(row: ScoreRow, *, length: int, images: torch.Tensor, image_token_id: int) -> Batch:
+    tokens = [token for segment in row.segments for token in segment.ids]
+    borders = [0]
+    for segment in row.segments:
+        borders.append(borders[-1] + len(segment.ids))
+    parents = [segment.parent for segment in row.segments]
+    if len(tokens) < length:
+        borders.append(length)
+        parents.append(-1)
+        tokens += [0] * (length - len(tokens))
+    if all(parent < 0 for parent in parents):
+        parents = []
+    batch = make_batch(
+        torch.tensor(tokens), borders=borders, parents=parents, images=images, image_token_id=image_token_id
+    )
+    positions = [at for one in row.predictions for at in one.positions]
+    labels = [label for one in row.predictions for label in one.labels]
+    return dataclasses.replace(
+        batch,
+        loss_rows=torch.tensor(positions, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+    )
+
+
+def _forward_only(stages: Sequence[DeepseekVL], batches: Sequence[Batch], *, length: int | None) -> list[torch.Tensor]:
+    """(2, R) of each batch on the last stage; nothing elsewhere."""
+    device = cpu_runtime.device()
+    iterators = [(batch.to(device) for batch in batches) for _ in stages]
+    outputs: list[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(stages) if len(stages) > 1 else stages[0],
+        num_microbatches=len(batches),
+        seq_length=length or len(batches[0].tokens),
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return outputs
+
+
+def _step(data: Iterator[Batch], stage: DeepseekVL) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    return stage.score(batch), lambda output, non_loss_data: output
