@@ -50,8 +50,8 @@ class Batch:
     """I, on every rank."""
     parents: tuple[int, ...] = ()
     """For each segment, the earlier segment that it continues, or -1; empty: no segment continues another. A token of
-    a continuing segment attends to the whole parent too, and its positions go on from the parent's end. Evaluation
-    alone makes such segments: the answers to one question continue its prompt."""
+    a continuing segment attends to the whole parent too, and its positions go on from the parent's end. It stands
+    directly after its parent or a sibling. Evaluation alone makes such segments: options continue their prompt."""
     sample_ids: tuple[int, ...] = ()
     """Global numbers of the packs, for logs of bad steps."""
     bad_samples: tuple[str, ...] = ()

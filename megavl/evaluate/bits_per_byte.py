@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from megavl.config.errors import DataError
-from megavl.data.template import Piece, document_pieces, encode_batch
 from megavl.evaluate.task import Passage
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
 from megavl.generate.score import ROW_TOKENS
-from megavl.generate.score_rows import EncodedOption, ScoreRequest
+from megavl.generate.score_inputs import text_windows
+from megavl.generate.score_rows import ScoreRequest
+from megavl.parallel.groups import rank_from_env
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,36 +37,21 @@ class ScoredPassage:
 def encode_passages(passages: Sequence[Passage], *, processor: Processor) -> list[list[ScoreRequest]]:
     """Windows of each text, as documents are trained: BOS and the images, then the text.
 
-    A text longer than the model's positions has several windows. Every token is predicted once; a further window
-    begins with the last token of the one before it.
-
     Raises:
         DataError: a text with images is longer than the model's positions, or yields the image token; with file:line.
     """
-    config = processor.config
-    limit = config.llm.max_position_embeddings
     found = []
     for passage in passages:
-        images = [Piece(kind="image") for _ in passage.images]
-        pieces = [Piece(kind="bos"), *images, *document_pieces(passage.text, template="none", tagged=False)]
         with naming(passage.location):
-            (sample,) = encode_batch([pieces], tokenizer=processor.tokenizer, image_tokens=config.image_tokens)
-        ids, start = tuple(map(int, sample.ids)), 1 + config.image_tokens * len(images)
-        if images and len(ids) > limit:
-            raise DataError(
-                f"{passage.location}: text: {len(ids)} tokens with its images exceed the model's {limit} positions; "
-                "shorten the text"
-            )
-        found.append(
-            [
-                ScoreRequest(
-                    location=passage.location,
-                    options=(EncodedOption(ids=ids[first : first + limit], start=1 if first else start),),
+            found.append(
+                text_windows(
+                    passage.text,
+                    tokenizer=processor.tokenizer,
+                    config=processor.config,
                     images=passage.images,
+                    location=passage.location,
                 )
-                for first in range(0, len(ids) - 1, limit - 1)
-            ]
-        )
+            )
     return found
 
 
@@ -88,7 +73,7 @@ def score_passages(
         NumericsError: a perplexity is not finite.
     """
     every = [window for of_passage in windows for window in of_passage]
-    with tqdm(total=len(every), unit="window", desc="read", disable=None if every else True) as bar:
+    with tqdm(total=len(every), unit="window", desc="read", disable=rank_from_env() > 0 or not every or None) as bar:
         scores = iter(model.score_requests(every, row_tokens=row_tokens, progress=bar.update))
     found = []
     for passage, of_passage in zip(passages, windows, strict=True):

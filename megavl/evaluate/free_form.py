@@ -19,6 +19,7 @@ from megavl.generate.decode import Request
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import prompt_pieces
+from megavl.parallel.groups import rank_from_env
 
 _MARKS = " .,;:!?()[]{}<>*_`'\"“”‘’«»、。「」『』《》"
 
@@ -92,7 +93,7 @@ def answer_questions(
 
     length = max(map(len, ids)) + max_new_tokens
     answers = model.answers(requests(), batch_size=min(batch_size, len(questions)), length=length)
-    bar = tqdm(answers, total=len(questions), unit="answer", desc="answer", disable=None)
+    bar = tqdm(answers, total=len(questions), unit="answer", desc="answer", disable=rank_from_env() > 0 or None)
     return [FreeFormAnswer(entry=question, text=answer.text) for question, answer in zip(questions, bar, strict=True)]
 
 

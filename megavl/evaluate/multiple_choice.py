@@ -11,8 +11,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from megavl.config.chat import SYSTEM_PROMPT
-from megavl.config.errors import DataError
-from megavl.data.template import Piece, Template, encode_batch
+from megavl.data.template import Template
 from megavl.evaluate.image_shuffle import shuffle_images
 from megavl.evaluate.report import Answered, Report
 from megavl.evaluate.task import Question
@@ -20,7 +19,9 @@ from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import prompt_pieces
 from megavl.generate.score import ROW_TOKENS
-from megavl.generate.score_rows import EncodedOption, ScoreRequest
+from megavl.generate.score_inputs import encode_options
+from megavl.generate.score_rows import ScoreRequest
+from megavl.parallel.groups import rank_from_env
 
 
 def evaluate_choices(
@@ -49,7 +50,7 @@ def evaluate_choices(
     encoded = encode_questions(questions, processor=model.processor, template=template, system=system)
     asked = encoded + [replace(question, images=images) for question, images in zip(encoded, shuffled) if images]
     total = sum(len(question.options) for question in asked)
-    with tqdm(total=total, unit="option", desc="evaluate", disable=None) as bar:
+    with tqdm(total=total, unit="option", desc="evaluate", disable=rank_from_env() > 0 or None) as bar:
         scores = model.score_requests(asked, row_tokens=row_tokens, progress=bar.update)
     found = [[score.perplexity for score in of_question] for of_question in scores]
     blind_found = iter(found[len(questions) :])
@@ -79,22 +80,18 @@ def encode_questions(
         DataError: a question is longer than the model's positions, or an option has no token of its own; with
             file:line.
     """
-    config, found = processor.config, []
+    found = []
     for question in questions:
         with naming(question.location):
             pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=system)
-            answers = [Piece(kind="text", text=f" {choice.strip()}", supervised=True) for choice in question.choices]
-            samples = [[*pieces, answer] for answer in answers]
-            encoded = encode_batch(samples, tokenizer=processor.tokenizer, image_tokens=config.image_tokens)
-        options = []
-        for choice, sample in zip(question.choices, encoded):
-            if len(sample.spans) != 1 or sample.spans[0][0] == 0:
-                raise DataError(f"{question.location}: choices: {choice!r} has no token of its own after the prompt")
-            if len(sample.ids) > config.llm.max_position_embeddings:
-                raise DataError(
-                    f"{question.location}: {len(sample.ids)} tokens exceed the model's "
-                    f"{config.llm.max_position_embeddings} positions; shorten the prompt"
+            found.append(
+                encode_options(
+                    pieces,
+                    [f" {choice.strip()}" for choice in question.choices],
+                    tokenizer=processor.tokenizer,
+                    config=processor.config,
+                    images=question.images,
+                    location=question.location,
                 )
-            options.append(EncodedOption(ids=tuple(map(int, sample.ids)), start=sample.spans[0][0]))
-        found.append(ScoreRequest(location=question.location, options=tuple(options), images=question.images))
+            )
     return found

@@ -40,6 +40,7 @@ from megavl.generate.prompt import (
 )
 from megavl.generate.sampling import Sampling
 from megavl.generate.score import ROW_TOKENS, Score, score
+from megavl.generate.score_inputs import encode_options, text_windows
 from megavl.generate.score_rows import ScoreRequest
 from megavl.generate.stream import TextStream
 from megavl.model.vl_model import DeepseekVL
@@ -182,6 +183,46 @@ class Model:
                     "the weights are damaged, or the model needs --dtype float32"
                 )
         return found
+
+    def score(
+        self,
+        prompt: str,
+        options: Sequence[str],
+        *,
+        images: Sequence[ImageSource] = (),
+        system: str = SYSTEM_PROMPT,
+        template: Template = "deepseek",
+    ) -> list[Score]:
+        """What the model thinks of each option as the answer to a prompt, which is read once.
+
+        Args:
+            options: texts that follow the prompt exactly as they are; an answer in the chat format begins with a space.
+            images, system, template: as in `Processor`.
+
+        Raises:
+            DataError: a prompt and an option do not fit the model, or an image cannot be read.
+            NumericsError: a log-probability is not finite.
+        """
+        pieces = prompt_pieces(prompt, images=len(images), template=template, system=system)
+        config, tokenizer = self.processor.config, self.processor.tokenizer
+        request = encode_options(pieces, options, tokenizer=tokenizer, config=config, images=images)
+        return self.score_requests([request])[0]
+
+    def bits_per_byte(self, text: str, *, images: Sequence[ImageSource] = ()) -> float:
+        """Bits that the model needs for a text after BOS and its images, over the text's UTF-8 bytes.
+
+        A text longer than the model's positions is scored in windows.
+
+        Raises:
+            DataError: the text is empty, or does not fit the model together with its images.
+            NumericsError: a log-probability is not finite.
+        """
+        if not text:
+            raise DataError("text: is empty; give the text to be read")
+        config, tokenizer = self.processor.config, self.processor.tokenizer
+        windows = text_windows(text, tokenizer=tokenizer, config=config, images=images)
+        nats = -math.fsum(scores[0].log_prob for scores in self.score_requests(windows))
+        return nats / math.log(2) / len(text.encode())
 
     def generate(self, inputs: Inputs, *, max_new_tokens: int = 512, sampling: Sampling | None = None) -> Answer:
         """Answer one prompt.

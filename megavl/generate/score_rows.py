@@ -11,11 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 
-from PIL import Image
-
-ImageSource = str | Path | Image.Image
+from megavl.generate.prompt import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)

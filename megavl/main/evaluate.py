@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from megavl.config.errors import StorageError, UsageError
+from megavl.config.recipe import ParallelConfig
 from megavl.files.durable import replace_durably
-from megavl.main.device import add_device_arguments, choose_device
+from megavl.main.device import add_device_arguments
+from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,26 +45,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=8, help="answers in progress at a time (default: %(default)s)"
     )
+    add_rank_arguments(parser)
     add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Score the tasks and print the tables; 0."""
-    choose_device(arguments.device)
-    from megavl.config.chat import SYSTEM_PROMPT
-    from megavl.evaluate.run_tasks import evaluate
-    from megavl.evaluate.task import read_tasks
-    from megavl.generate.open_model import find_model, loaded
-    from megavl.generate.pretrained import Model, Processor
-
     for name in ("limit", "max_new_tokens", "batch_size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise UsageError(f"--json: {Path(arguments.json).parent} is no directory; create it first")
-    tasks = read_tasks(arguments.tasks, limit=arguments.limit)
-    source = find_model(arguments.model)
-    with loaded(source, dtype=arguments.dtype) as stage:
+    return run_on_ranks(arguments, partial(_evaluate, arguments))
+
+
+def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
+    """Check every line before the weights are read, then score."""
+    from megavl.checkpoint import collective_errors
+    from megavl.config.chat import SYSTEM_PROMPT
+    from megavl.evaluate.run_tasks import evaluate
+    from megavl.evaluate.task import read_tasks
+    from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
+    from megavl.generate.pretrained import Model, Processor
+
+    with world(parallel):
+        tasks = collective_errors.on_rank_zero(lambda: read_tasks(arguments.tasks, limit=arguments.limit))
+        source = find_model_on_every_rank(arguments.model)
+        check_layout(source.config, parallel)
+        stage = load_stage(source, dtype=arguments.dtype, parallel=parallel)
         report = evaluate(
             Model(stage, Processor(source.config, source.tokenizer)),
             tasks,
@@ -72,9 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
         )
-    print(report.table())
-    if arguments.json:
-        _write(Path(arguments.json), json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    if is_speaker():
+        print(report.table())
+        if arguments.json:
+            _write(Path(arguments.json), json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

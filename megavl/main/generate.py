@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from megavl.config.errors import MegaVLError, PeerError, UsageError
+from megavl.config.errors import UsageError
 from megavl.config.recipe import ParallelConfig
-from megavl.main.device import add_device_arguments, choose_device
+from megavl.main.device import add_device_arguments
+from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
 from megavl.main.sampling import add_sampling_arguments, sampling_of
 
 if TYPE_CHECKING:
@@ -50,54 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
     add_sampling_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line: prompt_tokens, token_ids, text")
-    parser.add_argument("--tensor", metavar="N", type=int, default=1, help="tensor-parallel ranks; start with torchrun")
-    parser.add_argument("--pipeline", metavar="N", type=int, default=1, help="pipeline stages; start with torchrun")
-    parser.add_argument(
-        "--layout", metavar="N,N", help="decoder layers per pipeline stage; default: so that weights are spread evenly"
-    )
+    add_rank_arguments(parser)
     add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer; returns 0. With several ranks an error exits at once, because other ranks may be waiting."""
-    parallel = _parallel(arguments)
-    choose_device(arguments.device, ranks=parallel.tensor * parallel.pipeline)
-    if parallel.tensor * parallel.pipeline == 1:
-        return _answer(arguments, parallel)
-    from megavl.parallel.peers import is_communication
-
-    rank = os.environ.get("RANK", "0")
-    try:
-        return _answer(arguments, parallel)
-    except MegaVLError as error:
-        _leave(error.exit_code, str(error) if rank == "0" or isinstance(error, PeerError) else "")
-    except RuntimeError as error:
-        if not is_communication(error):
-            traceback.print_exc()
-            _leave(1, "")
-        _leave(PeerError.exit_code, f"rank {rank} lost a peer: {' '.join(str(error).split())[:300]}")
-    except Exception:
-        traceback.print_exc()
-        _leave(1, "")
-
-
-def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
-    for name in ("tensor", "pipeline", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
+    """Answer; returns 0."""
+    if arguments.batch_size < 1:
+        raise UsageError(f"--batch-size: {arguments.batch_size} must be at least 1")
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UsageError("give either --prompt with one question, or --prompts with a file of them")
     if arguments.prompts is not None and arguments.image:
         raise UsageError("--image: it belongs to --prompt; the lines of --prompts name their own images")
-    layout: Literal["auto"] | tuple[int, ...] = "auto"
-    if arguments.layout is not None:
-        try:
-            layout = tuple(int(part) for part in arguments.layout.split(","))
-        except ValueError:
-            raise UsageError(f"--layout: {arguments.layout!r} is not a list of numbers such as 2,2") from None
-        if min(layout) < 0:
-            raise UsageError(f"--layout: {arguments.layout} has a stage of fewer than 0 layers")
-    return ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, layout=layout)
+    return run_on_ranks(arguments, partial(_answer, arguments))
 
 
 def _answer(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
@@ -193,7 +157,7 @@ def _print_all(
 
     answers = model.answers(requests, batch_size=min(arguments.batch_size, len(prompts)), length=length)
     # On a terminal only, because a file would fill with half lines; and on one rank.
-    quiet = None if _speaks() else True
+    quiet = None if is_speaker() else True
     with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=quiet) as bar:
         tokens = 0
         for prompt, answer in zip(prompts, answers):
@@ -223,18 +187,6 @@ def _say_json(row: dict[str, Any]) -> None:
     _say(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text: str) -> None:
-    if text and _speaks():
+    if text and is_speaker():
         print(text, end="", flush=True)
-
-
-def _leave(code: int, message: str) -> NoReturn:
-    if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -5,10 +5,10 @@ Legend: T tokens of the micro-batch, A attention heads of this rank, D channels 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ class Segments(PackedSeqParams):
     """Segment borders of a batch in the form that megatron-core's modules pass on, and the rotary angles."""
 
     borders: tuple[int, ...] = ()
-    parents: tuple[int, ...] = ()
-    """As in `Batch`."""
+    trees: tuple[tuple[int, int, torch.Tensor | None], ...] = ()
+    """First row and end of each segment together with those that continue it, and which of its rows each row of it
+    attends to, bool (L, L); None: all up to itself."""
     device_cu_seqlens: torch.Tensor | None = None
     key_rows: torch.Tensor | None = None
     """int64 (K,): rows whose keys each segment reads, its parent's and its own; None where all read their own."""
@@ -70,9 +71,10 @@ def segments(batch: Batch, *, on_device: bool = True) -> Segments:
     # The true longest segment: were it T for several segments, RoPE would switch to global positions.
     lengths = [end - start for start, end in zip(borders, borders[1:])]
     longest = max(lengths)
+    parents = parents or (-1,) * len(lengths)
     key_lengths = [length + (lengths[parent] if parent >= 0 else 0) for length, parent in zip(lengths, parents)]
     key_rows = key_borders = None
-    if key_lengths:
+    if key_lengths != lengths:
         ranges = [torch.arange(start, end) for start, end in zip(borders, borders[1:])]
         rows = [torch.cat([ranges[parent], own]) if parent >= 0 else own for own, parent in zip(ranges, parents)]
         key_rows = torch.cat(rows).to(batch.tokens.device)
@@ -83,14 +85,29 @@ def segments(batch: Batch, *, on_device: bool = True) -> Segments:
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
-        max_seqlen_kv=max(key_lengths, default=longest),
+        max_seqlen_kv=max(key_lengths),
         borders=borders,
-        parents=parents,
+        trees=tuple(_trees(borders, parents, device=batch.tokens.device)),
         device_cu_seqlens=moved,
         key_rows=key_rows,
         device_cu_seqlens_keys=key_borders,
         positions=batch.positions,
     )
+
+
+def _trees(
+    borders: Sequence[int], parents: Sequence[int], *, device: torch.device
+) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """`Segments.trees`."""
+    roots = [number for number, parent in enumerate(parents) if parent < 0]
+    for root, following in zip(roots, [*roots[1:], len(parents)]):
+        assert all(parent == root for parent in parents[root + 1 : following]), "children follow their parent"
+        start, end, mask = borders[root], borders[following], None
+        if following > root + 1:
+            lengths = torch.tensor([borders[at + 1] - borders[at] for at in range(root, following)])
+            owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+            mask = ((owner[:, None] == owner) | (owner == 0)).tril()
+        yield start, end, mask
 
 
 class _Rotated(torch.autograd.Function):
@@ -178,17 +195,9 @@ class PackedAttention(nn.Module):
         query, key = (_Rotated.apply(x, cos, sin, self.rotate) for x in (query, key))
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, packed_seq_params)
-        spans = list(zip(packed_seq_params.borders, packed_seq_params.borders[1:]))
         pieces = []
-        for (start, end), parent in zip_longest(spans, packed_seq_params.parents, fillvalue=-1):
+        for start, end, mask in packed_seq_params.trees:
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))  # (1, A, L, D)
-            mask = None
-            if parent >= 0:
-                first, last = spans[parent]
-                k, v = (
-                    torch.cat([x[first:last].transpose(0, 1)[None], own], dim=2) for x, own in ((key, k), (value, v))
-                )
-                mask = torch.ones(end - start, k.shape[2], dtype=torch.bool, device=k.device).tril(last - first)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
             pieces.append(out[0].transpose(0, 1))
         return torch.cat(pieces)

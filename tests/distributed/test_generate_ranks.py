@@ -1,4 +1,4 @@
-"""`megavl generate` under torchrun gives the tokens of one process, whatever the layout (fp32, real gloo processes)."""
+"""`megavl generate` and `evaluate` under torchrun give what one process gives (fp32, real gloo processes)."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def alone(model: Path, question: dict[str, Any], *, root: Path) -> dict[str, Any
     return answer
 
 
-def on_ranks(layout: str, model: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`megavl generate` on as many processes as the layout takes."""
+def on_ranks(layout: str, model: Path, *words: str, what: str = "generate") -> subprocess.CompletedProcess[str]:
+    """A command on as many processes as the layout takes."""
     options = LAYOUTS[layout]
     processes = math.prod(int(value) for name, value in zip(options[::2], options[1::2]) if name != "--layout")
     launcher = ("-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes))
     port = ("--master-port", str(free_port()))
-    command = ("-m", "megavl", "generate", str(model), "--device", "cpu", *options, *words)
+    command = ("-m", "megavl", what, str(model), "--device", "cpu", *options, *words)
     env = forked(environment())
     return subprocess.run(
         [env["PYTHON_EXEC"], *launcher, *port, *command],
@@ -148,6 +148,38 @@ def test_mistake_is_reported_once(family, tmp_path):
     assert len(told) == 1 and str(broken) in told[0]
     # torchrun's own report of the failure is a traceback; none may stand before it.
     assert f'File "{ROOT}/megavl/' not in run.stderr
+
+
+@pytest.mark.parametrize("family", ["tiny-hybrid"], indirect=True)
+@pytest.mark.parametrize("layout", ["tp2 pp2"])
+def test_evaluation_equals_one_process(family, layout, tmp_path, report_table):
+    """Choices of one and of several tokens, a free-form answer and a text; rows are scored through both stages."""
+    question = {"prompt": "which?", "images": [str(family.pictures[0])]}
+    lines = [
+        question | {"id": "short", "choices": ["red", "green"], "answer": 0},
+        question | {"id": "long", "choices": ["a red house", "a red mouse", "blue"], "answer": 2},
+        question | {"id": "open", "answers": ["red"]},
+        {"id": "page", "text": "The quick brown fox jumps over the lazy dog."},
+    ]
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = (str(task), "--max-new-tokens", "8")
+    assert (
+        main(["evaluate", str(family.models["native"]), *words, "--device", "cpu", "--json", str(tmp_path / "1")]) == 0
+    )
+    run = on_ranks(layout, family.models["native"], *words, "--json", str(tmp_path / "2"), what="evaluate")
+    assert run.returncode == 0, run.stderr[-3000:]
+    alone, ranks = (json.loads((tmp_path / name).read_text()) for name in "12")
+    assert ranks["written"] == alone["written"] and ranks["accuracy"] == alone["accuracy"]
+    pairs = [
+        (a, b)
+        for one, other in zip(ranks["questions"], alone["questions"], strict=True)
+        for a, b in zip(one["perplexities"], other["perplexities"], strict=True)
+    ]
+    pairs.append((ranks["text"]["bits_per_byte"], alone["text"]["bits_per_byte"]))
+    worst = max(abs(a / b - 1) for a, b in pairs)
+    report_table([layout, "perplexities and bits per byte against one process, relative", worst])
+    assert worst < 1e-5
 
 
 @pytest.mark.slow
