@@ -15,6 +15,7 @@ import torch
 
 from megavl.generate.engine import Engine
 from megavl.generate.sampling import Sampling, choose, likeliest
+from megavl.generate.stop import StopTexts
 from megavl.model.vl_model import DeepseekVL
 
 GREEDY = Sampling()
@@ -30,6 +31,8 @@ class Request:
     max_new_tokens: int
     """Most tokens to give, at least 1."""
     sampling: Sampling = GREEDY
+    stop: StopTexts | None = None
+    """Texts that end the answer too; its last token may reach beyond the text."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +44,8 @@ class _Answer:
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     present: set[int] = field(default_factory=set)
+    stopped: bool = False
+    """Whether a stop text was reached."""
 
     def choose(self, logits: torch.Tensor) -> int:
         return choose(logits, sampling=self.request.sampling, generator=self.generator, present=self.present)
@@ -48,15 +53,16 @@ class _Answer:
     def add(self, token: int) -> None:
         self.tokens.append(token)
         self.present.add(token)
+        self.stopped = self.request.stop is not None and self.request.stop.reached(self.tokens)
 
     def ended(self, eos_id: int) -> bool:
-        return self.tokens[-1] == eos_id or len(self.tokens) == self.request.max_new_tokens
+        return self.stopped or self.tokens[-1] == eos_id or len(self.tokens) == self.request.max_new_tokens
 
 
 def generate(
     model: DeepseekVL, requests: Iterable[Request], *, eos_id: int, rows: int = 1, length: int = 0
 ) -> Iterator[tuple[int, int, bool]]:
-    """Tokens as they are chosen; an answer ends with the end-of-sentence token, or at its limit.
+    """Tokens as they are chosen; an answer ends with the end-of-sentence token, at a stop text, or at its limit.
 
     Args:
         model: this rank's stage, in eval mode; every rank must make the same call and read it to its end.

@@ -42,6 +42,7 @@ from megavl.generate.sampling import Sampling
 from megavl.generate.score import ROW_TOKENS, Score, score
 from megavl.generate.score_inputs import encode_options, text_windows
 from megavl.generate.score_rows import ScoreRequest
+from megavl.generate.stop import StopTexts
 from megavl.generate.stream import TextStream
 from megavl.model.vl_model import DeepseekVL
 from megavl.parallel import groups
@@ -67,7 +68,7 @@ class Answer:
     token_ids: tuple[int, ...]
     """With the end-of-sentence token, when the model gave it."""
     text: str
-    """Exactly the decoded tokens; an answer in the chat format begins with a space."""
+    """Exactly the decoded tokens, up to a stop text; an answer in the chat format begins with a space."""
 
 
 class Processor:
@@ -224,17 +225,25 @@ class Model:
         nats = -math.fsum(scores[0].log_prob for scores in self.score_requests(windows))
         return nats / math.log(2) / len(text.encode())
 
-    def generate(self, inputs: Inputs, *, max_new_tokens: int = 512, sampling: Sampling | None = None) -> Answer:
+    def generate(
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int = 512,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Answer:
         """Answer one prompt.
 
         Args:
             sampling: how tokens are chosen; greedily by default.
+            stop: texts before which the answer ends, besides the end-of-sentence token.
 
         Raises:
             DataError: prompt and answer do not fit the model's positions.
             NumericsError: the model's logits are not finite.
         """
-        (answer,) = self.generate_batch([inputs], max_new_tokens=max_new_tokens, sampling=sampling)
+        (answer,) = self.generate_batch([inputs], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
         return answer
 
     def generate_batch(
@@ -243,6 +252,7 @@ class Model:
         *,
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
         batch_size: int = 8,
     ) -> Iterator[Answer]:
         """Answers to many prompts in their order, each what it would be alone; see `generate`.
@@ -251,44 +261,57 @@ class Model:
             batch: prompts; they are fetched as earlier ones finish.
             sampling: how tokens are chosen; every answer has its own draws from the seed.
         """
-        requests = (self.request(i, max_new_tokens=max_new_tokens, sampling=sampling) for i in batch)
+        requests = (self.request(i, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop) for i in batch)
         return self.answers(requests, batch_size=batch_size)
 
     def answers(self, requests: Iterable[Request], *, batch_size: int = 8, length: int = 0) -> Iterator[Answer]:
         """Answers to requests in their order; `length` as in `generate.decode.generate`."""
-        sizes: dict[int, int] = {}
+        asked: dict[int, Request] = {}
         tokens: dict[int, list[int]] = {}
         done: dict[int, Answer] = {}
         eos_id, given = self.processor.tokenizer.eos_id, 0
 
         def counted() -> Iterator[Request]:
             for number, request in enumerate(requests):
-                sizes[number] = len(request.ids)
+                asked[number] = request
                 yield request
 
         for number, token, ended in generate(self.stage, counted(), eos_id=eos_id, rows=batch_size, length=length):
             tokens.setdefault(number, []).append(token)
             if ended:
                 ids = tuple(tokens.pop(number))
-                done[number] = Answer(prompt_tokens=sizes.pop(number), token_ids=ids, text=self.processor.decode(ids))
+                request, text = asked.pop(number), self.processor.decode(ids)
+                text = request.stop.truncate(text) if request.stop else text
+                done[number] = Answer(prompt_tokens=len(request.ids), token_ids=ids, text=text)
             while given in done:
                 yield done.pop(given)
                 given += 1
 
     def stream(self, request: Request, *, strip: bool = False) -> Iterator[str]:
         """The text of an answer piece by piece; with `strip`, without white space around it."""
-        text = TextStream(self.processor.tokenizer, strip=strip)
+        text = TextStream(self.processor.tokenizer, strip=strip, stop=request.stop)
         for _, token, _ in generate(self.stage, [request], eos_id=self.processor.tokenizer.eos_id):
             yield text.add(token)
         yield text.end()
 
-    def request(self, inputs: Inputs, *, max_new_tokens: int = 512, sampling: Sampling | None = None) -> Request:
+    def request(
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int = 512,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Request:
         """A checked request; arguments as in `generate`."""
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens: {max_new_tokens} must be at least 1")
         require_room(len(inputs.ids), room=max_new_tokens, config=self.processor.config)
         return Request(
-            ids=inputs.ids, images=inputs.images, max_new_tokens=max_new_tokens, sampling=sampling or Sampling()
+            ids=inputs.ids,
+            images=inputs.images,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            stop=StopTexts(stop, self.processor.tokenizer) if stop else None,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megavl.data.tokenizer import Tokenizer
 from megavl.generate.prompt import answer_text
+from megavl.generate.stop import StopTexts
 
 _INCOMPLETE = "\ufffd"
 """Decoding gives this for bytes that are not a complete character."""
@@ -17,22 +18,23 @@ class TextStream:
     the text before them. That costs a thousandth of computing the token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, strip: bool = False) -> None:
-        """An empty answer; with `strip`, white space around it is left out."""
+    def __init__(self, tokenizer: Tokenizer, *, strip: bool = False, stop: StopTexts | None = None) -> None:
+        """An empty answer; with `strip`, white space around it is left out; it ends before a stop text."""
         self.shown = ""
         """The text so far, without what is held back."""
         self._ids: list[int] = []
         self._tokenizer, self._strip = tokenizer, strip
+        self._stop = stop or StopTexts((), tokenizer)
 
     def add(self, token: int) -> str:
         """Text that this token makes certain; often empty."""
         self._ids.append(token)
         # White space at the end may turn out to be the end of the answer, which is stripped.
-        return self._show(self._text().rstrip(_INCOMPLETE))
+        return self._show(self._stop.certain(self._text().rstrip(_INCOMPLETE)))
 
     def end(self) -> str:
         """The text that was held back."""
-        return self._show(self._text())
+        return self._show(self._stop.truncate(self._text()))
 
     def _text(self) -> str:
         return answer_text(self._ids, tokenizer=self._tokenizer)

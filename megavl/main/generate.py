@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
     add_sampling_arguments(parser)
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line: prompt_tokens, token_ids, text")
     add_rank_arguments(parser)
     add_device_arguments(parser)
@@ -140,6 +143,7 @@ def _requests(
 ) -> Iterator[Request]:
     """Requests in order; images are read when needed, and `first` holds those of the first prompt."""
     from megavl.generate.decode import Request
+    from megavl.generate.stop import StopTexts
 
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
         yield Request(
@@ -147,6 +151,7 @@ def _requests(
             images=_canvases(model.processor, prompt) if number else first,
             max_new_tokens=arguments.max_new_tokens,
             sampling=sampling if prompt.seed is None else replace(sampling, seed=prompt.seed),
+            stop=StopTexts(arguments.stop, model.processor.tokenizer) if arguments.stop else None,
         )
 
 
