@@ -20,9 +20,10 @@ launch() {
     PYTHON=python3
     if [ -x .venv/bin/python ]; then PYTHON=$ROOT/.venv/bin/python; fi
   fi
-  collect_overrides
   read_recipe
   if [ -n "${SLURM_JOB_ID:-}" ]; then
+    command -v srun >/dev/null ||
+      die 2 "SLURM_JOB_ID is $SLURM_JOB_ID, but there is no srun here; to start on this machine: unset SLURM_JOB_ID"
     run_allocation
   elif slurm_here; then
     submit "$1" "${NODES:-$3}"
@@ -41,25 +42,20 @@ take_paths_from_here() {
   if [ -n "${RECIPE:-}" ] && [ -f "$RECIPE" ]; then RECIPE=$(realpath "$RECIPE"); fi
 }
 
-# The settings as recipe overrides, EXTRA last so that it wins.
-collect_overrides() {
-  local extra
-  OVERRIDES=()
-  [ -z "${TP:-}" ] || OVERRIDES+=("parallel.tensor=$TP")
-  [ -z "${PP:-}" ] || OVERRIDES+=("parallel.pipeline=$PP")
-  [ -z "${DATA:-}" ] || OVERRIDES+=("data.root=\"$DATA\"")
-  [ -z "${TOKENIZER:-}" ] || OVERRIDES+=("data.tokenizer=$TOKENIZER")
-  [ -z "${INIT:-}" ] || OVERRIDES+=("checkpoint.init=$INIT")
-  [ -z "${RUN_DIR:-}" ] || OVERRIDES+=("run.dir=$RUN_DIR")
-  read -r -d '' -a extra <<<"${EXTRA:-}" || :
-  OVERRIDES+=("${extra[@]}")
-}
-
-# A wrong recipe or override fails here, before a job waits in the queue.
+# What the recipe says, and the settings as its overrides. A wrong recipe or setting fails here, before a job waits in the
+# queue. NULs end the answers, because a path may hold anything else.
 read_recipe() {
-  local facts
-  facts=$("$PYTHON" -m launch.recipe_facts "$RECIPE" "${OVERRIDES[@]}") || exit $?
-  { read -r RUN && read -r CHECKPOINTS && read -r MODEL_RANKS; } <<<"$facts"
+  local name facts
+  for name in NODES GPUS_PER_NODE MAX_RESTARTS; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ || $name${!name} = MAX_RESTARTS0 ]] ||
+      die 2 "$name: ${!name} is not a whole number; give one such as 8"
+  done
+  for name in "${SETTINGS[@]}"; do
+    if [ -n "${!name:-}" ]; then export "${name?}"; fi
+  done
+  mapfile -d '' -t facts < <("$PYTHON" -m launch.recipe_facts "$RECIPE")
+  wait $! || exit $?
+  RUN=${facts[0]} CHECKPOINTS=${facts[1]} MODEL_RANKS=${facts[2]} OVERRIDES=("${facts[@]:3}")
 }
 
 check_world() {
@@ -78,18 +74,15 @@ slurm_here() {
 # --- on a login node --------------------------------------------------------------------------------------------------
 
 submit() {
-  local nodes=$2 name gpus=() command
+  local nodes=$2 gpus=() command
   GPUS_PER_NODE=${GPUS_PER_NODE:-8}
   check_world $((nodes * GPUS_PER_NODE))
-  for name in "${SETTINGS[@]}"; do
-    if [ -n "${!name:-}" ]; then export "${name?}"; fi
-  done
   # A cluster that declares no GPUs would refuse a request for some.
   if sinfo -h -o %G ${SBATCH_PARTITION:+-p "$SBATCH_PARTITION"} 2>/dev/null | grep -q gpu; then
     gpus=("--gres=gpu:$GPUS_PER_NODE")
   fi
   command=(sbatch --nodes="$nodes" --ntasks-per-node="$GPUS_PER_NODE" "${gpus[@]}" --export=ALL
-    --output="$RUN/slurm-%j.out" "launch/$1.sh")
+    --output="${RUN//%/%%}/slurm-%j.out" "launch/$1.sh")
   if [ "${DRY_RUN:-}" = 1 ]; then
     show "${command[@]}"
     run_allocation "$nodes"
@@ -142,6 +135,7 @@ after_srun() {
       say "pre-empted and saved; requeueing"
       requeue
       ;;
+    130) say "stopped by Ctrl-C; not requeued. Start the same command again to go on from the last checkpoint" ;;
     7) requeue_bounded "a rank was lost or hung" ;;
     129 | 13[1-9] | 14[0-9] | 15[0-9]) requeue_bounded "a rank was killed by signal $((STATUS - 128))" ;;
     *) say "ended with code $STATUS; not requeued, because it would end so again. Reason: $RUN/exit_status.json" ;;
@@ -194,7 +188,8 @@ run_here() {
   ranks=${GPUS_PER_NODE:-$(gpus_here)}
   if [ "$ranks" = 0 ]; then ranks=$MODEL_RANKS; fi
   check_world "$ranks"
-  # By default torchrun dies of USR1 while its ranks live on, and kills a save that takes longer than 30 s.
+  # By default torchrun dies of USR1 while its ranks live on, and kills a save that takes longer than 30 s. `end_leftovers`
+  # ends ranks that outlive a failure sooner.
   command=("$PYTHON" -m torch.distributed.run --standalone --nnodes=1 --nproc-per-node="$ranks" --max-restarts=0
     "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1" --shutdown-timeout=600
     -m megavl train "$RECIPE" "${OVERRIDES[@]}")
@@ -219,27 +214,71 @@ gpus_here() {
 
 # --- both -------------------------------------------------------------------------------------------------------------
 
-# supervise COMMAND...: runs it, passes USR1 and TERM on, and leaves its exit code in STATUS. The code in the run's
+# supervise COMMAND...: runs it, passes signals on, and leaves its exit code in STATUS. The code in the run's
 # exit_status.json replaces the launcher's: torchrun flattens codes to 1. srun reports the highest, which may be that of a
 # rank that was killed because another one had failed.
 supervise() {
-  local child='' signal='' own
+  local launcher=$1 child='' signal='' passed='' interrupts=0 guard own
   rm -f "$RUN/exit_status.json"
   trap 'signal=USR1; pass_on' USR1
-  trap 'signal=TERM; pass_on' TERM INT
-  "$@" &
+  trap 'signal=TERM; pass_on' TERM HUP
+  trap 'signal=INT; interrupts=$((interrupts + 1)); pass_on' INT
+  # In a process group of its own the launcher does not also get the terminal's Ctrl-C.
+  set -m
+  "$@" </dev/null &
   child=$!
+  set +m
+  end_leftovers >/dev/null 2>&1 &
+  guard=$!
   [ -z "$signal" ] || pass_on
   while :; do
     signal='' STATUS=0
     wait "$child" || STATUS=$?
     [ -n "$signal" ] || break # a signal ends `wait` early
   done
-  trap - USR1 TERM INT
-  if [ "$STATUS" != 0 ] && [ -r "$RUN/exit_status.json" ]; then
-    own=$(sed -n 's/.*"code": *\([0-9][0-9]*\).*/\1/p' "$RUN/exit_status.json")
-    STATUS=${own:-$STATUS}
+  trap - USR1 TERM HUP INT
+  kill "$guard" 2>/dev/null || :
+  own=$(own_status)
+  if [ "$STATUS" != 0 ]; then STATUS=${own:-$STATUS}; fi
+  if [ "$interrupts" -gt 0 ] && [[ ${own:-75} = 75 ]]; then STATUS=130; fi
+}
+
+# The code in exit_status.json, or nothing.
+own_status() {
+  if [ -r "$RUN/exit_status.json" ]; then
+    sed -n 's/.*"code": *\([0-9][0-9]*\).*/\1/p' "$RUN/exit_status.json"
   fi
 }
 
-pass_on() { [ -z "$child" ] || kill -s "$signal" "$child" 2>/dev/null || :; }
+# The first signal is passed on, since torchrun leaves its ranks alone at a second one. A second Ctrl-C ends all at once.
+pass_on() {
+  [ -n "$child" ] || return 0
+  if [ "$interrupts" -gt 1 ]; then
+    end_ranks
+  elif [ -z "$passed" ]; then
+    passed=1
+    # srun keeps Ctrl-C to itself.
+    if [ "$launcher" = srun ] && [ "$signal" = INT ]; then signal=USR1; fi
+    kill -s "$signal" "$child" 2>/dev/null || :
+  fi
+}
+
+end_ranks() {
+  local ranks=()
+  if [ "$launcher" = srun ]; then
+    scancel --signal=KILL "$SLURM_JOB_ID" || :
+  else
+    mapfile -d ' ' -t ranks < <(cat "/proc/$child/task"/*/children 2>/dev/null)
+    [ "${#ranks[@]}" = 0 ] || kill -s KILL "${ranks[@]}" || :
+  fi
+}
+
+# After a failure a rank that is stopped or stuck does not end, and the launcher would wait for it as for a long save.
+end_leftovers() {
+  while :; do
+    sleep 1
+    case $(own_status) in '' | 0 | 75 | 130) ;; *) break ;; esac
+  done
+  sleep 10
+  end_ranks
+}

@@ -1,29 +1,82 @@
-"""Prints what the launch scripts need of a recipe: run directory, checkpoint directory, ranks of one model copy.
+"""Reads the settings of a launch script and its recipe, before anything is started or submitted.
 
-Usage: python -m launch.recipe_facts RECIPE [key.path=value ...]
+Usage: [TP=..] [PP=..] [DATA=..] [TOKENIZER=..] [INIT=..] [RUN_DIR=..] [EXTRA=..] python -m launch.recipe_facts RECIPE
+
+Prints, each followed by a NUL: run directory, checkpoint directory, ranks of one model copy, and every override.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from collections.abc import Mapping
+
+import yaml
 
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
 
+_NUMBERS = {"TP": "parallel.tensor", "PP": "parallel.pipeline"}
+_TEXTS = {"DATA": "data.root", "TOKENIZER": "data.tokenizer", "INIT": "checkpoint.init", "RUN_DIR": "run.dir"}
+_PLAIN = re.compile(r"/[\w./+-]*", re.ASCII)
+"""Paths that YAML reads as they stand."""
+_QUOTED = r"'(?:[^']|'')*'" + r"|" + r'"(?:[^"\\]|\\.)*"'
+_TOKEN = re.compile(rf"(?P<quoted>(?<=[=\[{{,:\s])(?:{_QUOTED}))|(?P<blank>\s+)|(?P<other>.)", re.DOTALL)
+
 
 def main(arguments: list[str]) -> int:
     """Print the facts, or one message and the exit code of the mistake."""
     try:
-        recipe = load_recipe(arguments[0], overrides=arguments[1:])
-        _check_root(recipe, given=any(argument.startswith("data.root=") for argument in arguments[1:]))
+        overrides = overrides_from(os.environ)
+        recipe = load_recipe(arguments[0], overrides=overrides)
+        _check_root(recipe, given=bool(os.environ.get("DATA")))
     except MegaVLError as error:
         print(f"launch: {error}", file=sys.stderr)
         return error.exit_code
-    print(recipe.run.dir)
-    print(recipe.checkpoint_dir)
-    print(recipe.parallel.tensor * recipe.parallel.pipeline)
+    ranks = recipe.parallel.tensor * recipe.parallel.pipeline
+    for fact in (recipe.run.dir, recipe.checkpoint_dir, ranks, *overrides):
+        sys.stdout.write(f"{fact}\0")
     return 0
+
+
+def overrides_from(settings: Mapping[str, str]) -> list[str]:
+    """Settings as overrides of the recipe, those of EXTRA last so that they win.
+
+    Raises:
+        UsageError: a setting that is no number or no valid text.
+    """
+    given = {name: settings[name] for name in (*_NUMBERS, *_TEXTS, "EXTRA") if settings.get(name)}
+    for name, value in given.items():
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UsageError(f"{name}: {value!r} is not valid UTF-8; use another path")
+        if name in _NUMBERS and not re.fullmatch(r"[1-9]\d*", value, re.ASCII):
+            raise UsageError(f"{name}: {value!r} is no number of ranks; give a whole number such as 2")
+    numbers = [f"{key}={given[name]}" for name, key in _NUMBERS.items() if name in given]
+    texts = [f"{key}={_yaml(given[name], always=name == 'DATA')}" for name, key in _TEXTS.items() if name in given]
+    return [*numbers, *texts, *split_extra(given.get("EXTRA", ""))]
+
+
+def split_extra(text: str) -> list[str]:
+    """The overrides of EXTRA: blanks divide them, except inside of quotes and brackets, as YAML reads both."""
+    found, depth = [""], 0
+    for token in _TOKEN.finditer(text):
+        if token["other"]:
+            depth += (token["other"] in "[{") - (token["other"] in "]}")
+        if token["blank"] and depth <= 0:
+            found.append("")
+        else:
+            found[-1] += token[0]
+    return [override for override in found if override]
+
+
+def _yaml(text: str, *, always: bool) -> str:
+    """YAML that is read as this text, quoted where it must be or `always`."""
+    if _PLAIN.fullmatch(text) and not always:
+        return text
+    quoted: str = yaml.safe_dump(text, default_style='"', allow_unicode=True, width=sys.maxsize)
+    return quoted.rstrip("\n")
 
 
 def _check_root(recipe: Recipe, *, given: bool) -> None:

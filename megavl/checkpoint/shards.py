@@ -35,6 +35,7 @@ from megavl.checkpoint import collective_errors
 from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.safe_unpickle import load_shard_item
 from megavl.config.errors import CheckpointError, MegaVLError, one_line
+from megavl.files import activity
 from megavl.files.durable import storage_errors
 
 
@@ -129,6 +130,7 @@ class _SavePlanner(MCoreSavePlanner):
         if self._resolved == 1:
             inject_fault("mid_shard", rank=collective_errors.rank(), step=self._step)
         self._resolved += 1
+        activity.note()
         data: torch.Tensor | io.BytesIO = super().resolve_data(write_item)
         return data
 
@@ -167,6 +169,7 @@ class _Reader(checkpoint.FileSystemReader):
                     source = f"{path}: {item.storage_index.fqn}"
                     value = load_shard_item(stream, self.storage_data[item.storage_index], source=source)
                     _deliver(item, value, planner, source=source)
+                    activity.note()
         done: Future[None] = Future()
         done.set_result(None)
         return done

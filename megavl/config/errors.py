@@ -5,6 +5,8 @@ A message names what is wrong, where (file or dotted recipe path), the value fou
 
 EXIT_PREEMPTED = 75
 """Exit code of a run that saved and stopped at a signal (EX_TEMPFAIL of sysexits)."""
+EXIT_INTERRUPTED = 130
+"""Exit code of a run that Ctrl-C ended, as of every command that SIGINT ends."""
 
 
 class MegaVLError(ValueError):

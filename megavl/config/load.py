@@ -134,7 +134,8 @@ def _parse_override(text: str) -> dict[str, Any]:
         node: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UsageError(f"{text!r}: the value is not valid YAML: {one_line(error, limit=None)}") from error
-    if isinstance(node, str):
+    # Quoted text stays text.
+    if isinstance(node, str) and node == value.strip():
         node = _number_or_text(node)
     for part in reversed(key.split(".")):
         node = {part: node}

@@ -66,7 +66,8 @@ class ParallelConfig:
     """Make runs on CUDA bitwise reproducible, as they always are on a CPU. Some algorithms are slower, and an operation
     without a deterministic algorithm ends the run."""
     timeout_s: Positive = 600
-    """Seconds that a collective waits for a missing rank before the run ends with code 7."""
+    """Seconds without progress, such as in a collective that waits for a missing rank, after which a run ends with
+    code 7."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

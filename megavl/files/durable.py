@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megavl.config.errors import StorageError
+from megavl.files import activity
 
 # torch's zip writer hides the cause (disk full, file-size limit) in these texts of a RuntimeError.
 _WRITER_TEXTS = ("unexpected pos", "inline_container", "PytorchStreamWriter")
@@ -39,6 +40,7 @@ def write_durably(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+    activity.note()
 
 
 def copy_durably(source: Path, target: Path) -> None:
@@ -47,6 +49,7 @@ def copy_durably(source: Path, target: Path) -> None:
         shutil.copyfileobj(reader, stream, 1 << 20)
         stream.flush()
         os.fsync(stream.fileno())
+    activity.note()
 
 
 def replace_durably(path: Path, data: bytes) -> None:

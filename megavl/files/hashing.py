@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from megavl.files import activity
+
 _BLOCK = 4 << 20
 
 
@@ -14,4 +16,5 @@ def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            activity.note()
     return digest.hexdigest()

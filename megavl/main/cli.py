@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 storage, 6 numerics, 7 peer lost, 75 pre-empted and saved.
+        0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 storage, 6 numerics, 7 peer lost, 75 pre-empted and saved,
+        130 ended by Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     ignore_expected_warnings()

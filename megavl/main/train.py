@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import NoReturn
 
-from megavl.config.errors import EXIT_PREEMPTED, MegaVLError, PeerError, UsageError
+from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, MegaVLError, PeerError, UsageError
 from megavl.config.load import read_raw
 from megavl.main.open_recipe import add_recipe_arguments, open_recipe
 from megavl.planner.layouts.check import checked_scenario
 from megavl.train.supervise.exit_status import ExitStatus
+
+_ENDS = {0: "finished", EXIT_PREEMPTED: "pre-empted and saved", EXIT_INTERRUPTED: "interrupted and saved"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,16 +44,19 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train
+    from megavl.train.supervise.signals import StopFlag
     from megavl.train.supervise.watchdog import Watchdog
 
     rank = rank_from_env()
     status = ExitStatus(recipe.run.dir, rank=rank)
     if rank == 0:
         status.clear()
-    watchdog = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status))
+    stop = StopFlag()
+    stop.watch_interrupts()
+    watchdog = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status), stop=stop)
     watchdog.start()
     try:
-        code = train(scenario, status=status)
+        code = train(scenario, status=status, stop=stop)
     except MegaVLError as error:
         _leave(status, error.exit_code, str(error))
     except RuntimeError as error:
@@ -67,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         _leave_with_traceback(status, error)
     watchdog.stop()
     if rank == 0:
-        status.write(code, "pre-empted and saved" if code == EXIT_PREEMPTED else "finished")
+        status.write(code, _ENDS[code])
     return code
 
 

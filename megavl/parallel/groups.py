@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 from dataclasses import dataclass
 
@@ -107,7 +106,8 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
+        # A fraction is kept to the second: megatron-core makes a `timedelta` of it.
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return position()
@@ -148,6 +148,13 @@ def position() -> Position:
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
     )
+
+
+def on_any_rank(value: bool) -> bool:
+    """Whether some rank says so. Collective."""
+    found = torch.tensor(float(value), device=cpu_runtime.device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def stop() -> None:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megavl.config.errors import EXIT_PREEMPTED, CheckpointError, DataError, NumericsError, StorageError
+from megavl.config.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    CheckpointError,
+    DataError,
+    NumericsError,
+    StorageError,
+)
 from megavl.config.load import dump_recipe
 from megavl.config.recipe import Recipe
 from megavl.data.dataset import Dataset
@@ -37,15 +44,16 @@ from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.signals import StopFlag
 
 
-def train(scenario: Scenario, *, status: ExitStatus) -> int:
+def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
     """Run a stage to its end, to a pre-emption, or to an error.
 
     Args:
         scenario: the recipe on the devices that were started, its sizes checked.
         status: told the step and section, for messages about lost peers.
+        stop: asks to save and stop.
 
     Returns:
-        0 when all steps are done, 75 when a signal asked to stop and the state is saved.
+        0 when all steps are done; 75 or, after Ctrl-C, 130 when a signal asked to stop and the state is saved.
     """
     recipe, world = scenario.recipe, groups.world_size_from_env()
     groups.prepare_libraries(recipe.parallel)
@@ -54,7 +62,6 @@ def train(scenario: Scenario, *, status: ExitStatus) -> int:
     _use_threads(recipe, world=world)
     status.section = "joining the process group"
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
-    stop = StopFlag()
     stop.install()
     plan = RunPlan(scenario=scenario, device=device, layers=of_rank_zero(layers), position=position)
     _prepare_run_dir(plan)
@@ -73,9 +80,10 @@ def train(scenario: Scenario, *, status: ExitStatus) -> int:
         return 0
     timelines = StepTimelines(plan, state.model)
     with _loader(plan, dataset, sampler, start_step=progress.step) as source:
-        stopped = _run_steps(plan, state, source, progress, timelines=timelines, stop=stop, status=status)
+        code = _run_steps(plan, state, source, progress, timelines=timelines, stop=stop, status=status)
+    status.section = "leaving"
     groups.stop()
-    return EXIT_PREEMPTED if stopped else 0
+    return code
 
 
 def _run_steps(
@@ -87,8 +95,8 @@ def _run_steps(
     timelines: StepTimelines,
     stop: StopFlag,
     status: ExitStatus,
-) -> bool:
-    """Run all remaining steps; returns whether a signal stopped the run before its last one."""
+) -> int:
+    """Run all remaining steps; returns the exit code, which says whether a signal stopped the run before its last."""
     recipe, training, optimizer = plan.recipe, plan.recipe.training, plan.recipe.optimizer
     with _log(plan, progress) as log:
         while progress.step < training.steps:
@@ -115,9 +123,11 @@ def _run_steps(
                 status.section = "saving"
                 _save(plan, state, progress, must=last or result.asked_to_stop)
             if result.asked_to_stop and not last:
-                plan.say(f"stopped by a signal after step {step}; saved, start again to go on")
-                return True
-    return False
+                interrupted = groups.on_any_rank(stop.interrupted)
+                how = "Ctrl-C" if interrupted else "a signal"
+                plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
+                return EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
+    return 0
 
 
 def _use_threads(recipe: Recipe, *, world: int) -> None:

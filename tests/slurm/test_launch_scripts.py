@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.recipe_facts import overrides_from, split_extra
+from megavl.config.load import load_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [f"{kind}_{size}" for kind in ("warmup", "pretrain", "sft") for size in ("1b", "7b")]
 TINY = "launch/recipes/tiny/stage1.yaml"
@@ -173,6 +176,66 @@ def test_settings_become_overrides(cluster_login: Stage) -> None:
     ]
 
 
+ODD = [
+    *(
+        "/tmp/a #b",
+        "1e3",
+        "no",
+        "null",
+        "~",
+        "nan",
+        "2026-11-29",
+        "[1]",
+        "{a: b}",
+        "*a",
+        "!!int 3",
+        "- a",
+        "a: b",
+        "x#y",
+    ),
+    *('a"b', "it's", "a\\b", " a ", "a\nb", "a\tb", "a\u2028b", "ü 😀", "$HOME", "`id`", "a,b=c d=e", "%j"),
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=ascii)
+def test_a_path_stays_the_text_it_is(text: str) -> None:
+    settings = {"RUN_DIR": text, "DATA": text, "INIT": text, "TOKENIZER": text}
+    recipe = load_recipe(ROOT / TINY, overrides=overrides_from(settings))
+    assert [recipe.run.dir, recipe.data.root, recipe.checkpoint.init, recipe.data.tokenizer] == [text] * 4
+
+
+def test_extra_divides_at_blanks_outside_of_quotes() -> None:
+    extra = """ run.dir="/a b" data.sources=[{path: '/it''s c', weight: 1}]\tcheckpoint.init=/it's training.steps=3 """
+    assert split_extra(extra) == [
+        'run.dir="/a b"',
+        "data.sources=[{path: '/it''s c', weight: 1}]",
+        "checkpoint.init=/it's",
+        "training.steps=3",
+    ]
+
+
+@pytest.mark.parametrize("text", ["/tmp/a #b", "no", "a'b\" 100%"])
+def test_a_launch_passes_odd_paths_on(cluster_login: Stage, text: str) -> None:
+    folder = str(cluster_login.folder / text)
+    code, out, err = cluster_login.run(RUN_DIR=folder, DRY_RUN="1", **JOB)
+    assert code == 0, err
+    assert load_recipe(ROOT / TINY, overrides=[shlex.split(out)[-1]]).run.dir == folder
+    code, out, err = cluster_login.run(RUN_DIR=folder)
+    assert code == 0, err
+    assert cluster_login.called("sbatch")[0][-2] == f"--output={folder.replace('%', '%%')}/slurm-%j.out"
+
+
+@pytest.mark.parametrize("settings", [{"TP": "2 "}, {"PP": "x"}, {"NODES": "a[$(id)]"}, {"GPUS_PER_NODE": "08"}])
+def test_a_setting_that_is_no_number_is_refused(plain_machine: Stage, settings: dict[str, str]) -> None:
+    code, _, err = plain_machine.run(**settings)
+    assert code == 2 and next(iter(settings)) in err and "whole number" in err, err
+
+
+def test_a_leftover_job_without_srun_is_answered(plain_machine: Stage) -> None:
+    code, _, err = plain_machine.run(SLURM_JOB_ID="41")
+    assert code == 2 and "unset SLURM_JOB_ID" in err
+
+
 def test_relative_paths_are_the_callers(cluster_login: Stage) -> None:
     recipe = cluster_login.folder / "own.yaml"
     recipe.write_text((ROOT / TINY).read_text().replace("base.yaml", str(ROOT / "launch/recipes/tiny/base.yaml")))
@@ -217,19 +280,33 @@ def status(stage: Stage, code: int) -> dict[str, str]:
     return {"STATUS_FILE": str(stage.run_dir / "exit_status.json"), "STATUS_CONTENT": json.dumps(content)}
 
 
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 600
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
 def test_a_signal_saves_and_requeues_once(cluster_login: Stage, name: str) -> None:
     process = cluster_login.start(**JOB, AWAIT_SIGNAL="1", SRUN_CODE="75")
-    ready = cluster_login.folder / "calls.ready"
-    end = time.monotonic() + 600
-    while not ready.exists():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(cluster_login.folder / "calls.ready", process)
     process.send_signal(getattr(signal, f"SIG{name}"))
     _, err = process.communicate(timeout=1800)
     assert process.returncode == 75, err
     assert cluster_login.called("srun", "got") == [["srun", "got", name]]
     assert cluster_login.called("scontrol", "requeue") == [["scontrol", "requeue", "41"]]
+
+
+def test_ctrl_c_saves_and_does_not_requeue(cluster_login: Stage) -> None:
+    """srun keeps Ctrl-C to itself, so the tasks get USR1."""
+    process = cluster_login.start(**JOB, AWAIT_SIGNAL="1", SRUN_CODE="75")
+    wait_for(cluster_login.folder / "calls.ready", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=1800)
+    assert process.returncode == 130 and "not requeued" in err, err
+    assert cluster_login.called("srun", "got") == [["srun", "got", "USR1"]]
+    assert not cluster_login.called("scontrol", "requeue")
 
 
 def test_a_cancelled_job_is_not_requeued(cluster_login: Stage) -> None:
@@ -292,6 +369,33 @@ def test_without_slurm_the_runs_code_is_returned(plain_machine: Stage) -> None:
     stand_in.chmod(0o755)
     code, _, err = plain_machine.run(PYTHON=str(stand_in))
     assert code == 75 and "start the same command again" in err
+
+
+STUCK = """#!/bin/bash
+case "$*" in *recipe_facts*) exec PYTHON "$@";; esac
+trap '' TERM INT USR1
+mkdir -p "$RUN_DIR"
+bash -c 'trap "" TERM INT USR1; touch "$RUN_DIR/started"; while :; do sleep 1; done' &
+if [ -n "$FAILS" ]; then echo '{"code": 7, "step": 3}' >"$RUN_DIR/exit_status.json"; fi
+wait
+exit 1
+"""
+
+
+@pytest.mark.parametrize("how", ["a failure", "Ctrl-C twice"])
+def test_a_stuck_rank_does_not_hold_the_launcher(plain_machine: Stage, how: str) -> None:
+    stand_in = plain_machine.folder / "python"
+    stand_in.write_text(STUCK.replace("PYTHON", sys.executable))
+    stand_in.chmod(0o755)
+    process = plain_machine.start(PYTHON=str(stand_in), FAILS="1" if how == "a failure" else "")
+    wait_for(plain_machine.run_dir / "started", process)
+    if how == "Ctrl-C twice":
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == (7 if how == "a failure" else 130), err
 
 
 def test_stand_ins_do_not_leak(cluster_login: Stage) -> None:

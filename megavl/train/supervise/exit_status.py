@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from megavl.config.errors import EXIT_PREEMPTED, PeerError
+from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError
 
-_RESUMABLE = (EXIT_PREEMPTED, PeerError.exit_code)
+_RESUMABLE = (EXIT_PREEMPTED, EXIT_INTERRUPTED, PeerError.exit_code)
 
 
 class ExitStatus:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megavl.files.hashing import file_sha256
 from megavl.train.supervise.exit_status import ExitStatus
+from megavl.train.supervise.signals import StopFlag
 from megavl.train.supervise.watchdog import Watchdog
 from tests.tiny_run import ROOT, environment, forked
 
@@ -26,16 +28,34 @@ status.step, status.section = 7, "training"
 time.sleep(1800)
 """
 
+WAITS = """
+import ctypes, os, signal, threading, time
+from megavl.train.supervise.signals import StopFlag
+stop = StopFlag()
+stop.watch_interrupts()
+def press():
+    for count in (1, 2):
+        os.kill(os.getpid(), signal.SIGINT)
+        while stop.interrupts() < count:
+            time.sleep(0.01)
+    print(stop.interrupts(), flush=True)
+    os._exit(0)
+threading.Thread(target=press).start()
+mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+for _ in range(2):
+    library.pthread_mutex_lock(mutex)
+"""
+
 
 class Watched:
     """A watchdog on a clock that only the test moves."""
 
-    def __init__(self, status: ExitStatus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, status: ExitStatus, monkeypatch: pytest.MonkeyPatch, *, stop: StopFlag | None = None) -> None:
         self.calls: list[tuple[int, str]] = []
         self.now, self.reads = 0.0, 0
         monkeypatch.setattr("megavl.train.supervise.watchdog.time", self)
         self.watchdog = Watchdog(
-            status, leave=lambda *call: self.calls.append(call), timeout_s=60.0, grace_s=15.0, period_s=0.01
+            status, leave=lambda *call: self.calls.append(call), timeout_s=60.0, stop=stop, grace_s=15.0, period_s=0.01
         )
         self.watchdog.start()
 
@@ -79,11 +99,68 @@ def test_steps_with_progress_continue(status: ExitStatus, monkeypatch: pytest.Mo
     assert watched.stop() == []
 
 
-def test_saving_may_take_longer_than_a_step(status: ExitStatus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_writes_may_take_long(status: ExitStatus, monkeypatch: pytest.MonkeyPatch) -> None:
     status.section = "saving"
+    watched = Watched(status, monkeypatch)
+    for piece in range(12):
+        (status.path.parent / str(piece)).write_bytes(b"a piece")
+        file_sha256(status.path.parent / str(piece))
+        watched.pass_time(50)
+    assert watched.stop() == []
+
+
+@pytest.mark.parametrize(
+    "section", ["start", "joining the process group", "opening the data", "loading weights", "saving", "leaving"]
+)
+def test_every_section_that_waits_is_watched(status: ExitStatus, monkeypatch: pytest.MonkeyPatch, section: str) -> None:
+    status.section = section
+    watched = Watched(status, monkeypatch)
+    watched.pass_time(0)
+    watched.pass_time(59)
+    assert watched.calls == []
+    watched.pass_time(3)
+    calls = watched.stop()
+    assert [code for code, _ in calls] == [7] and f"step 0 while {section}" in calls[0][1]
+
+
+def test_building_a_model_may_take_long(status: ExitStatus, monkeypatch: pytest.MonkeyPatch) -> None:
+    status.section = "building the model"
     watched = Watched(status, monkeypatch)
     watched.pass_time(1000)
     assert watched.stop() == []
+
+
+class Keyboard(StopFlag):
+    """Ctrl-C as often as the test says."""
+
+    pressed = 0
+
+    def interrupts(self) -> int:
+        return self.pressed
+
+
+@pytest.mark.parametrize(("section", "needed"), [("loading weights", 1), ("training", 2), ("saving", 2)])
+def test_ctrl_c_ends_what_no_step_would_end(
+    status: ExitStatus, monkeypatch: pytest.MonkeyPatch, section: str, needed: int
+) -> None:
+    status.section = section
+    keyboard = Keyboard()
+    watched = Watched(status, monkeypatch, stop=keyboard)
+    for count in range(needed):
+        assert watched.calls == []
+        keyboard.pressed = count + 1
+        watched.pass_time(1)
+    calls = watched.stop()
+    assert [code for code, _ in calls] == [130] and section in calls[0][1]
+
+
+def test_ctrl_c_is_counted_while_the_main_thread_waits() -> None:
+    """In a lock that Python does not leave for a signal, as in a collective."""
+    env = forked(environment())
+    done = subprocess.run(
+        [env["PYTHON_EXEC"], "-c", WAITS], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800
+    )
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_a_peer_that_recorded_its_end_is_named(status: ExitStatus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +178,7 @@ def test_status_of_an_earlier_run_is_ignored(status: ExitStatus, monkeypatch: py
     ExitStatus(status.path.parent, rank=0).write(7, "earlier")
     status.section = "joining the process group"
     watched = Watched(status, monkeypatch)
-    watched.pass_time(1000)
+    watched.pass_time(50)
     status.clear()
     status.section = "training"
     watched.pass_time(50)
