@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,52 +11,13 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megavl.checkpoint.directory import check, recover
-from megavl.checkpoint.manifest import MANIFEST
+from megavl.checkpoint.find import MODEL_FILE as MODEL_FILE
+from megavl.checkpoint.find import load_model_config as load_model_config
+from megavl.checkpoint.find import resolve as resolve
 from megavl.checkpoint.safe_unpickle import check_backend, load_shard_item, read_metadata
 from megavl.checkpoint.stored_keys import PREFIX, canonical_names, is_stacked
-from megavl.config.errors import CheckpointError, UsageError, one_line
-from megavl.config.load import model_config_from_dict
-from megavl.config.model import ModelConfig
+from megavl.config.errors import CheckpointError
 from megavl.weights.lazy import LazyTensor
-
-MODEL_FILE = "model.json"
-
-
-def resolve(path: str | Path, *, skip_hash: bool = False) -> Path:
-    """Find and verify the checkpoint at a path given by the user.
-
-    Args:
-        path: checkpoint directory, or a directory of checkpoints, of which the newest valid one is taken.
-        skip_hash: check sizes only, not hashes.
-
-    Returns:
-        The checkpoint directory.
-
-    Raises:
-        CheckpointError: nothing there, or nothing valid. A damaged checkpoint is never replaced by an older one if
-            `path` is the checkpoint itself.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; give a checkpoint or the directory that holds them")
-    if (path / MANIFEST).exists() or path.name.startswith("iter_"):
-        check(path, skip_hash=skip_hash)
-        return path
-    found = recover(path, skip_hash=skip_hash)
-    if found.path is None:
-        raise CheckpointError(found.explain(path))
-    return found.path
-
-
-def load_model_config(path: str | Path) -> ModelConfig:
-    """Read the sizes of the model from `model.json` in a checkpoint directory."""
-    source = Path(path) / MODEL_FILE
-    try:
-        raw = json.loads(source.read_text(encoding="utf-8"))
-        return model_config_from_dict(raw, source=str(source))
-    except (OSError, UsageError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{source}: not readable ({one_line(error, limit=300)})") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megavl.config.errors import UsageError, one_line
 from megavl.config.model import ModelConfig
-from megavl.config.presets import MODELS
+from megavl.config.presets import CUSTOM, MODELS
 from megavl.config.recipe import Recipe
 
 _RECIPE = TypeAdapter(Recipe)
@@ -229,8 +229,10 @@ def _with_preset(model: Any) -> Any:
     if not isinstance(model, Mapping):
         raise UsageError(f"model: expected a mapping with a preset, found {model!r}")
     preset = model.get("preset")
+    if preset == CUSTOM:
+        return model
     if preset not in MODELS:
-        raise UsageError(f"model.preset: unknown preset {preset!r}; choose from {', '.join(MODELS)}")
+        raise UsageError(f"model.preset: unknown preset {preset!r}; choose from {', '.join([*MODELS, CUSTOM])}")
     return _merge(MODELS[preset], model)
 
 

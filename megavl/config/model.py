@@ -155,7 +155,8 @@ class ModelConfig:
     """A DeepSeek-VL model."""
 
     preset: str
-    """1b, 7b, tiny-hybrid or tiny-siglip: the row of `megavl.config.presets.MODELS` with the other fields' defaults."""
+    """1b, 7b, tiny-hybrid or tiny-siglip: the row of `megavl.config.presets.MODELS` with the other fields' defaults.
+    `custom`: they have none. Instead of a preset, `from: init` takes all sizes from `checkpoint.init`."""
     llm: DecoderConfig
     siglip: SiglipConfig
     sam: SamConfig | None = None
@@ -163,6 +164,8 @@ class ModelConfig:
     adaptor: AdaptorConfig
     image_token_id: int = 100015
     """Id of `<image_placeholder>`."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids that end an answer, where a model was published with several; default: the tokenizer's EOS alone."""
 
     def __post_init__(self) -> None:
         _check_adaptor(self)
@@ -171,6 +174,12 @@ class ModelConfig:
             "model.image_token_id",
             f"{self.image_token_id} is outside model.llm.vocab_size {self.llm.vocab_size}",
         )
+        for token in self.eos_token_ids:
+            _require(
+                0 <= token < self.llm.vocab_size,
+                "model.eos_token_ids",
+                f"{token} is outside model.llm.vocab_size {self.llm.vocab_size}",
+            )
         if self.sam is None:
             return
         _require(

@@ -77,6 +77,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny-siglip": {"llm": _TINY_LLM, "siglip": _TINY_SIGLIP, "adaptor": _ONE_TOWER, "image_token_id": 3},
 }
 """`model:` mappings by preset name; the keys of a recipe replace their values."""
+CUSTOM = "custom"
+"""The `preset:` of a model that is none of these; a recipe that says so states every size."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

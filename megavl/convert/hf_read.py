@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from megavl.config.errors import CheckpointError
+from megavl.config.identity import with_own_preset
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
+from megavl.convert.language import Fields, ties_head
 from megavl.convert.safetensors_in import read_json
 from megavl.convert.table import (
+    HEAD,
+    NATIVE_EMBEDDING,
     NATIVE_SIGLIP,
     NATIVE_SIGLIP_UNNESTED,
     Format,
@@ -21,6 +27,7 @@ from megavl.convert.table import (
     weight_rows,
 )
 from megavl.convert.weight_files import StoredTensors, open_folder
+from megavl.files.model_folders import require_whole_model
 from megavl.weights.lazy import LazyTensor, require_exactly
 
 DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
@@ -39,25 +46,59 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Format]:
         CheckpointError: names config.json and the field that MegaVL cannot represent.
     """
     path = Path(folder) / "config.json"
+    require_whole_model(path.parent)
     raw = read_json(path)
     model_type = raw.get("model_type")
     if model_type in native_format.MODEL_TYPES:
-        return native_format.read_config(raw, where=path), "native"
+        return _with_eos(native_format.read_config(raw, where=path), raw, "text_config", where=path), "native"
     if model_type == original_format.MODEL_TYPE:
-        return original_format.read_config(raw, where=path), "original"
+        return _with_eos(original_format.read_config(raw, where=path), raw, "language_config", where=path), "original"
     raise CheckpointError(
         f"{path}: model_type {model_type!r} is not a DeepSeek-VL model; expected one of "
         f"{', '.join((*native_format.MODEL_TYPES, original_format.MODEL_TYPE))}"
     )
 
 
+def _with_eos(config: ModelConfig, raw: dict[str, Any], part: str, *, where: Path) -> ModelConfig:
+    """Add the ids that end an answer if there are several; a single one is the tokenizer's EOS.
+
+    As in transformers, `generation_config.json` goes before the top level of `config.json`, and this before the
+    language model's part.
+    """
+    places = [(where, "eos_token_id", raw), (where, f"{part}.eos_token_id", raw.get(part) or {})]
+    generation = where.with_name("generation_config.json")
+    if generation.is_file():
+        places.insert(0, (generation, "eos_token_id", read_json(generation)))
+    file, key, found = next((place for place in places if place[2].get("eos_token_id") is not None), places[-1])
+    ids = found.get("eos_token_id")
+    if not isinstance(ids, list) or len(set(map(str, ids))) < 2:
+        return config
+    vocabulary = config.llm.vocab_size
+    if not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+        raise CheckpointError(f"{file}: {key}: ids below vocab_size {vocabulary} are expected, found {str(ids)[:200]}")
+    return with_own_preset(dataclasses.replace(config, eos_token_ids=tuple(ids)))
+
+
 def open_hf_tensors(folder: str | Path) -> StoredTensors:
     """Tensors of a Hugging Face folder by the names that its files give them.
+
+    Where `tie_word_embeddings` makes embedding and head one matrix, the head is the embedding under a second name.
 
     Raises:
         CheckpointError: a hostile, damaged or missing file, an index that leaves the folder.
     """
-    return open_folder(Path(folder))
+    folder = Path(folder)
+    tensors = open_folder(folder)
+    where = folder / "config.json"
+    top = Fields(read_json(where), where=where, path="", defaults={})
+    original = top.get("model_type") == original_format.MODEL_TYPE
+    part, prefix = ("language_config", "language_model.") if original else ("text_config", "")
+    head, embedding = f"{prefix}{HEAD}", prefix + ("model.embed_tokens.weight" if original else NATIVE_EMBEDDING)
+    # transformers 4.57 looks into the language model's part alone. A file without a head that the top level ties would
+    # get a random one there.
+    if ties_head(top.child(part, defaults={})) or (ties_head(top) and head not in tensors):
+        tensors.tie(head, to=embedding)
+    return tensors
 
 
 def canonical_tensors(tensors: StoredTensors, *, config: ModelConfig, fmt: Format) -> dict[str, LazyTensor]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megavl.config.errors import CheckpointError, UsageError
-from megavl.config.load import load_model_config, model_config_from_dict, to_dict
+from megavl.config.identity import with_own_preset
+from megavl.config.load import model_config_from_dict
 from megavl.config.model import DecoderConfig, ModelConfig
-from megavl.config.presets import MODELS
+from megavl.config.presets import CUSTOM
 
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -106,11 +107,17 @@ def read_llama(raw: dict[str, Any], *, where: Path) -> dict[str, Any]:
     """Fields of `DecoderConfig` from the `config.json` of a language model alone.
 
     Raises:
-        CheckpointError: as in `read_language`, or embedding and head are one matrix.
+        CheckpointError: as in `read_language`.
     """
-    fields = Fields(raw, where=where, path="", defaults=_DEFAULTS)
-    fields.require("tie_word_embeddings", False)
-    return _sizes_of(fields)
+    return _sizes_of(Fields(raw, where=where, path="", defaults=_DEFAULTS))
+
+
+def ties_head(fields: Fields) -> bool:
+    """Whether a `LlamaConfig` object makes embedding and head one matrix; absent means no."""
+    tied = fields.get("tie_word_embeddings")
+    if tied not in (None, True, False):
+        raise fields.error("tie_word_embeddings", f"true or false is expected, found {tied!r}")
+    return bool(tied)
 
 
 def _sizes_of(fields: Fields) -> dict[str, Any]:
@@ -128,7 +135,12 @@ def _sizes_of(fields: Fields) -> dict[str, Any]:
     }
 
 
-def language_json(llm: DecoderConfig, *, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
+def eos_json(config: ModelConfig, *, eos_id: int) -> int | list[int]:
+    """`eos_token_id` of an export: the model's ids where it has several, else the tokenizer's."""
+    return list(config.eos_token_ids) or eos_id
+
+
+def language_json(llm: DecoderConfig, *, bos_id: int, eos_id: int | list[int], dtype: str) -> dict[str, Any]:
     """The `LlamaConfig` object of an export, every field written out.
 
     `pad_token_id` stays null: padding is the EOS token, and naming it here would freeze EOS's embedding
@@ -160,32 +172,15 @@ def renamed(config: object, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def model_config(raw: dict[str, Any], *, where: Path) -> ModelConfig:
-    """A checked `ModelConfig`. Its preset is the one of these sizes, or the nearest of the same topology.
+    """A checked `ModelConfig`, with the preset that has exactly these sizes.
 
     Raises:
         CheckpointError: sizes that do not fit together.
     """
     try:
-        config = model_config_from_dict({**raw, "preset": "7b" if raw.get("sam") else "1b"}, source=str(where))
-        return model_config_from_dict({**raw, "preset": _nearest_preset(config)}, source=str(where))
+        return with_own_preset(model_config_from_dict({**raw, "preset": CUSTOM}, source=str(where)))
     except UsageError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _nearest_preset(config: ModelConfig) -> str:
-    shipped = {name: load_model_config(name) for name in MODELS}
-    alike = {name: row for name, row in shipped.items() if (row.sam is None) == (config.sam is None)}
-    for name, row in alike.items():
-        if _sizes(row) == _sizes(config):
-            return name
-    return min(alike, key=lambda name: abs(alike[name].llm.hidden_size - config.llm.hidden_size))
-
-
-def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """The fields that must agree in two configurations of the same model; limits and token ids may differ."""
-    sizes = to_dict(config)
-    del sizes["preset"], sizes["image_token_id"], sizes["llm"]["max_position_embeddings"], sizes["llm"]["init_std"]
-    return sizes
 
 
 def _rope_theta(fields: Fields) -> float:

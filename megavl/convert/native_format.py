@@ -11,7 +11,7 @@ from typing import Any
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
 from megavl.convert.adaptors import NATIVE_DEPTH, NATIVE_KINDS
-from megavl.convert.language import Fields, language_json, model_config, read_language, renamed
+from megavl.convert.language import Fields, eos_json, language_json, model_config, read_language, renamed
 from megavl.convert.tokenizer_files import TokenizerIds
 
 MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid")
@@ -114,7 +114,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
         config: sizes, with an adaptor that the format holds (`adaptors.require_holdable`).
         dtype: name of the weights' type, such as `bfloat16`.
     """
-    hybrid = config.sam is not None
+    hybrid, eos = config.sam is not None, eos_json(config, eos_id=ids.eos)
     stem = "DeepseekVLHybrid" if hybrid else "DeepseekVL"
     model: dict[str, Any] = {
         "architectures": [f"{stem}ForConditionalGeneration"],
@@ -122,7 +122,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
         "image_token_id": config.image_token_id,
         # Both levels: the top-level default is true, and a loader that trusts it would tie the two matrices.
         "tie_word_embeddings": False,
-        "text_config": language_json(config.llm, bos_id=ids.bos, eos_id=ids.eos, dtype=dtype),
+        "text_config": language_json(config.llm, bos_id=ids.bos, eos_id=eos, dtype=dtype),
         "vision_config": _siglip_json(config.siglip, dtype),
         "torch_dtype": dtype,
     }
@@ -132,7 +132,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
         "config.json": model,
         "generation_config.json": {
             "bos_token_id": ids.bos,
-            "eos_token_id": ids.eos,
+            "eos_token_id": eos,
             "pad_token_id": ids.pad,
         },
         "preprocessor_config.json": _image_processor_json(config, stem),

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megavl.checkpoint.manifest import MANIFEST
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.config.model import ModelConfig
 from megavl.convert.hf_read import canonical_tensors, is_hf_folder, open_hf_tensors, read_config
+from megavl.files.model_folders import hub_snapshot, require_whole_model
 from megavl.weights.lazy import LazyTensor
 
 
@@ -35,7 +37,9 @@ def find_weights(path: str | Path, *, skip_hash: bool = False) -> WeightSource:
     Raises:
         CheckpointError: no model there, or damaged, hostile or foreign files.
     """
-    path = Path(path)
+    path = hub_snapshot(path)
+    if not (path / MANIFEST).is_file():
+        require_whole_model(path)
     if is_hf_folder(path):
         config, fmt = read_config(path)
         tensors = canonical_tensors(open_hf_tensors(path), config=config, fmt=fmt)

@@ -15,7 +15,7 @@ from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF, MODELS
 from megavl.convert.adaptors import ORIGINAL, original_params, read_original
-from megavl.convert.language import MAX_LAYERS, Fields, language_json, model_config, read_language, renamed
+from megavl.convert.language import MAX_LAYERS, Fields, eos_json, language_json, model_config, read_language, renamed
 from megavl.convert.tokenizer_files import TokenizerIds, image_token_id
 
 MODEL_TYPE = "multi_modality"
@@ -100,7 +100,7 @@ def _stated_sizes(fields: Fields) -> dict[str, Any]:
 
 def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[str, dict[str, Any]]:
     """As `native_format.side_files`."""
-    hybrid = config.sam is not None
+    hybrid, eos = config.sam is not None, eos_json(config, eos_id=ids.eos)
     mean, std = (CLIP_MEAN, CLIP_STD) if hybrid else (HALF, HALF)
     return {
         "config.json": {
@@ -112,7 +112,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
                 "params": _vision_params(config),
             },
             "aligner_config": {"model_type": "aligner", "cls": "MlpProjector", "params": original_params(config)},
-            "language_config": language_json(config.llm, bos_id=ids.bos, eos_id=ids.eos, dtype=dtype),
+            "language_config": language_json(config.llm, bos_id=ids.bos, eos_id=eos, dtype=dtype),
             "tie_word_embeddings": False,
             "torch_dtype": dtype,
         },

@@ -25,12 +25,22 @@ from megavl.config.errors import CheckpointError
 from megavl.config.model import AdaptorConfig, ModelConfig
 from megavl.convert.adaptors import NATIVE_DEPTH, NATIVE_KINDS
 from megavl.convert.hf_read import DERIVED
-from megavl.convert.language import Fields, read_llama
+from megavl.convert.language import Fields, read_llama, ties_head
 from megavl.convert.native_format import SAM_DEFAULTS, SIGLIP_DEFAULTS, read_sam, read_siglip
 from megavl.convert.safetensors_in import read_json
-from megavl.convert.table import NATIVE_SIGLIP, POOL, POOL_PREFIX, WeightRow, unused_parameters, weight_rows
+from megavl.convert.table import (
+    HEAD,
+    NATIVE_EMBEDDING,
+    NATIVE_SIGLIP,
+    POOL,
+    POOL_PREFIX,
+    WeightRow,
+    unused_parameters,
+    weight_rows,
+)
 from megavl.convert.transforms import Copy
 from megavl.convert.weight_files import StoredTensors, open_folder, open_source
+from megavl.files.model_folders import require_whole_model
 from megavl.weights.canonical_names import canonical_shapes
 from megavl.weights.dtypes import cast
 from megavl.weights.lazy import LazyTensor, require_exactly
@@ -66,8 +76,12 @@ def read_llm(folder: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartS
         CheckpointError: other sizes; a missing, unexpected or misshapen tensor; a damaged or hostile file.
     """
     where = folder / "config.json"
-    _require_sizes(read_llama(read_json(where), where=where), config, "llm", where)
+    require_whole_model(folder)
+    raw = read_json(where)
+    _require_sizes(read_llama(raw, where=where), config, "llm", where)
     tensors = open_folder(folder)
+    if ties_head(Fields(raw, where=where, path="", defaults={})):
+        tensors.tie(HEAD, to=NATIVE_EMBEDDING.replace(_NATIVE_LLM, "model."))
     rows = [
         dataclasses.replace(row, keys=tuple(key.replace(_NATIVE_LLM, "model.") for key in row.keys))
         for row in _native_rows(config)
@@ -186,7 +200,7 @@ def _taken(
 
 
 def _origin(tensors: StoredTensors, keys: list[str]) -> list[dict[str, str]]:
-    return [{"file": str(Path(tensors.locate(key)).absolute()), "tensor": key} for key in keys]
+    return [{"file": str(Path(tensors.locate(key)).absolute()), "tensor": tensors.stored_name(key)} for key in keys]
 
 
 def _layout(tensors: StoredTensors, ends: Mapping[str, str], what: str) -> tuple[str, str]:

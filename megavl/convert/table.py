@@ -117,6 +117,9 @@ NATIVE_SIGLIP = "model.vision_model.vision_model."
 NATIVE_SIGLIP_UNNESTED = "model.vision_model."
 """Prefix that transformers 5.10 and later write for a model that was built from scratch."""
 
+HEAD, NATIVE_EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+"""The two matrices that `tie_word_embeddings` makes one."""
+
 POOL_PREFIX = "attn_pool."
 POOL: tuple[tuple[str, str, tuple[int, int] | None, str], ...] = (
     ("latent", "head.probe", None, "1 1 W"),
@@ -218,7 +221,7 @@ def _fill(pattern: str, index: str, kind: str) -> str:
 def _decoder_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> Iterator[WeightRow]:
     heads = config.llm.num_attention_heads
     backbone = "model.language_model." if fmt == "native" else "language_model.model."
-    head = "lm_head.weight" if fmt == "native" else "language_model.lm_head.weight"
+    head = HEAD if fmt == "native" else f"language_model.{HEAD}"
     layer = LAYERS + "{i}."
     attention, mlp = backbone + "layers.{i}.self_attn.", backbone + "layers.{i}.mlp."
     patterns: tuple[tuple[str, tuple[str, ...], Transform], ...] = (

@@ -26,7 +26,7 @@ from megavl.convert.hf_read import is_hf_folder, read_config
 from megavl.data.batch import make_batch
 from megavl.generate.decode import Request, generate
 from megavl.generate.open_model import ModelSource, find_model, loaded
-from megavl.generate.prompt import encode_prompt, prompt_pieces, read_canvases
+from megavl.generate.prompt import encode_prompt, end_ids, prompt_pieces, read_canvases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -207,14 +207,18 @@ def _our_replies(source: ModelSource, prompts: Sequence[Request]) -> Iterator[Re
         for prompt in prompts:
             tokens, image_id = torch.tensor(prompt.ids), source.config.image_token_id
             logits = model.logits(make_batch(tokens, images=prompt.images, image_token_id=image_id))
-            greedy = tuple(token for _, token, _ in generate(model, [prompt], eos_id=source.tokenizer.eos_id))
+            greedy = tuple(token for _, token, _ in generate(model, [prompt], eos_id=_ends(source)))
             yield logits, greedy
+
+
+def _ends(source: ModelSource) -> tuple[int, ...]:
+    return end_ids(source.config, tokenizer=source.tokenizer)
 
 
 def _their_replies(source: ModelSource, prompts: Sequence[Request]) -> Iterator[Reply]:
     model: Any = native_class(source.config).from_pretrained(source.path, dtype=torch.float32).eval()
-    eos_id = source.tokenizer.eos_id
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    ends = list(_ends(source))
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": ends, "pad_token_id": ends[0]}
     for prompt in prompts:
         ids = torch.tensor([prompt.ids])
         inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

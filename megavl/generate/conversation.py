@@ -87,7 +87,7 @@ class Conversation:
         for count in range(1, min(self._max_new_tokens, room) + 1):
             token = choose(logits, sampling=self._sampling, generator=self._generator, present=present)
             yield token
-            if token == processor.tokenizer.eos_id or count == min(self._max_new_tokens, room):
+            if token in processor.end_ids or count == min(self._max_new_tokens, room):
                 return
             present.add(token)
             logits = self._last(engine.extend(0, [token]))

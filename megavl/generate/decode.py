@@ -8,7 +8,7 @@ Legend: I images, C canvas side in pixels, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,18 +55,19 @@ class _Answer:
         self.present.add(token)
         self.stopped = self.request.stop is not None and self.request.stop.reached(self.tokens)
 
-    def ended(self, eos_id: int) -> bool:
-        return self.stopped or self.tokens[-1] == eos_id or len(self.tokens) == self.request.max_new_tokens
+    def ended(self, ends: Collection[int]) -> bool:
+        return self.stopped or self.tokens[-1] in ends or len(self.tokens) == self.request.max_new_tokens
 
 
 def generate(
-    model: DeepseekVL, requests: Iterable[Request], *, eos_id: int, rows: int = 1, length: int = 0
+    model: DeepseekVL, requests: Iterable[Request], *, eos_id: int | Collection[int], rows: int = 1, length: int = 0
 ) -> Iterator[tuple[int, int, bool]]:
     """Tokens as they are chosen; an answer ends with the end-of-sentence token, at a stop text, or at its limit.
 
     Args:
         model: this rank's stage, in eval mode; every rank must make the same call and read it to its end.
         requests: prompts; one is fetched when a row is free for it.
+        eos_id: the id, or each of the ids, that ends an answer.
         rows: most answers in progress at a time.
         length: tokens of the longest prompt with its answer, if known; the cache gets that size at once.
 
@@ -76,19 +77,20 @@ def generate(
     Raises:
         NumericsError: the model's logits are not finite.
     """
+    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     engine = Engine(model, rows=rows)
     engine.cache.reserve(length)
     waiting = enumerate(requests)
     answers: list[_Answer] = []
     while True:
         fresh, logits = _start(engine, waiting, begun=len(answers), rows=rows)
-        yield from _choose(engine, fresh, logits, eos_id=eos_id)
+        yield from _choose(engine, fresh, logits, ends=ends)
         answers += fresh
-        _drop_ended(engine, answers, eos_id=eos_id)
+        _drop_ended(engine, answers, ends=ends)
         if answers:
             found = engine.append([answer.tokens[-1] for answer in answers])
-            yield from _choose(engine, answers, found, eos_id=eos_id)
-            _drop_ended(engine, answers, eos_id=eos_id)
+            yield from _choose(engine, answers, found, ends=ends)
+            _drop_ended(engine, answers, ends=ends)
         elif not fresh:
             return
 
@@ -119,7 +121,7 @@ def _start(
 
 
 def _choose(
-    engine: Engine, answers: Sequence[_Answer], logits: torch.Tensor | None, *, eos_id: int
+    engine: Engine, answers: Sequence[_Answer], logits: torch.Tensor | None, *, ends: Collection[int]
 ) -> Iterator[tuple[int, int, bool]]:
     if not answers:
         return
@@ -134,12 +136,12 @@ def _choose(
     for answer, token in zip(answers, tokens):
         answer.add(token)
     for answer, token in zip(answers, tokens):
-        yield answer.number, token, answer.ended(eos_id)
+        yield answer.number, token, answer.ended(ends)
 
 
-def _drop_ended(engine: Engine, answers: list[_Answer], *, eos_id: int) -> None:
+def _drop_ended(engine: Engine, answers: list[_Answer], *, ends: Collection[int]) -> None:
     for row in reversed(range(len(answers))):
-        if answers[row].ended(eos_id):
+        if answers[row].ended(ends):
             last = len(answers) - 1
             engine.cache.move(last, row)
             answers[row] = answers[last]

@@ -33,6 +33,7 @@ from megavl.generate.prompt import (
     ImageSource,
     answer_text,
     encode_prompt,
+    end_ids,
     prompt_pieces,
     read_canvases,
     require_room,
@@ -76,6 +77,7 @@ class Processor:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.end_ids = end_ids(config, tokenizer=tokenizer)
 
     def __call__(
         self,
@@ -269,14 +271,14 @@ class Model:
         asked: dict[int, Request] = {}
         tokens: dict[int, list[int]] = {}
         done: dict[int, Answer] = {}
-        eos_id, given = self.processor.tokenizer.eos_id, 0
+        ends, given = self.processor.end_ids, 0
 
         def counted() -> Iterator[Request]:
             for number, request in enumerate(requests):
                 asked[number] = request
                 yield request
 
-        for number, token, ended in generate(self.stage, counted(), eos_id=eos_id, rows=batch_size, length=length):
+        for number, token, ended in generate(self.stage, counted(), eos_id=ends, rows=batch_size, length=length):
             tokens.setdefault(number, []).append(token)
             if ended:
                 ids = tuple(tokens.pop(number))
@@ -290,7 +292,7 @@ class Model:
     def stream(self, request: Request, *, strip: bool = False) -> Iterator[str]:
         """The text of an answer piece by piece; with `strip`, without white space around it."""
         text = TextStream(self.processor.tokenizer, strip=strip, stop=request.stop)
-        for _, token, _ in generate(self.stage, [request], eos_id=self.processor.tokenizer.eos_id):
+        for _, token, _ in generate(self.stage, [request], eos_id=self.processor.end_ids):
             yield text.add(token)
         yield text.end()
 

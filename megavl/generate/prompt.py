@@ -114,6 +114,11 @@ def read_canvases(sources: Sequence[ImageSource], *, geometry: ImageGeometry) ->
     return torch.from_numpy(np.stack(canvases))
 
 
+def end_ids(config: ModelConfig, *, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end an answer: those that the model states, else the tokenizer's EOS."""
+    return config.eos_token_ids or (tokenizer.eos_id,)
+
+
 def answer_text(ids: Sequence[int], *, tokenizer: Tokenizer) -> str:
     """Text of generated ids without special tokens; ids beyond the tokenizer's vocabulary have no text."""
     return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])

@@ -12,16 +12,18 @@ import torch
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import CheckpointError, DataError, UsageError
+from megavl.config.identity import model_changes
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.presets import MODELS
 from megavl.convert.checkpoint_files import ORIGINS, export_checkpoint, write_checkpoint
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config, read_unused
-from megavl.convert.open_weights import open_weights
+from megavl.convert.open_weights import find_weights
 from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare
 from megavl.files.durable import replace_durably, storage_errors
+from megavl.files.model_folders import hub_snapshot
 from megavl.main.device import choose_device
 from megavl.main.progress import counted
 from megavl.weights.dtypes import DTYPES
@@ -78,15 +80,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    config, fmt = read_config(arguments.source)
-    fitting_tokenizer(arguments.source, config)
-    tensors = open_hf_tensors(arguments.source)
+    source = hub_snapshot(arguments.source)
+    config, fmt = read_config(source)
+    fitting_tokenizer(source, config)
+    tensors = open_hf_tensors(source)
     weights = canonical_tensors(tensors, config=config, fmt=fmt)
-    files: dict[str, bytes | Path] = {f"tokenizer/{p.name}": p for p in tokenizer_paths(arguments.source)}
+    files: dict[str, bytes | Path] = {f"tokenizer/{p.name}": p for p in tokenizer_paths(source)}
     unused = read_unused(tensors, config=config, fmt=fmt)
     progress = partial(counted, what="from-hf")
     out = write_checkpoint(arguments.out, config=config, tensors=weights, unused=unused, files=files, progress=progress)
-    print(f"{arguments.source} ({fmt} format, {config.preset} sizes): {len(weights)} tensors to {out}")
+    print(f"{source} ({fmt} format, {config.preset} sizes): {len(weights)} tensors to {out}")
     return 0
 
 
@@ -94,15 +97,16 @@ def _init(arguments: argparse.Namespace) -> int:
     asked = {"kind": arguments.adaptor, "depth": arguments.adaptor_depth}
     adaptor = {key: value for key, value in asked.items() if value is not None}
     config = load_preset(arguments.preset, adaptor=adaptor)
+    llm = hub_snapshot(arguments.llm)
     weights = start_weights(
         config,
-        llm=arguments.llm,
-        siglip=arguments.siglip,
-        sam=arguments.sam,
+        llm=llm,
+        siglip=hub_snapshot(arguments.siglip),
+        sam=hub_snapshot(arguments.sam) if arguments.sam else None,
         dtype=arguments.dtype,
         seed=arguments.seed,
     )
-    tokenizer, added = with_image_token(arguments.llm, image_id=config.image_token_id)
+    tokenizer, added = with_image_token(llm, image_id=config.image_token_id)
     files: dict[str, bytes | Path] = {f"tokenizer/{name}": content for name, content in tokenizer.items()}
     files[ORIGINS] = json.dumps(weights.origins(), indent=1).encode()
     out = write_checkpoint(
@@ -152,9 +156,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         raise UsageError("verify: give two models, A and B, or add --against transformers")
     with torch.no_grad():
-        result = compare(open_weights(arguments.source), open_weights(arguments.out))
+        models = [find_weights(path) for path in (arguments.source, arguments.out)]
+        result = compare(*(model.tensors for model in models))
     print(result.summary())
-    return 0 if result.identical else 4
+    # Equal weights with other heads or another rotary base are another model.
+    differences, labels = model_changes(*(model.config for model in models))
+    for change in (*differences, *(label for label in labels if label.key != "model.preset")):
+        print(f"  {change.key}: {change.old} and {change.new}")
+    return 0 if result.identical and not differences else 4
 
 
 def _verify_against_transformers(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.store import read_manifest
+from megavl.config.identity import model_name
 from megavl.convert.checkpoint_files import ORIGINS
 
 
@@ -26,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     config, tensors = load_model_config(path), open_model_tensors(path)
     size = sum(record["size"] for record in manifest["files"].values())
     print(f"{path}: verified, {len(manifest['files'])} files, {size / 1e6:,.1f} MB")
-    print(f"model {config.preset}: {len(tensors)} tensors, {sum(prod(t.shape) for t in tensors.values()):,} parameters")
+    parameters = sum(prod(tensor.shape) for tensor in tensors.values())
+    print(f"model {model_name(config)}: {len(tensors)} tensors, {parameters:,} parameters")
     for key, value in manifest["content"].items():
         print(f"  {key}: {json.dumps(value)}")
     origins = json.loads((path / ORIGINS).read_text(encoding="utf-8")) if ORIGINS in manifest["files"] else {}

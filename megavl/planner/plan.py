@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megavl.config.identity import model_name
 from megavl.planner.cost.flops import MFU_CONVENTION, mfu, model_flops
 from megavl.planner.cost.memory import RankMemory, rank_memory, rank_parameters, rank_stages
 from megavl.planner.cost.work import BlockWork, all_work
@@ -109,7 +110,7 @@ def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSourc
     steps = {kind: _step_plan(scenario, found[kind], peak=peak) for kind in kinds}
     expected = _mean(scenario, steps["text"], steps["multimodal"], peak=peak)
     return Plan(
-        model=recipe.model.preset,
+        model=model_name(recipe.model),
         training_stage=recipe.training.stage,
         trained=recipe.trainable_parts,
         device=hardware.name,

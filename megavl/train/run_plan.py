@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megavl.config.identity import model_name
 from megavl.config.recipe import Recipe
 from megavl.model.build import BuildSpec
 from megavl.parallel import cpu_runtime
@@ -53,7 +54,7 @@ class RunPlan:
         """Model, stage, layout and trained parts in one line."""
         recipe, parallel = self.recipe, self.recipe.parallel
         return (
-            f"{recipe.model.preset}, stage {recipe.training.stage}, tp {parallel.tensor} x pp {parallel.pipeline} "
+            f"{model_name(recipe.model)}, stage {recipe.training.stage}, tp {parallel.tensor} x pp {parallel.pipeline} "
             f"(layers {'+'.join(map(str, self.layers))}) x dp {self.position.dp_size}, {recipe.training.precision}, "
             f"training {', '.join(recipe.trainable_parts)}"
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megavl.config.errors import UsageError
+from megavl.config.identity import model_name
 from megavl.planner.report.svg import Panel, Segment, draw
 from megavl.planner.scenario import Kind, Scenario
 from megavl.planner.simulation.predict import kinds_of, slowest_extras, stage_passes
@@ -40,7 +41,7 @@ def title(scenario: Scenario, layout: Sequence[int], origin: str) -> str:
     """Model, layout and the source of the times."""
     virtual = f" x virtual {scenario.virtual}" if scenario.virtual > 1 else ""
     return (
-        f"{scenario.recipe.model.preset}, tensor {scenario.tensor} x pipeline {scenario.pipeline}{virtual} x data "
+        f"{model_name(scenario.recipe.model)}, tensor {scenario.tensor} x pipeline {scenario.pipeline}{virtual} x data "
         f"{scenario.data_parallel}, layers {'+'.join(map(str, layout))}, vision {scenario.vision}; {origin}"
     )
 

@@ -13,6 +13,7 @@ from megavl.checkpoint.reader import load_model_config as config_of_checkpoint
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.errors import CheckpointError, UsageError
+from megavl.config.identity import with_own_preset
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.convert.adaptors import ORIGINAL
@@ -31,7 +32,7 @@ CASES = [(kind, depth) for kind, row in ADAPTORS.items() for depth in ((1,) if r
 
 def config_of(kind: str, depth: int) -> ModelConfig:
     adaptor = {"kind": kind, "depth": depth}
-    return (
+    return with_own_preset(
         load_model_config("tiny-hybrid", **EVEN, adaptor=adaptor)
         if ADAPTORS[kind].both_towers
         else load_model_config("tiny-siglip", adaptor=adaptor)

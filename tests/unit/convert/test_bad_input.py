@@ -128,27 +128,28 @@ def test_header_longer_than_the_file_is_refused(folder):
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/../../x", "..", "C:\\x", "..\\x", ""])
 def test_index_that_leaves_the_folder_is_refused(folder, name):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {LM_HEAD: name}}))
     message = refusal(folder)
     assert "model.safetensors.index.json" in message and "outside the folder" in message
 
 
 def test_index_must_agree_with_the_files(folder):
-    tensors = load_file(folder / "model.safetensors")
-    index = {"weight_map": dict.fromkeys([*tensors, "more"], "model.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model.safetensors: no tensor 'more'" in refusal(folder)
-    index["weight_map"].pop("more"), index["weight_map"].pop(LM_HEAD)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model.safetensors: holds tensor 'lm_head.weight'" in refusal(folder)
-    index["weight_map"][LM_HEAD] = "gone.safetensors"
-    index["weight_map"].pop(DOWN_PROJ)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard, index = "model-00001-of-00001.safetensors", folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / shard)
+    names = list(load_file(folder / shard))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*names, "more"], shard)}))
+    assert f"{shard}: no tensor 'more'" in refusal(folder)
+    listed = [name for name in names if name != LM_HEAD]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(listed, shard)}))
+    assert f"does not list what {shard} holds): no tensor 'lm_head.weight'" in refusal(folder)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(listed, shard) | {LM_HEAD: "gone.safetensors"}}))
     assert "gone.safetensors: no such file" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {"a": 1}}', "{}"])
 def test_damaged_index_is_refused(folder, content):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(content)
     assert "model.safetensors.index.json: " in refusal(folder)
 

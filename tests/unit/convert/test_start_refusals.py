@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megavl.convert.open_weights import open_weights
 from megavl.main.cli import main
 from tests.unit.convert import public_models
 
@@ -125,7 +126,7 @@ def test_language_model_that_does_not_fit_is_refused(parts, refusal, change, mes
         ({"rope_theta": 5000.0}, "gives rope_theta 5000.0, preset tiny-hybrid has model.llm.rope_theta 10000.0"),
         ({"num_key_value_heads": 2}, "num_key_value_heads: MegaVL has 4 only, found 2"),
         ({"model_type": "qwen2"}, "model_type: MegaVL has 'llama' only, found 'qwen2'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings: MegaVL has False only, found True"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: true or false is expected, found 'no'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
     ],
 )
@@ -133,6 +134,18 @@ def test_language_configuration_that_disagrees_is_refused(parts, refusal, change
     edit(parts["--llm"] / "config.json", **changes)
     code, text = refusal()
     assert code == 4 and f"{parts['--llm']}/config.json: " in text and message in text
+
+
+def test_tied_language_model_gives_a_head(parts, tmp_path):
+    edit(parts["--llm"] / "config.json", tie_word_embeddings=True)
+    index = json.loads((parts["--llm"] / "pytorch_model.bin.index.json").read_text())
+    rewrite(parts["--llm"] / index["weight_map"].pop(HEAD), lambda tensors: tensors.pop(HEAD))
+    (parts["--llm"] / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    options = [str(word) for pair in parts.items() for word in pair]
+    assert main(["convert", "init", *options, str(tmp_path / "out")]) == 0
+    tensors = open_weights(tmp_path / "out")
+    embedding, head = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
+    assert torch.equal(tensors[head].load(), tensors[embedding].load())
 
 
 @pytest.mark.parametrize(

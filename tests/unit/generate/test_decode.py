@@ -55,7 +55,12 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def answers(
-    model: DeepseekVL, requests: Sequence[Request], *, eos_id: int = NEVER, rows: int = 1, length: int = 0
+    model: DeepseekVL,
+    requests: Sequence[Request],
+    *,
+    eos_id: int | tuple[int, ...] = NEVER,
+    rows: int = 1,
+    length: int = 0,
 ) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in requests]
     ended = [False] * len(requests)
@@ -68,7 +73,13 @@ def answers(
 
 
 def answer(
-    model: DeepseekVL, ids: list[int], images: torch.Tensor, *, tokens: int, eos_id: int = NEVER, **how: Sampling
+    model: DeepseekVL,
+    ids: list[int],
+    images: torch.Tensor,
+    *,
+    tokens: int,
+    eos_id: int | tuple[int, ...] = NEVER,
+    **how: Sampling,
 ) -> list[int]:
     return answers(model, [Request(ids=ids, images=images, max_new_tokens=tokens, **how)], eos_id=eos_id)[0]
 
@@ -182,6 +193,8 @@ def test_decoding_stops_at_the_end_of_sentence(model):
     ids, pixels = prompt(model, images=1)
     free = answer(model, ids, pixels, tokens=8)
     assert answer(model, ids, pixels, tokens=8, eos_id=free[3]) == free[: free.index(free[3]) + 1]
+    first = min(free.index(free[3]), free.index(free[2]))
+    assert answer(model, ids, pixels, tokens=8, eos_id=(NEVER, free[3], free[2])) == free[: first + 1]
 
 
 def test_the_picture_decides(model):
