@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from data_tools.corpus.demo.build import build_demo, build_pictures, build_text, build_tokenizer
 from data_tools.corpus.demo.picture_set import FAMILIES
 from data_tools.corpus.demo.vocabulary import MIN_VOCABULARY
-from data_tools.corpus.number_option import whole
+from data_tools.corpus.options import Parser, whole
 from data_tools.corpus.pairs.commands import add_pair_commands
 from data_tools.corpus.texts import DEBIAN
-from megavl.config.errors import MegaVLError, UsageError
+from megavl.config.errors import MegaVLError
 
 MAX_COUNT = 1_000_000
 """Largest number of pictures, held-out questions of a kind, or vocabulary entries."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like every other error: one message and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}; see --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,24 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="build_corpus.py", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="build_corpus.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--output", type=Path, required=True, help="output folder")
     common.add_argument("--force", action="store_true", help="replace an earlier result of this program")
     common.add_argument("--seed", type=whole(0, 2**63), default=0, help="random seed (0)")
 
-    texts = _Parser(add_help=False)
+    texts = Parser(add_help=False)
     texts.add_argument("--size", type=whole(1, 10**10), default=2_500_000, help="bytes of text (2500000)")
     texts.add_argument("--debian-root", type=Path, default=DEBIAN, help=f"folder with doc/, may be absent ({DEBIAN})")
 
-    words = _Parser(add_help=False)
+    words = Parser(add_help=False)
     words.add_argument(
         "--vocab-size", type=whole(MIN_VOCABULARY, MAX_COUNT), default=1024, help="tokenizer entries (1024)"
     )
 
-    def command(name: str, build: Callable[..., dict[str, int]], *parents: _Parser, about: str) -> _Parser:
+    def command(name: str, build: Callable[..., dict[str, int]], *parents: Parser, about: str) -> Parser:
         made = commands.add_parser(name, parents=[common, *parents], help=about)
         made.set_defaults(build=build)
         return made
@@ -80,8 +71,8 @@ def _parser() -> _Parser:
     return parser
 
 
-def _pictures(*, samples: int) -> _Parser:
-    options = _Parser(add_help=False)
+def _pictures(*, samples: int) -> Parser:
+    options = Parser(add_help=False)
     number = whole(1, MAX_COUNT)
     options.add_argument("--samples", type=number, default=samples, help=f"training pictures ({samples})")
     options.add_argument("--heldout", type=number, default=40, help="held-out questions of each kind (40)")

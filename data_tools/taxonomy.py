@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,16 +21,9 @@ from data_tools.categories.records import TaggedRecord, moved, new_file, read_re
 from data_tools.categories.sampling import check_supply, choose, order, read_weights
 from data_tools.categories.tagging import Tagger, read_names, read_rules
 from data_tools.categories.tree import PAPER, Taxonomy, read_taxonomy, within
-from data_tools.corpus.number_option import whole
+from data_tools.corpus.options import Parser, whole
 from data_tools.corpus.output import write_line
-from megavl.config.errors import DataError, MegaVLError, UsageError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one message with exit code 2, as every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}; see --help")
+from megavl.config.errors import DataError, MegaVLError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,22 +138,22 @@ def _tagger(options: argparse.Namespace, taxonomy: Taxonomy) -> Tagger:
     )
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="taxonomy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser(prog="taxonomy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--taxonomy", type=Path, default=PAPER, help="YAML tree of categories (the paper's)")
-    depth = _Parser(add_help=False)
+    depth = Parser(add_help=False)
     depth.add_argument("--depth", type=whole(1, 9), default=3, help="levels shown (3)")
-    reading = _Parser(add_help=False)
+    reading = Parser(add_help=False)
     reading.add_argument("--input", type=Path, nargs="+", required=True, help="JSONL files or JSON arrays of records")
     reading.add_argument("--field", default="category", help="key that may hold a record's category (category)")
     reading.add_argument("--names", type=Path, help="YAML: your name of a category to its id")
     reading.add_argument("--rules", type=Path, help="YAML: id to words, for records without a category")
-    writing = _Parser(add_help=False)
+    writing = Parser(add_help=False)
     writing.add_argument("--output", type=Path, required=True, help="JSONL file to make")
     writing.add_argument("--image-root", type=Path, help="folder that image paths start from (the output's)")
-    force = _Parser(add_help=False)
+    force = Parser(add_help=False)
     force.add_argument("--force", action="store_true", help="replace existing files")
 
     commands.add_parser("list", parents=[common, depth], help="show all categories")

@@ -4,7 +4,7 @@ Times SAM-B and SigLIP-L on the same images and weights, round by round in one p
 alone, for its peak memory. Writes `launch/bench/results/vision_<forward|train>_<processor>_<YYYYMM>.md`. Needs the
 extra `hf`.
 
-    python -m launch.bench.vision [--repeats 5] [--threads 2] [--train]
+    python -m launch.bench.vision [--repeats 5] [--threads 2]
 """
 
 from __future__ import annotations
@@ -27,17 +27,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--train", action="store_true", help="forward and backward, not forward alone")
     arguments = parser.parse_args()
     load, rows = os.getloadavg()[0], []
     for tower, title in TOWERS.items():
-        words = (tower, "--threads", arguments.threads, *(("--train",) if arguments.train else ()))
+        words = (tower, "--threads", arguments.threads)
         (together,) = ask(ENGINE, *words, "--repeats", arguments.repeats)
         alone = {name: ask(ENGINE, *words, "--only", name)[0] for name in NAMES}
         rows += lines(title, together, alone)
         print("\n".join(rows[-len(NAMES) :]), flush=True)
-    path = report_path(f"vision_{'train' if arguments.train else 'forward'}")
-    write_report(path, report(rows, arguments, load=load))
+    write_report(report_path("vision_forward"), report(rows, arguments, load=load))
     return 0
 
 
@@ -59,10 +57,9 @@ def report(rows: list[str], arguments: argparse.Namespace, *, load: float) -> li
     return [
         "# Vision towers against transformers",
         "",
-        f"`python -m launch.bench.vision --repeats {arguments.repeats} --threads {arguments.threads}"
-        f"{' --train' * arguments.train}`; {versions('torch', 'transformers')}; {machine()}, load average {load:.1f} "
-        "at the start.",
-        f"{'Forward and backward' if arguments.train else 'Forward'} of one image, fp32, random weights of the "
+        f"`python -m launch.bench.vision --repeats {arguments.repeats} --threads {arguments.threads}`; "
+        f"{versions('torch', 'transformers')}; {machine()}, load average {load:.1f} at the start.",
+        "Forward of one image, fp32, random weights of the "
         "released sizes; the best of alternating rounds. The ratio is the time against MegaVL's: above 1, MegaVL "
         "is faster. Memory is what a process with one implementation reached beyond its weights. The error is the "
         "largest difference from MegaVL's output, relative.",

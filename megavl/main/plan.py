@@ -23,11 +23,10 @@ from megavl.planner.hardware.devices import DEVICES, Device
 from megavl.planner.layouts.check import check_memory, checked_scenario
 from megavl.planner.layouts.layout import layout_of
 from megavl.planner.layouts.search import Ranking, search
-from megavl.planner.plan import Blocks, Plan, block_table, plan_scenario, to_json
-from megavl.planner.report.text import render, render_blocks, render_mixing, render_ranking
+from megavl.planner.plan import Plan, plan_scenario, to_json
+from megavl.planner.report.text import render, render_mixing, render_ranking
 from megavl.planner.report.timeline import write_timeline
 from megavl.planner.scenario import (
-    ELEMENT_BYTES,
     PLACEMENTS,
     Scenario,
     check_images,
@@ -37,7 +36,7 @@ from megavl.planner.scenario import (
 )
 from megavl.planner.simulation.measured import MeasuredTimes
 from megavl.planner.simulation.mixing import Mixing, compare_mixing
-from megavl.planner.simulation.times import DeviceTimes, TimeSource, flat_times
+from megavl.planner.simulation.times import DeviceTimes, TimeSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=sorted(DEVICES), default="h200", help="kind of device (default: %(default)s)"
     )
     parser.add_argument("--images", type=float, help="images in a multimodal sequence (default: 5, or what fits)")
-    times = parser.add_mutually_exclusive_group()
-    times.add_argument("--calibration", metavar="FILE", help="take seconds from this file of measurements")
-    times.add_argument("--efficiency", type=float, help="take seconds from this share of the device's peak, 0 to 1")
+    parser.add_argument("--calibration", metavar="FILE", help="take seconds from this file of measurements")
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default: %(default)s; 0: no ranking)")
     parser.add_argument(
         "--placements",
@@ -64,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=PLACEMENTS,
         help="values of parallel.vision that the ranking tries (default: all)",
     )
-    parser.add_argument("--blocks", action="store_true", help="also list FLOPs, bytes and parameters of every block")
     parser.add_argument("--mixing", action="store_true", help="also simulate steps of randomly mixed modalities")
     parser.add_argument(
         "--timeline",
@@ -104,11 +100,10 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_scenario(scenario, layout, source, device)
     drawn = max(_MIXED_STEPS, _MIXED_PIPELINES // scenario.data_parallel)
     mixing = compare_mixing(scenario, layout, source, steps=drawn) if args.mixing else None
-    blocks = block_table(scenario) if args.blocks else None
     if args.timeline:
         write_timeline(args.timeline, scenario, layout, source)
     show = _as_json if args.json else _as_text
-    print(show(plan, scenario, ranking, mixing, blocks))
+    print(show(plan, scenario, ranking, mixing))
     check_memory(scenario, layout, device)
     return 0
 
@@ -141,16 +136,11 @@ def _ranking(scenario: Scenario, source: TimeSource, device: Device, args: argpa
     return search(scenario, source, device, top=max(1, args.top), placements=tuple(args.placements))
 
 
-def _as_text(
-    plan: Plan, scenario: Scenario, ranking: Ranking | None, mixing: Mixing | None, blocks: Blocks | None
-) -> str:
+def _as_text(plan: Plan, scenario: Scenario, ranking: Ranking | None, mixing: Mixing | None) -> str:
     """The plan, the samples of each data source, and the tables that options ask for."""
     parts = [render(plan), "\n".join(preview(scenario.recipe))]
     if mixing is not None:
         parts.append(render_mixing(mixing))
-    if blocks is not None:
-        state = 12 if ELEMENT_BYTES[scenario.recipe.training.precision] == 2 else 8
-        parts.append(render_blocks(blocks, optimizer_bytes=state))
     if ranking is not None:
         parts.append(render_ranking(ranking, scenario))
     return "\n\n".join(parts)
@@ -161,8 +151,6 @@ _MIXED_STEPS, _MIXED_PIPELINES = 8, 256
 
 
 def _times(recipe: Recipe, device: Device, args: argparse.Namespace) -> TimeSource:
-    if args.efficiency is not None:
-        return flat_times(device, precision=recipe.training.precision, efficiency=args.efficiency)
     if args.calibration is None:
         return DeviceTimes(device=device)
     found = read_calibration(args.calibration)
@@ -171,19 +159,15 @@ def _times(recipe: Recipe, device: Device, args: argparse.Namespace) -> TimeSour
     return MeasuredTimes(calibration=found, device=device, path=args.calibration)
 
 
-def _as_json(
-    plan: Plan, scenario: Scenario, ranking: Ranking | None, mixing: Mixing | None, blocks: Blocks | None
-) -> str:
+def _as_json(plan: Plan, scenario: Scenario, ranking: Ranking | None, mixing: Mixing | None) -> str:
     """The plan, and what options ask for; null without the option."""
-    more: dict[str, Any] = {"ranking": None, "mixing": None, "blocks": None}
+    more: dict[str, Any] = {"ranking": None, "mixing": None}
     if ranking is not None:
         best = [{**dataclasses.asdict(found), "yaml": found.yaml} for found in ranking.best]
         more["ranking"] = {**dataclasses.asdict(ranking), "best": best}
     if mixing is not None:
         gains = {"gain": mixing.gain, "lockstep_gain": mixing.lockstep_gain}
         more["mixing"] = {**dataclasses.asdict(mixing), **gains}
-    if blocks is not None:
-        more["blocks"] = {kind: [dataclasses.asdict(block) for block in rows] for kind, rows in blocks.items()}
     return to_json(plan, **more)
 
 

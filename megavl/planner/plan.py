@@ -9,7 +9,6 @@ from typing import Any
 from megavl.config.identity import model_name
 from megavl.planner.cost.flops import MFU_CONVENTION, mfu, model_flops
 from megavl.planner.cost.memory import RankMemory, rank_memory, rank_parameters, rank_stages
-from megavl.planner.cost.work import BlockWork, all_work
 from megavl.planner.hardware.devices import Device
 from megavl.planner.layouts.layout import layout_string
 from megavl.planner.scenario import Kind, Scenario
@@ -135,15 +134,6 @@ def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSourc
         expected=expected,
         days=recipe.training.steps * expected.seconds / 86_400,
     )
-
-
-Blocks = dict[str, tuple[BlockWork, ...]]
-"""Work of every block by kind of step."""
-
-
-def block_table(scenario: Scenario) -> Blocks:
-    """Work of every block by kind of step; vision blocks of one image, the others of one micro-batch on one rank."""
-    return {kind: all_work(scenario, kind) for kind in ("text", "multimodal")}
 
 
 def to_json(plan: Plan, **more: Any) -> str:

@@ -74,3 +74,21 @@ def test_every_package_explains_itself(root: Path) -> None:
         root / "launch",
     ]
     assert [str(path.relative_to(root)) for path in packages if not (path / "README.md").is_file()] == []
+
+
+def test_unit_tests_mirror_the_packages(root: Path) -> None:
+    packages = {path.name: path for path in (root / "megavl").iterdir() if path.is_dir()}
+    packages |= {name: root / name for name in ("data_tools", "launch")}
+    wrong = {}
+    for name, package in packages.items():
+        tests = root / "tests" / "unit" / name
+        here, there = _folders(package, "*.py"), _folders(tests, "test_*.py")
+        if here != there:
+            wrong[str(tests.relative_to(root))] = here ^ there
+    assert wrong == {}
+
+
+def _folders(path: Path, pattern: str) -> set[str]:
+    """Folders that hold such files; one that is named like a file is a program."""
+    found = path.iterdir() if path.is_dir() else ()
+    return {child.name for child in found if "." not in child.name and any(child.rglob(pattern))}

@@ -36,7 +36,7 @@ def refuse(dataset: Path, run: Path, *overrides: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("training.stepz=3", ["launch/recipes/tiny/stage1.yaml", "training.stepz", "'steps'"]),
+        ("training.stepz=3", ["on the command line: training.stepz", "'steps'"]),
         ("parallel.tensor=3", ["parallel.tensor: 3", "num_attention_heads 4", "divisor"]),
         ("parallel.layout=[5]", ["parallel.layout: [5]", "model.llm.num_layers is 4"]),
         ("parallel.pipeline=2", ["1 processes are no multiple", "parallel.pipeline 2"]),

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_tools.corpus.number_option import share, whole
+from data_tools.corpus.options import share, whole
 from data_tools.corpus.pairs.build import SourceOptions
 from data_tools.corpus.pairs.documents.build import DocumentOptions, build_documents
 from data_tools.corpus.pairs.notebooks.build import build_notebooks

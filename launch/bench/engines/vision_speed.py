@@ -2,7 +2,7 @@
 
 Prints one JSON line. `launch/bench/vision.py` calls it and writes the report.
 
-    python -m launch.bench.engines.vision_speed {sam,siglip} [--train] [--only megavl]
+    python -m launch.bench.engines.vision_speed {sam,siglip} [--only megavl]
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from launch.bench.engines.peak_memory import peak_bytes, reset_peak, resident_bytes
 from launch.bench.engines.random_models import random_tensors, relative_error, transformers_model
@@ -32,7 +31,6 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tower", choices=["sam", "siglip"])
-    parser.add_argument("--train", action="store_true", help="forward and backward, with gradients of all weights")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=IMPLEMENTATIONS, help="run one alone, for its peak memory")
@@ -49,9 +47,10 @@ def main() -> int:
     result: dict[str, Any] = {"rest_mib": resident_bytes() / 2**20}
     outputs, seconds = {}, {name: [] for name in names}
     for repeat in range(arguments.repeats + 1):
-        for name, (module, run) in towers.items():
+        for name, run in towers.items():
             start = time.perf_counter()
-            outputs[name] = once(module, run, pixels, train=arguments.train)
+            with torch.inference_mode():
+                outputs[name] = run(pixels)
             if repeat or arguments.only:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
         if arguments.only:
@@ -64,31 +63,19 @@ def main() -> int:
     return 0
 
 
-def build(name: str, tower: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> tuple[nn.Module, Run]:
-    """A tower's module, and its call."""
+def build(name: str, tower: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> Run:
+    """The call of a tower."""
     if name == "megavl":
         encoder = VisionEncoder(config)
         flat = {key.removeprefix("vision."): value for key, value in weights.items() if key.startswith("vision.")}
         encoder.load_state_dict(flat)
-        module = encoder.get_submodule(tower)
-        return module, module
+        return encoder.get_submodule(tower)
     model = transformers_model(config, weights, attention=name).model
     if tower == "siglip":
-        return model.vision_model, model.get_low_res_image_features
+        return model.get_low_res_image_features
     for part in ("vision_model", "language_model", "aligner"):
         setattr(model, part, None)
-    return model, model.get_high_res_image_features
-
-
-def once(module: nn.Module, run: Run, pixels: torch.Tensor, *, train: bool) -> torch.Tensor:
-    """One call; with `train` also the backward pass."""
-    if not train:
-        with torch.inference_mode():
-            return run(pixels)
-    module.zero_grad(set_to_none=True)
-    out = run(pixels)
-    out.square().mean().backward()
-    return out.detach()
+    return model.get_high_res_image_features
 
 
 if __name__ == "__main__":

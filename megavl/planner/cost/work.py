@@ -59,15 +59,9 @@ class BlockWork:
 
     name: str
     """SAM, SigLIP, adaptor (per image), embedding, decoder layer, head + loss (per micro-batch)."""
-    parameters: float
-    """On this rank."""
-    trained: float
-    """Trained ones among these."""
     forward: Work
     backward: Work
     """Activation recompute included."""
-    kept: float
-    """Bytes that stay until the backward pass."""
 
 
 def vision_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
@@ -75,7 +69,6 @@ def vision_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
     recipe = scenario.recipe
     return _towers(
         recipe.model,
-        trained=frozenset(recipe.trainable_parts),
         active=_trainable(scenario, kind),
         again=recipe.recompute.vision,
         rerun=rerun_towers(scenario) if kind == "multimodal" else frozenset(),
@@ -87,7 +80,6 @@ def vision_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
 def _towers(
     model: ModelConfig,
     *,
-    trained: frozenset[str],
     active: frozenset[str],
     again: bool,
     rerun: frozenset[str],
@@ -98,7 +90,7 @@ def _towers(
         towers.setdefault(block.name.partition(".")[0], []).append(block)
     out = []
     for key in (key for key in _TOWERS if key in towers):
-        forward, backward, kept = Work(), Work(), 0
+        forward, backward = Work(), Work()
         for block in towers[key]:
             once = _forward([block], overhead=True) + Work(moved=2.0 * element * block.saved)
             forward += once
@@ -107,21 +99,10 @@ def _towers(
             weights = block.parameters if block.part in active else 0
             moved = 4.0 * element * block.saved + weights * _gradient_bytes(element)
             backward += _backward([block], active, overhead=True) + Work(moved=moved)
-            recomputed = again and block.checkpoint is not None
-            backward += once if recomputed else Work()
-            kept += element * (block.checkpoint if recomputed and block.checkpoint is not None else block.saved)
+            backward += once if again and block.checkpoint is not None else Work()
         if key in rerun:
-            backward, kept = backward + forward, 0
-        out.append(
-            BlockWork(
-                name=_TOWERS[key],
-                parameters=sum(block.parameters for block in towers[key]),
-                trained=sum(block.parameters for block in towers[key] if block.part in trained),
-                forward=forward,
-                backward=backward,
-                kept=kept,
-            )
-        )
+            backward += forward
+        out.append(BlockWork(name=_TOWERS[key], forward=forward, backward=backward))
     return tuple(out)
 
 
@@ -137,14 +118,7 @@ def embedding_work(scenario: Scenario, kind: Kind) -> BlockWork:
     trains = "llm" in scenario.recipe.trainable_parts
     moved = 2 * scenario.hidden_bytes
     gradient = Work(moved=moved + parameters * _gradient_bytes(scenario.element)) if trains else Work()
-    return BlockWork(
-        name="embedding",
-        parameters=parameters,
-        trained=parameters * trains,
-        forward=Work(moved=moved),
-        backward=gradient,
-        kept=0.0,
-    )
+    return BlockWork(name="embedding", forward=Work(moved=moved), backward=gradient)
 
 
 def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
@@ -163,14 +137,7 @@ def layer_work(scenario: Scenario, kind: Kind) -> BlockWork:
         trained = parameters if "llm" in trainable else 0.0
         backward += Work(moved=_LAYER_PASSES[1] * kept + trained * _gradient_bytes(scenario.element))
         backward += _recomputed(scenario, attention, mlp, forward)
-    return BlockWork(
-        name="decoder layer",
-        parameters=parameters,
-        trained=parameters if "llm" in recipe.trainable_parts else 0.0,
-        forward=forward,
-        backward=backward,
-        kept=float(kept - recomputed_bytes(scenario)) if backward.flops else 0.0,
-    )
+    return BlockWork(name="decoder layer", forward=forward, backward=backward)
 
 
 def head_work(scenario: Scenario, kind: Kind) -> BlockWork:
@@ -188,18 +155,9 @@ def head_work(scenario: Scenario, kind: Kind) -> BlockWork:
         backward = _backward([block], trainable) * (1 / tensor) + Work(moved=moved)
     return BlockWork(
         name="head + loss",
-        parameters=parameters,
-        trained=parameters if "llm" in recipe.trainable_parts else 0.0,
         forward=_forward([block]) * (1 / tensor) + Work(moved=_LOGIT_PASSES[0] * scenario.element * logits),
         backward=backward,
-        kept=scenario.element * logits,
     )
-
-
-def all_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
-    """Every block in the order of the data; vision blocks of one image, the others of one micro-batch."""
-    images = vision_work(scenario, kind) if kind == "multimodal" else ()
-    return (*images, embedding_work(scenario, kind), layer_work(scenario, kind), head_work(scenario, kind))
 
 
 def _trainable(scenario: Scenario, kind: Kind) -> frozenset[str]:

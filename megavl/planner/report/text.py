@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megavl.planner.cost.work import BlockWork
 from megavl.planner.layouts.search import Ranking
 from megavl.planner.plan import Plan, RankPlan, StepPlan
 from megavl.planner.scenario import Scenario
@@ -17,10 +16,6 @@ _STEP_HEADER = ("step", "FLOPs", "seconds", "in pipeline", "bubble", "tokens/s",
 _RANKING_HEADER = (
     *("", "tensor", "pipeline", "virtual", "micro-batch", "recompute", "vision", "layers", "seconds"),
     *("tokens/s/device", "MFU", "memory"),
-)
-_BLOCK_HEADER = (
-    *("block", "parameters", "trained", "FLOPs forward", "FLOPs backward", "bytes forward", "bytes backward"),
-    *("kept", "optimizer state"),
 )
 
 
@@ -93,16 +88,6 @@ def render_mixing(mixing: Mixing) -> str:
     )
 
 
-def render_blocks(blocks: dict[str, tuple[BlockWork, ...]], *, optimizer_bytes: int) -> str:
-    """Table of every block's work, by kind of step."""
-    lines = []
-    for kind, rows in blocks.items():
-        table: list[tuple[str, ...]] = [_BLOCK_HEADER]
-        table += [_block_row(block, optimizer_bytes=optimizer_bytes) for block in rows]
-        lines += [f"{kind} step: vision blocks per image, others per micro-batch, on one rank", *_align(table), ""]
-    return "\n".join(lines).rstrip()
-
-
 def _rank_row(rank: RankPlan) -> tuple[str, ...]:
     memory = rank.memory
     sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
@@ -129,20 +114,6 @@ def _step_row(name: str, step: StepPlan, *, devices: int) -> tuple[str, ...]:
         f"{step.tokens_per_s:,.0f}",
         f"{step.tokens_per_s / devices:,.0f}",
         "-" if step.mfu is None else f"{step.mfu:.1%}",
-    )
-
-
-def _block_row(block: BlockWork, *, optimizer_bytes: int) -> tuple[str, ...]:
-    return (
-        block.name,
-        f"{block.parameters:,.0f}",
-        f"{block.trained:,.0f}",
-        format_flops(block.forward.flops),
-        format_flops(block.backward.flops),
-        format_bytes(block.forward.moved),
-        format_bytes(block.backward.moved),
-        format_bytes(block.kept),
-        format_bytes(optimizer_bytes * block.trained),
     )
 
 

@@ -1,4 +1,4 @@
-"""Seconds of every block from a device's table or from a share of the peak; `measured.py` reads a calibration.
+"""Seconds of every block from a device's table; `measured.py` reads a calibration.
 
 A table's time is a sum of four terms: products with weights, attention, bytes moved, and exposed tensor-parallel
 communication. Each has its own rate. Fused attention computes the scores again, so its backward pass costs 2.5 forward
@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from megavl.config.errors import UsageError
 from megavl.planner.cost.memory import tower_parameters
 from megavl.planner.cost.work import ADAPTOR, Work, embedding_work, head_work, layer_work, vision_work
 from megavl.planner.hardware.devices import Device, Link
@@ -159,26 +158,6 @@ class FlatTimes(TimeSource):
 
     def _pass(self, forward: Work, backward: Work) -> Pass:
         return Pass(forward.flops / self.flops_per_s, backward.flops / self.flops_per_s)
-
-
-def flat_times(device: Device, *, precision: str, efficiency: float) -> FlatTimes:
-    """Time at a given share of the device's peak.
-
-    Raises:
-        UsageError: the share is out of range, or no peak is known.
-    """
-    if not 0 < efficiency <= 1:
-        raise UsageError(f"--efficiency: {efficiency} is no share of the peak; give a number above 0, at most 1")
-    peak = device.peak_flops.get(precision)
-    if peak is None:
-        raise UsageError(f"--efficiency: no peak of {device.name} in {precision} is known; leave --efficiency out")
-    return FlatTimes(
-        flops_per_s=peak * efficiency,
-        name=f"{efficiency:.0%} of the peak of {device.name} (--efficiency)",
-        assumptions=(
-            f"a busy device reaches {efficiency:.0%} of its peak, communication and optimizer included (--efficiency)",
-        ),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,12 @@ from megavl.config.recipe import (
     TrainingConfig,
 )
 from megavl.planner.cost.blocks import decoder_layer_blocks, embedding_block, head_block, vision_blocks
+from megavl.planner.cost.work import BlockWork, embedding_work, head_work, layer_work, vision_work
 from megavl.planner.hardware.devices import DEVICES
 from megavl.planner.layouts.layout import layout_of
 from megavl.planner.plan import Plan, plan_scenario
-from megavl.planner.scenario import make_scenario
-from megavl.planner.simulation.times import DeviceTimes, TimeSource, flat_times
+from megavl.planner.scenario import Kind, Scenario, make_scenario
+from megavl.planner.simulation.times import DeviceTimes, TimeSource
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
@@ -75,19 +76,23 @@ def recipe_of(
     )
 
 
+def all_work(scenario: Scenario, kind: Kind) -> tuple[BlockWork, ...]:
+    """Every block in the order of the data; vision blocks of one image, the others of one micro-batch."""
+    images = vision_work(scenario, kind) if kind == "multimodal" else ()
+    return (*images, embedding_work(scenario, kind), layer_work(scenario, kind), head_work(scenario, kind))
+
+
 def plan_recipe(
     recipe: Recipe,
     *,
     devices: int,
     device: str = "h200",
-    efficiency: float | None = None,
+    times: TimeSource | None = None,
     images: float | None = None,
 ) -> Plan:
     """Plan `recipe` as `megavl plan` does for these arguments."""
     hardware = DEVICES[device]
     scenario = make_scenario(recipe, devices=devices, images=images)
-    source: TimeSource = DeviceTimes(device=hardware)
-    if efficiency is not None:
-        source = flat_times(hardware, precision=recipe.training.precision, efficiency=efficiency)
+    source = times or DeviceTimes(device=hardware)
     layout = layout_of(scenario, source, memory_bytes=hardware.usable_bytes)
     return plan_scenario(scenario, layout, source, hardware)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.data.corpus_files import arguments, make_corpus, make_tokenizer, run_preprocess
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")

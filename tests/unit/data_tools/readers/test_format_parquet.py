@@ -13,7 +13,7 @@ import pytest
 from tests.unit.data.corpus_files import arguments, make_tokenizer, run_preprocess
 from tests.unit.data_tools.format_files import IMAGE, Expected, noise, picture, read_back, rejects, shard_bytes
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TALK = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "red"}]
 

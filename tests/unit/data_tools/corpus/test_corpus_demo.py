@@ -15,7 +15,7 @@ from data_tools.corpus.demo.build import TEXT_ONLY_SHARE
 from data_tools.corpus.demo.picture_set import FAMILIES
 from megavl.data.tokenizer import open_tokenizer
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SMALL = ["--samples", "150", "--heldout", "20", "--size", "250000"]
 
 

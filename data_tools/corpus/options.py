@@ -1,9 +1,20 @@
-"""Argparse types for bounded numbers; the message for a wrong value names the bounds."""
+"""Options of the programs: a parser that reports mistakes like every other error, and types for bounded numbers."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import NoReturn
+
+from megavl.config.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one message with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(f"{self.prog}: {message}; see --help")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

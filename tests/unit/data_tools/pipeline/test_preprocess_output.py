@@ -29,7 +29,7 @@ from tests.unit.data.corpus_files import (
     write_jsonl,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")

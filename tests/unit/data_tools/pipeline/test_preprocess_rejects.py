@@ -26,7 +26,7 @@ from tests.unit.data.corpus_files import (
     write_jsonl,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "red"}]
 
 

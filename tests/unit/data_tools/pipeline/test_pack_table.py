@@ -41,7 +41,7 @@ from megavl.files.new_file import NewFile
 from tests.unit.data.corpus_files import make_tokenizer
 from tests.unit.data.whole_packing import pack
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 S, K = 4096, 5
 SHARD = 20_000
 LIMIT = 1.2
@@ -192,7 +192,7 @@ def _high_water() -> int:
 )
 def test_memory_does_not_grow_with_samples(tmp_path: Path, counts: tuple[int, int], report_table: Any) -> None:
     lines, peaks = ["samples     peak RSS, MB  time, s"], []
-    code = "import sys; from tests.unit.data_tools.test_pack_table import peak; peak(*sys.argv[1:])"
+    code = "import sys; from tests.unit.data_tools.pipeline.test_pack_table import peak; peak(*sys.argv[1:])"
     for count in counts:
         make_run(tmp_path / str(count), count)
         command = [sys.executable, "-c", code, str(tmp_path / str(count)), str(count)]

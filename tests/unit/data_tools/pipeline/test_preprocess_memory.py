@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.data.corpus_files import SENTENCES, arguments, make_tokenizer, write_jsonl
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 # The process reads its own peak: what the system tells a parent includes the parent's memory.
 CODE = (
     "import re, sys; from data_tools.preprocess import main\n"
