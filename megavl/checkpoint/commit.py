@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megavl.checkpoint.directory import check, checkpoint_name, set_aside, temporary_name
+from megavl.checkpoint.directory import check, checkpoint_name, temporary_name
 from megavl.checkpoint.manifest import (
     MANIFEST,
     encode_manifest,
@@ -21,7 +22,7 @@ from megavl.checkpoint.manifest import (
 )
 from megavl.checkpoint.safe_unpickle import BACKEND, BACKEND_MARK, COMMON, METADATA, safe_load
 from megavl.config.errors import CheckpointError
-from megavl.files.durable import copy_durably, replace_durably, sync_directory, write_durably
+from megavl.files.durable import copy_durably, replace_durably, set_aside, sync_directory, write_durably
 
 _OWN = (MANIFEST, METADATA, COMMON, BACKEND)
 
@@ -40,7 +41,8 @@ def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
         CheckpointError: a valid checkpoint has that name; it is never replaced.
     """
     path = directory / checkpoint_name(iteration)
-    if not path.exists():
+    # A dangling link has a name, but does not exist.
+    if not os.path.lexists(path):
         return
     try:
         check(path, skip_hash=skip_hash)

@@ -18,7 +18,7 @@ from pathlib import Path
 from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import MANIFEST, verify
 from megavl.config.errors import CheckpointError
-from megavl.files.durable import replace_durably, sync_directory
+from megavl.files.durable import replace_durably, set_aside, sync_directory
 
 LATEST = "latest"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -91,16 +91,12 @@ def check(path: Path, *, skip_hash: bool) -> None:
 def remove_uncommitted(directory: Path) -> None:
     """Remove the leftovers of interrupted saves and deletions."""
     for entry in directory.iterdir():
-        if _UNCOMMITTED.fullmatch(entry.name):
+        if not _UNCOMMITTED.fullmatch(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a directory that is no valid checkpoint, to free its name; nothing is deleted."""
-    aside = path.with_name(f"{path.name}.bad-{uuid.uuid4().hex[:12]}")
-    path.rename(aside)
-    sync_directory(path.parent)
-    return aside
+        else:
+            entry.unlink()
 
 
 def update_latest(directory: Path, path: Path) -> None:

@@ -34,6 +34,8 @@ from megavl.config.load import to_dict
 from megavl.config.model import ModelConfig
 from megavl.files.durable import storage_errors, write_durably
 from megavl.files.file_series import FileSeries
+from megavl.files.owner import Owner
+from megavl.files.ownership import Ownership, take
 from megavl.weights.canonical_names import canonical_shapes
 
 SHARD_BYTES = 2 << 30
@@ -62,11 +64,23 @@ def write_model_checkpoint(
         CheckpointError: a tensor of the language model is missing, given twice or does not fit its layers. Or the
             directory holds a valid checkpoint of iteration 0.
         StorageError: the storage failed; nothing is left of the checkpoint.
+        UsageError: another process owns the directory.
     """
     directory = Path(directory).absolute()
+    with take(directory, Owner.this_process(), name="directory of checkpoints") as held:
+        return _write_owned(directory, held, config=config, tensors=tensors, files=files)
+
+
+def _write_owned(
+    directory: Path,
+    held: Ownership,
+    *,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    files: Mapping[str, bytes | Path],
+) -> Path:
     doing = f"{directory}: writing weights"
     with storage_errors(doing):
-        directory.mkdir(parents=True, exist_ok=True)
         commit.free_name(directory, 0, skip_hash=False)
         # Leftovers of a killed conversion are as large as a model.
         for leftover in directory.glob(f"{checkpoint_name(0)}.tmp-*"):
@@ -84,6 +98,7 @@ def write_model_checkpoint(
             commit.write_extra_files(temporary, {**files, **own})
             records = shard_files.records | commit.file_records(temporary, commit.non_shard_files(temporary))
             commit.write_manifest(temporary, iteration=0, world_size=1, content={"weights_only": True}, records=records)
+            held.confirm()
             final = commit.publish(temporary, directory, 0)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def replace_durably(path: Path, data: bytes) -> None:
     finally:
         draft.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what stands in the way of a file or directory, to free its name; nothing is deleted."""
+    aside = path.with_name(f"{path.name}.bad-{uuid.uuid4().hex[:12]}")
+    path.rename(aside)
+    sync_directory(path.parent)
+    return aside
 
 
 def sync_directory(path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import NoReturn
 
-from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, MegaVLError, PeerError, UsageError
+from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, MegaVLError, PeerError, StorageError, UsageError
 from megavl.config.load import read_raw
 from megavl.main.open_recipe import add_recipe_arguments, open_recipe
 from megavl.planner.layouts.check import checked_scenario
@@ -44,21 +44,28 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train
+    from megavl.train.supervise.claim import RunClaim
+    from megavl.train.supervise.launcher import find_launcher
     from megavl.train.supervise.signals import StopFlag
     from megavl.train.supervise.watchdog import Watchdog
 
-    rank = rank_from_env()
-    status = ExitStatus(recipe.run.dir, rank=rank)
+    rank, launcher = rank_from_env(), find_launcher()
+    status = ExitStatus(recipe.run.dir, rank=rank, claim=RunClaim(recipe.run.dir, launcher=launcher))
+    leave = partial(_leave, status)
     if rank == 0:
-        status.clear()
+        status.claim.take(recipe, on_lost=lambda error: leave(error.exit_code, str(error)))
     stop = StopFlag()
     stop.watch_interrupts()
-    watchdog = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=partial(_leave, status), stop=stop)
+    watchdog = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=leave, launcher=launcher, stop=stop)
     watchdog.start()
     try:
+        if rank == 0 and status.claim.refusal is None:
+            status.clear()
         code = train(scenario, status=status, stop=stop)
     except MegaVLError as error:
-        _leave(status, error.exit_code, str(error))
+        # If the others are not there to be told, the refusal is still the cause.
+        cause = status.claim.refusal or error
+        _leave(status, cause.exit_code, str(cause))
     except RuntimeError as error:
         if not is_communication(error):
             _leave_with_traceback(status, error)
@@ -73,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     watchdog.stop()
     if rank == 0:
         status.write(code, _ENDS[code])
+        status.claim.release()
+        if status.failed and code == 0:
+            return StorageError.exit_code
     return code
 
 
@@ -96,8 +106,8 @@ def _refuse(run_dir: str | None, error: UsageError) -> int:
         return error.exit_code
     if run_dir is not None:
         status = ExitStatus(run_dir, rank=0)
-        with contextlib.suppress(OSError):
-            if "RANK" in os.environ or status.path.exists():
+        with contextlib.suppress(OSError, StorageError):
+            if status.claim.permits_status() and ("RANK" in os.environ or status.path.exists()):
                 status.clear()
                 status.write(error.exit_code, str(error))
     raise error
@@ -110,12 +120,12 @@ def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:
 
 
 def _leave(status: ExitStatus, code: int, reason: str) -> NoReturn:
-    try:
+    # Nothing may keep this process from leaving, such as a full disk behind standard output.
+    with contextlib.suppress(OSError, ValueError):
         first = status.write(code, reason)
-    except OSError:
-        first = True
-    if first:
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        if first and not (status.claim.refusal and status.rank):
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    status.claim.release()
     os._exit(code)

@@ -62,6 +62,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
     _use_threads(recipe, world=world)
     status.section = "joining the process group"
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
+    status.claim.agree()
     stop.install()
     plan = RunPlan(scenario=scenario, device=device, layers=of_rank_zero(layers), position=position)
     _prepare_run_dir(plan)
@@ -121,6 +122,7 @@ def _run_steps(
             last = step == training.steps
             if last or result.asked_to_stop or step % recipe.checkpoint.interval == 0:
                 status.section = "saving"
+                status.claim.confirm()
                 _save(plan, state, progress, must=last or result.asked_to_stop)
             if result.asked_to_stop and not last:
                 interrupted = groups.on_any_rank(stop.interrupted)

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
-from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError
+from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError, StorageError
+from megavl.files.durable import set_aside
+from megavl.train.supervise.claim import RunClaim
 
 _RESUMABLE = (EXIT_PREEMPTED, EXIT_INTERRUPTED, PeerError.exit_code)
+COPY = "MEGAVL_EXIT_STATUS"
+"""Environment variable: a file that gets the status too, also that of a run that was refused its directory."""
 
 
 class ExitStatus:
     """Writes the status once: the first writer wins, so later errors of other ranks cannot hide the cause."""
 
-    def __init__(self, run_dir: str | Path, *, rank: int) -> None:
+    def __init__(self, run_dir: str | Path, *, rank: int, claim: RunClaim | None = None) -> None:
         self.path = Path(run_dir) / "exit_status.json"
         self.rank = rank
+        self.claim = claim or RunClaim(run_dir)
         self.step = 0
         self.section = "start"
+        self.failed = False
+        """Whether the storage refused the status, which was printed instead."""
 
     def clear(self) -> None:
-        """Remove the last run's status; rank 0 does this first."""
-        self.path.unlink(missing_ok=True)
+        """Remove the last run's status; rank 0 does this first.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        try:
+            if self.path.is_dir() and not self.path.is_symlink():
+                set_aside(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"run.dir: cannot remove {self.path} ({error.strerror}); choose a writable directory"
+            ) from error
 
     def write(self, code: int, reason: str) -> bool:
-        """Record how this run ended; returns whether this call was the first to do so."""
+        """Record how this run ended; returns whether this call was the first to do so.
+
+        Nothing is written into a directory that another run owns. If the storage fails, the status is printed.
+        """
         row = {
             "code": code,
             "reason": reason,
@@ -33,14 +57,52 @@ class ExitStatus:
             "step": self.step,
             "resumable": code in _RESUMABLE,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".exit_status.{self.rank}.{os.getpid()}")
-        draft.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        text = json.dumps(row) + "\n"
+        first = True
+        if copy := os.environ.get(COPY):
+            with contextlib.suppress(OSError):
+                first = _write_once(Path(copy), text, rank=self.rank)
+        if not self.claim.permits_status():
+            return first
         try:
-            # A hard link fails if the name exists, and readers never see partial content.
-            os.link(draft, self.path)
-        except FileExistsError:
-            return False
-        finally:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return _write_once(self.path, text, rank=self.rank)
+        except OSError as error:
+            self.failed = True
+            print(
+                f"warning: {self.path} cannot be written ({error.strerror}); it would say: {text}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+            return first
+
+
+def _write_once(path: Path, text: str, *, rank: int) -> bool:
+    """Create a file; returns False if it exists."""
+    draft = path.with_name(f".{path.stem}.{rank}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        # A hard link fails if the name exists, and readers never see partial content.
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without hard links, or a full one: then this fails too.
+        return _write_exclusively(path, text)
+    finally:
+        with contextlib.suppress(OSError):
             draft.unlink()
-        return True
+    return True
+
+
+def _write_exclusively(path: Path, text: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        return False
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True

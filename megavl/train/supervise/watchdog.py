@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from megavl.config.errors import EXIT_INTERRUPTED, PeerError
 from megavl.files import activity
+from megavl.files.process import Process
 from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.signals import StopFlag
 
@@ -36,6 +37,7 @@ class Watchdog(threading.Thread):
         timeout_s: float,
         leave: Callable[[int, str], None],
         stop: StopFlag | None = None,
+        launcher: Process | None = None,
         grace_s: float = 15.0,
         period_s: float = 1.0,
     ) -> None:
@@ -46,11 +48,12 @@ class Watchdog(threading.Thread):
                 piece of a file that this process reads, writes or hashes.
             leave: ends the process with a code and a reason; called from this thread.
             stop: knows of Ctrl-C. The first one ends a run that has not begun a step, the second one any.
+            launcher: torchrun of this rank, which leaves when it was killed.
             grace_s: time for this rank to end by itself after another rank wrote its status, seconds.
             period_s: time between two checks, seconds.
         """
         super().__init__(name="megavl-watchdog", daemon=True)
-        self.status, self.leave, self.stop_flag = status, leave, stop
+        self.status, self.leave, self.stop_flag, self.launcher = status, leave, stop, launcher
         self.timeout_s, self.grace_s, self.period_s = timeout_s, grace_s, period_s
         self._done = threading.Event()
 
@@ -73,6 +76,10 @@ class Watchdog(threading.Thread):
             if ended is None and self.status.section not in _ALONE and self.status.path.exists():
                 ended = now
             rank = self.status.rank
+            if self.launcher is not None and self.launcher.is_alive() is False:
+                reason = f"rank {rank} left at {position}; its launcher (torchrun, pid {self.launcher.pid}) was killed"
+                self.leave(PeerError.exit_code, reason)
+                return
             if ended is not None and now - ended > self.grace_s:
                 self.leave(PeerError.exit_code, f"rank {rank} waited for a peer at {position}; {self._cause()}")
                 return
