@@ -96,13 +96,14 @@ def separate_json(content: dict[str, Any], *, declared: Declared) -> dict[str, s
     names = {name for name in names if len(name) > 1}
     # Noncharacters, which no text is made of. A text that spells this name all the same is refused by its id.
     renamed = {name: f"\ufdd0{ids[name]}\ufdd0" for name in sorted(names & ids.keys())}
-    if isinstance(vocabulary, dict):
+    # Looking through a large vocabulary takes a quarter of a second.
+    if renamed and isinstance(vocabulary, dict):
         model["vocab"] = {renamed.get(name, name): number for name, number in vocabulary.items()}
-    else:
+    elif renamed:
         model["vocab"] = [[renamed.get(name, name), score] for name, score in vocabulary]
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]
-    if model.get("merges"):
+    if renamed and model.get("merges"):
         prefix = model.get("continuing_subword_prefix") or ""
         model["merges"] = [merge for merge in model["merges"] if renamed.keys().isdisjoint(_merged(merge, prefix))]
     known = dict(renamed)

@@ -8,7 +8,7 @@ ids equal those of the whole prompt. A token is supervised when its first charac
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -130,12 +130,12 @@ def encode_batch(samples: Sequence[Sequence[Piece]], *, tokenizer: Tokenizer, im
         run for sample in runs for run in sample if run[0].kind == "text" and _is_uniform(run) and _size(run) <= LONG
     ]
     texts = ["".join(piece.text for piece in run) for run in short]
-    ready = {id(run): ids for run, ids in zip(short, tokenizer.encode_batch(texts))}
+    ready = {id(run): ids for run, ids in zip(short, tokenizer.encode_similar(texts))}
     return [_assemble(sample, ready, tokenizer=tokenizer, image_tokens=image_tokens) for sample in runs]
 
 
 def _assemble(
-    runs: Iterable[list[Piece]], ready: dict[int, list[int]], *, tokenizer: Tokenizer, image_tokens: int
+    runs: Iterable[list[Piece]], ready: Mapping[int, Sequence[int]], *, tokenizer: Tokenizer, image_tokens: int
 ) -> Encoded:
     # One array that grows: the ids of a long document are held once.
     ids = array("i")

@@ -39,6 +39,11 @@ _LETTERS = "A-Za-zА-ИК-Яа-ик-я一-龥가-힣"
 _LINE_END = r"\n"
 _INSIDE = re.compile("|".join(f"(?<={kind}{kind})(?={kind}{kind})" for kind in ("[a-z]", "[A-Z]", "[一-龥]", " ")))
 _WORD_END = rf"(?<=[{_LETTERS}])(?={{blank}}[{_LETTERS}])"
+_BESIDE_LETTERS = r"\n -&(-@\[-`{-~"
+"""ASCII without letters, control characters, and the apostrophe, which joins `'s` to a word."""
+_LETTERS_END = rf"(?<=[A-Za-z])(?=[{_BESIDE_LETTERS}])"
+_BLANK_BEFORE_WORD = r"(?<=[!-~])(?= [A-Za-z][\n -~])"
+_PLAIN_WORD = rf" ?[A-Za-z]+(?=[{_BESIDE_LETTERS}])"
 
 _WORDS = {
     r" ?\p{L}+",
@@ -85,11 +90,49 @@ def safe_borders(content: dict[str, Any]) -> re.Pattern[str] | None:
     effects = [_effect(step) for step in steps]
     if None in effects:
         return None
-    prefixed = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in steps)
+    prefixed = _puts_blank_first(steps)
     borders = [_LINE_END] if effects[:1] == ["lines"] and not prefixed else []
     if "words" in effects:
         borders.append(_WORD_END.format(blank=" " if prefixed else r"[ \n]"))
     return re.compile("|".join(borders)) if borders else None
+
+
+def word_borders(content: dict[str, Any]) -> str | None:
+    """More borders, for a parsed `tokenizer.json` that has `safe_borders`: those between short words.
+
+    Expressions without a width, of which each is proven alone:
+
+    - On both sides of a line feed that the pre-tokenizer isolates first.
+    - After letters, before another ASCII character. Some expression matches the letters to their end, and none goes on.
+    - Before a space and a word, where the first expression that matches the word takes the space with it.
+
+    Returns:
+        Their union, or None if there are none.
+    """
+    if safe_borders(content) is None:
+        return None
+    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    effects = [_effect(step) for step in steps]
+    prefixed = _puts_blank_first(steps)
+    # Added tokens that are looked for in the text come before the pre-tokenizer.
+    names = [token["content"] for token in content.get("added_tokens") or [] if not token["special"]]
+    ascii_only = all(map(str.isascii, names))
+    borders = [r"(?<=\n)", r"(?=\n)"] if effects[0] == "lines" and not prefixed else []
+    if "words" in effects:
+        borders.append(_WORD_END.format(blank=" " if prefixed else r"[ \n]"))
+        within = any(re.search(rf"(?!\A){_LETTERS_END}(?!\Z)", name) for name in names)
+        if ascii_only and not prefixed and not within and any(map(_ends_letters, steps)):
+            borders.append(_LETTERS_END)
+        first = any(name[:1].isalpha() for name in names)
+        if ascii_only and not first and _takes_blank(steps[effects.index("words")]):
+            borders.append(_BLANK_BEFORE_WORD)
+    return "|".join(reversed(borders))
+
+
+def word_pattern(borders: str) -> re.Pattern[str]:
+    """Matches each part of a text between two `word_borders`."""
+    plain = f"{_PLAIN_WORD}|" if _LETTERS_END in borders else ""
+    return re.compile(rf"{plain}.+?(?:{borders}|\Z)", re.DOTALL)
 
 
 def divides_words(content: dict[str, Any]) -> bool:
@@ -141,6 +184,11 @@ def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [inner for part in step[key] for inner in _steps(part, key)]
 
 
+def _puts_blank_first(steps: list[dict[str, Any]]) -> bool:
+    """Whether a part without a blank at its start gets one."""
+    return any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in steps)
+
+
 def _looks_at_blanks(token: dict[str, Any]) -> bool:
     """Whether an added token that is matched in text holds white space or depends on what is beside it."""
     beside = token["lstrip"] or token["rstrip"] or token["single_word"]
@@ -166,6 +214,19 @@ def _effect(step: dict[str, Any]) -> str | None:
             if found <= _WORDS | _OTHERS:
                 return "words" if found & _WORDS or any(pair <= found for pair in _PAIRS) else "none"
     return None
+
+
+def _ends_letters(step: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer has a border after each run of ASCII letters."""
+    return step["type"] in ("Split", "ByteLevel") and _effect(step) == "words"
+
+
+def _takes_blank(step: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer that separates words has a border before the one space in front of a word."""
+    if step["type"] != "Split":
+        return True
+    found = set(_alternatives(step["pattern"]["Regex"]))
+    return bool(found & (_WORDS - {r"\p{L}+"})) or any(pair <= found for pair in _PAIRS)
 
 
 def _alternatives(pattern: str) -> Iterator[str]:
