@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavl.checkpoint.fault import inject_fault
 from megavl.config.errors import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
@@ -104,12 +105,14 @@ def _run_steps(
             step = progress.step + 1
             status.step, status.section = step, "loading data"
             timelines.begin(step)
+            inject_fault("load_data", rank=plan.position.rank, step=step)
             began = time.perf_counter()
             with state.model.timed("loading"):
                 data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
             rate = learning_rate(optimizer, step=step, steps=training.steps)
             set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
             status.section = "training"
+            inject_fault("training", rank=plan.position.rank, step=step)
             result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised)
             progress = Progress(step=step, bad_steps=progress.bad_steps + 1 if result.skipped else 0)
             seconds = time.perf_counter() - began

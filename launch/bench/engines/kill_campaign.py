@@ -41,10 +41,9 @@ LAYOUTS = {
     "pp2": ("parallel.tensor=1", "parallel.pipeline=2"),
     "dp2": ("parallel.tensor=1", "parallel.pipeline=1"),
 }
-VICTIMS = ("rank 0", "rank 1", "both ranks", "launcher")
-"""Ranks of a run without launcher, or torchrun alone, whose ranks then have to leave by themselves."""
-WEIGHTS = (3, 3, 3, 1)
-"""How often each is hit; under torchrun the ranks are fresh interpreters, which take ten times as long to start."""
+VICTIMS = {"rank 0": 3, "rank 1": 3, "both ranks": 3, "launcher": 1}
+"""Ranks of a run without launcher, or torchrun alone, whose ranks then have to leave by themselves; how often each is
+hit. Under torchrun the ranks are fresh interpreters, which take ten times as long to start."""
 COLUMNS = ("step", "modality", "loss", "grad_norm", "lr", "loss_tokens", "images", "skipped", "consumed_samples")
 """What a repeated step repeats; the other columns are times and memory."""
 REFUSED = 2
@@ -213,10 +212,10 @@ def reference(layout: str, *, data: Path, work: Path) -> dict[str, Any]:
     return found
 
 
-def one_kill(number: int, *, seed: int, data: Path, work: Path) -> dict[str, Any]:
+def one_kill(number: int, *, seed: int, victims: Sequence[str], data: Path, work: Path) -> dict[str, Any]:
     """Kill a run at a random moment, let it end, and compare."""
     draw = random.Random(f"{seed} {number}")
-    layout, victim = list(LAYOUTS)[number % len(LAYOUTS)], draw.choices(VICTIMS, WEIGHTS)[0]
+    layout, victim = list(LAYOUTS)[number % len(LAYOUTS)], draw.choices(victims, [VICTIMS[name] for name in victims])[0]
     wanted, share, missed = reference(layout, data=data, work=work), draw.random(), 0
     while True:
         run, began = make_run(layout, data=data, work=work), time.monotonic()
@@ -257,8 +256,10 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with `shards` and `corpus/tokenizer`")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--out", type=Path, required=True, help="file that the results are appended to")
+    parser.add_argument("--first", type=int, default=0, help="number of the first kill: campaigns may run side by side")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.environ.update(CPU)
@@ -268,8 +269,9 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     done = len(arguments.out.read_text().splitlines()) if arguments.out.exists() else 0
-    for number in range(done, arguments.kills):
-        row = one_kill(number, seed=arguments.seed, data=arguments.data.resolve(), work=arguments.work.resolve())
+    for number in range(arguments.first + done, arguments.first + arguments.kills):
+        folders = {"data": arguments.data.resolve(), "work": arguments.work.resolve()}
+        row = one_kill(number, seed=arguments.seed, victims=arguments.victims, **folders)
         with arguments.out.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)

@@ -23,8 +23,8 @@ _UNWATCHED = ("building the model",)
 """Sections that wait neither for peers nor for files, and may take longer than a step."""
 _STEP = ("loading data", "training", "saving", "leaving")
 """Sections of a step, at whose end a run saves if it is asked to stop, and the end of the run."""
-_ALONE = ("start", "joining the process group")
-"""Sections in which the status of an earlier run may still be there."""
+_ALONE = ("start", "joining the process group", "leaving")
+"""Sections in which the status may be that of an earlier run, or say that this one has finished."""
 
 
 class Watchdog(threading.Thread):
