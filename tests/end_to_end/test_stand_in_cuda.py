@@ -5,10 +5,14 @@ No CUDA kernel runs here; `bash launch/bench/gpu.sh` runs the same tests on a GP
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,41 +186,65 @@ def test_the_tests_for_gpus_pass_on_it(report_table) -> None:
             report_table(f"stand-in: {line.strip()}")
 
 
+LAYOUTS = {
+    "fp32": ("parallel.tensor=2", "parallel.pipeline=2", "parallel.layout=[1,3]"),
+    "bf16": (
+        *("parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.pipeline=2"),
+        *("parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]", "parallel.vision=split_all"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def five_steps(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], list[dict[str, Any]]]:
+    """Metrics of five steps of four processes in a precision, on the CPU or on the stand-in; each run once."""
+
+    @functools.cache
+    def train(precision: str, stands_in: bool) -> list[dict[str, Any]]:
+        run = tmp_path_factory.mktemp(precision)
+        words = (*LAYOUTS[precision], f"training.precision={precision}", "training.steps=5")
+        words += ("training.micro_batch_size=1", "run.timeline_steps=[2]")
+        done = run_training(dataset, run, *words, processes=4, env=stand_in() if stands_in else environment())
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (run / "timeline/step_000002.svg").is_file()
+        return metrics(run)
+
+    return train
+
+
 @pytest.mark.parametrize(
-    ("precision", "layout", "limit"),
-    [
-        ("fp32", ("parallel.tensor=2", "parallel.pipeline=2", "parallel.layout=[1,3]"), TOLERANCE),
-        (
-            "bf16",
-            (
-                *("parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.pipeline=2"),
-                *("parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]", "parallel.vision=split_all"),
-            ),
-            BAND,
-        ),
-    ],
+    ("precision", "limit"),
+    [("fp32", TOLERANCE), ("bf16", BAND)],
     ids=["fp32 tp2 pp2", "bf16 pp2 vpp2 split_all dp2"],
 )
 def test_a_run_trains_as_on_the_cpu(
-    dataset: Path, tmp_path: Path, precision: str, layout: tuple[str, ...], limit: float, report_table
+    five_steps: Callable[[str, bool], list[dict[str, Any]]], precision: str, limit: float, report_table
 ) -> None:
-    words = (*layout, f"training.precision={precision}", "training.steps=5", "training.micro_batch_size=1")
-    rows = {}
-    for name, where in (("cpu", environment()), ("stand-in", stand_in())):
-        done = run_training(dataset, tmp_path / name, *words, "run.timeline_steps=[2]", processes=4, env=where)
-        assert done.returncode == 0, done.stderr[-3000:]
-        rows[name] = metrics(tmp_path / name)
-        assert (tmp_path / name / "timeline/step_000002.svg").is_file()
-    assert [row["step"] for row in rows["stand-in"]] == [1, 2, 3, 4, 5]
-    assert {row["modality"] for row in rows["cpu"]} == {"text", "multimodal"}
-    peaks = [row["mfu"] for row in rows["stand-in"]]
-    assert all(peaks), "the stand-in's name is in the table of devices"
-    # Losses of all steps. In bf16 the norms of the first text and the first multimodal step only: rounding moves the
-    # weights apart, and a later norm depends on the CPU. On one, bf16 and fp32 differ by 8% at the fifth step.
-    steps = {"loss": 5, "grad_norm": 2 if precision == "bf16" else 5}
-    errors = {
-        name: max(abs(a[name] / b[name] - 1) for a, b in list(zip(rows["stand-in"], rows["cpu"], strict=True))[:count])
-        for name, count in steps.items()
-    }
-    report_table(f"five steps in {precision} on the stand-in, against the CPU: {errors}, limit {limit:.0e}")
-    assert errors["loss"] <= limit and errors["grad_norm"] <= 10 * limit
+    """Losses and gradient norms of five steps.
+
+    In bf16 rounding moves the weights of two runs apart, and the norms after the first two steps follow: how far
+    depends on the CPU. The CPU's own runs in bf16 and fp32 say how far. A run on the stand-in rounds as often as one on
+    the CPU, so it may be as far from fp32, and twice as far from the other. The fp32 run has another layout, which
+    changes no norm by more than 1e-5.
+    """
+    cpu, found = five_steps(precision, False), five_steps(precision, True)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+    assert {row["modality"] for row in cpu} == {"text", "multimodal"}
+    assert all(row["mfu"] for row in found), "the stand-in's name is in the table of devices"
+    losses, norms = (_apart(found, cpu, key) for key in ("loss", "grad_norm"))
+    # Weights that have moved apart stay apart, so the largest distance so far counts.
+    rounding = itertools.accumulate(_apart(cpu, five_steps("fp32", False), "grad_norm"), max)
+    limits = [10 * limit if step < 2 else max(10 * limit, 2 * moved) for step, moved in enumerate(rounding)]
+    report_table(
+        f"five steps in {precision} on the stand-in, against the CPU; losses: limit {limit:.0e}",
+        ("losses", *losses),
+        ("norms", *norms),
+        ("limits of norms", *limits),
+    )
+    assert max(losses) <= limit
+    assert all(norm <= most for norm, most in zip(norms, limits, strict=True)), (norms, limits)
+
+
+def _apart(found: list[dict[str, Any]], expected: list[dict[str, Any]], key: str) -> list[float]:
+    """Relative differences, step by step."""
+    return [abs(a[key] / b[key] - 1) for a, b in zip(found, expected, strict=True)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.tiny_run import ROOT, environment, forked, metrics
 
-SMALLER = {"IMAGES": "60", "STEPS_1": "11", "STEPS_2": "16", "STEPS_3": "11"}
+SMALLER = {"IMAGES": "60", "HELDOUT": "4", "STEPS_1": "11", "STEPS_2": "16", "STEPS_3": "11"}
 
 
 def test_tutorial_runs_from_images_to_chat(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,8 @@ from megavl.convert.table import FORMATS
 from megavl.convert.tokenizer_files import TokenizerIds
 from megavl.convert.verify import compare
 from megavl.weights.lazy import LazyTensor
+from tests import fork_server
+from tests.tiny_run import environment
 
 LM_HEAD = "lm_head.weight"
 DOWN_PROJ = "model.language_model.layers.0.mlp.down_proj.weight"
@@ -340,7 +341,6 @@ def test_value_beyond_float16_is_named(folder, tokenizer_dir, tmp_path):
 def test_killed_export_leaves_no_model(folder, tokenizer_dir, tmp_path):
     script = """
 import dataclasses, os, signal, sys
-sys.path.insert(0, sys.argv[4])
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
 config, fmt = read_config(sys.argv[1])
@@ -349,8 +349,9 @@ last = list(tensors)[-1]
 tensors[last] = dataclasses.replace(tensors[last], load=lambda: os.kill(os.getpid(), signal.SIGKILL))
 write_hf(sys.argv[2], config=config, tensors=tensors, fmt="native", tokenizer_dir=sys.argv[3], max_shard_bytes=300_000)
 """
-    out, root = tmp_path / "out", Path(__file__).parents[3]
-    run = subprocess.run([sys.executable, "-c", script, folder, out, tokenizer_dir, root], timeout=1800)
+    out, variables = tmp_path / "out", environment()
+    command = [fork_server.python(variables), "-c", script, folder, out, tokenizer_dir]
+    run = subprocess.run(command, env=variables, timeout=1800)
     assert run.returncode == -9
     assert not out.exists()
     (partial,) = tmp_path.glob(".out*")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ from megavl.config.errors import CheckpointError
 from megavl.convert.hf_read import read_config
 from megavl.main.cli import main
 from megavl.weights.canonical_names import canonical_shapes
+from tests import fork_server
+from tests.tiny_run import environment
 from tests.unit.convert import public_models
 
 # Kills itself at the first call of a function, after a number of calls that go through.
@@ -55,9 +56,9 @@ def init(tokenizer_dir, tmp_path):
 
 
 def killed(words, target, count):
-    command = [sys.executable, "-c", SCRIPT, target, str(count), *words]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    return subprocess.run(command, env=environment, timeout=1800, capture_output=True, text=True, check=False)
+    variables = environment()
+    command = [fork_server.python(variables), "-c", SCRIPT, target, str(count), *words]
+    return subprocess.run(command, env=variables, timeout=1800, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
