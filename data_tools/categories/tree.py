@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megavl.config.errors import DataError, UsageError
+from megavl.config.errors import DataError, UsageError, one_line
+from megavl.foreign.parsing import read_yaml
 
 PAPER = Path(__file__).with_name("taxonomy.yaml")
 """The tree of the paper."""
@@ -82,9 +81,9 @@ def read_mapping(path: Path, *, option: str) -> dict[str, Any]:
         UsageError: it cannot be read, is not YAML, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{option} {path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {path}: cannot be read ({one_line(error)})") from error
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise UsageError(f"{option} {path}: expected a mapping from names, found {str(content)[:60]!r}")
     return content

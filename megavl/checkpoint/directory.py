@@ -19,8 +19,11 @@ from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import MANIFEST, verify
 from megavl.config.errors import CheckpointError
 from megavl.files.durable import replace_durably, set_aside, sync_directory
+from megavl.foreign.reading import read_limited
 
 LATEST = "latest"
+_TRACKER_SIZE = 1000
+"""Bytes; a tracker holds one name."""
 _NAME = re.compile(r"iter_(\d{7,})")
 _UNCOMMITTED = re.compile(r"iter_\d{7,}\.tmp-.*")
 _log = logging.getLogger(__name__)
@@ -146,8 +149,8 @@ def _tracker_problem(directory: Path) -> str | None:
     if not tracker.exists():
         return None
     try:
-        named = tracker.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        named = read_limited(tracker, limit=_TRACKER_SIZE).decode("utf-8").strip()
+    except (OSError, ValueError):
         return f"{tracker}: not readable as a tracker file; ignored"
     if not _NAME.fullmatch(named):
         return f"{tracker}: names {named[:60]!r}, which is no checkpoint name; ignored"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -16,12 +17,19 @@ from typing import Any
 
 from megavl.config.errors import CheckpointError, one_line
 from megavl.files.hashing import file_sha256
+from megavl.foreign.parsing import read_json
+from megavl.foreign.reading import regular_file_in
 
 MANIFEST = "manifest.json"
 FORMAT = "megavl-checkpoint"
 VERSION = 1
 HASHING_THREADS = 8
 """Files hashed at once; sha256 runs at 2 GB/s per core and releases the interpreter lock."""
+LARGEST = 1 << 60
+"""No iteration, number of ranks or size in bytes is larger."""
+_LONGEST_NAME, _LONGEST_PART = 1000, 255
+"""Characters of a file's name with its folders, and of one part; longer ones exist in no file system."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _verified: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -54,7 +62,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """
     source = Path(path) / MANIFEST
     try:
-        raw = json.loads(source.read_text(encoding="utf-8"))
+        regular_file_in(Path(path), MANIFEST)
+        raw = read_json(source)
     except FileNotFoundError:
         raise CheckpointError(f"{source}: missing; {path} is no complete checkpoint") from None
     except (OSError, ValueError) as error:
@@ -62,14 +71,36 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CheckpointError(f"{source}: not a manifest of {FORMAT}")
     if raw.get("version") != VERSION:
-        raise CheckpointError(f"{source}: version {raw.get('version')!r}, this program reads version {VERSION}")
+        raise CheckpointError(f"{source}: version {_shown(raw.get('version'))}, this program reads version {VERSION}")
     body = {key: value for key, value in raw.items() if key != "digest"}
-    if raw.get("digest") != _digest(body) or not isinstance(raw.get("files"), dict):
+    if raw.get("digest") != _digest(body):
         raise CheckpointError(f"{source}: damaged, its content does not match its own digest")
-    for name in raw["files"]:
-        if not safe_name(name):
-            raise CheckpointError(f"{source}: refused file name {name!r}, it leaves the directory")
+    _check_form(raw, source)
     return raw
+
+
+def _check_form(raw: Mapping[str, Any], source: Path) -> None:
+    """Refuse a manifest that another program wrote, with a digest of its own."""
+    for key, expected in {"iteration": int, "world_size": int, "content": dict, "files": dict}.items():
+        value = raw.get(key)
+        if not isinstance(value, expected) or expected is int and not _is_count(value):
+            raise CheckpointError(f"{source}: damaged, {key} is {_shown(value)}")
+    for name, record in raw["files"].items():
+        if not safe_name(name):
+            raise CheckpointError(f"{source}: refused file name {_shown(name)}, it leaves the directory")
+        if len(name) > _LONGEST_NAME or max(map(len, PurePosixPath(name).parts)) > _LONGEST_PART:
+            raise CheckpointError(f"{source}: refused file name {_shown(name)}, it is too long")
+        size, sha256 = (record.get(key) if isinstance(record, dict) else None for key in ("size", "sha256"))
+        if not _is_count(size) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise CheckpointError(f"{source}: damaged, files lists {_shown(name)} as {_shown(record)}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:100]
 
 
 def verify(path: str | Path, *, skip_hash: bool = False) -> dict[str, Any]:
@@ -89,11 +120,9 @@ def verify(path: str | Path, *, skip_hash: bool = False) -> dict[str, Any]:
     path = Path(path)
     manifest = read_manifest(path)
     for name, record in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != record["size"]:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, expected {record['size']}")
+        size = _size(path, name)
+        if size != record["size"]:
+            raise CheckpointError(f"{path / name}: {size} bytes, expected {record['size']}")
     if skip_hash:
         return manifest
     identity = _identity(path, manifest)
@@ -119,6 +148,18 @@ def safe_name(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
 
 
+def _size(path: Path, name: str) -> int:
+    try:
+        file = regular_file_in(path, name)
+        if file is None:
+            raise CheckpointError(f"{path / name}: missing")
+        return file.stat().st_size
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / name}: refused ({one_line(error)})") from error
+
+
 def _hash(path: Path) -> str:
     try:
         return file_sha256(path)
@@ -127,7 +168,10 @@ def _hash(path: Path) -> str:
 
 
 def _identity(path: Path, manifest: Mapping[str, Any]) -> tuple[Any, ...]:
-    states = [os.stat(path / name) for name in manifest["files"]]
+    try:
+        states = [os.stat(path / name) for name in manifest["files"]]
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable ({one_line(error)})") from error
     return (
         str(path.resolve()),
         manifest["digest"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from megavl.config.errors import UsageError, one_line
 from megavl.config.model import ModelConfig
 from megavl.config.presets import CUSTOM, MODELS
 from megavl.config.recipe import Recipe
+from megavl.foreign.parsing import parse_yaml, read_yaml
 
 _RECIPE = TypeAdapter(Recipe)
 _MODEL = TypeAdapter(ModelConfig)
 _TYPED = "on the command line"
 _KEY = re.compile(r"[a-z_]+(?:\.\w+)+")
 """A dotted path in a message."""
+_SHOWN = 300
+"""Most characters of a wrong value that a message shows."""
 
 
 def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -99,11 +103,13 @@ def _read_files(path: Path) -> dict[Path, dict[str, Any]]:
     base = raw.pop("base", None)
     if base is None:
         return {path: raw}
-    base_path = path.parent / str(base)
-    if not base_path.is_file():
+    if not isinstance(base, str):
+        raise UsageError(f"{path}: base: expected the path of one file, found {repr(base)[:_SHOWN]}")
+    base_path = path.parent / base
+    if not os.path.exists(base_path):
         raise UsageError(
-            f"{path}: base: {base!r} would be the file {base_path}, which is not there; give a path relative to the "
-            f"recipe's own folder, {path.parent}"
+            f"{path}: base: {base[:_SHOWN]!r} would be the file {str(base_path)[:_SHOWN]}, which is not there; give a "
+            f"path relative to the recipe's own folder, {path.parent}"
         )
     parent = _read_yaml(base_path)
     if "base" in parent:
@@ -113,17 +119,21 @@ def _read_files(path: Path) -> dict[Path, dict[str, Any]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        raw = read_yaml(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error, limit=_SHOWN)
         raise UsageError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {one_line(error, limit=None)}") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, found {type(raw).__name__}")
+    _require_text_keys(raw, at=f"{path}: ")
     return raw
+
+
+def _require_text_keys(node: Any, *, at: str) -> None:
+    for key, value in node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(node, Mapping) and not isinstance(key, str):
+            raise UsageError(f"{at}key {repr(key)[:_SHOWN]} is a {type(key).__name__}; keys are text, quote it")
+        _require_text_keys(value, at=f"{at}{key}.")
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -131,9 +141,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not sign or not key:
         raise UsageError(f"{text!r}: an override reads key.path=value")
     try:
-        node: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{text!r}: the value is not valid YAML: {one_line(error, limit=None)}") from error
+        node: Any = parse_yaml(value)
+    except ValueError as error:
+        raise UsageError(f"{text[:_SHOWN]!r}: the value cannot be read: {one_line(error, limit=_SHOWN)}") from error
     # Quoted text stays text.
     if isinstance(node, str) and node == value.strip():
         node = _number_or_text(node)
@@ -227,12 +237,13 @@ def _find(key: str, raw: Any) -> tuple[tuple[str, ...], bool]:
 
 def _with_preset(model: Any) -> Any:
     if not isinstance(model, Mapping):
-        raise UsageError(f"model: expected a mapping with a preset, found {model!r}")
+        raise UsageError(f"model: expected a mapping with a preset, found {repr(model)[:_SHOWN]}")
     preset = model.get("preset")
     if preset == CUSTOM:
         return model
-    if preset not in MODELS:
-        raise UsageError(f"model.preset: unknown preset {preset!r}; choose from {', '.join([*MODELS, CUSTOM])}")
+    if not isinstance(preset, str) or preset not in MODELS:
+        known = ", ".join([*MODELS, CUSTOM])
+        raise UsageError(f"model.preset: unknown preset {repr(preset)[:_SHOWN]}; choose from {known}")
     return _merge(MODELS[preset], model)
 
 
@@ -252,7 +263,7 @@ def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any]) -> Any:
             raise UsageError(f"{path}: unknown key{_nearest(first['loc'], adapter)}") from None
         if first["type"].startswith("missing"):
             raise UsageError(f"{path}: this key is required; add it") from None
-        raise UsageError(f"{path}: found {first['input']!r}; {first['msg']}") from None
+        raise UsageError(f"{path}: found {repr(first['input'])[:_SHOWN]}; {first['msg']}") from None
 
 
 def _nearest(location: Sequence[int | str], adapter: TypeAdapter[Any]) -> str:

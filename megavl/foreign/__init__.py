@@ -1,0 +1,1 @@
+"""Bounded reading of files from outside, and printing of their text."""
