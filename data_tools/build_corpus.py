@@ -15,6 +15,7 @@ from data_tools.corpus.options import Parser, whole
 from data_tools.corpus.pairs.commands import add_pair_commands
 from data_tools.corpus.texts import DEBIAN
 from megavl.config.errors import MegaVLError
+from megavl.foreign.printing import say
 
 MAX_COUNT = 1_000_000
 """Largest number of pictures, held-out questions of a kind, or vocabulary entries."""
@@ -27,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         counts = options.pop("build")(**options)
     except MegaVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_errors=True)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        say("stopped; nothing was written", to_errors=True)
         return 130
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"{options['output']}: {listed} ({time.monotonic() - started:.1f} s)")
+    say(f"{options['output']}: {listed} ({time.monotonic() - started:.1f} s)")
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from megavl.config.errors import MegaVLError, StorageError, UsageError
 from megavl.config.load import load_recipe
 from megavl.data.plan import ModalityPlan
+from megavl.foreign.printing import say
 
 _POINTS = 400
 """Number of drawn steps, evenly spaced."""
@@ -107,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         draw(plan, steps=steps, window=options.window, title=Path(options.recipe).as_posix(), output=options.output)
     except MegaVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_errors=True)
         return error.exit_code
-    print(f"{options.output}: {describe(plan, steps=steps)}")
+    say(f"{options.output}: {describe(plan, steps=steps)}")
     return 0
 
 

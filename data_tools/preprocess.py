@@ -35,6 +35,7 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.data.image import MAX_ASPECT
+from megavl.foreign.printing import say
 
 # The processes already use every core; the tokenizer's own threads would only compete with them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -154,10 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _on_slurm(options, sys.argv[1:] if arguments is None else arguments)
         return _run(options)
     except MegaVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_errors=True)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        say("interrupted; the same command goes on from here", to_errors=True)
         return 130
 
 
@@ -203,7 +204,7 @@ def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     array = (
         f"job array {jobs.array} of {len(todo)} tasks, and " if jobs.array else "no task, all shards being there, but "
     )
-    print(
+    say(
         f"submitted {array}job {jobs.merge}, which makes the dataset when all have ended well; "
         f"output goes to {jobs.folder}"
     )
@@ -219,7 +220,7 @@ def _run(options: argparse.Namespace) -> int:
     tasks = plan_tasks(replace(job, limit=None) if job.dry_run else job)
     for item in job.inputs:
         recognised = " (recognised)" if options.format == "auto" else ""
-        print(f"{item.path}: format {item.format}{recognised}, template {item.template}")
+        say(f"{item.path}: format {item.format}{recognised}, template {item.template}")
     mine = [task for task in tasks if task.number % options.num_tasks == options.task]
     if job.dry_run:
         records = [
@@ -241,7 +242,7 @@ def _run(options: argparse.Namespace) -> int:
     output.begin(job.config, resume=options.resume, alone=options.num_tasks == 1)
     todo = _left(job, mine) if options.resume else mine
     if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} of {len(mine)} shards are done already")
+        say(f"{len(mine) - len(todo)} of {len(mine)} shards are done already")
     try:
         run_tasks(job, todo, count=len(tasks), workers=workers)
     except BaseException:
@@ -249,15 +250,15 @@ def _run(options: argparse.Namespace) -> int:
             output.remove_leftovers()
         raise
     if left := _left(job, tasks):
-        print(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(tasks)} shards wait for others")
+        say(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(tasks)} shards wait for others")
         return 0
     if not options.finish:
-        print(f"task {options.task} of {options.num_tasks} is done, and all shards are there")
+        say(f"task {options.task} of {options.num_tasks} is done, and all shards are there")
         return 0
     with output.alone():
         report = finish(job, tasks, max_bad_frac=options.max_bad_frac)
     _print_report(report)
-    print(f"wrote {job.output} in {time.monotonic() - started:.1f} s, fingerprint {report['fingerprint'][:16]}")
+    say(f"wrote {job.output} in {time.monotonic() - started:.1f} s, fingerprint {report['fingerprint'][:16]}")
     for lock in locks:
         lock.close()
     return 0
@@ -324,7 +325,7 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    print(
+    say(
         f"{report['records']} records to {report['samples']} samples: {report['tokens']} tokens, "
         f"{report['images']} images ({report['image_tokens']} image tokens)"
     )
@@ -333,26 +334,26 @@ def _print_report(report: dict[str, Any]) -> None:
         if part["sequences"]:
             images = f", {part['images_per_sequence']:.2f} images each" if part["images_per_sequence"] else ""
             filler = f", {part['filler_tokens']} tokens of text as filler" if part["filler_tokens"] else ""
-            print(f"{kind}: {part['sequences']} sequences, {100 * part['fill']:.2f}% full{images}{filler}")
+            say(f"{kind}: {part['sequences']} sequences, {100 * part['fill']:.2f}% full{images}{filler}")
     for line in histogram_lines(report["histograms"]):
-        print(line)
+        say(line)
     if estimate := report.get("estimate"):
-        print(
+        say(
             f"estimate for all {estimate['records']:,} records: {estimate['samples']:,} samples, "
             f"{estimate['tokens']:,} tokens, {estimate['images']:,} images, about {estimate['sequences']:,} sequences "
             f"{100 * estimate['fill']:.2f}% full"
         )
     for line in balance_lines(report["balance"]):
-        print(line)
+        say(line)
     if report["images_without_tag"]:
-        print(f"{report['images_without_tag']} images without a tag stand first in their records")
+        say(f"{report['images_without_tag']} images without a tag stand first in their records")
     if report["records_with_empty_image"]:
-        print(f"{report['records_with_empty_image']} records whose image is null or empty are stored as text")
+        say(f"{report['records_with_empty_image']} records whose image is null or empty are stored as text")
     if files := report["files_left_out"]:
-        print(f"files of the folders that are not read: {counted(files)}")
+        say(f"files of the folders that are not read: {counted(files)}")
     if report["rejected"]:
         reasons = ", ".join(f"{reason} {entry['count']}" for reason, entry in report["rejected"].items())
-        print(f"rejected: {reasons} (rejects.jsonl names each)")
+        say(f"rejected: {reasons} (rejects.jsonl names each)")
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from data_tools.categories.tree import PAPER, Taxonomy, read_taxonomy, within
 from data_tools.corpus.options import Parser, whole
 from data_tools.corpus.output import write_line
 from megavl.config.errors import DataError, MegaVLError
+from megavl.foreign.printing import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         taxonomy = read_taxonomy(options.taxonomy)
         {"list": _list, "tag": _tag, "report": _report, "sample": _sample}[options.command](options, taxonomy)
     except MegaVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_errors=True)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        say("stopped; nothing was written", to_errors=True)
         return 130
     return 0
 
@@ -45,7 +46,7 @@ def _list(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
     shown = [category for category in taxonomy.categories.values() if category.level <= options.depth]
     for category in shown:
         about = f" - {category.about}" if category.about else ""
-        print(f"{'  ' * (category.level - 1)}{category.id}: {category.name}{about}")
+        say(f"{'  ' * (category.level - 1)}{category.id}: {category.name}{about}")
 
 
 def _tag(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
@@ -65,15 +66,15 @@ def _tag(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
             write_line(file, content)
     origin = tagger.origin
     for line in table(cover(counts, untagged=origin["none"], taxonomy=taxonomy), depth=1):
-        print(line)
-    print(f"{options.output}: {origin['field']} by field, {origin['rule']} by rule, {origin['none']} without")
+        say(line)
+    say(f"{options.output}: {origin['field']} by field, {origin['rule']} by rule, {origin['none']} without")
 
 
 def _report(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
     counts = Counter(category or "" for _, category in _tagged(options, _tagger(options, taxonomy)))
     coverage = cover(counts, untagged=counts.pop("", 0), taxonomy=taxonomy)
     for line in table(coverage, depth=options.depth):
-        print(line)
+        say(line)
     for path, content in (
         (options.json, json.dumps(coverage.to_dict(), indent=1) + "\n"),
         (options.svg, svg(coverage, depth=options.depth)),
@@ -101,8 +102,8 @@ def _sample(options: argparse.Namespace, taxonomy: Taxonomy) -> None:
     with new_file(options.output, force=options.force) as file, tempfile.TemporaryFile() as kept:
         _copy(options, _tagger(options, taxonomy), numbers, kept=kept, file=file)
     for id, share in shares.items():
-        print(f"{id}: {wanted[id]} of {len(found[id])} records ({100 * float(share):.1f}%)")
-    print(f"{options.output}: {len(numbers)} records, seed {options.seed}")
+        say(f"{id}: {wanted[id]} of {len(found[id])} records ({100 * float(share):.1f}%)")
+    say(f"{options.output}: {len(numbers)} records, seed {options.seed}")
 
 
 def _copy(options: argparse.Namespace, tagger: Tagger, numbers: list[int], *, kept: Any, file: Any) -> None:

@@ -15,6 +15,7 @@ from megavl.data.dataset import Source
 from megavl.data.image import ImageError, check_image
 from megavl.data.shard import Shard
 from megavl.data.table import ReadHandles
+from megavl.foreign.printing import say
 
 
 def verify(path: str) -> dict[str, int]:
@@ -115,9 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         counts = verify(options.dataset)
     except MegaVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_errors=True)
         return error.exit_code
-    print(f"{options.dataset}: good, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    say(f"{options.dataset}: good, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.viewer.packed_page import page
-from data_tools.viewer.packed_view import PackReader, PackView, Piece, visible
+from data_tools.viewer.packed_view import PackReader, PackView, Piece
 from megavl.config.errors import DataError, MegaVLError, UsageError
 from megavl.data.manifest import DatasetManifest, read_manifest
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.files.new_file import write_file
+from megavl.foreign.printing import say, visible
 
 _BAR = 60
 _COLOURS = (34, 33, 32, 35, 36, 31)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _show(options)
     except MegaVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_errors=True)
         return error.exit_code
     except BrokenPipeError:
         # The reader of the pipe has ended.
@@ -61,12 +62,13 @@ def _show(options: argparse.Namespace) -> int:
     if options.html:
         content = page(list(views), title=str(folder), facts=facts)
         write_file(Path(options.html), content.encode("utf-8"))
-        print(f"wrote {options.html}: sequences {', '.join(map(str, numbers))}")
+        say(f"wrote {options.html}: sequences {', '.join(map(str, numbers))}")
         return 0
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for name, value in facts:
-        print(f"{name}: {value}")
+        say(f"{name}: {value}")
     for view in views:
+        # Not `say`, which would show the colours as text; `_lines` has made the rest visible.
         print("\n".join(_lines(view, colour=colour)))
     return 0
 
@@ -88,7 +90,7 @@ def _tokenizer(folder: Path, manifest: DatasetManifest, *, given: str | None) ->
             f"{manifest.tokenizer.sha256}; give that one"
         )
     where = "was not recorded" if path is None else f"is no longer at {path}"
-    print(f"the tokenizer {where}: ids are shown; name it with --tokenizer to see text", file=sys.stderr)
+    say(f"the tokenizer {where}: ids are shown; name it with --tokenizer to see text", to_errors=True)
     return None
 
 

@@ -22,6 +22,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.utils.logging import get_random_str, get_timestamp, logger
 
 from megavl.config.errors import MegaVLError, StorageError, UsageError
+from megavl.foreign.printing import say
 
 LOGS = "slurm"
 """Folder inside the dataset for the output of the jobs."""
@@ -140,7 +141,7 @@ def run_array_task(folder: Path, *, array_tasks: int, work: Callable[[int], obje
             work(rank)
         except MegaVLError as error:
             # datatrove would print any other exception with every frame and its variables.
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", to_errors=True)
             raise SystemExit(error.exit_code) from None
 
     _Jobs(folder, tasks=array_tasks if folder.name == SHARDS else 1, pipeline=[step]).run()

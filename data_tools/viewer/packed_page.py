@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.viewer.packed_view import PackView, Piece, Segment, visible
+from data_tools.viewer.packed_view import PackView, Piece, Segment
+from megavl.foreign.printing import visible
 
 COLOURS = 8
 """Number of colours that segments take in turn."""

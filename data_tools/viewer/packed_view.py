@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,15 +182,3 @@ class PackReader:
         out = io.BytesIO()
         image.save(out, "JPEG", quality=85)
         return Picture(title=f"{info.width} x {info.height} {info.format}", thumbnail=out.getvalue())
-
-
-def visible(text: str) -> str:
-    """Text with visible symbols instead of control characters; line feeds and tabs stay."""
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn") else _name(char)
-        for char in text
-    )
-
-
-def _name(char: str) -> str:
-    return chr(0x2400 + ord(char)) if ord(char) < 0x20 else f"[U+{ord(char):04X}]"

@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,13 +69,19 @@ class Recovery:
         return "\n  ".join(lines + ([self.tracker] if self.tracker else []))
 
 
-def recover(directory: Path, *, skip_hash: bool) -> Recovery:
-    """Find the newest checkpoint that verifies; the tracker file has no influence."""
+def recover(directory: Path, *, skip_hash: bool, require: Callable[[Path], object] = lambda path: None) -> Recovery:
+    """Find the newest checkpoint that verifies; the tracker file has no influence.
+
+    Args:
+        skip_hash: check sizes only, not hashes.
+        require: raises a `CheckpointError` for a checkpoint that cannot serve.
+    """
     rejected: list[str] = []
     found = None
     for candidate in candidates(directory):
         try:
             check(candidate, skip_hash=skip_hash)
+            require(candidate)
         except CheckpointError as error:
             rejected.append(str(error))
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megavl.checkpoint.directory import check, recover
@@ -11,6 +10,7 @@ from megavl.config.errors import CheckpointError, UsageError, one_line
 from megavl.config.load import model_config_from_dict
 from megavl.config.model import ModelConfig
 from megavl.files.model_folders import describe
+from megavl.foreign.parsing import read_json
 
 MODEL_FILE = "model.json"
 
@@ -48,7 +48,9 @@ def load_model_config(path: str | Path) -> ModelConfig:
     """Read the sizes of the model from `model.json` in a checkpoint directory."""
     source = Path(path) / MODEL_FILE
     try:
-        raw = json.loads(source.read_text(encoding="utf-8"))
+        raw = read_json(source)
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a mapping, found {type(raw).__name__}")
         return model_config_from_dict(raw, source=str(source))
     except (OSError, UsageError, ValueError, TypeError) as error:
         raise CheckpointError(f"{source}: not readable ({one_line(error, limit=300)})") from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -14,10 +15,47 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from megavl.checkpoint.find import MODEL_FILE as MODEL_FILE
 from megavl.checkpoint.find import load_model_config as load_model_config
 from megavl.checkpoint.find import resolve as resolve
-from megavl.checkpoint.safe_unpickle import check_backend, load_shard_item, read_metadata
+from megavl.checkpoint.manifest import MANIFEST, read_manifest
+from megavl.checkpoint.safe_unpickle import (
+    check_backend,
+    check_shard_item,
+    load_shard_item,
+    read_metadata,
+    require_readable,
+)
 from megavl.checkpoint.stored_keys import PREFIX, canonical_names, is_stacked
-from megavl.config.errors import CheckpointError
+from megavl.config.errors import CheckpointError, one_line
+from megavl.foreign.reading import open_regular
 from megavl.weights.lazy import LazyTensor
+
+
+def check_items(path: Path) -> None:
+    """Check everything that a load reads, but the numbers of tensors.
+
+    Raises:
+        CheckpointError: the first that a load would refuse.
+    """
+    require_readable(path)
+    by_file: dict[str, list[tuple[str, Any]]] = {}
+    for index, info in read_metadata(path).storage_data.items():
+        by_file.setdefault(info.relative_path, []).append((index.fqn, info))
+    for name, items in by_file.items():
+        with _open_shard(path / name) as stream:
+            for key, info in sorted(items, key=lambda item: item[1].offset):
+                check_shard_item(stream, info, source=f"{path / name}: {key}")
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The tokenizer's folder in a checkpoint directory.
+
+    Raises:
+        CheckpointError: it holds something that the manifest does not list, and that nobody has verified.
+    """
+    folder, listed = path / "tokenizer", read_manifest(path)["files"]
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if f"{folder.name}/{file.name}" not in listed:
+            raise CheckpointError(f"{file}: refused, {MANIFEST} does not list it; remove it")
+    return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +116,7 @@ class _Blocks:
         file = self.path / chunk.info.relative_path
         source = f"{file}: {self.key}"
         try:
-            with file.open("rb") as stream:
+            with _open_shard(file) as stream:
                 value = load_shard_item(stream, chunk.info, source=source)
         except OSError as error:
             raise CheckpointError(f"{source}: not readable ({error.strerror})") from error
@@ -110,6 +148,13 @@ def open_model_tensors(path: str | Path, *, skip_hash: bool = False) -> dict[str
     if not tensors:
         raise CheckpointError(f"{path}: holds no weights; expected keys that start with {PREFIX!r}")
     return tensors
+
+
+def _open_shard(file: Path) -> IO[bytes]:
+    try:
+        return io.BufferedReader(cast(Any, open_regular(file)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable ({one_line(error)})") from error
 
 
 def _blocks(path: Path, key: str, entry: TensorStorageMetadata, stored: Mapping[Any, Any]) -> dict[str, _Blocks]:

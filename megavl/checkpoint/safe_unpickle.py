@@ -125,6 +125,17 @@ def read_common(path: Path) -> dict[str, Any]:
     return common
 
 
+def require_readable(path: Path) -> None:
+    """Read what every load reads besides shards: the marks of the format, `.metadata` and `common.pt`.
+
+    Raises:
+        CheckpointError: a load of this checkpoint would fail.
+    """
+    check_backend(path)
+    read_metadata(path)
+    read_common(path)
+
+
 def check_backend(path: Path) -> None:
     """Check that the directory has the one format that this package reads (`torch_dist`, version 1)."""
     source = path / BACKEND
@@ -175,9 +186,14 @@ def _check_file(file: IO[bytes] | Path, *, source: str) -> None:
     file.seek(0)
 
 
+def check_shard_item(stream: IO[bytes], info: Any, *, source: str) -> None:
+    """Check the item at (offset, length) of an open shard file, as `load_shard_item` does first."""
+    check_archive(FilePart(file=stream, start=info.offset, size=info.length, source=source))
+
+
 def load_shard_item(stream: IO[bytes], info: Any, *, source: str) -> Any:
     """Load the item at (offset, length) of an open shard file."""
-    check_archive(FilePart(file=stream, start=info.offset, size=info.length, source=source))
+    check_shard_item(stream, info, source=source)
     view = _create_file_view(cast(io.IOBase, stream), info.offset, info.length)
     return safe_load(cast(IO[bytes], view), source=source, checked=True)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
+from megavl.checkpoint.manifest import read_manifest
+from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve, tokenizer_folder
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import UsageError
 from megavl.config.model import ModelConfig
@@ -57,7 +58,8 @@ def export_checkpoint(
     path = resolve(path, skip_hash=True)
     if is_hf_folder(path):
         raise UsageError(f"{path}: already a Hugging Face folder; run `megavl convert from-hf` on it first")
-    passthrough = path / PASSTHROUGH
+    tokenizer = tokenizer_folder(path)
+    passthrough = path / PASSTHROUGH if PASSTHROUGH in read_manifest(path)["files"] else None
     # The files are hashed while they are converted: both read them, and the disk is read once.
     with (
         ThreadPoolExecutor(max_workers=1) as pool,
@@ -69,9 +71,9 @@ def export_checkpoint(
             config=load_model_config(path),
             tensors=tensors,
             fmt=fmt,
-            tokenizer_dir=path / "tokenizer",
+            tokenizer_dir=tokenizer,
             dtype=dtype,
-            unused=open_file(passthrough) if passthrough.exists() else None,
+            unused=open_file(passthrough) if passthrough else None,
             source=str(path),
             confirm=verified.result,
         )

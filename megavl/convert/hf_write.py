@@ -21,6 +21,8 @@ from megavl.convert.table import FORMATS, Format, WeightRow, unused_parameters, 
 from megavl.convert.tokenizer_files import (
     TokenizerFolder,
     fitting_tokenizer,
+    read_file,
+    special_tokens_map,
     tokenizer_config,
     with_bos_first,
 )
@@ -81,7 +83,7 @@ def write_hf(
         write_safetensors(folder, rows, max_shard_bytes=max_shard_bytes)
         for path in tokenizer.files:
             if path.name not in files:
-                write_durably(folder / path.name, path.read_bytes())
+                write_durably(folder / path.name, read_file(path))
         for name, content in files.items():
             write_durably(folder / name, content)
         if confirm is not None:
@@ -167,6 +169,9 @@ def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Format, dt
     files = {
         "tokenizer_config.json": tokenizer_config(tokenizer, fmt=fmt, max_length=config.llm.max_position_embeddings)
     }
+    special = special_tokens_map(tokenizer)
+    if special is not None:
+        files["special_tokens_map.json"] = special
     if fmt == "native":
         template = chat_template(eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN)
         files["chat_template.jinja"] = template.encode()

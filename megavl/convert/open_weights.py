@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavl.checkpoint.manifest import MANIFEST
-from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
+from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve, tokenizer_folder
 from megavl.config.model import ModelConfig
 from megavl.convert.hf_read import canonical_tensors, is_hf_folder, open_hf_tensors, read_config
 from megavl.files.model_folders import hub_snapshot, require_whole_model
@@ -50,7 +50,7 @@ def find_weights(path: str | Path, *, skip_hash: bool = False) -> WeightSource:
         path=path,
         config=config,
         tensors=open_model_tensors(path, skip_hash=skip_hash),
-        tokenizer=path / "tokenizer",
+        tokenizer=tokenizer_folder(path),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megavl.checkpoint.safe_unpickle import safe_load
 from megavl.config.errors import CheckpointError
+from megavl.foreign.reading import open_regular
 from megavl.weights.canonical_names import Shape
 from megavl.weights.dtypes import CODE_OF_DTYPE, DTYPE_OF_CODE, dtype_name
 
@@ -31,10 +32,13 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._described: dict[str, tuple[Shape, torch.dtype]] = {}
+        self._checked = False
         for name, value in self._open().items():
             if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
                 kind = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
                 raise CheckpointError(f"{path}: {name!r} is a {kind}; a file of tensors by name is expected")
+            if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise CheckpointError(f"{path}: refused, {name!r} repeats its numbers to the shape {list(value.shape)}")
             self._described[name] = tuple(value.shape), value.dtype
         self.names = tuple(self._described)
 
@@ -61,19 +65,19 @@ class PickleFile:
     def _open(self) -> dict[Any, Any]:
         path = self.path
         try:
-            complete = zipfile.is_zipfile(path)
-            if not complete:
-                path.open("rb").close()
+            with open_regular(path) as file:
+                complete = zipfile.is_zipfile(file)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such file; the folder is incomplete, fetch it again") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable ({type(error).__name__}: {error}); fetch it again") from error
         if not complete:
             raise CheckpointError(
                 f"{path}: refused, because it is not a complete archive of torch.save (torch 1.6 or newer), and a "
                 "plain pickle can run code when it is opened; fetch it again, or save its tensors as safetensors"
             )
-        content = safe_load(path, source=str(path), mmap=True, remedy="; fetch it again")
+        content = safe_load(path, source=str(path), mmap=True, checked=self._checked, remedy="; fetch it again")
+        self._checked = True
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: holds a {type(content).__name__}; tensors by name are expected")
         return content

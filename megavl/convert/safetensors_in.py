@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from math import prod
 from pathlib import Path
@@ -12,7 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megavl.config.errors import CheckpointError
+from megavl.config.errors import CheckpointError, one_line
+from megavl.foreign import parsing
+from megavl.foreign.parsing import JSON_FILE, Limit, parse_json
+from megavl.foreign.reading import open_regular, regular_file_in
 from megavl.weights.canonical_names import Shape
 from megavl.weights.dtypes import DTYPE_OF_CODE
 
@@ -30,16 +32,19 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            with open_regular(path) as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > JSON_FILE.size:
+                    raise ValueError(f"a header of {length:,} bytes, at most {JSON_FILE.size:,} are read")
+                self._header: dict[str, Any] = parse_json(file.read(length))
             with safe_open(str(path), framework="pt", device="cpu") as checked:
                 self.names = tuple(checked.keys())
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                self._header: dict[str, Any] = json.loads(file.read(length))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such file; the folder is incomplete, fetch it again") from error
         except (OSError, SafetensorError, struct.error, ValueError) as error:
             raise CheckpointError(
-                f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, fetch it again"
+                f"{path}: not a readable safetensors file ({one_line(error, limit=300)}); it is truncated or damaged, "
+                "fetch it again"
             ) from error
         self._start = 8 + length
 
@@ -80,18 +85,19 @@ class SafetensorsFile:
         return out
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_json(path: Path, *, limit: Limit = JSON_FILE) -> dict[str, Any]:
+    """Read a JSON object from a file of a folder.
 
     Raises:
-        CheckpointError: the file is missing or holds anything else.
+        CheckpointError: the file is missing, a link that leaves its folder, beyond the limit, or holds anything else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        regular_file_in(path.parent, path.name)
+        content = parsing.read_json(path, limit=limit)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; the folder is incomplete") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error, limit=400)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a JSON object is expected, found {type(content).__name__}")
     return content

@@ -11,9 +11,12 @@ from typing import Any, Literal
 import tokenizers
 
 from megavl.config.chat import IMAGE_TOKEN, USUAL_NAMES
-from megavl.config.errors import CheckpointError, DataError
+from megavl.config.errors import CheckpointError, DataError, one_line
 from megavl.config.model import ModelConfig
+from megavl.convert.chat_template import chat_template
 from megavl.convert.safetensors_in import read_json
+from megavl.foreign.parsing import JSON_FILE, LARGE_JSON_FILE, Limit
+from megavl.foreign.reading import read_limited, regular_file_in
 
 _COPIED = (
     "tokenizer.json",
@@ -23,7 +26,8 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
 )
-_CONFIG = "tokenizer_config.json"
+_CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+_LARGEST = LARGE_JSON_FILE.size
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class TokenizerFolder:
     @property
     def files(self) -> tuple[Path, ...]:
         """Files to copy byte for byte; `tokenizer_config.json` is not one of them."""
-        return tuple(path for name in _COPIED if (path := self.folder / name).is_file())
+        return tuple(path for name in _COPIED if (path := _file(self.folder, name)))
 
 
 def read_tokenizer(folder: str | Path) -> TokenizerFolder:
@@ -119,7 +123,7 @@ def with_image_token(folder: str | Path, *, image_id: int) -> tuple[dict[str, by
     added = vocabulary.get("added_tokens")
     more = [*(added if isinstance(added, list) else []), {**entry, "normalized": False, "special": True}]
     text = json.dumps({**vocabulary, "added_tokens": more}, indent=2, ensure_ascii=False)
-    before, after = (_library_vocabulary(path, content) for content in (path.read_text(encoding="utf-8"), text))
+    before, after = (_library_vocabulary(path, content) for content in (_text_of(path), text))
     if after != {**before, IMAGE_TOKEN: image_id}:
         free = max(before.values()) + 1
         raise DataError(
@@ -140,11 +144,13 @@ def image_token_id(folder: str | Path) -> int:
 
 def tokenizer_paths(folder: str | Path) -> tuple[Path, ...]:
     """Tokenizer files of a Hugging Face folder, to be kept with a checkpoint."""
-    return tuple(path for name in (*_COPIED, _CONFIG) if (path := Path(folder) / name).is_file())
+    return tuple(path for name in (*_COPIED, _CONFIG) if (path := _file(Path(folder), name)))
 
 
 def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "original"], max_length: int) -> bytes:
     """`tokenizer_config.json` of an export: the source's, with additions that the clients need.
+
+    A chat template is a program. One from outside becomes ours, and neither code nor other files are named.
 
     The class is always LlamaTokenizerFast: the released client accepts no other, and it puts BOS first as training
     did. Its unk_token is written even when there is none, or the class would add an `<unk>` to the vocabulary.
@@ -160,7 +166,10 @@ def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "orig
         "unk_token": None,
         **tokenizer.tokens,
     }
-    merged = {**absent, **{key: value for key, value in raw.items() if key != "auto_map"}}
+    kept = {key: value for key, value in raw.items() if key != "auto_map" and not key.endswith("_file")}
+    merged = {**absent, **kept}
+    if raw.get("chat_template") is not None:
+        merged["chat_template"] = chat_template(eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN)
     for part, text in tokenizer.tokens.items():
         if merged[part] is None:
             merged[part] = text
@@ -170,8 +179,18 @@ def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "orig
         merged["extra_special_tokens"] = {**(extra if isinstance(extra, dict) else {}), "image_token": IMAGE_TOKEN}
         merged["image_token"] = IMAGE_TOKEN
     if merged == raw:
-        return (tokenizer.folder / _CONFIG).read_bytes()
+        return read_file(tokenizer.folder / _CONFIG)
     return (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def special_tokens_map(tokenizer: TokenizerFolder) -> bytes | None:
+    """A `special_tokens_map.json` of special tokens alone; None if there is none, or it holds nothing else.
+
+    Transformers 4 takes every other key for a setting of the tokenizer, a chat template too.
+    """
+    raw = _optional(tokenizer.folder / _SPECIAL)
+    kept = {key: value for key, value in raw.items() if key.endswith(("_token", "special_tokens"))}
+    return None if kept == raw else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def with_bos_first(tokenizer: TokenizerFolder) -> bytes | None:
@@ -181,7 +200,7 @@ def with_bos_first(tokenizer: TokenizerFolder) -> bytes | None:
     the post-processor changes, and transformers 4 replaces it by the same one.
     """
     path, bos = tokenizer.folder / "tokenizer.json", tokenizer.tokens["bos_token"]
-    text = path.read_text(encoding="utf-8")
+    text = _text_of(path)
     first = _from_library(path, text).encode("a").tokens[:1]
     if first == [bos] or tokenizer.config.get("add_bos_token") is False:
         return None
@@ -199,7 +218,7 @@ def with_bos_first(tokenizer: TokenizerFolder) -> bytes | None:
 
 def _special_tokens(folder: Path, vocabulary: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Content of `tokenizer_config.json`, and the texts of BOS, EOS and padding."""
-    config, special = _optional(folder / _CONFIG), _optional(folder / "special_tokens_map.json")
+    config, special = _optional(folder / _CONFIG), _optional(folder / _SPECIAL)
     tokens: dict[str, str] = {}
     for part, usual in USUAL_NAMES.items():
         named = _text(config.get(part)) or _text(special.get(part))
@@ -227,20 +246,54 @@ def _from_library(path: Path, content: str) -> tokenizers.Tokenizer:
 
 def _vocabulary(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not _file(folder, path.name):
         raise DataError(f"{path}: no such file; a Hugging Face folder needs the tokenizer in this form")
-    return _readable(path)
+    return _readable(path, limit=LARGE_JSON_FILE)
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return _readable(path) if path.is_file() else {}
+    return _readable(path) if _file(path.parent, path.name) else {}
 
 
-def _readable(path: Path) -> dict[str, Any]:
+def _readable(path: Path, *, limit: Limit = JSON_FILE) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read_json(path, limit=limit)
     except CheckpointError as error:
         raise DataError(str(error)) from error
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    """A file that may be copied; None if there is none.
+
+    Raises:
+        DataError: a link that leaves the folder, no regular file, or a larger one than tokenizers have.
+    """
+    try:
+        path = regular_file_in(folder, name)
+        if path is not None and path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path.stat().st_size:,} bytes, at most {_LARGEST:,} are read")
+        return path
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / name}: refused, {one_line(error, limit=700)}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """Content of a tokenizer's file.
+
+    Raises:
+        DataError: as for all its files, or it is not readable.
+    """
+    try:
+        return read_limited(path, limit=_LARGEST)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({one_line(error)})") from error
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not readable ({one_line(error)})") from error
 
 
 def _text(token: Any) -> str | None:

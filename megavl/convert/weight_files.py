@@ -16,6 +16,7 @@ from megavl.config.errors import CheckpointError
 from megavl.convert.pickle_in import PickleFile
 from megavl.convert.safetensors_in import SafetensorsFile, read_json
 from megavl.files.model_folders import foreign_weights, require_whole_model
+from megavl.foreign.reading import require_inside
 from megavl.weights.lazy import LazyTensor
 
 PICKLES = (".bin", ".pth", ".pt")
@@ -130,7 +131,7 @@ def _chosen(folder: Path) -> tuple[Path, list[str]]:
     first, *others = found
     if first + _INDEX in others:
         _log.warning("%s: read as transformers does, and not %s", folder / first, first + _INDEX)
-    return folder / first, others
+    return _inside(folder, first, folder), others
 
 
 def open_source(path: Path) -> StoredTensors:
@@ -147,7 +148,7 @@ def open_source(path: Path) -> StoredTensors:
     for ends in ((".safetensors",), PICKLES):
         found = sorted(file for file in path.iterdir() if file.suffix in ends)
         if len(found) == 1:
-            return open_file(found[0])
+            return open_file(_inside(path, found[0].name, path))
         if found:
             names = ", ".join(file.name for file in found[:5])
             raise CheckpointError(f"{path}: holds {len(found)} weight files ({names}); name the one to read")
@@ -194,8 +195,13 @@ def _open_sharded(folder: Path, index: Path, *, others: list[str]) -> StoredTens
 
 
 def _inside(folder: Path, name: str, index: Path, *, key: str = "weight_map") -> Path:
-    # Checked by name only: the model cache of Hugging Face legitimately links its files to another folder.
+    """A file that `index` names, if neither its name nor a link leaves the folder."""
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in parts or "\\" in name:
         raise CheckpointError(f"{index}: {key} names {name!r}, which lies outside the folder; refused")
-    return folder / name
+    path = folder / name
+    try:
+        require_inside(path, folder=folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: refused, {error}") from error
+    return path

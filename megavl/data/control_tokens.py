@@ -7,7 +7,6 @@ kind here, before the library reads the tokenizer. Ids stay as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 from megavl.config.chat import IMAGE_TOKEN, USUAL_NAMES
 from megavl.config.errors import DataError
+from megavl.foreign.parsing import read_json
+from megavl.foreign.reading import regular_file_in
 
 _DECLARATIONS = ("special_tokens_map.json", "tokenizer_config.json")
 _USUAL = frozenset({IMAGE_TOKEN, *(name for names in USUAL_NAMES.values() for name in names)})
@@ -56,8 +57,8 @@ def declared_beside(folder: Path) -> Declared:
     roles: dict[str, str] = {}
     controls: set[str] = set()
     for name in _DECLARATIONS:
-        file = folder / name
-        if not file.is_file():
+        file = companion(folder, name)
+        if file is None:
             continue
         content = _parsed(file)
         for key, value in content.items():
@@ -70,6 +71,18 @@ def declared_beside(folder: Path) -> Declared:
             if isinstance(token, dict) and token.get("special"):
                 controls.update(_names(token))
     return Declared(roles=roles, controls=frozenset(controls))
+
+
+def companion(folder: Path, name: str) -> Path | None:
+    """The file of this name in a tokenizer's folder; None if there is none.
+
+    Raises:
+        DataError: it is a link that leaves the folder, or no regular file.
+    """
+    try:
+        return regular_file_in(folder, name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / name}: refused, {error}") from error
 
 
 def separate_json(content: dict[str, Any], *, declared: Declared) -> dict[str, str]:
@@ -153,10 +166,10 @@ def roles_of_model(raw: bytes) -> dict[str, str]:
 
 def _parsed(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
     except OSError as error:
         raise DataError(f"{file}: cannot read the tokenizer ({error.strerror}); give a readable file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{file}: not valid JSON ({error}); restore the file") from error
     return content if isinstance(content, dict) else {}
 

@@ -35,6 +35,7 @@ from megavl.data.image_worker import (
     map_canvases,
 )
 from megavl.data.table import ReadHandles
+from megavl.foreign.printing import say
 
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 """By default glibc returns the memory of each picture to the system and requests it again, which costs as much as
@@ -186,7 +187,7 @@ class _Lane(threading.Thread):
         job.lost += 1
         what = f"image worker {worker.pid} {str(lost) or worker.end()} with {location_of(job.image)}"
         if job.lost < _ATTEMPTS:
-            print(f"warning: {what}; another one takes over", file=sys.stderr, flush=True)
+            say(f"warning: {what}; another one takes over", to_errors=True)
             return
         self._flight.popleft()
         if not worker.greeted or lost.silent:

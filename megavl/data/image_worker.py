@@ -23,6 +23,7 @@ from megavl.config.errors import DataError
 from megavl.config.presets import ImageGeometry
 from megavl.data.image import OUT_OF_MEMORY, ImageError, ImageFile, canvas, decode_image
 from megavl.data.table import ReadHandles
+from megavl.foreign.printing import say
 
 Canvas = npt.NDArray[np.uint8]
 
@@ -90,7 +91,7 @@ def _serve(geometry: ImageGeometry, *, canvases: Canvas, requests: BinaryIO, rep
 
 def _end_without_memory(image: ImageFile) -> NoReturn:
     # A fresh process has more memory; the image is given up only when that one fails too.
-    print(f"image worker {os.getpid()}: out of memory with {location_of(image)}", file=sys.stderr, flush=True)
+    say(f"image worker {os.getpid()}: out of memory with {location_of(image)}", to_errors=True)
     os._exit(1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from megavl.data.image import ImageError, blank_canvas
 from megavl.data.image_pool import ImagePool
 from megavl.data.image_worker import Canvas
 from megavl.data.sampler import Sampler
+from megavl.foreign.printing import say
 
 _PREFETCHED_STEPS = 4
 """Steps whose sequences are prefetched, as far as `prefetch_images` allows."""
@@ -177,7 +177,7 @@ class StepLoader:
         return canvases
 
     def _report(self, text: str, *, in_row: int) -> None:
-        print(f"warning: sample skipped, {text}", file=sys.stderr, flush=True)
+        say(f"warning: sample skipped, {text}", to_errors=True)
         if in_row >= self._max_bad:
             raise DataError(
                 f"{text}; {in_row} samples in a row failed to load (data.max_bad_in_row {self._max_bad}); check the "

@@ -19,6 +19,8 @@ from megavl.config.errors import DataError
 from megavl.config.model import STRICT
 from megavl.config.presets import ImageGeometry
 from megavl.files.new_file import FileEntry as FileEntry
+from megavl.foreign.parsing import LARGE_JSON_FILE, parse_json
+from megavl.foreign.reading import read_limited
 
 FORMAT_VERSION = 2
 """Raised when files of an older version can no longer be read."""
@@ -210,14 +212,15 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
             makes of its content.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = read_limited(path, limit=LARGE_JSON_FILE.size)
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: not found; preprocessing of this dataset has not finished, "
             "so give the directory of a finished run or start data_tools/preprocess.py again"
         ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot read ({error.strerror}); give the directory of a dataset") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot read ({reason}); give the directory of a dataset") from error
     found = hashlib.sha256(raw).hexdigest()
     if sha256 not in (None, found):
         raise DataError(
@@ -225,7 +228,7 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
             "data_tools/preprocess.py again with --no-resume"
         )
     try:
-        content = json.loads(raw)
+        content = parse_json(raw, limit=LARGE_JSON_FILE)
         version = content.get("version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise DataError(
@@ -237,7 +240,9 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: {where}: {first['msg']}; preprocess the dataset again") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); preprocess the dataset again") from error
     written = to_json(manifest)
     if raw != written:

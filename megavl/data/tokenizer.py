@@ -23,11 +23,20 @@ import tokenizers
 
 from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import DataError, UsageError
-from megavl.data.control_tokens import Declared, declared_beside, roles_of_model, separate_json, separate_model
+from megavl.data.control_tokens import (
+    Declared,
+    companion,
+    declared_beside,
+    roles_of_model,
+    separate_json,
+    separate_model,
+)
 from megavl.data.manifest import TokenizerEntry
 from megavl.data.text_parts import AHEAD, LONG, divides_words, inner_ends, require_short, safe_borders, word_borders
 from megavl.data.text_parts import parts as text_parts
 from megavl.data.word_cache import WordCache
+from megavl.foreign.parsing import LARGE_JSON_FILE, parse_json
+from megavl.foreign.reading import read_limited
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -199,7 +208,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(raw).hexdigest()
         declared = declared_beside(path.parent)
         try:
-            content = json.loads(raw)
+            content = parse_json(raw, limit=LARGE_JSON_FILE)
             known = separate_json(content, declared=declared)
             self._borders = safe_borders(content)
             if (borders := word_borders(content)) is not None:
@@ -211,7 +220,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
-        self.files = tuple(file for name in _COMPANIONS if (file := path.parent / name).is_file()) or (path,)
+        self.files = tuple(file for name in _COMPANIONS if (file := companion(path.parent, name))) or (path,)
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
         model = content["model"]
         unknown = self._inner.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
@@ -315,7 +324,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
             f"(then give {Path(name).name})"
         )
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        found = [file for name in ("tokenizer.json", "tokenizer.model") if (file := companion(path, name))]
         if not found:
             raise DataError(
                 f"{path}: neither tokenizer.json nor tokenizer.model in this folder; give a tokenizer's path"
@@ -351,6 +360,7 @@ def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the tokenizer ({error.strerror}); give a readable file") from error
+        return read_limited(path, limit=LARGE_JSON_FILE.size)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot read the tokenizer ({reason}); give a readable file") from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megavl.config.errors import CheckpointError
+from megavl.foreign.parsing import JSON_FILE, parse_json
+from megavl.foreign.reading import read_limited
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
@@ -113,14 +114,14 @@ def foreign_weights(folder: Path) -> str | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_limited(path, limit=JSON_FILE.size).decode("utf-8")
+    except (OSError, ValueError):
         return ""
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError):
+        content = parse_json(_text(path).encode("utf-8"))
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -16,7 +16,6 @@ import os
 import random
 import re
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from megavl.config.errors import StorageError, UsageError
 from megavl.files.owner import Owner
+from megavl.foreign.printing import say
 
 BEAT_S = 2.0
 """Time between two counts of an owner, seconds."""
@@ -194,7 +194,7 @@ def take(
 
 
 def _print_error(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, to_errors=True)
 
 
 def _wait_until_gone(

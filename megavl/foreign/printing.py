@@ -7,6 +7,7 @@ hide the end of a line. Every character is looked at on its own, so a text may b
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import unicodedata
 from typing import Any, TextIO
@@ -34,6 +35,14 @@ def say(*lines: object, end: str = "\n", to_errors: bool = False) -> None:
     stream = sys.stderr if to_errors else sys.stdout
     text = "\n".join(visible(str(line)) for line in lines) + end
     print(_encodable(text, stream), end="", file=stream, flush=True)
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log lines with control characters made visible."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a record."""
+        return visible(super().format(record))
 
 
 def json_line(value: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavl.config.errors import DataError
+from megavl.foreign.printing import say
 from megavl.main.device import add_device_arguments, choose_device
 from megavl.main.sampling import add_sampling_arguments, sampling_of
 
@@ -62,13 +63,13 @@ class _Chat:
 
     def run(self) -> None:
         if self.typed:
-            print("/help lists the commands.")
+            say("/help lists the commands.")
         while (line := self._read()) is not None:
             word, _, rest = line.strip().partition(" ")
             if word == "/exit":
                 return
             if word == "/help":
-                print(HELP)
+                say(HELP)
             elif word == "/reset":
                 self.conversation.reset()
                 self.images = []
@@ -87,7 +88,7 @@ class _Chat:
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                print("\n/exit leaves.")
+                say("\n/exit leaves.")
 
     def _show(self, path: str) -> None:
         from megavl.data.image import decode_image
@@ -104,7 +105,7 @@ class _Chat:
         said = False
         try:
             for piece in answer:
-                print(piece, end="", flush=True)
+                say(piece, end="")
                 said = said or bool(piece)
         except DataError as error:
             self._complain(str(error))
@@ -112,7 +113,7 @@ class _Chat:
         except KeyboardInterrupt:
             answer.close()
         self.images = []
-        print("" if said else "(no answer)", flush=True)
+        say("" if said else "(no answer)")
 
     def _complain(self, message: str) -> None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        say(f"error: {message}", to_errors=True)

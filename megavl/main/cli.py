@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.expected_warnings import ignore_expected_warnings
+from megavl.foreign.printing import VisibleFormatter, say
 
 _COMMANDS = {
     "train": "train one stage; run under torchrun or srun; resumes by itself",
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     ignore_expected_warnings()
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(VisibleFormatter())
     parser = _Parser(prog="megavl", description="Train DeepSeek-VL with 3D parallelism.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in arguments if word in _COMMANDS), None)
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(runs[parsed.command](parsed))
     except MegaVLError as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", to_errors=True)
         return error.exit_code
     except BrokenPipeError:
         return 0

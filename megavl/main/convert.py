@@ -24,6 +24,7 @@ from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, w
 from megavl.convert.verify import compare
 from megavl.files.durable import replace_durably, storage_errors
 from megavl.files.model_folders import hub_snapshot
+from megavl.foreign.printing import say
 from megavl.main.device import choose_device
 from megavl.main.progress import counted
 from megavl.weights.dtypes import DTYPES
@@ -89,7 +90,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     unused = read_unused(tensors, config=config, fmt=fmt)
     progress = partial(counted, what="from-hf")
     out = write_checkpoint(arguments.out, config=config, tensors=weights, unused=unused, files=files, progress=progress)
-    print(f"{source} ({fmt} format, {config.preset} sizes): {len(weights)} tensors to {out}")
+    say(f"{source} ({fmt} format, {config.preset} sizes): {len(weights)} tensors to {out}")
     return 0
 
 
@@ -123,17 +124,17 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _report(weights: StartWeights, *, out: Path, added: bool) -> None:
     for line in weights.table():
-        print(line)
+        say(line)
     left_out = ", ".join(f"{source.left_out} of {name}" for name, source in weights.sources.items() if source.left_out)
     kept = f"{len(weights.unused)} unused tensors kept for the original format" if weights.unused else ""
     for line in filter(None, (kept, left_out and f"left out: {left_out} (text tower, mask decoder and the like)")):
-        print(line)
+        say(line)
     if added:
-        print(
+        say(
             f"{IMAGE_TOKEN} was not in the tokenizer and got id {weights.config.image_token_id}: prepare data and "
             f"train with {out / 'tokenizer'}"
         )
-    print(f"{out}: {weights.dtype}; {ORIGINS} in it names the origin of every tensor")
+    say(f"{out}: {weights.dtype}; {ORIGINS} in it names the origin of every tensor")
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
@@ -144,7 +145,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         progress=partial(counted, what="to-hf"),
     )
-    print(f"{source} to {out} ({arguments.format} format)")
+    say(f"{source} to {out} ({arguments.format} format)")
     return 0
 
 
@@ -158,11 +159,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     with torch.no_grad():
         models = [find_weights(path) for path in (arguments.source, arguments.out)]
         result = compare(*(model.tensors for model in models))
-    print(result.summary())
+    say(result.summary())
     # Equal weights with other heads or another rotary base are another model.
     differences, labels = model_changes(*(model.config for model in models))
     for change in (*differences, *(label for label in labels if label.key != "model.preset")):
-        print(f"  {change.key}: {change.old} and {change.new}")
+        say(f"  {change.key}: {change.old} and {change.new}")
     return 0 if result.identical and not differences else 4
 
 
@@ -174,7 +175,7 @@ def _verify_against_transformers(arguments: argparse.Namespace) -> int:
     from megavl.generate.against_transformers import compare as compare_logits
 
     result = compare_logits(arguments.source, arguments.out or arguments.source)
-    print(result.summary())
+    say(result.summary())
     if arguments.json is not None:
         with storage_errors(f"writing {arguments.json}"):
             replace_durably(arguments.json, (json.dumps(result.report()) + "\n").encode())

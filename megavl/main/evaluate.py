@@ -10,6 +10,7 @@ from pathlib import Path
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.recipe import ParallelConfig
 from megavl.files.durable import replace_durably
+from megavl.foreign.printing import say
 from megavl.main.device import add_device_arguments
 from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
 
@@ -84,7 +85,7 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
             batch_size=arguments.batch_size,
         )
     if is_speaker():
-        print(report.table())
+        say(report.table())
         if arguments.json:
             _write(Path(arguments.json), json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return 0

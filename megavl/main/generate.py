@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megavl.config.errors import UsageError
 from megavl.config.recipe import ParallelConfig
+from megavl.foreign.printing import json_line, say
 from megavl.main.device import add_device_arguments
 from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
 from megavl.main.sampling import add_sampling_arguments, sampling_of
@@ -189,9 +189,9 @@ def _row(answer: Answer) -> dict[str, Any]:
 
 
 def _say_json(row: dict[str, Any]) -> None:
-    _say(json.dumps(row, ensure_ascii=False) + "\n")
+    _say(json_line(row) + "\n")
 
 
 def _say(text: str) -> None:
     if text and is_speaker():
-        print(text, end="", flush=True)
+        say(text, end="")

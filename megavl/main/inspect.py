@@ -8,10 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
+from megavl.checkpoint.reader import check_items, load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.store import read_manifest
+from megavl.config.errors import CheckpointError
 from megavl.config.identity import model_name
 from megavl.convert.checkpoint_files import ORIGINS
+from megavl.convert.safetensors_in import read_json
+from megavl.foreign.printing import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,24 +24,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify every file's hash, then print sizes and contents."""
+    """Verify every file's hash, and that every load would accept it; then print sizes and contents."""
     path = resolve(arguments.checkpoint)
     manifest = read_manifest(path)
     config, tensors = load_model_config(path), open_model_tensors(path)
+    check_items(path)
     size = sum(record["size"] for record in manifest["files"].values())
-    print(f"{path}: verified, {len(manifest['files'])} files, {size / 1e6:,.1f} MB")
+    say(f"{path}: verified, {len(manifest['files'])} files, {size / 1e6:,.1f} MB")
     parameters = sum(prod(tensor.shape) for tensor in tensors.values())
-    print(f"model {model_name(config)}: {len(tensors)} tensors, {parameters:,} parameters")
+    say(f"model {model_name(config)}: {len(tensors)} tensors, {parameters:,} parameters")
     for key, value in manifest["content"].items():
-        print(f"  {key}: {json.dumps(value)}")
-    origins = json.loads((path / ORIGINS).read_text(encoding="utf-8")) if ORIGINS in manifest["files"] else {}
+        say(f"  {key}: {json.dumps(value)}")
+    origins = _origins(path) if ORIGINS in manifest["files"] else {}
     for name, source in origins.get("sources", {}).items():
-        print(f"  {name} from {source}")
+        say(f"  {name} from {source}")
     if arguments.tensors:
         for name, tensor in tensors.items():
-            origin = _origin(origins["tensors"][name]) if origins else ""
-            print(f"  {name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}{origin}")
+            origin = _origin(origins["tensors"].get(name, "?")) if origins else ""
+            say(f"  {name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}{origin}")
     return 0
+
+
+def _origins(path: Path) -> dict[str, Any]:
+    """Where the weights of a start checkpoint come from."""
+    origins = read_json(path / ORIGINS)
+    parts = origins.get("sources"), origins.get("tensors")
+    entries = parts[1].values() if isinstance(parts[1], dict) else [None]
+    if not isinstance(parts[0], dict) or not all(map(_is_origin, entries)):
+        raise CheckpointError(f"{path / ORIGINS}: not readable, sources and tensors must say where each comes from")
+    return origins
+
+
+def _is_origin(entry: Any) -> bool:
+    """Whether this is a text, or a list of files and of the tensors in them."""
+    return isinstance(entry, str) or (
+        isinstance(entry, list)
+        and all(
+            isinstance(part, dict) and isinstance(part.get("file"), str) and isinstance(part.get("tensor"), str)
+            for part in entry
+        )
+    )
 
 
 def _origin(entry: Any) -> str:

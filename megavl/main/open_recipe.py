@@ -10,6 +10,7 @@ from megavl.config.errors import UsageError
 from megavl.config.key_list import key_lines
 from megavl.config.load import load_recipe, read_raw
 from megavl.config.recipe import Recipe
+from megavl.foreign.printing import say
 from megavl.planner.hardware.devices import Device
 from megavl.planner.layouts.check import nearest_text, wanted_choice
 
@@ -23,7 +24,7 @@ class _ListKeys(argparse.Action):
     """Like `--help`: prints, and ends the command without its other arguments."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        print("\n".join(key_lines()))
+        say("\n".join(key_lines()))
         parser.exit()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
+from megavl.foreign.printing import say
 from megavl.main.open_recipe import add_recipe_arguments, open_on_one_device, open_recipe
 from megavl.planner.hardware.calibration import (
     check_calibration,
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.timeline:
         write_timeline(args.timeline, scenario, layout, source)
     show = _as_json if args.json else _as_text
-    print(show(plan, scenario, ranking, mixing))
+    say(show(plan, scenario, ranking, mixing))
     check_memory(scenario, layout, device)
     return 0
 
@@ -200,5 +201,5 @@ def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
     if new is not None:
         write_calibration(args.calibrate, merge(old, new, path=args.calibrate))
         entry = new.entries[0]
-        print(f"{args.calibrate}: tensor {entry.tensor}, {entry.processes} processes, {new.device}", flush=True)
+        say(f"{args.calibrate}: tensor {entry.tensor}, {entry.processes} processes, {new.device}")
     return 0

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, MegaVLError, PeerError, StorageError, UsageError
 from megavl.config.load import read_raw
+from megavl.foreign.printing import say
 from megavl.main.open_recipe import add_recipe_arguments, open_recipe
 from megavl.planner.layouts.check import checked_scenario
 from megavl.train.supervise.exit_status import ExitStatus
@@ -115,7 +116,7 @@ def _refuse(run_dir: str | None, error: UsageError) -> int:
 
 def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:
     """Leave after a defect of MegaVL: print the traceback; peers read the status."""
-    traceback.print_exc()
+    say(traceback.format_exc(), to_errors=True)
     _leave(status, 1, f"{type(error).__name__}: {error}")
 
 
@@ -124,7 +125,7 @@ def _leave(status: ExitStatus, code: int, reason: str) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         first = status.write(code, reason)
         if first and not (status.claim.refusal and status.rank):
-            print(f"error: {reason}", file=sys.stderr, flush=True)
+            say(f"error: {reason}", to_errors=True)
         sys.stdout.flush()
         sys.stderr.flush()
     status.claim.release()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 from megavl.files.durable import set_aside
+from megavl.foreign.printing import say
 
 
 def warn(text: str) -> None:
     """Print a warning on standard error."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}", to_errors=True)
 
 
 def free_for_file(path: Path) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megavl.config.identity import model_name
 from megavl.config.recipe import Recipe
+from megavl.foreign.printing import say
 from megavl.model.build import BuildSpec
 from megavl.parallel import cpu_runtime
 from megavl.parallel.groups import Position
@@ -62,7 +63,7 @@ class RunPlan:
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.position.rank == 0:
-            print(text, flush=True)
+            say(text)
 
 
 def this_device() -> Device | None:

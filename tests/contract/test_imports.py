@@ -14,7 +14,7 @@ import pytest
 ARROWS: dict[str, set[str]] = {
     "foreign": set(),
     "config": {"foreign"},
-    "files": {"config"},
+    "files": {"config", "foreign"},
     "weights": {"config", "files"},
     "planner": {"config", "foreign"},
     "parallel": {"config"},

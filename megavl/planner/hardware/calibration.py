@@ -19,6 +19,8 @@ from pydantic.dataclasses import dataclass
 from megavl.config.errors import UsageError
 from megavl.config.model import STRICT, ModelConfig
 from megavl.config.recipe import Recipe
+from megavl.foreign.parsing import JSON_FILE
+from megavl.foreign.reading import read_limited
 from megavl.planner.hardware.devices import Device, known_device
 
 FORMAT = 1
@@ -130,8 +132,8 @@ def read_calibration(path: str | Path) -> Calibration:
         UsageError: missing, not JSON, or not a calibration of this version.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_limited(path, limit=JSON_FILE.size).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise UsageError(f"--calibration: cannot read {path}: {error}") from error
     try:
         found = TypeAdapter(Calibration).validate_json(text)

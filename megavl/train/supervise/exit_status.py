@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 
 from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError, StorageError
 from megavl.files.durable import set_aside
+from megavl.foreign.printing import say
 from megavl.train.supervise.claim import RunClaim
 
 _RESUMABLE = (EXIT_PREEMPTED, EXIT_INTERRUPTED, PeerError.exit_code)
@@ -69,11 +69,10 @@ class ExitStatus:
             return _write_once(self.path, text, rank=self.rank)
         except OSError as error:
             self.failed = True
-            print(
+            say(
                 f"warning: {self.path} cannot be written ({error.strerror}); it would say: {text}",
                 end="",
-                file=sys.stderr,
-                flush=True,
+                to_errors=True,
             )
             return first
 

@@ -8,7 +8,6 @@ also leaves at Ctrl-C where no step would end soon: the main thread may wait in 
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from megavl.config.errors import EXIT_INTERRUPTED, PeerError
 from megavl.files import activity
 from megavl.files.process import Process
+from megavl.foreign.printing import say
 from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.signals import StopFlag
 
@@ -103,5 +103,5 @@ class Watchdog(threading.Thread):
             row = json.loads(self.status.path.read_text(encoding="utf-8"))
             return f"rank {row['rank']} had left with code {row['code']}: {row['reason']}"
         except (OSError, ValueError, KeyError, TypeError):
-            print(f"warning: {self.status.path} cannot be read", file=sys.stderr, flush=True)
+            say(f"warning: {self.status.path} cannot be read", to_errors=True)
             return "another rank had left"

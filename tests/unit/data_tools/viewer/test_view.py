@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from data_tools import view
-from data_tools.viewer.packed_view import PackReader, visible
+from data_tools.viewer.packed_view import PackReader
 from megavl.data.tokenizer import open_tokenizer
+from megavl.foreign.printing import visible
 from tests.unit.data.corpus_files import (
     IMAGE_TOKENS,
     make_images,
