@@ -26,9 +26,9 @@ from data_tools.pipeline.first_images import check_first_images
 from data_tools.pipeline.histograms import histogram_lines
 from data_tools.pipeline.image_map import open_image_map
 from data_tools.pipeline.image_source import is_address
-from data_tools.pipeline.job import Job, Task, needs_image_token, open_input, plan_tasks, sampled, tokenizer_at
+from data_tools.pipeline.job import Input, Job, Task, needs_image_token, open_input, plan_tasks, sampled, tokenizer_at
 from data_tools.pipeline.output import Output
-from data_tools.readers.files import check_columns, first_with_image
+from data_tools.readers.files import NoRecordsError, check_columns, first_with_image
 from data_tools.readers.formats import COLUMN_NAMES, FORMATS
 from data_tools.readers.input_paths import counted, input_files
 from megavl.config.chat import SYSTEM_PROMPT
@@ -281,7 +281,14 @@ def _job(options: argparse.Namespace) -> Job:
     left_out: Counter[str] = Counter()
     paths = input_files(options.input, left_out=left_out)
     check_columns(paths, columns)
-    inputs = [open_input(path, format=options.format, template=options.template, columns=columns) for path in paths]
+    inputs: list[Input] = []
+    for path in paths:
+        try:
+            inputs.append(open_input(path, format=options.format, template=options.template, columns=columns))
+        except NoRecordsError as error:
+            if path == paths[-1] and not inputs:
+                raise
+            print(error)
     for item in inputs:
         first = partial(
             first_with_image,

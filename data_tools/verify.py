@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megavl.config.errors import DataError, MegaVLError
+from megavl.config.version import VERSION
 from megavl.data.dataset import Source
-from megavl.data.image import ImageError, check_image
+from megavl.data.image import ImageError, ImageInfo, check_image
 from megavl.data.shard import Shard
 from megavl.data.table import ReadHandles
 from megavl.foreign.printing import say
@@ -73,9 +74,24 @@ def _images(shard: Shard) -> int:
             info = check_image(data, verify="full", max_aspect=float("inf"))
         except ImageError as error:
             raise DataError(f"{where}: {error}; preprocess again with --verify full") from error
-        if (info.width, info.height) != (int(row["width"]), int(row["height"])):
-            raise DataError(f"{where}: is {info.width} x {info.height}, which its table does not say; preprocess again")
+        width, height = int(row["width"]), int(row["height"])
+        if (info.width, info.height) != (width, height):
+            raise DataError(
+                f"{where}: is {info.width} x {info.height}, but its table says {width} x {height}"
+                f"{_older(shard, info, size=(width, height))}; preprocess again"
+            )
     return shard.manifest.images
+
+
+def _older(shard: Shard, info: ImageInfo, *, size: tuple[int, int]) -> str:
+    """Says where an older version of the code explains the size of an image."""
+    made_by = shard.manifest.code_version
+    version = f" (the shard was made by version {made_by}, this is {VERSION})" if made_by != VERSION else ""
+    if info.format == "TIFF" and size == (info.height, info.width):
+        return (
+            f", as versions up to 0.2.0 stored the sides of a TIFF that lies on its side (orientation 5 to 8){version}"
+        )
+    return version
 
 
 def _membership(source: Source) -> None:

@@ -111,7 +111,9 @@ class ImageSource:
         """Where a path may lie. `..` is resolved by its spelling, which must not depend on which folders exist."""
         # POSIX gives two leading slashes a meaning of their own, which Linux does not.
         path = "/" + path.lstrip("/") if path.startswith("//") else path
-        given = ((root, os.path.normpath(os.path.join(root, path))) for root in self._roots)
+        # Windows writes `images\\a.jpg`; a file that is called so all the same comes first.
+        names = dict.fromkeys((path, path.replace("\\", "/")))
+        given = ((root, os.path.normpath(os.path.join(root, name))) for name in names for root in self._roots)
         return [candidate for root, candidate in given if _is_inside(root, candidate)]
 
     def _read(self, path: str) -> bytes:

@@ -139,7 +139,8 @@ def open_input(path: str, *, format: str, template: Template | None, columns: Ma
         columns: other names of keys, by the name that the formats use.
 
     Raises:
-        UsageError: the file is unreadable, empty or of no known format, or its format cannot take the template.
+        UsageError: the file is unreadable or of no known format, or its format cannot take the template.
+        NoRecordsError: it is empty.
         DataError: the file is damaged, or its compression cannot be read.
     """
     try:

@@ -210,6 +210,8 @@ def _message(raw: Any, *, where: str) -> _Message:
 
 def _parts(content: object, *, role: Role, key: str) -> Iterator[str | Picture | _Tag]:
     """Text and images of a turn; tags are found in what users and the system say."""
+    if isinstance(content, str) and content.startswith(("[{", "[ {")):
+        content = _parts_in_text(content)
     if not isinstance(content, list):
         yield from _tagged(string(content, key=key), role=role, key=key)
         return
@@ -230,6 +232,17 @@ def _parts(content: object, *, role: Role, key: str) -> Iterator[str | Picture |
             raise RecordError(f"{where}.type is {kind}; only text and images can be trained", "unsupported_media")
         else:
             raise RecordError(f"{where}.type must be text, image or image_url, found {kind!r}")
+
+
+def _parts_in_text(content: str) -> Any:
+    """The parts of a turn that a table without nested columns holds as JSON text; another text itself."""
+    parts = from_json_text(content)
+    known = ("text", "image", "image_url", "input_text", "input_image", "output_text")
+    return parts if isinstance(parts, list) and all(_kind_of_part(part) in known for part in parts) else content
+
+
+def _kind_of_part(part: object) -> object:
+    return part.get("type") if isinstance(part, Mapping) and isinstance(part.get("type"), str) else None
 
 
 def _image_part(part: Mapping[str, Any], *, where: str, address: bool) -> Picture | _Tag:

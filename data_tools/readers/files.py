@@ -32,6 +32,10 @@ _COMPRESSED = {
 _KINDS = {"json": "a JSON file", "tar": "a tar archive", "parquet": "a Parquet file"}
 
 
+class NoRecordsError(UsageError):
+    """An input file that is sound, but empty; some writers of shards leave such ones."""
+
+
 def container_of(path: str, *, start: bytes) -> Container:
     """The kind of a file that begins with these 512 bytes or more; a table is `parquet`, also as an Arrow file.
 
@@ -65,6 +69,7 @@ def choose_format(path: str, *, container: Container, asked: str, columns: Mappi
 
     Raises:
         UsageError: the format is not recognised, or this kind of file cannot hold the wanted one.
+        NoRecordsError: there is nothing to recognise.
     """
     if asked == "auto":
         return _recognise(path, container=container, columns=columns)
@@ -112,6 +117,8 @@ def _recognise(path: str, *, container: Container, columns: Mapping[str, str]) -
     if container == "tar":
         return "webdataset"
     found, seen = _first_format(path, container=container, columns=columns)
+    if found is None and not seen:
+        raise NoRecordsError(f"--input {path}: format not recognised (it has no records); leave it out")
     if found is None:
         raise UsageError(
             f"--input {path}: format not recognised (it has {seen}); known formats are {', '.join(FORMATS)}, named by "
@@ -162,19 +169,34 @@ def _names_in(content: Any, *, role: str) -> set[str]:
 
 def _first_records(path: str, *, container: Container) -> Iterator[tuple[int, Any]]:
     """Position and content of the first records of a file that can be parsed."""
+    for position, found in _first_parsed(path, container=container):
+        if not isinstance(found, RecordError):
+            yield position, found
+
+
+def _first_parsed(path: str, *, container: Container) -> Iterator[tuple[int, Any]]:
+    """Position of the first records of a file with their content, or the RecordError why there is none."""
     for split in divide_file(path, container=container, size=1 << 30, limit=_SAMPLED):
         for entry in islice(entries(split), _SAMPLED):
             content = entry.content
-            with contextlib.suppress(RecordError):
-                if not isinstance(content, RecordError):
-                    yield entry.position, parse_json(content) if isinstance(content, bytes) else content
+            if isinstance(content, bytes) and not content.strip():
+                continue
+            try:
+                yield entry.position, parse_json(content) if isinstance(content, bytes) else content
+            except RecordError as error:
+                yield entry.position, error
 
 
 def _first_format(path: str, *, container: Container, columns: Mapping[str, str]) -> tuple[str | None, str]:
-    seen = f"columns {', '.join(schema_of(path).names[:20])}" if container == "parquet" else ""
-    for _, content in _first_records(path, container=container):
+    seen = damage = ""
+    for position, content in _first_parsed(path, container=container):
+        if container == "parquet" and not seen:
+            seen = f"columns {', '.join(schema_of(path).names[:20])}"
+        if isinstance(content, RecordError):
+            damage = damage or f"no records: line or item {position} is {content}; each must be one record"
+            continue
         with contextlib.suppress(RecordError):
             if name := recognise(renamed(content, columns)):
                 return name, ""
         seen = seen or (f"keys {', '.join(list(content)[:8])}" if isinstance(content, dict) else "no objects")
-    return None, seen or "no valid JSON"
+    return None, seen or damage

@@ -35,7 +35,6 @@ def input_files(sources: Sequence[str], *, left_out: Counter[str] | None = None)
     Raises:
         UsageError: a folder or pattern has no such file, or a folder cannot be read.
     """
-    files: dict[str, None] = {}
     named: list[str] = []
     others: set[str] = set()
     for source in sources:
@@ -56,10 +55,9 @@ def input_files(sources: Sequence[str], *, left_out: Counter[str] | None = None)
         # Some writers of shards leave an empty last one. img2dataset describes 00000.tar once more in 00000.parquet.
         others |= {file for file in unread if file.rpartition(".")[2].lower() not in KIND_OF_SUFFIX}
         others |= {file for file in found if _describes_tar(file)}
-        found = [file for file in found if os.path.getsize(file) and not _describes_tar(file)] or found
-        new = [file for file in dict.fromkeys(found) if file not in files]
-        files.update(dict.fromkeys(new))
-        named += new
+        found = [file for file in found if not _is_empty(file) and not _describes_tar(file)] or found
+        known = set(map(os.path.abspath, named))
+        named += [file for file in dict.fromkeys(found) if os.path.abspath(file) not in known]
     if left_out is not None:
         left_out.update(_ends(others - {*named}))
     return named
@@ -90,6 +88,11 @@ def _refuse_mixed_parts(folder: str, files: Sequence[str]) -> None:
             f"--input {folder}: holds {' and '.join(sorted(parts))} files, which are different parts of a data set; "
             f"name those to train on, such as '{patterns[-1]}'"
         )
+
+
+def _is_empty(file: str) -> bool:
+    # A link that leads nowhere is refused when it is opened.
+    return os.path.exists(file) and not os.path.getsize(file)
 
 
 def _describes_tar(file: str) -> bool:

@@ -13,7 +13,7 @@ from megavl.data.template import IMAGE_TAG, Turn
 
 SHORT_TAG = "<image>"
 """Other spelling of IMAGE_TAG in input files."""
-TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}")
+TAG = re.compile(f"{re.escape(SHORT_TAG)}|{re.escape(IMAGE_TAG)}", re.IGNORECASE)
 IMAGE_KEYS = (
     *("image", "images", "image_path", "image_paths", "image_url", "image_urls", "image_file", "img"),
     *("file_name", "file_names", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),

@@ -50,8 +50,9 @@ KIND_OF_SUFFIX: Mapping[str, Kind] = {
 DRAWINGS = frozenset(
     ("svg", "svgz", "eps", "ps", "ai", "emf", "wmf", "cdr", "dxf", "pdf", "djvu", "xps", "epub")
     + ("doc", "docx", "ppt", "pptx", "xls", "xlsx", "odt", "odp", "ods", "rtf")
+    + ("ply", "pcd", "las", "laz", "obj", "stl", "glb", "gltf", "npy", "npz", "mat", "h5", "nii", "edf")
 )
-"""File names of drawings and documents, which a text may as well come from."""
+"""File names of drawings, documents, solids and arrays, which a text may as well come from."""
 _KIND_OF_WORD: Mapping[str, Kind] = {
     **dict.fromkeys(("image", "img", "picture", "pic", "photo", "pixel"), "image"),
     **dict.fromkeys(("video", "clip"), "video"),
@@ -70,7 +71,7 @@ _SURE_WORDS = ("image", "img", "video", "audio")
 _LIKELY_WORDS = ("picture", "pic", "photo", "clip")
 _DRAWING_KEY = re.compile(
     r"(?:[a-z0-9]+_)*?(?:fig|figure|drawing|diagram|chart|plot|graphic|visual|slide|scan|screenshot|attachment|media"
-    r"|files|document|doc|pdf|svg)s?(?:_?\d+)?(?:_(?:path|file|file_name|filename|url|uri|link|src))?s?"
+    r"|files|document|doc|pdf|svg|point_?cloud|pcd|mesh|lidar|scene|depth|feature|signal)s?(?:_?\d+)?(?:_(?:path|file|file_name|filename|url|uri|link|src))?s?"
 )
 """Further keys under which the name of a drawing or document is a reference."""
 _SOURCE_KEYS = {

@@ -38,14 +38,14 @@ _FOREIGN_TAG = re.compile(
     r"|audio_placeholder|(?:image|video|audio)[ _-]\d+)>|<ref>[^<\n]*</ref>\s*<box>",
     re.IGNORECASE,
 )
-_MEDIA_TAG = r"(?:<image>|<image_placeholder>|<video>|<audio>)"
+_MEDIA_TAG = r"(?i:<image>|<image_placeholder>|<video>|<audio>)"
 # A tag that no sentence holds: alone on a line, after a short title, or joined to the start or the end of the text.
 LONE_TAG = re.compile(
     rf"(?m:^[ \t]*(?:{_MEDIA_TAG}[ \t]*)+$)|(?m:^\S[^\n:]{{0,20}}:[ \t]*{_MEDIA_TAG}[ \t]*$)"
     rf"|\A\s*{_MEDIA_TAG}(?=\S)|(?<=\S){_MEDIA_TAG}\s*\Z"
 )
 _LONE_CLIP = re.compile(
-    r"(?m:^[ \t]*<(video|audio)>[ \t]*$)|\A\s*<(?:video|audio)>(?=\S)|(?<=\S)<(?:video|audio)>\s*\Z"
+    r"(?m:^[ \t]*<(video|audio)>[ \t]*$)|\A\s*<(?:video|audio)>(?=\S)|(?<=\S)<(?:video|audio)>\s*\Z", re.IGNORECASE
 )
 
 

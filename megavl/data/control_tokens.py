@@ -136,10 +136,10 @@ def separate_model(raw: bytes, *, controls: Iterable[str]) -> bytes:
     """
     names, usual = ({name.encode("utf-8") for name in group if len(name) > 1} for group in (controls, _USUAL))
     out = bytearray()
-    for number, field, start, end in _fields(raw):
+    for number, field, start, end in fields(raw):
         # A ModelProto holds its symbols as field 1: text (1), score (2) and type (3), which is NORMAL where absent.
         if number == 1:
-            parts = {inner: raw[start:end][first:last] for inner, _, first, last in _fields(raw[start:end])}
+            parts = {inner: raw[start:end][first:last] for inner, _, first, last in fields(raw[start:end])}
             kind = parts.get(3, bytes([_NORMAL]))[0]
             if kind == _NORMAL and parts.get(1) in names or kind == _USER_DEFINED and parts.get(1) in names | usual:
                 # Of two values the last one counts.
@@ -156,9 +156,9 @@ def roles_of_model(raw: bytes) -> dict[str, str]:
     The library gives no id for a user-defined symbol in such a role.
     """
     roles = dict(_MODEL_ROLES.values())
-    for number, _, start, end in _fields(raw):
+    for number, _, start, end in fields(raw):
         # A ModelProto holds its TrainerSpec as field 2.
-        for inner, _, first, last in _fields(raw[start:end]) if number == 2 else ():
+        for inner, _, first, last in fields(raw[start:end]) if number == 2 else ():
             if inner in _MODEL_ROLES:
                 roles[_MODEL_ROLES[inner][0]] = raw[start:end][first:last].decode("utf-8")
     return roles
@@ -191,7 +191,7 @@ def _merged(merge: str | list[str], prefix: str) -> Iterable[str]:
     return left, right, left + right.removeprefix(prefix)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+def fields(data: bytes) -> Iterator[tuple[int, int, int, int]]:
     """Number, first byte, first byte of the value and end of each field of a protocol buffer."""
     position = 0
     while position < len(data):

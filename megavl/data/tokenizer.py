@@ -32,6 +32,7 @@ from megavl.data.control_tokens import (
     separate_model,
 )
 from megavl.data.manifest import TokenizerEntry
+from megavl.data.model_borders import model_borders
 from megavl.data.text_parts import AHEAD, LONG, divides_words, inner_ends, require_short, safe_borders, word_borders
 from megavl.data.text_parts import parts as text_parts
 from megavl.data.word_cache import WordCache
@@ -76,6 +77,8 @@ class Tokenizer(ABC):
     """Where a text may be divided."""
     _words: WordCache | None = None
     """Remembers words, where texts may be divided into them."""
+    _skipped = 0
+    """Characters after a border that the library adds by itself."""
     _longest: int
     """Most bytes of UTF-8 that the library takes in one go, in 300 to 400 MB of memory."""
 
@@ -132,7 +135,7 @@ class Tokenizer(ABC):
             DataError: as for `encode_batch`.
         """
         for start, end in text_parts(text, borders=self._borders):
-            part = text[start:end]
+            part = text[start + self._skipped * bool(start) : end]
             ids: Sequence[int] | None = self._encode_word(part) if len(part) > LONG else None
             if ids is None:
                 (ids,) = self._encode([require_short(part, longest=self._longest)])
@@ -150,10 +153,13 @@ class Tokenizer(ABC):
         found: list[int] = []
         owners: list[int] = []
         for start, end in text_parts(text, borders=self._borders):
-            ids, starts = self._encode_with_starts(require_short(text[start:end], longest=self._longest))
+            first = start + self._skipped * bool(start)
+            ids, starts = self._encode_with_starts(require_short(text[first:end], longest=self._longest))
             self._check(ids)
             found += ids
-            owners += [min(bisect_right(ends, start + first), len(ends) - 1) for first in starts]
+            # The first token of a part also stands for what the library adds.
+            begins = [start, *(first + begin for begin in starts[1:])]
+            owners += [min(bisect_right(ends, begin), len(ends) - 1) for begin in begins[: len(ids)]]
         return found, owners
 
     def encode(self, text: str) -> list[int]:
@@ -285,8 +291,11 @@ class SentencePieceTokenizer(Tokenizer):
             declared = replace(declared, roles=roles | declared.roles)
             known = declared.names_in(pieces)
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=separate_model(raw, controls=known))
+            borders = model_borders(raw)
         except (RuntimeError, OSError, LookupError, ValueError) as error:
             raise DataError(f"{path}: not a SentencePiece model; give a .model file or a tokenizer.json") from error
+        if borders is not None:
+            self._borders, self._skipped = borders.pattern, int(borders.prefixed)
         self.vocab_size = len(pieces)
         controls = {name for name, token in pieces.items() if self._inner.is_control(token)}
         self._set_specials(declared, find=pieces.get, known=known | controls, unknown=self._inner.unk_id())
@@ -319,7 +328,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     given, path = str(path), Path(path)
     if not os.path.lexists(path) and (name := _hub_name(given)):
         raise UsageError(
-            f"{given}: no such file or folder; correct the path, or if it is on the Hugging Face Hub, fetch it first: "
+            f"{given}: no such tokenizer; correct the path, or if it is on the Hugging Face Hub, fetch it first: "
             f"hf download {name} --include 'tokenizer*' --local-dir {Path(name).name} "
             f"(then give {Path(name).name})"
         )

@@ -1,5 +1,6 @@
 """Long texts are divided only where their ids stay those of the whole text."""
 
+import io
 import json
 import random
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from megavl.config.errors import DataError
@@ -176,6 +178,79 @@ def test_long_words_are_divided_between_tokens(name: str, tmp_path: Path, monkey
             assert ids is None or ids.tolist() == whole
             assert tokenizer.encode(word) == whole
     assert divided > len(kinds)
+
+
+def _model(folder: Path, **options: Any) -> Path:
+    """A SentencePiece model of the atoms."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(_text(seed).replace("\n", " ") for seed in range(40)),
+        model_writer=out,
+        **{"model_type": "bpe", "vocab_size": 480, "hard_vocab_limit": False, "minloglevel": 2} | options,
+    )
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True},
+        {"normalization_rule_name": "nfkc_cf"},
+        {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+        {"user_defined_symbols": ["a", "It"]},
+        {"split_by_whitespace": False, "max_sentencepiece_length": 4},
+    ],
+    ids=["nmt_nfkc", "Llama", "lower case", "Gemma", "user-defined", "pieces across words"],
+)
+def test_ids_of_a_sentencepiece_model_in_parts(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = open_tokenizer(_model(tmp_path, **options))
+    words = ["a", "Be", "It'S", "x", "é", "e\u0301", "Q7", "z", "noise"]
+    divided = 0
+    for seed in range(8):
+        draw = random.Random(seed)
+        text = _text(seed) + " ".join(draw.choices(words, k=200)) + _text(seed + 50)
+        monkeypatch.setattr(text_parts, "_PART", 1 << 30)
+        (whole,) = tokenizer._encode([text])
+        at = draw.randrange(len(text))
+        sides = [text[:at], text[at:]]
+        _, owners = tokenizer.encode_parts(sides)
+        monkeypatch.setattr(text_parts, "_PART", seed + 1)
+        divided += len(list(text_parts.parts(text, borders=tokenizer._borders)))
+        assert [token for ids in tokenizer.encode_long(text) for token in ids] == whole
+        assert tokenizer.encode_parts(sides) == (whole, owners)
+    assert divided > 100
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram"},
+        {"add_dummy_prefix": False},
+        {"treat_whitespace_as_suffix": True},
+        {"user_defined_symbols": ["a b"]},
+    ],
+)
+def test_unproven_models_take_the_text_whole(options: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(_model(tmp_path, **options))
+    assert tokenizer._borders is None
+    with pytest.raises(DataError, match="one piece, above 8,388,608"):
+        tokenizer.encode("a b" * 3_000_000)
+
+
+def test_rules_across_spaces_take_the_text_whole(tmp_path: Path) -> None:
+    for number, rule in enumerate(["61 20\t62", "20\t5F", "E9 20 61\t62", "20 61\t62"]):
+        rules = tmp_path / f"{number}.tsv"
+        rules.write_text(f"{rule}\n")
+        (tmp_path / str(number)).mkdir()
+        tokenizer = open_tokenizer(_model(tmp_path / str(number), normalization_rule_tsv=str(rules)))
+        assert tokenizer._borders is None, rule
+    rules.write_text("51\t71\n")
+    borders = open_tokenizer(_model(tmp_path, normalization_rule_tsv=str(rules)))._borders
+    assert borders is not None and "Q" not in borders.pattern and "P" in borders.pattern
 
 
 def test_a_text_too_long_for_one_piece_is_refused(tmp_path: Path) -> None:

@@ -78,6 +78,16 @@ def test_links_are_followed_on_request(tokenizer: Path, tmp_path: Path) -> None:
     assert _images(out) == [picture(1)] * 2
 
 
+def test_paths_of_windows_are_read(tokenizer: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    _save(root / "a b/1.png", 1), _save(root / "2\\3.png", 2), _save(root / "2/3.png", 3), _save(tmp_path / "4.png", 4)
+    names = ["a b\\1.png", ".\\a b\\1.png", "2\\3.png", "..\\4.png", "C:\\a b\\1.png"]
+    out = _run(tmp_path, tokenizer, names, "--image-root", str(root))
+    # A file that is called so comes first.
+    assert _images(out) == [picture(1), picture(1), picture(2)]
+    assert [reason for reason, _ in rejects(out)] == ["image_missing"] * 2
+
+
 def test_file_urls_are_paths(tokenizer: Path, tmp_path: Path) -> None:
     root = tmp_path / "a root"
     path = _save(root / "ä 1%.png", 1)

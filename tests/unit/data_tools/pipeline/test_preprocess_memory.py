@@ -51,3 +51,12 @@ def test_one_long_document_takes_twice_the_memory(tmp_path: Path, report_table: 
     one, many = (_peak(path, tokenizer=tokenizer) for path in (whole, parts))
     report_table(f"peak of one 10 MB document {one:.0f} MiB, of 5,000 records {many:.0f} MiB (limit: twice)")
     assert one <= 2 * many
+
+
+@pytest.mark.slow
+def test_a_document_of_64_mb_takes_600_mb_at_most(tmp_path: Path, report_table: Any) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    text = "".join(f"{number} {SENTENCES[number % 5]}\n" for number in range(760_000))[:64_000_000]
+    peak = _peak(write_jsonl(tmp_path / "whole.jsonl", [{"text": text}]), tokenizer=tokenizer)
+    report_table(f"peak of one 64 MB document {peak:.0f} MiB (limit 572, which are 600 MB)")
+    assert peak <= 572

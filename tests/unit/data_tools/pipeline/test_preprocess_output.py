@@ -5,17 +5,23 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from data_tools import verify
+from data_tools.pipeline import image_source, shard_writer
 from data_tools.pipeline.histograms import histogram_lines, histograms
+from megavl.config.errors import DataError
 from megavl.config.version import VERSION
 from megavl.data.dataset import Source
+from megavl.data.image import ImageInfo
 from megavl.data.manifest import FORMAT_VERSION
 from megavl.data.table import ReadHandles
 from tests.unit.data.corpus_files import (
@@ -165,6 +171,28 @@ def test_verify_names_damage(made: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "good, 3 shards, 120 samples" in capsys.readouterr().out
     assert verify.main([str(tmp_path)]) == 3
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/manifest.json: not found")
+
+
+def test_verify_explains_turned_tiffs_of_older_code(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.tif", tiffinfo={274: 6})
+    path = write_jsonl(tmp_path / "in.jsonl", [{"image": "a.tif", "text": "red"}])
+    # As version 0.2.0 did it.
+    monkeypatch.setattr(shard_writer, "VERSION", "0.2.0")
+    monkeypatch.setattr(verify, "VERSION", "0.3.0")
+    prepare = image_source.prepare_image
+
+    def turned(data: bytes, **options: Any) -> tuple[bytes, ImageInfo]:
+        stored, info = prepare(data, **options)
+        return stored, replace(info, width=info.height, height=info.width)
+
+    monkeypatch.setattr(image_source, "prepare_image", turned)
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    with pytest.raises(
+        DataError, match=r"is 40 x 30, but its table says 30 x 40, as versions up to 0\.2\.0.*version 0"
+    ):
+        verify.verify(str(tmp_path / "out"))
 
 
 def test_dry_run_counts_the_same_and_writes_nothing(

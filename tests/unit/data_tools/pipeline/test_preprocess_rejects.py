@@ -183,7 +183,8 @@ def test_on_error_fail_stops_at_the_record(tokenizer: Path, tmp_path: Path, caps
             f"--seq-length {IMAGE_TOKENS}: cannot hold one image of {IMAGE_TOKENS} tokens",
         ),
         ([{"text": "a"}], ["--task", "3"], 2, "--task 3: must be from 0 to --num-tasks 1"),
-        ([{"text": "a"}], ["--tokenizer", "nowhere"], 3, "nowhere: no such tokenizer"),
+        ([{"text": "a"}], ["--tokenizer", "nowhere"], 2, "nowhere: no such tokenizer"),
+        ([{"text": "a"}], ["--tokenizer", "no/such/file.json"], 3, "no/such/file.json: no such tokenizer"),
         ([{"text": "a"}], ["--input", "gone.jsonl"], 2, r"--input gone\.jsonl: no such file"),
     ],
 )

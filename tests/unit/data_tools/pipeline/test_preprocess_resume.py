@@ -1,6 +1,8 @@
 """The output is the same for any number of workers and array tasks, and after any kill."""
 
 import filecmp
+import gzip
+import json
 import os
 import random
 import signal
@@ -11,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
+from backports import zstd
+from pyarrow import ipc
 
 from tests.unit.data.corpus_files import arguments, make_corpus, make_tokenizer, run_preprocess
 
@@ -25,8 +30,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Records long enough for a dozen shards."""
-    return make_corpus(tmp_path_factory.mktemp("corpus"), images=150, texts=150, note="x" * 5000)
+    """Records long enough for a dozen shards, and a compressed JSONL and an Arrow file of one shard each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text, captions, talks = make_corpus(folder, images=150, texts=150, note="x" * 5000)
+    raw = captions.read_bytes()
+    (folder / "captions.jsonl.gz").write_bytes(gzip.compress(raw, compresslevel=1))
+    (folder / "captions.jsonl.zst").write_bytes(zstd.compress(raw))
+    table = pa.Table.from_pylist([json.loads(line) for line in raw.splitlines()])
+    with ipc.new_stream(folder / "captions.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=20)
+    # In the middle, so that kills hit their tasks too.
+    return [text, *(folder / f"captions.{kind}" for kind in ("jsonl.gz", "jsonl.zst", "arrow")), captions, talks]
 
 
 @pytest.fixture(scope="module")

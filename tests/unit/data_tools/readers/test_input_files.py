@@ -74,6 +74,31 @@ def test_descriptions_and_empty_shards_are_no_input(tmp_path: Path) -> None:
     assert [Path(file).name for file in input_files([str(tmp_path)])] == ["00000.tar", "part-0.jsonl"]
 
 
+def test_files_without_records_are_passed_over(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    text = write_jsonl(folder / "b.jsonl", [{"text": "red"}])
+    (folder / "a.jsonl").write_text("\n\n")
+    (folder / "c.json").write_text("[]")
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "d.parquet")
+    # The file that is named is not read again as one of its folder.
+    assert run_preprocess([text, folder], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert all(
+        f"{folder}/{name}: format not recognised (it has no records)" in printed
+        for name in ("a.jsonl", "c.json", "d.parquet")
+    )
+    assert (_report(tmp_path / "out")["records"], len(_report(tmp_path / "out")["inputs"])) == (1, 1)
+    text.unlink()
+    assert run_preprocess([folder], tokenizer=tokenizer, output=tmp_path / "none") == 2
+    assert "d.parquet: format not recognised (it has no records)" in capsys.readouterr().err
+    (folder / "e.jsonl").symlink_to("gone")
+    assert run_preprocess([folder], tokenizer=tokenizer, output=tmp_path / "none") == 2
+    assert "e.jsonl: no such file" in capsys.readouterr().err
+
+
 def test_parts_of_a_data_set_are_not_mixed(tmp_path: Path) -> None:
     for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
         (tmp_path / name).write_bytes(b"x")
@@ -224,6 +249,24 @@ def test_other_compressed_content_is_refused(
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b'{\n "text": "a"\n}\n', "line or item 1 is not valid JSON (Expecting property name"),
+        (b'\n{"text":"a"}{"text":"b"}\n', "line or item 2 is not valid JSON (Extra data"),
+        (b'{"text":"a"}\r{"text":"b"}\r', "line or item 1 is not valid JSON (Extra data"),
+        ('{"text":"a"}\n'.encode("utf-16"), "line or item 1 is not UTF-8 (invalid start byte at byte 0)"),
+        (b'{"data": [{"text": "a"}]}\n', "it has keys data"),
+    ],
+)
+def test_a_file_without_records_says_what_it_holds(
+    data: bytes, found: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.json").write_bytes(data)
+    assert run_preprocess([tmp_path / "in.json"], tokenizer=tokenizer, output=tmp_path / "out") == 2
+    assert found in capsys.readouterr().err
+
+
 def test_arrow_rows_are_those_of_parquet(tokenizer: Path, tmp_path: Path) -> None:
     images = [{"bytes": picture(number), "path": f"{number}.png"} for number in range(9)]
     talks = [[{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": text}] for text in TEXTS[:9]]
@@ -307,7 +350,7 @@ def test_a_hub_name_is_answered_with_a_command(
     assert run_preprocess([text], tokenizer=name, output=tmp_path / "out") == 2
     folder = hub.rpartition("/")[2]
     expected = f"hf download {hub} --include 'tokenizer*' --local-dir {folder} (then give {folder})"
-    assert f"error: {name}: no such file or folder" in (error := capsys.readouterr().err) and expected in error
+    assert f"error: {name}: no such tokenizer" in (error := capsys.readouterr().err) and expected in error
 
 
 @pytest.mark.parametrize("name", ["tok.json", "typo/tok.model", "in/typo", "/gone/tok", "../tok", "a b/c d", "link"])
