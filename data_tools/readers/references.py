@@ -64,10 +64,10 @@ _MEDIA_KEY = re.compile(
     r"(?!(?:num|n|has|is|no|with|max|min|total|count)_)(?:[a-z0-9]+_)*?(?P<word>"
     + "|".join(sorted(_KIND_OF_WORD, key=len, reverse=True))
     + r")s?(?:_?\d+)?(?P<as>_(?:path|file|filename|filepath|file_path|file_name|url|uri|link|byte|b64|base64|data|src"
-    r"|source|location|content|raw))?s?"
+    r"|source|location|content|raw|array|values))?s?"
 )
 # Under the first any text is a reference, under the next what names a folder or an address; else its shape decides.
-_SURE_WORDS = ("image", "img", "video", "audio")
+_SURE_WORDS = ("image", "img", "pixel", "video", "audio", "waveform")
 _LIKELY_WORDS = ("picture", "pic", "photo", "clip")
 _DRAWING_KEY = re.compile(
     r"(?:[a-z0-9]+_)*?(?:fig|figure|drawing|diagram|chart|plot|graphic|visual|slide|scan|screenshot|attachment|media"
@@ -94,7 +94,7 @@ _NAME_KEYS = (
     *("image_path", "image_paths", "image_name", "image_names", "image_file", "img_path"),
 )
 """Keys that name an embedded image once more."""
-_ABSENT_KEY = re.compile(r"(?:image|img|picture|photo|video|audio|clip)_?(?:id|name|idx|key|file|path)")
+_ABSENT_KEY = re.compile(r"(?:image|img|picture|photo|video|audio|clip|youtube|yt)_?(?:id|name|idx|key|file|path)")
 _PART_KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("image", "image_url", "input_image", "image_file", "image_path", "img"), "image"),
     **dict.fromkeys(("video", "video_url", "input_video", "video_file"), "video"),
@@ -214,6 +214,8 @@ def _found(value: Any, *, keys: tuple[str | int, ...], kind: Kind | None, key: s
         yield Reference("image", keys, value)
     elif isinstance(value, Mapping):
         yield from _in_mapping(value, keys=keys, kind=kind)
+    elif kind and isinstance(value, list | tuple) and _is_array(value):
+        yield Reference(kind, keys, value)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield from _found(item, keys=(*keys, number), kind=kind, key=key)
@@ -226,6 +228,16 @@ def _found(value: Any, *, keys: tuple[str | int, ...], kind: Kind | None, key: s
     elif isinstance(value, int) and value and not isinstance(value, bool) and kind in ("video", "audio"):
         # The number of a clip, which lies elsewhere.
         yield Reference(kind, keys, value)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a list holds the samples of a medium: fractions, or lists of numbers; whole numbers alone are ids."""
+    depth = 0
+    while isinstance(value, list | tuple) and value:
+        value, depth = value[0], depth + 1
+    return (isinstance(value, float) and value == value) or (
+        depth > 1 and isinstance(value, int) and not isinstance(value, bool)
+    )
 
 
 def _in_mapping(value: Mapping[str, Any], *, keys: tuple[str | int, ...], kind: Kind | None) -> Iterator[Reference]:
