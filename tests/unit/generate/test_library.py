@@ -58,7 +58,7 @@ def run_snippet(code: str, *, folder: Path) -> str:
 
 
 def test_five_lines_answer_without_any_warning(folder, capsys):
-    (code, _) = SNIPPETS
+    code, *_ = SNIPPETS
     assert code in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) == 5
     shown = run_snippet(code, folder=folder)
@@ -71,6 +71,12 @@ def test_five_lines_answer_without_any_warning(folder, capsys):
 def test_readme_code_of_batches_and_streams_runs(folder):
     shown = run_snippet(SNIPPETS[1], folder=folder)
     assert len(re.findall(r"^\d+ \((?:\d+, ){5,}\d+,?\) ", shown, re.MULTILINE)) == 2
+
+
+@pytest.mark.slow
+def test_readme_code_of_scores_runs(folder):
+    shown = run_snippet(SNIPPETS[2], folder=folder)
+    assert len(re.findall(r"^-\d+\.\d+ \d+ (?:True|False) \d+\.\d+$", shown, re.MULTILINE)) == 2
 
 
 def test_images_and_messages_give_one_prompt(model, picture):
