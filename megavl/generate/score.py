@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ ROW_TOKENS = 2048
 _MICRO_BATCHES = 4
 """Rows of a replica in one pass of the schedule, for each pipeline stage: their images are in memory together."""
 
+T = TypeVar("T")
 Spread = Callable[[Sequence[Batch]], Sequence[Batch]]
 """From batches with all images to what the first stage takes."""
 
@@ -82,19 +83,65 @@ def score(
     Raises:
         ImageError: an image cannot be read; on every rank.
     """
-    rows = score_rows(requests, limit=row_tokens)
-    every = mpu.get_data_parallel_world_size() * mpu.get_pipeline_model_parallel_world_size() * _MICRO_BATCHES
+    # Transformer Engine's attention knows no segment that continues another.
+    rows = score_rows(requests, limit=row_tokens, shared=not stages[0].config.apply_rope_fusion)
     found = [[Score(log_prob=math.nan, tokens=0, greedy=False)] * len(request.options) for request in requests]
-    with _evaluating(stages):
-        for first in range(0, len(rows), every):
-            part = rows[first : first + every]
-            values = _run(stages, part, geometry=geometry, image_token_id=image_token_id, spread=spread)
-            for one, (losses, likeliest) in zip((one for row in part for one in row.predictions), values, strict=True):
-                found[one.request][one.option] = Score(
-                    log_prob=-math.fsum(losses), tokens=len(one.labels), greedy=all(likeliest)
-                )
-            progress(sum(len(row.predictions) for row in part))
+    size = rows_of_a_pass()
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        values = _score(stages, part, geometry=geometry, image_token_id=image_token_id, spread=spread)
+        for one, (losses, likeliest) in zip((one for row in part for one in row.predictions), values, strict=True):
+            found[one.request][one.option] = Score(
+                log_prob=-math.fsum(losses), tokens=len(one.labels), greedy=all(likeliest)
+            )
+        progress(sum(len(row.predictions) for row in part))
     return found
+
+
+def rows_of_a_pass() -> int:
+    """Rows of all replicas that one call of `label_scores` should get: their images are in memory together."""
+    return mpu.get_data_parallel_world_size() * mpu.get_pipeline_model_parallel_world_size() * _MICRO_BATCHES
+
+
+def own_share(rows: Sequence[T]) -> Sequence[T]:
+    """The rows of a pass that this data-parallel replica scores."""
+    return rows[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+
+
+def label_scores(
+    stages: Sequence[DeepseekVL],
+    batches: Sequence[Batch],
+    *,
+    counts: Sequence[int],
+    length: int,
+    spread: Spread | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Run rows of all replicas forward only. Collective over all ranks.
+
+    Args:
+        stages: this rank's pipeline stages; they end as they were.
+        batches: of this replica's share of the rows, in their order; on the host. With several pipeline stages each
+            has `length` tokens.
+        counts: labels of every row, of other replicas too.
+        length: tokens of a batch.
+        spread: see `score`.
+
+    Returns:
+        For every row float64 (2, R) on the host: the loss of each label in nats, and 1 where it is the likeliest token.
+    """
+    # The interleaved schedule wants a multiple of the pipeline's ranks, and every replica joins the collectives.
+    missing = -len(batches) % mpu.get_pipeline_model_parallel_world_size() or int(not batches)
+    batches = [*batches, *[make_batch(torch.zeros(length, dtype=torch.int64))] * missing]
+    with _evaluating(stages):
+        outputs = _forward_only(stages, batches if spread is None else spread(batches), length=length)
+    values = torch.zeros(2, sum(counts), dtype=torch.float64, device=cpu_runtime.device())
+    if outputs and mpu.get_tensor_model_parallel_rank() == 0:
+        for share, output in zip(own_share(values.split(list(counts), dim=1)), outputs):
+            share.copy_(output)
+    if dist.get_world_size() > 1:
+        # One rank has each value, so the sum is exact.
+        dist.all_reduce(values)
+    return values.cpu().split(list(counts), dim=1)
 
 
 @contextmanager
@@ -110,7 +157,7 @@ def _evaluating(stages: Sequence[DeepseekVL]) -> Iterator[None]:
             stage.train(training)
 
 
-def _run(
+def _score(
     stages: Sequence[DeepseekVL],
     rows: Sequence[ScoreRow],
     *,
@@ -119,42 +166,26 @@ def _run(
     spread: Spread | None,
 ) -> Iterator[tuple[list[float], list[float]]]:
     """Losses and whether each label is the likeliest, for each option of the rows, in their order."""
-    replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    own = rows[replica::replicas]
     reads = spread is not None or any(stage.pre_process for stage in stages)
     canvases: list[torch.Tensor] = []
 
     def read() -> None:
-        canvases.extend(read_canvases(row.images if reads else (), geometry=geometry) for row in own)
+        canvases.extend(read_canvases(row.images if reads else (), geometry=geometry) for row in own_share(rows))
 
     collective_errors.on_every_rank(read)
-    length = _padded_length(rows)
+    length = _common_length(rows)
     batches = [
         _batch(row, length=length or row.tokens, images=images, image_token_id=image_token_id)
-        for row, images in zip(own, canvases)
+        for row, images in zip(own_share(rows), canvases)
     ]
-    # The interleaved schedule wants a multiple of the pipeline's ranks, and every replica joins the collectives.
-    for _ in range(-len(batches) % mpu.get_pipeline_model_parallel_world_size() or (not batches)):
-        empty = ScoreRow(segments=(), predictions=(), images=())
-        batches.append(_batch(empty, length=length or 1, images=read_canvases((), geometry=geometry), image_token_id=0))
-    if spread is not None:
-        batches = list(spread(batches))
-    outputs = _forward_only(stages, batches, length=length)
-    sizes = [len(one.labels) for row in rows for one in row.predictions]
-    values = torch.zeros(2, sum(sizes), dtype=torch.float64, device=cpu_runtime.device())
-    if outputs and mpu.get_tensor_model_parallel_rank() == 0:
-        lengths = [sum(len(one.labels) for one in row.predictions) for row in rows]
-        shares = values.split(lengths, dim=1)[replica::replicas]
-        for share, output in zip(shares, outputs):
-            share.copy_(output)
-    if dist.get_world_size() > 1:
-        # One rank has each value, so the sum is exact.
-        dist.all_reduce(values)
-    losses, likeliest = (iter(part.split(sizes)) for part in values.cpu())
-    return ((next(losses).tolist(), next(likeliest).tolist()) for _ in sizes)
+    counts = [sum(len(one.labels) for one in row.predictions) for row in rows]
+    found = label_scores(stages, batches, counts=counts, length=length or 1, spread=spread)
+    for row, values in zip(rows, found, strict=True):
+        losses, likeliest = (part.split([len(one.labels) for one in row.predictions]) for part in values)
+        yield from ((loss.tolist(), marks.tolist()) for loss, marks in zip(losses, likeliest))
 
 
-def _padded_length(rows: Sequence[ScoreRow]) -> int | None:
+def _common_length(rows: Sequence[ScoreRow]) -> int | None:
     """Common length of the rows; None where each may have its own."""
     ranks = mpu.get_tensor_model_parallel_world_size()
     if mpu.get_pipeline_model_parallel_world_size() == 1 and ranks == 1:
@@ -187,7 +218,7 @@ def _batch(row: ScoreRow, *, length: int, images: torch.Tensor, image_token_id: 
     )
 
 
-def _forward_only(stages: Sequence[DeepseekVL], batches: Sequence[Batch], *, length: int | None) -> list[torch.Tensor]:
+def _forward_only(stages: Sequence[DeepseekVL], batches: Sequence[Batch], *, length: int) -> list[torch.Tensor]:
     """(2, R) of each batch on the last stage; nothing elsewhere."""
     device = cpu_runtime.device()
     iterators = [(batch.to(device) for batch in batches) for _ in stages]
@@ -196,7 +227,7 @@ def _forward_only(stages: Sequence[DeepseekVL], batches: Sequence[Batch], *, len
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(stages) if len(stages) > 1 else stages[0],
         num_microbatches=len(batches),
-        seq_length=length or len(batches[0].tokens),
+        seq_length=length,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from megavl.generate.prompt import ImageSource
 
@@ -69,15 +69,17 @@ class ScoreRow:
         return sum(len(segment.ids) for segment in self.segments)
 
 
-def score_rows(requests: Sequence[ScoreRequest], *, limit: int) -> list[ScoreRow]:
+def score_rows(requests: Sequence[ScoreRequest], *, limit: int, shared: bool = True) -> list[ScoreRow]:
     """Pack requests in their order.
 
     Args:
         limit: most tokens of a row; a prompt with one longer option gets a row of its own.
+        shared: let options continue their common prefix; if false, each repeats it in a segment of its own.
     """
     rows: list[ScoreRow] = []
     open_row: list[_Tree] = []
-    for tree in (tree for number, request in enumerate(requests) for tree in _trees(number, request, limit=limit)):
+    trees = (_trees(number, request, limit=limit, shared=shared) for number, request in enumerate(requests))
+    for tree in chain.from_iterable(trees):
         if open_row and sum(one.tokens for one in open_row) + tree.tokens > limit:
             rows.append(_row(open_row, requests))
             open_row = []
@@ -100,10 +102,10 @@ class _Tree:
         return len(self.shared) + sum(map(len, self.branches))
 
 
-def _trees(number: int, request: ScoreRequest, *, limit: int) -> Iterator[_Tree]:
+def _trees(number: int, request: ScoreRequest, *, limit: int, shared: bool) -> Iterator[_Tree]:
     contexts = [option.ids[:-1] for option in request.options]
-    shared = contexts[0][: _common_length(contexts)]
-    rests = [context[len(shared) :] for context in contexts]
+    prefix = contexts[0][: _common_length(contexts)] if shared else ()
+    rests = [context[len(prefix) :] for context in contexts]
     branches: list[tuple[int, ...]] = []
     hosts: list[tuple[int, int]] = []
     # Longest first: an option needs no branch where another one begins with it.
@@ -111,13 +113,13 @@ def _trees(number: int, request: ScoreRequest, *, limit: int) -> Iterator[_Tree]
         rest = rests[option]
         host = -1 if not rest else next((at for at, ids in enumerate(branches) if ids[: len(rest)] == rest), None)
         if host is None:
-            if branches and len(shared) + sum(map(len, branches)) + len(rest) > limit:
-                yield _Tree(request=number, shared=shared, branches=tuple(branches), hosts=tuple(hosts))
+            if branches and len(prefix) + sum(map(len, branches)) + len(rest) > limit:
+                yield _Tree(request=number, shared=prefix, branches=tuple(branches), hosts=tuple(hosts))
                 branches, hosts = [], []
             host = len(branches)
             branches.append(rest)
         hosts.append((option, host))
-    yield _Tree(request=number, shared=shared, branches=tuple(branches), hosts=tuple(hosts))
+    yield _Tree(request=number, shared=prefix, branches=tuple(branches), hosts=tuple(hosts))
 
 
 def _common_length(sequences: Sequence[Sequence[int]]) -> int:
@@ -152,5 +154,11 @@ def _row(trees: Sequence[_Tree], requests: Sequence[ScoreRequest]) -> ScoreRow:
                 )
             )
         begin = end
-    images = tuple(image for tree in trees for image in requests[tree.request].images)
+    # Without a shared prefix, each branch holds the prompt and its images.
+    images = tuple(
+        image
+        for tree in trees
+        for _ in range(1 if tree.shared else len(tree.branches))
+        for image in requests[tree.request].images
+    )
     return ScoreRow(segments=tuple(segments), predictions=tuple(predictions), images=images)

@@ -62,6 +62,15 @@ def test_options_share_their_common_prefix():
     assert found == {0: ((2,), (4,)), 1: ((2,), (5,)), 2: ((2, 3), (6, 7)), 3: ((2, 3), (6, 8)), 4: ((2, 4), (9, 7))}
 
 
+def test_options_repeat_the_prompt_where_none_is_shared():
+    options = tuple(EncodedOption(ids=(1, 2, *option), start=2) for option in ((6, 7), (9, 7)))
+    request = ScoreRequest(options=options, images=("one.png",))
+    (row,) = score_rows([request], limit=100, shared=False)
+    assert [(segment.ids, segment.parent) for segment in row.segments] == [((1, 2, 6), -1), ((1, 2, 9), -1)]
+    assert row.images == ("one.png", "one.png")
+    assert [one.positions for one in row.predictions] == [(1, 2), (4, 5)]
+
+
 def test_every_option_is_tokenized_as_in_training(task, tokenizer):
     for question, encoded in zip(
         read_tasks([task]), encode_questions(read_tasks([task]), processor=Processor(CONFIG, tokenizer))
