@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import UsageError
+from megavl.config.evaluation import EvaluationConfig
 from megavl.config.model import STRICT, ModelConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -284,6 +285,7 @@ class Recipe:
     training: TrainingConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         _check_parallel(self)

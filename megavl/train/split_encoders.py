@@ -100,13 +100,14 @@ class SplitEncoders:
             self._copy(self._trained)
             self._stale = False
         images = [image for batch in batches for image in batch.images]
-        with torch.set_grad_enabled(bool(self._trained)):
+        trains = bool(self._trained) and torch.is_grad_enabled()
+        with torch.set_grad_enabled(trains):
             encoded = [
                 self._towers.encode(torch.stack(images[first : first + ENCODED_AT_ONCE]), rerun=self._rerun)
                 for first in range(0, len(images), ENCODED_AT_ONCE)
             ]
         own = torch.cat([torch.stack([tower.detach() for tower in part], dim=1) for part in encoded] or [self._empty()])
-        self._own = encoded if self._trained else []
+        self._own = encoded if trains else []
         del encoded
         send = [own.shape[0] if rank < self._tensor else 0 for rank in range(self._group.size())]
         receive = self._counts if self._first is not None else [0] * self._group.size()

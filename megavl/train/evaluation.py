@@ -1,0 +1,289 @@
+"""Evaluation during training: forward passes of the model that trains, on all ranks, in its own layout.
+
+Nothing of it reaches the training: no random numbers are drawn, no weight or moment changes, and losses of a run are
+bitwise the same without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from tqdm import tqdm
+
+from megavl.checkpoint import collective_errors
+from megavl.config.errors import DataError
+from megavl.config.recipe import MixtureSource, ModalityWeights
+from megavl.data.batch import Batch, Modality
+from megavl.data.collate import collate
+from megavl.data.dataset import Dataset, open_dataset
+from megavl.data.image_worker import load_canvas
+from megavl.data.table import ReadHandles
+from megavl.data.tokenizer import Tokenizer
+from megavl.evaluate.bits_per_byte import encode_passages
+from megavl.evaluate.multiple_choice import encode_questions
+from megavl.evaluate.task import OpenQuestion, Passage, Question, Task, read_tasks
+from megavl.generate.pretrained import Processor
+from megavl.generate.score import Score, label_scores, own_share, rows_of_a_pass, score
+from megavl.generate.score_rows import ScoreRequest
+from megavl.parallel import cpu_runtime
+from megavl.parallel.images import shares
+from megavl.train.model_chunks import ModelChunks
+from megavl.train.run_plan import RunPlan
+
+MODALITIES: tuple[Modality, ...] = ("text", "multimodal")
+
+
+class _Stopped(Exception):
+    """Some rank received a pre-emption signal; raised on all ranks together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TaskFile:
+    """A task file and the requests of its entries, in order; a text may have several."""
+
+    name: str
+    entries: tuple[Task, ...]
+    requests: tuple[tuple[ScoreRequest, ...], ...]
+
+
+class Evaluator:
+    """What a run evaluates, checked and encoded before its first step."""
+
+    def __init__(self, plan: RunPlan, *, tokenizer: Tokenizer, asked_to_stop: Callable[[], bool]) -> None:
+        """Read the tasks and open the held-out data. Collective.
+
+        Args:
+            asked_to_stop: whether this rank has received a pre-emption signal.
+
+        Raises:
+            DataError: a task or a held-out directory cannot be used; on every rank.
+        """
+        self._plan, self._config, self._asked_to_stop = plan, plan.recipe.evaluation, asked_to_stop
+        self._tokenizer, self._handles = tokenizer, ReadHandles()
+        processor = Processor(plan.recipe.model, tokenizer)
+        found: list[Any] = []
+        collective_errors.on_every_rank(lambda: found.extend(self._open(processor)))
+        self._tasks: list[_TaskFile] = found[:-1]
+        self._held_out: list[tuple[str, Dataset]] = found[-1]
+
+    def due(self, step: int) -> bool:
+        """Whether the run evaluates after this step; 0 stands for its start."""
+        config = self._config
+        if not config.interval or not step:
+            return bool(config.interval) and config.at_start
+        return step % config.interval == 0 or step == self._plan.recipe.training.steps
+
+    def run(self, model: ModelChunks, *, step: int) -> dict[str, Any] | None:
+        """Evaluate; returns the row of evaluation.jsonl. Collective.
+
+        None where a signal asked to stop, or a file could not be read any more: neither may cost the run its training.
+        """
+        began = time.perf_counter()
+        # Weights that the last step updated are gathered here for all, not by the modules on their way.
+        model.gather_weights()
+        total = sum(len(of_entry) for task in self._tasks for of_entry in task.requests)
+        total += sum(count for _, _, _, count in self._parts())
+        with tqdm(total=total, unit="row", desc="evaluate", disable=self._plan.position.rank > 0 or None) as bar:
+            try:
+                tasks = {task.name: self._task(model, task, bar=bar) for task in self._tasks}
+                held_out: dict[str, dict[str, Any]] = {}
+                for name, dataset, modality, count in self._parts():
+                    part = self._losses(model, dataset, modality=modality, count=count, bar=bar)
+                    held_out.setdefault(name, {})[modality] = part
+            except _Stopped:
+                self._plan.say(f"a signal ended the evaluation after step {step}")
+                return None
+            except DataError as error:
+                self._plan.say(f"warning: no evaluation after step {step}: {error}; training goes on")
+                return None
+        seconds = round(time.perf_counter() - began, 6)
+        return {"step": step, "tasks": tasks, "held_out": held_out, "seconds": seconds}
+
+    def _open(self, processor: Processor) -> Iterator[Any]:
+        for path in self._config.tasks:
+            try:
+                yield self._read(path, processor)
+            except DataError as error:
+                raise DataError(f"evaluation.tasks: {error}") from error
+        yield [(Path(path).name, self._open_held_out(path)) for path in self._config.held_out]
+
+    def _read(self, path: str, processor: Processor) -> _TaskFile:
+        entries = read_tasks([path])
+        if written := next((entry for entry in entries if isinstance(entry, OpenQuestion)), None):
+            raise DataError(
+                f"{written.location}: answers: a free-form answer cannot be asked for during training; give choices "
+                "instead, or leave it to megavl evaluate"
+            )
+        requests: list[tuple[ScoreRequest, ...]] = []
+        for entry in entries:
+            if isinstance(entry, Question):
+                requests.append(tuple(encode_questions([entry], processor=processor, system=self._config.system)))
+            elif isinstance(entry, Passage):
+                requests.append(tuple(encode_passages([entry], processor=processor)[0]))
+        return _TaskFile(name=Path(path).stem, entries=tuple(entries), requests=tuple(requests))
+
+    def _open_held_out(self, path: str) -> Dataset:
+        recipe, one = self._plan.recipe, ModalityWeights(text=1.0, multimodal=1.0)
+        try:
+            return open_dataset(
+                [MixtureSource(name=Path(path).name, path=path, weight=one, max_epochs=None)],
+                tokenizer=self._tokenizer,
+                seq_length=recipe.data.seq_length,
+                geometry=recipe.model.image_geometry,
+                vocab_size=recipe.model.llm.vocab_size,
+                image_token_id=recipe.model.image_token_id,
+                skip_hash=recipe.data.skip_hash,
+            )
+        except DataError as error:
+            raise DataError(f"evaluation.held_out: {path}: {error}") from error
+
+    def _task(self, model: ModelChunks, task: _TaskFile, *, bar: tqdm[Any]) -> dict[str, Any]:
+        model_config = self._plan.recipe.model
+
+        def told(_: int) -> None:
+            self._stop_if_asked()
+
+        flat = [request for of_entry in task.requests for request in of_entry]
+        found = iter(
+            score(
+                [chunk.module for chunk in model.chunks],
+                flat,
+                geometry=model_config.image_geometry,
+                image_token_id=model_config.image_token_id,
+                spread=_spread(model),
+                progress=told,
+            )
+        )
+        bar.update(len(flat))
+        scores = [[next(found) for _ in of_entry] for of_entry in task.requests]
+        return task_figures(task.entries, scores)
+
+    def _parts(self) -> Iterator[tuple[str, Dataset, Modality, int]]:
+        """Held-out directories by modality, with the number of sequences that are read."""
+        for name, dataset in self._held_out:
+            for modality in MODALITIES:
+                if count := min(dataset.counts[0][modality], self._config.held_out_sequences):
+                    yield name, dataset, modality, count
+
+    def _losses(
+        self, model: ModelChunks, dataset: Dataset, *, modality: Modality, count: int, bar: tqdm[Any]
+    ) -> dict[str, Any]:
+        """Mean loss of the first sequences, and for text the bits per byte of the tokens that count."""
+        losses: list[float] = []
+        labels = 0
+        size = 0
+        for first in range(0, count, rows_of_a_pass()):
+            part = range(first, min(count, first + rows_of_a_pass()))
+            batches = self._batches(dataset, modality=modality, part=part)
+            found = label_scores(
+                [chunk.module for chunk in model.chunks],
+                own_share(batches),
+                counts=[len(batch.labels) for batch in batches],
+                length=dataset.seq_length,
+                spread=_spread(model),
+            )
+            losses += [float(values[0].sum()) for values in found]
+            labels += sum(len(batch.labels) for batch in batches)
+            if modality == "text":
+                size += sum(len(self._tokenizer.decode(batch.labels.tolist()).encode()) for batch in batches)
+            bar.update(len(part))
+            self._stop_if_asked()
+        total = math.fsum(losses)
+        row: dict[str, Any] = {"loss": _finite(total / max(1, labels)), "tokens": labels, "sequences": count}
+        if modality == "text":
+            row["bits_per_byte"] = _finite(total / math.log(2) / max(1, size))
+        return row
+
+    def _batches(self, dataset: Dataset, *, modality: Modality, part: Sequence[int]) -> list[Batch]:
+        """Some sequences; images only of this replica's share, on the ranks that encode them."""
+        encodes = mpu.is_pipeline_first_stage() or self._plan.recipe.parallel.vision == "split_all"
+        own = set(own_share(part)) if encodes else set()
+        batches: list[Batch] = []
+
+        def read() -> None:
+            for index in part:
+                sequence = dataset.read(source=0, modality=modality, index=index)
+                images = [image for member in sequence.members for image in member.images] if index in own else []
+                batches.append(
+                    collate(
+                        [sequence],
+                        canvases=[load_canvas(one, geometry=dataset.geometry, handles=self._handles) for one in images],
+                        canvas_size=dataset.geometry.canvas_size,
+                        image_token_id=dataset.image_id,
+                        modality=modality,
+                        bad_samples=(),
+                        cross_document_attention=self._plan.recipe.data.cross_document_attention,
+                    )
+                )
+
+        collective_errors.on_every_rank(read)
+        return batches
+
+    def _stop_if_asked(self) -> None:
+        flag = torch.tensor(float(self._asked_to_stop()), device=cpu_runtime.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag > 0:
+            raise _Stopped
+
+
+def task_figures(entries: Sequence[Task], scores: Sequence[Sequence[Sequence[Score]]]) -> dict[str, Any]:
+    """Figures of a task file: of choices the accuracy, and of texts the bits per byte.
+
+    Args:
+        scores: for each entry the scores of its requests: of a question one with its options, of a text its windows.
+
+    Returns:
+        accuracy with chance, standard_error and n where there are questions; bits_per_byte with bytes where there are
+        texts. What is not finite is None.
+    """
+    questions = [(entry, found[0]) for entry, found in zip(entries, scores) if isinstance(entry, Question)]
+    passages = [(entry, found) for entry, found in zip(entries, scores) if isinstance(entry, Passage)]
+    row: dict[str, Any] = {}
+    if questions:
+        perplexities = [[one.perplexity for one in options] for _, options in questions]
+        finite = all(math.isfinite(value) for values in perplexities for value in values)
+        right = [values.index(min(values)) == entry.answer for (entry, _), values in zip(questions, perplexities)]
+        accuracy, count = sum(right) / len(right), len(right)
+        row |= {
+            "accuracy": accuracy if finite else None,
+            "chance": sum(1 / len(entry.choices) for entry, _ in questions) / count,
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count) if finite else None,
+            "n": count,
+        }
+    if passages:
+        size = sum(len(entry.text.encode()) for entry, _ in passages)
+        nats = -math.fsum(window[0].log_prob for _, windows in passages for window in windows)
+        row |= {"bits_per_byte": _finite(nats / math.log(2) / size), "bytes": size}
+    return row
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _spread(model: ModelChunks) -> Callable[[Sequence[Batch]], Sequence[Batch]] | None:
+    """Under `split_all`, the ranks encode shares of the images before the pipeline starts."""
+    encoders = model.encoders
+    if encoders is None:
+        return None
+
+    def spread(batches: Sequence[Batch]) -> Sequence[Batch]:
+        group = mpu.get_model_parallel_group()
+        share = shares(sum(batch.image_count for batch in batches), ranks=group.size())[group.rank()]
+        parts, begin = [], 0
+        for batch in batches:
+            held = batch.images[max(0, share.start - begin) : max(0, share.stop - begin)]
+            parts.append(dataclasses.replace(batch, images=held).to(cpu_runtime.device()))
+            begin += batch.image_count
+        return encoders.encode(parts)
+
+    return spread
