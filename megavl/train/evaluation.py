@@ -26,6 +26,7 @@ from megavl.data.batch import Batch, Modality
 from megavl.data.collate import collate
 from megavl.data.dataset import Dataset, open_dataset
 from megavl.data.image_worker import load_canvas
+from megavl.data.manifest import MODALITIES
 from megavl.data.table import ReadHandles
 from megavl.data.tokenizer import Tokenizer
 from megavl.evaluate.bits_per_byte import encode_passages
@@ -38,8 +39,6 @@ from megavl.parallel import cpu_runtime
 from megavl.parallel.images import shares
 from megavl.train.model_chunks import ModelChunks
 from megavl.train.run_plan import RunPlan
-
-MODALITIES: tuple[Modality, ...] = ("text", "multimodal")
 
 
 class _Stopped(Exception):
@@ -159,7 +158,7 @@ class Evaluator:
                 flat,
                 geometry=model_config.image_geometry,
                 image_token_id=model_config.image_token_id,
-                spread=_spread(model),
+                spread=spread_images(model),
                 progress=told,
             )
         )
@@ -189,7 +188,7 @@ class Evaluator:
                 own_share(batches),
                 counts=[len(batch.labels) for batch in batches],
                 length=dataset.seq_length,
-                spread=_spread(model),
+                spread=spread_images(model),
             )
             losses += [float(values[0].sum()) for values in found]
             labels += sum(len(batch.labels) for batch in batches)
@@ -270,7 +269,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _spread(model: ModelChunks) -> Callable[[Sequence[Batch]], Sequence[Batch]] | None:
+def spread_images(model: ModelChunks) -> Callable[[Sequence[Batch]], Sequence[Batch]] | None:
     """Under `split_all`, the ranks encode shares of the images before the pipeline starts."""
     encoders = model.encoders
     if encoders is None:

@@ -18,19 +18,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from launch.bench.engines.random_models import random_weights
 from megavl.checkpoint.store import CheckpointStore
 from megavl.checkpoint.stored_keys import is_stacked, stored_key
 from megavl.config.load import load_model_config
+from megavl.config.model import ModelConfig
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig, RecomputeConfig
 from megavl.data.batch import Batch
+from megavl.generate.score import score
+from megavl.generate.score_rows import EncodedOption, ScoreRequest
 from megavl.model.build import BuildSpec
 from megavl.parallel import broadcast, groups
 from megavl.planner.layouts.layout import layout_string
 from megavl.train import split_encoders
 from megavl.train.batch_broadcast import next_step
+from megavl.train.evaluation import spread_images
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import Optimizer, build_optimizer
 from megavl.train.state import restore_state, save_state
@@ -58,7 +64,8 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
     A multimodal, a text and a multimodal step are run, or with `case["one step"]` only the first. It may start from
     weights moved by the seed `case["moved"]`, or run under a `case["fault"]`. Then, where `case["saves"]`, the state is
     saved. `case["resume"]` names the case whose saved state, under another layout, is loaded into a fresh model and
-    optimizer for three more steps; `case["goes on"]` runs these without a break.
+    optimizer for three more steps; `case["goes on"]` runs these without a break. `case["scores"]` scores options in
+    between, which must not change the later steps.
     """
     parallel, dtype = _parallel(case), DTYPES[case["precision"]]
     position = groups.start(parallel, seed=1)
@@ -101,6 +108,8 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
     if not case["one step"]:
         run("text", keep_gradients=True)
         run("multimodal")
+    if case["scores"]:
+        result["scores"] = _scores(model, config)
     if case["saves"]:
         with fp32_is_fp64(dtype):
             state = save_state(model, optimizer)
@@ -126,6 +135,29 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
     if position.rank == 0 and case["resume"]:
         # No other case resumes it.
         shutil.rmtree(out / f"state of {case['resume']}")
+
+
+def _scores(model: ModelChunks, config: ModelConfig) -> list[float]:
+    """Log-probabilities of options of one and of several tokens, with no, one and two images, over several passes."""
+    rng = np.random.default_rng(1)
+    low, high = config.image_token_id + 1, config.llm.vocab_size
+    requests = []
+    for number in range(7):
+        pictures = [Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)) for _ in range(number % 3)]
+        prompt = [*[config.image_token_id] * config.image_tokens * len(pictures), *rng.integers(low, high, 9).tolist()]
+        options = [(*prompt, *rng.integers(low, high, 1 + 2 * (number % 2)).tolist()) for _ in range(3)]
+        encoded = tuple(EncodedOption(ids=ids, start=len(prompt)) for ids in options)
+        requests.append(ScoreRequest(options=encoded, images=tuple(pictures)))
+    model.gather_weights()
+    found = score(
+        [chunk.module for chunk in model.chunks],
+        requests,
+        geometry=config.image_geometry,
+        image_token_id=config.image_token_id,
+        row_tokens=100,
+        spread=spread_images(model),
+    )
+    return [one.log_prob for of_request in found for one in of_request]
 
 
 @functools.cache

@@ -142,6 +142,13 @@ CASES: dict[str, str | None] = {
 }
 
 
+# Options are scored after the third step, in the layout's own stages.
+SCORED = (
+    *("1x1x1", "tp2", "pp2", "dp2 no-overlap", "tp2 dp2", "tp2 pp2", "tp2 pp2 sp", "pp2 vpp2"),
+    *("tp2 pp2 sp vpp2 0+1+2+1", "tp2 pp2 sp split_tp", "pp2 dp2 split_all"),
+)
+
+
 def reference_of(name: str) -> str:
     """The one-rank case of the same model with the same weights training, in fp64 unless it is bf16."""
     kinds = [word for word in name.split() if word.startswith("stage") or word in ("pooling", "bf16")]
@@ -166,7 +173,7 @@ RESUMED = [name for name in FP64 if CASES[name]]
 def settings(name: str) -> dict[str, Any]:
     """What `layout_worker.run_case` runs, the model's sizes and files apart."""
     case: dict[str, Any] = {"name": name, "resume": CASES[name], "saves": name in CASES.values()}
-    case |= {"precision": "fp64", "one step": name not in WHOLE}
+    case |= {"precision": "fp64", "one step": name not in WHOLE, "scores": name in SCORED}
     case["goes on"] = any(resumed and reference_of(other) == name for other, resumed in CASES.items())
     for word in name.split():
         case |= {"layout": [int(count) for count in word.split("+")]} if "+" in word else WORDS[word]
@@ -188,6 +195,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict
     )
     yield {name: torch.load(root / f"{name}.pt", mmap=True) for name in CASES}
     shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("name", SCORED[1:])
+def test_scores_equal_one_rank(results: dict[str, Any], name: str, report_table: Any) -> None:
+    reference, found = results["1x1x1"]["scores"], results[name]["scores"]
+    error = max(abs(a / b - 1) for a, b in zip(found, reference, strict=True))
+    report_table([name, "log-probabilities of options, relative", error, f"tolerance {TOLERANCE:.0e}"])
+    assert error <= TOLERANCE
+    assert len({round(value, 6) for value in reference}) == len(reference) == 21
 
 
 @pytest.mark.parametrize("name", FP64)
