@@ -37,6 +37,9 @@ STAGES = {
 SHOWN_STAGE = "stage2"
 """The stage whose data the demo shows as a page; it has text and images."""
 KILLED_STAGE, STEPS_BEYOND_SAVE = "stage2", 5
+EVALUATED_STAGE = "stage3"
+EVALUATION = ("evaluation.interval=50", "evaluation.at_start=true")
+"""The stage whose progress is measured on the held-out questions while it trains."""
 RANKS = 4
 LEAST_ACCURACY, MOST_BLIND_GAIN, MOST_DIFFERENCE = 0.8, 0.1, 1e-5
 """Limits of the demo: held-out questions right, gain over chance with another image, difference from transformers."""
@@ -62,6 +65,7 @@ def main() -> int:
         summary = {
             "layout": _layout(out / "stage3"),
             "stages": stages,
+            "evaluation": _evaluation_curve(out / EVALUATED_STAGE),
             "resume_bitwise": resume_bitwise,
             **_export(out),
             "accuracy": _evaluate(out),
@@ -133,6 +137,8 @@ def _training_command(out: Path, stage: str, *, init: Path | None) -> list[str]:
         f"data.tokenizer={out}/corpus/tokenizer",
         f"run.dir={out}/{stage}",
         *([f"checkpoint.init={init}"] if init else []),
+        *(EVALUATION if stage == EVALUATED_STAGE else ()),
+        *([f"evaluation.tasks=[{out}/corpus/eval.jsonl]"] if stage == EVALUATED_STAGE else []),
     )
 
 
@@ -193,6 +199,12 @@ def _stage_row(run: Path) -> dict[str, Any]:
     }
 
 
+def _evaluation_curve(run: Path) -> list[dict[str, Any]]:
+    """Accuracy on the held-out questions after each evaluation."""
+    rows = _metrics(run / "evaluation.jsonl")
+    return [{"step": row["step"], "accuracy": row["tasks"]["eval"]["accuracy"]} for row in rows]
+
+
 def _export(out: Path) -> dict[str, Any]:
     checkpoint, native, original = out / "stage3/checkpoints", out / "hf_native", out / "hf_original"
     _megavl("convert", "to-hf", checkpoint, native, "--format", "native")
@@ -224,6 +236,8 @@ def _print_table(summary: dict[str, Any], *, path: Path) -> None:
             f"{row['tokens_per_s']:,.0f} tokens/s"
             for row in summary["stages"]
         ),
+        f"evaluation  {EVALUATED_STAGE}, questions right after a step: "
+        + ", ".join(f"{row['step']}: {row['accuracy']:.1%}" for row in summary["evaluation"]),
         f"data        {path.parent / 'view.html'} shows sequences of {SHOWN_STAGE}",
         f"resume      after kill -9: {'bitwise the same losses' if summary['resume_bitwise'] else 'DIFFERENT LOSSES'}",
         f"export      {summary['hf_native']}, {summary['hf_original']}",

@@ -30,17 +30,26 @@ class EvaluationConfig:
     system: str = SYSTEM_PROMPT
     """System text of the questions; empty for none."""
 
-    def __post_init__(self) -> None:
-        names = [Path(path).stem for path in self.tasks], [Path(path).name for path in self.held_out]
-        for key, found in zip(("tasks", "held_out"), names):
-            if doubled := [name for name in found if found.count(name) > 1]:
-                raise UsageError(
-                    f"evaluation.{key}: two entries are called {doubled[0]!r}, by which results are named; rename one"
-                )
-        if self.interval and not (self.tasks or self.held_out):
+
+def check_evaluation(evaluation: EvaluationConfig) -> None:
+    """Check that there is something to evaluate, and that results can be told apart.
+
+    Raises:
+        UsageError: naming the key.
+    """
+    names = {
+        "tasks": [Path(path).stem for path in evaluation.tasks],
+        "held_out": [Path(path).name for path in evaluation.held_out],
+    }
+    for key, found in names.items():
+        if doubled := [name for name in found if found.count(name) > 1]:
             raise UsageError(
-                "evaluation.interval: there is nothing to evaluate; name evaluation.tasks or evaluation.held_out, or "
-                "set evaluation.interval=0"
+                f"evaluation.{key}: two entries are called {doubled[0]!r}, by which results are named; rename one"
             )
-        if self.at_start and not self.interval:
-            raise UsageError("evaluation.at_start: needs evaluation.interval above 0")
+    if evaluation.interval and not (evaluation.tasks or evaluation.held_out):
+        raise UsageError(
+            "evaluation.interval: there is nothing to evaluate; name evaluation.tasks or evaluation.held_out, or set "
+            "evaluation.interval=0"
+        )
+    if evaluation.at_start and not evaluation.interval:
+        raise UsageError("evaluation.at_start: needs evaluation.interval above 0; set an interval, or at_start=false")

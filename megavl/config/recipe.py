@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import UsageError
-from megavl.config.evaluation import EvaluationConfig
+from megavl.config.evaluation import EvaluationConfig, check_evaluation
 from megavl.config.model import STRICT, ModelConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -290,6 +290,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_parallel(self)
         _check_batch(self)
+        check_evaluation(self.evaluation)
         if self.training.train == ():
             raise UsageError(f"training.train: names nothing; choose from {', '.join(TRAINABLE_PARTS)}")
         for part in self.training.train or ():
@@ -406,6 +407,11 @@ def _check_batch(recipe: Recipe) -> None:
         raise UsageError(
             f"data.seq_length: {training.micro_batch_size} x {data.seq_length} tokens of a micro-batch are no "
             f"multiple of parallel.tensor {recipe.parallel.tensor}, which parallel.sequence_parallel needs"
+        )
+    if recipe.parallel.sequence_parallel and recipe.evaluation.held_out and data.seq_length % recipe.parallel.tensor:
+        raise UsageError(
+            f"data.seq_length: {data.seq_length} tokens of a sequence are no multiple of parallel.tensor "
+            f"{recipe.parallel.tensor}, which evaluation.held_out needs under parallel.sequence_parallel"
         )
     if data.multimodal_fraction > 0 and recipe.model.image_tokens >= data.seq_length:
         raise UsageError(

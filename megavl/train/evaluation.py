@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from tqdm import tqdm
 
@@ -32,13 +30,16 @@ from megavl.data.tokenizer import Tokenizer
 from megavl.evaluate.bits_per_byte import encode_passages
 from megavl.evaluate.multiple_choice import encode_questions
 from megavl.evaluate.task import OpenQuestion, Passage, Question, Task, read_tasks
+from megavl.files import activity
 from megavl.generate.pretrained import Processor
 from megavl.generate.score import Score, label_scores, own_share, rows_of_a_pass, score
 from megavl.generate.score_rows import ScoreRequest
-from megavl.parallel import cpu_runtime
+from megavl.parallel import cpu_runtime, groups
 from megavl.parallel.images import shares
+from megavl.train.evaluation_log import EvaluationLog
 from megavl.train.model_chunks import ModelChunks
 from megavl.train.run_plan import RunPlan
+from megavl.train.supervise.exit_status import ExitStatus
 
 
 class _Stopped(Exception):
@@ -54,32 +55,42 @@ class _TaskFile:
     requests: tuple[tuple[ScoreRequest, ...], ...]
 
 
-class Evaluator:
+class Evaluation:
     """What a run evaluates, checked and encoded before its first step."""
 
     def __init__(self, plan: RunPlan, *, tokenizer: Tokenizer, asked_to_stop: Callable[[], bool]) -> None:
-        """Read the tasks and open the held-out data. Collective.
+        """Read the tasks and open the held-out data, unless nothing is to be evaluated. Collective.
 
         Args:
-            asked_to_stop: whether this rank has received a pre-emption signal.
+            asked_to_stop: whether this rank has received a signal to stop.
 
         Raises:
             DataError: a task or a held-out directory cannot be used; on every rank.
         """
         self._plan, self._config, self._asked_to_stop = plan, plan.recipe.evaluation, asked_to_stop
         self._tokenizer, self._handles = tokenizer, ReadHandles()
-        processor = Processor(plan.recipe.model, tokenizer)
-        found: list[Any] = []
-        collective_errors.on_every_rank(lambda: found.extend(self._open(processor)))
-        self._tasks: list[_TaskFile] = found[:-1]
-        self._held_out: list[tuple[str, Dataset]] = found[-1]
+        self._tasks: list[_TaskFile] = []
+        self._held_out: list[tuple[str, Dataset]] = []
+        self._log: EvaluationLog | None = None
+        if self._config.interval:
+            collective_errors.on_every_rank(self._open)
 
-    def due(self, step: int) -> bool:
-        """Whether the run evaluates after this step; 0 stands for its start."""
+    def start(self, *, step: int) -> None:
+        """Say after which step the run goes on; later rows of an earlier run are set aside."""
+        run = self._plan.recipe.run
+        if self._config.interval and self._plan.position.rank == 0:
+            self._log = EvaluationLog(run.dir, start_step=step, tensorboard=run.tensorboard)
+
+    def after(self, model: ModelChunks, *, step: int, status: ExitStatus) -> None:
+        """Evaluate and log, if it is time after this step; 0 stands for the start of a new run. Collective."""
         config = self._config
-        if not config.interval or not step:
-            return bool(config.interval) and config.at_start
-        return step % config.interval == 0 or step == self._plan.recipe.training.steps
+        last = step == self._plan.recipe.training.steps
+        if not config.interval or not (config.at_start if step == 0 else last or step % config.interval == 0):
+            return
+        status.section = "evaluating"
+        row = self.run(model, step=step)
+        if row is not None and self._log is not None:
+            self._log.write(row)
 
     def run(self, model: ModelChunks, *, step: int) -> dict[str, Any] | None:
         """Evaluate; returns the row of evaluation.jsonl. Collective.
@@ -107,13 +118,14 @@ class Evaluator:
         seconds = round(time.perf_counter() - began, 6)
         return {"step": step, "tasks": tasks, "held_out": held_out, "seconds": seconds}
 
-    def _open(self, processor: Processor) -> Iterator[Any]:
+    def _open(self) -> None:
+        processor = Processor(self._plan.recipe.model, self._tokenizer)
         for path in self._config.tasks:
             try:
-                yield self._read(path, processor)
+                self._tasks.append(self._read(path, processor))
             except DataError as error:
                 raise DataError(f"evaluation.tasks: {error}") from error
-        yield [(Path(path).name, self._open_held_out(path)) for path in self._config.held_out]
+        self._held_out = [(Path(path).name, self._open_held_out(path)) for path in self._config.held_out]
 
     def _read(self, path: str, processor: Processor) -> _TaskFile:
         entries = read_tasks([path])
@@ -228,9 +240,8 @@ class Evaluator:
         return batches
 
     def _stop_if_asked(self) -> None:
-        flag = torch.tensor(float(self._asked_to_stop()), device=cpu_runtime.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if flag > 0:
+        activity.note()
+        if groups.on_any_rank(self._asked_to_stop()):
             raise _Stopped
 
 

@@ -32,6 +32,7 @@ from megavl.planner.cost.flops import MFU_CONVENTION
 from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import Scenario
 from megavl.train.batch_broadcast import StepPrefetcher, StepSource, next_step
+from megavl.train.evaluation import Evaluation
 from megavl.train.metrics import MetricsLog, metrics_row
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
@@ -71,9 +72,11 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
     tokenizer, dataset, sampler = _open_data(plan)
     status.section = "building the model"
     state = _build_state(plan, dataset=dataset, tokenizer=tokenizer)
+    evaluation = Evaluation(plan, tokenizer=tokenizer, asked_to_stop=lambda: stop.raised)
     status.section = "loading weights"
     progress = _resume_or_start(plan, state)
     status.step = progress.step
+    evaluation.start(step=progress.step)
     plan.say(f"{f'resuming after step {progress.step}' if progress.step else 'starting'}: {plan.summary}")
     if plan.peak_flops:
         plan.say(MFU_CONVENTION)
@@ -82,7 +85,11 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
         return 0
     timelines = StepTimelines(plan, state.model)
     with _loader(plan, dataset, sampler, start_step=progress.step) as source:
-        code = _run_steps(plan, state, source, progress, timelines=timelines, stop=stop, status=status)
+        if not progress.step:
+            evaluation.after(state.model, step=0, status=status)
+        code = _run_steps(
+            plan, state, source, progress, evaluation=evaluation, timelines=timelines, stop=stop, status=status
+        )
     status.section = "leaving"
     groups.stop()
     return code
@@ -94,6 +101,7 @@ def _run_steps(
     source: StepSource | None,
     progress: Progress,
     *,
+    evaluation: Evaluation,
     timelines: StepTimelines,
     stop: StopFlag,
     status: ExitStatus,
@@ -123,6 +131,9 @@ def _run_steps(
                 sample_ids = tuple(number for batch in data for number in batch.sample_ids)
                 _handle_bad_step(plan, progress, result, sample_ids=sample_ids)
             last = step == training.steps
+            if not result.asked_to_stop:
+                # Before the save: a run that resumes from it has this evaluation.
+                evaluation.after(state.model, step=step, status=status)
             if last or result.asked_to_stop or step % recipe.checkpoint.interval == 0:
                 status.section = "saving"
                 status.claim.confirm()

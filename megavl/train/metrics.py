@@ -56,9 +56,9 @@ class MetricsLog:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.steps = steps
         self._started, self._start_step = time.monotonic(), start_step
-        self._discard_after(start_step)
+        discard_rows_after(self.path, start_step)
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        self._board = _summary_writer(run_dir, purge_step=start_step + 1) if tensorboard else None
+        self._board = summary_writer(run_dir, purge_step=start_step + 1) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step's row and print its line."""
@@ -88,23 +88,24 @@ class MetricsLog:
             f"{row['tokens_per_s']:>9,.0f} tok/s  ETA {datetime.timedelta(seconds=round(seconds))}"
         )
 
-    def _discard_after(self, step: int) -> None:
-        """Move rows of steps that will run again to `metrics.discarded.jsonl`, so that each step has one row."""
-        if not self.path.exists():
-            return
-        kept: list[str] = []
-        discarded: list[str] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                target = kept if json.loads(line)["step"] <= step else discarded
-            except (json.JSONDecodeError, KeyError, TypeError):
-                target = discarded  # truncated by a kill
-            target.append(line + "\n")
-        if not discarded:
-            return
-        with self.path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(discarded)
-        replace_durably(self.path, "".join(kept).encode())
+
+def discard_rows_after(path: Path, step: int) -> None:
+    """Move rows of steps that will run again to `NAME.discarded.jsonl`, so that each step has one row."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    discarded: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            target = kept if json.loads(line)["step"] <= step else discarded
+        except (json.JSONDecodeError, KeyError, TypeError):
+            target = discarded  # truncated by a kill
+        target.append(line + "\n")
+    if not discarded:
+        return
+    with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(discarded)
+    replace_durably(path, "".join(kept).encode())
 
 
 _SCALARS = {
@@ -119,7 +120,8 @@ _SCALARS = {
 }
 
 
-def _summary_writer(run_dir: str | Path, *, purge_step: int) -> Any:
+def summary_writer(run_dir: str | Path, *, purge_step: int) -> Any:
+    """TensorBoard's writer; None where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -35,9 +35,13 @@ def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return rows
 
 
-def test_killed_run_resumes_bitwise(dataset: Path, reference: list[dict[str, Any]], tmp_path: Path) -> None:
-    interrupt(dataset, tmp_path, signal.SIGKILL, after=5)
-    done = run_training(dataset, tmp_path, *LAYOUT, processes=2)
+def test_killed_run_resumes_bitwise(
+    dataset: Path, reference: list[dict[str, Any]], tmp_path: Path, report_table: Any
+) -> None:
+    """It evaluates every second step, as the reference does not, and no loss differs."""
+    evaluating = evaluation_of(dataset, tmp_path)
+    interrupt(dataset, tmp_path, signal.SIGKILL, *evaluating, after=5)
+    done = run_training(dataset, tmp_path, *LAYOUT, *evaluating, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after step 3" in done.stdout
     columns = ("step", "modality", "loss", "grad_norm", "lr", "loss_tokens", "images", "consumed_samples")
@@ -47,6 +51,32 @@ def test_killed_run_resumes_bitwise(dataset: Path, reference: list[dict[str, Any
     again = metrics(tmp_path, "metrics.discarded.jsonl")
     assert [row["step"] for row in again][:2] == [4, 5]
     assert all(row["loss"] == reference[row["step"] - 1]["loss"] for row in again)
+    rows = metrics(tmp_path, "evaluation.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
+    for row in rows:
+        assert 0 <= row["tasks"]["few"]["accuracy"] <= 1 and row["tasks"]["few"]["n"] == 6
+        assert {kind: part["sequences"] for kind, part in row["held_out"]["shards"].items()} == {
+            "text": 3,
+            "multimodal": 3,
+        }
+    (before,) = [row for row in metrics(tmp_path, "evaluation.discarded.jsonl") if row["step"] == 4]
+    assert before["held_out"] == rows[2]["held_out"] and before["tasks"] == rows[2]["tasks"]
+    first, last = (row["held_out"]["shards"]["text"] for row in (rows[0], rows[-1]))
+    report_table(
+        ["held-out text, bits per byte before and after 8 steps", first["bits_per_byte"], last["bits_per_byte"]]
+    )
+    assert last["loss"] < first["loss"] and last["bits_per_byte"] < first["bits_per_byte"]
+    assert "evaluation after step 8: few: accuracy" in done.stdout
+
+
+def evaluation_of(dataset: Path, folder: Path) -> tuple[str, ...]:
+    """Settings of an evaluation on six questions and on the training data."""
+    task, source = folder / "few.jsonl", dataset / "corpus/eval.jsonl"
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:6]]
+    rows = [{**line, "images": [str(source.parent / image) for image in line["images"]]} for line in lines]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    held_out = (f"evaluation.held_out=[{dataset}/shards]", "evaluation.held_out_sequences=3")
+    return (f"evaluation.tasks=[{task}]", *held_out, "evaluation.interval=2", "evaluation.at_start=true")
 
 
 def test_signal_saves_and_another_layout_goes_on(
@@ -148,9 +178,9 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> Non
         time.sleep(0.02)
 
 
-def interrupt(dataset: Path, run: Path, number: signal.Signals, *, after: int) -> None:
+def interrupt(dataset: Path, run: Path, number: signal.Signals, *overrides: str, after: int) -> None:
     """Train until `after` steps are logged, then signal every process (SIGKILL) or the launcher (others)."""
-    command = train_command(dataset, run, *LAYOUT, processes=2)
+    command = train_command(dataset, run, *LAYOUT, *overrides, processes=2)
     process = subprocess.Popen(
         command, cwd=ROOT, env=forked(environment()), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

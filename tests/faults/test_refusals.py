@@ -67,6 +67,11 @@ def test_data(dataset: Path, tmp_path: Path) -> None:
     assert code == 3 and victim.name in message, message
     assert json.loads((tmp_path / "b" / "exit_status.json").read_text())["code"] == 3
 
+    task = tmp_path / "open.jsonl"
+    task.write_text('{"id": "a", "prompt": "which?", "answers": ["red"]}\n')
+    code, message = refuse(dataset, tmp_path / "e", f"evaluation.tasks=[{task}]", "evaluation.interval=1")
+    assert code == 3 and f"evaluation.tasks: {task}:1: answers: a free-form answer" in message, message
+
     other = tmp_path / "tokenizer"
     shutil.copytree(dataset / "corpus/tokenizer", other)
     content = json.loads((other / "tokenizer.json").read_text())

@@ -21,7 +21,7 @@ from megavl.train.supervise.signals import StopFlag
 
 _UNWATCHED = ("building the model",)
 """Sections that wait neither for peers nor for files, and may take longer than a step."""
-_STEP = ("loading data", "training", "saving", "leaving")
+_STEP = ("loading data", "training", "evaluating", "saving", "leaving")
 """Sections of a step, at whose end a run saves if it is asked to stop, and the end of the run."""
 _ALONE = ("start", "joining the process group", "leaving")
 """Sections in which the status may be that of an earlier run, or say that this one has finished."""

@@ -1,0 +1,72 @@
+"""Rows of an evaluation: a JSON line, a line on the terminal for each result, and scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megavl.train.metrics import discard_rows_after, summary_writer
+
+
+class EvaluationLog:
+    """Rank 0's log of the evaluations of a run, `evaluation.jsonl`."""
+
+    def __init__(self, run_dir: str | Path, *, start_step: int, tensorboard: bool) -> None:
+        """Set aside rows of steps that will run again.
+
+        Args:
+            start_step: step after which the run goes on.
+        """
+        self.path = Path(run_dir) / "evaluation.jsonl"
+        discard_rows_after(self.path, start_step - (start_step == 0))
+        self._board = summary_writer(run_dir, purge_step=start_step + 1) if tensorboard else None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one evaluation and print its lines."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        for line in lines(row):
+            tqdm.write(line)
+        if self._board is not None:
+            for name, value in scalars(row):
+                self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+
+
+def lines(row: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each task and each modality of each held-out directory."""
+    for name, found in row["tasks"].items():
+        parts = []
+        if "accuracy" in found:
+            chance = f"chance {found['chance']:.3f}, n {found['n']}"
+            accuracy = _text(found["accuracy"])
+            parts.append(f"accuracy {accuracy} +- {_text(found['standard_error'])} ({chance})")
+        if "bits_per_byte" in found:
+            parts.append(f"bits per byte {_text(found['bits_per_byte'])}")
+        yield f"evaluation after step {row['step']}: {name}: {', '.join(parts)}"
+    for name, modalities in row["held_out"].items():
+        for modality, found in modalities.items():
+            bits = f", bits per byte {_text(found['bits_per_byte'])}" if "bits_per_byte" in found else ""
+            loss = f"loss {_text(found['loss'])}{bits} ({found['tokens']} tokens)"
+            yield f"evaluation after step {row['step']}: {name}, {modality}: {loss}"
+
+
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and values for TensorBoard; what is not finite is left out."""
+    for name, found in row["tasks"].items():
+        for key in ("accuracy", "bits_per_byte"):
+            if found.get(key) is not None:
+                yield f"evaluation/{name}/{key}", found[key]
+    for name, modalities in row["held_out"].items():
+        for modality, found in modalities.items():
+            for key in ("loss", "bits_per_byte"):
+                if found.get(key) is not None:
+                    yield f"evaluation/{name}/{modality}/{key}", found[key]
+
+
+def _text(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

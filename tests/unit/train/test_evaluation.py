@@ -1,0 +1,82 @@
+"""Figures and rows of evaluations during training, and settings that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megavl.config.errors import UsageError
+from megavl.config.load import load_recipe
+from megavl.evaluate.task import Passage, Question
+from megavl.generate.score import Score
+from megavl.train.evaluation import task_figures
+from megavl.train.evaluation_log import EvaluationLog, lines, scalars
+
+
+def scores(*values: float) -> list[Score]:
+    return [Score(log_prob=value, tokens=2, greedy=False) for value in values]
+
+
+def question(answer: int, *, choices: int = 4) -> Question:
+    return Question(id="q", prompt="?", choices=tuple("abcd"[:choices]), answer=answer)
+
+
+def test_accuracy_has_chance_and_error() -> None:
+    entries = [question(0), question(1), question(0, choices=2), Passage(id="p", text="four")]
+    found = task_figures(
+        entries,
+        [
+            [scores(-1, -2, -3, -4)],
+            [scores(-1, -2, -3, -4)],
+            [scores(-2, -1)],
+            [scores(-4 * math.log(2)), scores(-math.log(2))],
+        ],
+    )
+    assert found["accuracy"] == pytest.approx(1 / 3) and found["n"] == 3
+    assert found["chance"] == pytest.approx((0.25 + 0.25 + 0.5) / 3)
+    assert found["standard_error"] == pytest.approx(math.sqrt(2 / 9 / 3))
+    assert found["bits_per_byte"] == pytest.approx(5 / 4) and found["bytes"] == 4
+
+
+def test_what_is_not_finite_is_null() -> None:
+    found = task_figures([question(0), Passage(id="p", text="a")], [[scores(-1, math.nan, -1, -1)], [scores(math.nan)]])
+    assert found["accuracy"] is None and found["standard_error"] is None and found["bits_per_byte"] is None
+
+
+def test_log_keeps_one_row_a_step(tmp_path: Path) -> None:
+    task = {"accuracy": 0.5, "chance": 0.25, "standard_error": 0.1, "n": 4}
+    held_out = {"text": {"loss": 2.0, "tokens": 9, "sequences": 1, "bits_per_byte": 1.5}}
+    rows = [{"step": step, "tasks": {"q": task}, "held_out": {"d": held_out}, "seconds": 1.0} for step in (0, 5, 10)]
+    log = EvaluationLog(tmp_path, start_step=0, tensorboard=False)
+    for row in rows:
+        log.write(row)
+    EvaluationLog(tmp_path, start_step=7, tensorboard=False).write(rows[2])
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [0, 5, 10]
+    assert len((tmp_path / "evaluation.discarded.jsonl").read_text().splitlines()) == 1
+    assert list(lines(rows[1])) == [
+        "evaluation after step 5: q: accuracy 0.5000 +- 0.1000 (chance 0.250, n 4)",
+        "evaluation after step 5: d, text: loss 2.0000, bits per byte 1.5000 (9 tokens)",
+    ]
+    assert dict(scalars(rows[1])) == {
+        "evaluation/q/accuracy": 0.5,
+        "evaluation/d/text/loss": 2.0,
+        "evaluation/d/text/bits_per_byte": 1.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["evaluation.tasks=[]", "evaluation.interval=5"], "evaluation.interval: there is nothing to evaluate"),
+        (["evaluation.at_start=true"], "evaluation.at_start: needs evaluation.interval above 0"),
+        (["evaluation.tasks=[a/q.jsonl, b/q.jsonl]"], "evaluation.tasks: two entries are called 'q'"),
+        (["evaluation.held_out=[a/text, b/text/]"], "evaluation.held_out: two entries are called 'text'"),
+        (["evaluation.intervall=5"], "evaluation.intervall.*'interval'"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_recipe("launch/recipes/tiny/stage3.yaml", overrides=settings)
