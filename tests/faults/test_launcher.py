@@ -46,7 +46,13 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
+
+
+def hear_ctrl_c() -> None:
+    """Tests in the background ignore SIGINT, and a shell cannot trap what it ignores from its start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:

@@ -73,6 +73,8 @@ class Stage:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Where the tests ignore SIGINT, as in the background, a shell could not trap it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str = "pretrain_7b", cwd: Path = ROOT, **settings: str) -> tuple[int, str, str]:
