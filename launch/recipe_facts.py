@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import yaml
 
+from megavl.checkpoint.find import stored_model
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """Print the facts, or one message and the exit code of the mistake."""
     try:
         overrides = overrides_from(os.environ)
-        recipe = load_recipe(arguments[0], overrides=overrides)
+        recipe = load_recipe(arguments[0], overrides=overrides, stored_model=stored_model)
         _check_root(recipe, given=bool(os.environ.get("DATA")))
     except MegaVLError as error:
         print(f"launch: {error}", file=sys.stderr)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megavl.checkpoint.directory import check, recover
 from megavl.checkpoint.manifest import MANIFEST
 from megavl.config.errors import CheckpointError, UsageError, one_line
-from megavl.config.load import model_config_from_dict
+from megavl.config.load import model_config_from_dict, to_dict
 from megavl.config.model import ModelConfig
 from megavl.files.model_folders import describe
 from megavl.foreign.parsing import read_json
@@ -54,3 +56,31 @@ def load_model_config(path: str | Path) -> ModelConfig:
         return model_config_from_dict(raw, source=str(source))
     except (OSError, UsageError, ValueError, TypeError) as error:
         raise CheckpointError(f"{source}: not readable ({one_line(error, limit=300)})") from error
+
+
+def stored_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that `model: {from: init}` stands for: those of the run's newest checkpoint, else of `checkpoint.init`.
+
+    Hashes are compared when the weights are loaded.
+
+    Args:
+        recipe: as `read_raw` gives it, not checked.
+
+    Raises:
+        CheckpointError: `checkpoint.init` is no valid checkpoint.
+        UsageError: it is not stated.
+    """
+    checkpoint, run = (part if isinstance(part := recipe.get(name), Mapping) else {} for name in ("checkpoint", "run"))
+    own = Path(str(checkpoint.get("dir") or f"{run.get('dir')}/checkpoints"))
+    if (newest := recover(own, skip_hash=True).path) is not None:
+        return to_dict(load_model_config(newest))
+    init = checkpoint.get("init")
+    if not isinstance(init, str):
+        raise UsageError(
+            "model.from: init takes the sizes of checkpoint.init, which is not set; name a checkpoint there, or give "
+            "model.preset instead"
+        )
+    try:
+        return to_dict(load_model_config(resolve(init, skip_hash=True)))
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.init: {error}") from error

@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,12 +29,17 @@ _SHOWN = 300
 """Most characters of a wrong value that a message shows."""
 
 
-def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+StoredModel = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Gives the sizes, as `to_dict` writes them, of the checkpoint that a raw recipe starts from."""
+
+
+def load_recipe(path: str | Path, *, overrides: Sequence[str] = (), stored_model: StoredModel | None = None) -> Recipe:
     """Read a recipe file.
 
     Args:
         path: YAML file; its `base:` key may name one other file, relative to it.
         overrides: `key.path=value` strings that replace values of the file; values are YAML.
+        stored_model: what `model: {from: init}` calls; without it, that is refused.
 
     Raises:
         UsageError: names the file, the dotted path, the value and the remedy.
@@ -47,7 +52,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
                 "possible and prints the lines to put there"
             )
         if "model" in raw:
-            raw = {**raw, "model": _with_preset(raw["model"])}
+            raw = {**raw, "model": _with_preset(_with_stored(raw, stored_model))}
         recipe: Recipe = _validate(_RECIPE, raw)
     except UsageError as error:
         raise UsageError(f"{_origin(str(error), raw, path=Path(path), overrides=overrides)}: {error}") from None
@@ -233,6 +238,27 @@ def _find(key: str, raw: Any) -> tuple[tuple[str, ...], bool]:
         raw = raw[found] if there else None
         parts.append(str(found))
     return tuple(parts), there
+
+
+def _with_stored(raw: Mapping[str, Any], stored_model: StoredModel | None) -> Any:
+    """`model:` with the sizes of a checkpoint under its own keys if it says `from: init`, which replaces a preset."""
+    model = raw["model"]
+    if not isinstance(model, Mapping) or "from" not in model:
+        return model
+    own = {key: value for key, value in model.items() if key != "from"}
+    if model["from"] is None:
+        return own
+    if model["from"] != "init":
+        raise UsageError(
+            f"model.from: found {model['from']!r}; `init` is the only value, and takes the sizes of checkpoint.init"
+        )
+    if stored_model is None:
+        raise UsageError(
+            "model.from: this command reads no checkpoint; add model.from=null model.preset=PRESET with the preset of "
+            "the weights, or take the recipe.yaml that a run has saved, where all sizes stand"
+        )
+    own.pop("preset", None)
+    return _merge(stored_model(raw), own)
 
 
 def _with_preset(model: Any) -> Any:

@@ -249,13 +249,15 @@ class CheckpointConfig:
     keep: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep."""
     init: str | None = None
-    """MegaVL checkpoint from which a new run takes its weights, but no optimizer state."""
+    """MegaVL checkpoint, or the directory that holds it, from which a new run takes its weights, but no optimizer
+    state. Model and tokenizer must be the checkpoint's; `model: {from: init}` takes all sizes from it."""
     allow_random_init: bool = False
     """Allow a new run without init to start from random weights; off by default, so that this is never an accident."""
     allow_fresh: bool = False
     """Start from step 0 even if checkpoint.dir holds only damaged checkpoints."""
     force_resume: bool = False
-    """Resume even if seed, global batch size or data differ from the checkpoint's."""
+    """Resume even if seed, global batch size, data, tokenizer or stage differ from the checkpoint's; each is logged. Of
+    another batch size, samples go on where they stopped."""
     skip_hash: bool = False
     """Check only the sizes of a checkpoint's files when it is opened, not their hashes."""
 

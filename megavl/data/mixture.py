@@ -8,7 +8,7 @@ its slots. Weights divide the sequences of one modality among the sources that h
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,8 @@ class Mixture:
             UsageError: weights without a common step that is coarse enough.
         """
         self.plan, self.global_batch_size, self.grouping = plan, global_batch_size, grouping
+        self.earlier: tuple[tuple[int, int], ...] = ()
+        """(step, sequences): up to that step, steps had that many sequences; set by a run that was resumed so."""
         self.sources = len(weights)
         self._drawn = {m: [number for number, weight in enumerate(weights) if weight[m] > 0] for m in MODALITIES}
         self._orders = {
@@ -90,9 +92,15 @@ class Mixture:
 
     def multimodal_before(self, steps: int) -> int:
         """Multimodal sequences of the first `steps` steps."""
-        if self.grouping == "step":
-            return self.plan.multimodal_before(steps) * self.global_batch_size
-        return self.plan.multimodal_before(steps * self.global_batch_size)
+        if self.grouping == "sequence":
+            return self.plan.multimodal_before(self.sequences_before(steps))
+        count = self.plan.multimodal_before
+        parts = _parts(steps, size=self.global_batch_size, earlier=self.earlier)
+        return sum((count(end) - count(start)) * size for start, end, size in parts)
+
+    def sequences_before(self, steps: int) -> int:
+        """Sequences of the first `steps` steps."""
+        return sequences_before(steps, size=self.global_batch_size, earlier=self.earlier)
 
     def share(self, *, source: int, modality: Modality) -> float:
         """Share of the modality's sequences that come from a source."""
@@ -106,7 +114,7 @@ class Mixture:
         if source not in self._drawn[modality]:
             return 0
         multimodal = self.multimodal_before(steps)
-        of_modality = multimodal if modality == "multimodal" else steps * self.global_batch_size - multimodal
+        of_modality = multimodal if modality == "multimodal" else self.sequences_before(steps) - multimodal
         number = self._drawn[modality].index(source)
         return self._orders[modality].before(of_modality, source=number)
 
@@ -119,7 +127,21 @@ class Mixture:
             number = permutation(size, keyed_number("slots", self.plan.seed, step))(slot)
         if number < in_step:
             return "multimodal", multimodal + number
-        return "text", step * size - multimodal + number - in_step
+        return "text", self.sequences_before(step) - multimodal + number - in_step
+
+
+def sequences_before(steps: int, *, size: int, earlier: Sequence[tuple[int, int]]) -> int:
+    """Sequences of the first `steps` steps, which have `size` sequences each, and before that `earlier` sizes."""
+    return sum((end - start) * size for start, end, size in _parts(steps, size=size, earlier=earlier))
+
+
+def _parts(steps: int, *, size: int, earlier: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """First step, end and sequences per step of each part of the first `steps` steps."""
+    start = 0
+    for limit, count in (*earlier, (steps, size)):
+        end = min(limit, steps)
+        yield start, end, count
+        start = end
 
 
 def recipe_mixture(recipe: Recipe, counts: Sequence[Counts | None]) -> Mixture:

@@ -57,7 +57,7 @@ def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
         DataError: the tokenizer is missing or does not belong to the model.
     """
     found = find_weights(path, skip_hash=skip_hash)
-    tokenizer = open_tokenizer(_tokenizer_in(found.tokenizer))
+    tokenizer = open_tokenizer(tokenizer_in(found.tokenizer))
     _check_tokenizer(tokenizer, found.config)
     return ModelSource(path=found.path, config=found.config, tokenizer=tokenizer, tensors=found.tensors)
 
@@ -165,8 +165,8 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
     return model
 
 
-def _tokenizer_in(folder: Path) -> Path:
-    """A checkpoint keeps a SentencePiece file under the name it had."""
+def tokenizer_in(folder: Path) -> Path:
+    """Path of the tokenizer in a checkpoint's folder; a SentencePiece file has kept its name there."""
     models = sorted(folder.glob("*.model"))
     return models[0] if len(models) == 1 and not (folder / "tokenizer.json").is_file() else folder
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from megavl.checkpoint.find import stored_model
 from megavl.config.errors import UsageError
 from megavl.config.key_list import key_lines
 from megavl.config.load import load_recipe, read_raw
@@ -48,10 +49,11 @@ def open_on_one_device(path: str, *, overrides: Sequence[str] = ()) -> Recipe | 
 
     Raises:
         UsageError: as `load_recipe`.
+        CheckpointError: `model: {from: init}` names no valid checkpoint.
     """
     if read_raw(path, overrides=overrides).get("parallel") != "auto":
         return None
-    return load_recipe(path, overrides=[*overrides, *_ONE_DEVICE])
+    return load_recipe(path, overrides=[*overrides, *_ONE_DEVICE], stored_model=stored_model)
 
 
 def open_recipe(
@@ -65,14 +67,15 @@ def open_recipe(
 
     Raises:
         UsageError: as `load_recipe`; for a layout that cannot work, with the nearest one that does.
+        CheckpointError: `model: {from: init}` names no valid checkpoint.
     """
     try:
-        return load_recipe(path, overrides=overrides)
+        return load_recipe(path, overrides=overrides, stored_model=stored_model)
     except UsageError as error:
         if "parallel." not in str(error):
             raise
         try:
-            alone = load_recipe(path, overrides=[*overrides, *_ONE_DEVICE])
+            alone = load_recipe(path, overrides=[*overrides, *_ONE_DEVICE], stored_model=stored_model)
         except UsageError:
             raise error from None
         wanted = wanted_choice(read_raw(path, overrides=overrides))

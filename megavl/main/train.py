@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import NoReturn
 
-from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, MegaVLError, PeerError, StorageError, UsageError
+from megavl.config.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    CheckpointError,
+    MegaVLError,
+    PeerError,
+    StorageError,
+    UsageError,
+)
 from megavl.config.load import read_raw
 from megavl.foreign.printing import say
 from megavl.main.open_recipe import add_recipe_arguments, open_recipe
@@ -40,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         recipe = open_recipe(arguments.recipe, overrides=arguments.overrides, devices=devices)
         scenario = checked_scenario(recipe, devices=devices, device=None)
-    except UsageError as error:
+    except (UsageError, CheckpointError) as error:
         return _refuse(_run_dir(arguments), error)
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
@@ -97,7 +105,7 @@ def _run_dir(arguments: argparse.Namespace) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _refuse(run_dir: str | None, error: UsageError) -> int:
+def _refuse(run_dir: str | None, error: MegaVLError) -> int:
     """Report a recipe that cannot run, on rank 0 alone: every rank finds the same.
 
     The exit status is written if the folder has one, which an earlier run left, or under a launcher, which hides exit

@@ -75,6 +75,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
     evaluation = Evaluation(plan, tokenizer=tokenizer, asked_to_stop=lambda: stop.raised)
     status.section = "loading weights"
     progress = _resume_or_start(plan, state)
+    sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
     evaluation.start(step=progress.step)
     plan.say(f"{f'resuming after step {progress.step}' if progress.step else 'starting'}: {plan.summary}")
@@ -122,10 +123,12 @@ def _run_steps(
             status.section = "training"
             inject_fault("training", rank=plan.position.rank, step=step)
             result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised)
-            progress = Progress(step=step, bad_steps=progress.bad_steps + 1 if result.skipped else 0)
+            progress = progress.after(skipped=result.skipped)
             seconds = time.perf_counter() - began
             if log is not None:
-                log.write(metrics_row(plan, result, modality=data[0].modality, step=step, lr=rate, seconds=seconds))
+                log.write(
+                    metrics_row(plan, result, modality=data[0].modality, progress=progress, lr=rate, seconds=seconds)
+                )
             timelines.end(modality=data[0].modality, seconds=seconds)
             if result.skipped:
                 sample_ids = tuple(number for batch in data for number in batch.sample_ids)
@@ -193,21 +196,25 @@ def _build_state(plan: RunPlan, *, dataset: Dataset, tokenizer: Tokenizer) -> Ru
         model=model,
         optimizer=optimizer,
         fingerprint=dataset.fingerprint,
-        tokenizer_files={path.name: path for path in tokenizer.files},
+        tokenizer=tokenizer,
     )
 
 
 def _resume_or_start(plan: RunPlan, state: RunState) -> Progress:
     """Resume, else start from other weights, else (only when told to) from random ones."""
-    recipe, progress = plan.recipe, state.restore()
-    if progress is not None:
+    recipe, resumed = plan.recipe, state.restore()
+    if resumed is not None:
+        progress, lines = resumed
+        for line in lines:
+            plan.say(line)
         return progress
     if recipe.checkpoint.init is not None:
         try:
-            state.start_from(recipe.checkpoint.init)
+            lines = state.start_from(recipe.checkpoint.init)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint.init: {error}") from error
-        plan.say(f"weights from {recipe.checkpoint.init}")
+        for line in (*lines, f"weights from {recipe.checkpoint.init}"):
+            plan.say(line)
     elif not recipe.checkpoint.allow_random_init:
         raise CheckpointError(
             f"no checkpoint in {recipe.checkpoint_dir} and no checkpoint.init; name the weights to start from, or set "

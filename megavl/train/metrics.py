@@ -12,14 +12,16 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megavl.data.batch import Modality
+from megavl.data.mixture import sequences_before
 from megavl.files.durable import replace_durably
 from megavl.planner.cost.flops import mfu, step_flops
 from megavl.train.run_plan import RunPlan
+from megavl.train.state import Progress
 from megavl.train.step import StepResult
 
 
 def metrics_row(
-    plan: RunPlan, result: StepResult, *, modality: Modality, step: int, lr: float, seconds: float
+    plan: RunPlan, result: StepResult, *, modality: Modality, progress: Progress, lr: float, seconds: float
 ) -> dict[str, Any]:
     """One step's row of metrics.jsonl."""
     recipe, peak = plan.recipe, plan.peak_flops
@@ -32,7 +34,7 @@ def metrics_row(
         trainable_parts=recipe.trainable_parts,
     )
     return {
-        "step": step,
+        "step": progress.step,
         "modality": modality,
         "loss": result.loss if math.isfinite(result.loss) else None,
         "grad_norm": result.grad_norm,
@@ -45,7 +47,7 @@ def metrics_row(
         "tokens_per_s": round(batch * length / seconds, 3),
         "mfu": mfu(flops, seconds=seconds, devices=plan.scenario.devices, peak_flops=peak) if peak else None,
         "skipped": result.skipped,
-        "consumed_samples": step * batch,
+        "consumed_samples": sequences_before(progress.step, size=batch, earlier=progress.earlier_batches),
     }
 
 

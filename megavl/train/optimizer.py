@@ -167,7 +167,7 @@ class _Resumable(MegatronOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore hyper-parameters, step counts and, if present, fp32 weights and moments.
+        """Restore step counts and, if present, fp32 weights and moments; hyper-parameters stay those of the recipe.
 
         Raises:
             CheckpointError: the groups are not this run's.
@@ -182,8 +182,7 @@ class _Resumable(MegatronOptimizer):
                 f"run's {identity}: other weights train now; start a fresh run with checkpoint.init"
             )
         for group, old in zip(groups, saved):
-            # `fused` belongs to this process, not to the file.
-            group.update({key: value for key, value in old.items() if key not in ("params", "fused")})
+            group["step"] = old["step"]
             for parameter in group["params"]:
                 # Each needs its own tensor: torch's AdamW advances a shared one once per parameter.
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]), device=parameter.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import ChainedOptimizer
 
-from megavl.checkpoint.reader import resolve
+from megavl.checkpoint.find import resolve
 from megavl.checkpoint.store import CheckpointStore, read_manifest
-from megavl.config.errors import UsageError
 from megavl.config.load import dump_recipe, to_dict
 from megavl.config.recipe import Recipe
+from megavl.data.mixture import sequences_before
+from megavl.data.tokenizer import Tokenizer
+from megavl.train.identity import Fixed, compare_resumed, compare_start
 from megavl.train.model_chunks import ModelChunks
 
 FORMAT_VERSION = 1
@@ -29,6 +32,14 @@ class Progress:
     """Optimizer steps done, skipped ones included."""
     bad_steps: int
     """Skipped steps in a row."""
+    earlier_batches: tuple[tuple[int, int], ...] = ()
+    """(step, sequences): up to that step, steps had that many sequences. Empty unless a resume was forced to another
+    batch size."""
+
+    def after(self, *, skipped: bool) -> Progress:
+        """Progress after one more step."""
+        bad_steps = self.bad_steps + 1 if skipped else 0
+        return dataclasses.replace(self, step=self.step + 1, bad_steps=bad_steps)
 
 
 class RunState:
@@ -41,10 +52,10 @@ class RunState:
         model: ModelChunks,
         optimizer: ChainedOptimizer,
         fingerprint: str,
-        tokenizer_files: dict[str, Path],
+        tokenizer: Tokenizer,
     ) -> None:
-        self.recipe, self.model, self.optimizer, self.fingerprint = recipe, model, optimizer, fingerprint
-        self.tokenizer_files = tokenizer_files
+        self.recipe, self.model, self.optimizer, self.tokenizer = recipe, model, optimizer, tokenizer
+        self.fixed = Fixed.of(recipe, fingerprint=fingerprint)
         settings = recipe.checkpoint
         self.failed_saves = 0
         self.store = CheckpointStore(recipe.checkpoint_dir, keep=settings.keep, skip_hash=settings.skip_hash)
@@ -54,67 +65,61 @@ class RunState:
         files: dict[str, bytes | Path] = {
             "recipe.yaml": dump_recipe(self.recipe).encode(),
             "model.json": _json(to_dict(self.recipe.model)),
-            **{f"tokenizer/{name}": path for name, path in self.tokenizer_files.items()},
+            **{f"tokenizer/{path.name}": path for path in self.tokenizer.files},
         }
         state = save_state(self.model, self.optimizer)
         return self.store.save(progress.step, state=state, content=self._content(progress), files=files)
 
-    def restore(self) -> Progress | None:
+    def restore(self) -> tuple[Progress, list[str]] | None:
         """Resume from the newest good checkpoint of this run; None if there is none yet. Collective.
+
+        Returns:
+            Progress, and a line for each setting in which the recipe differs from the run so far.
 
         Raises:
             CheckpointError: only damaged checkpoints, or weights that do not fit.
-            UsageError: the checkpoint belongs to another seed, batch size, data set or stage.
+            UsageError: the checkpoint belongs to another model, seed, batch size, data set or stage.
         """
         path = self.store.newest(allow_fresh=self.recipe.checkpoint.allow_fresh)
         if path is None:
             return None
         content = read_manifest(path)["content"]
-        self._check(path, content)
-        restore_state(self.model, self.optimizer, lambda state: self.store.load(path, state))
-        return Progress(step=content["step"], bad_steps=content["bad_steps"])
+        lines = compare_resumed(self.recipe, path, content=content, fixed=self.fixed, tokenizer=self.tokenizer)
+        # With another precision the weights are converted; the optimizer's are fp32 in any case.
+        restore_state(self.model, self.optimizer, lambda state: self.store.load(path, state, convert_dtype=True))
+        earlier = tuple((int(step), int(size)) for step, size in content.get("earlier_batches", ()))
+        if content["global_batch_size"] != self.recipe.training.global_batch_size:
+            earlier += ((content["step"], content["global_batch_size"]),)
+        return Progress(step=content["step"], bad_steps=content["bad_steps"], earlier_batches=earlier), lines
 
-    def start_from(self, init: str) -> None:
-        """Load only the weights of another run's checkpoint. Collective."""
-        path = resolve(init)
+    def start_from(self, init: str) -> list[str]:
+        """Load only the weights of another run's checkpoint. Collective.
+
+        Returns:
+            A line for each setting in which the recipe differs from the checkpoint and may.
+
+        Raises:
+            CheckpointError: no checkpoint there, or weights that do not fit.
+            UsageError: another model or tokenizer than the recipe's.
+        """
+        path = resolve(init, skip_hash=self.recipe.checkpoint.skip_hash)
+        lines = compare_start(self.recipe, path, tokenizer=self.tokenizer)
         self.model.load_weights(lambda state: self.store.load(path, state, strict=False, convert_dtype=True))
         self.optimizer.reload_model_params()
+        return lines
 
     def _content(self, progress: Progress) -> dict[str, Any]:
-        training = self.recipe.training
-        return {
+        size = self.recipe.training.global_batch_size
+        content = {
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "bad_steps": progress.bad_steps,
-            "consumed_samples": progress.step * training.global_batch_size,
-            **self._identity(),
+            "consumed_samples": sequences_before(progress.step, size=size, earlier=progress.earlier_batches),
+            **self.fixed.values,
         }
-
-    def _identity(self) -> dict[str, Any]:
-        """Settings that must not change within a run, because they determine samples and trained weights."""
-        training, data = self.recipe.training, self.recipe.data
-        return {
-            "seed": training.seed,
-            "global_batch_size": training.global_batch_size,
-            "data_fingerprint": self.fingerprint,
-            "multimodal_fraction": data.multimodal_fraction,
-            "modality_warmup_steps": data.modality_warmup_steps,
-            "grouping": data.grouping,
-            "cross_document_attention": data.cross_document_attention,
-            "stage": training.stage,
-            "trainable_parts": list(self.recipe.trainable_parts),
-        }
-
-    def _check(self, path: Path, content: dict[str, Any]) -> None:
-        for key, value in self._identity().items():
-            if content.get(key) == value:
-                continue
-            if self.recipe.checkpoint.force_resume and key != "trainable_parts":
-                continue
-            raise UsageError(
-                f"{path}: {key} is {content.get(key)!r} in the checkpoint and {value!r} in the recipe; resume with the "
-                "old value, use another checkpoint.dir, or set checkpoint.force_resume=true to go on regardless"
-            )
+        if progress.earlier_batches:
+            content["earlier_batches"] = [list(pair) for pair in progress.earlier_batches]
+        return content
 
 
 def save_state(model: ModelChunks, optimizer: ChainedOptimizer) -> dict[str, Any]:

@@ -182,6 +182,25 @@ def test_resume_depends_on_consumed_samples_alone(data: st.DataObject) -> None:
         assert [ref for share in shares for ref in share] == whole[step]
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_another_batch_size_goes_on_where_it_stopped(data: st.DataObject) -> None:
+    """Steps before a forced change had another size: no draw of any source is left out or repeated."""
+    mixture = data.draw(samplers()).mixture
+    mixture.earlier = tuple(zip(sorted(data.draw(st.sets(st.integers(1, 9), max_size=2))), (3, 5)))
+    limits = [step for step, _ in mixture.earlier]
+    drawn: dict[tuple[int, str], list[int]] = {}
+    for step in range(14):
+        size = next((size for limit, size in mixture.earlier if step < limit), mixture.global_batch_size)
+        assert mixture.sequences_before(step + 1) - mixture.sequences_before(step) == size
+        for slot in range(size if not limits or step >= limits[-1] else 0):
+            source, modality, number = mixture.draw(step=step, slot=slot)
+            drawn.setdefault((source, modality), []).append(number)
+    for (source, modality), numbers in drawn.items():
+        first = mixture.drawn(limits[-1] if limits else 0, source=source, modality=modality)
+        assert sorted(numbers) == list(range(first, first + len(numbers)))
+
+
 def test_a_weight_counts_within_its_modality() -> None:
     """The paper's Table 1 in small: text 70, two categories of images 20 and 10; the step's modality decides first."""
     counts = [(50, 0), (9, 50), (0, 50)]
