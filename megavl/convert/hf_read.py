@@ -13,6 +13,7 @@ from megavl.config.errors import CheckpointError
 from megavl.config.identity import with_own_preset
 from megavl.config.model import ModelConfig
 from megavl.convert import native_format, original_format
+from megavl.convert.image_files import check_normalisation
 from megavl.convert.language import Fields, ties_head
 from megavl.convert.safetensors_in import read_json
 from megavl.convert.table import (
@@ -48,6 +49,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Format]:
     path = Path(folder) / "config.json"
     require_whole_model(path.parent)
     raw = read_json(path)
+    check_normalisation(path.parent)
     model_type = raw.get("model_type")
     if model_type in native_format.MODEL_TYPES:
         return _with_eos(native_format.read_config(raw, where=path), raw, "text_config", where=path), "native"

@@ -286,3 +286,25 @@ def test_damaged_end_ids_are_refused(found: Any, folder: Path, state: State) -> 
     save(folder, "model.safetensors", state)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
     assert "generation_config.json: eos_token_id" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_mean": [0.485, 0.456, 0.406]}, "image_mean: MegaVL has [0.5, 0.5, 0.5] or"),
+        ({"image_std": [1.0, 1.0, 1.0]}, "image_std"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"high_res_image_mean": [0.5, 0.5, 0.5]}, "high_res_image_mean: MegaVL has [0.48145466"),
+        ({"image_mean": "half"}, "image_mean"),
+    ],
+    ids=str,
+)
+def test_other_normalisation_of_images_is_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
+    released = native_format.side_files(load_model_config("7b"), ids=IDS, dtype="bfloat16")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(released["preprocessor_config.json"]))
+    assert read_config(folder)[0].preset == "tiny-siglip"
+    edit(path, **changes)
+    with pytest.raises(CheckpointError) as error:
+        read_config(folder)
+    assert f"{path}: " in str(error.value) and message in str(error.value)
