@@ -185,8 +185,8 @@ def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
     Text-only records spell their missing image as null, as an empty string or as a list of these.
     """
     found: list[tuple[Picture, ...]] = []
-    for key in IMAGE_KEYS if not _IMAGE_KEYS.isdisjoint(record) else ():
-        value = from_json_text(record.get(key))
+    for key in filter(record.__contains__, IMAGE_KEYS) if not _IMAGE_KEYS.isdisjoint(record) else ():
+        value = from_json_text(record[key])
         items = value if isinstance(value, list | tuple) else [value]
         items = [item for item in items if not _is_empty(item)]
         if items and not (key.startswith("file_name") and not _names_image(items)):

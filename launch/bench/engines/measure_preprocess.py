@@ -130,7 +130,7 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
     bare: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(repeats):
         for count in (1, 2):
-            bare[count].append(_bare_processes(scratch, count=count))
+            bare[count].append(bare_processes(scratch, count=count, total=DOCUMENTS * COPIES))
             start, before = time.perf_counter(), os.times()
             _command(scratch, "text.jsonl", workers=count)
             after = os.times()
@@ -151,11 +151,11 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
     }
 
 
-def _bare_processes(scratch: Path, *, count: int) -> float:
-    """Seconds in which `count` processes tokenize the documents of `workers`, start-up included."""
+def bare_processes(scratch: Path, *, count: int, total: int) -> float:
+    """Seconds in which `count` processes tokenize the `total` documents of the scratch folder, start-up included."""
     code = (
         "import json, sys; from megavl.data.tokenizer import open_tokenizer\n"
-        f"scratch, part = {str(scratch)!r}, {DOCUMENTS * COPIES // count}\n"
+        f"scratch, part = {str(scratch)!r}, {total // count}\n"
         "tokenizer = open_tokenizer(scratch + '/tokenizer')\n"
         "texts = [json.loads(line)['text'] for line in open(scratch + '/text.jsonl', encoding='utf-8')][:part]\n"
         f"for start in range(0, part, {BATCH}):\n"
@@ -252,7 +252,7 @@ def photos(scratch: Path) -> list[bytes]:
     return files
 
 
-def documents(scratch: Path, *, copies: int) -> list[str]:
+def documents(scratch: Path, *, copies: int, count: int = DOCUMENTS) -> list[str]:
     """Documents of the machine's own text in the lengths of web pages, and a tokenizer trained on them."""
     source = scratch / "source"
     if not source.is_dir():
@@ -260,7 +260,7 @@ def documents(scratch: Path, *, copies: int) -> list[str]:
     whole = [json.loads(line)["text"] for line in (source / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     if not (scratch / "tokenizer").is_dir():
         save_tokenizer(train_tokenizer(whole, phrases=(), vocab_size=VOCABULARY), scratch / "tokenizer")
-    texts = list(_pieces("\n\n".join(whole), count=DOCUMENTS))
+    texts = list(_pieces("\n\n".join(whole), count=count))
     _write(scratch / "text.jsonl", ({"text": piece} for _ in range(copies) for piece in texts))
     return texts
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 
-from launch.bench.engines.measure_preprocess import command_line, documents, photos
+from launch.bench.engines.measure_preprocess import bare_processes, command_line, documents, photos
 from launch.bench.programs import ROOT
 
 WORKERS = (1, 2)
-COPIES = 7
-"""How often the documents are repeated: 15 MB of text."""
+DOCUMENTS = 4200
+"""15 MB of text, without copies, because ours remembers words."""
 WEBDATASET = """
 import io, json, sys
 import webdataset
@@ -45,24 +45,28 @@ with webdataset.ShardWriter(sys.argv[2] + "/%05d.tar", verbose=0) as writer:
 
 def text(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
     """Text to `.bin` and `.idx`: Megatron-LM's `tools/preprocess_data.py`, and ours with samples, packs and hashes."""
-    texts = documents(scratch, copies=COPIES)
+    documents(scratch, copies=1, count=DOCUMENTS)
     peer = [
         *(sys.executable, "-W", "ignore", "tools/preprocess_data.py", "--input", str(scratch / "text.jsonl")),
         *("--output-prefix", str(scratch / "megatron"), "--append-eod"),
         *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(scratch / "tokenizer")),
     ]
     found: dict[str, Any] = {
-        "documents": len(texts) * COPIES,
+        "documents": DOCUMENTS,
         "input_bytes": (scratch / "text.jsonl").stat().st_size,
         "megatron": _version(megatron),
     }
+    runs: dict[tuple[int, str], list[dict[str, float]]] = {}
+    bare: dict[int, list[float]] = {count: [] for count in WORKERS}
+    for _ in range(repeats):
+        for count in WORKERS:
+            ours = command_line(scratch, "text.jsonl", workers=count)
+            runs.setdefault((count, "ours"), []).append(_timed(ours, folder=ROOT))
+            runs.setdefault((count, "peer"), []).append(_timed([*peer, "--workers", str(count)], folder=megatron))
+            bare[count].append(bare_processes(scratch, count=count, total=DOCUMENTS))
     for count in WORKERS:
-        sides = {"ours": [], "peer": []}
-        for _ in range(repeats):
-            sides["ours"].append(_timed(command_line(scratch, "text.jsonl", workers=count), folder=ROOT))
-            sides["peer"].append(_timed([*peer, "--workers", str(count)], folder=megatron))
-        found[str(count)] = {name: _best(runs) for name, runs in sides.items()}
-    return found
+        found[str(count)] = {name: _best(runs[count, name]) for name in ("ours", "peer")}
+    return {**found, "bare": {str(count): min(seconds) for count, seconds in bare.items()}}
 
 
 def images(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
@@ -80,9 +84,9 @@ def images(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
 
 
 def _timed(command: Sequence[str], *, folder: Path) -> dict[str, float]:
-    """Wall seconds of a command, and the most memory (MiB) that its processes held together."""
+    """Wall and CPU seconds of a command, and the most memory (MiB) that its processes held together."""
     environment: Mapping[str, str] = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    started, peak = time.perf_counter(), 0
+    started, before, peak = time.perf_counter(), os.times(), 0
     # A pipe that nobody reads would fill up and stop the program.
     with (
         tempfile.TemporaryFile() as printed,
@@ -96,17 +100,19 @@ def _timed(command: Sequence[str], *, folder: Path) -> dict[str, float]:
                 held = 0
             peak = max(peak, held)
             time.sleep(0.05)
-        seconds = time.perf_counter() - started
+        seconds, after = time.perf_counter() - started, os.times()
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
         printed.seek(0)
         if run.returncode:
             said = printed.read().decode(errors="replace")[-3000:]
             raise SystemExit(f"error: {' '.join(command[:4])} ended with {run.returncode}\n{said}")
-    return {"seconds": seconds, "mib": peak / 2**20}
+    return {"seconds": seconds, "cpu": cpu, "mib": peak / 2**20}
 
 
 def _best(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return {
         "seconds": min(run["seconds"] for run in runs),
+        "cpu": min(run["cpu"] for run in runs),
         "mib": max(run["mib"] for run in runs),
         "all": [round(run["seconds"], 2) for run in runs],
     }
