@@ -121,7 +121,7 @@ def _run(root: Path, count: int) -> tuple[Job, list[Task]]:
         max_images=K, image_preset="hybrid-1024", columns=(), ignore=(), max_side=0, image_root=None,
         follow_links=False, image_map=None, image_map_sha256=None, verify="header", max_aspect=1.0,
         system_prompt="", over_long="drop", limit=None, output=str(root / "out"), fail_on_error=False,
-        dry_run=False,
+        files_left_out=(), dry_run=False,
     )  # fmt: skip
     split = Split(path="in.jsonl", position_kind="line", start=0, end=1, first_position=1, records=SHARD)
     return job, [Task(number=number, input=0, split=split) for number in range(-(-count // SHARD))]
