@@ -15,6 +15,7 @@ from megavl.config.errors import CheckpointError, DataError, one_line
 from megavl.config.model import ModelConfig
 from megavl.convert.chat_template import chat_template
 from megavl.convert.safetensors_in import read_json
+from megavl.foreign.panics import panics_as_errors
 from megavl.foreign.parsing import JSON_FILE, LARGE_JSON_FILE, Limit
 from megavl.foreign.reading import read_limited, regular_file_in
 
@@ -239,7 +240,8 @@ def _library_vocabulary(path: Path, content: str) -> dict[str, int]:
 
 def _from_library(path: Path, content: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(content)
+        with panics_as_errors():
+            return tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not a Hugging Face tokenizer ({error}); give a tokenizer.json") from error
 

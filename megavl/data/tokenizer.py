@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -36,6 +37,7 @@ from megavl.data.model_borders import model_borders
 from megavl.data.text_parts import AHEAD, LONG, divides_words, inner_ends, require_short, safe_borders, word_borders
 from megavl.data.text_parts import parts as text_parts
 from megavl.data.word_cache import WordCache
+from megavl.foreign.panics import panics_as_errors
 from megavl.foreign.parsing import LARGE_JSON_FILE, parse_json
 from megavl.foreign.reading import read_limited
 
@@ -220,7 +222,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if (borders := word_borders(content)) is not None:
                 self._words = WordCache(borders, encode=self.encode_batch)
             self._divides_words = self._borders is not None and divides_words(content)
-            self._inner = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+            with panics_as_errors():
+                self._inner = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
         except Exception as error:  # the library raises bare Exception, and any JSON comes this far
             raise DataError(f"{path}: not a Hugging Face tokenizer ({error}); give a tokenizer.json") from error
         self._inner.no_truncation()
@@ -235,11 +238,21 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._tokenizing():
+            return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        encoding = self._inner.encode(text, add_special_tokens=False)
+        with self._tokenizing():
+            encoding = self._inner.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
+
+    @contextmanager
+    def _tokenizing(self) -> Iterator[None]:
+        try:
+            with panics_as_errors():
+                yield
+        except ValueError as error:
+            raise DataError(f"{self.path}: cannot tokenize a text ({error}); give another tokenizer") from None
 
     def _encode_word(self, word: str) -> array[int] | None:
         if not self._divides_words:

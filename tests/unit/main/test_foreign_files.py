@@ -27,8 +27,10 @@ from megavl.checkpoint import commit
 from megavl.checkpoint.directory import recover
 from megavl.checkpoint.safe_unpickle import require_readable
 from megavl.checkpoint.writer import write_model_checkpoint
+from megavl.config.errors import DataError
 from megavl.config.load import load_model_config
 from megavl.convert.checkpoint_files import export_checkpoint
+from megavl.data.tokenizer import open_tokenizer
 from megavl.main.cli import main
 
 Change = Callable[[Path], None]
@@ -313,6 +315,22 @@ def test_older_checkpoint_is_taken(originals: Path, tmp_path: Path, capsys: pyte
     shutil.rmtree(tmp_path / "iter_0000002")
     assert main(["inspect", str(tmp_path)]) == 0
     assert "iter_0000000: verified" in capsys.readouterr().out
+
+
+PANICS = {
+    "opening": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "tokenizing": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    },
+}
+
+
+@pytest.mark.parametrize("part", PANICS.values(), ids=PANICS)
+def test_panic_of_the_tokenizer_is_an_error(part: dict[str, Any], tokenizer_dir: Path, tmp_path: Path) -> None:
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | part))
+    with pytest.raises(DataError, match="the library gave up"):
+        open_tokenizer(tmp_path).encode("a" * 40 + "b")
 
 
 HOSTILE = "{{ x.__class__ }}"
