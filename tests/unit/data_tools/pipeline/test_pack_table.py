@@ -162,8 +162,8 @@ def make_run(root: Path, count: int) -> None:
         shard = ShardEntry(name=name, sha256=digest, samples=size, tokens=tokens, images=int(images.sum()))
         summary = TaskSummary(
             number=number, config_sha256=job.config_sha256, records=size, cut=0, shortened=0,
-            images_without_file=0, untagged=0, balance={"images/found": int(images.sum())}, templates=("plain",),
-            rejected={}, shards=(shard,),
+            images_without_file=0, untagged=0, image_empty=0, balance={"images/found": int(images.sum())},
+            templates=("plain",), rejected={}, shards=(shard,),
         )  # fmt: skip
         Output(job.output).commit_task(summary, rejects=[])
 
