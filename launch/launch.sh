@@ -218,8 +218,11 @@ gpus_here() {
 # exit_status.json replaces the launcher's: torchrun flattens codes to 1. srun reports the highest, which may be that of a
 # rank that was killed because another one had failed.
 supervise() {
-  local launcher=$1 child='' signal='' passed='' interrupts=0 guard own
-  rm -f "$RUN/exit_status.json"
+  local launcher=$1 child='' signal='' passed='' interrupts=0 guard own folder before
+  # Another run may own the directory, so nothing in it is removed; this one also writes its status to a file of its own.
+  before=$(status_mark)
+  folder=$(mktemp -d) || folder=
+  export MEGAVL_EXIT_STATUS=${folder:+$folder/exit_status.json}
   trap 'signal=USR1; pass_on' USR1
   trap 'signal=TERM; pass_on' TERM HUP
   trap 'signal=INT; interrupts=$((interrupts + 1)); pass_on' INT
@@ -239,16 +242,20 @@ supervise() {
   trap - USR1 TERM HUP INT
   kill "$guard" 2>/dev/null || :
   own=$(own_status)
+  [ -z "$folder" ] || rm -rf "$folder"
   if [ "$STATUS" != 0 ]; then STATUS=${own:-$STATUS}; fi
   if [ "$interrupts" -gt 0 ] && [[ ${own:-75} = 75 ]]; then STATUS=130; fi
 }
 
-# The code in exit_status.json, or nothing.
+# The code that this run recorded, or nothing. A run that was refused its directory records it outside.
 own_status() {
-  if [ -r "$RUN/exit_status.json" ]; then
-    sed -n 's/.*"code": *\([0-9][0-9]*\).*/\1/p' "$RUN/exit_status.json"
-  fi
+  local file=$RUN/exit_status.json
+  if [ "$(status_mark)" = "$before" ]; then file=$MEGAVL_EXIT_STATUS; fi
+  if [ -r "$file" ]; then sed -n 's/.*"code": *\([0-9][0-9]*\).*/\1/p' "$file"; fi
 }
+
+# Changes with every status that is written.
+status_mark() { stat -c '%i %y' "$RUN/exit_status.json" 2>/dev/null || :; }
 
 # The first signal is passed on, since torchrun leaves its ranks alone at a second one. A second Ctrl-C ends all at once.
 pass_on() {

@@ -53,11 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train
+    from megavl.train.supervise import patient_streams
     from megavl.train.supervise.claim import RunClaim
     from megavl.train.supervise.launcher import find_launcher
     from megavl.train.supervise.signals import StopFlag
     from megavl.train.supervise.watchdog import Watchdog
 
+    patient_streams.install()
     rank, launcher = rank_from_env(), find_launcher()
     status = ExitStatus(recipe.run.dir, rank=rank, claim=RunClaim(recipe.run.dir, launcher=launcher))
     leave = partial(_leave, status)

@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megavl.train.metrics import discard_rows_after, summary_writer
+from megavl.train.metrics import open_rows
+from megavl.train.scalar_events import open_board
 
 
 class EvaluationLog:
@@ -22,19 +23,16 @@ class EvaluationLog:
             start_step: step after which the run goes on.
         """
         self.path = Path(run_dir) / "evaluation.jsonl"
-        discard_rows_after(self.path, start_step - (start_step == 0))
-        self._board = summary_writer(run_dir, purge_step=start_step + 1) if tensorboard else None
+        self._rows = open_rows(self.path, step=start_step - (start_step == 0))
+        self._board = open_board(Path(run_dir) / "tensorboard", start_step=start_step) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation and print its lines."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n")
         for line in lines(row):
             tqdm.write(line)
         if self._board is not None:
-            for name, value in scalars(row):
-                self._board.add_scalar(name, value, row["step"])
-            self._board.flush()
+            self._board.write(dict(scalars(row)), step=row["step"])
 
 
 def lines(row: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from megavl.data.dataset import Dataset
 from megavl.data.mixture import check_epochs, recipe_mixture, render, source_plans
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
+from megavl.files.durable import replace_durably
 from megavl.parallel import broadcast, groups
 from megavl.planner.cost.flops import MFU_CONVENTION
 from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import Scenario
 from megavl.train.batch_broadcast import StepPrefetcher, StepSource, next_step
 from megavl.train.evaluation import Evaluation
+from megavl.train.growing_file import free_for_file, warn
 from megavl.train.metrics import MetricsLog, metrics_row
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
@@ -85,14 +87,27 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
         groups.stop()
         return 0
     timelines = StepTimelines(plan, state.model)
+    log = _log(plan, progress)
     with _loader(plan, dataset, sampler, start_step=progress.step) as source:
         if not progress.step:
             evaluation.after(state.model, step=0, status=status)
         code = _run_steps(
-            plan, state, source, progress, evaluation=evaluation, timelines=timelines, stop=stop, status=status
+            plan,
+            state,
+            source,
+            progress,
+            log=log,
+            evaluation=evaluation,
+            timelines=timelines,
+            stop=stop,
+            status=status,
         )
     status.section = "leaving"
     groups.stop()
+    if log is not None and (trouble := log.close()) and code == 0:
+        raise StorageError(
+            f"all steps are done and saved, but these files lack their end: {trouble}; free or repair the storage"
+        )
     return code
 
 
@@ -102,6 +117,7 @@ def _run_steps(
     source: StepSource | None,
     progress: Progress,
     *,
+    log: MetricsLog | None,
     evaluation: Evaluation,
     timelines: StepTimelines,
     stop: StopFlag,
@@ -109,43 +125,40 @@ def _run_steps(
 ) -> int:
     """Run all remaining steps; returns the exit code, which says whether a signal stopped the run before its last."""
     recipe, training, optimizer = plan.recipe, plan.recipe.training, plan.recipe.optimizer
-    with _log(plan, progress) as log:
-        while progress.step < training.steps:
-            step = progress.step + 1
-            status.step, status.section = step, "loading data"
-            timelines.begin(step)
-            inject_fault("load_data", rank=plan.position.rank, step=step)
-            began = time.perf_counter()
-            with state.model.timed("loading"):
-                data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
-            rate = learning_rate(optimizer, step=step, steps=training.steps)
-            set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
-            status.section = "training"
-            inject_fault("training", rank=plan.position.rank, step=step)
-            result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised)
-            progress = progress.after(skipped=result.skipped)
-            seconds = time.perf_counter() - began
-            if log is not None:
-                log.write(
-                    metrics_row(plan, result, modality=data[0].modality, progress=progress, lr=rate, seconds=seconds)
-                )
-            timelines.end(modality=data[0].modality, seconds=seconds)
-            if result.skipped:
-                sample_ids = tuple(number for batch in data for number in batch.sample_ids)
-                _handle_bad_step(plan, progress, result, sample_ids=sample_ids)
-            last = step == training.steps
-            if not result.asked_to_stop:
-                # Before the save: a run that resumes from it has this evaluation.
-                evaluation.after(state.model, step=step, status=status)
-            if last or result.asked_to_stop or step % recipe.checkpoint.interval == 0:
-                status.section = "saving"
-                status.claim.confirm()
-                _save(plan, state, progress, must=last or result.asked_to_stop)
-            if result.asked_to_stop and not last:
-                interrupted = groups.on_any_rank(stop.interrupted)
-                how = "Ctrl-C" if interrupted else "a signal"
-                plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
-                return EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
+    while progress.step < training.steps:
+        step = progress.step + 1
+        status.step, status.section = step, "loading data"
+        timelines.begin(step)
+        inject_fault("load_data", rank=plan.position.rank, step=step)
+        began = time.perf_counter()
+        with state.model.timed("loading"):
+            data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
+        rate = learning_rate(optimizer, step=step, steps=training.steps)
+        set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
+        status.section = "training"
+        inject_fault("training", rank=plan.position.rank, step=step)
+        result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised)
+        progress = progress.after(skipped=result.skipped)
+        seconds = time.perf_counter() - began
+        if log is not None:
+            log.write(metrics_row(plan, result, modality=data[0].modality, progress=progress, lr=rate, seconds=seconds))
+        timelines.end(modality=data[0].modality, seconds=seconds)
+        if result.skipped:
+            sample_ids = tuple(number for batch in data for number in batch.sample_ids)
+            _handle_bad_step(plan, progress, result, sample_ids=sample_ids)
+        last = step == training.steps
+        if not result.asked_to_stop:
+            # Before the save: a run that resumes from it has this evaluation.
+            evaluation.after(state.model, step=step, status=status)
+        if last or result.asked_to_stop or step % recipe.checkpoint.interval == 0:
+            status.section = "saving"
+            status.claim.confirm()
+            _save(plan, state, progress, must=last or result.asked_to_stop)
+        if result.asked_to_stop and not last:
+            interrupted = groups.on_any_rank(stop.interrupted)
+            how = "Ctrl-C" if interrupted else "a signal"
+            plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
+            return EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
     return 0
 
 
@@ -157,17 +170,15 @@ def _use_threads(recipe: Recipe, *, world: int) -> None:
 
 
 def _prepare_run_dir(plan: RunPlan) -> None:
-    problem, recipe = [""], plan.recipe
-    if plan.position.rank == 0:
-        try:
-            Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
-            Path(recipe.checkpoint_dir).mkdir(parents=True, exist_ok=True)
-            (Path(recipe.run.dir) / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        except OSError as error:
-            problem[0] = f"run.dir: cannot write to {recipe.run.dir}: {error}; choose a writable directory"
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise StorageError(problem[0])
+    """Keep the resolved recipe with the run; both directories were written to when they were taken."""
+    if plan.position.rank:
+        return
+    path = Path(plan.recipe.run.dir) / "recipe.yaml"
+    try:
+        free_for_file(path)
+        replace_durably(path, dump_recipe(plan.recipe).encode())
+    except OSError as error:
+        warn(f"{path} cannot be written ({error.strerror}); training goes on without it")
 
 
 def _open_data(plan: RunPlan) -> tuple[Tokenizer, Dataset, Sampler]:
@@ -242,12 +253,12 @@ def _loader(plan: RunPlan, dataset: Dataset, sampler: Sampler, *, start_step: in
         loader.close()
 
 
-def _log(plan: RunPlan, progress: Progress) -> AbstractContextManager[MetricsLog | None]:
+def _log(plan: RunPlan, progress: Progress) -> MetricsLog | None:
     """Rank 0's log."""
     if plan.position.rank:
-        return nullcontext()
+        return None
     run, steps = plan.recipe.run, plan.recipe.training.steps
-    return closing(MetricsLog(run.dir, steps=steps, start_step=progress.step, tensorboard=run.tensorboard))
+    return MetricsLog(run.dir, steps=steps, start_step=progress.step, tensorboard=run.tensorboard)
 
 
 def _handle_bad_step(plan: RunPlan, progress: Progress, result: StepResult, *, sample_ids: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +15,9 @@ from megavl.data.batch import Modality
 from megavl.data.mixture import sequences_before
 from megavl.files.durable import replace_durably
 from megavl.planner.cost.flops import mfu, step_flops
+from megavl.train.growing_file import GrowingFile, free_for_file, warn
 from megavl.train.run_plan import RunPlan
+from megavl.train.scalar_events import open_board
 from megavl.train.state import Progress
 from megavl.train.step import StepResult
 
@@ -52,32 +54,27 @@ def metrics_row(
 
 
 class MetricsLog:
-    """Rank 0's log of a run."""
+    """Rank 0's log of a run. A failing storage costs rows, never the run."""
 
     def __init__(self, run_dir: str | Path, *, steps: int, start_step: int, tensorboard: bool) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.steps = steps
         self._started, self._start_step = time.monotonic(), start_step
-        discard_rows_after(self.path, start_step)
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        self._board = summary_writer(run_dir, purge_step=start_step + 1) if tensorboard else None
+        self._rows = open_rows(self.path, step=start_step)
+        self._board = open_board(Path(run_dir) / "tensorboard", start_step=start_step) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step's row and print its line."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n")
         tqdm.write(self._line(row))
         if self._board is not None:
-            for name, key in _SCALARS.items():
-                if row.get(key) is not None:
-                    self._board.add_scalar(name, row[key], row["step"])
-            self._board.add_scalar("data/multimodal", float(row["modality"] == "multimodal"), row["step"])
+            scalars = {name: row[key] for name, key in _SCALARS.items() if row.get(key) is not None}
+            self._board.write({**scalars, "data/multimodal": row["modality"] == "multimodal"}, step=row["step"])
 
-    def close(self) -> None:
-        """Flush everything."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+    def close(self) -> str:
+        """What could not be written to its end; empty if everything was. Nothing stays open between two rows."""
+        files = [self._rows, *([self._board.file] if self._board else [])]
+        return "; ".join(f"{file.path} ({file.trouble}, records lost: {file.lost})" for file in files if file.trouble)
 
     def _line(self, row: dict[str, Any]) -> str:
         done = row["step"] - self._start_step
@@ -89,25 +86,6 @@ class MetricsLog:
             f"grad {norm}  lr {row['lr']:.2e}  {row['images']:>4} img  {row['step_time_s']:7.3f} s  "
             f"{row['tokens_per_s']:>9,.0f} tok/s  ETA {datetime.timedelta(seconds=round(seconds))}"
         )
-
-
-def discard_rows_after(path: Path, step: int) -> None:
-    """Move rows of steps that will run again to `NAME.discarded.jsonl`, so that each step has one row."""
-    if not path.exists():
-        return
-    kept: list[str] = []
-    discarded: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            target = kept if json.loads(line)["step"] <= step else discarded
-        except (json.JSONDecodeError, KeyError, TypeError):
-            target = discarded  # truncated by a kill
-        target.append(line + "\n")
-    if not discarded:
-        return
-    with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(discarded)
-    replace_durably(path, "".join(kept).encode())
 
 
 _SCALARS = {
@@ -122,10 +100,45 @@ _SCALARS = {
 }
 
 
-def summary_writer(run_dir: str | Path, *, purge_step: int) -> Any:
-    """TensorBoard's writer; None where it is not installed."""
+def open_rows(path: Path, *, step: int) -> GrowingFile:
+    """A file of one JSON row a step. Rows of steps after `step`, which will run again, are moved out of it."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+        free_for_file(path)
+        _discard_after(path, step)
+    except OSError as error:
+        warn(f"{path}: cannot be tidied ({error}); rows of repeated steps stay in it")
+    return GrowingFile(path)
+
+
+def _discard_after(path: Path, step: int) -> None:
+    """Move rows of later steps to `NAME.discarded.jsonl`, so that each step has one row.
+
+    Lines that are no rows, which a kill or a damage left, go there too.
+    """
+    if not path.exists():
+        return
+    kept: list[bytes] = []
+    discarded: list[bytes] = []
+    damaged = 0
+    for line in path.read_bytes().splitlines():
+        number = _step_of(line)
+        damaged += number is None
+        (kept if number is not None and number <= step else discarded).append(line + b"\n")
+    if not discarded:
+        return
+    aside = path.with_name(f"{path.stem}.discarded.jsonl")
+    if damaged:
+        warn(f"{path}: {damaged} damaged lines are set aside in {aside.name}")
+    free_for_file(aside)
+    with aside.open("ab") as file:
+        file.writelines(discarded)
+    replace_durably(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """Step of a row; None if the line is no row."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=purge_step)
+    return step if isinstance(step, int) else None

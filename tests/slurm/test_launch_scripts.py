@@ -20,7 +20,8 @@ from megavl.config.load import load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [f"{kind}_{size}" for kind in ("warmup", "pretrain", "sft") for size in ("1b", "7b")]
 TINY = "launch/recipes/tiny/stage1.yaml"
-TOOLS = ("bash", "basename", "cat", "dirname", "env", "grep", "mkdir", "realpath", "rm", "sed", "sleep", "tr", "touch")
+TOOLS = ("bash", "basename", "cat", "dirname", "env", "grep", "mkdir", "mktemp", "realpath")
+TOOLS += ("rm", "sed", "sleep", "stat", "tr", "touch")
 
 # Every stand-in notes how it was called. srun then ends as the test asks, after it has seen a signal where one is due.
 NOTE = '#!/bin/bash\nprintf "%q " "${0##*/}" "$@" >>"$CALLS"; echo >>"$CALLS"\n'
@@ -371,6 +372,22 @@ def test_without_slurm_the_runs_code_is_returned(plain_machine: Stage) -> None:
     stand_in.chmod(0o755)
     code, _, err = plain_machine.run(PYTHON=str(stand_in))
     assert code == 75 and "start the same command again" in err
+
+
+def test_a_refused_start_returns_2_and_leaves_the_status_there(plain_machine: Stage) -> None:
+    """The directory is another run's: the status of the refused one is written elsewhere."""
+    stand_in = plain_machine.folder / "python"
+    stand_in.write_text(
+        f'#!/bin/bash\ncase "$*" in *recipe_facts*) exec {sys.executable} "$@";; esac\n'
+        'echo "{\\"code\\": 2, \\"step\\": 0}" >"$MEGAVL_EXIT_STATUS"; exit 1\n'
+    )
+    stand_in.chmod(0o755)
+    plain_machine.run_dir.mkdir()
+    there = plain_machine.run_dir / "exit_status.json"
+    there.write_text('{"code": 7}\n')
+    code, _, err = plain_machine.run(PYTHON=str(stand_in))
+    assert code == 2, err
+    assert there.read_text() == '{"code": 7}\n'
 
 
 STUCK = """#!/bin/bash

@@ -73,7 +73,7 @@ class Watchdog(threading.Thread):
             if reason := self._interrupted():
                 self.leave(EXIT_INTERRUPTED, f"{reason} at {position}")
                 return
-            if ended is None and self.status.section not in _ALONE and self.status.path.exists():
+            if ended is None and self.status.section not in _ALONE and self.status.path.is_file():
                 ended = now
             rank = self.status.rank
             if self.launcher is not None and self.launcher.is_alive() is False:
