@@ -104,8 +104,8 @@ def test_orphans_of_a_killed_launcher_leave_for_the_next_run(dataset: Path, tmp_
     launcher.wait()
     os.kill(rank, 0)
     code, printed = finish(start(dataset, run, *ALONE))
+    # Whether it had to wait for them depends on how long its own start took.
     assert code == 0, printed
-    assert "rank orphans" in printed or "taken over" in printed
     assert [row["step"] for row in metrics(run)] == list(range(1, 9))
     with pytest.raises(ProcessLookupError):
         os.kill(rank, 0)
