@@ -36,15 +36,20 @@ FP32_MOVES = 16
 FP32_EPS = torch.finfo(torch.float32).eps
 BF16_TOLERANCE = 1e-2
 
-# Sizes laid over the tiny preset: a narrow decoder, since in fp64 its products would take most of the time. Token
-# pooling joins the towers along the sequence and needs an even grid.
-NARROW: dict[str, Any] = {"llm": {"hidden_size": 64, "ffn_hidden_size": 96, "vocab_size": 256}}
+# Sizes laid over the tiny preset: a narrow decoder, since in fp64 its products would take most of the time, and towers
+# of two blocks, of which one in SAM has windows. Token pooling joins the towers along the sequence and needs an even
+# grid.
+SMALL: dict[str, Any] = {
+    "llm": {"hidden_size": 64, "ffn_hidden_size": 96, "vocab_size": 256},
+    "siglip": {"depth": 2},
+    "sam": {"depth": 2, "global_attn_indexes": [1]},
+}
 MODELS: dict[str, dict[str, Any]] = {
-    "usual": NARROW,
+    "usual": SMALL,
     "pooling": {
-        **NARROW,
-        "siglip": {"image_size": 96},
-        "sam": {"image_size": 256},
+        **SMALL,
+        "siglip": {**SMALL["siglip"], "image_size": 96},
+        "sam": {**SMALL["sam"], "image_size": 256},
         "adaptor": {"kind": "token_pooling_width"},
     },
 }

@@ -126,12 +126,12 @@ def test_ids_beyond_the_vocabulary_are_rejected(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such ids from a faulty tokenizer must not reach the embedding."""
-    real = HuggingFaceTokenizer.encode_batch
+    real = HuggingFaceTokenizer.encode_similar
 
     def wrong(self: HuggingFaceTokenizer, texts: list[str]) -> list[list[int]]:
         return [[*ids, self.vocab_size] if "blue" in text else ids for text, ids in zip(texts, real(self, texts))]
 
-    monkeypatch.setattr(HuggingFaceTokenizer, "encode_batch", wrong)
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode_similar", wrong)
     (tmp_path / "t.jsonl").write_text('{"text": "red"}\n{"text": "blue"}\n{"text": "green"}\n')
     assert run_preprocess([tmp_path / "t.jsonl"], tokenizer=tokenizer, output=tmp_path / "out") == 0
     reject = json.loads((tmp_path / "out/rejects.jsonl").read_text())
