@@ -40,7 +40,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: at most 10 minutes on 2 cores
 	$(BIN)/python launch/demo.py
 
-quick: $(STAMP)  ## unit tests that start no process: about 2 minutes on 2 cores
+quick: $(STAMP)  ## unit tests that start no process: about 3 minutes on 2 cores
 	$(PARALLEL) -m "not slow and not processes" tests/unit $(PYTEST_ARGS)
 
 check: $(STAMP)  ## ruff, mypy and the contract tests
@@ -49,7 +49,7 @@ check: $(STAMP)  ## ruff, mypy and the contract tests
 	$(BIN)/mypy
 	$(PYTEST) tests/contract
 
-test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): about 13 minutes on 2 cores
+test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): about 16 minutes on 2 cores
 	$(PARALLEL) -m "not slow" --ignore=tests/contract $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## the slow tests too
