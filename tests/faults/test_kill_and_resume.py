@@ -126,7 +126,7 @@ def test_stopped_rank_ends_the_run_with_code_7(dataset: Path, tmp_path: Path) ->
     next(worker for worker in workers if worker.environ()["RANK"] == "1").suspend()
     stopped = time.monotonic()
     while not (tmp_path / "exit_status.json").exists():
-        assert time.monotonic() - stopped < PATIENCE_S, "the other rank waits for ever"
+        assert time.monotonic() - stopped < PATIENCE_S, "the other rank does not end"
         time.sleep(0.1)
     process.communicate(timeout=PATIENCE_S)
     status = json.loads((tmp_path / "exit_status.json").read_text())

@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults.test_refusals import refuse
 from tests.tiny_run import PATIENCE_S, ROOT, environment, forked, metrics, train_command
+from tests.tmpfs import mounted
 
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false", "parallel.layout=auto")
 
@@ -45,15 +46,8 @@ def test_checkpoint_directory_is_checked_before_the_data(dataset: Path, tmp_path
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting needs root")
-    try:
+    with mounted(tmp_path / "disk", options="size=1m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def remount(disk: Path, mode: str) -> None:

@@ -113,7 +113,7 @@ class Run:
             if set(self.codes.values()) != {REFUSED}:
                 raise SystemExit(f"error: {self.folder}: ended with {self.codes}; see {self.log}")
             time.sleep(1)
-        raise SystemExit(f"error: {self.folder}: refused for ever; see {self.log}")
+        raise SystemExit(f"error: {self.folder}: every start was refused; see {self.log}")
 
     def wait_for_orphans(self) -> None:
         """They have to leave by themselves."""

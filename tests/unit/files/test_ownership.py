@@ -19,6 +19,7 @@ from megavl.files import ownership
 from megavl.files.owner import Owner
 from megavl.files.ownership import current_owner, take
 from megavl.files.process import Process
+from tests.tmpfs import mounted
 
 ELSEWHERE = "another boot pid:[1]"
 
@@ -272,18 +273,11 @@ def test_path_with_a_null_byte_is_a_usage_error(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A full file system."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    try:
+    with mounted(tmp_path / "disk", options="size=64k") as disk:
         with pytest.raises(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while True:
                 filler.write(b"x" * 4096)
         yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_full_disk_leaves_no_owner_file(small_disk: Path) -> None:

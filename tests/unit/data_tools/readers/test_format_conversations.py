@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.data.corpus_files import make_tokenizer, run_preprocess, write_jsonl
+from tests.unit.data.corpus_files import run_preprocess, write_jsonl
 from tests.unit.data_tools.format_files import IMAGE, Expected, picture, read_back
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -8,15 +8,10 @@ import pytest
 
 from data_tools.pipeline.image_map import ImageMap
 from megavl.config.errors import DataError, UsageError
-from tests.unit.data.corpus_files import IMAGE_TOKENS, SEQ_LENGTH, make_tokenizer, run_preprocess, write_jsonl
+from tests.unit.data.corpus_files import IMAGE_TOKENS, SEQ_LENGTH, run_preprocess, write_jsonl
 from tests.unit.data_tools.format_files import IMAGE_ID, Expected, picture, read_back, rejects, shard_bytes
 
 SITE = "https://example.org"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -10,17 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit.data.corpus_files import arguments, make_tokenizer, run_preprocess
+from tests.unit.data.corpus_files import arguments, run_preprocess
 from tests.unit.data_tools.format_files import IMAGE, Expected, noise, picture, read_back, rejects, shard_bytes
 
 ROOT = Path(__file__).parents[4]
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TALK = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "red"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def _run(path: Path, tokenizer: Path, *more: str, code: int = 0) -> Path:

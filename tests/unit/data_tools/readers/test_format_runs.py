@@ -16,15 +16,10 @@ from data_tools.readers.files import divide_file, entries
 from data_tools.readers.formats import Container
 from megavl.data.dataset import Source
 from megavl.data.table import ReadHandles
-from tests.unit.data.corpus_files import make_tokenizer, run_preprocess, write_jsonl
+from tests.unit.data.corpus_files import run_preprocess, write_jsonl
 from tests.unit.data_tools.format_files import member, noise, picture, rejects, write_tar
 
 COUNT = 12
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools.readers.tar_archive import Member, members
-from tests.unit.data.corpus_files import make_tokenizer, run_preprocess
+from tests.unit.data.corpus_files import run_preprocess
 from tests.unit.data_tools.format_files import (
     IMAGE,
     Expected,
@@ -29,11 +29,6 @@ from tests.unit.data_tools.format_files import (
 )
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def _run(path: Path, tokenizer: Path, *more: str, code: int = 0) -> Path:

@@ -22,11 +22,6 @@ from tests.unit.data_tools.format_files import Expected, member, picture, read_b
 TEXTS = [f"A {colour} thing number {number}." for number in range(30) for colour in ("red", "green", "blue")]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 def _lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
