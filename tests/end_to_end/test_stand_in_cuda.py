@@ -6,7 +6,6 @@ No CUDA kernel runs here; `bash launch/bench/gpu.sh` runs the same tests on a GP
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import shutil
 import subprocess
@@ -191,6 +190,7 @@ LAYOUTS = {
     "bf16": (
         *("parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.pipeline=2"),
         *("parallel.virtual_pipeline=2", "parallel.layout=[1,1,1,1]", "parallel.vision=split_all"),
+        *("optimizer.lr=1e-5", "optimizer.min_lr=0"),
     ),
 }
 
@@ -222,27 +222,21 @@ def test_a_run_trains_as_on_the_cpu(
 ) -> None:
     """Losses and gradient norms of five steps.
 
-    In bf16 rounding moves the weights of two runs apart, and the norms after the first two steps follow: how far
-    depends on the CPU. The CPU's own runs in bf16 and fp32 say how far. A run on the stand-in rounds as often as one on
-    the CPU, so it may be as far from fp32, and twice as far from the other. The fp32 run has another layout, which
-    changes no norm by more than 1e-5.
+    Adam moves a weight by the learning rate along the sign of its gradient, and rounding decides signs of gradients
+    near zero. So the bf16 run takes small steps: at larger ones two runs have other weights, and other norms, on CPUs
+    that add in another order. The fp32 run shows that the learning rate is heeded.
     """
     cpu, found = five_steps(precision, False), five_steps(precision, True)
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
     assert {row["modality"] for row in cpu} == {"text", "multimodal"}
     assert all(row["mfu"] for row in found), "the stand-in's name is in the table of devices"
     losses, norms = (_apart(found, cpu, key) for key in ("loss", "grad_norm"))
-    # Weights that have moved apart stay apart, so the largest distance so far counts.
-    rounding = itertools.accumulate(_apart(cpu, five_steps("fp32", False), "grad_norm"), max)
-    limits = [10 * limit if step < 2 else max(10 * limit, 2 * moved) for step, moved in enumerate(rounding)]
     report_table(
         f"five steps in {precision} on the stand-in, against the CPU; losses: limit {limit:.0e}",
         ("losses", *losses),
         ("norms", *norms),
-        ("limits of norms", *limits),
     )
-    assert max(losses) <= limit
-    assert all(norm <= most for norm, most in zip(norms, limits, strict=True)), (norms, limits)
+    assert max(losses) <= limit and max(norms) <= 10 * limit
 
 
 def _apart(found: list[dict[str, Any]], expected: list[dict[str, Any]], key: str) -> list[float]:
