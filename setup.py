@@ -49,6 +49,8 @@ setup(
         # The reference implementation that exports are checked against.
         "hf": ["transformers>=4.57,<5"],
         "board": ["tensorboard>=2.16"],
+        # Connections to the endpoint that `megavl judge` asks.
+        "judge": ["urllib3>=2.2"],
         # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.
         "parquet": ["pyarrow>=15"],
         # Compressed JSONL input; the standard library has it from Python 3.14 on.
