@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.train.supervise import patient_streams
     from megavl.train.supervise.claim import RunClaim
     from megavl.train.supervise.launcher import find_launcher
+    from megavl.train.supervise.roll_call import RollCall
     from megavl.train.supervise.signals import StopFlag
     from megavl.train.supervise.watchdog import Watchdog
 
@@ -67,12 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
         status.claim.take(recipe, on_lost=lambda error: leave(error.exit_code, str(error)))
     stop = StopFlag()
     stop.watch_interrupts()
-    watchdog = Watchdog(status, timeout_s=recipe.parallel.timeout_s, leave=leave, launcher=launcher, stop=stop)
+    timeout_s = recipe.parallel.timeout_s
+    roll_call = RollCall(status, timeout_s=timeout_s)
+    watchdog = Watchdog(status, timeout_s=timeout_s, leave=leave, launcher=launcher, stop=stop, roll_call=roll_call)
     watchdog.start()
     try:
         if rank == 0 and status.claim.refusal is None:
             status.clear()
-        code = train(scenario, status=status, stop=stop)
+        code = train(scenario, status=status, stop=stop, roll_call=roll_call)
     except MegaVLError as error:
         # If the others are not there to be told, the refusal is still the cause.
         cause = status.claim.refusal or error
@@ -84,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         _leave(
             status,
             PeerError.exit_code,
-            f"rank {rank} lost a peer at step {status.step} while {status.section}: {first}",
+            f"rank {rank} lost a peer at step {status.step} while {status.section}{roll_call.missing()}: {first}",
         )
     except Exception as error:
         _leave_with_traceback(status, error)

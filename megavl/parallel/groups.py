@@ -150,6 +150,11 @@ def position() -> Position:
     )
 
 
+def own_store() -> dist.Store:
+    """Another connection to the store through which the ranks met, for a thread: an operation blocks a connection."""
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined, no-any-return]
+
+
 def on_any_rank(value: bool) -> bool:
     """Whether some rank says so. Collective."""
     found = torch.tensor(float(value), device=cpu_runtime.device())

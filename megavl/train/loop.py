@@ -45,16 +45,18 @@ from megavl.train.schedule import learning_rate
 from megavl.train.state import Progress, RunState
 from megavl.train.step import StepResult, train_step
 from megavl.train.supervise.exit_status import ExitStatus
+from megavl.train.supervise.roll_call import RollCall
 from megavl.train.supervise.signals import StopFlag
 
 
-def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
+def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: RollCall) -> int:
     """Run a stage to its end, to a pre-emption, or to an error.
 
     Args:
         scenario: the recipe on the devices that were started, its sizes checked.
         status: told the step and section, for messages about lost peers.
         stop: asks to save and stop.
+        roll_call: begins when the ranks have met.
 
     Returns:
         0 when all steps are done; 75 or, after Ctrl-C, 130 when a signal asked to stop and the state is saved.
@@ -66,6 +68,8 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
     _use_threads(recipe, world=world)
     status.section = "joining the process group"
     position = groups.start(recipe.parallel, seed=recipe.training.seed)
+    if world > 1:
+        roll_call.begin(groups.own_store(), world_size=world)
     status.claim.agree()
     stop.install()
     plan = RunPlan(scenario=scenario, device=device, layers=of_rank_zero(layers), position=position)
@@ -84,6 +88,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
     if plan.peak_flops:
         plan.say(MFU_CONVENTION)
     if progress.step >= recipe.training.steps:
+        roll_call.end()
         groups.stop()
         return 0
     timelines = StepTimelines(plan, state.model)
@@ -103,6 +108,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag) -> int:
             status=status,
         )
     status.section = "leaving"
+    roll_call.end()
     groups.stop()
     if log is not None and (trouble := log.close()) and code == 0:
         raise StorageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def check_kind(dataset: Path, run: Path, site: str, kind: str, report_table: Any
     status = ranks.status()
     assert codes == {0: own if own in (75, 130) else LOST, 1: own} and seconds < BOUND_S, printed
     assert (status["code"], status["step"]) == (recorded, 3), status
+    if own < 0:
+        assert "missing: rank 1 (host " in status["reason"] and ", gone, last at step" in status["reason"], status
     assert status["rank"] == (1 if own == 1 else status["rank"]) and saved(run) == ([2, 3] if own in (75, 130) else [2])
 
 
@@ -63,5 +66,7 @@ def test_a_stopped_rank_is_left_alone(dataset: Path, tmp_path: Path, report_tabl
     assert first.returncode == LOST, printed
     status = ranks.status()
     assert (status["code"], status["rank"], status["step"]) == (LOST, 0, 3) and "training" in status["reason"]
+    owner = r"host \S+, pid \d+, no sign of life for \d+ s, last at step \d while \w+"
+    assert re.search(rf"missing: rank 1 \({owner}\)", status["reason"]), status
     os.kill(ranks.processes[1].pid, signal.SIGKILL)
     ranks.wait()

@@ -17,6 +17,7 @@ from megavl.files import activity
 from megavl.files.process import Process
 from megavl.foreign.printing import say
 from megavl.train.supervise.exit_status import ExitStatus
+from megavl.train.supervise.roll_call import RollCall
 from megavl.train.supervise.signals import StopFlag
 
 _UNWATCHED = ("building the model",)
@@ -38,6 +39,7 @@ class Watchdog(threading.Thread):
         leave: Callable[[int, str], None],
         stop: StopFlag | None = None,
         launcher: Process | None = None,
+        roll_call: RollCall | None = None,
         grace_s: float = 15.0,
         period_s: float = 1.0,
     ) -> None:
@@ -49,11 +51,13 @@ class Watchdog(threading.Thread):
             leave: ends the process with a code and a reason; called from this thread.
             stop: knows of Ctrl-C. The first one ends a run that has not begun a step, the second one any.
             launcher: torchrun of this rank, which leaves when it was killed.
+            roll_call: names the ranks that are missing.
             grace_s: time for this rank to end by itself after another rank wrote its status, seconds.
             period_s: time between two checks, seconds.
         """
         super().__init__(name="megavl-watchdog", daemon=True)
         self.status, self.leave, self.stop_flag, self.launcher = status, leave, stop, launcher
+        self.roll_call = roll_call or RollCall(status, timeout_s=timeout_s)
         self.timeout_s, self.grace_s, self.period_s = timeout_s, grace_s, period_s
         self._done = threading.Event()
 
@@ -70,6 +74,7 @@ class Watchdog(threading.Thread):
             position = f"step {self.status.step} while {self.status.section}"
             if (position, activity.count()) != seen:
                 seen, since = (position, activity.count()), now
+            self.roll_call.watch(now - since > self.timeout_s / 3)
             if reason := self._interrupted():
                 self.leave(EXIT_INTERRUPTED, f"{reason} at {position}")
                 return
@@ -86,7 +91,7 @@ class Watchdog(threading.Thread):
             if self.status.section not in _UNWATCHED and now - since > self.timeout_s:
                 reason = (
                     f"rank {rank} made no progress for {now - since:.0f} s at {position}; "
-                    "a peer hangs or is lost, or a file never ends"
+                    f"a peer hangs or is lost, or a file never ends{self.roll_call.missing()}"
                 )
                 self.leave(PeerError.exit_code, reason)
                 return
