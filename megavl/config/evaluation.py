@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,11 @@ from pydantic.dataclasses import dataclass
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import UsageError
 from megavl.config.model import STRICT
+
+BENCHMARKS = (
+    *("mmbench", "mmbench-cn", "seed-bench", "mmmu", "cmmmu", "scienceqa", "mathvista", "ocrbench", "pope", "mm-vet"),
+)
+"""Public benchmarks that are read as they are published; `megavl/evaluate/benchmarks/table.py` has a row for each."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -22,7 +29,8 @@ class EvaluationConfig:
     at_start: bool = False
     """Evaluate the weights that a new run starts from, as step 0."""
     tasks: tuple[str, ...] = ()
-    """Task files of `megavl evaluate` with choices or texts, relative to the working directory."""
+    """Task files of `megavl evaluate` with choices or texts, and benchmarks as NAME=FILE (mmbench=data/dev.tsv);
+    relative to the working directory."""
     held_out: tuple[str, ...] = ()
     """Directories written by data_tools/preprocess.py whose loss is measured, but not trained on."""
     held_out_sequences: Annotated[int, Field(gt=0)] = 64
@@ -38,7 +46,7 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
         UsageError: naming the key.
     """
     names = {
-        "tasks": [Path(path).stem for path in evaluation.tasks],
+        "tasks": [benchmark_of(entry)[0] or Path(entry).stem for entry in evaluation.tasks],
         "held_out": [Path(path).name for path in evaluation.held_out],
     }
     for key, found in names.items():
@@ -53,3 +61,29 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
         )
     if evaluation.at_start and not evaluation.interval:
         raise UsageError("evaluation.at_start: needs evaluation.interval above 0; set an interval, or at_start=false")
+
+
+def benchmark_of(entry: str) -> tuple[str, str]:
+    """Name of the benchmark and path of an entry `NAME=PATH`; "" and the entry for a task file.
+
+    Raises:
+        UsageError: an unknown name, or no path.
+    """
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9_.-]*)=(.*)", entry, re.DOTALL)
+    if found is None:
+        return "", entry
+    name, path = found.groups()
+    known = {_plain(one): one for one in BENCHMARKS}
+    if _plain(name) not in known:
+        nearest = difflib.get_close_matches(_plain(name), known, n=1, cutoff=0.6)
+        if path.endswith(".jsonl") and not nearest:
+            return "", entry
+        hint = f"did you mean {known[nearest[0]]!r}?" if nearest else f"known: {', '.join(BENCHMARKS)}"
+        raise UsageError(f"{entry}: there is no benchmark {name!r}; {hint}")
+    if not path:
+        raise UsageError(f"{entry}: names no file; write {known[_plain(name)]}=FILE")
+    return known[_plain(name)], path
+
+
+def _plain(name: str) -> str:
+    return re.sub("[-_.]", "", name.lower())

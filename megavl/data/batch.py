@@ -54,6 +54,8 @@ class Batch:
     directly after its parent or a sibling. Evaluation alone makes such segments: options continue their prompt."""
     sample_ids: tuple[int, ...] = ()
     """Global numbers of the packs, for logs of bad steps."""
+    sources: tuple[int, ...] = ()
+    """For each sequence, the number of its source; empty: not known. Sequences are equally long."""
     bad_samples: tuple[str, ...] = ()
     """Samples that failed to load and count for nothing in the loss: `file:record: reason`."""
 
@@ -73,6 +75,7 @@ def make_batch(
     image_token_id: int | None = None,
     modality: Modality | None = None,
     sample_ids: Sequence[int] = (),
+    sources: Sequence[int] = (),
     bad_samples: Sequence[str] = (),
 ) -> Batch:
     """A batch on the host, with everything that follows from its tokens.
@@ -86,6 +89,7 @@ def make_batch(
         image_token_id: id that marks image positions.
         modality: of the step; default: by whether there are images.
         sample_ids: numbers of the packs.
+        sources: numbers of the sources of the sequences.
         bad_samples: samples that failed to load.
     """
     borders = tuple(borders) or (0, len(tokens))
@@ -108,6 +112,7 @@ def make_batch(
         image_count=len(images),
         parents=tuple(parents),
         sample_ids=tuple(sample_ids),
+        sources=tuple(sources),
         bad_samples=tuple(bad_samples),
     )
 

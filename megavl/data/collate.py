@@ -54,6 +54,7 @@ def collate(
         image_token_id=image_token_id,
         modality=modality,
         sample_ids=[sequence.number for sequence in sequences],
+        sources=[sequence.source for sequence in sequences],
         bad_samples=bad_samples,
     )
 

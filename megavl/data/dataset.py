@@ -64,6 +64,8 @@ class PackedSequence:
 
     number: int
     """Global number of the pack."""
+    source: int
+    """Number of the source that it belongs to."""
     tokens: npt.NDArray[np.int32]
     """(S,)"""
     supervised: npt.NDArray[np.bool_]
@@ -219,7 +221,9 @@ class Dataset:
             members.append(Member(start=start, end=end, images=images, origin=shard.origin(sample), damage=damage))
             start = end
         number = self._first[source] + index + (self.sources[source].counts["text"] if modality == "multimodal" else 0)
-        return PackedSequence(number=number, tokens=tokens, supervised=supervised, members=tuple(members))
+        return PackedSequence(
+            number=number, source=source, tokens=tokens, supervised=supervised, members=tuple(members)
+        )
 
     def _tokens(self, shard: Shard, sample: int) -> tuple[npt.NDArray[np.int32], str]:
         """Tokens of a sample, and "" or what is wrong with them.

@@ -162,6 +162,7 @@ class Model:
         *,
         row_tokens: int = ROW_TOKENS,
         progress: Callable[[int], object] = lambda _: None,
+        on_scores: Callable[[int, list[Score]], object] = lambda number, scores: None,
     ) -> list[list[Score]]:
         """Score encoded options; see `generate.score.score`.
 
@@ -177,6 +178,7 @@ class Model:
             image_token_id=config.image_token_id,
             row_tokens=row_tokens,
             progress=progress,
+            on_scores=on_scores,
         )
         for request, scores in zip(requests, found, strict=True):
             if not all(math.isfinite(one.log_prob) for one in scores):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,19 @@ from megavl.data.template import (
 )
 from megavl.data.tokenizer import Tokenizer
 
-ImageSource = str | Path | Image.Image
+
+class StoredImage(Protocol):
+    """An image file inside of another file, read when it is needed; its text names where it is."""
+
+    def read(self) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            ImageError: they cannot be read.
+        """
+
+
+ImageSource = str | Path | Image.Image | StoredImage
 
 
 def prompt_pieces(
@@ -128,7 +141,7 @@ def _read_image(path: ImageSource) -> Image.Image:
     if isinstance(path, Image.Image):
         return to_rgb(path)
     try:
-        return decode_image(path)
+        return decode_image(path if isinstance(path, (str, Path)) else path.read())
     except ImageError as error:
         reason = str(error)
         if str(path) in reason:

@@ -67,6 +67,7 @@ def score(
     row_tokens: int = ROW_TOKENS,
     spread: Spread | None = None,
     progress: Callable[[int], object] = lambda _: None,
+    on_scores: Callable[[int, list[Score]], object] = lambda number, scores: None,
 ) -> list[list[Score]]:
     """Score every option of every request. Every rank makes the same call and gets the same scores.
 
@@ -76,6 +77,7 @@ def score(
         row_tokens: most tokens of a row.
         spread: hands the images of some batches to the ranks that encode them; default: the first stage does.
         progress: told after each pass the number of options in it.
+        on_scores: told each request's number and scores after the pass that completes it, in order.
 
     Returns:
         For each request a score for each option. A log-probability that is not finite is returned as it is.
@@ -87,6 +89,7 @@ def score(
     rows = score_rows(requests, limit=row_tokens, shared=not stages[0].config.apply_rope_fusion)
     found = [[Score(log_prob=math.nan, tokens=0, greedy=False)] * len(request.options) for request in requests]
     size = rows_of_a_pass()
+    told = 0
     for first in range(0, len(rows), size):
         part = rows[first : first + size]
         values = _score(stages, part, geometry=geometry, image_token_id=image_token_id, spread=spread)
@@ -95,6 +98,12 @@ def score(
                 log_prob=-math.fsum(losses), tokens=len(one.labels), greedy=all(likeliest)
             )
         progress(sum(len(row.predictions) for row in part))
+        # A request may go on in the following row.
+        rest = rows[first + size :]
+        complete = rest[0].predictions[0].request if rest else len(requests)
+        for number in range(told, complete):
+            on_scores(number, found[number])
+        told = complete
     return found
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavl.data.batch import Batch
+
 CHUNK = 8 << 20
 """Logits that go through fp32 at once: 32 MiB, which stay in the cache of a GPU."""
 
@@ -112,3 +114,26 @@ def counted_loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, d
     tokens = torch.full_like(total, per_token.numel())
     # megatron-core scales the loss in place later, so the report is a copy.
     return total, tokens.to(torch.int), {"loss": torch.stack([total.detach().clone(), tokens])}
+
+
+@torch.no_grad()
+def loss_by_source(per_token: torch.Tensor, *, batch: Batch, sources: int) -> torch.Tensor:
+    """Sum of the loss and number of its tokens for each source, (sources, 2).
+
+    Sums do not depend on the order in which threads add, unlike those of `index_add_` on CUDA.
+
+    Args:
+        per_token: loss of each counted token (1, R), nats.
+        batch: the micro-batch, with the source of each sequence.
+        sources: number of sources.
+    """
+    losses = per_token[0].to(torch.promote_types(per_token.dtype, torch.float32))
+    found = losses.new_zeros(sources, 2)
+    members = batch.loss_rows // (len(batch.tokens) // len(batch.sources))
+    for source in set(batch.sources):
+        own = torch.zeros_like(members, dtype=torch.bool)
+        for sequence, of_sequence in enumerate(batch.sources):
+            if of_sequence == source:
+                own |= members == sequence
+        found[source] = torch.stack([losses.where(own, 0.0).sum(), own.sum()])
+    return found

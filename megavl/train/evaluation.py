@@ -37,6 +37,7 @@ from megavl.generate.score_rows import ScoreRequest
 from megavl.parallel import cpu_runtime, groups
 from megavl.parallel.images import shares
 from megavl.train.evaluation_log import EvaluationLog
+from megavl.train.metrics import finite
 from megavl.train.model_chunks import ModelChunks
 from megavl.train.run_plan import RunPlan
 from megavl.train.supervise.exit_status import ExitStatus
@@ -209,9 +210,9 @@ class Evaluation:
             bar.update(len(part))
             self._stop_if_asked()
         total = math.fsum(losses)
-        row: dict[str, Any] = {"loss": _finite(total / max(1, labels)), "tokens": labels, "sequences": count}
+        row: dict[str, Any] = {"loss": finite(total / max(1, labels)), "tokens": labels, "sequences": count}
         if modality == "text":
-            row["bits_per_byte"] = _finite(total / math.log(2) / max(1, size))
+            row["bits_per_byte"] = finite(total / math.log(2) / max(1, size))
         return row
 
     def _batches(self, dataset: Dataset, *, modality: Modality, part: Sequence[int]) -> list[Batch]:
@@ -260,24 +261,20 @@ def task_figures(entries: Sequence[Task], scores: Sequence[Sequence[Sequence[Sco
     row: dict[str, Any] = {}
     if questions:
         perplexities = [[one.perplexity for one in options] for _, options in questions]
-        finite = all(math.isfinite(value) for values in perplexities for value in values)
+        sound = all(math.isfinite(value) for values in perplexities for value in values)
         right = [values.index(min(values)) == entry.answer for (entry, _), values in zip(questions, perplexities)]
         accuracy, count = sum(right) / len(right), len(right)
         row |= {
-            "accuracy": accuracy if finite else None,
+            "accuracy": accuracy if sound else None,
             "chance": sum(1 / len(entry.choices) for entry, _ in questions) / count,
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count) if finite else None,
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count) if sound else None,
             "n": count,
         }
     if passages:
         size = sum(len(entry.text.encode()) for entry, _ in passages)
         nats = -math.fsum(window[0].log_prob for _, windows in passages for window in windows)
-        row |= {"bits_per_byte": _finite(nats / math.log(2) / size), "bytes": size}
+        row |= {"bits_per_byte": finite(nats / math.log(2) / size), "bytes": size}
     return row
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def spread_images(model: ModelChunks) -> Callable[[Sequence[Batch]], Sequence[Batch]] | None:

@@ -143,7 +143,7 @@ def _run_steps(
         set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
         status.section = "training"
         inject_fault("training", rank=plan.position.rank, step=step)
-        result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised)
+        result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised, sources=len(recipe.data.mixture))
         progress = progress.after(skipped=result.skipped)
         seconds = time.perf_counter() - began
         if log is not None:

@@ -38,7 +38,12 @@ def metrics_row(
     return {
         "step": progress.step,
         "modality": modality,
-        "loss": result.loss if math.isfinite(result.loss) else None,
+        "loss": finite(result.loss),
+        "loss_by_source": {
+            source.name: finite(loss)
+            for source, loss in zip(recipe.data.mixture, result.loss_by_source, strict=True)
+            if loss is not None
+        },
         "grad_norm": result.grad_norm,
         "lr": lr,
         "tokens": batch * length,
@@ -51,6 +56,11 @@ def metrics_row(
         "skipped": result.skipped,
         "consumed_samples": sequences_before(progress.step, size=batch, earlier=progress.earlier_batches),
     }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for one that JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 class MetricsLog:
@@ -69,6 +79,9 @@ class MetricsLog:
         tqdm.write(self._line(row))
         if self._board is not None:
             scalars = {name: row[key] for name, key in _SCALARS.items() if row.get(key) is not None}
+            scalars |= {
+                f"train/loss/{name}": loss for name, loss in row.get("loss_by_source", {}).items() if loss is not None
+            }
             self._board.write({**scalars, "data/multimodal": row["modality"] == "multimodal"}, step=row["step"])
 
     def close(self) -> str:

@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"config", "files", "foreign", "weights"},
     "convert": {"config", "files", "foreign", "weights", "checkpoint"},
     "generate": {"config", "foreign", "planner", "parallel", "data", "model", "checkpoint", "convert", "weights"},
-    "evaluate": {"config", "foreign", "generate", "data", "model", "parallel"},
+    "evaluate": {"config", "files", "foreign", "generate", "data", "model", "parallel"},
 }
 ARROWS["train"] = set(ARROWS)
 ARROWS["main"] = set(ARROWS)

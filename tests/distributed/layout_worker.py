@@ -44,7 +44,7 @@ from megavl.train.step import StepResult, train_step
 from tests.distributed.faults import fault
 from tests.distributed.float64 import fp32_is_fp64, keep_float64
 from tests.distributed.gather import complete_gradients, gather, gather_counts, scatter, vision_state
-from tests.distributed.synthetic import SyntheticSteps
+from tests.distributed.synthetic import SOURCES, SyntheticSteps
 from tests.tiny_run import free_port
 
 SEQ_LENGTH = 128
@@ -97,7 +97,7 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
         watched = _vision_watched(model, optimizer) if modality == "text" else contextlib.nullcontext()
         kept = _gradients_kept(model, optimizer, keep=keep_gradients, replicas_agree="fault" not in case)
         with watched as counts, kept as gradients:
-            steps.append(train_step(model, optimizer, data, stop_flag=False))
+            steps.append(train_step(model, optimizer, data, stop_flag=False, sources=SOURCES))
         if keep_gradients:
             (result[f"{modality} gradients"],) = gradients
         if modality == "text":
@@ -125,6 +125,7 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
         for modality in ("text", "multimodal", "multimodal"):
             run(modality)
     result["losses"] = [step.loss for step in steps]
+    result["losses by source"] = [step.loss_by_source for step in steps]
     result["norms"] = [step.grad_norm for step in steps]
     result["loss tokens"] = [step.loss_tokens for step in steps]
     if position.rank == 0:

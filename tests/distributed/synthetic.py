@@ -9,6 +9,9 @@ import torch
 from megavl.config.model import ModelConfig
 from megavl.data.batch import Batch, make_batch
 
+SOURCES = 3
+"""Of which every sequence has one, by its slot."""
+
 
 class SyntheticSteps:
     """Global batches that depend on (step, slot) alone: the share of one data-parallel rank.
@@ -54,6 +57,7 @@ class SyntheticSteps:
             image_token_id=self.config.image_token_id,
             modality=self.modality,
             sample_ids=slots,
+            sources=[slot % SOURCES for slot in slots],
         )
 
     def _sequence(self, step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:

@@ -217,6 +217,7 @@ def test_layout_equals_one_rank(results: dict[str, Any], name: str, report_table
     errors = errors_of(found, reference)
     _report(report_table, name, errors, f"tolerance {TOLERANCE:.0e}")
     assert found["loss tokens"][:3] == reference["loss tokens"][:3]
+    assert found["losses by source"][0] and None not in found["losses by source"][0]
     assert max(errors.values()) <= TOLERANCE, errors
 
 
@@ -287,6 +288,10 @@ def errors_of(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, flo
     """Largest relative errors of the first three steps, or of the one that `found` has."""
     count = min(3, len(found["losses"]))
     errors = {key: _relative(found[key][:count], reference[key][:count]) for key in ("losses", "norms")}
+    errors["losses by source"] = max(
+        _relative(list(of_found), list(of_reference))
+        for of_found, of_reference in zip(found["losses by source"][:count], reference["losses by source"][:count])
+    )
     for key in ("text gradients", "multimodal gradients"):
         if key in found:
             assert found[key].keys() == reference[key].keys()

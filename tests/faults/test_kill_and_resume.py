@@ -31,6 +31,8 @@ def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert {row["modality"] for row in rows} == {"text", "multimodal"}
+    # Its only source has no name, so it is called by its number.
+    assert all(row["loss_by_source"] == {"0": pytest.approx(row["loss"], rel=1e-6)} for row in rows)
     assert json.loads((run / "exit_status.json").read_text())["code"] == 0
     return rows
 
@@ -44,7 +46,8 @@ def test_killed_run_resumes_bitwise(
     done = run_training(dataset, tmp_path, *LAYOUT, *evaluating, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after step 3" in done.stdout
-    columns = ("step", "modality", "loss", "grad_norm", "lr", "loss_tokens", "images", "consumed_samples")
+    columns = ("step", "modality", "loss", "loss_by_source", "grad_norm", "lr", "loss_tokens", "images")
+    columns += ("consumed_samples",)
     assert [[row[key] for key in columns] for row in metrics(tmp_path)] == [
         [row[key] for key in columns] for row in reference
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, ParallelConfig
 from megavl.data.batch import make_batch
 from megavl.model.build import BuildSpec
-from megavl.model.loss import counted_loss
+from megavl.model.loss import counted_loss, loss_by_source
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
@@ -58,6 +59,21 @@ def test_loss_and_gradients_equal_the_masked_loss(model: ModelChunks, modality: 
     report_table(f"{modality}: loss {loss_error:.1e}, gradients {error:.1e} relative (tolerance {TOLERANCE:.0e})")
     assert max(error, loss_error) <= TOLERANCE
     assert [a is None for a in found] == [b is None for b in wanted]
+
+
+def test_losses_of_sources_are_told_apart() -> None:
+    """Sequences of 4 tokens of the sources 2, 0, 2 and 1, the last without a label."""
+    mask = torch.tensor([1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0])
+    batch = make_batch(torch.arange(16), loss_mask=mask, sources=(2, 0, 2, 1))
+    per_token = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.nan]])
+    assert loss_by_source(per_token[:, :6].repeat(1, 2)[:, :7], batch=batch, sources=4).tolist() == [
+        [28.0, 3.0],
+        [0.0, 0.0],
+        [36.0, 4.0],
+        [0.0, 0.0],
+    ]
+    found = loss_by_source(per_token, batch=batch, sources=3)
+    assert found[0].tolist() == [28.0, 3.0] and math.isnan(float(found[2, 0])) and found[1].tolist() == [0.0, 0.0]
 
 
 def test_no_labels_give_zero_gradients(model: ModelChunks) -> None:

@@ -1,0 +1,1 @@
+"""Public benchmarks, read from the files as they are published."""

@@ -1,0 +1,131 @@
+"""MathVista: mathematics in pictures, with choices or free answers; JSON by id beside its images, or Parquet.
+
+Source: lupantech/MathVista (`evaluation/build_query.py`, `extract_answer.py`, `calculate_score.py`) and lmms-eval,
+`tasks/mathvista`. The official extraction asks a language model; without one, rules extract. Where no option is found,
+the original takes the option of the most similar spelling; here that is a failed parse.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
+from megavl.evaluate.benchmarks.item import Item
+from megavl.evaluate.benchmarks.letters import letter_of, lettered
+from megavl.evaluate.benchmarks.row import Row
+from megavl.evaluate.benchmarks.sentences import numbers_in
+
+_TYPES = ("text", "integer", "float", "list")
+_PLACES = {1: "one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4,"}
+_PLACES[2] = "two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45,"
+EXTRACTION = """Read the question and the response to it. Write only the final answer that the response gives, with no \
+other word: the letter of the option for a question with choices, otherwise a number, or a list such as [1, 2]. \
+Write NONE if the response gives no answer.
+
+{question}
+
+Response: {answer}
+
+Final answer:"""
+
+
+def read(where: str) -> Iterator[Item]:
+    """Questions of `testmini.json`, or of Parquet files of one split."""
+    path = Path(where)
+    names = ("testmini.json",) if path.is_dir() and next(path.rglob("testmini.json"), None) else ("*.parquet",)
+    for path in benchmark_files(where, names=names):
+        yield from map(_item, read_rows(path))
+
+
+def _item(row: Row) -> Item:
+    closed, answer_type = row.text("question_type") == "multi_choice", row.text("answer_type")
+    if answer_type not in _TYPES:
+        raise row.error(f"answer_type: {answer_type[:20]!r} is none of {', '.join(_TYPES)}")
+    options = lettered(row.texts("choices")) if closed else {}
+    answer = row.text("answer")
+    letters = [letter for letter, text in options.items() if text == answer]
+    if closed and not letters:
+        raise row.error(f"answer: {answer[:40]!r} is none of the choices {list(options.values())}")
+    places = row.number("precision") if row.has("precision") else 0
+    lines = [_hint(closed, answer_type, places), f"Question: {row.text('question')}"]
+    if unit := row.optional("unit"):
+        lines[-1] += f" (Unit: {unit})"
+    if options:
+        lines += ["Choices:", *(f"({letter}) {text}" for letter, text in options.items())]
+    metadata = row.values.get("metadata")
+    task = metadata.get("task", "") if isinstance(metadata, dict) else ""
+    return Item(
+        id=row.text("pid", "id"),
+        location=row.location,
+        prompt="\n".join(lines),
+        images=(row.image("decoded_image") if row.has("decoded_image") else row.image("image"),),
+        options=options,
+        answer=letters[0] if closed else answer,
+        answers=(answer,),
+        choices=tuple(options),
+        kind=task if isinstance(task, str) else "",
+        details={"type": answer_type, "places": str(places)},
+    )
+
+
+def _hint(closed: bool, answer_type: str, places: int) -> str:
+    if closed:
+        return "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
+    wanted = {
+        "integer": "an integer answer and provide the final value, e.g., 1, 2, 3,",
+        "float": f"a floating-point number with {_PLACES.get(places, f'{places} decimal places')}",
+        "list": "a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, 1.3, 1.4],",
+        "text": "a short answer and provide it",
+    }[answer_type]
+    return f"Hint: Please answer the question requiring {wanted} at the end."
+
+
+def parse(item: Item, answer: str) -> str | None:
+    """The letter of the option, or the answer in the form of its type."""
+    if item.options:
+        return letter_of(answer, item.options)
+    text = answer.strip()
+    if item.details["type"] == "list":
+        lists = [one for one in map(_list, re.findall(r"\[[^\[\]]{0,1000}\]", text)) if one]
+        return lists[-1] if lists else None
+    if item.details["type"] == "text":
+        return text or None
+    # The last number, since the prompt asks for the value at the end; `2,000` is one number, and `50%` 50.
+    numbers = numbers_in(text)
+    last = max(numbers, key=lambda number: (text.rfind(number), len(number)), default=None)
+    return None if last is None else _number(last, item)
+
+
+def is_right(item: Item, prediction: str) -> bool:
+    """Equal letters; or equal answers in the form of their type."""
+    if item.options:
+        return prediction == item.answer
+    if item.details["type"] == "list":
+        return prediction == (_list(item.answer) or item.answer)
+    if item.details["type"] == "text":
+        return prediction.casefold() == item.answer.casefold()
+    return prediction == (_number(item.answer, item) or item.answer)
+
+
+def question_to_judge(item: Item, answer: str) -> str:
+    """What a language model is asked, so that it extracts the answer."""
+    return EXTRACTION.format(question=item.prompt, answer=answer)
+
+
+def _number(text: str, item: Item) -> str | None:
+    try:
+        value = float(text.replace(",", ""))
+        return str(int(value)) if item.details["type"] == "integer" else str(round(value, int(item.details["places"])))
+    except (ValueError, OverflowError):
+        return None
+
+
+def _list(text: str) -> str | None:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return None
+    return str(value) if isinstance(value, list) else None

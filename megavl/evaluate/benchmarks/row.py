@@ -1,0 +1,205 @@
+"""One row of a benchmark file, whatever the file's format: checked access to its cells, and its images unread."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavl.config.errors import DataError
+from megavl.data.image import ImageError, check_image
+from megavl.data.template import IMAGE_TAG
+from megavl.generate.prompt import ImageSource, StoredImage
+
+MAX_CELL = 1 << 20
+"""Most characters of a cell that is read as text or as a list; images are not read as text."""
+_SHOWN = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a table or an object of a JSON file."""
+
+    location: str
+    """`file:line` or `file: row N`, for messages."""
+    folder: Path
+    """Of the file; image files are below it."""
+    values: Mapping[str, Any]
+    stored: Callable[[str], StoredImage]
+    """The image in a column of this row, read when it is needed."""
+
+    def has(self, *names: str) -> bool:
+        """Whether one of the columns exists and is not empty."""
+        return any(not _is_empty(self.values.get(name)) for name in names)
+
+    def text(self, *names: str, multiline: bool = True) -> str:
+        """The text of a column that must be there and not empty.
+
+        Args:
+            names: of the column; other files of the benchmark call it differently.
+            multiline: if false, the text is one line.
+
+        Raises:
+            DataError: no such column, or an empty or unusable cell.
+        """
+        found = self.optional(*names)
+        if not found:
+            name = next((name for name in names if name in self.values), None)
+            if name is None:
+                columns = ", ".join(map(str, list(self.values)[:30]))
+                raise self.error(f"has no column {' or '.join(map(repr, names))}; its columns are {columns}")
+            raise self.error(f"{name}: is empty; give a file with all answers, as published")
+        return found if multiline else " ".join(found.split())
+
+    def optional(self, *names: str) -> str:
+        """The text of a column, or "" where there is none.
+
+        Raises:
+            DataError: the cell is neither text nor a number, or spells the image token.
+        """
+        for name in names:
+            value = self.values.get(name)
+            if _is_empty(value):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise self.error(f"{name}: {str(value)[:_SHOWN]!r} is no text")
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            text = str(value).strip()
+            if len(text) > MAX_CELL:
+                raise self.error(f"{name}: {len(text):,} characters, at most {MAX_CELL:,} are read")
+            if IMAGE_TAG in text:
+                raise self.error(f"{name}: spells {IMAGE_TAG}, which only stands for images")
+            return text
+        return ""
+
+    def number(self, *names: str) -> int:
+        """A whole number.
+
+        Raises:
+            DataError: no such column, or the cell holds something else.
+        """
+        text = self.text(*names)
+        try:
+            return int(text)
+        except ValueError:
+            raise self.error(f"{names[0]}: {text[:_SHOWN]!r} is no whole number") from None
+
+    def texts(self, *names: str) -> tuple[str, ...]:
+        """A list of texts: a list, or a text that spells one in Python or JSON, which is parsed and never run.
+
+        Raises:
+            DataError: no such column, or the cell is no list of texts.
+        """
+        name = next((name for name in names if name in self.values), names[0])
+        value = self.values.get(name)
+        if isinstance(value, str):
+            text = self.text(name)
+            try:
+                value = ast.literal_eval(text) if len(text) <= MAX_CELL else None
+            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+                value = _json(text)
+        elif value is None:
+            self.text(*names)
+        if not isinstance(value, (list, tuple)) or not all(
+            isinstance(one, (str, int, float)) and not isinstance(one, bool) for one in value
+        ):
+            raise self.error(f"{name}: {str(self.values.get(name))[:_SHOWN]!r} is no list of texts")
+        found = tuple(str(one).strip() for one in value)
+        if any(IMAGE_TAG in one for one in found):
+            raise self.error(f"{name}: spells {IMAGE_TAG}, which only stands for images")
+        return found
+
+    def image(self, *names: str) -> ImageSource:
+        """The image of a column: stored in the file, or a file below its folder. It is opened to see that it can be.
+
+        Raises:
+            DataError: no such column, no such file, broken base64, or an image that does not open.
+        """
+        name = next((name for name in names if not _is_empty(self.values.get(name))), names[0])
+        value = self.values.get(name)
+        if _is_empty(value):
+            self.text(*names)
+        source: ImageSource
+        if isinstance(value, Mapping):
+            source = self.stored(name)
+        elif isinstance(value, str) and len(value) <= 1024:
+            source = self.file(name, value)
+        elif isinstance(value, str):
+            source = self.stored(name)
+        else:
+            raise self.error(f"{name}: {str(value)[:_SHOWN]!r} is no image")
+        self.check_opens(name, source)
+        return source
+
+    def file(self, column: str, name: str, *, folders: Sequence[str] = ("", "images", "image")) -> Path:
+        """A file below the folder of the benchmark's file.
+
+        Args:
+            column: for messages.
+            name: as the row says it.
+            folders: where it may be, below the folder; the first that has it is taken.
+
+        Raises:
+            DataError: it leads out of the folder, or no such file is there.
+        """
+        parts = Path(name.strip()).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+            raise self.error(f"{column}: {name[:_SHOWN]!r} is no file below {self.folder}")
+        for folder in folders:
+            path = self.folder / folder / Path(*parts)
+            if path.is_file():
+                return path
+        places = ", ".join(str(self.folder / folder) for folder in folders)
+        raise self.error(f"{column}: there is no file {name[:_SHOWN]!r} in {places}; put the images there")
+
+    def check_opens(self, column: str, source: ImageSource) -> None:
+        """See that an image can be opened.
+
+        Raises:
+            DataError: it cannot; with the row and column.
+        """
+        try:
+            data = source.read_bytes() if isinstance(source, Path) else source.read()  # type: ignore[union-attr]
+            check_image(data)
+        except OSError as error:
+            raise self.error(f"{column}: {source} cannot be read ({error.strerror})") from error
+        except ImageError as error:
+            raise self.error(f"{column}: the image does not open ({error})") from error
+
+    def error(self, message: str) -> DataError:
+        """An error that begins with the row."""
+        return DataError(f"{self.location}: {message}")
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of a base64 text; white space and a data URL's head are passed over.
+
+    Raises:
+        ImageError: it is not base64.
+    """
+    head, comma, rest = text.partition(",")
+    body = rest if comma and head.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"broken base64 ({error})", "image_format") from error
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_empty(value: Any) -> bool:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return isinstance(value, str) and value.strip() in ("", "nan", "NaN")

@@ -1,0 +1,65 @@
+"""ScienceQA: multiple choice on science, with an image or without; Parquet, TSV or the original `problems.json`.
+
+Source: lupantech/ScienceQA and lmms-eval, `tasks/scienceqa`: `Context: ...`, the question, and lettered choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
+from megavl.evaluate.benchmarks.item import Item
+from megavl.evaluate.benchmarks.letters import LETTER_LINE, lettered, option_lines
+from megavl.evaluate.benchmarks.row import Row
+from megavl.generate.prompt import ImageSource
+
+
+def read(where: str) -> Iterator[Item]:
+    """All questions; those without an image too."""
+    for path in benchmark_files(where, names=("*.parquet", "*.tsv", "problems.json")):
+        for number, row in enumerate(read_rows(path), start=1):
+            yield _item(row, number)
+
+
+def _item(row: Row, number: int) -> Item:
+    tabular = row.has("A", "B")
+    if tabular:
+        options = {letter: text for letter in "ABCDE" if (text := row.optional(letter))}
+    else:
+        options = lettered(row.texts("choices"))
+    if len(options) < 2:
+        raise row.error(f"choices: {list(options.values())} are fewer than two")
+    text = row.text("answer")
+    answer = text if text in options else _letter_at(row, options)
+    hint = row.optional("hint")
+    lines = [f"Context: {hint}"] * bool(hint) + [row.text("question"), option_lines(options), LETTER_LINE]
+    return Item(
+        id=row.optional("id", "index", "question_id") or str(number),
+        location=row.location,
+        prompt="\n".join(lines),
+        images=_images(row),
+        options=options,
+        answer=answer,
+        choices=tuple(options),
+        kind=row.optional("subject", "category"),
+    )
+
+
+def _letter_at(row: Row, options: dict[str, str]) -> str:
+    index = row.number("answer")
+    if not 0 <= index < len(options):
+        raise row.error(f"answer: {index} is no index of its {len(options)} choices; the first is 0")
+    return list(options)[index]
+
+
+def _images(row: Row) -> tuple[ImageSource, ...]:
+    name = row.values.get("image")
+    if not row.has("image"):
+        return ()
+    if isinstance(name, str) and len(name) <= 255 and "id" in row.values:
+        # The original keeps the image of problem 5 as test/5/image.png.
+        folder = f"{row.optional('split')}/{row.text('id')}"
+        path = row.file("image", name, folders=(folder, f"images/{folder}", "", "images"))
+        row.check_opens("image", path)
+        return (path,)
+    return (row.image("image"),)
