@@ -7,8 +7,13 @@ was stopped.
 
 from __future__ import annotations
 
-import argparse
 import os
+
+# The processes already use every core, so neither BLAS nor the tokenizer needs threads; both look when they are loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import argparse
 import sys
 import time
 from collections import Counter
@@ -19,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.pipeline.balance import balance_lines, check_balance
-from data_tools.pipeline.engine import run_tasks
+from data_tools.pipeline.engine import Workers
 from data_tools.pipeline.extras import require
 from data_tools.pipeline.finish import check_rejected, dry_run_report, finish
 from data_tools.pipeline.first_images import check_first_images
@@ -36,9 +41,6 @@ from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.data.image import MAX_ASPECT
 from megavl.foreign.printing import say
-
-# The processes already use every core; the tokenizer's own threads would only compete with them.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -229,26 +231,28 @@ def _run(options: argparse.Namespace) -> int:
         if job.limit is not None and job.limit < sum(records):
             mine = sampled(mine, limit=job.limit)
         check_first_images(job, tasks)
-        summaries = run_tasks(job, mine, count=len(tasks), workers=workers)
+        with Workers(workers, tasks=len(mine)) as processes:
+            summaries = processes.run(job, mine, count=len(tasks))
         report = dry_run_report(job, mine, summaries, records=records)
         _print_report(report)
         check_balance(report["balance"])
         check_rejected(report, max_bad_frac=options.max_bad_frac, where="dry run")
         return 0
     output = Output(job.output)
-    if not (options.resume and output.is_begun):
-        check_first_images(job, tasks)
-    locks = output.lock(array_task=options.task, array_tasks=options.num_tasks)
-    output.begin(job.config, resume=options.resume, alone=options.num_tasks == 1)
-    todo = _left(job, mine) if options.resume else mine
-    if len(todo) < len(mine):
-        say(f"{len(mine) - len(todo)} of {len(mine)} shards are done already")
-    try:
-        run_tasks(job, todo, count=len(tasks), workers=workers)
-    except BaseException:
-        if options.num_tasks == 1:
-            output.remove_leftovers()
-        raise
+    with Workers(workers, tasks=len(mine)) as processes:
+        if not (options.resume and output.is_begun):
+            check_first_images(job, tasks)
+        locks = output.lock(array_task=options.task, array_tasks=options.num_tasks)
+        output.begin(job.config, resume=options.resume, alone=options.num_tasks == 1)
+        todo = _left(job, mine) if options.resume else mine
+        if len(todo) < len(mine):
+            say(f"{len(mine) - len(todo)} of {len(mine)} shards are done already")
+        try:
+            processes.run(job, todo, count=len(tasks))
+        except BaseException:
+            if options.num_tasks == 1:
+                output.remove_leftovers()
+            raise
     if left := _left(job, tasks):
         say(f"task {options.task} of {options.num_tasks} is done; {len(left)} of {len(tasks)} shards wait for others")
         return 0

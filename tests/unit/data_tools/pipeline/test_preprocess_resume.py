@@ -123,6 +123,37 @@ def test_work_of_a_dead_worker_is_repeated(
     assert _same(undisturbed, out)
 
 
+def test_workers_of_plain_inputs_are_forked(corpus: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+    """One that dies is replaced; those of a killed command end, and do not hold its lock meanwhile."""
+    plain = [path for path in corpus if path.suffix == ".jsonl"]
+    whole, out, again = (tmp_path / name for name in ("whole", "out", "again"))
+    assert run_preprocess(plain, tokenizer=tokenizer, output=whole) == 0
+    process = _start(plain, tokenizer, out)
+    command = psutil.Process(process.pid).cmdline()
+    _wait_for_tasks(process, out, count=1)
+    workers = psutil.Process(process.pid).children()
+    assert [worker.cmdline() for worker in workers] == [command] * 2
+    workers[0].kill()
+    assert process.wait(timeout=1800) == 0
+    assert "a worker process died" in (tmp_path / "log").read_text()
+    assert _same(whole, out)
+    process = _start(plain, tokenizer, again)
+    _wait_for_tasks(process, again, count=1)
+    orphans = psutil.Process(process.pid).children()
+    # Suspended, so that they surely still have their files open.
+    for orphan in orphans:
+        orphan.suspend()
+    try:
+        process.kill()
+        process.wait()
+        assert _start(plain, tokenizer, again).wait(timeout=1800) == 0
+        assert _same(whole, again)
+    finally:
+        for orphan in orphans:
+            orphan.resume()
+    assert len(orphans) == 2 and psutil.wait_procs(orphans, timeout=1800)[1] == []
+
+
 def test_run_survives_ten_random_kills(corpus: list[Path], tokenizer: Path, undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL hits the command or a worker at any time of a run; the next round resumes it."""
     draw = random.Random(7)
