@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,11 @@ BENCHMARKS = (
     *("mmbench", "mmbench-cn", "seed-bench", "mmmu", "cmmmu", "scienceqa", "mathvista", "ocrbench", "pope", "mm-vet"),
 )
 """Public benchmarks that are read as they are published; `megavl/evaluate/benchmarks/table.py` has a row for each."""
+
+
+Normalization = Literal["token", "sum", "byte"]
+"""What the log-probability of an option is divided by before options are compared: its tokens (paper, section 3.2.2),
+nothing, or its UTF-8 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -37,6 +42,8 @@ class EvaluationConfig:
     """Most sequences of each modality that are read of a held-out directory: its first ones."""
     system: str = SYSTEM_PROMPT
     """System text of the questions; empty for none."""
+    normalize: Normalization = "token"
+    """By what options are compared: token (perplexity, as in the paper), sum or byte."""
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from megavl.evaluate.ledger import Ledger, score_missing
 from megavl.evaluate.task import Passage
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
@@ -61,20 +62,33 @@ def score_passages(
     windows: Sequence[Sequence[ScoreRequest]],
     *,
     row_tokens: int = ROW_TOKENS,
+    ledger: Ledger | None = None,
 ) -> list[ScoredPassage]:
     """Score all texts.
 
     Args:
         model: who reads, on one process.
         row_tokens: most tokens of a packed row.
+        ledger: scores that are there already, and where new ones are kept.
 
     Raises:
         ImageError: an image cannot be read.
         NumericsError: a perplexity is not finite.
     """
     every = [window for of_passage in windows for window in of_passage]
+    owners = [passage for passage, of_passage in zip(passages, windows) for _ in of_passage]
     with tqdm(total=len(every), unit="window", desc="read", disable=rank_from_env() > 0 or not every or None) as bar:
-        scores = iter(model.score_requests(every, row_tokens=row_tokens, progress=bar.update))
+        scores = iter(
+            score_missing(
+                model,
+                every,
+                keys=[f"text/{number}" for number in range(len(every))],
+                ledger=ledger or Ledger(),
+                describe=lambda number, _: owners[number].described(),
+                row_tokens=row_tokens,
+                progress=bar.update,
+            )
+        )
     found = []
     for passage, of_passage in zip(passages, windows, strict=True):
         own = [next(scores)[0] for _ in of_passage]

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.data.template import Template
+from megavl.evaluate.ledger import Ledger
 from megavl.evaluate.task import OpenQuestion
 from megavl.generate.decode import Request
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
-from megavl.generate.prompt import prompt_pieces
+from megavl.generate.prompt import ImageSource, prompt_pieces
 from megavl.parallel.groups import rank_from_env
 
 _MARKS = " .,;:!?()[]{}<>*_`'\"“”‘’«»、。「」『』《》"
@@ -44,8 +46,27 @@ class FreeFormAnswer:
         return any(re.search(before + answer + after, plain(self.text)) for answer in wanted)
 
 
+class Asked(Protocol):
+    """What is asked: a question of a task file, or of a benchmark."""
+
+    @property
+    def location(self) -> str:
+        """`file:line`, for messages."""
+
+    @property
+    def prompt(self) -> str:
+        """With one IMAGE_TAG for each image, or none."""
+
+    @property
+    def images(self) -> Sequence[ImageSource]:
+        """Of the prompt."""
+
+    def described(self) -> Mapping[str, Any]:
+        """What `answers.jsonl` says about the question."""
+
+
 def encode_open_questions(
-    questions: Sequence[OpenQuestion],
+    questions: Sequence[Asked],
     *,
     processor: Processor,
     max_new_tokens: int,
@@ -65,6 +86,49 @@ def encode_open_questions(
     return found
 
 
+def answer_texts(
+    model: Model,
+    questions: Sequence[Asked],
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    name: str = "answer",
+    ledger: Ledger | None = None,
+) -> list[str]:
+    """The model's answers to all questions, of which it is asked those that are not in the ledger.
+
+    Args:
+        model: who answers.
+        ids: of the prompts, from `encode_open_questions`.
+        batch_size: most answers in progress at a time.
+        name: of the questions, in the ledger's keys and on the progress bar.
+        ledger: answers that are there already, and where new ones are kept.
+
+    Raises:
+        DataError: an image cannot be read; with file:line.
+        NumericsError: the model's logits are not finite.
+        StorageError: an answer cannot be written.
+    """
+    ledger = ledger or Ledger()
+    keys = [f"{name}/{number}" for number in range(len(questions))]
+    missing = [number for number, key in enumerate(keys) if ledger.get(key) is None]
+
+    def requests() -> Iterator[Request]:
+        for number in missing:
+            with naming(questions[number].location):
+                images = model.processor.read_images(questions[number].images)
+            yield Request(ids=ids[number], images=images, max_new_tokens=max_new_tokens)
+
+    if missing:
+        length = max(len(ids[number]) for number in missing) + max_new_tokens
+        answers = model.answers(requests(), batch_size=min(batch_size, len(missing)), length=length)
+        bar = tqdm(answers, total=len(missing), unit="answer", desc=name, disable=rank_from_env() > 0 or None)
+        for number, answer in zip(missing, bar, strict=True):
+            ledger.put(keys[number], {**questions[number].described(), "answer": answer.text})
+    return [str((ledger.get(key) or {})["answer"]) for key in keys]
+
+
 def answer_questions(
     model: Model,
     questions: Sequence[OpenQuestion],
@@ -72,29 +136,11 @@ def answer_questions(
     *,
     max_new_tokens: int,
     batch_size: int = 8,
+    ledger: Ledger | None = None,
 ) -> list[FreeFormAnswer]:
-    """Answer all questions.
-
-    Args:
-        model: who answers, on one process.
-
-    Raises:
-        DataError: an image cannot be read; with file:line.
-        NumericsError: the model's logits are not finite.
-    """
-    if not questions:
-        return []
-
-    def requests() -> Iterator[Request]:
-        for question, tokens in zip(questions, ids, strict=True):
-            with naming(question.location):
-                images = model.processor.read_images(question.images)
-            yield Request(ids=tokens, images=images, max_new_tokens=max_new_tokens)
-
-    length = max(map(len, ids)) + max_new_tokens
-    answers = model.answers(requests(), batch_size=min(batch_size, len(questions)), length=length)
-    bar = tqdm(answers, total=len(questions), unit="answer", desc="answer", disable=rank_from_env() > 0 or None)
-    return [FreeFormAnswer(entry=question, text=answer.text) for question, answer in zip(questions, bar, strict=True)]
+    """Answer all questions of task files; see `answer_texts`."""
+    texts = answer_texts(model, questions, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, ledger=ledger)
+    return [FreeFormAnswer(entry=question, text=text) for question, text in zip(questions, texts, strict=True)]
 
 
 def plain(text: str) -> str:

@@ -6,24 +6,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from megavl.config.evaluation import Normalization
+from megavl.evaluate.benchmarks.report import BenchmarkReport, aligned, benchmark_table
 from megavl.evaluate.bits_per_byte import ScoredPassage
 from megavl.evaluate.free_form import FreeFormAnswer
+from megavl.evaluate.normalize import cost
 from megavl.evaluate.task import Entry, Question
+from megavl.generate.score import Score
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A question and the perplexity of each of its choices."""
+    """A question and the score of each of its choices."""
 
     entry: Question
-    perplexities: tuple[float, ...]
-    blind_perplexities: tuple[float, ...] | None = None
+    scores: tuple[Score, ...]
+    blind_scores: tuple[Score, ...] | None = None
     """With shuffled images; None without `--blind` or without an image."""
+    normalize: Normalization = "token"
+
+    @property
+    def perplexities(self) -> tuple[float, ...]:
+        """Of each choice."""
+        return tuple(score.perplexity for score in self.scores)
+
+    @property
+    def blind_perplexities(self) -> tuple[float, ...] | None:
+        """Of each choice, with shuffled images."""
+        return None if self.blind_scores is None else tuple(score.perplexity for score in self.blind_scores)
 
     @property
     def prediction(self) -> int:
-        """Index of the choice of lowest perplexity."""
-        return _lowest(self.perplexities)
+        """Index of the choice that costs least."""
+        return self._least(self.scores)
 
     @property
     def right(self) -> bool:
@@ -33,9 +48,11 @@ class Answered:
     @property
     def blind_right(self) -> bool | None:
         """The same with shuffled images."""
-        if self.blind_perplexities is None:
-            return None
-        return _lowest(self.blind_perplexities) == self.entry.answer
+        return None if self.blind_scores is None else self._least(self.blind_scores) == self.entry.answer
+
+    def _least(self, scores: Sequence[Score]) -> int:
+        costs = [cost(one, choice, normalize=self.normalize) for one, choice in zip(scores, self.entry.choices)]
+        return costs.index(min(costs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +62,14 @@ class Report:
     answers: tuple[Answered, ...] = ()
     free_form: tuple[FreeFormAnswer, ...] = ()
     passages: tuple[ScoredPassage, ...] = ()
+    benchmarks: tuple[BenchmarkReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A mapping for JSON with what was asked: figures of choices, then `written` and `text` with their own.
 
         Choices: accuracy, blind (null when not measured), chance, n, by_kind, questions. `written` has the free-form
         answers: exact, contains, n, by_kind, questions. `text`: bits_per_byte, bytes, tokens, n, by_kind, texts.
+        `benchmarks`: of each its figures and questions.
         """
         found: dict[str, Any] = {}
         if self.answers:
@@ -61,6 +80,8 @@ class Report:
         if self.passages:
             lines = [{"id": one.entry.id, "kind": one.entry.kind, **_passage_figures([one])} for one in self.passages]
             found["text"] = {**_sums(self.passages, _passage_figures), "texts": lines}
+        if self.benchmarks:
+            found["benchmarks"] = {one.name: one.to_dict() for one in self.benchmarks}
         return found
 
     def table(self) -> str:
@@ -69,6 +90,7 @@ class Report:
             _table(self.answers, _figures, ("accuracy", "blind", "chance")),
             _table(self.free_form, _free_form_figures, ("exact", "contains")),
             _table(self.passages, _passage_figures, ("bits_per_byte", "bytes", "tokens")),
+            benchmark_table(self.benchmarks),
         )
         return "\n\n".join(filter(None, tables))
 
@@ -93,12 +115,7 @@ def _table(found: Sequence[_Found], figures: _Figures[_Found], columns: tuple[st
     for name, of_kind in [*_by_kind(found).items(), ("all", list(found))]:
         values = figures(of_kind)
         rows.append((name, *(_cell(values[key]) for key in rows[0][1:])))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def _cell(value: float | int | None) -> str:
@@ -125,14 +142,15 @@ def _figures(answers: Sequence[Answered]) -> dict[str, Any]:
 
 
 def _line(answered: Answered) -> dict[str, Any]:
-    question = answered.entry
+    question, blind = answered.entry, answered.blind_perplexities
     return {
         "id": question.id,
         "kind": question.kind,
         "answer": question.answer,
         "prediction": answered.prediction,
         "perplexities": list(answered.perplexities),
-        "blind_perplexities": None if answered.blind_perplexities is None else list(answered.blind_perplexities),
+        "blind_perplexities": None if blind is None else list(blind),
+        "log_probs": [score.log_prob for score in answered.scores],
     }
 
 
@@ -164,7 +182,3 @@ def _passage_figures(found: Sequence[ScoredPassage]) -> dict[str, Any]:
         "tokens": sum(one.tokens for one in found),
         "n": len(found),
     }
-
-
-def _lowest(values: Sequence[float]) -> int:
-    return min(range(len(values)), key=values.__getitem__)

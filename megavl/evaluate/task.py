@@ -30,6 +30,10 @@ class Entry:
     kind: Annotated[str, BeforeValidator(lambda kind: "" if kind is None else kind)] = ""
     """Group in the report; the file's name where the line gives none."""
 
+    def described(self) -> dict[str, Any]:
+        """What `answers.jsonl` says about the entry."""
+        return {"id": self.id, "category": self.kind, "images": [str(image) for image in self.images]}
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Question(Entry):
@@ -41,6 +45,11 @@ class Question(Entry):
     answer: int
     """Index of the right choice."""
 
+    def described(self) -> dict[str, Any]:
+        """What `answers.jsonl` says about the question."""
+        options = {"choices": list(self.choices), "reference": self.choices[self.answer]}
+        return {**super().described(), "question": self.prompt, **options}
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OpenQuestion(Entry):
@@ -50,6 +59,10 @@ class OpenQuestion(Entry):
     """As in `Question`."""
     answers: tuple[str, ...]
     """Each of them is right."""
+
+    def described(self) -> dict[str, Any]:
+        """What `answers.jsonl` says about the question."""
+        return {**super().described(), "question": self.prompt, "reference": list(self.answers)}
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

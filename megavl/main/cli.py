@@ -27,6 +27,8 @@ _COMMANDS = {
 """Subcommands; each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 """How `key.path=value` begins."""
+_NO_OPTION = re.compile(r"[^-]")
+"""How a word begins that is no option."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(sub)
             runs[name] = module.run
     parsed, rest = parser.parse_known_args(arguments)
-    # argparse leaves overrides over that come after an option.
-    overrides = [word for word in rest if _OVERRIDE.match(word)]
-    if "overrides" not in parsed or overrides != rest:
+    # argparse leaves words over that come after an option: overrides of a recipe, or task files.
+    name, fits = ("overrides", _OVERRIDE) if "overrides" in parsed else ("tasks", _NO_OPTION)
+    if name not in parsed or not all(map(fits.match, rest)):
         parsed = parser.parse_args(arguments)
     else:
-        parsed.overrides = [*parsed.overrides, *overrides]
+        setattr(parsed, name, [*getattr(parsed, name), *rest])
     try:
         return int(runs[parsed.command](parsed))
     except MegaVLError as error:

@@ -1,18 +1,27 @@
-"""`megavl evaluate MODEL TASK.jsonl ... [--json OUT]`."""
+"""`megavl evaluate MODEL TASK.jsonl ... [--benchmark NAME=PATH ...] [--json OUT] [--out DIR]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megavl.config.errors import StorageError, UsageError
+from megavl.config.evaluation import BENCHMARKS, benchmark_of
 from megavl.config.recipe import ParallelConfig
+from megavl.config.version import VERSION
 from megavl.files.durable import replace_durably
 from megavl.foreign.printing import say
 from megavl.main.device import add_device_arguments
 from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
+
+if TYPE_CHECKING:
+    from megavl.evaluate.endpoint import Endpoint
+    from megavl.evaluate.ledger import Ledger
+    from megavl.evaluate.report import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +30,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "tasks",
         metavar="TASK.jsonl",
-        nargs="+",
+        nargs="*",
         help='lines of {"id", "images", "kind"} with {"prompt", "choices", "answer"} (option of lowest perplexity), '
         '{"prompt", "answers"} (free-form answer) or {"text"} (bits per byte); images relative to the file',
     )
+    parser.add_argument(
+        "--benchmark",
+        metavar="NAME=PATH",
+        nargs="+",
+        action="extend",
+        default=[],
+        help=f"public benchmarks as they are published, each a file, folder or quoted pattern: {', '.join(BENCHMARKS)}",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("generate", "perplexity"),
+        default="generate",
+        help="let the model answer benchmarks, or score their choices, as during training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--normalize",
+        choices=("token", "sum", "byte"),
+        default="token",
+        help="compare choices by perplexity, by log-probability, or by log-probability for each byte "
+        "(default: %(default)s, as in the paper)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="keep every answer in DIR/answers.jsonl, go on from those that are there, and write report.json, "
+        "report.md and report.svg",
+    )
+    parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible endpoint for benchmarks that need a judge")
+    parser.add_argument("--judge", metavar="NAME", help="model at --endpoint that judges; its key: OPENAI_API_KEY")
     parser.add_argument("--json", metavar="OUT", help="write the figures, perplexities and answers there")
-    parser.add_argument("--limit", metavar="N", type=int, help="ask the first N questions of each file only")
+    parser.add_argument(
+        "--limit", metavar="N", type=int, help="ask the first N questions of each file and benchmark only"
+    )
     parser.add_argument(
         "--blind",
         action="store_true",
-        help="ask questions with choices again with shuffled images, and report that too",
+        help="ask the choices of task files again with shuffled images, and report that too",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of --blind (default: %(default)s)")
     parser.add_argument(
@@ -57,6 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise UsageError(f"--json: {Path(arguments.json).parent} is no directory; create it first")
+    if not (arguments.tasks or arguments.benchmark):
+        raise UsageError("nothing to evaluate: give a TASK.jsonl, or --benchmark NAME=PATH")
+    if (arguments.endpoint is None) != (arguments.judge is None):
+        raise UsageError("--endpoint and --judge belong together; give both, or neither")
     return run_on_ranks(arguments, partial(_evaluate, arguments))
 
 
@@ -64,31 +108,115 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     """Check every line before the weights are read, then score."""
     from megavl.checkpoint import collective_errors
     from megavl.config.chat import SYSTEM_PROMPT
+    from megavl.evaluate.benchmarks.ask import read_benchmarks
+    from megavl.evaluate.out_folder import make_folder, model_fingerprint
     from megavl.evaluate.run_tasks import evaluate
     from megavl.evaluate.task import read_tasks
     from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
     from megavl.generate.pretrained import Model, Processor
 
+    # What the recipe's evaluation.tasks may name, this command may be given too.
+    files = [entry for entry in arguments.tasks if not benchmark_of(entry)[0]]
+    entries = [*(entry for entry in arguments.tasks if benchmark_of(entry)[0]), *arguments.benchmark]
+    judge = _judge(arguments)
+    folder = Path(arguments.out) if arguments.out else None
+    ledgers: list[Ledger] = []
     with world(parallel):
-        tasks = collective_errors.on_rank_zero(lambda: read_tasks(arguments.tasks, limit=arguments.limit))
+        if folder is not None:
+            collective_errors.on_rank_zero(lambda: make_folder(folder) and None)
+        tasks = collective_errors.on_rank_zero(lambda: read_tasks(files, limit=arguments.limit))
+        benchmarks = collective_errors.on_rank_zero(lambda: read_benchmarks(entries, limit=arguments.limit))
         source = find_model_on_every_rank(arguments.model)
         check_layout(source.config, parallel)
+
+        def open_ledger(fingerprint: str) -> Ledger:
+            ledgers.append(
+                _ledger(
+                    folder,
+                    # What changes no answer is no part of it, such as the sizes of batches.
+                    identity=lambda: {
+                        "model": model_fingerprint(source.path),
+                        "questions": fingerprint,
+                        "mode": arguments.mode,
+                        "max_new_tokens": arguments.max_new_tokens,
+                        "dtype": arguments.dtype or "default",
+                        "blind": [arguments.blind, arguments.seed],
+                    },
+                )
+            )
+            return ledgers[0]
+
         stage = load_stage(source, dtype=arguments.dtype, parallel=parallel)
         report = evaluate(
             Model(stage, Processor(source.config, source.tokenizer)),
             tasks,
+            benchmarks=benchmarks,
             template=arguments.template,
             system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
             blind=arguments.blind,
             seed=arguments.seed,
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
+            normalize=arguments.normalize,
+            mode=arguments.mode,
+            open_ledger=open_ledger,
         )
     if is_speaker():
-        say(report.table())
-        if arguments.json:
-            _write(Path(arguments.json), json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        _finish(report, arguments, folder=folder, judge=judge, ledger=ledgers[0], path=source.path)
     return 0
+
+
+def _finish(
+    report: Report,
+    arguments: argparse.Namespace,
+    *,
+    folder: Path | None,
+    judge: Endpoint | None,
+    ledger: Ledger,
+    path: Path,
+) -> None:
+    """Let a judge read what it must, then print and write the report."""
+    from dataclasses import replace
+
+    from megavl.evaluate.benchmarks.ask import judge_benchmark
+    from megavl.evaluate.out_folder import write_report
+
+    if judge is not None:
+        judged = (judge_benchmark(one, judge=judge, ledger=ledger) for one in report.benchmarks)
+        report = replace(report, benchmarks=tuple(judged))
+    say(report.table())
+    if arguments.json:
+        _write(Path(arguments.json), json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    if folder is not None:
+        about = {
+            "model": str(path),
+            "tasks": ", ".join([*arguments.tasks, *arguments.benchmark]),
+            "normalization": arguments.normalize,
+            "template": arguments.template,
+            "megavl": VERSION,
+        }
+        write_report(folder, report, about=about)
+        say(f"report: {folder / 'report.md'}")
+
+
+def _judge(arguments: argparse.Namespace) -> Endpoint | None:
+    if arguments.endpoint is None:
+        return None
+    from megavl.evaluate.endpoint import Endpoint
+
+    return Endpoint(arguments.endpoint, arguments.judge)
+
+
+def _ledger(folder: Path | None, *, identity: Callable[[], dict[str, Any]]) -> Ledger:
+    """The answers that are there already, the same on every rank; rank 0 adds to them."""
+    from megavl.checkpoint import collective_errors
+    from megavl.evaluate.ledger import Ledger, read_answers
+
+    if folder is None:
+        return Ledger()
+    path = folder / "answers.jsonl"
+    answers = collective_errors.on_rank_zero(lambda: read_answers(path, identity=identity()))
+    return Ledger(answers, path=path if is_speaker() else None)
 
 
 def _write(path: Path, text: str) -> None:

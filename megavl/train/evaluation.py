@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from megavl.checkpoint import collective_errors
 from megavl.config.errors import DataError
+from megavl.config.evaluation import Normalization, benchmark_of
 from megavl.config.recipe import MixtureSource, ModalityWeights
 from megavl.data.batch import Batch, Modality
 from megavl.data.collate import collate
@@ -27,8 +28,10 @@ from megavl.data.image_worker import load_canvas
 from megavl.data.manifest import MODALITIES
 from megavl.data.table import ReadHandles
 from megavl.data.tokenizer import Tokenizer
+from megavl.evaluate.benchmarks.ask import encode_benchmark, read_benchmarks
 from megavl.evaluate.bits_per_byte import encode_passages
 from megavl.evaluate.multiple_choice import encode_questions
+from megavl.evaluate.normalize import cost
 from megavl.evaluate.task import OpenQuestion, Passage, Question, Task, read_tasks
 from megavl.files import activity
 from megavl.generate.pretrained import Processor
@@ -54,6 +57,8 @@ class _TaskFile:
     name: str
     entries: tuple[Task, ...]
     requests: tuple[tuple[ScoreRequest, ...], ...]
+    left_out: int = 0
+    """Questions of a benchmark that have no choices to score."""
 
 
 class Evaluation:
@@ -129,6 +134,8 @@ class Evaluation:
         self._held_out = [(Path(path).name, self._open_held_out(path)) for path in self._config.held_out]
 
     def _read(self, path: str, processor: Processor) -> _TaskFile:
+        if benchmark_of(path)[0]:
+            return self._read_benchmark(path, processor)
         entries = read_tasks([path])
         if written := next((entry for entry in entries if isinstance(entry, OpenQuestion)), None):
             raise DataError(
@@ -142,6 +149,23 @@ class Evaluation:
             elif isinstance(entry, Passage):
                 requests.append(tuple(encode_passages([entry], processor=processor)[0]))
         return _TaskFile(name=Path(path).stem, entries=tuple(entries), requests=tuple(requests))
+
+    def _read_benchmark(self, entry: str, processor: Processor) -> _TaskFile:
+        """The questions of a benchmark that have choices, each row for itself."""
+        (task,) = read_benchmarks([entry])
+        encoded = encode_benchmark(task, processor=processor, mode="perplexity", system=self._config.system)
+        questions = tuple(
+            Question(
+                id=item.id, location=item.location, prompt=item.prompt, choices=item.choices, answer=item.right_choice
+            )
+            for item in task.by_choices
+        )
+        return _TaskFile(
+            name=task.name,
+            entries=questions,
+            requests=tuple((request,) for request in encoded.requests),
+            left_out=len(task.items) - len(questions),
+        )
 
     def _open_held_out(self, path: str) -> Dataset:
         recipe, one = self._plan.recipe, ModalityWeights(text=1.0, multimodal=1.0)
@@ -177,7 +201,8 @@ class Evaluation:
         )
         bar.update(len(flat))
         scores = [[next(found) for _ in of_entry] for of_entry in task.requests]
-        return task_figures(task.entries, scores)
+        left_out = {"left_out": task.left_out} if task.left_out else {}
+        return task_figures(task.entries, scores, normalize=self._config.normalize) | left_out
 
     def _parts(self) -> Iterator[tuple[str, Dataset, Modality, int]]:
         """Held-out directories by modality, with the number of sequences that are read."""
@@ -246,11 +271,14 @@ class Evaluation:
             raise _Stopped
 
 
-def task_figures(entries: Sequence[Task], scores: Sequence[Sequence[Sequence[Score]]]) -> dict[str, Any]:
+def task_figures(
+    entries: Sequence[Task], scores: Sequence[Sequence[Sequence[Score]]], *, normalize: Normalization = "token"
+) -> dict[str, Any]:
     """Figures of a task file: of choices the accuracy, and of texts the bits per byte.
 
     Args:
         scores: for each entry the scores of its requests: of a question one with its options, of a text its windows.
+        normalize: by what the options of a question are compared.
 
     Returns:
         accuracy with chance, standard_error and n where there are questions; bits_per_byte with bytes where there are
@@ -260,9 +288,12 @@ def task_figures(entries: Sequence[Task], scores: Sequence[Sequence[Sequence[Sco
     passages = [(entry, found) for entry, found in zip(entries, scores) if isinstance(entry, Passage)]
     row: dict[str, Any] = {}
     if questions:
-        perplexities = [[one.perplexity for one in options] for _, options in questions]
-        sound = all(math.isfinite(value) for values in perplexities for value in values)
-        right = [values.index(min(values)) == entry.answer for (entry, _), values in zip(questions, perplexities)]
+        costs = [
+            [cost(one, choice, normalize=normalize) for one, choice in zip(options, entry.choices)]
+            for entry, options in questions
+        ]
+        sound = all(math.isfinite(value) for values in costs for value in values)
+        right = [values.index(min(values)) == entry.answer for (entry, _), values in zip(questions, costs)]
         accuracy, count = sum(right) / len(right), len(right)
         row |= {
             "accuracy": accuracy if sound else None,

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.tiny_run import PATIENCE_S, ROOT, environment, forked, metrics, run_training, train_command
+from tests.unit.evaluate.benchmarks import published
 
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence_parallel=true", "parallel.layout=auto")
 OTHER = (
@@ -58,6 +59,7 @@ def test_killed_run_resumes_bitwise(
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
     for row in rows:
         assert 0 <= row["tasks"]["few"]["accuracy"] <= 1 and row["tasks"]["few"]["n"] == 6
+        assert row["tasks"]["mmbench"]["n"] == 4 and row["tasks"]["mmbench"]["chance"] == pytest.approx(0.375)
         assert {kind: part["sequences"] for kind, part in row["held_out"]["shards"].items()} == {
             "text": 3,
             "multimodal": 3,
@@ -79,7 +81,8 @@ def evaluation_of(dataset: Path, folder: Path) -> tuple[str, ...]:
     rows = [{**line, "images": [str(source.parent / image) for image in line["images"]]} for line in lines]
     task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     held_out = (f"evaluation.held_out=[{dataset}/shards]", "evaluation.held_out_sequences=3")
-    return (f"evaluation.tasks=[{task}]", *held_out, "evaluation.interval=2", "evaluation.at_start=true")
+    tasks = f"evaluation.tasks=[{task}, mmbench={published.mmbench(folder)}]"
+    return (tasks, *held_out, "evaluation.interval=2", "evaluation.at_start=true")
 
 
 def test_signal_saves_and_another_layout_goes_on(

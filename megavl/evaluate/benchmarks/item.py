@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from megavl.generate.prompt import ImageSource
 
@@ -33,6 +35,12 @@ class Item:
     """Rows of one group count as one question that must be answered right in each; "" for none."""
     details: Mapping[str, str] = field(default_factory=dict)
     """What else the parser or the aggregate reads."""
+
+    def described(self) -> dict[str, Any]:
+        """What `answers.jsonl` says about the question; images that are stored in another file have no path."""
+        images = [str(image) for image in self.images if isinstance(image, Path)]
+        found = {"id": self.id, "category": self.kind, "images": images, "question": self.prompt}
+        return {**found, "reference": list(self.answers) or self.answer}
 
     @property
     def right_choice(self) -> int:

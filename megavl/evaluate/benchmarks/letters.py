@@ -18,6 +18,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKS = " \t\r\n.,;:!?()[]{}<>*_`'\"#“”‘’、。"
 _STATED = r"(?:answer|option|choice|select|choose|答案|选择|选项|选)(?:\s+(?:is|would be|should be|be)\b|是|为|应为)?"
 
+_AFTER_LETTER = r"(?:or|and|because|since|as|is|but|due)\b"
+"""Words before which `A` is a letter and no article."""
+
 
 def lettered(options: Sequence[str]) -> dict[str, str]:
     """Options by their letter."""
@@ -57,11 +60,7 @@ def _stated(text: str, letters: str) -> set[str]:
     # `the answer is a dog` states no letter, and `the answer is A or B` two.
     if letter.islower():
         return set()
-    if (
-        letter == "A"
-        and re.match(r" [a-z]", text[end:])
-        and not re.match(r" (?:or|and|because|since|as)\b", text[end:])
-    ):
+    if letter == "A" and re.match(rf" (?!{_AFTER_LETTER})[a-z]", text[end:]):
         return set()
     more = re.match(rf"[)\]]*\s*(?:or|and|/|,|或|和)\s*[(\[]?([{letters}])(?![A-Za-z'])", text[end:])
     return {letter, more.group(1)} if more else {letter}
@@ -77,7 +76,7 @@ def _leading(text: str, letters: str) -> set[str]:
 def _standing_alone(text: str, letters: str) -> set[str]:
     """Letters that are words of their own; `A` before a lower-case word is an article."""
     found = set(re.findall(rf"(?<![A-Za-z0-9'])([{letters}])(?![A-Za-z0-9'])", text))
-    if re.search(r"(?<![A-Za-z0-9(])A [a-z]", text) and not re.search(r"\(A\)|A[.):,]|A$", text):
+    if re.search(rf"(?<![A-Za-z0-9(])A (?!{_AFTER_LETTER})[a-z]", text) and not re.search(r"\(A\)|A[.):,]|A$", text):
         found.discard("A")
     return found
 

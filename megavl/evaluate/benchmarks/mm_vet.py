@@ -68,6 +68,6 @@ def question_to_judge(item: Item, answer: str) -> str:
 
 def grade_of(reply: str) -> float | None:
     """The grade in a judge's reply; None if there is none from 0 to 1."""
-    found = re.match(r"\W*(?:grade|score|correctness)?\W*(\d(?:\.\d+)?)(?![\d.]*\d)", reply.strip().lower())
+    found = re.match(r"[\s*_]*(?:grade|score|correctness)?[\s*_:=]*(\d(?:\.\d+)?)(?![\d.e]*\d)", reply.strip().lower())
     grade = float(found.group(1)) if found else -1.0
     return grade if 0 <= grade <= 1 else None

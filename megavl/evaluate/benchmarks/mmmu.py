@@ -90,7 +90,7 @@ def is_right(item: Item, prediction: str) -> bool:
 
 
 def _letter(answer: str, item: Item) -> str | None:
-    text = answer.strip()
+    text = " ".join(answer.split())
     for mark in (",", ".", "!", "?", ";", ":", "'"):
         text = text.strip(mark)
     text = f" {text} "
@@ -115,7 +115,7 @@ def _letter(answer: str, item: Item) -> str | None:
 
 
 def _phrases(answer: str) -> list[str]:
-    text = answer.strip().strip(".").lower()
+    text = answer.strip().rstrip(".").lower()
     phrases = key_phrases(re.split(r"\.\s+(?=[a-z])|\n", text), indicators=_INDICATORS) or [text]
     return [part for phrase in phrases for part in (phrase.replace("\n", " "), *numbers_in(phrase)) if part.strip()]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
 from megavl.evaluate.benchmarks.item import Item
 from megavl.evaluate.benchmarks.letters import WORD_LINE
-from megavl.evaluate.benchmarks.row import Row
+from megavl.evaluate.benchmarks.row import Row, names_a_file
 from megavl.generate.prompt import ImageSource
 
 CHOICES = ("Yes", "No")
@@ -47,7 +47,7 @@ def _item(row: Row, *, kind: str) -> Item:
 
 def _image(row: Row) -> ImageSource:
     value = row.values.get("image")
-    if isinstance(value, str) and len(value) <= 255:
+    if names_a_file(value):
         path = row.file("image", value, folders=_FOLDERS[:-1])
         row.check_opens("image", path)
         return path

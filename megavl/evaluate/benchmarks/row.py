@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError, check_image
@@ -129,7 +129,7 @@ class Row:
         source: ImageSource
         if isinstance(value, Mapping):
             source = self.stored(name)
-        elif isinstance(value, str) and len(value) <= 1024:
+        elif names_a_file(value):
             source = self.file(name, value)
         elif isinstance(value, str):
             source = self.stored(name)
@@ -176,6 +176,11 @@ class Row:
     def error(self, message: str) -> DataError:
         """An error that begins with the row."""
         return DataError(f"{self.location}: {message}")
+
+
+def names_a_file(value: Any) -> TypeGuard[str]:
+    """Whether an image's cell is the name of a file: base64 has no point in it."""
+    return isinstance(value, str) and len(value) <= 1024 and "." in value and not value.startswith("data:")
 
 
 def decode_base64(text: str) -> bytes:

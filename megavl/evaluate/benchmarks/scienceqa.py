@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
 from megavl.evaluate.benchmarks.item import Item
 from megavl.evaluate.benchmarks.letters import LETTER_LINE, lettered, option_lines
-from megavl.evaluate.benchmarks.row import Row
+from megavl.evaluate.benchmarks.row import Row, names_a_file
 from megavl.generate.prompt import ImageSource
 
 
@@ -56,7 +56,7 @@ def _images(row: Row) -> tuple[ImageSource, ...]:
     name = row.values.get("image")
     if not row.has("image"):
         return ()
-    if isinstance(name, str) and len(name) <= 255 and "id" in row.values:
+    if names_a_file(name) and "id" in row.values:
         # The original keeps the image of problem 5 as test/5/image.png.
         folder = f"{row.optional('split')}/{row.text('id')}"
         path = row.file("image", name, folders=(folder, f"images/{folder}", "", "images"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megavl.main.cli import main
+from tests.unit.evaluate.benchmarks import published
 from tests.unit.generate import models
 
 
@@ -93,3 +94,75 @@ def test_corrupt_image_is_named(folder, task, tmp_path, capsys):
     out = tmp_path / "report.json"
     assert ask(folder, broken, "--json", out) == 3
     assert line["images"][0] in refused(capsys) and not out.exists()
+
+
+def test_benchmarks_are_asked_and_go_on(folder, task, tmp_path, capsys):
+    """All ten, beside a task file; a second start asks only what the first one's end has lost."""
+    out = tmp_path / "out"
+    for name in published.WRITERS:
+        (tmp_path / name).mkdir()
+    entries = [f"{name}={write(tmp_path / name)}" for name, write in published.WRITERS.items()]
+    words = (task, "--benchmark", *entries, "--max-new-tokens", "4", "--out", out, "--blind")
+    assert ask(folder, *words) == 0
+    table = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["benchmarks"]) == list(published.WRITERS)
+    for name, found in report["benchmarks"].items():
+        assert found["n"] == (2 if name.startswith("mmbench") else len(found["questions"])), name
+        assert found["interval"] is None or 0 <= found["interval"][0] <= found["score"] <= found["interval"][1] <= 1
+    assert report["benchmarks"]["mm-vet"]["score"] is None and "only a judge can grade these answers" in table
+    assert report["benchmarks"]["mmbench"]["paper"] == {"7B": 73.2, "1.3B": 64.6}
+    page, picture = (out / "report.md").read_text(), (out / "report.svg").read_text()
+    assert "| MMBench | circular accuracy |" in page and "<script" not in picture
+    answers = (out / "answers.jsonl").read_bytes()
+    (out / "answers.jsonl").write_bytes(answers[: len(answers) // 2])
+    (out / "report.json").unlink()
+    assert ask(folder, *words) == 0
+    again = json.loads((out / "report.json").read_text())
+    assert (
+        again["benchmarks"] == report["benchmarks"] and again["written" if "written" in again else "n"] == report["n"]
+    )
+    assert sorted(
+        json.loads(line).get("key", "") for line in (out / "answers.jsonl").read_text().splitlines()
+    ) == sorted(json.loads(line).get("key", "") for line in answers.splitlines())
+    assert {"id", "question", "answer", "category"} <= set(json.loads(answers.splitlines()[1]))
+    capsys.readouterr()
+    assert ask(folder, *words, "--limit", "2") == 2
+    assert "give another --out" in refused(capsys)
+
+
+def test_benchmarks_by_perplexity(folder, tmp_path, capsys):
+    where = published.cmmmu(tmp_path)
+    out = tmp_path / "report.json"
+    assert ask(folder, "--benchmark", f"cmmmu={where}", "--mode", "perplexity", "--json", out) == 0
+    found = json.loads(out.read_text())["benchmarks"]["cmmmu"]
+    assert found["n"] == 2 and found["failed_parses"] == 0 and found["chance"] == (1 / 4 + 1 / 2) / 2
+    assert "2 questions without choices are left out" in capsys.readouterr().out
+    for normalize in ("sum", "byte"):
+        words = ("--benchmark", f"cmmmu={where}", "--mode", "perplexity", "--normalize", normalize)
+        assert ask(folder, *words) == 0
+    (tmp_path / "ocr").mkdir()
+    assert ask(folder, "--benchmark", f"ocrbench={published.ocrbench(tmp_path / 'ocr')}", "--mode", "perplexity") == 3
+    assert "cannot be scored by perplexity" in refused_last(capsys)
+
+
+def refused_last(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_bad_benchmarks_end_before_the_model(folder, tmp_path, capsys):
+    rows = published.mmbench_rows()
+    rows[2]["image"] = "12345"
+    path = published.write_tsv(tmp_path / "dev.tsv", rows)
+    # There is no model, yet the row is what is named.
+    assert ask(tmp_path / "no model", f"mmbench={path}") == 3
+    assert f"{path}:6 (index 2000007): image: is that of row 12345" in refused(capsys)
+    assert ask(folder, "--benchmark", str(path)) == 2
+    assert "write NAME=FILE" in refused(capsys)
+    assert ask(folder) == 2
+    assert "nothing to evaluate" in refused(capsys)
+    assert ask(folder, f"mmbench={path}", "--judge", "gpt") == 2
+    assert "--endpoint and --judge belong together" in refused(capsys)
+    assert ask(folder, f"mmbench={path}", "--out", tmp_path / "a" / "b") == 2
+    assert "create it first" in refused(capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_accuracy_has_chance_and_error() -> None:
     assert found["bits_per_byte"] == pytest.approx(5 / 4) and found["bytes"] == 4
 
 
+def test_options_are_compared_by_token_sum_or_byte() -> None:
+    """The first option has the least sum, the second the least per token, and the third the least per byte."""
+    entry = Question(id="q", prompt="?", choices=("ab", "abcd", "a" * 40), answer=0)
+    of_options = [
+        Score(log_prob=-3, tokens=1, greedy=False),
+        Score(log_prob=-4, tokens=4, greedy=False),
+        Score(log_prob=-20, tokens=10, greedy=False),
+    ]
+    for answer, normalize in enumerate(("sum", "token", "byte")):
+        found = task_figures([replace(entry, answer=answer)], [[of_options]], normalize=normalize)
+        assert found["accuracy"] == 1.0
+
+
 def test_what_is_not_finite_is_null() -> None:
     found = task_figures([question(0), Passage(id="p", text="a")], [[scores(-1, math.nan, -1, -1)], [scores(math.nan)]])
     assert found["accuracy"] is None and found["standard_error"] is None and found["bits_per_byte"] is None
@@ -74,6 +88,10 @@ def test_log_keeps_one_row_a_step(tmp_path: Path) -> None:
         (["evaluation.at_start=true"], "evaluation.at_start: needs evaluation.interval above 0"),
         (["evaluation.tasks=[a/q.jsonl, b/q.jsonl]"], "evaluation.tasks: two entries are called 'q'"),
         (["evaluation.held_out=[a/text, b/text/]"], "evaluation.held_out: two entries are called 'text'"),
+        (["evaluation.tasks=[mmbnch=a.tsv]"], "there is no benchmark 'mmbnch'; did you mean 'mmbench'"),
+        (["evaluation.tasks=[pope=]"], "pope=: names no file; write pope=FILE"),
+        (["evaluation.tasks=[mm-vet=a, MMVet=b]"], "two entries are called 'mm-vet'"),
+        (["evaluation.normalize=word"], "evaluation.normalize"),
         (["evaluation.intervall=5"], "evaluation.intervall.*'interval'"),
     ],
 )

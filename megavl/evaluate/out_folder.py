@@ -1,0 +1,73 @@
+"""The folder of an evaluation: `answers.jsonl` while it runs, then `report.json`, `report.md` and `report.svg`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megavl.config.errors import UsageError
+from megavl.evaluate.picture import picture
+from megavl.evaluate.report import Report
+from megavl.evaluate.report_page import page
+from megavl.files.durable import replace_durably, storage_errors
+
+_PART = 1 << 16
+"""Bytes of each end of a file that enter a model's fingerprint."""
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        StorageError: it cannot be made.
+        UsageError: something else has its name, or its parent is missing.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--out: {path} is no directory; give another name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--out: {path.parent} is no directory; create it first")
+    with storage_errors(f"--out: {path} cannot be made"):
+        path.mkdir(exist_ok=True)
+    return path
+
+
+def model_fingerprint(path: Path) -> str:
+    """Of the names and sizes of a model's files, and of the beginning and end of each.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with storage_errors(f"{path}: cannot be read"):
+        for file in sorted(one for one in path.rglob("*") if one.is_file()):
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path)}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_PART))
+                stream.seek(max(_PART, size - _PART) if size > _PART else 0, os.SEEK_SET)
+                digest.update(stream.read(_PART))
+    return digest.hexdigest()
+
+
+def write_report(folder: Path, report: Report, *, about: Mapping[str, Any]) -> None:
+    """Write the three forms of a report.
+
+    Args:
+        about: what was evaluated and how, for the head of each.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    content = {**about, **report.to_dict()}
+    files = {
+        "report.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n",
+        "report.md": page(report, about=about),
+        "report.svg": picture(report, title=str(about.get("model", ""))),
+    }
+    for name, text in files.items():
+        with storage_errors(f"{folder / name}: cannot be written"):
+            replace_durably(folder / name, text.encode("utf-8", "replace"))
