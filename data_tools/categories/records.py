@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_tools.readers.inline_image import is_inline
 from data_tools.readers.json_file import divide_json, json_records
 from data_tools.readers.references import is_origin, references
 from megavl.config.errors import DataError, StorageError, UsageError
+from megavl.data.inline_image import is_inline
 
 _SPLIT_BYTES = 64 << 20
 _QUESTION_ROLES = ("human", "user", "User")

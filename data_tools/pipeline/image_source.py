@@ -12,9 +12,9 @@ from urllib.parse import unquote_to_bytes
 
 from data_tools.pipeline.image_map import ImageMap, open_image_map
 from data_tools.pipeline.job import Input, Job
-from data_tools.readers.inline_image import inline_image, is_inline
-from data_tools.readers.record import MAX_IMAGE, Picture, Span
+from data_tools.readers.record import Picture, Span
 from megavl.data.image import ImageError, ImageInfo, Verification, prepare_image
+from megavl.data.inline_image import MAX_IMAGE, inline_image, is_inline
 from megavl.data.table import ReadHandles
 
 _FILE_URL = re.compile(r"file:(//(?P<host>[^/]*))?(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)

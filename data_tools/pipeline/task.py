@@ -17,9 +17,10 @@ from data_tools.pipeline.sequence_limits import SequenceLimits
 from data_tools.pipeline.shard_writer import ShardWriter
 from data_tools.readers.files import entries
 from data_tools.readers.formats import count_ignored, count_media, read_record
-from data_tools.readers.record import MAX_IMAGE, Entry, Picture, Record, RecordError, parse_json
+from data_tools.readers.record import Entry, Picture, Record, RecordError, parse_json
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError
+from megavl.data.inline_image import MAX_IMAGE
 from megavl.data.manifest import MODALITIES, Modality, SourceEntry
 from megavl.data.table import ReadHandles
 from megavl.data.template import Encoded, Piece, Template, Turn, conversation_pieces, encode_batch, framed_document

@@ -30,9 +30,6 @@ MAX_RECORD = 72 << 20
 A text of 64 MB fits, with the escapes of JSON.
 """
 
-MAX_IMAGE = 256 << 20
-"""Largest image file, and largest sum of the image files of one record, bytes."""
-
 
 class RecordError(DataError):
     """A record that is rejected; `reason` is the word under which the report counts it."""

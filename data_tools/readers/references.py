@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from data_tools.readers.inline_image import is_base64_image
 from data_tools.readers.record import IMAGE_SUFFIXES, NO_IMAGE, Picture, from_json_text
+from megavl.data.inline_image import is_base64_image
 
 Kind = Literal["image", "video", "audio"]
 

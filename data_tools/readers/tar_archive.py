@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.readers.record import IMAGE_SUFFIXES, MAX_IMAGE, MAX_RECORD, Entry, Picture, RecordError, Span
+from data_tools.readers.record import IMAGE_SUFFIXES, MAX_RECORD, Entry, Picture, RecordError, Span
 from data_tools.readers.references import DRAWINGS, KIND_OF_SUFFIX, NAME_OF_KIND, Kind
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
+from megavl.data.inline_image import MAX_IMAGE
 
 _KIND_OF_SUFFIX: Mapping[str, Kind] = {**dict.fromkeys(DRAWINGS, "image"), **KIND_OF_SUFFIX}
 _KNOWN = {*_KIND_OF_SUFFIX, "txt", "json"}

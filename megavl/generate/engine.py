@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megavl.config.errors import NumericsError
 from megavl.config.expected_warnings import expected_warnings_ignored
+from megavl.generate.likelihood import empty_table, likelihood_table
 
 with expected_warnings_ignored():
     from megatron.core import parallel_state as mpu
@@ -26,6 +27,9 @@ with expected_warnings_ignored():
 
 _NOT_FINITE = -1
 """Broadcast instead of a token when logits are not finite, so that all ranks end alike."""
+
+_SCORED_TOGETHER = 256
+"""Positions whose logits are in memory at a time."""
 
 
 class Engine:
@@ -51,7 +55,29 @@ class Engine:
         Returns:
             (1, V) logits of the token that follows; None on other stages than the last.
         """
-        return self._run(self.cache.extend(row, len(ids)), ids, images=images)
+        return self._logits(self.cache.extend(row, len(ids)), ids, images=images)
+
+    @torch.inference_mode()
+    def extend_scored(
+        self, row: int, ids: Sequence[int], *, images: torch.Tensor | None = None, top: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Add a prompt as `extend` does, and score its tokens after the first.
+
+        Returns:
+            Logits (1, V) of the token that follows, and the `likelihood_table` of the prompt (N - 1, 1 + 2 top); None
+            and None on other stages than the last.
+        """
+        hidden = self._run(self.cache.extend(row, len(ids)), ids, images=images)
+        if hidden is None:
+            return None, None
+        labels = torch.tensor(list(ids[1:]), dtype=torch.int64, device=self._device)
+        tables = [
+            likelihood_table(self.model.head(before), after, top=top)
+            for before, after in zip(hidden[:-1].split(_SCORED_TOGETHER), labels.split(_SCORED_TOGETHER))
+            if len(after)
+        ]
+        table = torch.cat(tables) if tables else empty_table(top)
+        return self.model.head(hidden[-1:]), table
 
     def append(self, tokens: Sequence[int]) -> torch.Tensor | None:
         """Add one token to each of the first R sequences.
@@ -59,7 +85,7 @@ class Engine:
         Returns:
             (R, V) logits of the tokens that follow; None on other stages than the last.
         """
-        return self._run(self.cache.append(len(tokens)), tokens, images=None)
+        return self._logits(self.cache.append(len(tokens)), tokens, images=None)
 
     def agree(self, choose: Callable[[], list[int]], *, count: int) -> list[int]:
         """`count` tokens that one rank of the last stage chooses, on every rank.
@@ -82,8 +108,24 @@ class Engine:
             raise error or NumericsError("the last stage met logits that are not finite")
         return tokens
 
+    def share(self, table: torch.Tensor | None, *, shape: tuple[int, int]) -> torch.Tensor:
+        """A float64 table of the rank that chooses, on every rank and on its host."""
+        if self._alone:
+            assert table is not None, "the chooser is on the last stage"
+            return table
+        message = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        if dist.get_rank() == self._chooser and table is not None:
+            message.copy_(table)
+        dist.broadcast(message, src=self._chooser, group=mpu.get_model_parallel_group())
+        return message.cpu()
+
     @torch.inference_mode()
+    def _logits(self, step: Step, ids: Sequence[int], *, images: torch.Tensor | None) -> torch.Tensor | None:
+        hidden = self._run(step, ids, images=images)
+        return None if hidden is None else self.model.head(step.last(hidden))
+
     def _run(self, step: Step, ids: Sequence[int], *, images: torch.Tensor | None) -> torch.Tensor | None:
+        """Hidden states (N, 1, H) on the last stage."""
         model = self.model
         if not model.pre_process:
             shape = (step.tokens, 1, model.config.hidden_size)

@@ -1,7 +1,7 @@
 """DeepSeek-VL as one pipeline stage's module.
 
-Legend: T tokens of the micro-batch, R of these whose label counts, I images, P positions of an image, C canvas side in
-pixels. H hidden, V vocabulary, B rows of a cache.
+Legend: T tokens of the micro-batch, R of these with a label or a successor, I images, P positions of an image, C canvas
+side in pixels. H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -102,16 +102,18 @@ class DeepseekVL(MegatronModule):
             image_rows: int64 (I * P,), rows of `tokens` that the images fill.
 
         Returns:
-            Inner stages: hidden states (T, 1, H). Last stage: logits (B, V) after the last token of each row, V whole.
+            Hidden states (T, 1, H), on the last stage those that `head` takes.
         """
         assert not self.training, "a cache is used in eval mode only"
         # Not through GPTModel.forward, which prepares rotary angles of whole rows and computes logits of every token.
         hidden: torch.Tensor = self.language_model.decoder(
             hidden_states=self._embed(tokens, images, image_rows), attention_mask=None, packed_seq_params=step
         )
-        if not self.post_process:
-            return hidden
-        logits, _ = self.language_model.output_layer(step.last(hidden), runtime_gather_output=True)
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V), V whole, of hidden states (R, 1, H); on the last stage only."""
+        logits, _ = self.language_model.output_layer(hidden, runtime_gather_output=True)
         out: torch.Tensor = logits[:, 0]
         return out
 

@@ -9,7 +9,7 @@ import torch
 
 from megavl.config.errors import NumericsError
 from megavl.data.batch import make_batch
-from megavl.generate.decode import Request, generate
+from megavl.generate.decode import AnswerBatch, Request, generate
 from megavl.generate.engine import Engine
 from megavl.generate.sampling import Sampling
 from megavl.model.vl_model import DeepseekVL
@@ -233,3 +233,49 @@ def test_logits_that_are_not_finite(model):
 def test_only_the_last_position_gets_logits(model):
     ids, pixels = prompt(model, images=1)
     assert Engine(model).extend(0, ids, images=pixels).shape == (1, 1024)
+
+
+def test_likelihoods_of_prompt_and_answer_equal_scores(model, report_table):
+    """A prompt that is scored while it is read, and the tokens after it, against the logits of the whole sequence."""
+    ids, pixels = prompt(model, images=1)
+    request = Request(ids=ids, images=pixels, max_new_tokens=4, alternatives=3, score_prompt=True)
+    batch = AnswerBatch(model, eos_id=NEVER, rows=2)
+    found = batch.start([(5, request), (6, Request(ids=ids[:1], max_new_tokens=9))])
+    while len(batch) > 1:
+        found += batch.step()
+    mine = [one for one in found if one.number == 5]
+    tokens = [one.token for one in mine]
+    assert [one.last for one in mine] == [False, False, False, True] and not any(one.prompt for one in mine[1:])
+    likelihoods = [*mine[0].prompt, *(one.likelihood for one in mine)]
+    whole = torch.tensor(ids + tokens)
+    with torch.no_grad():
+        logits = model.logits(make_batch(whole[:-1], images=pixels, image_token_id=model.image_token_id))
+    expected = logits.log_softmax(-1)
+    errors = [abs(one.log_prob - float(row[token])) for one, row, token in zip(likelihoods, expected, whole[1:])]
+    report_table(["log-probabilities against the whole sequence, absolute", max(errors), "limit 1e-5"])
+    assert len(likelihoods) == len(whole) - 1 and max(errors) < 1e-5
+    assert [one.top[0][0] for one in likelihoods] == expected.argmax(-1).tolist()
+    assert all(len(one.top) == 3 and one.top[0][1] >= one.top[1][1] for one in likelihoods)
+    assert all(one.likelihood is None for one in found if one.number == 6)
+
+
+def test_a_prompt_may_be_read_without_an_answer(model):
+    ids, _ = prompt(model, images=0)
+    batch = AnswerBatch(model, eos_id=NEVER, rows=2)
+    request = Request(ids=ids, max_new_tokens=0, alternatives=0, score_prompt=True)
+    (only, other) = batch.start([(0, request), (1, Request(ids=ids, max_new_tokens=2))])
+    assert only.token is None and only.last and len(only.prompt) == len(ids) - 1 and not only.prompt[0].top
+    assert other.token is not None and len(batch) == 1
+
+
+def test_a_dropped_answer_leaves_the_others(model):
+    prompts = [prompt(model, images=0, seed=seed) for seed in range(3)]
+    alone = [answer(model, *one, tokens=6) for one in prompts]
+    batch = AnswerBatch(model, eos_id=NEVER, rows=3)
+    chosen = batch.start((n, Request(ids=ids, max_new_tokens=6)) for n, (ids, _) in enumerate(prompts))
+    batch.drop({0, 77})
+    chosen += batch.start([(3, Request(ids=prompts[0][0], max_new_tokens=6))])
+    while batch:
+        chosen += batch.step()
+    found = [[one.token for one in chosen if one.number == n] for n in range(4)]
+    assert found == [alone[0][:1], alone[1], alone[2], alone[0]]

@@ -7,10 +7,11 @@ import binascii
 import re
 from urllib.parse import unquote_to_bytes
 
-from data_tools.readers.record import MAX_IMAGE
 from megavl.data.image import ImageError
 from megavl.data.image_metadata import kind_of
 
+MAX_IMAGE = 256 << 20
+"""Largest image file, and largest sum of the image files of one record, bytes."""
 _DATA_URL = re.compile(r"\s*data:([^,]{0,1000}),", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+")
 _SHORTEST = 40
