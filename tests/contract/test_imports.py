@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluate": {"config", "files", "foreign", "generate", "data", "model", "parallel"},
 }
 ARROWS["train"] = set(ARROWS)
+ARROWS["serve"] = {"config", "foreign", "generate", "data", "parallel"}
 ARROWS["main"] = set(ARROWS)
 ARROWS["data_tools"] = {"config", "files", "foreign", "data"}
 ARROWS["launch"] = set(ARROWS) - {"main"}
