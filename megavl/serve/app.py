@@ -51,10 +51,11 @@ class Service:
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
 
     async def health(self, request: Request) -> Response:
-        """Whether the server takes requests."""
+        """Whether the server takes requests, how many it has, and how many answers are in progress."""
         if self.front.draining:
             return JSONResponse({"status": "ending"}, status_code=503)
-        return JSONResponse({"status": "ok", "active": self.front.active})
+        assert self.front.leader is not None, "the server has started"
+        return JSONResponse({"status": "ok", "active": self.front.active, "answers": self.front.leader.in_progress})
 
     async def models(self, request: Request) -> Response:
         """The only model, alone or in a list."""

@@ -121,6 +121,11 @@ class Leader:
         self._next = 0
         self._end: int | None = None
 
+    @property
+    def in_progress(self) -> int:
+        """Answers of which tokens are computed."""
+        return len(self._owners)
+
     def submit(self, job: Job) -> None:
         """Answer the prompts of a job."""
         self._inbox.put(lambda: self._add(job))
