@@ -175,7 +175,7 @@ class Leader:
         most = self._turns.free + len(self._drop)
         if not self._turns.idle:
             most = min(most, groups.position().pp_size)
-        start = []
+        start: list[tuple[int, Request]] = []
         while self._order and len(start) < most:
             job = self._order.popleft()
             index = job.waiting.popleft()
