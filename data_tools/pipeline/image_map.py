@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from megavl.config.errors import DataError, UsageError
+from megavl.foreign.reading import open_regular
 
 
 class ImageMap:
@@ -28,7 +29,7 @@ class ImageMap:
         hashes, offsets = array("Q"), array("Q")
         digest, offset = hashlib.sha256(), 0
         try:
-            with open(path, "rb") as stream:
+            with open_regular(path, buffered=True) as stream:
                 for number, line in enumerate(stream, start=1):
                     digest.update(line)
                     address, tab, file = line.partition(b"\t")

@@ -17,6 +17,7 @@ from data_tools.readers.record import Entry, Picture, RecordError, parse_json
 from data_tools.readers.splits import Split
 from data_tools.readers.tar_archive import divide_tar, is_tar, tar_entries
 from megavl.config.errors import DataError, UsageError
+from megavl.foreign.reading import open_regular
 
 _SAMPLED = 100
 """Records looked at to recognise a format."""
@@ -140,7 +141,7 @@ def check_columns(paths: Sequence[str], columns: Mapping[str, str]) -> None:
     for path in paths:
         start = b""
         # A file that cannot be read is refused when it is opened as an input.
-        with contextlib.suppress(OSError), open(path, "rb") as stream:
+        with contextlib.suppress(OSError), open_regular(path) as stream:
             start = stream.read(_START)
         if (container := container_of(path, start=start)) == "tar":
             return

@@ -11,6 +11,7 @@ from data_tools.readers.arrow_file import is_arrow
 from data_tools.readers.parquet_table import MAGIC
 from data_tools.readers.references import KIND_OF_SUFFIX
 from megavl.config.errors import UsageError
+from megavl.foreign.reading import open_regular
 
 _KINDS = (".jsonl", ".ndjson", ".json", ".tar", ".parquet", ".arrow")
 _TABLES = (".pq", ".parq", ".feather", ".ipc", ".arrows")
@@ -138,7 +139,7 @@ def _is_description(name: str) -> bool:
 
 def _begins_as_table(path: str) -> bool:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             start = stream.read(8)
     except OSError:
         return False

@@ -17,6 +17,7 @@ from data_tools.readers.compressed import GZIP, ZSTD, Decompressed
 from data_tools.readers.record import MAX_RECORD, Entry, RecordError
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
+from megavl.foreign.reading import open_regular
 
 _BLOCK = 8 << 20
 # A whole string, or one character of structure, or the quote of a string that this block does not finish.
@@ -70,7 +71,7 @@ def json_records(split: Split) -> Iterator[tuple[int, bytes | None]]:
             spans = _line_spans(stream, start=split.start, end=split.end)
         else:
             spans = _item_spans(stream, path=split.path, start=split.start, end=split.end)
-        with open(split.path, "rb") as content:
+        with open_regular(split.path, buffered=True) as content:
             for position, (begin, end) in enumerate(spans, start=split.first_position):
                 if end - begin > MAX_RECORD:
                     yield position, None
@@ -98,7 +99,7 @@ def open_json(path: str | Path) -> BinaryIO | Decompressed:
         UsageError: the file cannot be read, or its compression needs a package that is not installed.
     """
     try:
-        stream = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        stream = open_regular(path, buffered=True)
         start = stream.read(len(ZSTD))
         stream.seek(0)
     except OSError as error:

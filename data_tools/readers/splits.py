@@ -6,10 +6,13 @@ Their borders follow from the file and the wanted size alone, so any number of w
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from megavl.foreign.reading import regular_descriptor
 
 PositionKind = Literal["line", "item", "member", "row"]
 """What positions count in JSONL, in a JSON array, in a tar archive, in Parquet."""
@@ -37,7 +40,7 @@ class Split:
         digest = hashlib.sha256()
         # One buffer for all blocks: fresh memory for each would cost more than the reading.
         block = memoryview(bytearray(min(_HASHED, self.end - self.start)))
-        with open(self.path, "rb", buffering=0) as stream:
+        with os.fdopen(regular_descriptor(self.path), "rb", buffering=0) as stream:
             stream.seek(self.start)
             left = self.end - self.start
             while left and (count := stream.readinto(block[: min(_HASHED, left)])):

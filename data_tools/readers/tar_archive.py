@@ -27,6 +27,7 @@ from data_tools.readers.references import DRAWINGS, KIND_OF_SUFFIX, NAME_OF_KIND
 from data_tools.readers.splits import Split, group
 from megavl.config.errors import DataError, UsageError
 from megavl.data.inline_image import MAX_IMAGE
+from megavl.foreign.reading import regular_descriptor
 
 _KIND_OF_SUFFIX: Mapping[str, Kind] = {**dict.fromkeys(DRAWINGS, "image"), **KIND_OF_SUFFIX}
 _KNOWN = {*_KIND_OF_SUFFIX, "txt", "json"}
@@ -245,7 +246,7 @@ def _read(handle: int, key: _Key, *, path: str) -> Entry:
 
 def _open(path: str | Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY)
+        return regular_descriptor(path)
     except OSError as error:
         raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a tar archive") from error
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -152,7 +151,7 @@ def open_model_tensors(path: str | Path, *, skip_hash: bool = False) -> dict[str
 
 def _open_shard(file: Path) -> IO[bytes]:
     try:
-        return io.BufferedReader(cast(Any, open_regular(file)))
+        return open_regular(file, buffered=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not readable ({one_line(error)})") from error
 

@@ -114,7 +114,7 @@ def read_common(path: Path) -> dict[str, Any]:
     """Read `common.pt`, the part of the state that all ranks share."""
     source = path / COMMON
     try:
-        with io.BufferedReader(cast(Any, open_regular(source))) as stream:
+        with open_regular(source, buffered=True) as stream:
             common = safe_load(stream, source=str(source))
     except CheckpointError:
         raise

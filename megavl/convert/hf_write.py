@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +25,8 @@ from megavl.convert.tokenizer_files import (
     with_bos_first,
 )
 from megavl.convert.transforms import Copy
-from megavl.files.durable import sync_directory, write_durably
+from megavl.files.durable import write_durably
+from megavl.files.new_folder import new_folder, require_free
 from megavl.weights.dtypes import DTYPES, cast, dtype_name
 from megavl.weights.lazy import LazyTensor, require_exactly
 
@@ -63,7 +62,8 @@ def write_hf(
         The folder.
 
     Raises:
-        UsageError: `out` is in use, an unknown dtype, or an adaptor that the format cannot hold.
+        UsageError: `out` is not empty, or another process writes it. Or an unknown dtype, or an adaptor that the format
+            cannot hold.
         CheckpointError: tensors that do not fit `config`, or a value beyond float16.
         DataError: a tokenizer that does not fit `config`.
         StorageError: writing failed; nothing is left of it.
@@ -74,48 +74,22 @@ def write_hf(
         raise UsageError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if max_shard_bytes <= 0:
         raise UsageError(f"max_shard_bytes: {max_shard_bytes} must be positive")
-    target = _free_target(Path(out))
+    target = Path(out)
+    require_free(target)
     rows = _output_rows(config, tensors, fmt, DTYPES[dtype] if dtype else None, unused or {}, source)
     tokenizer = fitting_tokenizer(tokenizer_dir, config)
     files = _side_files(config, tokenizer, fmt, dtype or _main_dtype(rows))
 
-    def fill(folder: Path) -> None:
-        write_safetensors(folder, rows, max_shard_bytes=max_shard_bytes)
-        for path in tokenizer.files:
-            if path.name not in files:
-                write_durably(folder / path.name, read_file(path))
-        for name, content in files.items():
-            write_durably(folder / name, content)
-        if confirm is not None:
-            confirm()
-
-    return _commit(target, fill)
-
-
-def _free_target(out: Path) -> Path:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: exists and is not a folder; choose another output")
-    if out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out}: exists and is not empty; choose another output or empty it")
-    return out
-
-
-def _commit(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Fill a folder beside `target` and rename it, so that `target` is complete or absent."""
-    partial = target.parent / f".{target.name}.partial"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A killed run may have left one; its name says that it is not a model.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            fill(partial)
-            sync_directory(partial)
-            os.rename(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        sync_directory(target.parent)
+        with new_folder(target, name="output") as folder:
+            write_safetensors(folder, rows, max_shard_bytes=max_shard_bytes)
+            for path in tokenizer.files:
+                if path.name not in files:
+                    write_durably(folder / path.name, read_file(path))
+            for name, content in files.items():
+                write_durably(folder / name, content)
+            if confirm is not None:
+                confirm()
     except OSError as error:
         raise StorageError(f"{target}: cannot write ({error}); free space or choose another place") from error
     return target

@@ -28,6 +28,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from megavl.config.errors import DataError
 from megavl.config.presets import ImageGeometry
 from megavl.data.image_metadata import Kind, kind_of, pixels_of
+from megavl.foreign.reading import read_limited
 
 _PLUGINS: dict[Kind, type[PillowFile]] = {
     "JPEG": JpegImageFile,
@@ -59,6 +60,8 @@ _TURNS = {
 _INTEGER_WHITES = (1, 255, 4095, 65535)
 _FLOAT_WHITES = (1, 255, 65535)
 """White in images of more than 8 bits, which rarely say what their white is: the least that holds all values."""
+_LARGEST = 1 << 30
+"""Bytes of an image file."""
 _DARKEST = 1 / 16
 """Least share of white that the highest float must reach: 1.02 is no almost black image of 0 to 255."""
 
@@ -212,7 +215,7 @@ class _Opened(NamedTuple):
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_limited(path, limit=_LARGEST)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"{path}: cannot read the image ({why})", "image_missing") from error

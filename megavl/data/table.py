@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megavl.config.errors import DataError
+from megavl.foreign.reading import regular_descriptor
 
 _REMEDY = "run data_tools/preprocess.py again for this dataset"
 _HEADER = 4096
@@ -42,7 +43,7 @@ class ReadHandles:
             DataError: the file is missing or shorter than that.
         """
         try:
-            handle = self._open.pop(path) if path in self._open else os.open(path, os.O_RDONLY)
+            handle = self._open.pop(path) if path in self._open else regular_descriptor(path)
             self._open[path] = handle
             if len(self._open) > self._limit:
                 os.close(self._open.popitem(last=False)[1])

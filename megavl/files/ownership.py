@@ -137,6 +137,11 @@ class _Found:
         return self.number == other.number and other.is_of(self.owner.token)
 
 
+def is_owner_file(path: Path) -> bool:
+    """Whether this is the name of a file that states an owner."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def current_owner(directory: Path) -> Owner | None:
     """The owner that a directory names, whether it is gone or not."""
     try:
@@ -170,8 +175,8 @@ def take(
     """
     say = say or _print_error
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         while True:
+            directory.mkdir(parents=True, exist_ok=True)
             before = _newest(directory)
             if before is not None:
                 _wait_until_gone(before, directory, owner, name=name, say=say, patience_s=patience_s)
@@ -306,10 +311,10 @@ def _read(path: Path, number: int) -> _Found | None:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Create a file; returns whether it was not there before."""
+    """Create a file; returns whether it was not there before, and its directory was."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
         return False
     try:
         if os.write(descriptor, content) != len(content):

@@ -6,6 +6,7 @@ error here is an `OSError` or a `ValueError` whose text says what is wrong; the 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -23,22 +24,42 @@ _HUB_CACHE = re.compile(r"(models|datasets|spaces)--.+")
 _SHOWN = 300
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, without a buffer.
+class NotRegularError(OSError, ValueError):
+    """A folder, FIFO, socket or device stands where a file should."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"{kind}, not a regular file")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def open_regular(path: str | Path, *, buffered: bool = False) -> BinaryIO:
+    """Open a regular file for reading.
 
     Nothing else is opened: reading a FIFO would wait for a writer, and opening a device can change it.
 
     Raises:
         FileNotFoundError: no such file, or a link that leads nowhere.
+        NotRegularError: a folder, FIFO, socket or device.
         OSError: another error of the system.
-        ValueError: a folder, FIFO, socket or device, or a name that no file can have.
+        ValueError: a name that no file can have.
+    """
+    return os.fdopen(regular_descriptor(path), "rb", buffering=-1 if buffered else 0)
+
+
+def regular_descriptor(path: str | Path) -> int:
+    """Descriptor of a regular file, open for reading; the caller closes it.
+
+    Raises:
+        OSError, ValueError: as `open_regular`.
     """
     _require_regular(os.stat(path))
     # Without blocking, in case the name has become a FIFO since.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _require_regular(os.fstat(descriptor))
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return descriptor
     except BaseException:
         os.close(descriptor)
         raise
@@ -93,4 +114,4 @@ def require_inside(path: Path, *, folder: Path) -> None:
 
 def _require_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{_KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}, not a regular file")
+        raise NotRegularError(_KINDS.get(stat.S_IFMT(status.st_mode), "no file"))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megavl.config.errors import DataError
+from megavl.foreign.reading import open_regular
 
 
 def read_lines(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
@@ -16,7 +17,8 @@ def read_lines(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
         DataError: the file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise DataError(f"{path}: cannot read the {what} ({reason}); give a JSONL file") from error
@@ -30,11 +32,12 @@ def existing_images(names: Iterable[str | Path], *, path: Path, location: str) -
     """Image files named in a line, relative to the JSONL file.
 
     Raises:
-        DataError: one does not exist.
+        DataError: one does not exist, or is a folder, FIFO, socket or device.
     """
     images = tuple(path.parent / name for name in names)
     if absent := next((image for image in images if not image.is_file()), None):
-        raise DataError(f"{location}: images: {absent} does not exist; paths are relative to the JSONL file")
+        what = "is no regular file" if absent.exists() else "does not exist"
+        raise DataError(f"{location}: images: {absent} {what}; paths are relative to the JSONL file")
     return images
 
 

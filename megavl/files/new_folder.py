@@ -1,0 +1,66 @@
+"""New folders that appear complete or not at all, made by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megavl.config.errors import UsageError
+from megavl.files.durable import sync_directory
+from megavl.files.owner import Owner
+from megavl.files.ownership import is_owner_file, take
+
+
+def require_free(path: Path) -> None:
+    """Refuse a path that holds something.
+
+    Raises:
+        UsageError: it is a folder that is not empty, or something else.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path}: exists and is not a folder; choose another output")
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path}: exists and is not empty; choose another output or empty it")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, name: str) -> Iterator[Path]:
+    """An empty folder to fill, which gets the name `path` when the context ends without an error.
+
+    It lies in `.NAME.partial` beside `path`, which this process owns meanwhile. What a killed process left there is
+    removed.
+
+    Args:
+        path: free, or an empty folder.
+        name: what the user calls it, for messages.
+
+    Raises:
+        UsageError: another process makes this folder, or it holds something.
+        OSError, StorageError: the storage failed; nothing is left.
+    """
+    work = path.parent / f".{path.name}.partial"
+    try:
+        with take(work, Owner.this_process(), name=name) as held:
+            require_free(path)
+            for entry in work.iterdir():
+                if not is_owner_file(entry):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            draft = work / "new"
+            draft.mkdir()
+            try:
+                yield draft
+                sync_directory(draft)
+                held.confirm()
+                require_free(path)
+                os.rename(draft, path)
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+    finally:
+        # It stays if another process has taken it meanwhile.
+        with contextlib.suppress(OSError):
+            work.rmdir()
+    sync_directory(path.parent)
