@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from megavl.files.model_folders import describe
 from megavl.foreign.parsing import read_json
 
 MODEL_FILE = "model.json"
+_log = logging.getLogger(__name__)
 
 
-def resolve(path: str | Path, *, skip_hash: bool = False) -> Path:
+def find(path: str | Path, *, skip_hash: bool = False, require: Callable[[Path], object] = lambda path: None) -> Path:
     """Find and verify the checkpoint at a path given by the user.
 
     Args:
         path: checkpoint directory, or a directory of checkpoints, of which the newest valid one is taken.
         skip_hash: check sizes only, not hashes.
+        require: raises a `CheckpointError` for a checkpoint that cannot serve; an older one is then tried.
 
     Returns:
-        The checkpoint directory.
+        The checkpoint directory; each newer one that is damaged gets a line in the log.
 
     Raises:
         CheckpointError: nothing there, something else, or nothing valid. A damaged checkpoint is never replaced by an
@@ -38,11 +41,14 @@ def resolve(path: str | Path, *, skip_hash: bool = False) -> Path:
         raise CheckpointError(f"{path}: no such directory; give a checkpoint or the directory that holds them")
     if (path / MANIFEST).exists() or path.name.startswith("iter_"):
         check(path, skip_hash=skip_hash)
+        require(path)
         return path
-    found = recover(path, skip_hash=skip_hash)
+    found = recover(path, skip_hash=skip_hash, require=require)
     if found.path is None:
         other = None if found.rejected else describe(path)
         raise CheckpointError(f"{path}: {other}" if other else found.explain(path))
+    for line in found.rejected:
+        _log.warning("%s; %s is taken instead", line, found.path)
     return found.path
 
 
@@ -72,7 +78,7 @@ def stored_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     checkpoint, run = (part if isinstance(part := recipe.get(name), Mapping) else {} for name in ("checkpoint", "run"))
     own = Path(str(checkpoint.get("dir") or f"{run.get('dir')}/checkpoints"))
-    if (newest := recover(own, skip_hash=True).path) is not None:
+    if (newest := recover(own, skip_hash=True, require=load_model_config).path) is not None:
         return to_dict(load_model_config(newest))
     init = checkpoint.get("init")
     if not isinstance(init, str):
@@ -81,6 +87,6 @@ def stored_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
             "model.preset instead"
         )
     try:
-        return to_dict(load_model_config(resolve(init, skip_hash=True)))
+        return to_dict(load_model_config(find(init, skip_hash=True, require=load_model_config)))
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint.init: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,8 +13,8 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megavl.checkpoint.find import MODEL_FILE as MODEL_FILE
+from megavl.checkpoint.find import find
 from megavl.checkpoint.find import load_model_config as load_model_config
-from megavl.checkpoint.find import resolve as resolve
 from megavl.checkpoint.manifest import MANIFEST, read_manifest
 from megavl.checkpoint.safe_unpickle import (
     check_backend,
@@ -26,6 +27,31 @@ from megavl.checkpoint.stored_keys import PREFIX, canonical_names, is_stacked
 from megavl.config.errors import CheckpointError, one_line
 from megavl.foreign.reading import open_regular
 from megavl.weights.lazy import LazyTensor
+
+
+def resolve(path: str | Path, *, skip_hash: bool = False) -> Path:
+    """Find the checkpoint that a run would resume from or start from, at a path given by the user.
+
+    Args:
+        path: checkpoint directory, or a directory of checkpoints, of which the newest good one is taken.
+        skip_hash: check sizes only, not hashes.
+
+    Raises:
+        CheckpointError: as `find`.
+    """
+    return find(path, skip_hash=skip_hash, require=require_usable)
+
+
+def require_usable(path: Path) -> None:
+    """Read what every load reads besides shards, and the sizes of the model if they are there.
+
+    Raises:
+        CheckpointError: a load of this checkpoint would fail.
+    """
+    require_readable(path)
+    # A run's and a conversion's checkpoints have it.
+    if os.path.lexists(path / MODEL_FILE):
+        load_model_config(path)
 
 
 def check_items(path: Path) -> None:

@@ -17,7 +17,7 @@ from megavl.checkpoint.directory import LATEST, apply_retention, check, recover,
 from megavl.checkpoint.directory import checkpoint_name as checkpoint_name
 from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import read_manifest as read_manifest
-from megavl.checkpoint.safe_unpickle import require_readable
+from megavl.checkpoint.reader import require_usable
 from megavl.checkpoint.shards import own_shards, write_shards
 from megavl.checkpoint.state import load_state, split_state
 from megavl.config.errors import CheckpointError, UsageError
@@ -131,7 +131,7 @@ class CheckpointStore:
             remove_uncommitted(self._directory)
 
     def _newest(self, allow_fresh: bool) -> Path | None:
-        found = recover(self._directory, skip_hash=self._skip_hash, require=require_readable)
+        found = recover(self._directory, skip_hash=self._skip_hash, require=require_usable)
         for line in (*found.rejected, *filter(None, [found.tracker])):
             _log.warning("%s", line)
         if found.path is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from megavl.checkpoint.manifest import read_manifest
+from megavl.checkpoint.manifest import MANIFEST, read_manifest
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve, tokenizer_folder
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import UsageError
@@ -55,7 +55,8 @@ def export_checkpoint(
     Returns:
         The checkpoint that was taken, and the folder.
     """
-    path = resolve(path, skip_hash=True)
+    # Of several checkpoints, the newest good one is known only after its files were read.
+    path = resolve(path, skip_hash=(path / MANIFEST).exists())
     if is_hf_folder(path):
         raise UsageError(f"{path}: already a Hugging Face folder; run `megavl convert from-hf` on it first")
     tokenizer = tokenizer_folder(path)

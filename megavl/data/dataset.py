@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -249,6 +249,7 @@ def open_dataset(
     image_token_id: int | None = None,
     skip_hash: bool = False,
     share: tuple[int, int] = (0, 1),
+    confirm: Callable[[str], None] = lambda fingerprint: None,
 ) -> Dataset:
     """Open preprocessed datasets and check that they fit the run.
 
@@ -261,6 +262,7 @@ def open_dataset(
         image_token_id: the model's image token; default: no check.
         skip_hash: do not hash tokens and images; the crc32 of each record is compared when it is read.
         share: (part, parts) of the files to check here, to divide the work among ranks.
+        confirm: called with the fingerprint before the files are read, which takes long; may raise.
 
     Raises:
         DataError: a file is missing or damaged; or tokenizer, vocabulary, sequence length or image geometry differ from
@@ -286,10 +288,12 @@ def open_dataset(
         raise DataError(
             "; ".join(dict.fromkeys([*(what for what, _ in problems), *(remedy for _, remedy in problems)]))
         )
+    weights = [config.weight for config in sources]
+    dataset = Dataset(opened, weights=weights, pad_id=tokenizer.pad_id, geometry=geometry, handles=handles)
+    confirm(dataset.fingerprint)
     for source in opened:
         source.check(share=share, skip_hash=skip_hash)
-    weights = [config.weight for config in sources]
-    return Dataset(opened, weights=weights, pad_id=tokenizer.pad_id, geometry=geometry, handles=handles)
+    return dataset
 
 
 def _is_finished(source: MixtureSource) -> bool:

@@ -65,8 +65,13 @@ def find_model(path: str | Path, *, skip_hash: bool = False) -> ModelSource:
 def find_model_on_every_rank(path: str | Path) -> ModelSource:
     """`find_model`, with the same end on every rank; rank 0 alone compares hashes, before the others read."""
     first: list[ModelSource] = []
-    collective_errors.on_rank_zero(lambda: first.append(find_model(path)))
-    collective_errors.on_every_rank(lambda: None if first else first.append(find_model(path, skip_hash=True)))
+
+    def open_first() -> Path:
+        first.append(find_model(path))
+        return first[0].path
+
+    found = collective_errors.on_rank_zero(open_first)
+    collective_errors.on_every_rank(lambda: None if first else first.append(find_model(found, skip_hash=True)))
     return first[0]
 
 

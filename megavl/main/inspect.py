@@ -15,6 +15,7 @@ from megavl.config.identity import model_name
 from megavl.convert.checkpoint_files import ORIGINS
 from megavl.convert.safetensors_in import read_json
 from megavl.foreign.printing import say
+from megavl.train.progress import read_content
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(path)
     config, tensors = load_model_config(path), open_model_tensors(path)
     check_items(path)
+    read_content(path)
     size = sum(record["size"] for record in manifest["files"].values())
     say(f"{path}: verified, {len(manifest['files'])} files, {size / 1e6:,.1f} MB")
     parameters = sum(prod(tensor.shape) for tensor in tensors.values())

@@ -18,6 +18,8 @@ from megavl.generate.open_model import tokenizer_in
 from megavl.train.schedule import learning_rate
 
 _SHOWN = 4
+_LONGEST = 200
+"""Characters of a value in a message; those of a checkpoint may be of any length."""
 _PATHS = ("data.root", "data.sources", "data.tokenizer")
 """Where data lie may change; their content is compared."""
 _RATE = (
@@ -225,4 +227,4 @@ def _plain(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return str(value)[:_LONGEST]

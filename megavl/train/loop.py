@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavl.checkpoint import collective_errors
 from megavl.checkpoint.fault import inject_fault
 from megavl.config.errors import (
     EXIT_INTERRUPTED,
@@ -40,9 +41,11 @@ from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.profile.timeline import StepTimelines
+from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan, of_rank_zero, this_device
 from megavl.train.schedule import learning_rate
-from megavl.train.state import Progress, RunState
+from megavl.train.start import check_start, require_random_allowed
+from megavl.train.state import RunState
 from megavl.train.step import StepResult, train_step
 from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.roll_call import RollCall
@@ -188,15 +191,22 @@ def _prepare_run_dir(plan: RunPlan) -> None:
 
 
 def _open_data(plan: RunPlan) -> tuple[Tokenizer, Dataset, Sampler]:
-    """Open tokenizer and data on every rank, and plan the order of samples, which must be the same everywhere."""
+    """Open tokenizer and data on every rank, and plan the order of samples, which must be the same everywhere.
+
+    Before anything large is read, a start is refused that would be another run than the checkpoint's.
+    """
     recipe, data = plan.recipe, plan.recipe.data
     tokenizer = open_tokenizer(data.tokenizer)
     share = (dist.get_rank(), dist.get_world_size())
-    dataset = recipe_dataset(recipe, tokenizer=tokenizer, skip_hash=data.skip_hash, share=share)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, dataset.fingerprint)
-    if len(set(found)) > 1:
-        raise DataError(f"data.sources: ranks see different data ({sorted(set(found))}); share one file system")
+
+    def confirm(fingerprint: str) -> None:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, fingerprint)
+        if len(set(found)) > 1:
+            raise DataError(f"data.sources: ranks see different data ({sorted(set(found))}); share one file system")
+        collective_errors.on_rank_zero(lambda: check_start(recipe, fingerprint=fingerprint, tokenizer=tokenizer))
+
+    dataset = recipe_dataset(recipe, tokenizer=tokenizer, skip_hash=data.skip_hash, share=share, confirm=confirm)
     mixture, steps = recipe_mixture(recipe, dataset.counts), recipe.training.steps
     check_epochs(mixture, data=data, counts=dataset.counts, steps=steps)
     plans = source_plans(mixture, data=data, counts=dataset.counts, steps=steps)
@@ -232,11 +242,8 @@ def _resume_or_start(plan: RunPlan, state: RunState) -> Progress:
             raise CheckpointError(f"checkpoint.init: {error}") from error
         for line in (*lines, f"weights from {recipe.checkpoint.init}"):
             plan.say(line)
-    elif not recipe.checkpoint.allow_random_init:
-        raise CheckpointError(
-            f"no checkpoint in {recipe.checkpoint_dir} and no checkpoint.init; name the weights to start from, or set "
-            "checkpoint.allow_random_init=true to train from random ones"
-        )
+    else:
+        require_random_allowed(recipe)
     return Progress(step=0, bad_steps=0)
 
 

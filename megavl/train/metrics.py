@@ -16,9 +16,9 @@ from megavl.data.mixture import sequences_before
 from megavl.files.durable import replace_durably
 from megavl.planner.cost.flops import mfu, step_flops
 from megavl.train.growing_file import GrowingFile, free_for_file, warn
+from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan
 from megavl.train.scalar_events import open_board
-from megavl.train.state import Progress
 from megavl.train.step import StepResult
 
 

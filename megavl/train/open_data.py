@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megavl.config.recipe import Recipe
 from megavl.data.dataset import Dataset, open_dataset
 from megavl.data.loader import StepLoader
@@ -11,13 +13,19 @@ from megavl.parallel.groups import Position
 
 
 def recipe_dataset(
-    recipe: Recipe, *, tokenizer: Tokenizer, skip_hash: bool, share: tuple[int, int] = (0, 1)
+    recipe: Recipe,
+    *,
+    tokenizer: Tokenizer,
+    skip_hash: bool,
+    share: tuple[int, int] = (0, 1),
+    confirm: Callable[[str], None] = lambda fingerprint: None,
 ) -> Dataset:
     """Open the recipe's sources.
 
     Args:
         skip_hash: leave out the checksums of whole files.
         share: (i, n): this process checks every n-th file, from the i-th.
+        confirm: called with the fingerprint of the data before files are read; may raise.
 
     Raises:
         DataError: as `open_dataset`.
@@ -32,6 +40,7 @@ def recipe_dataset(
         image_token_id=model.image_token_id,
         skip_hash=skip_hash,
         share=share,
+        confirm=confirm,
     )
 
 

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import ChainedOptimizer
 
-from megavl.checkpoint.find import resolve
-from megavl.checkpoint.store import CheckpointStore, read_manifest
+from megavl.checkpoint import collective_errors
+from megavl.checkpoint.reader import resolve
+from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import dump_recipe, to_dict
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import sequences_before
 from megavl.data.tokenizer import Tokenizer
 from megavl.train.identity import Fixed, compare_resumed, compare_start
 from megavl.train.model_chunks import ModelChunks
+from megavl.train.progress import Progress, read_content
 
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Progress of a run; with the recipe it determines everything that follows."""
-
-    step: int
-    """Optimizer steps done, skipped ones included."""
-    bad_steps: int
-    """Skipped steps in a row."""
-    earlier_batches: tuple[tuple[int, int], ...] = ()
-    """(step, sequences): up to that step, steps had that many sequences. Empty unless a resume was forced to another
-    batch size."""
-
-    def after(self, *, skipped: bool) -> Progress:
-        """Progress after one more step."""
-        bad_steps = self.bad_steps + 1 if skipped else 0
-        return dataclasses.replace(self, step=self.step + 1, bad_steps=bad_steps)
 
 
 class RunState:
@@ -83,14 +65,11 @@ class RunState:
         path = self.store.newest(allow_fresh=self.recipe.checkpoint.allow_fresh)
         if path is None:
             return None
-        content = read_manifest(path)["content"]
+        content = read_content(path)
         lines = compare_resumed(self.recipe, path, content=content, fixed=self.fixed, tokenizer=self.tokenizer)
         # With another precision the weights are converted; the optimizer's are fp32 in any case.
         restore_state(self.model, self.optimizer, lambda state: self.store.load(path, state, convert_dtype=True))
-        earlier = tuple((int(step), int(size)) for step, size in content.get("earlier_batches", ()))
-        if content["global_batch_size"] != self.recipe.training.global_batch_size:
-            earlier += ((content["step"], content["global_batch_size"]),)
-        return Progress(step=content["step"], bad_steps=content["bad_steps"], earlier_batches=earlier), lines
+        return Progress.of(content, global_batch_size=self.recipe.training.global_batch_size), lines
 
     def start_from(self, init: str) -> list[str]:
         """Load only the weights of another run's checkpoint. Collective.
@@ -102,7 +81,8 @@ class RunState:
             CheckpointError: no checkpoint there, or weights that do not fit.
             UsageError: another model or tokenizer than the recipe's.
         """
-        path = resolve(init, skip_hash=self.recipe.checkpoint.skip_hash)
+        # Rank 0 alone reads all of it, and all ranks load the checkpoint that it found.
+        path = collective_errors.on_rank_zero(lambda: resolve(init, skip_hash=self.recipe.checkpoint.skip_hash))
         lines = compare_start(self.recipe, path, tokenizer=self.tokenizer)
         self.model.load_weights(lambda state: self.store.load(path, state, strict=False, convert_dtype=True))
         self.optimizer.reload_model_params()

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.bench.engines.random_models import random_weights
+from megavl.checkpoint.writer import write_model_checkpoint
+from megavl.config.load import load_model_config
 from tests.tiny_run import PATIENCE_S, ROOT, SEQ_LENGTH, environment, forked
 
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", "parallel.sequence_parallel=false")
@@ -85,6 +88,23 @@ def test_data(dataset: Path, tmp_path: Path) -> None:
     code, message = refuse(dataset, tmp_path / "e", "model.preset=tiny-siglip", "model.sam=null")
     assert code == 3 and "shards" in message, message
     assert not list(tmp_path.glob("*/checkpoints/iter_*"))
+
+
+def test_identity_is_compared_before_data_are_read(dataset: Path, tmp_path: Path) -> None:
+    """Reading all data takes minutes, so a start that is refused anyway must not begin with it."""
+    damaged = tmp_path / "shards"
+    shutil.copytree(dataset / "shards", damaged)
+    victim = next(damaged.glob("multimodal-*.images.bin"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    data = f"data.sources=[{{path: {damaged}}}]"
+    code, message = refuse(dataset, tmp_path / "run", data)
+    assert code == 3 and victim.name in message, message
+    code, message = refuse(dataset, tmp_path / "run", data, "checkpoint.allow_random_init=false")
+    assert code == 4 and "allow_random_init" in message, message
+    config = load_model_config("tiny-hybrid", llm={"num_attention_heads": 2})
+    write_model_checkpoint(tmp_path / "init", config=config, tensors=random_weights(config), files={})
+    code, message = refuse(dataset, tmp_path / "run", data, f"checkpoint.init={tmp_path}/init")
+    assert code == 2 and "model.llm.num_attention_heads is 2 in the checkpoint and 4 in the recipe" in message, message
 
 
 def test_weights(dataset: Path, tmp_path: Path) -> None:

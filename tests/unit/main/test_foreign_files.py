@@ -25,7 +25,7 @@ import torch
 from launch.bench.engines.random_models import random_weights
 from megavl.checkpoint import commit
 from megavl.checkpoint.directory import recover
-from megavl.checkpoint.safe_unpickle import require_readable
+from megavl.checkpoint.reader import require_usable
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import DataError
 from megavl.config.load import load_model_config
@@ -84,6 +84,11 @@ def manifest(**values: Any) -> Change:
         _write(path / "manifest.json", json.dumps({**body, "digest": _digest(body)}))
 
     return change
+
+
+def facts(**values: Any) -> dict[str, Any]:
+    """Content of a run's manifest with other values."""
+    return {"step": 0, "bad_steps": 0, "consumed_samples": 0, "global_batch_size": 4, "seed": 1, **values}
 
 
 def special(name: str, make: Callable[[Path], Any]) -> Change:
@@ -154,6 +159,13 @@ CHECKPOINT: dict[str, Change] = {
     "manifest, iteration is negative": manifest(iteration=-1),
     "manifest, world size is a list": manifest(world_size=[1]),
     "manifest, content is a list": manifest(content=[]),
+    "manifest, step is text": manifest(content=facts(step="0")),
+    "manifest, step of another iteration": manifest(content=facts(step=5)),
+    "manifest, bad steps are missing": manifest(content=facts(bad_steps=None)),
+    "manifest, consumed samples are true": manifest(content=facts(consumed_samples=True)),
+    "manifest, a batch of no sequence": manifest(content=facts(global_batch_size=0)),
+    "manifest, earlier batches are a number": manifest(content=facts(earlier_batches=7)),
+    "manifest, earlier batches are texts": manifest(content=facts(earlier_batches=[["1", 2]])),
     "manifest, files is a list": manifest(files=["common.pt"]),
     "manifest, a file is a number": manifest(files={"common.pt": 3}),
     "manifest, a size is negative": manifest(files={"common.pt": {"size": -1, "sha256": "0" * 64}}),
@@ -302,7 +314,9 @@ def test_whole_files_are_accepted(originals: Path, tmp_path: Path) -> None:
     assert main(["convert", "from-hf", str(originals / "hf"), str(tmp_path / "out")]) == 0
 
 
-def test_older_checkpoint_is_taken(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_older_checkpoint_is_taken(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(originals / "iter_0000000", tmp_path / "iter_0000000")
     for number, name in enumerate(["manifest is null", ".metadata, tuples in tuples"], start=1):
         path = Path(shutil.copytree(originals / "iter_0000000", tmp_path / f"iter_000000{number}"))
@@ -310,11 +324,29 @@ def test_older_checkpoint_is_taken(originals: Path, tmp_path: Path, capsys: pyte
         if (path / ".metadata").stat().st_size < 1000:
             manifest(iteration=number)(path)
     os.mkfifo(tmp_path / "latest")
-    found = recover(tmp_path, skip_hash=False, require=require_readable)
+    found = recover(tmp_path, skip_hash=False, require=require_usable)
     assert found.path == tmp_path / "iter_0000000" and len(found.rejected) == 2
-    shutil.rmtree(tmp_path / "iter_0000002")
-    assert main(["inspect", str(tmp_path)]) == 0
-    assert "iter_0000000: verified" in capsys.readouterr().out
+    for words in (["inspect"], ["convert", "to-hf", "--format", "native", str(tmp_path / "out")]):
+        caplog.clear()
+        assert main([*words[:2], str(tmp_path), *words[2:]]) == 0
+        assert "iter_0000000" in capsys.readouterr().out
+        assert [record.message.count("is taken instead") for record in caplog.records] == [1, 1]
+
+
+def test_damaged_shard_makes_an_export_take_the_older(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (0, 1):
+        path = Path(shutil.copytree(originals / "iter_0000000", tmp_path / f"iter_000000{number}"))
+        manifest(iteration=number)(path)
+    shard = next(path.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    words = ["--format", "native"]
+    assert main(["convert", "to-hf", str(path), str(tmp_path / "new"), *words]) == 4
+    assert main(["convert", "to-hf", str(tmp_path), str(tmp_path / "old"), *words]) == 0
+    assert f"{tmp_path / 'iter_0000000'} to " in capsys.readouterr().out and not (tmp_path / "new").exists()
 
 
 PANICS = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from launch.bench.engines.random_models import random_weights, write_tokenizer
-from megavl.checkpoint.find import resolve
+from megavl.checkpoint.reader import resolve
 from megavl.checkpoint.store import read_manifest
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import CheckpointError, UsageError
@@ -30,11 +30,13 @@ from megavl.train.batch_broadcast import next_step
 from megavl.train.identity import Fixed, compare_resumed, compare_start
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.optimizer import build_optimizer, set_learning_rate
-from megavl.train.state import Progress, RunState
+from megavl.train.progress import Progress
+from megavl.train.state import RunState
 from megavl.train.step import train_step
 from megavl.weights.dtypes import DTYPE_OF_PRECISION
 from tests.distributed.gather import own_state
 from tests.distributed.synthetic import SyntheticSteps
+from tests.unit.main.test_foreign_files import manifest
 
 RECIPES = Path(__file__).resolve().parents[3] / "launch/recipes/tiny"
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.layout=auto", "parallel.overlap_param_gather=false")
@@ -218,6 +220,15 @@ def test_checkpoint_that_contradicts_itself_is_refused(init: Path, tmp_path: Pat
     path = write_model_checkpoint(tmp_path, config=MODEL, tensors=random_weights(MODEL), files=files)
     with pytest.raises(CheckpointError, match="contradict each other: model.llm.num_attention_heads is 4 and 8"):
         compare_start(recipe(tmp_path), path, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("values", [{"bad_steps": "0"}, {"global_batch_size": [4]}, {"earlier_batches": [[1, 2, 3]]}])
+def test_forged_progress_is_refused(values: dict[str, Any], run: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = Path(shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")) / "iter_0000003"
+    content = read_manifest(path)["content"]
+    manifest(content={**content, **values})(path)
+    with pytest.raises(CheckpointError, match=rf"manifest.json: content.{next(iter(values))} is .* no run writes"):
+        run_state(recipe(tmp_path), tokenizer).restore()
 
 
 def test_other_folders_as_init_are_answered(run: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
