@@ -12,7 +12,7 @@ from megavl.foreign.printing import visible
 LEFT, WIDTH, RIGHT = 250, 520, 150
 """Pixels for names, for the scale from 0 to 1, and for values."""
 TOP, STEP, BAR = 78, 40, 16
-BLUE, INK, GREY, FAINT = "#0072b2", "#222222", "#767676", "#e4e4e4"
+BLUE, INK, GREY, FAINT = "#7cc4ee", "#222222", "#767676", "#e4e4e4"
 PAPER = ("#d55e00", "#009e73", "#cc79a7")
 """Of the palette of Okabe and Ito, which colour-blind readers can tell apart."""
 
@@ -44,8 +44,9 @@ def _scale(height: int) -> Iterator[str]:
 
 def _legend(found: Sequence[Result], models: Sequence[str]) -> Iterator[str]:
     x, y = 20.0, 52
-    yield f'<rect x="{x}" y="{y - 9}" width="14" height="10" fill="{BLUE}"/>{_text(x + 20, y, "score, 95%", size=12)}'
-    x += 108
+    yield f'<rect x="{x}" y="{y - 9}" width="14" height="10" fill="{BLUE}"/>'
+    yield _text(x + 20, y, "score with its 95% interval", size=12)
+    x += 210
     if any(one.chance is not None for one in found):
         yield f'<line x1="{x}" y1="{y - 11}" x2="{x}" y2="{y + 2}" stroke="{INK}" stroke-dasharray="3 2"/>'
         yield _text(x + 8, y, "chance", size=12)

@@ -35,6 +35,7 @@ class Result:
 
 
 _MEASURES = {"mmbench": "circular accuracy", "mmbench-cn": "circular accuracy", "pope": "F1", "mm-vet": "grade"}
+_MEASURES["ocrbench"] = "right of 1000"
 
 
 def results(report: Report) -> Iterator[Result]:

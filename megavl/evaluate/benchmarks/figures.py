@@ -102,8 +102,10 @@ def _counts(outcomes: Sequence[Outcome]) -> Figures:
     return {"n": len(outcomes), "failed_parses": sum(outcome.prediction is None for outcome in outcomes)}
 
 
-def _chance(outcomes: Sequence[Outcome]) -> float:
-    """Expected accuracy of a blind choice; an open question cannot be guessed."""
+def _chance(outcomes: Sequence[Outcome]) -> float | None:
+    """Expected accuracy of a blind choice; an open question cannot be guessed, and None stands for only such."""
+    if not any(one.item.choices for one in outcomes):
+        return None
     return sum(1 / len(one.item.choices) if one.item.choices else 0.0 for one in outcomes) / len(outcomes)
 
 
