@@ -13,9 +13,11 @@ import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -39,6 +41,8 @@ DOCUMENTS = 600
 COPIES = 20
 """How often the documents are repeated where whole commands are timed."""
 IMAGES = 200
+_MEAN = 3600
+"""Characters of a document."""
 BATCH = 256
 S, K, IMAGE_TOKENS = 4096, 5, 576
 
@@ -152,17 +156,25 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
 
 
 def bare_processes(scratch: Path, *, count: int, total: int) -> float:
-    """Seconds in which `count` processes tokenize the `total` documents of the scratch folder, start-up included."""
+    """Seconds in which `count` processes tokenize the `total` documents of the scratch folder, start-up included.
+
+    Each has its own share of the documents.
+    """
     code = (
-        "import json, sys; from megavl.data.tokenizer import open_tokenizer\n"
-        f"scratch, part = {str(scratch)!r}, {total // count}\n"
+        "import json, sys; from itertools import islice; from megavl.data.tokenizer import open_tokenizer\n"
+        f"scratch, first, end = {str(scratch)!r}, int(sys.argv[1]), int(sys.argv[2])\n"
         "tokenizer = open_tokenizer(scratch + '/tokenizer')\n"
-        "texts = [json.loads(line)['text'] for line in open(scratch + '/text.jsonl', encoding='utf-8')][:part]\n"
-        f"for start in range(0, part, {BATCH}):\n"
+        "lines = islice(open(scratch + '/text.jsonl', encoding='utf-8'), first, end)\n"
+        "texts = [json.loads(line)['text'] for line in lines]\n"
+        f"for start in range(0, len(texts), {BATCH}):\n"
         f"    tokenizer.encode_batch(texts[start : start + {BATCH}])"
     )
+    borders = [total * part // count for part in range(count + 1)]
     started = time.perf_counter()
-    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(count)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(first), str(end)], cwd=ROOT)
+        for first, end in zip(borders, borders[1:])
+    ]
     codes = [process.wait() for process in running]
     assert not any(codes), f"tokenizing ended with {codes}"
     return time.perf_counter() - started
@@ -263,6 +275,37 @@ def documents(scratch: Path, *, copies: int, count: int = DOCUMENTS) -> list[str
     texts = list(_pieces("\n\n".join(whole), count=count))
     _write(scratch / "text.jsonl", ({"text": piece} for _ in range(copies) for piece in texts))
     return texts
+
+
+def documents_and_sources(scratch: Path, *, count: int) -> Path:
+    """A folder with `count` documents of which no part occurs twice, and the tokenizer of `documents`.
+
+    The machine's own text comes between Python sources of installed packages, because it has too little of the former.
+    """
+    documents(scratch, copies=1)
+    folder = scratch / "large"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer").symlink_to(scratch / "tokenizer")
+    whole = [json.loads(line)["text"] for line in (scratch / "source/text.jsonl").read_text("utf-8").splitlines()]
+    draw = random.Random(0)
+    sources = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+    draw.shuffle(sources)
+    # Packages have copies of each other's files.
+    found, size = dict.fromkeys(whole), sum(map(len, whole))
+    for path in sources:
+        if size > 1.1 * _MEAN * count:
+            break
+        text = path.read_text("utf-8", errors="replace")
+        size += len(text) * (text not in found)
+        found[text] = None
+    texts = list(found)
+    draw.shuffle(texts)
+    content = "\n\n".join(texts)
+    pieces = list(_pieces(content, count=count))
+    if sum(map(len, pieces)) > len(content):
+        raise SystemExit(f"error: {sources[0].parents[1] if sources else sys.prefix}: too few Python sources")
+    _write(folder / "text.jsonl", ({"text": piece} for piece in pieces))
+    return folder
 
 
 def _pieces(content: str, *, count: int) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Whole preprocessing commands beside those of other projects; `launch/bench/preprocess_peers.py` writes the report.
 
-    python -m launch.bench.engines.peer_preprocess {text,images} --scratch DIR [--megatron DIR] [--repeats N]
+    python -m launch.bench.engines.peer_preprocess {text,gain,images} --scratch DIR [--megatron DIR] [--repeats N]
 
 Prints one JSON object. The programs run in turn, each in processes of its own, start-up included; the best wall time
 counts. `text` needs a checkout of Megatron-LM, and the packages that its arguments import; `images` needs webdataset.
@@ -21,12 +21,20 @@ from typing import Any
 
 import psutil
 
-from launch.bench.engines.measure_preprocess import bare_processes, command_line, documents, photos
+from launch.bench.engines.measure_preprocess import (
+    bare_processes,
+    command_line,
+    documents,
+    documents_and_sources,
+    photos,
+)
 from launch.bench.programs import ROOT
 
 WORKERS = (1, 2)
 DOCUMENTS = 4200
-"""15 MB of text, without copies, because ours remembers words."""
+"""15 MB of text."""
+GAIN_DOCUMENTS = 11_000
+"""40 MB of text, of which the start of a command takes a twentieth."""
 WEBDATASET = """
 import io, json, sys
 import webdataset
@@ -54,6 +62,7 @@ def text(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "documents": DOCUMENTS,
         "input_bytes": (scratch / "text.jsonl").stat().st_size,
+        "source_bytes": (scratch / "source/text.jsonl").stat().st_size,
         "megatron": _version(megatron),
     }
     runs: dict[tuple[int, str], list[dict[str, float]]] = {}
@@ -67,6 +76,23 @@ def text(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
     for count in WORKERS:
         found[str(count)] = {name: _best(runs[count, name]) for name in ("ours", "peer")}
     return {**found, "bare": {str(count): min(seconds) for count, seconds in bare.items()}}
+
+
+def gain(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
+    """Two workers beside one, and two processes that only tokenize beside one, on more text."""
+    folder = documents_and_sources(scratch, count=GAIN_DOCUMENTS)
+    seconds: dict[str, list[float]] = {f"{name}_{count}": [] for name in ("ours", "bare") for count in WORKERS}
+    for _ in range(repeats):
+        for count in WORKERS:
+            ours = command_line(folder, "text.jsonl", workers=count)
+            seconds[f"ours_{count}"].append(_timed(ours, folder=ROOT)["seconds"])
+            seconds[f"bare_{count}"].append(bare_processes(folder, count=count, total=GAIN_DOCUMENTS))
+    return {
+        "documents": GAIN_DOCUMENTS,
+        "input_bytes": (folder / "text.jsonl").stat().st_size,
+        **{name: min(values) for name, values in seconds.items()},
+        "all": {name: [round(value, 1) for value in values] for name, values in seconds.items()},
+    }
 
 
 def images(scratch: Path, *, repeats: int, megatron: Path) -> dict[str, Any]:
@@ -131,13 +157,13 @@ def _version(megatron: Path) -> str:
 def main() -> int:
     """Run one comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", choices=("text", "images"))
+    parser.add_argument("comparison", choices=("text", "gain", "images"))
     parser.add_argument("--scratch", type=Path, required=True, metavar="DIR", help="folder for inputs and outputs")
     parser.add_argument("--megatron", type=Path, metavar="DIR", help="checkout of Megatron-LM")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
-    compare = {"text": text, "images": images}[options.comparison]
+    compare = {"text": text, "gain": gain, "images": images}[options.comparison]
     print(json.dumps(compare(options.scratch, repeats=options.repeats, megatron=options.megatron)))
     return 0
 
