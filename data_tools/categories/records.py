@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_tools.readers.json_file import divide_json, json_records
 from data_tools.readers.references import is_origin, references
 from megavl.config.errors import DataError, StorageError, UsageError
 from megavl.data.inline_image import is_inline
+from megavl.files.new_file import NewFile, sync_directory
 
 _SPLIT_BYTES = 64 << 20
 _QUESTION_ROLES = ("human", "user", "User")
@@ -118,9 +119,20 @@ def _moved_path(value: Any, record: TaggedRecord, *, root: Path) -> Any:
     return target
 
 
+class TextFile:
+    """Takes text for a file under construction."""
+
+    def __init__(self, file: NewFile) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Append in UTF-8."""
+        self._file.write(text.encode("utf-8"))
+
+
 @contextmanager
-def new_file(path: Path, *, force: bool) -> Iterator[TextIO]:
-    """A text file that appears only when the block ends without an exception.
+def new_file(path: Path, *, force: bool) -> Iterator[TextFile]:
+    """A text file that appears, complete and synced, only when the block ends without an exception.
 
     Raises:
         UsageError: the file exists and `force` is not set.
@@ -128,13 +140,11 @@ def new_file(path: Path, *, force: bool) -> Iterator[TextIO]:
     """
     if path.is_dir() or (path.exists() and not force):
         raise UsageError(f"--output {path}: exists; choose another, or replace it with --force")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        partial.replace(path)
+        with NewFile(path) as file:
+            yield TextFile(file)
+            file.commit()
+        sync_directory(path.parent)
     except OSError as error:
-        raise StorageError(f"--output {path}: cannot write ({error.strerror}); choose another place") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise StorageError(f"--output {path}: cannot write ({error.strerror}); choose another path") from error

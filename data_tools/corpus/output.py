@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from megavl.config.errors import StorageError, UsageError
+from megavl.files.durable import sync_directory, sync_tree
 
 DESCRIPTION = "corpus.json"
 """Description of a finished corpus; a folder with this file was made by this program."""
@@ -39,6 +40,7 @@ def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
     try:
         building.mkdir(parents=True)
         yield building
+        sync_tree(building)
         _publish(building, path)
     except OSError as error:
         raise StorageError(
@@ -64,7 +66,7 @@ def _check_free(path: Path, *, force: bool) -> None:
 
 
 def _publish(building: Path, path: Path) -> None:
-    """Rename the finished folder; an earlier result is removed only after that."""
+    """Rename the finished folder durably; an earlier result is removed only after that."""
     earlier = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.exists():
         path.rename(earlier)
@@ -74,6 +76,7 @@ def _publish(building: Path, path: Path) -> None:
         if earlier.exists():
             earlier.rename(path)
         raise
+    sync_directory(path.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -87,7 +90,14 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def write_line(file: TextIO, record: Mapping[str, Any]) -> None:
+class Writes(Protocol):
+    """Takes text."""
+
+    def write(self, text: str, /) -> object:
+        """Append."""
+
+
+def write_line(file: Writes, record: Mapping[str, Any]) -> None:
     """Write one record of a JSONL file."""
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

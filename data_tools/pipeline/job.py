@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from data_tools.readers.files import choose_format, container_of, divide_file, schema_of
@@ -98,7 +98,7 @@ class Job:
         """Limits of one sequence."""
         return PackSettings(packed=self.packed, seq_length=self.seq_length, max_images=self.max_images)
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """All settings that determine the bytes of the output."""
         apart = {"output", "fail_on_error", "dry_run", "tokenizer", "image_map", "files_left_out"}
@@ -107,7 +107,7 @@ class Job:
         plain: dict[str, Any] = json.loads(json.dumps({**settings, **made_by}))
         return plain
 
-    @property
+    @cached_property
     def config_sha256(self) -> str:
         """Hash of `config`."""
         return hashlib.sha256(to_json(self.config)).hexdigest()

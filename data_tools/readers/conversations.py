@@ -16,11 +16,11 @@ from data_tools.readers.record import (
     Picture,
     Record,
     RecordError,
-    from_json_text,
     mapping,
     picture,
     record_images,
     string,
+    value_in_text,
 )
 from data_tools.readers.refusals import (
     LONE_TAG,
@@ -103,6 +103,9 @@ def turn_list(raw: Any) -> tuple[str, list[Any]] | None:
         raise RecordError(f"different turns under {' and '.join(key for key, _ in lists)}; keep one of them")
     if lists:
         return lists[0]
+    for key in LISTS:
+        if isinstance(value := raw.get(key), str) and value.lstrip().startswith(("[{", "[[")):
+            raise RecordError(f"{key} is a text that is neither JSON nor a list in Python's notation: {value[:60]!r}")
     prompt, completion = as_list(raw.get("prompt")), as_list(raw.get("completion"))
     if prompt and completion:
         return "prompt", [*prompt, *completion]
@@ -236,7 +239,7 @@ def _parts(content: object, *, role: Role, key: str) -> Iterator[str | Picture |
 
 def _parts_in_text(content: str) -> Any:
     """The parts of a turn that a table without nested columns holds as JSON text; another text itself."""
-    parts = from_json_text(content)
+    parts = value_in_text(content)
     known = ("text", "image", "image_url", "input_text", "input_image", "output_text")
     return parts if isinstance(parts, list) and all(_kind_of_part(part) in known for part in parts) else content
 
@@ -416,8 +419,8 @@ def _one_answer(value: Any, *, key: str) -> str:
 
 
 def as_list(value: Any) -> list[Any] | None:
-    """Turns from a list, from a struct of lists as tables hold them, or from JSON text; None if they are no turns."""
-    value = from_json_text(value)
+    """Turns from a list, from a struct of lists as tables hold them, or from a text with these; None if none."""
+    value = value_in_text(value)
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         lengths = {len(column) for column in value.values()}
         if len(lengths) > 1:

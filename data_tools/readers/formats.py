@@ -30,6 +30,7 @@ from data_tools.readers.references import (
     NAME_OF_KIND,
     Reference,
     absent_medium,
+    is_document_of_text,
     is_origin,
     is_web_address,
     references,
@@ -224,6 +225,8 @@ def _read_checked(raw: Any, *, format: str | None) -> Record:
     # Web documents also list addresses of their page, some of images that they do not hold.
     if record.divisible and isinstance(content, Mapping) and not _WEB_KEYS.isdisjoint(content):
         images = [reference for reference in images if not is_web_address(reference)]
+    if record.divisible and not record.pictures:
+        images = [reference for reference in images if not is_document_of_text(reference)]
     if left := unused(images, record.pictures):
         raise _unused_image(left[0])
     if record.pictures or not isinstance(content, Mapping):

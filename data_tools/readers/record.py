@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import re
+import tokenize
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from megavl.config.errors import DataError
@@ -29,6 +34,9 @@ MAX_RECORD = 72 << 20
 
 A text of 64 MB fits, with the escapes of JSON.
 """
+
+_LONGEST_LITERAL = 256 << 10
+"""Characters of a text in Python's notation, which takes a hundred times as much memory while it is parsed."""
 
 
 class RecordError(DataError):
@@ -166,14 +174,33 @@ def picture(value: object, *, key: str) -> Picture:
     raise RecordError(f"{key} must be a string or {{bytes, path}}, found {type(value).__name__}")
 
 
-def from_json_text(value: Any) -> Any:
-    """The list or object of a text that is JSON, as tables without nested columns hold them; any other value itself."""
+def value_in_text(value: Any) -> Any:
+    """The list or object that a text holds, as tables without nested columns have it; any other value itself.
+
+    It is JSON, or Python's notation, in which pandas writes nested values to CSV.
+    """
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        return value
+        return _python_value(value)
+
+
+def _python_value(text: str) -> Any:
+    """The value of a list or dict of literals; any other text itself."""
+    if len(text) > _LONGEST_LITERAL:
+        return text
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = ast.literal_eval(text.strip())
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+        return text
+    kinds = [kind for kind in kinds if kind not in (tokenize.NL, tokenize.COMMENT)]
+    # numpy prints no commas, and Python joins neighbouring strings.
+    joined = any(first == second == tokenize.STRING for first, second in pairwise(kinds))
+    return found if isinstance(found, list | dict) and not joined else text
 
 
 def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
@@ -183,7 +210,7 @@ def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
     """
     found: list[tuple[Picture, ...]] = []
     for key in filter(record.__contains__, IMAGE_KEYS) if not _IMAGE_KEYS.isdisjoint(record) else ():
-        value = from_json_text(record[key])
+        value = value_in_text(record[key])
         items = value if isinstance(value, list | tuple) else [value]
         items = [item for item in items if not _is_empty(item)]
         if items and not (key.startswith("file_name") and not _names_image(items)):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from data_tools.readers.record import IMAGE_SUFFIXES, NO_IMAGE, Picture, from_json_text
+from data_tools.readers.record import IMAGE_SUFFIXES, NO_IMAGE, Picture, value_in_text
 from megavl.data.inline_image import is_base64_image
 
 Kind = Literal["image", "video", "audio"]
@@ -47,9 +47,11 @@ KIND_OF_SUFFIX: Mapping[str, Kind] = {
     **dict.fromkeys(VIDEO_SUFFIXES, "video"),
     **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
 }
-DRAWINGS = frozenset(
-    ("svg", "svgz", "eps", "ps", "ai", "emf", "wmf", "cdr", "dxf", "pdf", "djvu", "xps", "epub")
-    + ("doc", "docx", "ppt", "pptx", "xls", "xlsx", "odt", "odp", "ods", "rtf")
+_DOCUMENTS = frozenset(
+    ("pdf", "djvu", "xps", "epub", "doc", "docx", "ppt", "pptx", "xls", "xlsx", "odt", "odp", "ods", "rtf")
+)
+DRAWINGS = _DOCUMENTS.union(
+    ("svg", "svgz", "eps", "ps", "ai", "emf", "wmf", "cdr", "dxf")
     + ("ply", "pcd", "las", "laz", "obj", "stl", "glb", "gltf", "npy", "npz", "mat", "h5", "nii", "edf")
 )
 """File names of drawings, documents, solids and arrays, which a text may as well come from."""
@@ -74,6 +76,8 @@ _DRAWING_KEY = re.compile(
     r"|files|document|doc|pdf|svg|point_?cloud|pcd|mesh|lidar|scene|depth|feature|signal)s?(?:_?\d+)?(?:_(?:path|file|file_name|filename|url|uri|link|src))?s?"
 )
 """Further keys under which the name of a drawing or document is a reference."""
+_DOCUMENT_KEY = re.compile(r"(?:[a-z0-9]+_)*(?:pdf|doc|document)_(?:path|file|file_name|filename|url|uri|link|src)")
+"""Keys under which a plain text says from which document it was taken."""
 _SOURCE_KEYS = {
     *("url", "uri", "path", "paths", "file", "file_name", "filename", "src", "source", "bytes", "data"),
     *("base64", "b64", "image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"),
@@ -149,6 +153,12 @@ def is_web_address(reference: Reference) -> bool:
     return bool(_ORIGIN_KEY.fullmatch(_last_key(named)) and _ADDRESS.match(_name_of(reference.value)))
 
 
+def is_document_of_text(reference: Reference) -> bool:
+    """Whether a reference is the document that a plain text was taken from, under a key such as `pdf_path`."""
+    document = _end_of_name(_name_of(reference.value)) in _DOCUMENTS
+    return document and _DOCUMENT_KEY.fullmatch(_last_key(reference.keys)) is not None
+
+
 def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Reference]:
     """The references that no picture of the parsed record stands for.
 
@@ -219,7 +229,7 @@ def _found(value: Any, *, keys: tuple[str | int, ...], kind: Kind | None, key: s
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield from _found(item, keys=(*keys, number), kind=kind, key=key)
-    elif isinstance(value, str) and _may_hold_json(value, kind, key=key) and (inner := from_json_text(value)) != value:
+    elif isinstance(value, str) and _may_hold_json(value, kind, key=key) and (inner := value_in_text(value)) != value:
         yield from _found(inner, keys=keys, kind=kind, key=key)
     elif isinstance(value, str | bytes) and value:
         found = _kind_of_bytes(value, kind=kind) if isinstance(value, bytes) else _kind_of_text(value, kind, key=key)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.categories.records import new_file
+from data_tools.corpus.output import new_folder
 from megavl.config.errors import StorageError
 from megavl.files.durable import copy_durably, replace_durably, storage_errors, write_durably
 from megavl.files.hashing import file_sha256
@@ -48,3 +50,36 @@ def test_hidden_write_error_of_torch_is_translated() -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0")
     with pytest.raises(RuntimeError, match="shape mismatch"), storage_errors("saving"):
         raise RuntimeError("shape mismatch")
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What is synced, in order, under the names of that moment."""
+    found: list[Path] = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    return found
+
+
+def test_folder_is_synced_before_it_gets_its_name(tmp_path: Path, synced: list[Path]) -> None:
+    with new_folder(tmp_path / "out", force=False) as folder:
+        (folder / "images").mkdir()
+        (folder / "images/a.png").write_bytes(b"a")
+        (folder / "train.jsonl").write_text("{}")
+    held = {folder, folder / "images", folder / "images/a.png", folder / "train.jsonl"}
+    assert set(synced[:-1]) == held and synced[-1] == tmp_path
+
+
+def test_text_file_is_synced_before_it_gets_its_name(tmp_path: Path, synced: list[Path]) -> None:
+    with new_file(tmp_path / "out.jsonl", force=False) as file:
+        file.write("é\n")
+    assert (tmp_path / "out.jsonl").read_bytes() == "é\n".encode()
+    assert [path.parent for path in synced] == [tmp_path, tmp_path.parent] and synced[0].suffix == ".tmp"
+    with pytest.raises(KeyError), new_file(tmp_path / "other.jsonl", force=False) as file:
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
