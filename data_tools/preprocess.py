@@ -193,8 +193,7 @@ def _on_slurm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     output.begin(job.config, resume=options.resume, alone=True)
     todo = sorted({task.number % options.num_tasks for task in _left(job, tasks)})
     # Released before anything is queued, because an array task may start at once.
-    for lock in locks:
-        lock.close()
+    locks.close()
     jobs = slurm.submit(
         arguments,
         output=job.output,
@@ -263,8 +262,7 @@ def _run(options: argparse.Namespace) -> int:
         report = finish(job, tasks, max_bad_frac=options.max_bad_frac)
     _print_report(report)
     say(f"wrote {job.output} in {time.monotonic() - started:.1f} s, fingerprint {report['fingerprint'][:16]}")
-    for lock in locks:
-        lock.close()
+    locks.close()
     return 0
 
 

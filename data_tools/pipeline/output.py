@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from data_tools.pipeline.output_lock import lock_merge, lock_output
 from data_tools.readers.splits import Split
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import STRICT
@@ -64,11 +64,11 @@ class Output:
         """Whether a run has recorded its settings here."""
         return (self.path / "job.json").is_file()
 
-    def lock(self, *, array_task: int, array_tasks: int) -> list[Any]:
+    def lock(self, *, array_task: int, array_tasks: int) -> ExitStack:
         """Keep other runs out of this folder; the array tasks of one run share it.
 
         Returns:
-            Open files; the lock lasts as long as they do.
+            What releases the locks when it is closed; the end of the process releases them too.
 
         Raises:
             UsageError: another run holds the lock, or the folder contains other files.
@@ -82,27 +82,15 @@ class Output:
                     "choose an empty folder"
                 )
             self._tasks.mkdir(parents=True, exist_ok=True)
-            whole = (self._tasks / "lock").open("a")
-            own = (self._tasks / f"lock-{array_task}-of-{array_tasks}").open("a")
         except OSError as error:
             raise StorageError(
                 f"--output {self.path}: cannot write ({error.strerror}); choose another folder"
             ) from error
-        try:
-            fcntl.flock(whole, (fcntl.LOCK_EX if array_tasks == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"--output {self.path}: another run is writing here; wait for it or choose another folder"
-            ) from None
-        return [whole, own]
+        return lock_output(self.path, folder=self._tasks, array_task=array_task, array_tasks=array_tasks)
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Admit one process at a time: two array tasks that end together both find all shards done."""
-        with (self._tasks / "lock-finish").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return lock_merge(self.path, folder=self._tasks)
 
     def begin(self, config: dict[str, Any], *, resume: bool, alone: bool) -> None:
         """Record the settings of this run, or check that they equal those of the run that it resumes.
