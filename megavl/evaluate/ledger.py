@@ -1,7 +1,8 @@
-"""Answers that an evaluation already has, and the file that keeps them, so that a killed evaluation goes on.
+"""Answers that an evaluation already has, and the files that keep them, so that a killed evaluation goes on.
 
-`answers.jsonl` begins with a line that says of which model, tasks and settings its answers are. Every other line is one
-answer. A line that a kill left unfinished is dropped, and its question is asked again.
+`evaluation.json` says of which model, questions and settings the answers are. `answers.jsonl` has a line for each
+answer. Scores with shuffled images, scores of texts and a judge's replies are in files of their own beside it. A line that a
+kill left unfinished is dropped, and its question is asked again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from megavl.generate.pretrained import Model
 from megavl.generate.score import Score
 from megavl.generate.score_rows import ScoreRequest
 
-_IDENTITY = "evaluation"
+_IDENTITY = "evaluation.json"
+_FILES = {"blind": "blind.jsonl", "text": "texts.jsonl", "judge": "replies.jsonl"}
+"""Files of answers whose key begins so."""
 _SYNC_EVERY = 64
 """Answers after which the file is synced."""
 
@@ -34,7 +37,7 @@ class Ledger:
 
         Args:
             answers: by key, the same on every rank; see `read_answers`.
-            path: file that new answers are appended to, on the rank that writes.
+            path: `answers.jsonl`, to which new answers are appended, on the rank that writes.
         """
         self._answers, self._path = dict(answers or {}), path
         self._unsynced = 0
@@ -54,7 +57,8 @@ class Ledger:
             return
         line = json.dumps({"key": key, **answer}, ensure_ascii=False, allow_nan=False) + "\n"
         self._unsynced += 1
-        with storage_errors(f"{self._path}: cannot be written"), self._path.open("ab") as file:
+        path = self._path.with_name(_FILES.get(key.partition("/")[0], self._path.name))
+        with storage_errors(f"{path}: cannot be written"), path.open("ab") as file:
             file.write(line.encode("utf-8", "replace"))
             file.flush()
             if self._unsynced >= _SYNC_EVERY:
@@ -63,26 +67,38 @@ class Ledger:
 
 
 def read_answers(path: Path, *, identity: Mapping[str, Any]) -> dict[str, Answer]:
-    """The answers of an interrupted evaluation; begins a new file where there is none.
+    """The answers of an interrupted evaluation; begins a new one where there is none.
+
+    Args:
+        path: `answers.jsonl`; the other files are beside it.
+        identity: of the evaluation.
 
     Raises:
-        StorageError: the file cannot be read or written.
-        UsageError: it has the answers of another evaluation.
+        StorageError: a file cannot be read or written.
+        UsageError: the files are of another evaluation.
     """
-    head = json.dumps({_IDENTITY: identity}, ensure_ascii=False, sort_keys=True)
+    head = path.with_name(_IDENTITY)
+    files = [path, *map(path.with_name, _FILES.values())]
+    text = json.dumps(identity, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    with storage_errors(f"{head}: cannot be used"):
+        if head.exists():
+            _check_identity(_parsed(head.read_bytes()), json.loads(text), path=path.parent)
+        elif stray := next((one for one in files if one.exists()), None):
+            raise UsageError(f"{stray}: has no {_IDENTITY} beside it; give another --out, or remove the file")
+        else:
+            replace_durably(head, text.encode())
+    return {key: answer for one in files for key, answer in _read(one)}
+
+
+def _read(path: Path) -> Iterator[tuple[str, Answer]]:
+    """Keys and answers of a file, which is tidied of lines that are none."""
     with storage_errors(f"{path}: cannot be used"):
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    if not any(line.strip() for line in lines):
-        with storage_errors(f"{path}: cannot be written"):
-            replace_durably(path, head.encode() + b"\n")
-        return {}
-    _check_identity(_parsed(lines[0]), json.loads(head)[_IDENTITY], path=path)
-    good = [line for line in lines[1:] if isinstance(_parsed(line).get("key"), str)]
-    if lines[-1] or len(good) < len([line for line in lines[1:] if line.strip()]):
-        with storage_errors(f"{path}: cannot be written"):
-            replace_durably(path, b"\n".join([lines[0], *good, b""]))
-    answers = map(_parsed, good)
-    return {answer["key"]: {name: value for name, value in answer.items() if name != "key"} for answer in answers}
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        good = [line for line in lines if isinstance(_parsed(line).get("key"), str)]
+        if [*good, b""] != lines:
+            replace_durably(path, b"\n".join([*good, b""]))
+    for answer in map(_parsed, good):
+        yield answer["key"], {name: value for name, value in answer.items() if name != "key"}
 
 
 def score_missing(
@@ -135,10 +151,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_identity(head: Mapping[str, Any], identity: Mapping[str, Any], *, path: Path) -> None:
-    found = head.get(_IDENTITY)
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: does not begin like the answers of an evaluation; give another --out, or remove it")
+def _check_identity(found: Mapping[str, Any], identity: Mapping[str, Any], *, path: Path) -> None:
     for name in (*identity, *found):
         if found.get(name) != identity.get(name):
             raise UsageError(

@@ -32,7 +32,7 @@ class Entry:
 
     def described(self) -> dict[str, Any]:
         """What `answers.jsonl` says about the entry."""
-        return {"id": self.id, "category": self.kind, "images": [str(image) for image in self.images]}
+        return {"id": self.id, "category": self.kind, "images": [str(image.absolute()) for image in self.images]}
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -41,6 +41,9 @@ class StoredImage(Protocol):
             ImageError: they cannot be read.
         """
 
+    def __hash__(self) -> int:
+        """Equal where it is the same image of the same file."""
+
 
 ImageSource = str | Path | Image.Image | StoredImage
 

@@ -34,7 +34,7 @@ _MAX_IMAGES = 5
 
 def read(where: str) -> Iterator[Item]:
     """Questions of a file, of a folder of Parquet files of one split, or of a pattern."""
-    for path in benchmark_files(where, names=("*.parquet",)):
+    for path in benchmark_files(where, names=("*.parquet",), several=True):
         yield from map(_item, read_rows(path))
 
 
@@ -43,7 +43,7 @@ def _item(row: Row) -> Item:
     if type_ not in _LINES:
         raise row.error(f"type: {type_[:20]!r} is none of {', '.join(_LINES)}")
     answer = row.text("answer")
-    options = lettered([row.text(f"option{number}") for number in range(1, 5)]) if type_ == CHOOSE else {}
+    options = _options(row) if type_ == CHOOSE else {}
     choices: Sequence[str] = {CHOOSE: tuple(options), JUDGE: ("对", "错"), FILL: ()}[type_]
     if type_ == JUDGE and answer not in choices:
         raise row.error(f"answer: {answer[:20]!r} is neither 对 nor 错")
@@ -65,6 +65,14 @@ def _item(row: Row) -> Item:
         kind=row.optional("subcategory", "category") or type_,
         details={"type": type_},
     )
+
+
+def _options(row: Row) -> dict[str, str]:
+    texts = [row.optional(f"option{number}") for number in range(1, 5)]
+    given = [text for text in texts if text]
+    if len(given) < 2 or texts[: len(given)] != given:
+        raise row.error(f"option1 to option4: {texts} must be two or more texts without a gap")
+    return lettered(given)
 
 
 def _with_images(row: Row, text: str) -> tuple[str, tuple[ImageSource, ...]]:

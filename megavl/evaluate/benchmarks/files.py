@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import io
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,6 +21,8 @@ from megavl.generate.prompt import StoredImage
 
 MAX_TSV_CELL = 128 << 20
 """Most characters of a cell of a TSV file; the largest images have 20 MB."""
+REFERENCE = 64
+"""Most characters of an image's cell in a TSV file that are the index of the row with the image."""
 SUFFIXES = (".tsv", ".json", ".jsonl", ".parquet")
 
 
@@ -36,15 +39,16 @@ def read_rows(path: Path) -> Iterator[Row]:
     return readers[path.suffix](path)
 
 
-def benchmark_files(where: str, *, names: tuple[str, ...] = ()) -> list[Path]:
+def benchmark_files(where: str, *, names: tuple[str, ...], several: bool = False) -> list[Path]:
     """The files that a file, folder or quoted pattern stands for, in the order of their names.
 
     Args:
         where: as the user says it.
-        names: patterns of the files that are taken from a folder.
+        names: patterns of the files of a folder; the first that any file has is taken.
+        several: whether the benchmark consists of several files; the shards of one split are one file.
 
     Raises:
-        DataError: there is none, or a folder holds several splits.
+        DataError: there is none, or a folder holds several where one is wanted.
     """
     path = Path(where)
     if not path.is_dir():
@@ -52,15 +56,17 @@ def benchmark_files(where: str, *, names: tuple[str, ...] = ()) -> list[Path]:
         if not found:
             raise DataError(f"{where}: does not exist; give the benchmark's file, its folder or a quoted pattern")
         return found
-    found = sorted({one for name in names for one in path.rglob(name) if one.is_file()})
+    by_name = (sorted(one for one in path.rglob(name) if one.is_file()) for name in names)
+    found = next((some for some in by_name if some), [])
     if not found:
         raise DataError(f"{where}: has no file {' or '.join(names)} in it; give the benchmark's file or folder")
-    parts = {one.name.split("-")[0] for one in found if one.suffix == ".parquet"}
-    if len(parts) > 1:
-        raise DataError(
-            f"{where}: holds several splits ({', '.join(sorted(parts))}); name one with a quoted pattern such as "
-            f"'{where}/**/{sorted(parts)[-1]}-*.parquet'"
-        )
+    sharded = found[0].suffix == ".parquet"
+    parts = {re.sub(r"-\d{5}-of-\d{5}", "", one.name) if sharded else str(one) for one in found}
+    if not several:
+        parts = {f"{one.parent}/{part}" for one in found for part in parts} if sharded else parts
+    if len(parts) > 1 and (sharded or not several):
+        shown = ", ".join(sorted(str(one.relative_to(path)) for one in found)[:6])
+        raise DataError(f"{where}: holds several files or splits ({shown}); name one, or a quoted pattern of one split")
     return found
 
 
@@ -146,11 +152,32 @@ class TextImage:
         return self.location
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TsvRow:
+    """Where a row of a TSV file is."""
+
+    header: tuple[str, ...]
+    offset: int
+    """Byte of its start in the file."""
+    size: int
+    """Bytes."""
+    location: str
+
+
 def _tsv(path: Path) -> Iterator[Row]:
-    header: list[str] = []
+    for row, values in _tsv_rows(path):
+
+        def stored(name: str, *, row: _TsvRow = row, values: Mapping[str, str] = values) -> StoredImage:
+            return _tsv_image(name, path=path, row=row, cell=values[name].strip())
+
+        yield Row(location=row.location, folder=path.parent, values=values, stored=stored)
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[_TsvRow, dict[str, str]]]:
+    header: tuple[str, ...] = ()
     for number, offset, size, cells in _tsv_cells(path):
         if not header:
-            header = [name.strip().lstrip("\ufeff") for name in cells]
+            header = tuple(name.strip().lstrip("\ufeff") for name in cells)
             if doubled := next((name for name in header if header.count(name) > 1), None):
                 raise DataError(f"{path}:1: two columns are called {doubled!r}")
             continue
@@ -163,14 +190,31 @@ def _tsv(path: Path) -> Iterator[Row]:
         values = dict(zip(header, cells))
         if index := values.get("index", "").strip():
             location += f" (index {index[:20]})"
-
-        stored = partial(_tsv_image, path=path, header=header, offset=offset, size=size, location=location)
-        yield Row(location=location, folder=path.parent, values=values, stored=stored)
+        yield _TsvRow(header=header, offset=offset, size=size, location=location), values
 
 
-def _tsv_image(name: str, *, path: Path, header: list[str], offset: int, size: int, location: str) -> StoredImage:
-    column = header.index(name)
-    return TsvImage(path=path, offset=offset, size=size, column=column, location=f"{location}: {name}")
+def _tsv_image(name: str, *, path: Path, row: _TsvRow, cell: str) -> StoredImage:
+    """The image in a cell of a row, or in the row whose index the cell names.
+
+    Raises:
+        DataError: there is no such row, or it has no image of its own.
+    """
+    if len(cell) <= REFERENCE:
+        images = _images_by_index(path, name)
+        if cell not in images:
+            raise DataError(
+                f"{row.location}: {name}: is that of row {cell!r}, which the file does not have or which has no image"
+            )
+        row = images[cell]
+    location = f"{row.location}: {name}"
+    return TsvImage(path=path, offset=row.offset, size=row.size, column=row.header.index(name), location=location)
+
+
+@lru_cache(maxsize=2)
+def _images_by_index(path: Path, column: str) -> dict[str, _TsvRow]:
+    """The rows of a file that have an image of their own, by index."""
+    rows = ((row, values) for row, values in _tsv_rows(path) if len(values.get(column, "").strip()) > REFERENCE)
+    return {values.get("index", "").strip(): row for row, values in rows}
 
 
 def _parquet_image(name: str, *, path: Path, group: int, index: int, location: str) -> StoredImage:

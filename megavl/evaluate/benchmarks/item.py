@@ -38,7 +38,7 @@ class Item:
 
     def described(self) -> dict[str, Any]:
         """What `answers.jsonl` says about the question; images that are stored in another file have no path."""
-        images = [str(image) for image in self.images if isinstance(image, Path)]
+        images = [str(image.absolute()) for image in self.images if isinstance(image, Path)]
         found = {"id": self.id, "category": self.kind, "images": images, "question": self.prompt}
         return {**found, "reference": list(self.answers) or self.answer}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
 from megavl.evaluate.benchmarks.item import Item
@@ -34,9 +33,7 @@ Final answer:"""
 
 def read(where: str) -> Iterator[Item]:
     """Questions of `testmini.json`, or of Parquet files of one split."""
-    path = Path(where)
-    names = ("testmini.json",) if path.is_dir() and next(path.rglob("testmini.json"), None) else ("*.parquet",)
-    for path in benchmark_files(where, names=names):
+    for path in benchmark_files(where, names=("testmini.json", "*.parquet", "*.tsv")):
         yield from map(_item, read_rows(path))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
 from megavl.evaluate.benchmarks.item import Item
@@ -31,9 +30,7 @@ Grade:"""
 
 def read(where: str) -> Iterator[Item]:
     """All questions."""
-    path = Path(where)
-    names = ("mm-vet.json",) if path.is_dir() and next(path.rglob("mm-vet.json"), None) else ("*.tsv", "*.parquet")
-    for path in benchmark_files(where, names=names):
+    for path in benchmark_files(where, names=("mm-vet.json", "*.tsv", "*.parquet")):
         yield from map(_item, read_rows(path))
 
 

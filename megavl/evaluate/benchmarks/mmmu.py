@@ -23,7 +23,7 @@ _IMAGE = re.compile(r"<image (\d+)>")
 
 def read(where: str) -> Iterator[Item]:
     """Questions of a file, of a folder of Parquet files of one split, or of a pattern."""
-    for path in benchmark_files(where, names=("*.parquet",)):
+    for path in benchmark_files(where, names=("*.parquet",), several=True):
         yield from map(_item, read_rows(path))
 
 

@@ -17,8 +17,10 @@ _FOLDERS = ("OCRBench_Images", "images", "")
 
 def read(where: str) -> Iterator[Item]:
     """All questions."""
+    number = 0
     for path in benchmark_files(where, names=("OCRBench.json", "*.parquet", "*.tsv")):
-        for number, row in enumerate(read_rows(path), start=1):
+        for row in read_rows(path):
+            number += 1
             yield _item(row, number)
 
 

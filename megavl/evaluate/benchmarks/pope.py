@@ -22,7 +22,7 @@ _KINDS = ("random", "popular", "adversarial")
 
 def read(where: str) -> Iterator[Item]:
     """Questions of one file or, of a folder, of all three."""
-    for path in benchmark_files(where, names=("*pope_*.json", "*pope_*.jsonl", "*.parquet", "*.tsv")):
+    for path in benchmark_files(where, names=("*pope_*.json", "*pope_*.jsonl", "*.parquet", "*.tsv"), several=True):
         kind = next((kind for kind in _KINDS if kind in path.name.lower()), path.stem)
         yield from (_item(row, kind=kind) for row in read_rows(path))
 

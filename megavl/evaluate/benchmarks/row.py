@@ -9,13 +9,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from megavl.config.errors import DataError
+from megavl.config.errors import DataError, one_line
 from megavl.data.image import ImageError, check_image
 from megavl.data.template import IMAGE_TAG
-from megavl.generate.prompt import ImageSource, StoredImage
+from megavl.generate.prompt import StoredImage
 
 MAX_CELL = 1 << 20
 """Most characters of a cell that is read as text or as a list; images are not read as text."""
@@ -116,7 +117,7 @@ class Row:
             raise self.error(f"{name}: spells {IMAGE_TAG}, which only stands for images")
         return found
 
-    def image(self, *names: str) -> ImageSource:
+    def image(self, *names: str) -> Path | StoredImage:
         """The image of a column: stored in the file, or a file below its folder. It is opened to see that it can be.
 
         Raises:
@@ -126,7 +127,7 @@ class Row:
         value = self.values.get(name)
         if _is_empty(value):
             self.text(*names)
-        source: ImageSource
+        source: Path | StoredImage
         if isinstance(value, Mapping):
             source = self.stored(name)
         elif names_a_file(value):
@@ -159,23 +160,28 @@ class Row:
         places = ", ".join(str(self.folder / folder) for folder in folders)
         raise self.error(f"{column}: there is no file {name[:_SHOWN]!r} in {places}; put the images there")
 
-    def check_opens(self, column: str, source: ImageSource) -> None:
+    def check_opens(self, column: str, source: Path | StoredImage) -> None:
         """See that an image can be opened.
 
         Raises:
             DataError: it cannot; with the row and column.
         """
-        try:
-            data = source.read_bytes() if isinstance(source, Path) else source.read()  # type: ignore[union-attr]
-            check_image(data)
-        except OSError as error:
-            raise self.error(f"{column}: {source} cannot be read ({error.strerror})") from error
-        except ImageError as error:
-            raise self.error(f"{column}: the image does not open ({error})") from error
+        if problem := _problem(source):
+            raise self.error(f"{column}: the image does not open ({problem})")
 
     def error(self, message: str) -> DataError:
         """An error that begins with the row."""
         return DataError(f"{self.location}: {message}")
+
+
+@lru_cache(maxsize=1 << 16)
+def _problem(source: Path | StoredImage) -> str:
+    """Why an image does not open; "" where it does. Questions share images, and each is opened once."""
+    try:
+        check_image(source.read_bytes() if isinstance(source, Path) else source.read())
+    except (OSError, ImageError) as error:
+        return one_line(error)
+    return ""
 
 
 def names_a_file(value: Any) -> TypeGuard[str]:

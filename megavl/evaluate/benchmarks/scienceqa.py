@@ -15,10 +15,13 @@ from megavl.generate.prompt import ImageSource
 
 
 def read(where: str) -> Iterator[Item]:
-    """All questions; those without an image too."""
-    for path in benchmark_files(where, names=("*.parquet", "*.tsv", "problems.json")):
-        for number, row in enumerate(read_rows(path), start=1):
-            yield _item(row, number)
+    """All questions, those without an image too; of `problems.json`, which has all splits, the test split."""
+    number = 0
+    for path in benchmark_files(where, names=("problems.json", "*.parquet", "*.tsv")):
+        for row in read_rows(path):
+            number += 1
+            if path.suffix != ".json" or row.text("split") == "test":
+                yield _item(row, number)
 
 
 def _item(row: Row, number: int) -> Item:

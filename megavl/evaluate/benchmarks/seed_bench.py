@@ -19,7 +19,7 @@ _FOLDERS = ("SEED-Bench-image", "images", "")
 
 def read(where: str) -> Iterator[Item]:
     """Questions on images."""
-    for path in benchmark_files(where, names=("*.tsv", "*.json", "*.jsonl", "*.parquet")):
+    for path in benchmark_files(where, names=("SEED*.json", "*.tsv", "*.parquet")):
         yield from (_item(row) for row in read_rows(path) if row.values.get("data_type") != "video")
 
 

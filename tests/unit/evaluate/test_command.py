@@ -116,6 +116,7 @@ def test_benchmarks_are_asked_and_go_on(folder, task, tmp_path, capsys):
     assert "| MMBench | circular accuracy |" in page and "<script" not in picture
     answers = (out / "answers.jsonl").read_bytes()
     (out / "answers.jsonl").write_bytes(answers[: len(answers) // 2])
+    assert all(Path(image).is_absolute() for line in answers.splitlines() for image in json.loads(line)["images"])
     (out / "report.json").unlink()
     assert ask(folder, *words) == 0
     again = json.loads((out / "report.json").read_text())
@@ -125,7 +126,7 @@ def test_benchmarks_are_asked_and_go_on(folder, task, tmp_path, capsys):
     assert sorted(
         json.loads(line).get("key", "") for line in (out / "answers.jsonl").read_text().splitlines()
     ) == sorted(json.loads(line).get("key", "") for line in answers.splitlines())
-    assert {"id", "question", "answer", "category"} <= set(json.loads(answers.splitlines()[1]))
+    assert {"id", "question", "answer", "category"} <= set(json.loads(answers.splitlines()[0]))
     capsys.readouterr()
     assert ask(folder, *words, "--limit", "2") == 2
     assert "give another --out" in refused(capsys)
@@ -157,7 +158,7 @@ def test_bad_benchmarks_end_before_the_model(folder, tmp_path, capsys):
     path = published.write_tsv(tmp_path / "dev.tsv", rows)
     # There is no model, yet the row is what is named.
     assert ask(tmp_path / "no model", f"mmbench={path}") == 3
-    assert f"{path}:6 (index 2000007): image: is that of row 12345" in refused(capsys)
+    assert f"{path}:6 (index 2000007): image: is that of row '12345'" in refused(capsys)
     assert ask(folder, "--benchmark", str(path)) == 2
     assert "write NAME=FILE" in refused(capsys)
     assert ask(folder) == 2

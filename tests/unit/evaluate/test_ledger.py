@@ -24,7 +24,17 @@ def test_answers_survive_an_unfinished_line(tmp_path: Path) -> None:
     Ledger(found, path=path).put("a/2", {"answer": "again"})
     path.write_bytes(path.read_bytes().replace(b'{"key": "a/1"', b'{"key": "a/1'))
     assert set(read_answers(path, identity=IDENTITY)) == {"a/0", "a/2"}
-    assert len(path.read_bytes().splitlines()) == 3
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_replies_and_blind_scores_have_their_own_files(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    ledger = Ledger(read_answers(path, identity=IDENTITY), path=path)
+    keys = ("pope/0", "blind/0", "text/0", "judge/mm-vet/0")
+    for key in keys:
+        ledger.put(key, {"id": key})
+    assert set(read_answers(path, identity=IDENTITY)) == set(keys)
+    assert len(path.read_bytes().splitlines()) == 1
 
 
 def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
@@ -36,6 +46,10 @@ def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             read_answers(path, identity=identity)
-    path.write_text('["no identity"]\n')
-    with pytest.raises(UsageError, match="does not begin like the answers of an evaluation"):
+    (tmp_path / "evaluation.json").write_text("[")
+    with pytest.raises(UsageError, match="has answers with model None"):
+        read_answers(path, identity=IDENTITY)
+    (tmp_path / "evaluation.json").unlink()
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="has no evaluation.json beside it"):
         read_answers(path, identity=IDENTITY)

@@ -126,12 +126,12 @@ def setting(number: int, column: str, value: Any) -> Change:
         ),
         (setting(3, "image", "QUJD" * 400), r"\(index 8\): image: the image does not open \(not one of JPEG"),
         (setting(3, "image", ""), r"\(index 8\): image: is empty"),
-        (setting(1, "image", "99"), r"\(index 1000007\): image: is that of row 99, which the file does not have"),
+        (setting(1, "image", "99"), r"\(index 1000007\): image: is that of row '99', which the file does not have"),
         (setting(1, "answer", "E"), r"\(index 1000007\): answer: 'E' is none of the options A, B, C"),
         (setting(3, "answer", ""), r"\(index 8\): answer: is empty"),
         (setting(3, "B", ""), r"\(index 8\): has options A; a question needs A, B and so on"),
         (setting(3, "index", "x1"), "index: 'x1' is no whole number"),
-        (setting(3, "index", "7"), "stands twice in the file"),
+        (setting(3, "index", "7"), "id '7' is also that of"),
         (setting(3, "question", f"see {IMAGE_TAG}"), "question: spells <image_placeholder>"),
     ],
 )
@@ -237,7 +237,9 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     where = published.mmmu(tmp_path)
     (path,) = tmp_path.rglob("*.parquet")
     path.with_name("test-00000-of-00001.parquet").write_bytes(path.read_bytes())
-    with pytest.raises(DataError, match=r"holds several splits \(test, validation\); name one with a quoted pattern"):
+    with pytest.raises(
+        DataError, match=r"holds several files or splits \(Math/test-00000-of-00001.parquet, Math/validation"
+    ):
         read_benchmarks([f"mmmu={where}"])
     (task,) = read_benchmarks([f"mmmu={where}/**/validation-*.parquet"])
     assert len(task.items) == 4
