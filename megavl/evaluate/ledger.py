@@ -1,8 +1,8 @@
 """Answers that an evaluation already has, and the files that keep them, so that a killed evaluation goes on.
 
 `evaluation.json` says of which model, questions and settings the answers are. `answers.jsonl` has a line for each
-answer. Scores with shuffled images, scores of texts and a judge's replies are in files of their own beside it. A line that a
-kill left unfinished is dropped, and its question is asked again.
+answer. Scores with shuffled images, scores of texts and a judge's replies are in files of their own beside it. A line
+that a kill left unfinished is dropped, and its question is asked again.
 """
 
 from __future__ import annotations

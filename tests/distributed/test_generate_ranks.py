@@ -17,6 +17,7 @@ import pytest
 from launch.bench.engines.random_models import write_tokenizer
 from megavl.main.cli import main
 from tests.tiny_run import environment, forked, free_port
+from tests.unit.evaluate.benchmarks import published
 from tests.unit.generate import models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,14 +164,29 @@ def test_evaluation_equals_one_process(family, layout, tmp_path, report_table):
     ]
     task = tmp_path / "task.jsonl"
     task.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = (str(task), "--max-new-tokens", "8")
+    benchmarks = [f"{name}={published.WRITERS[name](tmp_path)}" for name in ("mmbench", "pope")]
+    words = (str(task), "--max-new-tokens", "8", "--benchmark", *benchmarks)
     assert (
         main(["evaluate", str(family.models["native"]), *words, "--device", "cpu", "--json", str(tmp_path / "1")]) == 0
     )
-    run = on_ranks(layout, family.models["native"], *words, "--json", str(tmp_path / "2"), what="evaluate")
+    run = on_ranks(
+        layout,
+        family.models["native"],
+        *words,
+        "--json",
+        str(tmp_path / "2"),
+        "--out",
+        str(tmp_path / "out"),
+        what="evaluate",
+    )
     assert run.returncode == 0, run.stderr[-3000:]
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2 + 1 + 4 + 6
     alone, ranks = (json.loads((tmp_path / name).read_text()) for name in "12")
-    assert ranks["written"] == alone["written"] and ranks["accuracy"] == alone["accuracy"]
+    assert (
+        ranks["benchmarks"] == alone["benchmarks"]
+        and ranks["written"] == alone["written"]
+        and ranks["accuracy"] == alone["accuracy"]
+    )
     pairs = [
         (a, b)
         for one, other in zip(ranks["questions"], alone["questions"], strict=True)
