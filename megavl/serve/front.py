@@ -33,6 +33,7 @@ class Front:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.draining = False
         """Whether the server ends after what it has begun."""
+        self._jobs: set[ClientJob] = set()
         self.active = 0
         """Requests that have been admitted and not answered yet."""
 
@@ -40,6 +41,12 @@ class Front:
         """Take the events of a turn from the thread of the engine."""
         assert self.loop is not None, "the engine runs jobs of this loop only"
         self.loop.call_soon_threadsafe(self._sort, events)
+
+    def abandon(self) -> None:
+        """Refuse what has not been answered; from the thread of the engine, once it answers no more."""
+        self.draining = True
+        if self.loop is not None and self.loop.is_running():
+            self.loop.call_soon_threadsafe(self._refuse_all)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -73,6 +80,7 @@ class Front:
         assert self.leader is not None and self.loop is not None, "the server has started"
         job = ClientJob(requests=requests)
         alarm = self.loop.call_later(self.limits.seconds, job.events.put_nowait, None)
+        self._jobs.add(job)
         self.leader.submit(job)
         left = len(replies)
         try:
@@ -83,7 +91,7 @@ class Front:
                         yield late
                     return
                 if event.chosen is None:
-                    raise Refusal(f"the model failed: {event.problem}", status=500)
+                    raise Refusal(event.problem, status=500)
                 left -= event.chosen.last
                 reply = replies[event.index]
                 # A prompt may have thousands of tokens to label.
@@ -94,6 +102,7 @@ class Front:
                 )
         finally:
             alarm.cancel()
+            self._jobs.discard(job)
             if left:
                 self.leader.cancel(job)
 
@@ -105,6 +114,10 @@ class Front:
         for index, reply in enumerate(replies):
             if reply.finish is None:
                 yield index, reply.interrupt()
+
+    def _refuse_all(self) -> None:
+        for job in self._jobs:
+            job.events.put_nowait(Event(job=job, index=0, chosen=None, problem="the server has ended"))
 
     def _sort(self, events: list[Event]) -> None:
         for event in events:

@@ -14,7 +14,7 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError, canvas, decode_image
 from megavl.data.inline_image import inline_image
-from megavl.data.template import IMAGE_TAG, Piece, Turn, inference_prompt
+from megavl.data.template import IMAGE_TAG, Piece, Turn, encode, inference_prompt
 from megavl.foreign.printing import visible
 from megavl.generate.decode import Request
 from megavl.generate.pretrained import Processor
@@ -49,7 +49,7 @@ class PromptReader:
         turns, urls = _turns(fields.messages, most=self._limits.images)
         self._require_short(sum(len(turn.text) for turn in turns), param="messages")
         pieces = _refused(lambda: inference_prompt(turns, system=self._system), param="messages")
-        ids = await self._in(self._texts, partial(self.processor.encode, pieces, room=0), param="messages")
+        ids = await self._in(self._texts, partial(self._ids, pieces), param="messages")
         wanted = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
         name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
         if wanted == 0:
@@ -77,12 +77,13 @@ class PromptReader:
         wanted = _COMPLETION_TOKENS if wanted is None else wanted
         if not wanted and not fields.echo:
             raise Refusal("max_tokens: 0 needs echo: true, because nothing else is asked for", param="max_tokens")
-        bos = fields.add_special_tokens is not False
+        start = [] if fields.add_special_tokens is False else [Piece(kind="bos")]
         requests = []
         for prompt in fields.prompts:
             if isinstance(prompt, str):
                 self._require_short(len(prompt), param="prompt")
-                ids = await self._in(self._texts, partial(self._encode, prompt, bos=bos), param="prompt")
+                pieces = [*start, Piece(kind="text", text=prompt)]
+                ids = await self._in(self._texts, partial(self._ids, pieces), param="prompt")
             else:
                 ids = self._checked(prompt)
             if not ids:
@@ -100,9 +101,10 @@ class PromptReader:
             )
         return requests
 
-    def _encode(self, text: str, *, bos: bool) -> list[int]:
-        pieces = [Piece(kind="bos")] if bos else []
-        return self.processor.encode([*pieces, Piece(kind="text", text=text)], room=0)
+    def _ids(self, pieces: Sequence[Piece]) -> list[int]:
+        config = self.processor.config
+        encoded = encode(pieces, tokenizer=self.processor.tokenizer, image_tokens=config.image_tokens)
+        return [int(token) for token in encoded.ids]
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         config = self.processor.config
@@ -168,13 +170,13 @@ def _turns(messages: Sequence[Message], *, most: int) -> tuple[list[Turn], list[
     images: list[tuple[str, str]] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
-        _require_known(message.model_extra, where=where, known=("name", "refusal"))
         role = _ROLES.get(message.role)
         if role is None:
             raise Refusal(
                 f"{where}.role: {visible(message.role)[:100]!r} is not known; give system, user or assistant",
                 param="messages",
             )
+        _require_known(message.model_extra, where=where, known=("name", "refusal"))
         text, tags = "", []
         content = message.content or ""
         parts = [Part(type="text", text=content)] if isinstance(content, str) else content

@@ -159,6 +159,7 @@ class _HttpThread(threading.Thread):
 
     def leave(self) -> None:
         """Let clients take what is ready, then close their connections."""
+        self._front.abandon()
         self._server.should_exit = True
         self.join(_LEAVE_S + 5)
 

@@ -208,7 +208,9 @@ class Leader:
         for job, _ in lost:
             self._remove(job)
         self._drop.clear()
-        self._deliver([Event(job=job, index=index, chosen=None, problem=problem) for job, index in lost])
+        self._deliver(
+            [Event(job=job, index=index, chosen=None, problem=f"the model failed: {problem}") for job, index in lost]
+        )
 
     def _add(self, job: Job) -> None:
         job.waiting.extend(range(len(job.requests)))

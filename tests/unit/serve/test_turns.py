@@ -1,0 +1,125 @@
+"""The loop of rank 0 in this process: who gets a row, who is forgotten, and what a failing model does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavl.config.errors import NumericsError, PeerError
+from megavl.generate.decode import Request
+from megavl.generate.open_model import find_model, loaded
+from megavl.generate.pretrained import Model, Processor
+from megavl.serve import turns as turns_module
+from megavl.serve.plan import PlanChannel
+from megavl.serve.turns import Event, Job, Leader, Turns
+from tests.unit.generate import models
+
+ROWS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    folder = models.write_folder(
+        "tiny-siglip", tmp_path_factory.mktemp("model") / "tiny", tokenizer=tokenizer_dir, fmt="native"
+    )
+    source = find_model(folder)
+    with loaded(source) as stage:
+        yield Model(stage, Processor(source.config, source.tokenizer))
+
+
+class Recorder:
+    """Delivered events, and what to do at each turn."""
+
+    def __init__(self, model: Model) -> None:
+        self.events: list[Event] = []
+        self.turns = Turns(model, rows=ROWS, length=64)
+        self.leader = Leader(self.turns, PlanChannel(model.processor.tokenizer), deliver=self.take)
+        self.after = {}
+        """By number of events, what then happens."""
+
+    def take(self, events: list[Event]) -> None:
+        for event in events:
+            self.events.append(event)
+            if action := self.after.get(len(self.events)):
+                action()
+
+    def order(self, *jobs: Job) -> list[tuple[int, int]]:
+        """Job and prompt in the order of their first tokens."""
+        return list(dict.fromkeys((jobs.index(event.job), event.index) for event in self.events))
+
+
+def asked(*lengths: int) -> Job:
+    return Job(requests=[Request(ids=[5, 6, 7], max_new_tokens=length) for length in lengths])
+
+
+def test_large_jobs_hold_nobody_up(model: Model) -> None:
+    recorder = Recorder(model)
+    large, small = asked(*[2] * 8), asked(2)
+    recorder.leader.submit(large)
+    recorder.leader.submit(small)
+    recorder.after[18] = lambda: recorder.leader.end(0)
+    assert recorder.leader.run() == 0
+    assert recorder.order(large, small).index((1, 0)) == 1 and len(recorder.order(large, small)) == 9
+    assert sum(event.chosen.last for event in recorder.events) == 9
+
+
+def test_cancelled_jobs_are_not_computed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three long answers hold every row until their client goes; then the next one starts at once."""
+    recorder = Recorder(model)
+    gone, next_one = asked(50, 50, 50, 50), asked(1)
+    recorder.leader.submit(gone)
+
+    def leave() -> None:
+        recorder.leader.cancel(gone)
+        recorder.leader.submit(next_one)
+
+    recorder.after[6] = leave
+    recorder.after[7] = lambda: recorder.leader.end(130)
+    assert recorder.leader.run() == 130
+    assert [event.job for event in recorder.events] == [gone] * 6 + [next_one]
+    assert recorder.leader.in_progress == 0 and recorder.turns.free == ROWS
+
+
+def test_a_failing_model_fails_its_answers_only(model: Model) -> None:
+    recorder = Recorder(model)
+    lost, later = asked(50, 50), asked(2)
+    weight = model.stage.language_model.output_layer.weight
+    kept = weight[7].clone()
+    recorder.leader.submit(lost)
+    recorder.after[4] = lambda: weight.data[7].fill_(float("nan"))
+
+    def repair() -> None:
+        weight.data[7] = kept
+        recorder.leader.submit(later)
+
+    recorder.after[6] = repair
+    recorder.after[8] = lambda: recorder.leader.end(0)
+    assert recorder.leader.run() == 0
+    failed = [event for event in recorder.events if event.chosen is None]
+    assert [(event.job, event.index) for event in failed] == [(lost, 0), (lost, 1)]
+    assert all("not finite" in event.problem for event in failed)
+    assert [event.job for event in recorder.events[6:]] == [later] * 2
+
+
+def test_a_damaged_model_is_not_served(model: Model) -> None:
+    weight = model.stage.language_model.output_layer.weight
+    kept = weight[7].clone()
+    with torch.no_grad():
+        weight[7] = float("nan")
+    try:
+        with pytest.raises(NumericsError, match="not finite"):
+            Turns(model, rows=1, length=8)
+    finally:
+        with torch.no_grad():
+            weight[7] = kept
+
+
+def test_the_loop_ends_when_nobody_serves(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "HEARTBEAT_S", 0.01)
+    channel = PlanChannel(model.processor.tokenizer)
+    leader = Leader(Turns(model, rows=1, length=8), channel, deliver=lambda events: None, healthy=lambda: False)
+    with pytest.raises(PeerError, match="thread that serves clients has ended"):
+        leader.run()
