@@ -67,7 +67,10 @@ def read_benchmarks(entries: Sequence[str], *, limit: int | None = None) -> list
         DataError: a file or row that cannot be used; with file and row.
         UsageError: an unknown benchmark, or a Parquet file and no pyarrow.
     """
-    return [_read(*benchmark_of(entry), limit=limit) for entry in entries]
+    named = [benchmark_of(entry) for entry in entries]
+    if doubled := next((name for name, _ in named if [other for other, _ in named].count(name) > 1), None):
+        raise UsageError(f"--benchmark: {doubled} is named twice; evaluate its files one after the other")
+    return [_read(name, where, limit=limit) for name, where in named]
 
 
 def encode_benchmark(

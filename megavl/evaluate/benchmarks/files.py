@@ -122,6 +122,8 @@ class ParquetImage:
             ImageError: the cell holds none.
         """
         cell = _image_column(self.path, self.group, self.column)[self.index].as_py()
+        if isinstance(cell, list) and len(cell) == 1:
+            (cell,) = cell
         data = cell.get("bytes") if isinstance(cell, Mapping) else cell
         if isinstance(data, str):
             return decode_base64(data)
@@ -297,7 +299,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _content(path: Path) -> bytes:
     try:
-        return read_limited(path, limit=LARGE_JSON_FILE.size)
+        return read_limited(path, limit=LARGE_JSON_FILE.size).removeprefix(b"\xef\xbb\xbf")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 

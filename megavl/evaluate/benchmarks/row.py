@@ -145,7 +145,7 @@ class Row:
         Args:
             column: for messages.
             name: as the row says it.
-            folders: where it may be, below the folder; the first that has it is taken.
+            folders: where it may be, below the folder or the two above it; the first that has it is taken.
 
         Raises:
             DataError: it leads out of the folder, or no such file is there.
@@ -153,10 +153,12 @@ class Row:
         parts = Path(name.strip()).parts
         if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
             raise self.error(f"{column}: {name[:_SHOWN]!r} is no file below {self.folder}")
-        for folder in folders:
-            path = self.folder / folder / Path(*parts)
-            if path.is_file():
-                return path
+        # A benchmark may keep its questions deeper in its folder than its images.
+        for base in (self.folder, *self.folder.absolute().parents[:2]):
+            for folder in folders:
+                path = base / folder / Path(*parts)
+                if _is_file(path):
+                    return path
         places = ", ".join(str(self.folder / folder) for folder in folders)
         raise self.error(f"{column}: there is no file {name[:_SHOWN]!r} in {places}; put the images there")
 
@@ -182,6 +184,14 @@ def _problem(source: Path | StoredImage) -> str:
     except (OSError, ImageError) as error:
         return one_line(error)
     return ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # A name that is too long.
+        return False
 
 
 def names_a_file(value: Any) -> TypeGuard[str]:

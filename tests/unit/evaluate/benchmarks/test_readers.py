@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megavl.config.errors import DataError, UsageError
 from megavl.data.template import IMAGE_TAG
@@ -94,6 +95,32 @@ def test_questions_without_one_right_choice_are_not_scored(tmp_path: Path) -> No
     assert [len(item.choices) for item in items_of("cmmmu", tmp_path)] == [4, 0, 2, 0]
 
 
+def test_other_published_forms_hold_the_same_questions(tmp_path: Path) -> None:
+    """A TSV whose rows share images, as VLMEvalKit keeps them, and Parquet with lists of frames, as lmms-eval does."""
+    row = {"question": "What?", "A": "one", "B": "two", "C": "", "D": "", "answer": "B", "category": "x"}
+    rows = [{"index": 1, **row, "image": "2"}, {"index": 2, **row, "image": published.base64_picture(1)}]
+    tsv = published.write_tsv(tmp_path / "SEEDBench_IMG.tsv", rows)
+    named = {f"choice_{letter.lower()}": row[letter] for letter in "ABCD"}
+    base = {**named, "question": "What?", "answer": "B", "data_type": "image", "question_type_id": 1}
+    frames = [{"question_id": str(number), **base, "image": [published.stored(1)]} for number in (1, 2)]
+    parquet = published.write_parquet(tmp_path / "test-00000-of-00001.parquet", frames)
+    found = [read_benchmarks([f"seed-bench={path}"])[0].items for path in (tsv, parquet)]
+    for items in found:
+        assert [(item.id, item.prompt, item.answer) for item in items] == [
+            (number, f"What?\nA. one\nB. two\n{LETTER_LINE}", "B") for number in "12"
+        ]
+        canvases = read_canvases([image for item in items for image in item.images], geometry=GEOMETRY)
+        assert torch.equal(canvases[0], canvases[1])
+
+
+def test_images_are_found_above_their_questions(tmp_path: Path) -> None:
+    published.pope(tmp_path)
+    (tmp_path / "output/coco").mkdir(parents=True)
+    for path in list(tmp_path.glob("*.json")):
+        path.rename(tmp_path / "output/coco" / path.name)
+    assert len(read_benchmarks([f"pope={tmp_path}"])[0].items) == 6
+
+
 def test_limit_reads_no_further_row(tmp_path: Path) -> None:
     rows = published.mmbench_rows()
     rows[3]["answer"] = "Z"
@@ -169,6 +196,8 @@ def test_damaged_tsv_is_named(content: bytes, message: str, tmp_path: Path) -> N
         ("ocrbench", "OCRBench.json", "image_path", "../x.png", "image_path: '../x.png' is no file below"),
         ("ocrbench", "OCRBench.json", "image_path", "/etc/passwd", "is no file below"),
         ("ocrbench", "OCRBench.json", "image_path", "gone.png", "there is no file 'gone.png'"),
+        ("ocrbench", "OCRBench.json", "image_path", "x" * 600, "there is no file 'xxx"),
+        ("ocrbench", "OCRBench.json", "image_path", "a\0.png", "is no file below"),
         ("ocrbench", "OCRBench.json", "type", None, "row 2: type: is empty"),
         ("mathvista", "testmini.json", "choices", "[open('x')]", "row '2': choices: .* is no list of texts"),
         ("mathvista", "testmini.json", "choices", None, "row '2': choices: is empty"),
@@ -251,5 +280,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no file \*.tsv or \*.parquet in it"):
         (tmp_path / "empty").mkdir()
         read_benchmarks([f"mmbench={tmp_path / 'empty'}"])
+    with pytest.raises(UsageError, match="mmmu is named twice"):
+        read_benchmarks([f"mmmu={where}", "MMMU=other"])
     with pytest.raises(UsageError, match="there is no benchmark 'mmbnch'; did you mean 'mmbench'"):
         read_benchmarks([f"mmbnch={where}"])
