@@ -8,8 +8,9 @@ ids equal those of the whole prompt. A token is supervised when its first charac
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -124,8 +125,8 @@ def encode(pieces: Sequence[Piece], *, tokenizer: Tokenizer, image_tokens: int) 
 
 
 def encode_batch(samples: Sequence[Sequence[Piece]], *, tokenizer: Tokenizer, image_tokens: int) -> list[Encoded]:
-    """`encode` for many samples; those of one text piece at a time go through the tokenizer's batch call together."""
-    runs = [list(_runs(pieces)) for pieces in samples]
+    """`encode` for many samples; their texts go through the tokenizer's batch call together, where it allows."""
+    runs = [[part for run in _runs(pieces) for part in _divided(run, tokenizer=tokenizer)] for pieces in samples]
     short = [
         run for sample in runs for run in sample if run[0].kind == "text" and _is_uniform(run) and _size(run) <= LONG
     ]
@@ -185,6 +186,21 @@ def _runs(pieces: Iterable[Piece]) -> Iterable[list[Piece]]:
         yield [piece]
     if run:
         yield run
+
+
+def _divided(run: list[Piece], *, tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+    """Divide a run where its supervision changes, if the ids stay those of the whole run."""
+    if run[0].kind != "text" or _is_uniform(run):
+        yield run
+        return
+    text = "".join(piece.text for piece in run)
+    start = position = 0
+    for number, (before, after) in enumerate(pairwise(run), start=1):
+        position += len(before.text)
+        if before.supervised != after.supervised and tokenizer.divides_at(text, position):
+            yield run[start:number]
+            start = number
+    yield run[start:]
 
 
 def _is_uniform(run: list[Piece]) -> bool:

@@ -130,6 +130,10 @@ class Tokenizer(ABC):
                 pass
         return [*self.encode_batch(texts)]
 
+    def divides_at(self, text: str, position: int) -> bool:
+        """Whether it is known that the ids of a text are those of its two sides."""
+        return self._words is not None and self._words.divides_at(text, position)
+
     def encode_long(self, text: str) -> Iterator[Sequence[int]]:
         """Ids of successive parts of a text.
 

@@ -5,6 +5,7 @@ Only words between borders where a tokenizer divides a text in any case have ids
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -23,8 +24,13 @@ class WordCache:
     def __init__(self, borders: str, *, encode: Callable[[list[str]], list[list[int]]]) -> None:
         """`borders` are those between words; `encode` gives the ids of words."""
         self._find = word_pattern(borders).findall
+        self._border = re.compile(borders)
         self._encode = encode
         self._known: dict[str, bytes] = {}
+
+    def divides_at(self, text: str, position: int) -> bool:
+        """Whether a text has a border between words there."""
+        return self._border.match(text, position) is not None
 
     def encode_batch(self, texts: Sequence[str]) -> list[array[int]]:
         """Ids of each text."""

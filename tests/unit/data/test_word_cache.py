@@ -10,6 +10,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from megavl.config.errors import DataError
 from megavl.data import word_cache
+from megavl.data.template import Piece, Turn, conversation_pieces, encode_batch
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.data.word_cache import WordCache
 from tests.unit.data.test_text_parts import ATOMS, BLANKS, CUT, DEEPSEEK, GPT2, PLAIN, WHOLE, _save, _splits
@@ -56,6 +57,30 @@ def test_unproven_pre_tokenizers_remember_nothing(name: str, tmp_path: Path) -> 
     tokenizer = open_tokenizer(_save(tmp_path, WHOLE[name]))
     assert tokenizer._words is None
     assert _remembered(tokenizer, ["a word", ""]) == tokenizer.encode_batch(["a word", ""])
+
+
+@pytest.mark.parametrize("name", [*CUT, *SPLITS, *WHOLE])
+def test_answers_apart_have_the_same_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = open_tokenizer(_save(tmp_path, (CUT | SPLITS | WHOLE)[name]))
+    turns = [Turn(role="user", text="Is it?"), Turn(role="assistant", text="Yes, it is.")]
+    talks = [_talk(text, text) for text in _texts(5)] + [conversation_pieces(turns, template="deepseek")]
+    talks += [_talk(f"{side} Assistant:", f" {text}") for side, text in zip(_texts(6), _texts(7))]
+    apart = encode_batch(talks, tokenizer=tokenizer, image_tokens=1)
+    monkeypatch.setattr(tokenizer, "divides_at", lambda text, position: False)
+    for one, other in zip(apart, encode_batch(talks, tokenizer=tokenizer, image_tokens=1)):
+        assert one.ids.tolist() == other.ids.tolist() and one.spans == other.spans
+
+
+def test_usual_answers_come_from_remembered_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = open_tokenizer(_save(tmp_path, CUT["DeepSeek"]))
+    turns = [Turn(role="user", text="Is it 红?"), Turn(role="assistant", text="It is.")] * 2
+    monkeypatch.delattr(type(tokenizer), "_encode_with_starts")
+    (encoded,) = encode_batch([conversation_pieces(turns, template="deepseek")], tokenizer=tokenizer, image_tokens=1)
+    assert len(encoded.spans) == 2
+
+
+def _talk(asked: str, answered: str) -> list[Piece]:
+    return [Piece(kind="text", text=asked), Piece(kind="text", text=answered, supervised=True)]
 
 
 def test_each_word_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
