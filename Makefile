@@ -37,7 +37,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 	touch $@
 	@echo "installed; next: source .venv/bin/activate, or make demo"
 
-demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: at most 10 minutes on 2 cores
+demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: 5 to 9 minutes on 2 idle cores
 	$(BIN)/python launch/demo.py
 
 quick: $(STAMP)  ## unit tests that start no process: about 3 minutes on 2 cores

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from megavl.config.errors import PeerError
 _ATTEMPTS = 2
 """The tasks of a dead worker are tried once more, then the run ends."""
 _POLL_S = 0.2
+_LOG_S = 10.0
+"""Between two lines of the progress bar where standard error is no terminal."""
 
 _progress: Any = None
 
@@ -68,7 +71,8 @@ class Workers:
         if not tasks:
             return []
         total = sum(task.records for task in tasks)
-        with tqdm(total=total, unit=" records", unit_scale=True, desc="preprocess", mininterval=_POLL_S) as bar:
+        seconds = _POLL_S if sys.stderr.isatty() else _LOG_S
+        with tqdm(total=total, unit=" records", unit_scale=True, desc="preprocess", mininterval=seconds) as bar:
             if self._number <= 1 or len(tasks) == 1:
                 return [_run_here(job, task, count=count, bar=bar) for task in tasks]
             return self._run_there(job, tasks, count=count, bar=bar)

@@ -150,9 +150,7 @@ def _is_talk(text: str) -> bool:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and not {"question", "chosen", "rejected", "conversations", "messages"}.isdisjoint(
-        found
-    )
+    return isinstance(found, dict) and not _TALK_KEYS.isdisjoint(found)
 
 
 def _interleaved(parts: list[str | Picture]) -> Record:

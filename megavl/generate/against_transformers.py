@@ -89,10 +89,9 @@ class Comparison:
             same = item.greedy == item.their_greedy
             tokens = " ".join(map(str, item.greedy))
             theirs = "" if same else f", transformers' are {' '.join(map(str, item.their_greedy))}"
-            lines.append(
-                f"{item.name}, {item.tokens} tokens: logits differ by at most {item.max_abs:.2e} absolute, "
-                f"{item.max_rel:.2e} relative; greedy tokens {tokens}{theirs or ', the same'}"
-            )
+            apart = f"logits differ by at most {item.max_abs:.2e} absolute, {item.max_rel:.2e} relative"
+            apart = apart if item.max_abs else "logits are equal"
+            lines.append(f"{item.name}, {item.tokens} tokens: {apart}; greedy tokens {tokens}{theirs or ', the same'}")
         verdict = "within" if self.within_tolerance else "NOT within"
         lines.append(f"{self.reference}: {self.max_rel:.2e} relative, {verdict} the tolerance {TOLERANCE:.0e}")
         return "\n".join(lines)

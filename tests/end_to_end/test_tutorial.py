@@ -31,6 +31,8 @@ def test_tutorial_runs_from_images_to_chat(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in ("killed", "resuming after step 10", "all equal", "multimodal"):
         assert expected in done.stdout + done.stderr
+    losses = re.findall(r"^ +2 \"step\": (1[12]),", done.stdout, re.MULTILINE)
+    assert losses[:2] == ["11", "12"], "the discarded steps have the losses of the final ones"
     repeated = {row["step"]: row["loss"] for row in metrics(tmp_path / "stage2", "metrics.discarded.jsonl")}
     final = {row["step"]: row["loss"] for row in metrics(tmp_path / "stage2")}
     assert list(final) == list(range(1, 17))

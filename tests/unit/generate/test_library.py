@@ -22,6 +22,7 @@ from tests.unit.generate import models
 
 ROOT = Path(__file__).resolve().parents[3]
 README = ROOT / "megavl/generate/README.md"
+DEMO_IMAGE = "runs/demo/corpus/images/heldout/shape-name-0000.png"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
@@ -33,7 +34,9 @@ def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     model = root / "runs/demo/hf_native"
     model.parent.mkdir(parents=True)
     models.write_folder("tiny-hybrid", model, tokenizer=tokenizer_dir, fmt="native", seed=seed)
-    models.write_picture(root / "photo.png", seed=7)
+    for name in (DEMO_IMAGE, "photo.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        models.write_picture(root / name, seed=7)
     return root
 
 
@@ -62,7 +65,8 @@ def test_five_lines_answer_without_any_warning(folder, capsys):
     assert code in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) == 5
     shown = run_snippet(code, folder=folder)
-    words = ["--image", str(folder / "photo.png"), "--prompt", "What is this?", "--max-new-tokens", "64", "--json"]
+    words = ["--image", str(folder / DEMO_IMAGE), "--prompt", "Which shape is it?", "--system", ""]
+    words += ["--max-new-tokens", "64", "--json"]
     assert main(["generate", str(folder / "runs/demo/hf_native"), "--device", "cpu", *words]) == 0
     assert shown == json.loads(capsys.readouterr().out)["text"] + "\n"
 
