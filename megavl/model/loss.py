@@ -129,6 +129,10 @@ def loss_by_source(per_token: torch.Tensor, *, batch: Batch, sources: int) -> to
     """
     losses = per_token[0].to(torch.promote_types(per_token.dtype, torch.float32))
     found = losses.new_zeros(sources, 2)
+    if len(set(batch.sources)) == 1:
+        total = losses.sum()
+        found[batch.sources[0]] = torch.stack([total, torch.full_like(total, len(losses))])
+        return found
     members = batch.loss_rows // (len(batch.tokens) // len(batch.sources))
     for source in set(batch.sources):
         own = torch.zeros_like(members, dtype=torch.bool)

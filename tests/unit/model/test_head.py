@@ -72,6 +72,8 @@ def test_losses_of_sources_are_told_apart() -> None:
         [36.0, 4.0],
         [0.0, 0.0],
     ]
+    alone = loss_by_source(per_token[:, :3], batch=make_batch(torch.arange(4), sources=(1,)), sources=2)
+    assert alone.tolist() == [[0.0, 0.0], [7.0, 3.0]]
     found = loss_by_source(per_token, batch=batch, sources=3)
     assert found[0].tolist() == [28.0, 3.0] and math.isnan(float(found[2, 0])) and found[1].tolist() == [0.0, 0.0]
 
