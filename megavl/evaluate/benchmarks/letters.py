@@ -34,7 +34,7 @@ def option_lines(options: Mapping[str, str]) -> str:
 
 def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that an answer means; None if it means none, or more than one."""
-    text = unicodedata.normalize("NFKC", answer).strip()
+    text = re.sub(r"\([a-z]\)", lambda found: found.group().upper(), unicodedata.normalize("NFKC", answer).strip())
     bare = text.strip(_MARKS)
     if len(bare) == 1 and bare.upper() in options:
         return bare.upper()

@@ -20,6 +20,7 @@ from megavl.evaluate.benchmarks.sentences import numbers_in
 _TYPES = ("text", "integer", "float", "list")
 _PLACES = {1: "one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4,"}
 _PLACES[2] = "two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45,"
+_STATED = re.compile(r"(?i)(?:answer|result|value)(?:\s+(?:is|would be|equals)|\s*[:=])\s*([^\n]*)|\\boxed\{([^{}]*)\}")
 EXTRACTION = """Read the question and the response to it. Write only the final answer that the response gives, with no \
 other word: the letter of the option for a question with choices, otherwise a number, or a list such as [1, 2]. \
 Write NONE if the response gives no answer.
@@ -90,9 +91,12 @@ def parse(item: Item, answer: str) -> str | None:
         return lists[-1] if lists else None
     if item.details["type"] == "text":
         return text or None
-    # The last number, since the prompt asks for the value at the end; `2,000` is one number, and `50%` 50.
-    numbers = numbers_in(text)
-    last = max(numbers, key=lambda number: (text.rfind(number), len(number)), default=None)
+    # The first number of what is stated as the answer, or else the last of all: the prompt asks for it at the end.
+    if stated := _STATED.findall(text):
+        tail = "".join(stated[-1])
+        if numbers := numbers_in(tail):
+            return _number(min(numbers, key=lambda number: (tail.find(number), -len(number))), item)
+    last = max(numbers_in(text), key=lambda number: (text.rfind(number), len(number)), default=None)
     return None if last is None else _number(last, item)
 
 
