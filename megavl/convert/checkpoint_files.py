@@ -16,7 +16,7 @@ from megavl.config.errors import UsageError
 from megavl.config.model import ModelConfig
 from megavl.convert.hf_read import is_hf_folder
 from megavl.convert.hf_write import write_hf
-from megavl.convert.table import Format
+from megavl.convert.table import Export
 from megavl.convert.weight_files import open_file
 from megavl.weights.lazy import LazyTensor
 
@@ -48,7 +48,7 @@ def write_checkpoint(
 
 
 def export_checkpoint(
-    path: Path, out: Path, *, fmt: Format, dtype: str | None, progress: Progress
+    path: Path, out: Path, *, fmt: Export, dtype: str | None, progress: Progress
 ) -> tuple[Path, Path]:
     """Write a checkpoint as a Hugging Face folder; other arguments and errors as in `write_hf`.
 

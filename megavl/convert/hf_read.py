@@ -12,7 +12,7 @@ from torch import Tensor
 from megavl.config.errors import CheckpointError
 from megavl.config.identity import with_own_preset
 from megavl.config.model import ModelConfig
-from megavl.convert import native_format, original_format
+from megavl.convert import llm_format, native_format, original_format
 from megavl.convert.image_files import check_normalisation
 from megavl.convert.language import Fields, ties_head
 from megavl.convert.safetensors_in import read_json
@@ -55,10 +55,24 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Format]:
         return _with_eos(native_format.read_config(raw, where=path), raw, "text_config", where=path), "native"
     if model_type == original_format.MODEL_TYPE:
         return _with_eos(original_format.read_config(raw, where=path), raw, "language_config", where=path), "original"
+    remedy = (
+        "; `megavl convert init --llm` makes start weights of a language model"
+        if model_type == llm_format.MODEL_TYPE
+        else ""
+    )
     raise CheckpointError(
         f"{path}: model_type {model_type!r} is not a DeepSeek-VL model; expected one of "
-        f"{', '.join((*native_format.MODEL_TYPES, original_format.MODEL_TYPE))}"
+        f"{', '.join((*native_format.MODEL_TYPES, original_format.MODEL_TYPE))}{remedy}"
     )
+
+
+def read_llm_config(folder: str | Path) -> ModelConfig | None:
+    """Sizes of a folder with a decoder alone; None if it holds another model. See `llm_format.read_config`."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != llm_format.MODEL_TYPE:
+        return None
+    return _with_eos(llm_format.read_config(raw, where=path), raw, "", where=path)
 
 
 def _with_eos(config: ModelConfig, raw: dict[str, Any], part: str, *, where: Path) -> ModelConfig:

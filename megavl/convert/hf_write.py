@@ -1,4 +1,4 @@
-"""Writes a MegaVL model as a Hugging Face folder in either format; the folder appears complete or not at all."""
+"""Writes a MegaVL model as a Hugging Face folder; the folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.model import ModelConfig
-from megavl.convert import native_format, original_format
+from megavl.convert import llm_format, native_format, original_format
 from megavl.convert.chat_template import chat_template
 from megavl.convert.safetensors_out import OutputRow, write_safetensors
-from megavl.convert.table import FORMATS, Format, WeightRow, unused_parameters, weight_rows
+from megavl.convert.table import DECODER, EXPORTS, Export, WeightRow, unused_parameters, weight_rows
 from megavl.convert.tokenizer_files import (
     TokenizerFolder,
     fitting_tokenizer,
@@ -30,6 +30,11 @@ from megavl.files.new_folder import new_folder, require_free
 from megavl.weights.dtypes import DTYPES, cast, dtype_name
 from megavl.weights.lazy import LazyTensor, require_exactly
 
+_SIDE_FILES = {
+    "native": native_format.side_files,
+    "original": original_format.side_files,
+    "llm": llm_format.side_files,
+}
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """Largest weight file in bytes; the default of transformers 4."""
 
@@ -39,7 +44,7 @@ def write_hf(
     *,
     config: ModelConfig,
     tensors: Mapping[str, LazyTensor],
-    fmt: Format,
+    fmt: Export,
     tokenizer_dir: str | Path,
     dtype: str | None = None,
     unused: Mapping[str, LazyTensor] | None = None,
@@ -52,6 +57,7 @@ def write_hf(
     Args:
         out: folder to create; it may exist if it is empty.
         tensors: every parameter by canonical name.
+        fmt: native, original, or llm for the decoder alone.
         dtype: float32, bfloat16 or float16; None keeps each tensor's type.
         unused: unused parameters of the original format by original name; absent ones are synthesised.
         max_shard_bytes: largest weight file, bytes.
@@ -68,8 +74,8 @@ def write_hf(
         DataError: a tokenizer that does not fit `config`.
         StorageError: writing failed; nothing is left of it.
     """
-    if fmt not in FORMATS:
-        raise UsageError(f"format: {fmt!r} is unknown; choose from {', '.join(FORMATS)}")
+    if fmt not in EXPORTS:
+        raise UsageError(f"format: {fmt!r} is unknown; choose from {', '.join(EXPORTS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if max_shard_bytes <= 0:
@@ -98,13 +104,14 @@ def write_hf(
 def _output_rows(
     config: ModelConfig,
     tensors: Mapping[str, LazyTensor],
-    fmt: Format,
+    fmt: Export,
     dtype: torch.dtype | None,
     unused: Mapping[str, LazyTensor],
     source: str,
 ) -> list[OutputRow]:
     table = weight_rows(config, fmt)
-    require_exactly({row.name: row.shape for row in table}, found=tensors, locate=lambda _: source)
+    left_out = [name for name in tensors if not name.startswith(DECODER)] if fmt == "llm" else []
+    require_exactly({row.name: row.shape for row in table}, found=tensors, locate=lambda _: source, ignored=left_out)
     given = [(row, tensors[row.name]) for row in table]
     if fmt == "original":
         given += _unused_rows(config, unused, source, fallback=given[0][1].dtype)
@@ -136,17 +143,16 @@ def _unused_rows(
     ]
 
 
-def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Format, dtype: str) -> dict[str, bytes]:
+def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Export, dtype: str) -> dict[str, bytes]:
     """Files in the order of writing: config.json, which makes a folder a model, comes last."""
-    module = native_format if fmt == "native" else original_format
-    plain = module.side_files(config, ids=tokenizer.ids, dtype=dtype)
+    plain = _SIDE_FILES[fmt](config, ids=tokenizer.ids, dtype=dtype)
     files = {
         "tokenizer_config.json": tokenizer_config(tokenizer, fmt=fmt, max_length=config.llm.max_position_embeddings)
     }
     special = special_tokens_map(tokenizer)
     if special is not None:
         files["special_tokens_map.json"] = special
-    if fmt == "native":
+    if fmt != "original":
         template = chat_template(eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN)
         files["chat_template.jinja"] = template.encode()
         changed = with_bos_first(tokenizer)

@@ -29,8 +29,8 @@ from megavl.convert.language import Fields, read_llama, ties_head
 from megavl.convert.native_format import SAM_DEFAULTS, SIGLIP_DEFAULTS, read_sam, read_siglip
 from megavl.convert.safetensors_in import read_json
 from megavl.convert.table import (
+    EMBEDDING,
     HEAD,
-    NATIVE_EMBEDDING,
     NATIVE_SIGLIP,
     POOL,
     POOL_PREFIX,
@@ -45,7 +45,7 @@ from megavl.weights.canonical_names import canonical_shapes
 from megavl.weights.dtypes import cast
 from megavl.weights.lazy import LazyTensor, require_exactly
 
-_NATIVE_LLM, _NATIVE_SAM = "model.language_model.", "model.high_res_vision_model.vision_encoder."
+_NATIVE_SAM = "model.high_res_vision_model.vision_encoder."
 _SIGLIP_ENDS = {"timm": "patch_embed.proj.weight", "transformers": "embeddings.patch_embedding.weight"}
 _SAM_ENDS = {"segment-anything": "patch_embed.proj.weight", "transformers": "patch_embed.projection.weight"}
 
@@ -81,12 +81,8 @@ def read_llm(folder: Path, *, config: ModelConfig, dtype: torch.dtype) -> StartS
     _require_sizes(read_llama(raw, where=where), config, "llm", where)
     tensors = open_folder(folder)
     if ties_head(Fields(raw, where=where, path="", defaults={})):
-        tensors.tie(HEAD, to=NATIVE_EMBEDDING.replace(_NATIVE_LLM, "model."))
-    rows = [
-        dataclasses.replace(row, keys=tuple(key.replace(_NATIVE_LLM, "model.") for key in row.keys))
-        for row in _native_rows(config)
-        if row.name.startswith("language_model.")
-    ]
+        tensors.tie(HEAD, to=f"model.{EMBEDDING}")
+    rows = list(weight_rows(config, "llm"))
     ignored = [name for name in tensors if name.endswith(DERIVED)]
     return _source(folder, tensors, rows, config=config, dtype=dtype, prefix="", ignored=ignored)
 

@@ -3,6 +3,7 @@
 Formats:
     native: transformers' `DeepseekVLForConditionalGeneration` and `DeepseekVLHybridForConditionalGeneration`.
     original: the deepseek-ai release (`MultiModalityCausalLM`).
+    llm: the decoder alone, as transformers' `LlamaForCausalLM`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from megavl.weights.canonical_names import LAYERS, Shape, canonical_shapes
 
 Format = Literal["native", "original"]
 FORMATS: tuple[Format, ...] = ("native", "original")
+"""Formats of a whole model."""
+Export = Literal["native", "original", "llm"]
+EXPORTS: tuple[Export, ...] = (*FORMATS, "llm")
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,17 @@ NATIVE_SIGLIP = "model.vision_model.vision_model."
 NATIVE_SIGLIP_UNNESTED = "model.vision_model."
 """Prefix that transformers 5.10 and later write for a model that was built from scratch."""
 
-HEAD, NATIVE_EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
-"""The two matrices that `tie_word_embeddings` makes one."""
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+"""The two matrices that `tie_word_embeddings` makes one, as transformers' `LlamaForCausalLM` names them."""
+NATIVE_EMBEDDING = f"model.language_model.{EMBEDDING}"
+DECODER = "language_model."
+"""Prefix of the decoder's canonical names."""
+_DECODERS: dict[Export, tuple[str, str]] = {
+    "native": ("model.language_model.", HEAD),
+    "original": ("language_model.model.", f"language_model.{HEAD}"),
+    "llm": ("model.", HEAD),
+}
+"""Prefix of the decoder's names, and name of its head."""
 
 POOL_PREFIX = "attn_pool."
 POOL: tuple[tuple[str, str, tuple[int, int] | None, str], ...] = (
@@ -138,15 +151,19 @@ W is the tower's width and M its MLP width; `*` is weight or bias.
 _ORIGINAL_SAM = "vision_model.vision_tower_high.vision_tower."
 
 
-def weight_rows(config: ModelConfig, fmt: Format) -> tuple[WeightRow, ...]:
+def weight_rows(config: ModelConfig, fmt: Export) -> tuple[WeightRow, ...]:
     """The table of one format at the sizes of `config`; every parameter stands in exactly one row.
 
     Raises:
         UsageError: the format cannot hold the adaptor.
     """
-    require_holdable(config, fmt)
     shapes = canonical_shapes(config)
-    rows = list(_vision_rows(config, fmt, shapes)) + list(_decoder_rows(config, fmt, shapes))
+    if fmt == "llm":
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith(DECODER)}
+        rows = list(_decoder_rows(config, fmt, shapes))
+    else:
+        require_holdable(config, fmt)
+        rows = [*_vision_rows(config, fmt, shapes), *_decoder_rows(config, fmt, shapes)]
     assert sorted(row.name for row in rows) == sorted(shapes), "the weight table covers every canonical name once"
     return tuple(rows)
 
@@ -218,10 +235,9 @@ def _fill(pattern: str, index: str, kind: str) -> str:
     return pattern.replace("{i}", index).replace("*", kind)
 
 
-def _decoder_rows(config: ModelConfig, fmt: Format, shapes: dict[str, Shape]) -> Iterator[WeightRow]:
+def _decoder_rows(config: ModelConfig, fmt: Export, shapes: dict[str, Shape]) -> Iterator[WeightRow]:
     heads = config.llm.num_attention_heads
-    backbone = "model.language_model." if fmt == "native" else "language_model.model."
-    head = HEAD if fmt == "native" else f"language_model.{HEAD}"
+    backbone, head = _DECODERS[fmt]
     layer = LAYERS + "{i}."
     attention, mlp = backbone + "layers.{i}.self_attn.", backbone + "layers.{i}.mlp."
     patterns: tuple[tuple[str, tuple[str, ...], Transform], ...] = (

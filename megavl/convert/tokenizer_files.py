@@ -148,7 +148,9 @@ def tokenizer_paths(folder: str | Path) -> tuple[Path, ...]:
     return tuple(path for name in (*_COPIED, _CONFIG) if (path := _file(Path(folder), name)))
 
 
-def tokenizer_config(tokenizer: TokenizerFolder, *, fmt: Literal["native", "original"], max_length: int) -> bytes:
+def tokenizer_config(
+    tokenizer: TokenizerFolder, *, fmt: Literal["native", "original", "llm"], max_length: int
+) -> bytes:
     """`tokenizer_config.json` of an export: the source's, with additions that the clients need.
 
     A chat template is a program. One from outside becomes ours, and neither code nor other files are named.

@@ -1,5 +1,7 @@
 """Compares MegaVL's logits with those of transformers' own class, in fp32, on prompts with and without images.
 
+Of an export of the decoder alone, text is compared.
+
 Both get the same tokens and the same pixels. The pixel tensors are made here by the released rule, because the image
 processor of transformers rounds the low-resolution image to 8 bits, which moves logits by 1e-3.
 
@@ -22,11 +24,16 @@ from torch.nn import functional as F
 from megavl.config.errors import CheckpointError, NumericsError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD
-from megavl.convert.hf_read import is_hf_folder, read_config
+from megavl.convert.hf_read import is_hf_folder, read_config, read_llm_config
+from megavl.convert.start_sources import read_llm
+from megavl.convert.table import DECODER
 from megavl.data.batch import make_batch
+from megavl.data.tokenizer import open_tokenizer
 from megavl.generate.decode import Request, generate
 from megavl.generate.open_model import ModelSource, find_model, loaded
 from megavl.generate.prompt import encode_prompt, end_ids, prompt_pieces, read_canvases
+from megavl.weights.canonical_names import canonical_shapes
+from megavl.weights.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,23 +121,25 @@ def compare(model: str | Path, folder: str | Path) -> Comparison:
 
     Args:
         model: what MegaVL opens: a checkpoint or a Hugging Face folder.
-        folder: what transformers opens: a Hugging Face folder in the native format; may be the same.
+        folder: what transformers opens: a Hugging Face folder in the format native or llm; may be the same.
 
     Raises:
         UsageError: transformers is missing or too old.
-        CheckpointError: either is no model, the folder is not in the native format, or the two have other sizes.
+        CheckpointError: either is no model, the folder is in neither format, or the two have other sizes.
         DataError: the tokenizer is missing or does not belong to the model.
         NumericsError: logits are not finite.
     """
     _require_transformers()
-    exported = _find_native(Path(folder))
-    source = find_model(model)
-    if source.config != exported.config:
+    exported, alone = _find_export(Path(folder))
+    source = exported if alone and Path(model) == Path(folder) else find_model(model)
+    if source.config.llm != exported.config.llm if alone else source.config != exported.config:
         raise CheckpointError(f"{model} and {folder}: models of different sizes; give a model and its own export")
-    prompts = [_prompt(source, *words) for words in PROMPTS.values()]
-    ours, theirs = list(_our_replies(source, prompts)), list(_their_replies(exported, prompts))
+    theirs_class = _llm_class() if alone else native_class(source.config)
+    words = {name: words for name, words in PROMPTS.items() if not (alone and words[1])}
+    prompts = [_prompt(source, *one) for one in words.values()]
+    ours, theirs = list(_our_replies(source, prompts)), list(_their_replies(exported, prompts, theirs_class))
     differences = []
-    for name, (logits, greedy), (expected, their_greedy) in zip(PROMPTS, ours, theirs, strict=True):
+    for name, (logits, greedy), (expected, their_greedy) in zip(words, ours, theirs, strict=True):
         if not (logits.isfinite().all() and expected.isfinite().all()):
             raise NumericsError(f"{name}: logits of {model} or {folder} are not finite; check the weights")
         gap = float((logits - expected).abs().max())
@@ -138,7 +147,7 @@ def compare(model: str | Path, folder: str | Path) -> Comparison:
         differences.append(Difference(name, len(logits), gap, relative, greedy, their_greedy))
     import transformers
 
-    reference = f"transformers {transformers.__version__} {native_class(source.config).__name__}"
+    reference = f"transformers {transformers.__version__} {theirs_class.__name__}"
     return Comparison(reference=reference, differences=tuple(differences))
 
 
@@ -155,6 +164,12 @@ def native_class(config: ModelConfig) -> type[PreTrainedModel]:
     if found is None:
         raise UsageError(f"transformers {transformers.__version__}: has no {name}; pip install 'megavl[hf]'")
     return found
+
+
+def _llm_class() -> type[PreTrainedModel]:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM
 
 
 def pixel_tensors(canvases: torch.Tensor, *, config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -178,13 +193,25 @@ def _require_transformers() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def _find_native(folder: Path) -> ModelSource:
-    remedy = "give a folder that `megavl convert to-hf CKPT OUT --format native` wrote"
+def _find_export(folder: Path) -> tuple[ModelSource, bool]:
+    """The model, and whether it is a decoder alone."""
+    remedy = "give a folder that `megavl convert to-hf CKPT OUT --format native` (or llm) wrote"
     if not is_hf_folder(folder):
         raise CheckpointError(f"{folder}: has no config.json of a Hugging Face model; {remedy}")
+    config = read_llm_config(folder)
+    if config is not None:
+        return _decoder(folder, config), True
     if read_config(folder)[1] != "native":
         raise CheckpointError(f"{folder}: is in the original format, for which transformers has no class; {remedy}")
-    return find_model(folder)
+    return find_model(folder), False
+
+
+def _decoder(folder: Path, config: ModelConfig) -> ModelSource:
+    """A decoder with towers of zeros, which text never reaches."""
+    shapes = {name: shape for name, shape in canonical_shapes(config).items() if not name.startswith(DECODER)}
+    towers = {name: LazyTensor.of(torch.zeros(shape)) for name, shape in shapes.items()}
+    tensors = {**towers, **read_llm(folder, config=config, dtype=torch.float32).tensors}
+    return ModelSource(path=folder, config=config, tokenizer=open_tokenizer(folder), tensors=tensors)
 
 
 def _prompt(source: ModelSource, text: str, sizes: Sequence[tuple[int, int]]) -> Request:
@@ -214,8 +241,10 @@ def _ends(source: ModelSource) -> tuple[int, ...]:
     return end_ids(source.config, tokenizer=source.tokenizer)
 
 
-def _their_replies(source: ModelSource, prompts: Sequence[Request]) -> Iterator[Reply]:
-    model: Any = native_class(source.config).from_pretrained(source.path, dtype=torch.float32).eval()
+def _their_replies(
+    source: ModelSource, prompts: Sequence[Request], model_class: type[PreTrainedModel]
+) -> Iterator[Reply]:
+    model: Any = model_class.from_pretrained(source.path, dtype=torch.float32).eval()
     ends = list(_ends(source))
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": ends, "pad_token_id": ends[0]}
     for prompt in prompts:

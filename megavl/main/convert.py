@@ -19,7 +19,7 @@ from megavl.convert.checkpoint_files import ORIGINS, export_checkpoint, write_ch
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config, read_unused
 from megavl.convert.open_weights import find_weights
 from megavl.convert.start_weights import StartWeights, start_weights
-from megavl.convert.table import FORMATS
+from megavl.convert.table import EXPORTS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare
 from megavl.files.durable import replace_durably, storage_errors
@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     save = actions.add_parser("to-hf", help="MegaVL checkpoint to a Hugging Face folder")
     save.add_argument("source", metavar="CKPT", type=Path)
     save.add_argument("out", metavar="OUT", type=Path)
-    save.add_argument("--format", choices=FORMATS, required=True, help="transformers' own classes, or the release's")
+    save.add_argument(
+        "--format",
+        choices=EXPORTS,
+        required=True,
+        help="native: transformers' own classes; original: the release's; llm: the decoder alone, as LLaMA",
+    )
     save.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     init = actions.add_parser("init", help="start weights: a language model, SigLIP and SAM to a MegaVL checkpoint")
     init.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints; iter_0000000 is made in it")
@@ -65,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         choices=("transformers",),
         help="compare logits on text and images, in fp32 on the CPU: MegaVL opens A, transformers opens B (default: "
-        "A), a folder in the native format; needs the extra `hf`",
+        "A), a folder in the format native or llm; needs the extra `hf`",
     )
     check.add_argument("--json", metavar="FILE", type=Path, help="with --against: write the result there too")
 
