@@ -50,6 +50,8 @@ setup(
         "hf": ["transformers>=4.57,<5"],
         "board": ["tensorboard>=2.16"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+        # Tasks of lm-evaluation-harness; datasets 5 needs a huggingface-hub that transformers 4 refuses.
+        "lm-eval": ["lm-eval==0.4.13", "datasets>=2.16,<5"],
         # Connections to the endpoint that `megavl judge` asks.
         "judge": ["urllib3>=2.2"],
         # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.

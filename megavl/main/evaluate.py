@@ -1,13 +1,12 @@
-"""`megavl evaluate MODEL TASK.jsonl ... [--benchmark NAME=PATH ...] [--json OUT] [--out DIR]`."""
+"""`megavl evaluate MODEL TASK.jsonl ... [--benchmark NAME=PATH ...] [--harness lm_eval --tasks A,B] [--out DIR]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megavl.config.errors import StorageError, UsageError
 from megavl.config.evaluation import BENCHMARKS, benchmark_of
@@ -16,6 +15,8 @@ from megavl.config.version import VERSION
 from megavl.files.durable import replace_durably
 from megavl.foreign.printing import say
 from megavl.main.device import add_device_arguments
+from megavl.main.harness import add_harness_arguments, check_harness_arguments, evaluate_with_harness
+from megavl.main.ledger import open_ledger as open_answers
 from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=8, help="answers in progress at a time (default: %(default)s)"
     )
+    add_harness_arguments(parser)
     add_rank_arguments(parser)
     add_device_arguments(parser)
 
@@ -97,8 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise UsageError(f"--json: {Path(arguments.json).parent} is no directory; create it first")
+    check_harness_arguments(arguments)
+    if arguments.harness:
+        return run_on_ranks(arguments, partial(evaluate_with_harness, arguments))
     if not (arguments.tasks or arguments.benchmark):
-        raise UsageError("nothing to evaluate: give a TASK.jsonl, or --benchmark NAME=PATH")
+        raise UsageError("nothing to evaluate: give a TASK.jsonl, --benchmark NAME=PATH, or --harness with --tasks")
     if (arguments.endpoint is None) != (arguments.judge is None):
         raise UsageError("--endpoint and --judge belong together; give both, or neither")
     return run_on_ranks(arguments, partial(_evaluate, arguments))
@@ -131,7 +136,7 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
 
         def open_ledger(fingerprint: str) -> Ledger:
             ledgers.append(
-                _ledger(
+                open_answers(
                     folder,
                     # What changes no answer is no part of it, such as the sizes of batches.
                     identity=lambda: {
@@ -205,18 +210,6 @@ def _judge(arguments: argparse.Namespace) -> Endpoint | None:
     from megavl.evaluate.endpoint import Endpoint
 
     return Endpoint(arguments.endpoint, arguments.judge)
-
-
-def _ledger(folder: Path | None, *, identity: Callable[[], dict[str, Any]]) -> Ledger:
-    """The answers that are there already, the same on every rank; rank 0 adds to them."""
-    from megavl.checkpoint import collective_errors
-    from megavl.evaluate.ledger import Ledger, read_answers
-
-    if folder is None:
-        return Ledger()
-    path = folder / "answers.jsonl"
-    answers = collective_errors.on_rank_zero(lambda: read_answers(path, identity=identity()))
-    return Ledger(answers, path=path if is_speaker() else None)
 
 
 def _write(path: Path, text: str) -> None:

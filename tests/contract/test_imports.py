@@ -36,6 +36,7 @@ NARROW = {("model", "data"): "megavl.data.batch"}
 SEAMS = {
     "megatron": {"parallel", "model", "train", "checkpoint", "generate", "launch"},
     "transformers": {"generate", "launch"},
+    "lm_eval": {"evaluate", "launch"},
     "torch": set(ARROWS) - {"config", "files", "foreign", "planner", "data_tools"} | {"launch"},
 }
 
