@@ -41,7 +41,7 @@ class FakeEndpoint:
 
 
 @contextmanager
-def fake_endpoint(reply: Callable[[dict[str, Any], int], FakeReply]) -> Iterator[FakeEndpoint]:
+def fake_endpoint(reply: Callable[[dict[str, Any], int], FakeReply], *, port: int = 0) -> Iterator[FakeEndpoint]:
     """An HTTP server that answers with `reply(body, number of the request)`; numbers begin with 0."""
     lock = threading.Lock()
 
@@ -70,7 +70,7 @@ def fake_endpoint(reply: Callable[[dict[str, Any], int], FakeReply]) -> Iterator
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     endpoint = FakeEndpoint(url=f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

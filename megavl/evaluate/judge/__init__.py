@@ -1,0 +1,1 @@
+"""Compares the answers of models: two by a judge at an endpoint, several by people on a rating page."""
