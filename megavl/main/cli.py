@@ -24,6 +24,7 @@ _COMMANDS = {
     "evaluate": "score multiple-choice tasks by perplexity",
     "serve": "an OpenAI-compatible server, and a chat page",
     "judge": "which of two models answers better, by a judge at an endpoint",
+    "rate": "let people rate the answers of several models, blindly",
     "inspect": "what a checkpoint holds, verified",
 }
 """Subcommands; each is a module of megavl.main with `add_arguments(parser)` and `run(arguments) -> int`."""

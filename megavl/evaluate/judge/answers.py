@@ -123,7 +123,8 @@ def _item(fields: Mapping[str, Any], *, path: Path, location: str) -> Item:
         question=text("question", "prompt") or "",
         answer=text("answer", "text"),
         images=tuple(_image(Path(name), path=path) for name in names),
-        category=text("category", "kind") or "",
+        # Of an id of the taxonomy, such as recognition/ocr/printed, the main category.
+        category=(text("category", "kind") or "").partition("/")[0],
     )
 
 
