@@ -29,7 +29,10 @@ setup(
     python_requires=">=3.10",
     cmdclass={"build_py": BuildFiles},
     packages=find_packages(include=["megavl", "megavl.*", "data_tools", "data_tools.*"]),
-    package_data={"data_tools": ["categories/*.yaml", "viewer/*.css"], "megavl": ["serve/*.html", "evaluate/people/*.html"]},
+    package_data={
+        "data_tools": ["categories/*.yaml", "viewer/*.css"],
+        "megavl": ["serve/*.html", "evaluate/people/*.html"],
+    },
     entry_points={"console_scripts": ["megavl = megavl.main.cli:main"]},
     install_requires=[
         "torch>=2.11",

@@ -69,7 +69,7 @@ def check(words: list[str]) -> None:
 
 def check_megavl(rest: list[str]) -> None:
     assert rest and re.fullmatch(r"[a-z]+", rest[0]), "megavl is shown without a subcommand"
-    depth = 2 if rest[0] == "convert" else 1
+    depth = 2 if rest[0] in ("convert", "rate") else 1
     shown = help_of(tuple(rest[:depth]))
     assert shown.returncode == 0, f"megavl {' '.join(rest[:depth])}: {shown.stderr[-500:]}"
     options = {word.partition("=")[0] for word in rest if word.startswith("--")}

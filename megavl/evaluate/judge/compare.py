@@ -140,4 +140,4 @@ def report(judged: Sequence[Judged], *, about: Mapping[str, Any], seed: int = 0)
 
 
 def _key(one: Compared, first: int) -> str:
-    return f"{one.id}/{first}"
+    return f"verdict/{one.id}/{first}"
