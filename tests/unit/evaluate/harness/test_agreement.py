@@ -12,6 +12,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +34,13 @@ Samples = dict[str, dict[int, list[Any]]]
 
 @pytest.fixture(scope="module")
 def root(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 96 positions, so that prompts and texts are too long for it, its decoder, and tasks."""
-    folder = tmp_path_factory.mktemp("harness")
-    config: ModelConfig = load_model_config("tiny-siglip", llm={"max_position_embeddings": 96})
+    """A model of 96 positions, so that prompts and texts are too long for it."""
+    return prepare(tmp_path_factory.mktemp("narrow"), tokenizer_dir=tokenizer_dir, positions=96)
+
+
+def prepare(folder: Path, *, tokenizer_dir: Path, positions: int) -> Path:
+    """A checkpoint, its decoder, and tasks."""
+    config: ModelConfig = load_model_config("tiny-siglip", llm={"max_position_embeddings": positions})
     files = {f"tokenizer/{path.name}": path for path in tokenizer_dir.iterdir()}
     write_model_checkpoint(folder / "model", config=config, tensors=random_weights(config, seed=2), files=files)
     assert main(["convert", "to-hf", str(folder / "model"), str(folder / "llm"), "--format", "llm"]) == 0
@@ -63,11 +68,16 @@ def ours(root: Path) -> Samples:
 
 
 def theirs(root: Path, *, tasks: tuple[str, ...], **options: Any) -> Samples:
-    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     client = HFLM(str(root / "llm"), batch_size=5, device="cpu", dtype="float32", **options)
+    return evaluated(client, root, tasks=tasks)
+
+
+def evaluated(client: Any, root: Path, *, tasks: tuple[str, ...]) -> Samples:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=str(root / "tasks"), include_defaults=False)
     found = simple_evaluate(client, tasks=list(tasks), task_manager=manager)
     return {name: {one["doc_id"]: one["resps"] for one in found["samples"][name]} for name in tasks}
@@ -106,13 +116,41 @@ def test_harness_client_on_the_decoder_agrees(root: Path, ours: Samples, report_
     assert not any("e" in text for text in texts)
 
 
-def test_bits_per_byte_are_those_of_the_library(root: Path, ours: Samples) -> None:
-    from megavl.generate.pretrained import Model
+def test_server_and_library_agree(
+    tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Any, report_table: Any
+) -> None:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    model = Model.load(root / "model", dtype="float32")
+    from megavl.generate.pretrained import Model
+    from megavl.parallel import groups
+    from tests.unit.serve.servers import serving
+
+    # Wide enough for all: this client of the harness truncates by other rules.
+    root = prepare(tmp_path_factory.mktemp("wide"), tokenizer_dir=tokenizer_dir, positions=2048)
+    assert main(command(root, root / "ours")) == 0
+    found = samples(root / "ours")
+    largest = 0.0
+    with serving(root / "model", "--name", "tiny") as server:
+        for tasks, bos in ((NAMES[:3], True), (NAMES[3:], False)):
+            url = f"{server.address}/v1/completions"
+            client = LocalCompletionsAPI(
+                base_url=url,
+                tokenizer_backend="huggingface",
+                model="tiny",
+                tokenizer=str(root / "llm"),
+                add_bos_token=bos,
+                batch_size=4,
+            )
+            largest = max(largest, compare(found, evaluated(client, root, tasks=tasks)))
+    report_table(f"server: {largest:.1e} relative")
+    assert 0 < largest < 1e-5
     page = next(doc["page"] for doc in map(json.loads, (root / "tasks" / "docs.jsonl").read_text().splitlines()))
-    bits = -values(ours["local_pages"][0])[0] / math.log(2)
-    assert bits / len(page.encode()) == pytest.approx(model.bits_per_byte(page), rel=1e-6)
+    model = Model.load(root / "model", dtype="float32")
+    try:
+        bits = -values(found["local_pages"][0])[0] / math.log(2) / len(page.encode())
+        assert bits == pytest.approx(model.bits_per_byte(page), rel=1e-6)
+    finally:
+        groups.stop()
 
 
 def test_every_layout_gives_the_same_samples(root: Path, ours: Samples, report_table: Any) -> None:
@@ -138,6 +176,7 @@ def test_report_has_table_figures_and_samples(root: Path, ours: Samples) -> None
 def test_interrupted_run_goes_on(root: Path, ours: Samples, tmp_path: Path, monkeypatch: Any) -> None:
     from megavl.generate.pretrained import Model
 
+    shutil.copy(root / "ours" / "evaluation.json", tmp_path)
     kept = (root / "ours" / "answers.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "answers.jsonl").write_bytes(b"".join(kept[:-1]) + kept[-1][:20])
     asked: list[int] = []
