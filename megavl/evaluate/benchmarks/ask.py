@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
@@ -33,6 +32,8 @@ class BenchmarkTask:
 
     name: str
     items: tuple[Item, ...]
+    passed_over: int = 0
+    """Rows that are no questions of the benchmark."""
 
     @property
     def benchmark(self) -> Benchmark:
@@ -178,17 +179,23 @@ def outcome_of(benchmark: Benchmark, item: Item, text: str, *, reply: Mapping[st
 def _read(name: str, where: str, *, limit: int | None) -> BenchmarkTask:
     if not name:
         raise UsageError(f"--benchmark: {where} is no benchmark; write NAME=FILE, such as mmbench={where}")
-    benchmark, items = BENCHMARKS[name], []
+    benchmark, items = BENCHMARKS[name], list[Item]()
     seen: dict[str, str] = {}
     rows = tqdm(benchmark.read(where), unit="row", desc=f"read {name}", disable=rank_from_env() > 0 or None)
-    for item in islice(rows, limit):
+    passed_over = 0
+    for item in rows:
+        if item is None:
+            passed_over += 1
+            continue
         if item.id in seen:
             raise DataError(f"{item.location}: id {item.id!r} is also that of {seen[item.id]}; ids must differ")
         seen[item.id] = item.location
         items.append(item)
+        if len(items) == limit:
+            break
     if not items:
         raise DataError(f"{where}: has no question of {benchmark.title} in it")
-    return BenchmarkTask(name=name, items=tuple(items))
+    return BenchmarkTask(name=name, items=tuple(items), passed_over=passed_over)
 
 
 def _by_perplexity(
@@ -222,6 +229,8 @@ def _report(task: BenchmarkTask, outcomes: Sequence[Outcome], *, mode: Mode, not
     figures = task.benchmark.aggregate(outcomes)
     if "rows" in figures and figures["rows"] == figures["n"]:
         notes = [*notes, "the file has no rotated rows, so the score is plain accuracy and not circular"]
+    if task.passed_over:
+        notes = [*notes, f"{task.passed_over} rows are passed over: {task.benchmark.passed_over}"]
     if task.name == "pope":
         notes = [*notes, "the score is F1 of `yes`; the paper does not say which figure it reports"]
     return BenchmarkReport(name=task.name, outcomes=tuple(outcomes), mode=mode, figures=figures, notes=tuple(notes))

@@ -14,14 +14,13 @@ from megavl.evaluate.benchmarks.row import Row, names_a_file
 from megavl.generate.prompt import ImageSource
 
 
-def read(where: str) -> Iterator[Item]:
-    """All questions, those without an image too; of `problems.json`, which has all splits, the test split."""
+def read(where: str) -> Iterator[Item | None]:
+    """All questions, those without an image too. `problems.json` has all splits; None stands for another than test."""
     number = 0
     for path in benchmark_files(where, names=("problems.json", "*.parquet", "*.tsv")):
         for row in read_rows(path):
             number += 1
-            if path.suffix != ".json" or row.text("split") == "test":
-                yield _item(row, number)
+            yield None if path.suffix == ".json" and row.text("split") != "test" else _item(row, number)
 
 
 def _item(row: Row, number: int) -> Item:

@@ -17,10 +17,10 @@ from megavl.generate.prompt import ImageSource
 _FOLDERS = ("SEED-Bench-image", "images", "")
 
 
-def read(where: str) -> Iterator[Item]:
-    """Questions on images."""
+def read(where: str) -> Iterator[Item | None]:
+    """Questions on images; None for a video."""
     for path in benchmark_files(where, names=("SEED*.json", "*.tsv", "*.parquet")):
-        yield from (_item(row) for row in read_rows(path) if row.values.get("data_type") != "video")
+        yield from (None if row.values.get("data_type") == "video" else _item(row) for row in read_rows(path))
 
 
 def _item(row: Row) -> Item:

@@ -28,8 +28,8 @@ class Benchmark:
     """How a benchmark is read, asked and scored."""
 
     title: str
-    read: Callable[[str], Iterator[Item]]
-    """Items, with their prompts, of a file, a folder or a quoted pattern."""
+    read: Callable[[str], Iterator[Item | None]]
+    """Items, with their prompts, of a file, a folder or a quoted pattern; None for a row that is passed over."""
     parse: Callable[[Item, str], str | None]
     """What an answer means; None if nothing can be found in it."""
     is_right: Callable[[Item, str], bool] = lambda item, prediction: prediction == item.answer
@@ -40,6 +40,8 @@ class Benchmark:
     """What a language model is asked about an answer, where the benchmark has one do so."""
     grade: Callable[[str], float | None] | None = None
     """The grade in a judge's reply; None: the reply is parsed like an answer."""
+    passed_over: str = ""
+    """What the rows are that are passed over."""
     points: float = 100.0
     """Of a score of 1, in the paper's unit."""
     paper: Mapping[str, float] = field(default_factory=dict)
@@ -65,7 +67,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         aggregate=figures.circular,
         paper={"7B": 72.8, "1.3B": 61.3},
     ),
-    "seed-bench": Benchmark(title="SEED-Bench", read=seed_bench.read, parse=_letter, paper={"7B": 70.4, "1.3B": 66.7}),
+    "seed-bench": Benchmark(
+        title="SEED-Bench", read=seed_bench.read, parse=_letter, passed_over="videos", paper={"7B": 70.4, "1.3B": 66.7}
+    ),
     "mmmu": Benchmark(
         title="MMMU",
         read=mmmu.read,
@@ -81,7 +85,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         paper={"7B": 37.9, "1.3B": 27.4},
     ),
     # Not in Tables 6 and 7; Table 11 has it for ablations of the adaptor only.
-    "scienceqa": Benchmark(title="ScienceQA", read=scienceqa.read, parse=_letter),
+    "scienceqa": Benchmark(
+        title="ScienceQA", read=scienceqa.read, parse=_letter, passed_over="questions of other splits"
+    ),
     "mathvista": Benchmark(
         title="MathVista",
         read=mathvista.read,

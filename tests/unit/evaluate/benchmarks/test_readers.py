@@ -113,6 +113,20 @@ def test_other_published_forms_hold_the_same_questions(tmp_path: Path) -> None:
         assert torch.equal(canvases[0], canvases[1])
 
 
+def test_rows_that_are_passed_over_are_counted(tmp_path: Path) -> None:
+    (task,) = read_benchmarks([f"seed-bench={published.seed_bench(tmp_path)}"])
+    assert (len(task.items), task.passed_over) == (4, 1)
+    folder = tmp_path / "test/2"
+    folder.mkdir(parents=True)
+    (folder / "image.png").write_bytes(published.picture(1))
+    row = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "", "image": None, "subject": "x"}
+    rows = {"1": {**row, "split": "train"}, "2": {**row, "split": "test", "image": "image.png"}}
+    (tmp_path / "problems.json").write_text(json.dumps(rows))
+    (task,) = read_benchmarks([f"scienceqa={tmp_path / 'problems.json'}"])
+    assert ([item.id for item in task.items], task.passed_over) == (["2"], 1)
+    assert task.items[0].images == (folder / "image.png",)
+
+
 def test_images_are_found_above_their_questions(tmp_path: Path) -> None:
     published.pope(tmp_path)
     (tmp_path / "output/coco").mkdir(parents=True)
