@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Further pytest arguments, e.g. PYTEST_ARGS="-k layout".
 PYTEST_ARGS ?=
 # Modules of launch/bench that `make bench` runs.
-BENCHMARKS ?= balance convert_full decode evaluate grouping loader plan_cpu plan_paper preprocess step vision
+BENCHMARKS ?= balance convert_full decode evaluate grouping loader plan_cpu plan_paper preprocess serve step vision
 
 BIN := .venv/bin
 CLIENTS := .venv-clients

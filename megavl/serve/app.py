@@ -104,7 +104,7 @@ class Service:
             if fields.model is not None:
                 self._require_name(fields.model)
             replies = await prepare(fields)
-            pieces = self.front.pieces(replies, [reply.request for reply in replies])
+            pieces = self.front.pieces(replies)
             if not fields.stream:
                 return JSONResponse(await _unless_gone(_whole(pieces, replies, form), request.receive))
             stream = EventStream(pieces, replies, form, usage=fields.includes_usage)

@@ -40,6 +40,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are not supported, with the values that ask for nothing."""
 
+_FORMS = {
+    "prompt": f"give a text, or a list of up to {MAX_PROMPTS} texts, or token ids, or a list of lists of them",
+    "stop": f"give a text, or a list of up to {MAX_STOPS}",
+}
+"""Fields of several forms, and how to give them."""
+
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Alternatives = Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)]
 _Tokens = Annotated[int, Field(ge=0)]
@@ -191,10 +197,14 @@ def read_fields(kind: type[B], body: Any) -> B:
 
 
 def _explained(error: ValidationError) -> Refusal:
-    first = error.errors(include_url=False)[0]
-    # Names of alternatives in a union follow the field's own path.
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-    name = ".".join(part for part in path if part not in ("str", "list"))
+    # The one that is deepest inside: of the forms that a field may have, it is that which was meant.
+    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    root = str(first["loc"][0])
+    if root in _FORMS and first["loc"][1:]:
+        return Refusal(f"{root}: {_FORMS[root]}", param=root, code="invalid_value")
+    # Names of forms stand between those of fields.
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).islower() and str(part) != "str"]
+    name = ".".join(part for part in path if "[" not in part)
     if first["type"] == "missing":
         return Refusal(f"{name}: is missing", param=name, code="missing_required_parameter")
     found = visible(repr(first["input"]))[:100]

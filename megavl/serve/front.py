@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive
 
-from megavl.generate.decode import Request
 from megavl.serve.limits import Limits
 from megavl.serve.refusal import Refusal
 from megavl.serve.replies import Piece, Reply
@@ -69,7 +68,7 @@ class Front:
         finally:
             self.active -= 1
 
-    async def pieces(self, replies: Sequence[Reply], requests: Sequence[Request]) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self, replies: Sequence[Reply]) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces of all answers, each with the index of its prompt, as they come.
 
         Close the iterator to stop the answers. After the time of a request its answers end where they are.
@@ -78,7 +77,7 @@ class Front:
             Refusal: the model failed, or no answer began in time.
         """
         assert self.leader is not None and self.loop is not None, "the server has started"
-        job = ClientJob(requests=requests)
+        job = ClientJob(requests=[reply.request for reply in replies])
         alarm = self.loop.call_later(self.limits.seconds, job.events.put_nowait, None)
         self._jobs.add(job)
         self.leader.submit(job)

@@ -6,6 +6,7 @@ Plans travel as JSON and pixels over gloo, so that ranks that wait for work leav
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavl.config.recipe import ParallelConfig
 from megavl.data.tokenizer import Tokenizer
 from megavl.generate.decode import Request
 from megavl.generate.sampling import Sampling
@@ -39,7 +41,8 @@ class PlanChannel:
         """`tokenizer` reads stop texts."""
         self._tokenizer = tokenizer
         self.alone = dist.get_world_size() == 1
-        self._group = None if self.alone else dist.new_group(backend="gloo")
+        timeout = datetime.timedelta(seconds=ParallelConfig().timeout_s)
+        self._group = None if self.alone else dist.new_group(backend="gloo", timeout=timeout)
 
     def send(self, plan: Plan) -> None:
         """Tell the other ranks; on rank 0 only."""
