@@ -4,8 +4,8 @@ PYTHON ?= python3
 # Extra package index for PyTorch, for instance one of CPU-only wheels; empty: pip's own settings.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
-# pytest processes of `make test`; the tests that start ranks use more than one core each.
-WORKERS ?= 2
+# pytest processes. Tests that start ranks use more than one core each, but others wait for a timeout or a disk.
+WORKERS ?= 3
 # Further pytest arguments, e.g. PYTEST_ARGS="-k layout".
 PYTEST_ARGS ?=
 # Modules of launch/bench that `make bench` runs.
@@ -16,7 +16,8 @@ CLIENTS := .venv-clients
 STAMP := .venv/.megavl-installed
 # Importing megatron-core also imports torch's compiler, which only CUDA uses: 40% of a rank's start.
 # Tests compare with what the CPU computes, on a machine with GPUs too; launch/bench/gpu.sh runs those that need one.
-PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q -rs --durations=10
+# Bytecode is written even where the environment forbids it: hundreds of processes would compile our modules anew.
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -rs --durations=10
 # Files in the order of their names: those of tests/distributed and tests/end_to_end, which take longest, begin.
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -47,7 +48,7 @@ check: $(STAMP)  ## ruff, mypy and the contract tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) tests/contract
+	$(PYTEST) -n $(WORKERS) tests/contract
 
 test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): about 16 minutes on 2 cores
 	$(PARALLEL) -m "not slow" --ignore=tests/contract $(PYTEST_ARGS)
