@@ -15,7 +15,7 @@ from data_tools.corpus.options import Parser, whole
 from data_tools.corpus.pairs.commands import add_pair_commands
 from data_tools.corpus.texts import DEBIAN
 from megavl.config.errors import MegaVLError
-from megavl.foreign.printing import say
+from megavl.foreign.printing import say, say_error
 
 MAX_COUNT = 1_000_000
 """Largest number of pictures, held-out questions of a kind, or vocabulary entries."""
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         counts = options.pop("build")(**options)
     except MegaVLError as error:
-        say(f"error: {error}", to_errors=True)
+        say_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         say("stopped; nothing was written", to_errors=True)

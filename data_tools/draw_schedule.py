@@ -6,7 +6,6 @@ multimodal steps is from the wanted number, always by less than one. Needs matpl
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from megavl.config.errors import MegaVLError, StorageError, UsageError
 from megavl.config.load import load_recipe
 from megavl.data.plan import ModalityPlan
-from megavl.foreign.printing import say
+from megavl.foreign.printing import VisibleParser, say, say_error
 
 _POINTS = 400
 """Number of drawn steps, evenly spaced."""
@@ -87,7 +86,7 @@ def _language(plan: ModalityPlan, first: int, count: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="draw_schedule.py", description=__doc__.split("\n\n")[0])
+    parser = VisibleParser(prog="draw_schedule.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, YAML")
     parser.add_argument(
         "overrides", metavar="key.path=value", nargs="*", default=[], help="values that override the recipe"
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         draw(plan, steps=steps, window=options.window, title=Path(options.recipe).as_posix(), output=options.output)
     except MegaVLError as error:
-        say(f"error: {error}", to_errors=True)
+        say_error(error)
         return error.exit_code
     say(f"{options.output}: {describe(plan, steps=steps)}")
     return 0

@@ -40,7 +40,7 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.presets import IMAGE_PRESETS
 from megavl.data.image import MAX_ASPECT
-from megavl.foreign.printing import say
+from megavl.foreign.printing import VisibleParser, say, say_error
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -52,7 +52,7 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """All options, with their defaults."""
-    parser = argparse.ArgumentParser(
+    parser = VisibleParser(
         prog="preprocess.py",
         description="Turn text, captions and conversations into a packed dataset for megavl train.",
         formatter_class=_Defaults,
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _on_slurm(options, sys.argv[1:] if arguments is None else arguments)
         return _run(options)
     except MegaVLError as error:
-        say(f"error: {error}", to_errors=True)
+        say_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here", to_errors=True)
@@ -290,7 +290,7 @@ def _job(options: argparse.Namespace) -> Job:
         except NoRecordsError as error:
             if path == paths[-1] and not inputs:
                 raise
-            print(error)
+            say(error)
     for item in inputs:
         first = partial(
             first_with_image,

@@ -24,7 +24,7 @@ from data_tools.categories.tree import PAPER, Taxonomy, read_taxonomy, within
 from data_tools.corpus.options import Parser, whole
 from data_tools.corpus.output import write_line
 from megavl.config.errors import DataError, MegaVLError
-from megavl.foreign.printing import say
+from megavl.foreign.printing import say, say_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         taxonomy = read_taxonomy(options.taxonomy)
         {"list": _list, "tag": _tag, "report": _report, "sample": _sample}[options.command](options, taxonomy)
     except MegaVLError as error:
-        say(f"error: {error}", to_errors=True)
+        say_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         say("stopped; nothing was written", to_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from megavl.data.dataset import Source
 from megavl.data.image import ImageError, ImageInfo, check_image
 from megavl.data.shard import Shard
 from megavl.data.table import ReadHandles
-from megavl.foreign.printing import say
+from megavl.foreign.printing import VisibleParser, say, say_error
 
 
 def verify(path: str) -> dict[str, int]:
@@ -126,13 +125,13 @@ def _membership(source: Source) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="verify.py", description="Check every byte of a preprocessed dataset.")
+    parser = VisibleParser(prog="verify.py", description="Check every byte of a preprocessed dataset.")
     parser.add_argument("dataset", help="folder written by preprocess.py")
     options = parser.parse_args(arguments)
     try:
         counts = verify(options.dataset)
     except MegaVLError as error:
-        say(f"error: {error}", to_errors=True)
+        say_error(error)
         return error.exit_code
     say(f"{options.dataset}: good, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0

@@ -20,7 +20,7 @@ from megavl.config.errors import DataError, MegaVLError, UsageError
 from megavl.data.manifest import DatasetManifest, read_manifest
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.files.new_file import write_file
-from megavl.foreign.printing import say, visible
+from megavl.foreign.printing import VisibleParser, say, say_error, visible
 
 _BAR = 60
 _COLOURS = (34, 33, 32, 35, 36, 31)
@@ -29,7 +29,7 @@ _COLOURS = (34, 33, 32, 35, 36, 31)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="view.py", description="Show packed sequences of a dataset.")
+    parser = VisibleParser(prog="view.py", description="Show packed sequences of a dataset.")
     parser.add_argument("dataset", help="folder written by preprocess.py")
     parser.add_argument("--sample", type=int, nargs="+", metavar="I", help="numbers of sequences, text first")
     parser.add_argument("--count", type=int, default=4, metavar="N", help="number of sequences without --sample")
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _show(options)
     except MegaVLError as error:
-        say(f"error: {error}", to_errors=True)
+        say_error(error)
         return error.exit_code
     except BrokenPipeError:
         # The reader of the pipe has ended.

@@ -18,6 +18,7 @@ from megavl.checkpoint.find import stored_model
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
+from megavl.foreign.printing import say
 
 _NUMBERS = {"TP": "parallel.tensor", "PP": "parallel.pipeline"}
 _TEXTS = {"DATA": "data.root", "TOKENIZER": "data.tokenizer", "INIT": "checkpoint.init", "RUN_DIR": "run.dir"}
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
         recipe = load_recipe(arguments[0], overrides=overrides, stored_model=stored_model)
         _check_root(recipe, given=bool(os.environ.get("DATA")))
     except MegaVLError as error:
-        print(f"launch: {error}", file=sys.stderr)
+        say(f"launch: {error}", to_errors=True)
         return error.exit_code
     ranks = recipe.parallel.tensor * recipe.parallel.pipeline
     for fact in (recipe.run.dir, recipe.checkpoint_dir, ranks, *overrides):

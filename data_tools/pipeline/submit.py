@@ -22,7 +22,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.utils.logging import get_random_str, get_timestamp, logger
 
 from megavl.config.errors import MegaVLError, StorageError, UsageError
-from megavl.foreign.printing import say
+from megavl.foreign.printing import say_error
 
 LOGS = "slurm"
 """Folder inside the dataset for the output of the jobs."""
@@ -141,7 +141,7 @@ def run_array_task(folder: Path, *, array_tasks: int, work: Callable[[int], obje
             work(rank)
         except MegaVLError as error:
             # datatrove would print any other exception with every frame and its variables.
-            say(f"error: {error}", to_errors=True)
+            say_error(error)
             raise SystemExit(error.exit_code) from None
 
     _Jobs(folder, tasks=array_tasks if folder.name == SHARDS else 1, pipeline=[step]).run()

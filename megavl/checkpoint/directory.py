@@ -20,6 +20,7 @@ from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import MANIFEST, verify
 from megavl.config.errors import CheckpointError
 from megavl.files.durable import replace_durably, set_aside, sync_directory
+from megavl.foreign.printing import DETAIL
 from megavl.foreign.reading import read_limited
 
 LATEST = "latest"
@@ -66,7 +67,7 @@ class Recovery:
     def explain(self, directory: Path) -> str:
         """Message for a directory that holds something but no valid checkpoint."""
         lines = [f"no valid checkpoint in {directory} (checked {len(self.rejected)})", *self.rejected]
-        return "\n  ".join(lines + ([self.tracker] if self.tracker else []))
+        return DETAIL.join(lines + ([self.tracker] if self.tracker else []))
 
 
 def recover(directory: Path, *, skip_hash: bool, require: Callable[[Path], object] = lambda path: None) -> Recovery:

@@ -1,7 +1,7 @@
 """Fault injection for tests: `FAULT=<site>:<rank>:<step>:<kind>` makes one site fail; several are divided by commas.
 
-Sites of a step: `load_data`, `training`. Sites of a save, in order: `before_mkdir`, `mid_shard`, `after_shard`,
-`after_manifest`, `after_rename`, `mid_retention`.
+Sites of a step: `load_data`, `training`, `evaluating`. Sites of a save, in order: `before_mkdir`, `mid_shard`,
+`after_shard`, `after_manifest`, `after_rename`, `mid_retention`.
 
 Kinds: `sigkill`, `sigterm`, `sigusr1`, `sigint` and `sigstop`. A RuntimeError: `raise` here, `async` at some later
 instruction, `handler` in a signal handler. An OSError, as the file system would report it: `enospc`, `eio`. And

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megavl.foreign.printing import visible
 from megavl.weights.lazy import LazyTensor
 
 _CHUNK = 1 << 22
@@ -71,7 +72,8 @@ class Comparison:
             if names:
                 rest = f" and {len(names) - limit} more" if len(names) > limit else ""
                 lines.append(f"  {what}: {', '.join(names[:limit])}{rest}")
-        return "\n".join(lines)
+        # Names come from files.
+        return "\n".join(visible(line, keep="") for line in lines)
 
 
 def compare(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor]) -> Comparison:

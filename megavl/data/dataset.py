@@ -35,6 +35,7 @@ from megavl.data.sampler import ORDER_VERSION
 from megavl.data.shard import Shard, check_file
 from megavl.data.table import ReadHandles, open_table
 from megavl.data.tokenizer import Tokenizer
+from megavl.foreign.printing import visible
 
 _AGAIN = "preprocess the data again with the recipe's settings, or correct the recipe"
 _AFRESH = "restore the file or start data_tools/preprocess.py again with --no-resume"
@@ -137,8 +138,8 @@ class Source:
         # By size, so that each part gets as much to read as the others.
         files.sort(key=lambda entry: (-entry.size, entry.name))
         mine = files[share[0] :: share[1]]
-        quiet = share[0] > 0
-        for entry in tqdm(mine, desc=f"check {self.path}", unit=" files", disable=quiet, delay=5, mininterval=5):
+        quiet, name = share[0] > 0, visible(str(self.path), keep="")
+        for entry in tqdm(mine, desc=f"check {name}", unit=" files", disable=quiet, delay=5, mininterval=5):
             check_file(self.path, entry)
 
     def _inside(self, rows: npt.NDArray[np.void]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from megavl.config.errors import UsageError
 from megavl.files.durable import replace_durably, storage_errors
+from megavl.foreign.reading import open_regular
 from megavl.generate.pretrained import Model
 from megavl.generate.score import Score
 from megavl.generate.score_rows import ScoreRequest
@@ -82,7 +83,7 @@ def read_answers(path: Path, *, identity: Mapping[str, Any]) -> dict[str, Answer
     text = json.dumps(identity, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     with storage_errors(f"{head}: cannot be used"):
         if head.exists():
-            _check_identity(_parsed(head.read_bytes()), json.loads(text), path=path.parent)
+            _check_identity(_parsed(_content(head)), json.loads(text), path=path.parent)
         elif stray := next((one for one in files if one.exists()), None):
             raise UsageError(f"{stray}: has no {_IDENTITY} beside it; give another --out, or remove the file")
         else:
@@ -93,12 +94,17 @@ def read_answers(path: Path, *, identity: Mapping[str, Any]) -> dict[str, Answer
 def _read(path: Path) -> Iterator[tuple[str, Answer]]:
     """Keys and answers of a file, which is tidied of lines that are none."""
     with storage_errors(f"{path}: cannot be used"):
-        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        lines = _content(path).split(b"\n") if path.exists() else [b""]
         good = [line for line in lines if isinstance(_parsed(line).get("key"), str)]
         if [*good, b""] != lines:
             replace_durably(path, b"\n".join([*good, b""]))
     for answer in map(_parsed, good):
         yield answer["key"], {name: value for name, value in answer.items() if name != "key"}
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def score_missing(

@@ -6,12 +6,15 @@ hide the end of a line. Every character is looked at on its own, so a text may b
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
 import unicodedata
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
+DETAIL = "\n  "
+"""What begins another line in the message of an error."""
 _JOINERS = "\u200c\u200d"
 """Parts of words in Persian and Indic scripts, and of emoji; they control nothing."""
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -25,23 +28,44 @@ def visible(text: str, *, keep: str = "\n\t") -> str:
     return "".join(char if char in keep or not _is_hidden(char) else _name(char) for char in text)
 
 
-def say(*lines: object, end: str = "\n", to_errors: bool = False) -> None:
+def say(*lines: object, end: str = "\n", to_errors: bool = False, keep: str = "\t") -> None:
     """Print one line for each argument, with control characters made visible, and flush.
+
+    A line feed in an argument is that of a file's name or text, so it becomes visible too.
 
     Args:
         end: after the last line.
+        keep: control characters that stay; a model's answer keeps its line feeds.
         to_errors: to standard error instead of standard output.
     """
     stream = sys.stderr if to_errors else sys.stdout
-    text = "\n".join(visible(str(line)) for line in lines) + end
+    text = "\n".join(visible(str(line), keep=keep) for line in lines) + end
     print(_encodable(text, stream), end="", file=stream, flush=True)
+
+
+def say_error(error: object) -> None:
+    """Print `error: ` and the message of an error, of which indented lines stay lines."""
+    first, *details = str(error).split(DETAIL)
+    say(f"error: {first}", *(f"  {detail}" for detail in details), to_errors=True)
+
+
+class VisibleParser(argparse.ArgumentParser):
+    """A parser of command lines whose messages cannot command the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2 and the usage."""
+        super().error(visible(message, keep=""))
 
 
 class VisibleFormatter(logging.Formatter):
     """Log lines with control characters made visible."""
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return visible(super().formatMessage(record), keep="\t")
+
     def format(self, record: logging.LogRecord) -> str:
-        """The text of a record."""
+        """The text of a record, with the lines of a traceback."""
         return visible(super().format(record))
 
 

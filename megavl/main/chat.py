@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavl.config.errors import DataError
-from megavl.foreign.printing import say
+from megavl.foreign.printing import say, say_error
 from megavl.main.device import add_device_arguments, choose_device
 from megavl.main.sampling import add_sampling_arguments, sampling_of
 
@@ -69,7 +69,7 @@ class _Chat:
             if word == "/exit":
                 return
             if word == "/help":
-                say(HELP)
+                say(*HELP.splitlines())
             elif word == "/reset":
                 self.conversation.reset()
                 self.images = []
@@ -88,7 +88,7 @@ class _Chat:
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                say("\n/exit leaves.")
+                say("", "/exit leaves.")
 
     def _show(self, path: str) -> None:
         from megavl.data.image import decode_image
@@ -105,7 +105,7 @@ class _Chat:
         said = False
         try:
             for piece in answer:
-                say(piece, end="")
+                say(piece, end="", keep="\n\t")
                 said = said or bool(piece)
         except DataError as error:
             self._complain(str(error))
@@ -116,4 +116,4 @@ class _Chat:
         say("" if said else "(no answer)")
 
     def _complain(self, message: str) -> None:
-        say(f"error: {message}", to_errors=True)
+        say_error(message)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.expected_warnings import ignore_expected_warnings
-from megavl.foreign.printing import VisibleFormatter, say
+from megavl.foreign.printing import VisibleFormatter, VisibleParser, say_error
 
 _COMMANDS = {
     "train": "train one stage; run under torchrun or srun; resumes by itself",
@@ -34,7 +34,7 @@ _NO_OPTION = re.compile(r"[^-]")
 """How a word begins that is no option."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(VisibleParser):
     """Names the nearest choice where one is misspelt; subparsers are of this class too."""
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(runs[parsed.command](parsed))
     except MegaVLError as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError):
-            say(f"error: {error}", to_errors=True)
+            say_error(error)
         return error.exit_code
     except BrokenPipeError:
         return 0

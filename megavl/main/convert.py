@@ -164,7 +164,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     with torch.no_grad():
         models = [find_weights(path) for path in (arguments.source, arguments.out)]
         result = compare(*(model.tensors for model in models))
-    say(result.summary())
+    say(*result.summary().splitlines())
     # Equal weights with other heads or another rotary base are another model.
     differences, labels = model_changes(*(model.config for model in models))
     for change in (*differences, *(label for label in labels if label.key != "model.preset")):
@@ -180,7 +180,7 @@ def _verify_against_transformers(arguments: argparse.Namespace) -> int:
     from megavl.generate.against_transformers import compare as compare_logits
 
     result = compare_logits(arguments.source, arguments.out or arguments.source)
-    say(result.summary())
+    say(*result.summary().splitlines())
     if arguments.json is not None:
         with storage_errors(f"writing {arguments.json}"):
             replace_durably(arguments.json, (json.dumps(result.report()) + "\n").encode())

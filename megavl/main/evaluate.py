@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from megavl.config.evaluation import BENCHMARKS, benchmark_of
 from megavl.config.recipe import ParallelConfig
 from megavl.config.version import VERSION
 from megavl.files.durable import replace_durably
+from megavl.files.owner import Owner
+from megavl.files.ownership import take
 from megavl.foreign.printing import say
 from megavl.main.device import add_device_arguments
 from megavl.main.harness import add_harness_arguments, check_harness_arguments, evaluate_with_harness
@@ -126,9 +129,13 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     judge = _judge(arguments)
     folder = Path(arguments.out) if arguments.out else None
     ledgers: list[Ledger] = []
-    with world(parallel):
+    with world(parallel), ExitStack() as held:
+
+        def own(path: Path) -> None:
+            held.enter_context(take(make_folder(path), Owner.this_process(), name="--out"))
+
         if folder is not None:
-            collective_errors.on_rank_zero(lambda: make_folder(folder) and None)
+            collective_errors.on_rank_zero(lambda: own(folder))
         tasks = collective_errors.on_rank_zero(lambda: read_tasks(files, limit=arguments.limit))
         benchmarks = collective_errors.on_rank_zero(lambda: read_benchmarks(entries, limit=arguments.limit))
         source = find_model_on_every_rank(arguments.model)
@@ -189,7 +196,7 @@ def _finish(
     if judge is not None:
         judged = (judge_benchmark(one, judge=judge, ledger=ledger) for one in report.benchmarks)
         report = replace(report, benchmarks=tuple(judged))
-    say(report.table())
+    say(*report.table().splitlines())
     if arguments.json:
         _write(Path(arguments.json), json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     if folder is not None:

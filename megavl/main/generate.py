@@ -194,4 +194,4 @@ def _say_json(row: dict[str, Any]) -> None:
 
 def _say(text: str) -> None:
     if text and is_speaker():
-        say(text, end="")
+        say(text, end="", keep="\n\t")

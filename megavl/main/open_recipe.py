@@ -25,7 +25,7 @@ class _ListKeys(argparse.Action):
     """Like `--help`: prints, and ends the command without its other arguments."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        say("\n".join(key_lines()))
+        say(*"\n".join(key_lines()).splitlines())
         parser.exit()
 
 

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.timeline:
         write_timeline(args.timeline, scenario, layout, source)
     show = _as_json if args.json else _as_text
-    say(show(plan, scenario, ranking, mixing))
+    say(*show(plan, scenario, ranking, mixing).splitlines())
     check_memory(scenario, layout, device)
     return 0
 

@@ -11,7 +11,7 @@ from typing import Literal, NoReturn
 
 from megavl.config.errors import MegaVLError, PeerError, UsageError
 from megavl.config.recipe import ParallelConfig
-from megavl.foreign.printing import say
+from megavl.foreign.printing import say, say_error
 from megavl.main.device import choose_device
 
 
@@ -62,11 +62,11 @@ def run_on_ranks(arguments: argparse.Namespace, action: Callable[[ParallelConfig
         _leave(error.exit_code, str(error) if rank == "0" or isinstance(error, PeerError) else "")
     except RuntimeError as error:
         if not is_communication(error):
-            say(traceback.format_exc(), to_errors=True)
+            say(*traceback.format_exc().splitlines(), to_errors=True)
             _leave(1, "")
         _leave(PeerError.exit_code, f"rank {rank} lost a peer: {' '.join(str(error).split())[:300]}")
     except Exception:
-        say(traceback.format_exc(), to_errors=True)
+        say(*traceback.format_exc().splitlines(), to_errors=True)
         _leave(1, "")
 
 
@@ -77,7 +77,7 @@ def is_speaker() -> bool:
 
 def _leave(code: int, message: str) -> NoReturn:
     if message:
-        say(f"error: {message}", to_errors=True)
+        say_error(message)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -21,7 +21,7 @@ from megavl.config.errors import (
     UsageError,
 )
 from megavl.config.load import read_raw
-from megavl.foreign.printing import say
+from megavl.foreign.printing import say, say_error
 from megavl.main.open_recipe import add_recipe_arguments, open_recipe
 from megavl.planner.layouts.check import checked_scenario
 from megavl.train.supervise.exit_status import ExitStatus
@@ -118,18 +118,20 @@ def _refuse(run_dir: str | None, error: MegaVLError) -> int:
     """
     if os.environ.get("RANK", "0") != "0":
         return error.exit_code
-    if run_dir is not None:
-        status = ExitStatus(run_dir, rank=0)
-        with contextlib.suppress(OSError, StorageError):
-            if status.claim.permits_status() and ("RANK" in os.environ or status.path.exists()):
-                status.clear()
-                status.write(error.exit_code, str(error))
+    status = ExitStatus(run_dir or ".", rank=0)
+    with contextlib.suppress(OSError, StorageError):
+        under_launcher = "RANK" in os.environ or status.path.exists()
+        if run_dir is not None and status.claim.permits_status() and under_launcher:
+            status.clear()
+            status.write(error.exit_code, str(error))
+        else:
+            status.write_copy(error.exit_code, str(error))
     raise error
 
 
 def _leave_with_traceback(status: ExitStatus, error: BaseException) -> NoReturn:
     """Leave after a defect of MegaVL: print the traceback; peers read the status."""
-    say(traceback.format_exc(), to_errors=True)
+    say(*traceback.format_exc().splitlines(), to_errors=True)
     _leave(status, 1, f"{type(error).__name__}: {error}")
 
 
@@ -138,7 +140,7 @@ def _leave(status: ExitStatus, code: int, reason: str) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         first = status.write(code, reason)
         if first and not (status.claim.refusal and status.rank):
-            say(f"error: {reason}", to_errors=True)
+            say_error(reason)
         sys.stdout.flush()
         sys.stderr.flush()
     status.claim.release()

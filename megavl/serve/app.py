@@ -256,7 +256,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    say("".join(traceback.format_exception(error)), to_errors=True)
+    say(*"".join(traceback.format_exception(error)).splitlines(), to_errors=True)
     return await _refused(request, Refusal("the server failed; its own output says why", status=500))
 
 

@@ -18,6 +18,7 @@ from megatron.core import parallel_state as mpu
 from tqdm import tqdm
 
 from megavl.checkpoint import collective_errors
+from megavl.checkpoint.fault import inject_fault
 from megavl.config.errors import DataError
 from megavl.config.evaluation import Normalization, benchmark_of
 from megavl.config.recipe import MixtureSource, ModalityWeights
@@ -87,21 +88,34 @@ class Evaluation:
         if self._config.interval and self._plan.position.rank == 0:
             self._log = EvaluationLog(run.dir, start_step=step, tensorboard=run.tensorboard)
 
-    def after(self, model: ModelChunks, *, step: int, status: ExitStatus) -> None:
-        """Evaluate and log, if it is time after this step; 0 stands for the start of a new run. Collective."""
+    def after(self, model: ModelChunks, *, step: int, status: ExitStatus) -> bool:
+        """Evaluate and log, if it is time after this step; 0 stands for the start of a new run. Collective.
+
+        Returns:
+            Whether a signal ended the evaluation; the same on every rank.
+        """
         config = self._config
         last = step == self._plan.recipe.training.steps
         if not config.interval or not (config.at_start if step == 0 else last or step % config.interval == 0):
-            return
+            return False
         status.section = "evaluating"
-        row = self.run(model, step=step)
+        inject_fault("evaluating", rank=self._plan.position.rank, step=step)
+        try:
+            row = self.run(model, step=step)
+        except _Stopped:
+            self._plan.say(f"a signal ended the evaluation after step {step}")
+            return True
         if row is not None and self._log is not None:
             self._log.write(row)
+        return False
 
     def run(self, model: ModelChunks, *, step: int) -> dict[str, Any] | None:
         """Evaluate; returns the row of evaluation.jsonl. Collective.
 
-        None where a signal asked to stop, or a file could not be read any more: neither may cost the run its training.
+        None where a file could not be read any more, which may not cost the run its training.
+
+        Raises:
+            _Stopped: a signal asked to stop.
         """
         began = time.perf_counter()
         # Weights that the last step updated are gathered here for all, not by the modules on their way.
@@ -115,9 +129,6 @@ class Evaluation:
                 for name, dataset, modality, count in self._parts():
                     part = self._losses(model, dataset, modality=modality, count=count, bar=bar)
                     held_out.setdefault(name, {})[modality] = part
-            except _Stopped:
-                self._plan.say(f"a signal ended the evaluation after step {step}")
-                return None
             except DataError as error:
                 self._plan.say(f"warning: no evaluation after step {step}: {error}; training goes on")
                 return None

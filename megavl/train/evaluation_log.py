@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megavl.foreign.printing import visible
 from megavl.train.metrics import open_rows
 from megavl.train.scalar_events import open_board
 
@@ -30,7 +31,7 @@ class EvaluationLog:
         """Append one evaluation and print its lines."""
         self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n")
         for line in lines(row):
-            tqdm.write(line)
+            tqdm.write(visible(line, keep=""))
         if self._board is not None:
             self._board.write(dict(scalars(row)), step=row["step"])
 

@@ -156,14 +156,13 @@ def _run_steps(
             sample_ids = tuple(number for batch in data for number in batch.sample_ids)
             _handle_bad_step(plan, progress, result, sample_ids=sample_ids)
         last = step == training.steps
-        if not result.asked_to_stop:
-            # Before the save: a run that resumes from it has this evaluation.
-            evaluation.after(state.model, step=step, status=status)
-        if last or result.asked_to_stop or step % recipe.checkpoint.interval == 0:
+        # Before the save: a run that resumes from it has this evaluation.
+        stopped = result.asked_to_stop or evaluation.after(state.model, step=step, status=status)
+        if last or stopped or step % recipe.checkpoint.interval == 0:
             status.section = "saving"
             status.claim.confirm()
-            _save(plan, state, progress, must=last or result.asked_to_stop)
-        if result.asked_to_stop and not last:
+            _save(plan, state, progress, must=last or stopped)
+        if stopped and not last:
             interrupted = groups.on_any_rank(stop.interrupted)
             how = "Ctrl-C" if interrupted else "a signal"
             plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
@@ -210,7 +209,8 @@ def _open_data(plan: RunPlan) -> tuple[Tokenizer, Dataset, Sampler]:
     mixture, steps = recipe_mixture(recipe, dataset.counts), recipe.training.steps
     check_epochs(mixture, data=data, counts=dataset.counts, steps=steps)
     plans = source_plans(mixture, data=data, counts=dataset.counts, steps=steps)
-    plan.say("\n".join(render(plans, mixture=mixture, steps=steps)))
+    for line in render(plans, mixture=mixture, steps=steps):
+        plan.say(line)
     return tokenizer, dataset, Sampler(dataset.counts, mixture=mixture)
 
 

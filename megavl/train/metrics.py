@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megavl.data.batch import Modality
 from megavl.data.mixture import sequences_before
 from megavl.files.durable import replace_durably
+from megavl.foreign.printing import visible
 from megavl.planner.cost.flops import mfu, step_flops
 from megavl.train.growing_file import GrowingFile, free_for_file, warn
 from megavl.train.progress import Progress
@@ -76,7 +77,7 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append one step's row and print its line."""
         self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n")
-        tqdm.write(self._line(row))
+        tqdm.write(visible(self._line(row), keep=""))
         if self._board is not None:
             scalars = {name: row[key] for name, key in _SCALARS.items() if row.get(key) is not None}
             scalars |= {

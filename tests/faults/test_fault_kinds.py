@@ -59,13 +59,15 @@ def test_any_fault_ends_every_rank(dataset: Path, tmp_path: Path, site: str, kin
     check_kind(dataset, tmp_path, site, kind, report_table)
 
 
-def test_a_stopped_rank_is_left_alone(dataset: Path, tmp_path: Path, report_table: Any) -> None:
-    ranks = Ranks(dataset, tmp_path, WAIT, fault="training:1:3:sigstop")
+@pytest.mark.parametrize("site", ["training", pytest.param("evaluating", marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_left_alone(dataset: Path, tmp_path: Path, site: str) -> None:
+    evaluation = (f"evaluation.held_out=[{dataset}/shards]", "evaluation.held_out_sequences=2", "evaluation.interval=3")
+    ranks = Ranks(dataset, tmp_path, WAIT, *evaluation, fault=f"{site}:1:3:sigstop")
     first = ranks.processes.pop(0)
     printed = first.communicate(timeout=BOUND_S)[0]
     assert first.returncode == LOST, printed
     status = ranks.status()
-    assert (status["code"], status["rank"], status["step"]) == (LOST, 0, 3) and "training" in status["reason"]
+    assert (status["code"], status["rank"], status["step"]) == (LOST, 0, 3) and f"while {site}" in status["reason"]
     owner = r"host \S+, pid \d+, no sign of life for \d+ s, last at step \d while \w+"
     assert re.search(rf"missing: rank 1 \({owner}\)", status["reason"]), status
     os.kill(ranks.processes[1].pid, signal.SIGKILL)

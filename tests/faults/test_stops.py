@@ -44,6 +44,11 @@ def test_stops_and_a_full_disk_change_nothing(dataset: Path, reference: Path, tm
     codes, status, printed = end(dataset, tmp_path, fault="training:1:1:sigusr1")
     assert codes == {0: 75, 1: 75} and (status["code"], status["step"], status["resumable"]) == (75, 1, True), printed
     assert saved(tmp_path) == [1]
+    # Within an evaluation: it ends, and both save at the step that it belongs to.
+    evaluating = (f"evaluation.held_out=[{dataset}/shards]", "evaluation.held_out_sequences=2", "evaluation.interval=2")
+    codes, status, printed = end(dataset, tmp_path, *evaluating, fault="evaluating:1:2:sigterm")
+    assert codes == {0: 75, 1: 75} and (status["code"], status["step"], status["resumable"]) == (75, 2, True), printed
+    assert printed.count("a signal ended the evaluation after step 2") == 1 and saved(tmp_path) == [1, 2]
     # Within a save, and another one: that save stays, and the step after it is the last.
     codes, status, printed = end(dataset, tmp_path, fault="mid_shard:0:3:sigterm,after_manifest:0:3:sigusr1")
     assert codes == {0: 75, 1: 75} and status["step"] == 4, printed

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megavl.evaluate.benchmarks.figures import Figures
 from megavl.evaluate.benchmarks.item import Outcome
 from megavl.evaluate.benchmarks.table import BENCHMARKS, Benchmark
+from megavl.foreign.printing import visible
 
 Mode = Literal["generate", "perplexity"]
 """How a benchmark's questions are asked: the model answers and a parser reads, or its choices are scored."""
@@ -84,6 +85,8 @@ def benchmark_table(reports: Sequence[BenchmarkReport]) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """A table as text: the first column to the left, the others to the right."""
+    # Names of kinds come from files.
+    rows = [[visible(cell, keep="") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])

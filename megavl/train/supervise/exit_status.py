@@ -50,18 +50,7 @@ class ExitStatus:
 
         Nothing is written into a directory that another run owns. If the storage fails, the status is printed.
         """
-        row = {
-            "code": code,
-            "reason": reason,
-            "rank": self.rank,
-            "step": self.step,
-            "resumable": code in _RESUMABLE,
-        }
-        text = json.dumps(row) + "\n"
-        first = True
-        if copy := os.environ.get(COPY):
-            with contextlib.suppress(OSError):
-                first = _write_once(Path(copy), text, rank=self.rank)
+        text, first = self._text(code, reason), self.write_copy(code, reason)
         if not self.claim.permits_status():
             return first
         try:
@@ -70,11 +59,30 @@ class ExitStatus:
         except OSError as error:
             self.failed = True
             say(
-                f"warning: {self.path} cannot be written ({error.strerror}); it would say: {text}",
-                end="",
+                f"warning: {self.path} cannot be written ({error.strerror}); it would say: {text.rstrip()}",
                 to_errors=True,
             )
             return first
+
+    def write_copy(self, code: int, reason: str) -> bool:
+        """Record the end outside of the run directory, if `MEGAVL_EXIT_STATUS` says where.
+
+        A launch script learns the code that way even if another run owns the directory. Returns as `write`.
+        """
+        if copy := os.environ.get(COPY):
+            with contextlib.suppress(OSError):
+                return _write_once(Path(copy), self._text(code, reason), rank=self.rank)
+        return True
+
+    def _text(self, code: int, reason: str) -> str:
+        row = {
+            "code": code,
+            "reason": reason,
+            "rank": self.rank,
+            "step": self.step,
+            "resumable": code in _RESUMABLE,
+        }
+        return json.dumps(row) + "\n"
 
 
 def _write_once(path: Path, text: str, *, rank: int) -> bool:

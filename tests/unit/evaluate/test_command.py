@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megavl.files.owner import Owner
+from megavl.files.ownership import take
 from megavl.main.cli import main
 from tests.unit.evaluate.benchmarks import published
 from tests.unit.generate import models
@@ -41,6 +43,15 @@ def test_table_and_report(folder, task, tmp_path, capsys):
     again = tmp_path / "again.json"
     assert ask(folder, task, "--json", again, "--blind", "--seed", "0") == 0
     assert again.read_text() == out.read_text()
+
+
+def test_folder_of_another_evaluation_is_left_alone(folder, task, tmp_path, capsys):
+    with take(tmp_path, Owner.this_process(), name="--out"):
+        assert ask(folder, task, "--out", tmp_path) == 2
+        assert f"--out: {tmp_path} is in use by another process (host" in refused(capsys)
+        assert [path.name for path in tmp_path.iterdir()] == ["owner-1.json"]
+    assert ask(folder, task, "--out", tmp_path, "--limit", "1") == 0
+    assert "owner-1.json" not in {path.name for path in tmp_path.iterdir()}
 
 
 def test_three_kinds_of_entries_share_a_report(folder, task, tmp_path, capsys):

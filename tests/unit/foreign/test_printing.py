@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megavl.foreign.printing import json_line, say, visible
+from megavl.foreign.printing import DETAIL, VisibleParser, json_line, say, say_error, visible
 
 COMMANDS = [
     "\x1b[2J",
@@ -33,6 +33,16 @@ def test_commands_become_visible(command: str, capsys: pytest.CaptureFixture[str
     say(f"a{command}b", to_errors=True)
     shown = capsys.readouterr().err
     assert shown.startswith("a") and shown.endswith("b\n") and command[0] not in shown
+
+
+def test_a_line_feed_in_a_name_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\nb", "c", end="")
+    say_error(DETAIL.join(["wrong:", "a\nb", "c"]))
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("a␊b\nc", "error: wrong:\n  a␊b\n  c\n")
+    with pytest.raises(SystemExit):
+        VisibleParser(prog="p").parse_args(["\x1b[2J\n"])
+    assert "arguments: ␛[2J␊" in capsys.readouterr().err
 
 
 def test_letters_of_all_scripts_stay() -> None:

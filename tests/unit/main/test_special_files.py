@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,8 @@ from tests.unit.convert import public_models
 from tests.unit.main.test_foreign_files import _socket
 from tests.unit.main.test_foreign_files import originals as originals
 
+NAME = "spe\ncial\x1b[2J"
+"""A terminal would obey it, and the line feed would hide what stands before it."""
 SECONDS = 300
 """Far more than any case takes; what waits for a writer would wait without end."""
 KINDS: dict[str, Callable[[Path], object]] = {
@@ -26,7 +29,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
 }
 RECIPE = "launch/recipes/tiny/stage2.yaml"
-ONE = '{"id": "1", "prompt": "?", "images": ["special"], "choices": ["a", "b"], "answer": 0}\n'
+ONE = {"id": "1", "prompt": "?", "images": [NAME], "choices": ["a", "b"], "answer": 0}
 INIT = ["convert", "init", "{new}", "--preset", "tiny-hybrid"]
 MEGAVL: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "recipe to train": (["train", "{special}"], (2,)),
@@ -49,6 +52,8 @@ MEGAVL: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "task": (["evaluate", "{model}", "{special}"], (3,)),
     "model to evaluate": (["evaluate", "{special}", "{text}"], (4,)),
     "image of a question": (["evaluate", "{model}", "{task}"], (3,)),
+    "benchmark": (["evaluate", "{model}", "--benchmark", "mmbench={special}"], (2, 3)),
+    "folder of an evaluation": (["evaluate", "{model}", "{text}", "--out", "{special}"], (2,)),
 }
 PREPARE = ["preprocess", "--output", "{new}", "--workers", "1"]
 WHOLE = ["--input", "{lines}", "--tokenizer", "{tokenizer}"]
@@ -113,17 +118,17 @@ def files(originals: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPat
 
 def given(words: list[str], folder: Path, files: dict[str, Path]) -> list[str]:
     """The arguments, with paths in place of names."""
-    (folder / "task.jsonl").write_text(ONE)
-    (folder / "prompts.jsonl").write_text('{"prompt": "?", "images": ["special"]}\n')
-    own = {name: folder / name for name in ("special", "new")} | {
-        name: folder / f"{name}.jsonl" for name in ("task", "prompts")
-    }
+    (folder / "task.jsonl").write_text(json.dumps(ONE))
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "?", "images": [NAME]}))
+    own = {name: folder / f"{name}.jsonl" for name in ("task", "prompts")}
+    own |= {"special": folder / NAME, "new": folder / "new"}
     return [word.format(**files, **own) for word in words]
 
 
 def check_refused(code: int, codes: tuple[int, ...], said: str) -> None:
     assert code in codes, (code, said)
-    assert "error: " in said and "special" in said and "Traceback" not in said, said
+    assert "error: " in said and "spe␊cial␛[2J" in said and "Traceback" not in said, said
+    assert "\x1b" not in said and "spe\n" not in said
 
 
 def cases(names: Iterable[str], *, all_kinds: set[str]) -> list[tuple[str, str]]:
@@ -136,7 +141,7 @@ def test_megavl_refuses_a_special_file(
     name: str, kind: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, codes = MEGAVL[name]
-    KINDS[kind](tmp_path / "special")
+    KINDS[kind](tmp_path / NAME)
     with bounded():
         code = main(given(words, tmp_path, files))
     check_refused(code, codes, capsys.readouterr().err)
@@ -147,7 +152,7 @@ def test_data_tools_refuse_a_special_file(
     name: str, kind: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, codes = TOOLS[name]
-    KINDS[kind](tmp_path / "special")
+    KINDS[kind](tmp_path / NAME)
     module = importlib.import_module(f"data_tools.{words[0]}")
     with bounded():
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from megavl.files.owner import Owner
+from megavl.files.ownership import take
+from megavl.main.cli import main
 from megavl.train.metrics import MetricsLog
 from megavl.train.supervise.exit_status import ExitStatus
 
@@ -26,6 +30,19 @@ ROW = {
     "mfu": None,
     "skipped": False,
 }
+
+
+def test_refused_recipe_tells_the_launcher_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun turns every code into 1, and the status of the run that owns the directory stays alone."""
+    copy, recipe = tmp_path / "copy.json", tmp_path / "recipe.yaml"
+    monkeypatch.setenv("MEGAVL_EXIT_STATUS", str(copy))
+    monkeypatch.setenv("RANK", "0")
+    for content, owned in ((f"run: {{dir: {tmp_path}/run}}", True), ("run: [", False)):
+        recipe.write_text(content)
+        copy.unlink(missing_ok=True)
+        with take(tmp_path / "run", Owner.this_process(), name="run.dir") if owned else contextlib.nullcontext():
+            assert main(["train", str(recipe)]) == 2
+        assert json.loads(copy.read_text())["code"] == 2 and not (tmp_path / "run" / "exit_status.json").exists()
 
 
 def test_resume_keeps_one_row_per_step(tmp_path: Path, capsys: object) -> None:
