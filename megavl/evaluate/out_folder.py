@@ -14,6 +14,8 @@ from megavl.evaluate.picture import picture
 from megavl.evaluate.report import Report
 from megavl.evaluate.report_page import page
 from megavl.files.durable import replace_durably, storage_errors
+from megavl.files.owner import Owner
+from megavl.files.ownership import Ownership, take
 
 _PART = 1 << 16
 """Bytes of each end of a file that enter a model's fingerprint."""
@@ -33,6 +35,16 @@ def make_folder(path: Path) -> Path:
     with storage_errors(f"--out: {path} cannot be made"):
         path.mkdir(exist_ok=True)
     return path
+
+
+def take_folder(path: Path) -> Ownership:
+    """The folder, made if it is not there, which this process owns until the context ends.
+
+    Raises:
+        StorageError: it cannot be made or written.
+        UsageError: as `make_folder`, or another evaluation writes it.
+    """
+    return take(make_folder(path), Owner.this_process(), name="--out")
 
 
 def model_fingerprint(path: Path) -> str:

@@ -14,8 +14,6 @@ from megavl.config.evaluation import BENCHMARKS, benchmark_of
 from megavl.config.recipe import ParallelConfig
 from megavl.config.version import VERSION
 from megavl.files.durable import replace_durably
-from megavl.files.owner import Owner
-from megavl.files.ownership import take
 from megavl.foreign.printing import say
 from megavl.main.device import add_device_arguments
 from megavl.main.harness import add_harness_arguments, check_harness_arguments, evaluate_with_harness
@@ -117,7 +115,7 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     from megavl.checkpoint import collective_errors
     from megavl.config.chat import SYSTEM_PROMPT
     from megavl.evaluate.benchmarks.ask import read_benchmarks
-    from megavl.evaluate.out_folder import make_folder, model_fingerprint
+    from megavl.evaluate.out_folder import model_fingerprint, take_folder
     from megavl.evaluate.run_tasks import evaluate
     from megavl.evaluate.task import read_tasks
     from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
@@ -130,12 +128,8 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     folder = Path(arguments.out) if arguments.out else None
     ledgers: list[Ledger] = []
     with world(parallel), ExitStack() as held:
-
-        def own(path: Path) -> None:
-            held.enter_context(take(make_folder(path), Owner.this_process(), name="--out"))
-
         if folder is not None:
-            collective_errors.on_rank_zero(lambda: own(folder))
+            collective_errors.on_rank_zero(lambda: held.enter_context(take_folder(folder)) and None)
         tasks = collective_errors.on_rank_zero(lambda: read_tasks(files, limit=arguments.limit))
         benchmarks = collective_errors.on_rank_zero(lambda: read_benchmarks(entries, limit=arguments.limit))
         source = find_model_on_every_rank(arguments.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,16 +73,16 @@ def evaluate_with_harness(arguments: argparse.Namespace, parallel: ParallelConfi
             raise
         raise UsageError(f"--harness lm_eval: {error.name} is not installed; pip install 'megavl[lm-eval]'") from error
     from megavl.checkpoint import collective_errors
-    from megavl.evaluate.out_folder import make_folder, model_fingerprint
+    from megavl.evaluate.out_folder import model_fingerprint, take_folder
     from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
     from megavl.generate.pretrained import Model, Processor
 
     words = [word.strip() for word in arguments.harness_tasks.split(",")]
     tasks, names = run.find_tasks([word for word in words if word], include_path=arguments.include_path)
     folder = Path(arguments.out) if arguments.out else None
-    with world(parallel):
+    with world(parallel), ExitStack() as held:
         if folder is not None:
-            collective_errors.on_rank_zero(lambda: make_folder(folder) and None)
+            collective_errors.on_rank_zero(lambda: held.enter_context(take_folder(folder)) and None)
         source = find_model_on_every_rank(arguments.model)
         check_layout(source.config, parallel)
 
@@ -108,7 +109,7 @@ def evaluate_with_harness(arguments: argparse.Namespace, parallel: ParallelConfi
             speaks=is_speaker(),
         )
     if is_speaker():
-        say(run.table(results))
+        say(*run.table(results).splitlines())
         if folder is not None:
             run.write_report(results, folder)
             say(f"report: {folder / 'report.md'}")

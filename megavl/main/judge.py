@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.evaluate.judge.bars import bars, table
     from megavl.evaluate.judge.compare import identity, judge_answers, report
     from megavl.evaluate.ledger import Ledger, read_answers
-    from megavl.evaluate.out_folder import make_folder
+    from megavl.evaluate.out_folder import take_folder
 
     check_numbers(arguments, "workers", "attempts", "limit")
     if not 0 < arguments.timeout < float("inf"):
@@ -115,33 +116,34 @@ def run(arguments: argparse.Namespace) -> int:
     questions = read_compared(
         paths, questions=arguments.questions, with_images=not arguments.no_images, limit=arguments.limit
     )
-    ledger = Ledger()
-    if arguments.out is not None:
-        path = make_folder(arguments.out) / "verdicts.jsonl"
-        known = read_answers(path, identity=identity(questions, judge=arguments.judge, url=endpoint.url))
-        ledger = Ledger(known, path=path)
-    with tqdm(total=2 * len(questions), unit="verdict", disable=None) as bar:
-        judged = judge_answers(questions, endpoint, ledger=ledger, workers=arguments.workers, progress=bar.update)
-    about: dict[str, Any] = {
-        "models": names,
-        "judge": arguments.judge,
-        "endpoint": endpoint.url,
-        "seed": arguments.seed,
-    }
-    found = report(judged, about=about, seed=arguments.seed)
-    if arguments.out is not None:
-        page = (
-            f"# {names[0]} against {names[1]}, judged by {arguments.judge}\n\n{table(found)}\n\n![bars](report.svg)\n"
-        )
-        files = {
-            "report.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
-            "report.md": page,
-            "report.svg": bars(found),
+    with ExitStack() as held:
+        ledger = Ledger()
+        if arguments.out is not None:
+            held.enter_context(take_folder(arguments.out))
+            path = arguments.out / "verdicts.jsonl"
+            known = read_answers(path, identity=identity(questions, judge=arguments.judge, url=endpoint.url))
+            ledger = Ledger(known, path=path)
+        with tqdm(total=2 * len(questions), unit="verdict", disable=None) as bar:
+            judged = judge_answers(questions, endpoint, ledger=ledger, workers=arguments.workers, progress=bar.update)
+        about: dict[str, Any] = {
+            "models": names,
+            "judge": arguments.judge,
+            "endpoint": endpoint.url,
+            "seed": arguments.seed,
         }
-        for name, content in files.items():
-            with storage_errors(f"{arguments.out / name}: cannot be written"):
-                replace_durably(arguments.out / name, content.encode("utf-8", "replace"))
-    say(table(found))
+        found = report(judged, about=about, seed=arguments.seed)
+        if arguments.out is not None:
+            title = f"# {names[0]} against {names[1]}, judged by {arguments.judge}"
+            page = f"{title}\n\n{table(found)}\n\n![bars](report.svg)\n"
+            files = {
+                "report.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+                "report.md": page,
+                "report.svg": bars(found),
+            }
+            for name, content in files.items():
+                with storage_errors(f"{arguments.out / name}: cannot be written"):
+                    replace_durably(arguments.out / name, content.encode("utf-8", "replace"))
+    say(*table(found).splitlines())
     errors = found["errors"]
     if errors:
         again = "; run the same command again to ask for these only" if arguments.out is not None else ""

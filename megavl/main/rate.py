@@ -75,7 +75,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if not any(one.found for one in people):
         raise DataError(f"{arguments.ratings[0]}: no question is rated completely; give ratings of at least one")
     found = figures(people, key=key, seed=arguments.seed)
-    say(table(found))
+    say(*table(found).splitlines())
     incomplete = sum(one.incomplete for one in people)
     if incomplete or found["not_rated"]:
         say(f"left out: {incomplete} incomplete ratings of a question; nobody rated {found['not_rated']} questions")

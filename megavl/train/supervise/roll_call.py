@@ -8,6 +8,7 @@ own, since it does not answer if the process that holds it has stopped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -31,7 +32,7 @@ class Store(Protocol):
         """Write."""
 
     def get(self, key: str, /) -> bytes:
-        """Read what is there."""
+        """Read, waiting until it is there."""
 
     def check(self, keys: list[str], /) -> bool:
         """Whether all are there."""
@@ -77,6 +78,7 @@ class RollCall:
         self._status, self.period_s = status, max(1.0, timeout_s / 6)
         self._signs: dict[int, _Sign] = {}
         self._reading = False
+        self._holder: _Sign | None = None
         self._ended, self._wake, self._read = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -103,11 +105,15 @@ class RollCall:
         """Names the ranks that are gone, silent, or elsewhere than this one; empty where nothing is known of any."""
         if self._thread is None:
             return ""
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        gone = self._holder.absence(silence_s=math.inf) if self._holder and not agent else None
+        if gone:
+            # The store ended with it, so nothing can be read.
+            return f"; missing: rank 0 ({gone})"
         self._reading = True
         self._read.clear()
         self._wake.set()
         if not self._read.wait(_PATIENCE_S):
-            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             return f"; missing: {'torchrun on the first machine' if agent else 'rank 0'}, which holds the ranks' store"
         lost, elsewhere = [], []
         here = f"step {self._status.step} while {self._status.section}"
@@ -129,6 +135,10 @@ class RollCall:
             row = {"count": count, "step": self._status.step, "section": self._status.section}
             try:
                 self._store.set(_key(self._status.rank), json.dumps({**fixed, "started": process.started, **row}))
+                if self._holder is None and self._status.rank:
+                    # Waits for it.
+                    first = json.loads(self._store.get(_key(0)))
+                    self._holder = _Sign(row=first, since=time.monotonic(), changed=False)
                 if self._reading:
                     self._read_all()
             except RuntimeError:

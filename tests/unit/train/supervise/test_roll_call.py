@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megavl.files.process import Process
 from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.roll_call import RollCall
 
@@ -109,6 +110,23 @@ def test_a_store_that_does_not_answer_names_its_holder(tmp_path: Path, monkeypat
     assert call.missing() == "; missing: rank 0, which holds the ranks' store"
     ended.set()
     call.end()
+
+
+def test_the_holder_of_the_store_is_named_without_it(tmp_path: Path, store: dist.Store) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = Process.running(child.pid)
+    assert process is not None
+    found = {"count": 1, "step": 1, "section": "training", "host": "h", "pid": child.pid, "started": process.started}
+    store.set("megavl/roll call/0", json.dumps({**found, "machine": process.machine}))
+    call = roll_call(tmp_path, rank=1)
+    call.begin(store, world_size=2)
+    deadline = time.monotonic() + 300
+    while call._holder is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    call.end()
+    child.communicate()
+    assert call.missing() == f"; missing: rank 0 (host h, pid {child.pid}, gone, last at step 1 while training)"
 
 
 def test_nothing_is_said_before_the_ranks_meet(tmp_path: Path) -> None:
