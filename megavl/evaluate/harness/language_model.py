@@ -128,7 +128,8 @@ class HarnessModel(TemplateLM):
         missing = {key: one for key, one in zip(keys, encoded) if self._ledger.get(key) is None}
         options: dict[tuple[int, ...], list[str]] = {}
         for key, one in missing.items():
-            options.setdefault(one.ids[: one.start], []).append(key)
+            # Texts after BOS alone share nothing that is worth a row in common.
+            options.setdefault(one.ids[: one.start] if one.start > 1 else one.ids, []).append(key)
         groups = list(options.values())
 
         def keep(index: int, scores: Sequence[Score]) -> None:

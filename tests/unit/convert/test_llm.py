@@ -40,6 +40,11 @@ def folder(checkpoint):
     return out
 
 
+@pytest.fixture(scope="module")
+def public(tokenizer_dir, tmp_path_factory):
+    return public_models.build(tmp_path_factory.mktemp("public"), tokenizer_dir)
+
+
 def test_weights_are_those_of_the_native_export(checkpoint, folder, tmp_path):
     assert convert("to-hf", checkpoint, tmp_path / "native", "--format", "native") == 0
     native = load_file(tmp_path / "native" / "model.safetensors")
@@ -69,8 +74,7 @@ def test_transformers_opens_every_file(checkpoint, folder, tokenizer_dir, tmp_pa
     assert config["vocab_size"] == 1024
 
 
-def test_start_weights_take_the_decoder_back(checkpoint, folder, tokenizer_dir, tmp_path, capsys):
-    public = public_models.build(tmp_path / "public", tokenizer_dir)
+def test_start_weights_take_the_decoder_back(checkpoint, folder, public, tmp_path):
     words = ("--llm", folder, "--siglip", public.siglip_paths["transformers"], "--preset", PRESET, "--dtype", "float32")
     assert convert("init", *words, tmp_path / "start") == 0
     before, after = (
@@ -80,15 +84,14 @@ def test_start_weights_take_the_decoder_back(checkpoint, folder, tokenizer_dir, 
     assert compare(before, after).identical
 
 
-def test_logits_equal_those_of_transformers(checkpoint, folder, tmp_path, capsys, report_table):
-    for words in ((folder,), (checkpoint, folder)):
-        assert convert("verify", *words, "--against", "transformers", "--json", tmp_path / "report.json") == 0
-        first, verdict = capsys.readouterr().out.splitlines()
-        assert first.startswith("text, ")
-        assert first.endswith(", the same")
-        assert "LlamaForCausalLM" in verdict
-        report_table(verdict)
-        assert json.loads((tmp_path / "report.json").read_text())["max_rel_diff"] <= 1e-5
+def test_logits_equal_those_of_transformers(folder, tmp_path, capsys, report_table):
+    assert convert("verify", folder, "--against", "transformers", "--json", tmp_path / "report.json") == 0
+    first, verdict = capsys.readouterr().out.splitlines()
+    assert first.startswith("text, ")
+    assert first.endswith(", the same")
+    assert "LlamaForCausalLM" in verdict
+    report_table(verdict)
+    assert json.loads((tmp_path / "report.json").read_text())["max_rel_diff"] <= 1e-5
 
 
 def test_changed_weight_fails_the_comparison(checkpoint, folder, tmp_path, capsys):
@@ -97,7 +100,9 @@ def test_changed_weight_fails_the_comparison(checkpoint, folder, tmp_path, capsy
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] += 0.5
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     assert convert("verify", checkpoint, other, "--against", "transformers") == 4
-    assert "NOT within" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "NOT within" in printed
+    assert "text, " in printed
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "from-hf"])
@@ -113,8 +118,7 @@ def test_decoder_alone_is_no_whole_model(command, folder, tmp_path, capsys):
     assert "`megavl convert init --llm` makes start weights" in capsys.readouterr().err
 
 
-def test_any_adaptor_leaves_the_decoder_exportable(sources, checkpoint, tokenizer_dir, tmp_path, capsys):
-    public = public_models.build(tmp_path / "public", tokenizer_dir)
+def test_any_adaptor_leaves_the_decoder_exportable(public, tmp_path):
     paths = ("--llm", public.llm_paths["safetensors"], "--siglip", public.siglip_paths["timm"])
     more = ("--sam", public.sam_paths["transformers"], "--preset", "tiny-hybrid", "--adaptor", "separate_mlp")
     assert convert("init", *paths, *more, tmp_path / "start") == 0
