@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from PIL import Image
 
 from launch.bench.programs import ROOT, environment
@@ -33,6 +35,15 @@ TOKENS = {"tiny": 128, "wide": 24}
 """Tokens of an answer by model."""
 CASES = ("tiny float32 text", "tiny float32 image", "wide float32 text")
 """Model, type of the weights, and whether each prompt has an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Tokens per second."""
+
+    wall: float
+    cpu: float
+    """Per second of the server's processor time."""
 
 
 def main() -> int:
@@ -55,8 +66,8 @@ def main() -> int:
     return 0
 
 
-def measure(case: str, folder: Path, *, rounds: int) -> dict[int, list[float]]:
-    """Tokens per second in every round that counts, by number of clients."""
+def measure(case: str, folder: Path, *, rounds: int) -> dict[int, list[Rate]]:
+    """The rate in every round that counts, by number of clients."""
     model, dtype, kind = case.split()
     variables = environment()
     words = ("-W", "ignore", "-m", "launch.bench.engines.decode_speed", "folder", str(folder), "--model", model)
@@ -69,14 +80,17 @@ def measure(case: str, folder: Path, *, rounds: int) -> dict[int, list[float]]:
         address = server.stdout.readline().partition("http://")[2].split(" ")[0]
         if not address:
             raise SystemExit(f"error: {' '.join(command)} ended early; run it by hand to see why")
-        found: dict[int, list[float]] = {1: [], CLIENTS: []}
+        process = psutil.Process(server.pid)
+        found: dict[int, list[Rate]] = {1: [], CLIENTS: []}
         for number in range(rounds + 1):
             for clients in found:
-                rate = tokens_per_s(address, clients, tokens=TOKENS[model], image=kind == "image")
+                before = sum(process.cpu_times()[:2])
+                tokens, seconds = answers(address, clients, tokens=TOKENS[model], image=kind == "image")
                 if number:
-                    found[clients].append(rate)
+                    busy = sum(process.cpu_times()[:2]) - before
+                    found[clients].append(Rate(wall=tokens / seconds, cpu=tokens / busy))
             if number:
-                rates = (f"{clients} clients {found[clients][-1]:.1f} tokens/s" for clients in found)
+                rates = (f"{clients} clients {found[clients][-1].wall:.1f} tokens/s" for clients in found)
                 print(f"{case}: round {number}, {', '.join(rates)}", flush=True)
         return found
     finally:
@@ -84,13 +98,13 @@ def measure(case: str, folder: Path, *, rounds: int) -> dict[int, list[float]]:
         server.wait()
 
 
-def tokens_per_s(address: str, clients: int, *, tokens: int, image: bool) -> float:
-    """Tokens of all answers over the time from the first request to the last token."""
+def answers(address: str, clients: int, *, tokens: int, image: bool) -> tuple[int, float]:
+    """Tokens of all answers, and the time from the first request to the last token in seconds."""
     bodies = [_body(number, tokens=tokens, image=image) for number in range(clients)]
     with ThreadPoolExecutor(clients) as threads:
         began = time.perf_counter()
         counts = list(threads.map(lambda body: ask(address, body), bodies))
-        return sum(counts) / (time.perf_counter() - began)
+        return sum(counts), time.perf_counter() - began
 
 
 def ask(address: str, body: bytes) -> int:
@@ -117,14 +131,15 @@ def _body(number: int, *, tokens: int, image: bool) -> bytes:
     return json.dumps({**request, "stream_options": {"include_usage": True}}).encode()
 
 
-def report(rows: dict[str, dict[int, list[float]]], *, note: str) -> list[str]:
+def report(rows: dict[str, dict[int, list[Rate]]], *, note: str) -> list[str]:
     """Markdown with the command, the models and the figures."""
     lines = []
     for case, found in rows.items():
-        ratios = [many / one for one, many in zip(found[1], found[CLIENTS], strict=True)]
-        rates = (f"{statistics.median(found[clients]):.1f}" for clients in found)
-        cell = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(table_row(case, TOKENS[case.split()[0]], *rates, cell, len(ratios)))
+        pairs = list(zip(found[1], found[CLIENTS], strict=True))
+        rates = (f"{statistics.median(rate.wall for rate in found[clients]):.1f}" for clients in found)
+        cells = [_spread([many.wall / one.wall for one, many in pairs])]
+        cells.append(_spread([many.cpu / one.cpu for one, many in pairs]))
+        lines.append(table_row(case, TOKENS[case.split()[0]], *rates, *cells, len(pairs)))
     return [
         "# The server with eight clients against one",
         "",
@@ -132,13 +147,21 @@ def report(rows: dict[str, dict[int, list[float]]], *, note: str) -> list[str]:
         "one thread for the model; the clients run on the same machine.",
         "Random weights, greedy chat answers, streamed over HTTP on this machine. One server answers one client and "
         f"then {CLIENTS} at once, in every round. Rates count the tokens of all answers over the whole time, prompts "
-        "included. Rates are medians over the rounds, the ratio is the median of each round's ratio, with its "
-        "extremes.",
+        "included. Rates are medians over the rounds, ratios the medians of each round's ratio, with their extremes. "
+        "The second ratio counts the server's processor time in place of the clock's, which other programs disturb.",
         *([note] if note else []),
         "",
         "tiny: the tiny-hybrid preset. wide: the 1.3B with 6 of its 24 layers and 32,768 vocabulary rows.",
-        *table(f"| model, type, prompt | tokens | 1 client, tokens/s | {CLIENTS} clients | ratio | rounds |", lines),
+        *table(
+            f"| model, type, prompt | tokens | 1 client, tokens/s | {CLIENTS} clients | ratio | by processor time "
+            "| rounds |",
+            lines,
+        ),
     ]
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that may wait beyond these (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-tokens", metavar="N", type=int, help="of a prompt with its answer; default: the model's positions"
+        "--max-tokens",
+        metavar="N",
+        type=int,
+        help="of a prompt with its answer; default: at most 4096",
     )
     parser.add_argument(
         "--max-images", metavar="N", type=int, default=8, help="images of a request (default: %(default)s)"
@@ -117,13 +120,13 @@ def _listener(address: Address) -> socket.socket:
 
 
 def _limits(arguments: argparse.Namespace, config: ModelConfig) -> Limits:
-    from megavl.serve.limits import Limits
+    from megavl.serve.limits import TOKENS, Limits
 
     positions = config.llm.max_position_embeddings
     if (arguments.max_tokens or 0) > positions:
         raise UsageError(f"--max-tokens: {arguments.max_tokens} exceeds the model's {positions} positions; lower it")
     return Limits(
-        tokens=arguments.max_tokens or positions,
+        tokens=arguments.max_tokens or min(TOKENS, positions),
         rows=arguments.batch_size,
         waiting=arguments.waiting,
         body=arguments.max_body << 20,

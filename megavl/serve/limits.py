@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TOKENS = 4096
+"""Default length of a prompt with its answer: what DeepSeek-VL is trained with, though its positions reach further."""
 BODY_SECONDS = 60.0
 """Time in which a request's body must arrive."""
 SEND_SECONDS = 60.0

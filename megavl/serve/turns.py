@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from megavl.config.errors import NumericsError, PeerError
+import torch
+
+from megavl.config.errors import NumericsError, PeerError, UsageError
 from megavl.foreign.printing import say
 from megavl.generate.decode import AnswerBatch, Chosen, Request
 from megavl.generate.pretrained import Model
@@ -49,10 +51,19 @@ class Turns:
 
         Raises:
             NumericsError: the model's logits are not finite.
+            UsageError: there is not enough memory.
         """
         self._model, self._rows, self._length = model, rows, length
         self._batch = self._new_batch()
-        self._batch.start([(0, Request(ids=[model.processor.tokenizer.eos_id], max_new_tokens=1))])
+        try:
+            self._batch.start([(0, Request(ids=[model.processor.tokenizer.eos_id], max_new_tokens=1))])
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise UsageError(
+                f"no memory for the keys and values of {rows} answers with {length} tokens each; lower --batch-size or "
+                "--max-tokens"
+            ) from error
 
     @property
     def free(self) -> int:

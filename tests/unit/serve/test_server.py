@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from PIL import Image
 
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.pretrained import Model, Processor
@@ -114,6 +115,18 @@ def test_streams_add_up_to_the_answer(client, picture):
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
+def test_several_prompts_stream_at_once(client):
+    prompts = ["red", "which colour is it", "blue"]
+    whole = client.completions.create(model="tiny", prompt=prompts, max_tokens=40)
+    texts = dict.fromkeys(range(3), "")
+    finishes = []
+    for chunk in client.completions.create(model="tiny", prompt=prompts, max_tokens=40, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        finishes += [choice.finish_reason] if choice.finish_reason else []
+    assert list(texts.values()) == [choice.text for choice in whole.choices] and len(finishes) == 3
+
+
 def test_log_probabilities_are_the_models_own(client):
     messages = [{"role": "user", "content": "red or blue?"}]
     greedy = chat(client, messages, logprobs=True, top_logprobs=2).choices[0].logprobs.content
@@ -202,8 +215,10 @@ def test_too_many_requests_are_turned_away(server, client):
     assert client.completions.create(model="tiny", prompt="red", max_tokens=1).usage.completion_tokens == 1
 
 
-def test_mistakes_are_named(client, picture):
+def test_mistakes_are_named(client, picture, tmp_path):
     url, long = data_url(picture), "red green blue " * 3000
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    bomb = data_url(tmp_path / "bomb.png")
     text = [{"role": "user", "content": "red?"}]
     cases: list[tuple[list[Any], dict[str, Any], str, str]] = [
         (text, {"n": 2}, "n", "n: 2 is not supported here"),
@@ -222,6 +237,7 @@ def test_mistakes_are_named(client, picture):
         (question("red?", "file:///etc/passwd"), {}, "messages", "file: addresses are not fetched"),
         (question("red?", url[:-900]), {}, "messages", r"messages\[0\].content\[0\]: truncated"),
         (question("red?", "data:image/png;base64,AAAA"), {}, "messages", "not one of JPEG, PNG"),
+        (question("red?", bomb), {}, "messages", "9000 x 9000 is above 64000000 pixels"),
         (question("red?", *[url] * 4), {}, "messages", "4 images, at most 3"),
         (
             [{"role": "system", "content": question("x", url)[0]["content"]}, *text],
@@ -255,6 +271,10 @@ def test_bodies_that_are_no_requests(server):
     for headers, status in (
         ({"Host": "evil.example"}, 403),
         ({"Host": "127.0.0.1.evil.example:80"}, 403),
+        ({"Host": "localhost:80.evil.example"}, 403),
+        ({"Host": "me@localhost"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "[::1]:8000"}, 200),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Content_Type": "text/plain"}, 415),

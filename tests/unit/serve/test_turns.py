@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavl.config.errors import NumericsError, PeerError
+from megavl.config.errors import NumericsError, PeerError, UsageError
 from megavl.generate.decode import Request
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.pretrained import Model, Processor
@@ -115,6 +115,11 @@ def test_a_damaged_model_is_not_served(model: Model) -> None:
     finally:
         with torch.no_grad():
             weight[7] = kept
+
+
+def test_too_little_memory_is_named(model: Model) -> None:
+    with pytest.raises(UsageError, match="keys and values of 10000000 answers with 100000 tokens each; lower --batch"):
+        Turns(model, rows=10**7, length=10**5)
 
 
 def test_the_loop_ends_when_nobody_serves(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
