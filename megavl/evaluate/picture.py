@@ -39,7 +39,7 @@ def _scale(height: int) -> Iterator[str]:
     for tenth in range(0, 11, 2):
         x = LEFT + WIDTH * tenth / 10
         yield f'<line x1="{x:g}" y1="{TOP - 6}" x2="{x:g}" y2="{bottom}" stroke="{FAINT}"/>'
-        yield _text(x, bottom + 18, f"{tenth * 10}", size=11, anchor="middle", fill=GREY)
+        yield _text(x, bottom + 18, f"{tenth * 10}%", size=11, anchor="middle", fill=GREY)
 
 
 def _legend(found: Sequence[Result], models: Sequence[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ _COMMANDS = {
     "convert": "Hugging Face folders to MegaVL checkpoints and back",
     "generate": "answer prompts about images",
     "chat": "talk with a model about images",
-    "evaluate": "score multiple-choice tasks by perplexity",
+    "evaluate": "score a model on task files, public benchmarks, or tasks of a harness",
     "serve": "an OpenAI-compatible server, and a chat page",
     "judge": "which of two models answers better, by a judge at an endpoint",
     "rate": "let people rate the answers of several models, blindly",

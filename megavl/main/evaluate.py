@@ -127,48 +127,50 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     judge = _judge(arguments)
     folder = Path(arguments.out) if arguments.out else None
     ledgers: list[Ledger] = []
-    with world(parallel), ExitStack() as held:
-        if folder is not None:
-            collective_errors.on_rank_zero(lambda: held.enter_context(take_folder(folder)) and None)
-        tasks = collective_errors.on_rank_zero(lambda: read_tasks(files, limit=arguments.limit))
-        benchmarks = collective_errors.on_rank_zero(lambda: read_benchmarks(entries, limit=arguments.limit))
-        source = find_model_on_every_rank(arguments.model)
-        check_layout(source.config, parallel)
+    with ExitStack() as held:
+        with world(parallel):
+            if folder is not None:
+                # Two evaluations would ask the same questions, and mix their lines.
+                collective_errors.on_rank_zero(lambda: held.enter_context(take_folder(folder)) and None)
+            tasks = collective_errors.on_rank_zero(lambda: read_tasks(files, limit=arguments.limit))
+            benchmarks = collective_errors.on_rank_zero(lambda: read_benchmarks(entries, limit=arguments.limit))
+            source = find_model_on_every_rank(arguments.model)
+            check_layout(source.config, parallel)
 
-        def open_ledger(fingerprint: str) -> Ledger:
-            ledgers.append(
-                open_answers(
-                    folder,
-                    # What changes no answer is no part of it, such as the sizes of batches.
-                    identity=lambda: {
-                        "model": model_fingerprint(source.path),
-                        "questions": fingerprint,
-                        "mode": arguments.mode,
-                        "max_new_tokens": arguments.max_new_tokens,
-                        "dtype": arguments.dtype or "default",
-                        "blind": [arguments.blind, arguments.seed],
-                    },
+            def open_ledger(fingerprint: str) -> Ledger:
+                ledgers.append(
+                    open_answers(
+                        folder,
+                        # What changes no answer is no part of it, such as the sizes of batches.
+                        identity=lambda: {
+                            "model": model_fingerprint(source.path),
+                            "questions": fingerprint,
+                            "mode": arguments.mode,
+                            "max_new_tokens": arguments.max_new_tokens,
+                            "dtype": str(next(stage.parameters()).dtype).removeprefix("torch."),
+                            "blind": arguments.seed if arguments.blind else None,
+                        },
+                    )
                 )
-            )
-            return ledgers[0]
+                return ledgers[0]
 
-        stage = load_stage(source, dtype=arguments.dtype, parallel=parallel)
-        report = evaluate(
-            Model(stage, Processor(source.config, source.tokenizer)),
-            tasks,
-            benchmarks=benchmarks,
-            template=arguments.template,
-            system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
-            blind=arguments.blind,
-            seed=arguments.seed,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            normalize=arguments.normalize,
-            mode=arguments.mode,
-            open_ledger=open_ledger,
-        )
-    if is_speaker():
-        _finish(report, arguments, folder=folder, judge=judge, ledger=ledgers[0], path=source.path)
+            stage = load_stage(source, dtype=arguments.dtype, parallel=parallel)
+            report = evaluate(
+                Model(stage, Processor(source.config, source.tokenizer)),
+                tasks,
+                benchmarks=benchmarks,
+                template=arguments.template,
+                system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
+                blind=arguments.blind,
+                seed=arguments.seed,
+                max_new_tokens=arguments.max_new_tokens,
+                batch_size=arguments.batch_size,
+                normalize=arguments.normalize,
+                mode=arguments.mode,
+                open_ledger=open_ledger,
+            )
+        if is_speaker():
+            _finish(report, arguments, folder=folder, judge=judge, ledger=ledgers[0], path=source.path)
     return 0
 
 

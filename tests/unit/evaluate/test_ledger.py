@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megavl.config.errors import UsageError
+from megavl.config.errors import StorageError, UsageError
 from megavl.evaluate.ledger import Ledger, read_answers
 
 IDENTITY = {"model": "m", "questions": "q"}
@@ -53,3 +53,8 @@ def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(UsageError, match="has no evaluation.json beside it"):
         read_answers(path, identity=IDENTITY)
+
+
+def test_full_storage_ends_the_evaluation() -> None:
+    with pytest.raises(StorageError, match="/dev/full: cannot be written: No space left"):
+        Ledger(path=Path("/dev/full")).put("pope/0", {"answer": "Yes"})

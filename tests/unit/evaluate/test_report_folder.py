@@ -12,7 +12,7 @@ from megavl.config.errors import UsageError
 from megavl.evaluate.bits_per_byte import ScoredPassage
 from megavl.evaluate.free_form import FreeFormAnswer
 from megavl.evaluate.interval import bootstrap, wilson
-from megavl.evaluate.out_folder import make_folder, model_fingerprint, write_report
+from megavl.evaluate.out_folder import make_folder, model_fingerprint, take_folder, write_report
 from megavl.evaluate.report import Answered, Report
 from megavl.evaluate.task import OpenQuestion, Passage, Question
 from megavl.generate.score import Score
@@ -73,6 +73,14 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "file", "is no directory; give another"), (tmp_path / "a/b", "create it first")):
         with pytest.raises(UsageError, match=message):
             make_folder(path)
+
+
+def test_folder_has_one_evaluation_at_a_time(tmp_path: Path) -> None:
+    with take_folder(tmp_path / "out"), pytest.raises(UsageError, match="--out: "), take_folder(tmp_path / "out"):
+        pass
+    with take_folder(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
