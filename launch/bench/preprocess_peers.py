@@ -37,13 +37,15 @@ def main() -> int:
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        options = ("--scratch", scratch, "--repeats", arguments.repeats)
+        options: tuple[object, ...] = ("--scratch", scratch, "--repeats", arguments.repeats)
         for name in ("text", "gain", "images"):
             print(f"{name} ...", flush=True)
             before = os.getloadavg()[0]
             peer = ("--megatron", arguments.megatron.resolve())
             (found[name],) = ask("launch.bench.engines.peer_preprocess", name, *options, *peer)
             found[name]["load"] = [round(before, 1), round(os.getloadavg()[0], 1)]
+        # Seconds long, so that more repeats cost little.
+        options = ("--scratch", scratch, "--repeats", max(5, arguments.repeats))
         for name in PRIMITIVES:
             print(f"{name} beside its primitive ...", flush=True)
             (found[name]["primitive"],) = ask("launch.bench.engines.measure_preprocess", name, *options)
