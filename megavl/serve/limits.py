@@ -16,6 +16,8 @@ CHARACTERS_OF_A_TOKEN = 256
 """No text is tokenized that is longer than this many characters for each token that fits."""
 MAX_PROMPTS = 4096
 """Prompts of one request to `/v1/completions`."""
+MAX_SCORES = 1_000_000
+"""Log-probabilities in one answer, alternatives included; each takes about 200 bytes."""
 MAX_STOPS = 16
 """Stop texts of one request."""
 MAX_ALTERNATIVES = 20

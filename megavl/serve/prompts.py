@@ -20,7 +20,7 @@ from megavl.generate.decode import Request
 from megavl.generate.pretrained import Processor
 from megavl.generate.stop import StopTexts
 from megavl.serve.fields import ChatFields, CompletionFields, Fields, Message, Part
-from megavl.serve.limits import CHARACTERS_OF_A_TOKEN, Limits
+from megavl.serve.limits import CHARACTERS_OF_A_TOKEN, MAX_SCORES, Limits
 from megavl.serve.refusal import Refusal
 
 _COMPLETION_TOKENS = 16
@@ -98,6 +98,14 @@ class PromptReader:
                     sampling=sampling,
                     stop=stop,
                 )
+            )
+        scores = sum(len(one.ids) * one.score_prompt + one.max_new_tokens for one in requests) * (
+            1 + (fields.logprobs or 0)
+        )
+        if fields.logprobs is not None and scores > MAX_SCORES:
+            raise Refusal(
+                f"logprobs: {scores} log-probabilities, at most {MAX_SCORES} are given at once; send fewer prompts",
+                param="logprobs",
             )
         return requests
 

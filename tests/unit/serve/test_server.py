@@ -254,6 +254,8 @@ def test_mistakes_are_named(client, picture, tmp_path):
         if message:
             with pytest.raises(openai.BadRequestError, match=message):
                 client.completions.create(model="tiny", prompt=prompt)
+    with pytest.raises(openai.BadRequestError, match="1260000 log-probabilities, at most 1000000 are given at once"):
+        client.completions.create(model="tiny", prompt=[[0] * 1000] * 60, echo=True, logprobs=20, max_tokens=0)
     with pytest.raises(openai.NotFoundError, match="'big' is not served"):
         client.completions.create(model="big", prompt="red")
     assert chat(client, text, user="me", n=1, presence_penalty=0, max_tokens=1, temperature=0, top_p=0.9).choices
