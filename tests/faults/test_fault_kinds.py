@@ -43,7 +43,7 @@ def check_kind(dataset: Path, run: Path, site: str, kind: str, report_table: Any
     assert codes == {0: own if own in (75, 130) else LOST, 1: own} and seconds < BOUND_S, printed
     assert (status["code"], status["step"]) == (recorded, 3), status
     if own < 0:
-        assert "missing: rank 1 (host " in status["reason"] and ", gone, last at step" in status["reason"], status
+        assert "missing: rank 1 (host " in status["reason"] and ", gone, last seen at step" in status["reason"], status
     assert status["rank"] == (1 if own == 1 else status["rank"]) and saved(run) == ([2, 3] if own in (75, 130) else [2])
 
 
@@ -68,7 +68,7 @@ def test_a_stopped_rank_is_left_alone(dataset: Path, tmp_path: Path, site: str) 
     assert first.returncode == LOST, printed
     status = ranks.status()
     assert (status["code"], status["rank"], status["step"]) == (LOST, 0, 3) and f"while {site}" in status["reason"]
-    owner = r"host \S+, pid \d+, no sign of life for \d+ s, last at step \d while \w+"
+    owner = r"host \S+, pid \d+, no sign of life for \d+ s, last seen at step \d while \w+"
     assert re.search(rf"missing: rank 1 \({owner}\)", status["reason"]), status
     os.kill(ranks.processes[1].pid, signal.SIGKILL)
     ranks.wait()

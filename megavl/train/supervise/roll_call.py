@@ -62,7 +62,8 @@ class _Sign:
         if not gone and silent <= silence_s:
             return None
         how = "gone" if gone else f"no sign of life for {silent:.0f} s"
-        return f"host {self.row['host']}, pid {self.row['pid']}, {how}, last at {self.position}"
+        seen = f", last seen at {self.position}" if "section" in self.row else ""
+        return f"host {self.row['host']}, pid {self.row['pid']}, {how}{seen}"
 
 
 class RollCall:
@@ -136,8 +137,9 @@ class RollCall:
             try:
                 self._store.set(_key(self._status.rank), json.dumps({**fixed, "started": process.started, **row}))
                 if self._holder is None and self._status.rank:
-                    # Waits for it.
+                    # Waits for it. Its step and section will be of long ago.
                     first = json.loads(self._store.get(_key(0)))
+                    first = {key: first[key] for key in (*fixed, "started")}
                     self._holder = _Sign(row=first, since=time.monotonic(), changed=False)
                 if self._reading:
                     self._read_all()
