@@ -210,7 +210,6 @@ def test_limit_and_examples_are_followed(root: Path, tmp_path: Path, capsys: Any
 
 DAMAGE = {
     "broken": ("task: [", "ScannerError"),
-    "nothing": ("task: local_bad\ndataset_path: json\noutput_type: multiple_choice\n", ""),
     "absent data": (
         "task: local_bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: /nowhere/x.jsonl}}\n"
         "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_target: '{{page}}'\n",
