@@ -15,6 +15,7 @@ import math
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from megavl.config.model import ModelConfig
 from megavl.main.cli import main
 from tests.unit.evaluate.harness.tasks import write_tasks
 
-pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs megavl[lm-eval]; make test-clients runs it")
 NAMES = ("local_answers", "local_endings", "local_letters", "local_pages")
 Samples = dict[str, dict[int, list[Any]]]
 
