@@ -17,6 +17,8 @@ WORD_LINE = "Answer the question using a single word or phrase."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKS = " \t\r\n.,;:!?()[]{}<>*_`'\"#“”‘’、。"
 _STATED = r"(?:answer|option|choice|select|choose|答案|选择|选项|选)(?:\s+(?:is|would be|should be|be)\b|是|为|应为)?"
+_OPENING = r"[\s(\[*\"'“.:)\]、]*"
+"""What may stand between a letter and its option's text."""
 
 _AFTER_LETTER = r"(?:or|and|because|since|as|is|but|due)\b"
 """Words before which `A` is a letter and no article."""
@@ -41,12 +43,19 @@ def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
     if (exact := [letter for letter, option in options.items() if _plain(option) == _plain(text)]) and len(exact) == 1:
         return exact[0]
     letters = "".join(options)
-    for found in (_stated(text, letters), _leading(text, letters), _standing_alone(text, letters)):
+    for found in (_stated(text, letters), _leading(text, options)):
         if len(found) == 1:
             return found.pop()
         if found:
             return None
-    return _by_text(text, options)
+    named = _by_text(text, options)
+    # `Solution B is stronger` names the option with that text, and not option B.
+    if named is not None and len(options[named]) > 1 and _standing_alone(options[named], letters):
+        return named
+    found = _standing_alone(_without_texts(text, options), letters)
+    if found:
+        return found.pop() if len(found) == 1 else None
+    return named
 
 
 def _stated(text: str, letters: str) -> set[str]:
@@ -66,11 +75,21 @@ def _stated(text: str, letters: str) -> set[str]:
     return {letter, more.group(1)} if more else {letter}
 
 
-def _leading(text: str, letters: str) -> set[str]:
-    """The letter that an answer begins with, as in `B. a dog`; all that it lists in that form."""
-    if not re.match(rf"[\s(\[*\"'“]*[{letters}]\s*(?:[.):\]、*]|$|\n)", text):
+def _leading(text: str, options: Mapping[str, str]) -> set[str]:
+    """The letter that an answer begins with, as in `B. a dog`; all that it lists in that form.
+
+    Letters inside of the option's text, as in `B. Solution A`, or of an explanation do not count.
+    """
+    mark = rf"[\s(\[*\"'“]*([{''.join(options)}])\s*(?:[.):\]、*]|$)"
+    first = re.match(mark, text, re.MULTILINE)
+    if first is None:
         return set()
-    return set(re.findall(rf"(?:^|\n|\s)[(\[*\"'“]*([{letters}])\s*(?:[.):\]、*]|$|\n)(?!\w\.)", text))
+    rest = re.sub(rf"^{_OPENING}{_spelled(options[first.group(1)])}", "", text[first.end() :], flags=re.IGNORECASE)
+    found = {first.group(1), *re.findall(rf"(?m)^(?:\s*(?:or|and|/|,|或|和))?{mark}(?!\w\.)", rest)}
+    for letter, option in options.items():
+        if re.search(rf"(?<![A-Za-z0-9]){letter}\s*[.):\]、*]{_OPENING}{_spelled(option)}", rest, re.IGNORECASE):
+            found.add(letter)
+    return found
 
 
 def _standing_alone(text: str, letters: str) -> set[str]:
@@ -79,6 +98,20 @@ def _standing_alone(text: str, letters: str) -> set[str]:
     if re.search(rf"(?<![A-Za-z0-9(])A (?!{_AFTER_LETTER})[a-z]", text) and not re.search(r"\(A\)|A[.):,]|A$", text):
         found.discard("A")
     return found
+
+
+def _without_texts(text: str, options: Mapping[str, str]) -> str:
+    """An answer without the options' texts, whose letters are no option's."""
+    for option in sorted(options.values(), key=len, reverse=True):
+        if len(option) > 1:
+            text = re.sub(rf"(?<![A-Za-z0-9]){_spelled(option)}", " ", text, flags=re.IGNORECASE)
+    return text
+
+
+def _spelled(option: str) -> str:
+    """A pattern for an option's text, whatever the white space."""
+    words = unicodedata.normalize("NFKC", option).strip(_MARKS).split()
+    return r"\s+".join(map(re.escape, words)) + r"(?![A-Za-z0-9])" if words else "(?!)"
 
 
 def _by_text(text: str, options: Mapping[str, str]) -> str | None:

@@ -64,6 +64,46 @@ def test_letter_of_an_answer(answer: str, letter: str | None) -> None:
     assert letter_of(answer, ANIMALS) == letter
 
 
+SOLUTIONS = lettered(["neither", "Solution A", "Solution B"])
+NUTRIENTS = lettered(["Vitamin C", "5 A", "Hepatitis B", "Plan D is better than plan C"])
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        (SOLUTIONS, "B. Solution A", "B"),
+        (SOLUTIONS, "(C) Solution B", "C"),
+        (SOLUTIONS, "**C.** Solution B", "C"),
+        (SOLUTIONS, "B\n\nSolution A", "B"),
+        (SOLUTIONS, "B. Solution A, because solution B is weaker.", "B"),
+        (SOLUTIONS, "B. The stronger one is Solution A", "B"),
+        (SOLUTIONS, "B - Solution A", "B"),
+        (SOLUTIONS, "A. neither", "A"),
+        (SOLUTIONS, "Solution B has a higher concentration.", "C"),
+        (SOLUTIONS, "The stronger one is Solution A.", "B"),
+        (SOLUTIONS, "The answer is Solution B.", "C"),
+        (SOLUTIONS, "The answer is B. Solution A", "B"),
+        (SOLUTIONS, "Solution A and Solution B", None),
+        (SOLUTIONS, "A. neither\nB. Solution A\nC. Solution B", None),
+        (SOLUTIONS, "B. Solution A C. Solution B", None),
+        (NUTRIENTS, "A. Vitamin C", "A"),
+        (NUTRIENTS, "B. 5 A", "B"),
+        (NUTRIENTS, "B. 5 A flows through it.", "B"),
+        (NUTRIENTS, "C: Hepatitis B", "C"),
+        (NUTRIENTS, "It is caused by hepatitis B", "C"),
+        (NUTRIENTS, "It lacks vitamin C", "A"),
+        (NUTRIENTS, "Plan D is better than plan C", "D"),
+        (NUTRIENTS, "It must be D", "D"),
+        (ANIMALS, "B, because it does not look like a dog", "B"),
+        (ANIMALS, "A. B.", None),
+        (ANIMALS, "(A) or (B)", None),
+        (ANIMALS, "A. a dog B. a cat", None),
+    ],
+)
+def test_letters_inside_of_option_texts(options: dict[str, str], answer: str, letter: str | None) -> None:
+    assert letter_of(answer, options) == letter
+
+
 def item_of(answer: str, *, options: tuple[str, ...] = (), **details: str) -> Item:
     lettered_options = lettered(options)
     return Item(
