@@ -19,6 +19,8 @@ BENCHMARKS = (
 )
 """Public benchmarks that are read as they are published; `megavl/evaluate/benchmarks/table.py` has a row for each."""
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""Environment variable with the key of a judge's endpoint, unless another one is named."""
 
 Normalization = Literal["token", "sum", "byte"]
 """What the log-probability of an option is divided by before options are compared: its tokens (paper, section 3.2.2),

@@ -26,11 +26,11 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from megavl.config.errors import UsageError, one_line
+from megavl.config.evaluation import KEY_VARIABLE
 from megavl.data.image import check_image, decode_image
 from megavl.foreign.parsing import Limit, parse_json
 from megavl.foreign.reading import read_limited
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 REPLY = Limit(size=4 << 20, values=100_000)
 """The largest body of a reply that is read."""
 IMAGE_BYTES = 64 << 20

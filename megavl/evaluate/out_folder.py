@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from megavl.evaluate.picture import picture
 from megavl.evaluate.report import Report
 from megavl.evaluate.report_page import page
 from megavl.files.durable import replace_durably, storage_errors
+from megavl.files.hashing import file_sha256
 from megavl.files.owner import Owner
 from megavl.files.ownership import Ownership, take
-
-_PART = 1 << 16
-"""Bytes of each end of a file that enter a model's fingerprint."""
 
 
 def make_folder(path: Path) -> Path:
@@ -48,7 +45,7 @@ def take_folder(path: Path) -> Ownership:
 
 
 def model_fingerprint(path: Path) -> str:
-    """Of the names and sizes of a model's files, and of the beginning and end of each.
+    """Of the names and contents of a model's files, which are read whole.
 
     Raises:
         StorageError: a file cannot be read.
@@ -56,12 +53,7 @@ def model_fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     with storage_errors(f"{path}: cannot be read"):
         for file in sorted(one for one in path.rglob("*") if one.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(path)}\0{size}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(_PART))
-                stream.seek(max(_PART, size - _PART) if size > _PART else 0, os.SEEK_SET)
-                digest.update(stream.read(_PART))
+            digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\0".encode())
     return digest.hexdigest()
 
 
@@ -80,6 +72,15 @@ def write_report(folder: Path, report: Report, *, about: Mapping[str, Any]) -> N
         "report.md": page(report, about=about),
         "report.svg": picture(report, title=str(about.get("model", ""))),
     }
+    write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write texts by name into a folder; each appears whole or not at all.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     for name, text in files.items():
         with storage_errors(f"{folder / name}: cannot be written"):
             replace_durably(folder / name, text.encode("utf-8", "replace"))

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megavl.config.errors import PeerError, UsageError
-from megavl.files.durable import replace_durably, storage_errors
+from megavl.config.evaluation import KEY_VARIABLE
 from megavl.foreign.printing import say
-
-DEFAULT_KEY = "OPENAI_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-variable",
         metavar="NAME",
-        default=DEFAULT_KEY,
+        default=KEY_VARIABLE,
         help="environment variable with the endpoint's key (default: %(default)s)",
     )
     add_input_arguments(parser)
@@ -97,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.evaluate.judge.bars import bars, table
     from megavl.evaluate.judge.compare import identity, judge_answers, report
     from megavl.evaluate.ledger import Ledger, read_answers
-    from megavl.evaluate.out_folder import take_folder
+    from megavl.evaluate.out_folder import take_folder, write_files
 
     check_numbers(arguments, "workers", "attempts", "limit")
     if not 0 < arguments.timeout < float("inf"):
@@ -140,9 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "report.md": page,
                 "report.svg": bars(found),
             }
-            for name, content in files.items():
-                with storage_errors(f"{arguments.out / name}: cannot be written"):
-                    replace_durably(arguments.out / name, content.encode("utf-8", "replace"))
+            write_files(arguments.out, files)
     say(*table(found).splitlines())
     errors = found["errors"]
     if errors:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from megavl.config.errors import DataError, UsageError
-from megavl.files.durable import replace_durably, storage_errors
 from megavl.foreign.printing import say
 from megavl.main.judge import add_input_arguments, check_numbers, names_of
 
@@ -38,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _page(arguments: argparse.Namespace) -> int:
     from megavl.evaluate.judge.answers import read_compared
+    from megavl.evaluate.out_folder import write_files
     from megavl.evaluate.people.page import rating_page
 
     check_numbers(arguments, "limit")
@@ -56,9 +56,7 @@ def _page(arguments: argparse.Namespace) -> int:
         arguments.answers, questions=arguments.questions, with_images=not arguments.no_images, limit=arguments.limit
     )
     made = rating_page(questions, models=names, seed=arguments.seed)
-    for path, text in ((key, json.dumps(made.key, indent=1, ensure_ascii=False) + "\n"), (out, made.html)):
-        with storage_errors(f"{path}: cannot be written"):
-            replace_durably(path, text.encode("utf-8", "replace"))
+    write_files(out.parent, {key.name: json.dumps(made.key, indent=1, ensure_ascii=False) + "\n", out.name: made.html})
     size = out.stat().st_size / (1 << 20)
     say(f"{out}: {len(questions)} questions, {len(names)} answers each, {size:.1f} MiB; give it to people")
     say(f"{key}: says whose answers they are; keep it for `megavl rate report`")
@@ -66,7 +64,7 @@ def _page(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megavl.evaluate.out_folder import make_folder
+    from megavl.evaluate.out_folder import make_folder, write_files
     from megavl.evaluate.people.radar import radar
     from megavl.evaluate.people.ratings import figures, read_key, read_ratings, table
 
@@ -86,7 +84,5 @@ def _report(arguments: argparse.Namespace) -> int:
             "report.md": f"# Ratings by people\n\n{table(found)}\n\n![radar](report.svg)\n",
             "report.svg": radar(found),
         }
-        for name, content in files.items():
-            with storage_errors(f"{folder / name}: cannot be written"):
-                replace_durably(folder / name, content.encode("utf-8", "replace"))
+        write_files(folder, files)
     return 0

@@ -167,11 +167,12 @@ def outcome_of(benchmark: Benchmark, item: Item, text: str, *, reply: Mapping[st
     Args:
         reply: what a judge said about it, `text` or `error`; None: no judge was asked.
     """
-    said = None if reply is None else str(reply.get("text", ""))
+    # An answer that could not be judged counts by the rules.
+    said = None if reply is None or "error" in reply else str(reply.get("text", ""))
     if benchmark.grade is not None:
         grade = None if said is None else benchmark.grade(said)
         return Outcome(item=item, text=text, prediction=benchmark.parse(item, text), score=grade)
-    prediction = benchmark.parse(item, text if said is None else said)
+    prediction = benchmark.parse(item, text) if said is None else benchmark.parse_reply(item, said)
     right = prediction is not None and benchmark.is_right(item, prediction)
     return Outcome(item=item, text=text, prediction=prediction, score=float(right))
 
@@ -272,4 +273,7 @@ def _judge_notes(benchmark: Benchmark, replies: Sequence[Mapping[str, Any]], *, 
         return ["answers are extracted by rules; the paper's were extracted by a language model (--endpoint, --judge)"]
     errors = [str(reply["error"]) for reply in replies if "error" in reply]
     notes = [f"judged by {judge.model}"]
-    return [*notes, f"{len(errors)} answers could not be judged, the first: {errors[0]}"] if errors else notes
+    if errors:
+        by_rules = "" if benchmark.grade is not None else " and count by the rules"
+        notes.append(f"{len(errors)} answers could not be judged{by_rules}, the first: {errors[0]}")
+    return notes

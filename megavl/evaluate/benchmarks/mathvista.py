@@ -116,6 +116,11 @@ def question_to_judge(item: Item, answer: str) -> str:
     return EXTRACTION.format(question=item.prompt, answer=answer)
 
 
+def parse_reply(item: Item, reply: str) -> str | None:
+    """What the language model extracted; None where it says that the response gives no answer."""
+    return None if reply.strip(" \t\r\n.*`'\"").upper() == "NONE" else parse(item, reply)
+
+
 def _number(text: str, item: Item) -> str | None:
     try:
         value = float(text.replace(",", ""))

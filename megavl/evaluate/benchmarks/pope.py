@@ -16,7 +16,7 @@ from megavl.evaluate.benchmarks.row import Row, names_a_file
 from megavl.generate.prompt import ImageSource
 
 CHOICES = ("Yes", "No")
-_FOLDERS = ("", "val2014", "images", "image", "../val2014")
+_FOLDERS = ("", "val2014", "images", "image")
 _KINDS = ("random", "popular", "adversarial")
 
 
@@ -48,7 +48,7 @@ def _item(row: Row, *, kind: str) -> Item:
 def _image(row: Row) -> ImageSource:
     value = row.values.get("image")
     if names_a_file(value):
-        path = row.file("image", value, folders=_FOLDERS[:-1])
+        path = row.file("image", value, folders=_FOLDERS)
         row.check_opens("image", path)
         return path
     return row.image("image")

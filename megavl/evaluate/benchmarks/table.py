@@ -39,7 +39,9 @@ class Benchmark:
     ask_judge: Callable[[Item, str], str] | None = None
     """What a language model is asked about an answer, where the benchmark has one do so."""
     grade: Callable[[str], float | None] | None = None
-    """The grade in a judge's reply; None: the reply is parsed like an answer."""
+    """The grade in a judge's reply; None: the reply is an answer that was extracted."""
+    parse_reply: Callable[[Item, str], str | None] = lambda item, reply: None
+    """What an extracted answer means; None if there is none."""
     passed_over: str = ""
     """What the rows are that are passed over."""
     points: float = 100.0
@@ -94,6 +96,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         parse=mathvista.parse,
         is_right=mathvista.is_right,
         ask_judge=mathvista.question_to_judge,
+        parse_reply=mathvista.parse_reply,
         paper={"7B": 36.1, "1.3B": 31.1},
     ),
     "ocrbench": Benchmark(

@@ -172,6 +172,9 @@ class HarnessModel(TemplateLM):
             )
         if not sampled:
             values = {name: value for name, value in values.items() if name == "repetition_penalty"}
+        else:
+            # As transformers; 0 would be greedy.
+            values.setdefault("temperature", 1.0)
         ids = self.tok_encode(context)[-(self.max_length - amount) :]
         if not ids:
             ids = [self.prefix_token_id]

@@ -17,7 +17,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 
 from megavl.config.errors import DataError, MegaVLError, UsageError, one_line
 from megavl.evaluate.harness.language_model import HarnessModel
-from megavl.files.durable import replace_durably, storage_errors
+from megavl.evaluate.out_folder import write_files
 
 VERSION = f"lm_eval {lm_eval.__version__}"
 
@@ -140,6 +140,4 @@ def write_report(results: dict[str, Any], out: Path) -> None:
         "report.md": table(results) + "\n",
         "report.json": json.dumps(figures, indent=1, default=handle_non_serializable, ensure_ascii=False) + "\n",
     }
-    with storage_errors(f"--out: {out}: cannot write the report"):
-        for name, text in files.items():
-            replace_durably(out / name, text.encode("utf-8", "replace"))
+    write_files(out, files)

@@ -60,7 +60,7 @@ def read_key(path: Path) -> Key:
     except (LookupError, TypeError) as error:
         raise DataError(f"{path}: is no key of a rating page; give the file that `megavl rate page` wrote") from error
     wanted = list(range(len(models)))
-    wrong = next((id for id, order in orders.items() if sorted(order, key=str) != wanted), None)
+    wrong = next((id for id, order in orders.items() if not _is_order(order, wanted)), None)
     if wrong is not None or not orders:
         raise DataError(
             f"{path}: order of {wrong!r} is no order of {len(models)} models; give the key as it was written"
@@ -152,6 +152,10 @@ def table(found: Mapping[str, Any]) -> str:
             cells.append("-" if mean is None else f"{mean:.2f} ({ends[0]:.2f} to {ends[1]:.2f})")
         lines.append(f"| {name.replace('|', '/')} | {row['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _is_order(order: Sequence[Any], wanted: list[int]) -> bool:
+    return all(type(one) is int for one in order) and sorted(order) == wanted
 
 
 def _is_rating(value: Any) -> bool:

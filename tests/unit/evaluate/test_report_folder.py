@@ -88,6 +88,11 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     path.write_bytes(b"a" * 200_000)
     first = model_fingerprint(tmp_path)
     assert first == model_fingerprint(tmp_path)
-    for changed in (b"b" + b"a" * 199_999, b"a" * 199_999 + b"b", b"a" * 200_001):
+    for changed in (
+        b"b" + b"a" * 199_999,
+        b"a" * 199_999 + b"b",
+        b"a" * 200_001,
+        b"a" * 99_999 + b"b" + b"a" * 100_000,
+    ):
         path.write_bytes(changed)
         assert model_fingerprint(tmp_path) != first

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from megavl.evaluate.benchmarks.ask import judge_benchmark, outcome_of, read_benchmarks
+from megavl.evaluate.benchmarks.item import Item
 from megavl.evaluate.benchmarks.report import BenchmarkReport, benchmark_table
+from megavl.evaluate.benchmarks.table import BENCHMARKS
 from megavl.evaluate.endpoint import Endpoint
 from megavl.evaluate.ledger import Ledger, read_answers
 from tests.unit.evaluate.benchmarks import published
@@ -60,6 +62,23 @@ def test_extraction_by_a_judge_decides(tmp_path: Path) -> None:
 
     report, _ = judged(before, reply, ledger=Ledger())
     assert report.figures["score"] == 0.75 and report.figures["failed_parses"] == 1
+
+
+def test_error_of_the_judge_changes_no_score(tmp_path: Path) -> None:
+    texts = ["1.2", "B", "14", "[1, 2]"]
+    before = answered("mathvista", tmp_path, texts)
+    report, _ = judged(before, lambda body, number: FakeReply(status=400), ledger=Ledger())
+    assert report.figures == before.figures and report.figures["score"] >= 0.75
+    assert "4 answers could not be judged and count by the rules, the first: HTTP 400" in report.notes[1]
+
+
+@pytest.mark.parametrize("said", ["NONE", "None.", "**none**"])
+def test_none_from_the_judge_is_no_answer(said: str) -> None:
+    """Neither an answer in words, nor the option that is called so."""
+    for options, details in (({}, {"type": "text", "places": "0"}), ({"A": "none", "B": "one"}, {"type": "text"})):
+        item = Item(id="1", location="", prompt="?", answer="A", options=options, details=details)
+        outcome = outcome_of(BENCHMARKS["mathvista"], item, "I cannot tell", reply={"text": said})
+        assert outcome.prediction is None and outcome.score == 0
 
 
 def test_broken_endpoint_is_counted_and_asked_again(tmp_path: Path) -> None:

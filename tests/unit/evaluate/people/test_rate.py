@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from megavl.config.errors import DataError
+from megavl.evaluate.people.ratings import read_key
 from megavl.main.cli import main
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u2028 & 你好"
@@ -205,3 +207,18 @@ def test_wrong_key_is_named(text: str, folder: Path, tmp_path: Path, capsys: Any
     (tmp_path / "key.json").write_text(text)
     assert main(["rate", "report", str(tmp_path / "key.json"), str(path)]) == 3
     assert "key.json" in capsys.readouterr().err
+
+
+def test_key_may_have_twelve_models(tmp_path: Path) -> None:
+    path = tmp_path / "page.key.json"
+
+    def write(order: list[Any]) -> None:
+        questions = [{"id": "q", "category": "", "order": order}]
+        path.write_text(json.dumps({"page": "p", "models": [f"m{n}" for n in range(12)], "questions": questions}))
+
+    write(list(range(11, -1, -1)))
+    assert read_key(path).orders["q"][0] == 11
+    for wrong in ([*range(11), 10], [*range(11), "11"], [*range(11), 11.0], [False, *range(1, 12)], [*range(11), None]):
+        write(wrong)
+        with pytest.raises(DataError, match="is no order of 12 models"):
+            read_key(path)
