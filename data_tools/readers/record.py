@@ -195,7 +195,7 @@ def _python_value(text: str) -> Any:
         with warnings.catch_warnings(action="ignore"):
             found = ast.literal_eval(text.strip())
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
         return text
     kinds = [kind for kind in kinds if kind not in (tokenize.NL, tokenize.COMMENT)]
     # numpy prints no commas, and Python joins neighbouring strings.

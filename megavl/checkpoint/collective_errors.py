@@ -7,13 +7,18 @@ is this process alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megavl.config import errors
+from megavl.files import activity
 
 T = TypeVar("T")
+
+BEAT_S = 10.0
+"""How often rank 0 tells the waiting ranks that it reads, writes or hashes files, seconds."""
 
 _Outcome = tuple[Any, "tuple[str, str] | None"]
 
@@ -31,6 +36,9 @@ def world_size() -> int:
 def on_rank_zero(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its (picklable) result on every rank.
 
+    It runs in a thread and should only work on files. Hashing a large checkpoint takes longer than `parallel.timeout_s`
+    on slow storage: while files get on, the waiting ranks are told so, and their watchdogs count it as progress.
+
     Raises:
         MegaVLError: the same class and text on every rank when rank 0 raised one.
         RuntimeError: on the other ranks, when rank 0 raised anything else.
@@ -38,12 +46,25 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if not dist.is_initialized():
         return action()
     local: Exception | None = None
-    outcome: list[_Outcome] = [(None, None)]
     if dist.get_rank() == 0:
-        outcome[0], local = _attempt(action)
-    dist.broadcast_object_list(outcome, src=0)
-    _raise_same_error([outcome[0][1]], local)
-    result: T = outcome[0][0]
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            running = pool.submit(_attempt, action)
+            seen = activity.count()
+            while not wait([running], timeout=BEAT_S).done:
+                if activity.count() != seen:
+                    seen = activity.count()
+                    dist.broadcast_object_list([None], src=0)
+            outcome, local = running.result()
+        dist.broadcast_object_list([outcome], src=0)
+    else:
+        received: list[_Outcome | None] = [None]
+        dist.broadcast_object_list(received, src=0)
+        while received[0] is None:
+            activity.note()
+            dist.broadcast_object_list(received, src=0)
+        outcome = received[0]
+    _raise_same_error([outcome[1]], local)
+    result: T = outcome[0]
     return result
 
 

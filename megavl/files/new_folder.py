@@ -41,6 +41,7 @@ def new_folder(path: Path, *, name: str) -> Iterator[Path]:
         UsageError: another process makes this folder, or it holds something.
         OSError, StorageError: the storage failed; nothing is left.
     """
+    path = Path(os.path.abspath(path))
     work = path.parent / f".{path.name}.partial"
     try:
         with take(work, Owner.this_process(), name=name) as held:

@@ -34,6 +34,8 @@ SHORT_SILENCE_S = 10.0
 """The same for an owner of the same job, and for a file that names no owner, which a killed process left."""
 _POLL_S = 0.2
 _LOOKS = 5
+_VANISHED = 5
+"""How often the directory may be gone when a file is to be made in it."""
 _MOST_BYTES = 1 << 16
 _NAME = re.compile(r"owner-([1-9]\d{0,8})\.json")
 
@@ -173,7 +175,7 @@ def take(
         UsageError: somebody else owns the directory.
         StorageError: the directory cannot be made or written.
     """
-    say = say or _print_error
+    say, vanished = say or _print_error, 0
     try:
         while True:
             directory.mkdir(parents=True, exist_ok=True)
@@ -181,10 +183,16 @@ def take(
             if before is not None:
                 _wait_until_gone(before, directory, owner, name=name, say=say, patience_s=patience_s)
             path = directory / f"owner-{before.number + 1 if before else 1}.json"
-            if _create(path, owner.encode(0)):
-                if _is_confirmed(path, before, directory):
-                    break
-                path.unlink(missing_ok=True)
+            try:
+                if _create(path, owner.encode(0)):
+                    if _is_confirmed(path, before, directory):
+                        break
+                    path.unlink(missing_ok=True)
+            except FileNotFoundError:
+                # Somebody removed the directory since, or no file can be made in it, as in /proc.
+                vanished += 1
+                if vanished == _VANISHED:
+                    raise
             time.sleep(random.uniform(0.01, 0.1))
     except ValueError as error:
         if isinstance(error, UsageError):
@@ -311,10 +319,10 @@ def _read(path: Path, number: int) -> _Found | None:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Create a file; returns whether it was not there before, and its directory was."""
+    """Create a file; returns whether it was not there before."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except (FileExistsError, FileNotFoundError):
+    except FileExistsError:
         return False
     try:
         if os.write(descriptor, content) != len(content):

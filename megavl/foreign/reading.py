@@ -33,6 +33,9 @@ class NotRegularError(OSError, ValueError):
     def __str__(self) -> str:
         return str(self.strerror)
 
+    def __reduce__(self) -> tuple[type[NotRegularError], tuple[str]]:
+        return type(self), (str(self.strerror).partition(",")[0],)
+
 
 def open_regular(path: str | Path, *, buffered: bool = False) -> BinaryIO:
     """Open a regular file for reading.

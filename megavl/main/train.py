@@ -120,12 +120,12 @@ def _refuse(run_dir: str | None, error: MegaVLError) -> int:
         return error.exit_code
     status = ExitStatus(run_dir or ".", rank=0)
     with contextlib.suppress(OSError, StorageError):
-        under_launcher = "RANK" in os.environ or status.path.exists()
-        if run_dir is not None and status.claim.permits_status() and under_launcher:
+        status.write_copy(error.exit_code, str(error))
+    with contextlib.suppress(OSError, StorageError):
+        has_status = "RANK" in os.environ or status.path.exists()
+        if run_dir is not None and status.claim.permits_status() and has_status:
             status.clear()
             status.write(error.exit_code, str(error))
-        else:
-            status.write_copy(error.exit_code, str(error))
     raise error
 
 

@@ -94,9 +94,7 @@ class Evaluation:
         Returns:
             Whether a signal ended the evaluation; the same on every rank.
         """
-        config = self._config
-        last = step == self._plan.recipe.training.steps
-        if not config.interval or not (config.at_start if step == 0 else last or step % config.interval == 0):
+        if not self.is_due(step):
             return False
         status.section = "evaluating"
         inject_fault("evaluating", rank=self._plan.position.rank, step=step)
@@ -108,6 +106,27 @@ class Evaluation:
         if row is not None and self._log is not None:
             self._log.write(row)
         return False
+
+    def is_due(self, step: int) -> bool:
+        """Whether the recipe asks for an evaluation after a step."""
+        config = self._config
+        if step == 0 or not config.interval:
+            return bool(config.interval) and config.at_start
+        return step == self._plan.recipe.training.steps or step % config.interval == 0
+
+    def before_first_step(self, model: ModelChunks, *, step: int, status: ExitStatus) -> bool:
+        """Evaluate where a start begins: at step 0, or after a step whose evaluation a signal ended. Collective.
+
+        Returns:
+            As `after`.
+        """
+
+        def has_row() -> bool:
+            return self._log is not None and self._log.last_step == step
+
+        if not self.is_due(step) or (step and collective_errors.on_rank_zero(has_row)):
+            return False
+        return self.after(model, step=step, status=status)
 
     def run(self, model: ModelChunks, *, step: int) -> dict[str, Any] | None:
         """Evaluate; returns the row of evaluation.jsonl. Collective.

@@ -25,6 +25,9 @@ class EvaluationLog:
         """
         self.path = Path(run_dir) / "evaluation.jsonl"
         self._rows = open_rows(self.path, step=start_step - (start_step == 0))
+        rows = self.path.read_bytes().splitlines() if self.path.is_file() else []
+        self.last_step = json.loads(rows[-1])["step"] if rows else None
+        """Step of the last evaluation of an earlier start."""
         self._board = open_board(Path(run_dir) / "tensorboard", start_step=start_step) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:

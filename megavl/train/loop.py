@@ -91,14 +91,16 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     if plan.peak_flops:
         plan.say(MFU_CONVENTION)
     if progress.step >= recipe.training.steps:
+        stopped = evaluation.before_first_step(state.model, step=progress.step, status=status)
+        code = _code_of_stop(plan, stop, step=progress.step) if stopped else 0
         roll_call.end()
         groups.stop()
-        return 0
+        return code
     timelines = StepTimelines(plan, state.model)
     log = _log(plan, progress)
     with _loader(plan, dataset, sampler, start_step=progress.step) as source:
-        if not progress.step:
-            evaluation.after(state.model, step=0, status=status)
+        # If a signal ends it, the first step is the last of this start.
+        evaluation.before_first_step(state.model, step=progress.step, status=status)
         code = _run_steps(
             plan,
             state,
@@ -156,18 +158,24 @@ def _run_steps(
             sample_ids = tuple(number for batch in data for number in batch.sample_ids)
             _handle_bad_step(plan, progress, result, sample_ids=sample_ids)
         last = step == training.steps
-        # Before the save: a run that resumes from it has this evaluation.
+        # Before the save: a run that resumes from it has this evaluation, or makes it first.
         stopped = result.asked_to_stop or evaluation.after(state.model, step=step, status=status)
         if last or stopped or step % recipe.checkpoint.interval == 0:
             status.section = "saving"
             status.claim.confirm()
             _save(plan, state, progress, must=last or stopped)
-        if stopped and not last:
-            interrupted = groups.on_any_rank(stop.interrupted)
-            how = "Ctrl-C" if interrupted else "a signal"
-            plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
-            return EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
+        # After the last step, its evaluation may be left to do.
+        if stopped and (not last or evaluation.is_due(step)):
+            return _code_of_stop(plan, stop, step=step)
     return 0
+
+
+def _code_of_stop(plan: RunPlan, stop: StopFlag, *, step: int) -> int:
+    """Say that a signal stopped the run after a step that is saved; returns the exit code. Collective."""
+    interrupted = groups.on_any_rank(stop.interrupted)
+    how = "Ctrl-C" if interrupted else "a signal"
+    plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
+    return EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
 
 
 def _use_threads(recipe: Recipe, *, world: int) -> None:

@@ -50,9 +50,13 @@ def test_stops_and_a_full_disk_change_nothing(dataset: Path, reference: Path, tm
     assert codes == {0: 75, 1: 75} and (status["code"], status["step"], status["resumable"]) == (75, 2, True), printed
     assert printed.count("a signal ended the evaluation after step 2") == 1 and saved(tmp_path) == [1, 2]
     # Within a save, and another one: that save stays, and the step after it is the last.
-    codes, status, printed = end(dataset, tmp_path, fault="mid_shard:0:3:sigterm,after_manifest:0:3:sigusr1")
+    codes, status, printed = end(
+        dataset, tmp_path, *evaluating, fault="mid_shard:0:3:sigterm,after_manifest:0:3:sigusr1"
+    )
     assert codes == {0: 75, 1: 75} and status["step"] == 4, printed
     assert saved(tmp_path) == [3, 4]
+    # The evaluation that the signal ended came first.
+    assert [row["step"] for row in metrics(tmp_path, "evaluation.jsonl")] == [2]
     # No space: the save at 6 is given up with one warning, the last one ends the run.
     codes, status, printed = end(dataset, tmp_path, fault="mid_shard:1:6:enospc,mid_shard:1:8:enospc")
     assert codes == {0: 5, 1: 5} and (status["code"], status["step"]) == (5, 8), printed
@@ -63,8 +67,12 @@ def test_stops_and_a_full_disk_change_nothing(dataset: Path, reference: Path, tm
     assert codes == {0: 130, 1: 130} and (status["code"], status["step"]) == (130, 7), printed
     assert "resuming after step 4" in printed and "Traceback" not in printed
     assert printed.count("stopped by Ctrl-C after step 7; saved") == 1 and saved(tmp_path) == [6, 7]
-    codes, status, printed = end(dataset, tmp_path)
-    assert codes == {0: 0, 1: 0} and status["code"] == 0 and "resuming after step 7" in printed
+    # Within the last evaluation: all steps are done, and the next start evaluates.
+    codes, status, printed = end(dataset, tmp_path, *evaluating, fault="evaluating:0:8:sigterm")
+    assert codes == {0: 75, 1: 75} and status["code"] == 75 and "resuming after step 7" in printed
+    codes, status, printed = end(dataset, tmp_path, *evaluating)
+    assert codes == {0: 0, 1: 0} and status["code"] == 0 and "resuming after step 8" in printed
+    assert [row["step"] for row in metrics(tmp_path, "evaluation.jsonl")] == [2, 8]
     check_equal(tmp_path, reference)
 
 

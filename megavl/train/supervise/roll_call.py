@@ -78,9 +78,11 @@ class RollCall:
         """
         self._status, self.period_s = status, max(1.0, timeout_s / 6)
         self._signs: dict[int, _Sign] = {}
+        self._answer: dict[int, _Sign] = {}
         self._reading = False
         self._holder: _Sign | None = None
-        self._ended, self._wake, self._read = threading.Event(), threading.Event(), threading.Event()
+        self._ended, self._wake = threading.Event(), threading.Event()
+        self._asked, self._reached, self._read = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin(self, store: Store, *, world_size: int) -> None:
@@ -111,14 +113,18 @@ class RollCall:
         if gone:
             # The store ended with it, so nothing can be read.
             return f"; missing: rank 0 ({gone})"
-        self._reading = True
+        self._reached.clear()
         self._read.clear()
+        self._asked.set()
         self._wake.set()
         if not self._read.wait(_PATIENCE_S):
+            if self._reached.is_set():
+                # The store answers, but many ranks ask it.
+                return ""
             return f"; missing: {'torchrun on the first machine' if agent else 'rank 0'}, which holds the ranks' store"
         lost, elsewhere = [], []
         here = f"step {self._status.step} while {self._status.section}"
-        for rank, sign in sorted(self._signs.items()):
+        for rank, sign in sorted(self._answer.items()):
             if absence := sign.absence(silence_s=2 * self.period_s):
                 lost.append(f"rank {rank} ({absence})")
             elif sign.changed and sign.position != here:
@@ -141,7 +147,7 @@ class RollCall:
                     first = json.loads(self._store.get(_key(0)))
                     first = {key: first[key] for key in (*fixed, "started")}
                     self._holder = _Sign(row=first, since=time.monotonic(), changed=False)
-                if self._reading:
+                if self._reading or self._asked.is_set():
                     self._read_all()
             except RuntimeError:
                 # The process that held the store has left.
@@ -151,13 +157,21 @@ class RollCall:
             self._wake.wait(self.period_s)
 
     def _read_all(self) -> None:
-        for rank in range(self._world_size):
-            if rank == self._status.rank:
-                continue
-            key, old = _key(rank), self._signs.get(rank)
-            row = json.loads(self._store.get(key)) if self._store.check([key]) else None
+        keys = {rank: _key(rank) for rank in range(self._world_size) if rank != self._status.rank}
+        complete = self._store.check([*keys.values()])
+        self._reached.set()
+        there = keys if complete else {rank: key for rank, key in keys.items() if self._store.check([key])}
+        # The stubs of torch 2.13 lack `multi_get`.
+        found = self._store.multi_get([*there.values()]) if there else []  # type: ignore[attr-defined]
+        rows = dict(zip(there, found, strict=True))
+        # `watch` may take another dictionary meanwhile.
+        signs = self._signs
+        for rank in keys:
+            row, old = json.loads(rows[rank]) if rank in rows else None, signs.get(rank)
             if old is None or row != old.row:
-                self._signs[rank] = _Sign(row=row, since=time.monotonic(), changed=old is not None)
+                signs[rank] = _Sign(row=row, since=time.monotonic(), changed=old is not None)
+        self._answer = dict(signs)
+        self._asked.clear()
         self._read.set()
 
 

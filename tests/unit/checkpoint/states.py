@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavl.checkpoint import collective_errors
 from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import load_model_config
+from megavl.files import activity
 
 ROWS = 8
 """Rows of the sharded toy tensor, whatever the number of ranks."""
@@ -54,6 +57,26 @@ def save_and_load(directory: str, steps: list[int]) -> dict[str, Any]:
     path = store.newest()
     assert path is not None
     return {"path": str(path), **_report(store.load(path, toy_state(0)))}
+
+
+def wait_for_rank_zero(directory: str) -> int:
+    """How much progress a rank notes while rank 0 reads files for three beats."""
+    collective_errors.BEAT_S, beats, send = 0.01, [], dist.broadcast_object_list
+    noted = activity.count()
+
+    def counted(*args: Any, **words: Any) -> None:
+        beats.append(args)
+        send(*args, **words)
+
+    def read() -> str:
+        while len(beats) < 3:
+            activity.note()
+            time.sleep(0.01)
+        return "done"
+
+    collective_errors.dist.broadcast_object_list = counted
+    assert collective_errors.on_rank_zero(read) == "done"
+    return activity.count() - noted
 
 
 def load_only(directory: str, objects: bool, strict: bool) -> dict[str, Any]:

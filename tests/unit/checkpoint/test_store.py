@@ -21,6 +21,10 @@ def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir() if entry.name.startswith("iter_"))
 
 
+def test_ranks_that_wait_for_files_of_rank_zero_see_progress(tmp_path: Path) -> None:
+    assert results(run_ranks(states.wait_for_rank_zero, 2, str(tmp_path / "none")))[1] >= 3
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints 5 and 10, saved by two ranks."""

@@ -297,6 +297,7 @@ def test_what_would_vanish_or_change_is_refused(reason: str, raw: Any) -> None:
         {"text": "<img src='a.png'> <image>"},
         {"text": "Plain.", "image": None},
         {"text": "[draft] {see} x.png", "note": "[1] {a: b}", "source": "papers/1.pdf", "url": "http://x/1.pdf"},
+        *({"text": "x", "template": note} for note in ("{{}}", "{[1]: 2}", "[{{1}}]", "{{x}}", "{1, {2}}")),
         {"text": "Code", "exif": '{"Image Name": "a.jpg"}'},
         {"text": "Page", "pdf_path": "a/1.pdf", "meta": {"source_pdf_url": "http://x/1.pdf", "doc_file": "1.docx"}},
         {"messages": [{"role": "user", "content": "['x.png']"}, REPLY], "note": "['a']"},

@@ -251,6 +251,11 @@ def test_never_two_owners_at_once(tmp_path: Path) -> None:
         assert racer.returncode == 0, said.decode()
 
 
+def test_directory_that_takes_no_files_is_a_storage_error() -> None:
+    with pytest.raises(StorageError, match="run.dir: cannot write to /proc "):
+        take(Path("/proc"), Owner.this_process(), name="run.dir")
+
+
 @pytest.mark.parametrize("kind", ["file", "parent is a file", "dangling link", "long name"])
 def test_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "run"
