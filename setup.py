@@ -40,7 +40,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.3",
         "psutil>=5.9",
-        "pydantic>=2.7",
+        "pydantic>=2.8",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.0",

@@ -7,7 +7,7 @@ import json
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -20,19 +20,20 @@ from starlette.types import Receive, Scope, Send
 from megavl.config.errors import one_line
 from megavl.foreign.parsing import Limit, parse_json
 from megavl.foreign.printing import say, visible
-from megavl.generate import decode
-from megavl.generate.prompt import answer_text
 from megavl.serve.fields import ChatFields, CompletionFields, Fields, read_fields
 from megavl.serve.front import Front, until_gone
 from megavl.serve.guard import Guard
 from megavl.serve.limits import BODY_SECONDS, SEND_SECONDS
 from megavl.serve.page import PAGE, POLICY
 from megavl.serve.prompts import PromptReader
-from megavl.serve.refusal import Refusal
+from megavl.serve.refusal import Refusal, excerpt
 from megavl.serve.replies import ChatForm, CompletionForm, Piece, Reply, usage_of
 
 _VALUES = 1_000_000
 """Values in the JSON of a request, such as token ids."""
+
+_PART = 1 << 16
+"""Bytes of an answer that are sent at a time."""
 
 T = TypeVar("T")
 Form = ChatForm | CompletionForm
@@ -87,10 +88,13 @@ class Service:
         """`/v1/completions`."""
 
         async def prepare(fields: CompletionFields) -> list[Reply]:
-            processor, prompts = self._reader.processor, fields.prompts
+            requests = await self._reader.completions(fields)
+            echoes: Sequence[str | None] = [None] * len(requests)
+            if fields.echo:
+                echoes = await self._reader.echoes(fields.prompts, requests)
             return [
-                Reply(asked, processor, strip=False, echo=_text_of(prompt, asked, processor) if fields.echo else None)
-                for prompt, asked in zip(prompts, await self._reader.completions(fields), strict=True)
+                Reply(asked, self._reader.processor, strip=False, echo=echo)
+                for asked, echo in zip(requests, echoes, strict=True)
             ]
 
         return await self._answer(request, CompletionFields, prepare, CompletionForm(self._name))
@@ -100,22 +104,24 @@ class Service:
     ) -> Response:
         with ExitStack() as admission:
             admission.enter_context(self.front.admitted())
-            fields = read_fields(kind, await self._body(request))
+            fields = await asyncio.to_thread(read_fields, kind, await self._body(request))
             if fields.model is not None:
                 self._require_name(fields.model)
             replies = await prepare(fields)
             pieces = self.front.pieces(replies)
-            if not fields.stream:
-                return JSONResponse(await _unless_gone(_whole(pieces, replies, form), request.receive))
-            stream = EventStream(pieces, replies, form, usage=fields.includes_usage)
-            await _unless_gone(stream.begin(), request.receive)
-            stream.admission = admission.pop_all()
-            return stream
+            answer: WholeAnswer | EventStream
+            if fields.stream:
+                answer = EventStream(pieces, replies, form, usage=fields.includes_usage)
+                await _unless_gone(answer.begin(), request.receive)
+            else:
+                answer = WholeAnswer(await _unless_gone(_whole(pieces, replies, form), request.receive))
+            answer.admission = admission.pop_all()
+            return answer
 
     def _require_name(self, name: str) -> None:
         if name != self._name:
             raise Refusal(
-                f"model: {visible(name)[:200]!r} is not served here, only {self._name!r}",
+                f"model: {excerpt(name, 200)!r} is not served here, only {self._name!r}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -144,6 +150,26 @@ class Service:
             raise Refusal(f"the body is not JSON that can be read: {visible(one_line(error))}") from None
 
 
+class WholeAnswer(Response):
+    """A complete answer as JSON. A client that has gone, or takes nothing for a while, ends it."""
+
+    def __init__(self, body: bytes) -> None:
+        """`body` is JSON."""
+        super().__init__(body, media_type="application/json")
+        self.admission = ExitStack()
+        """Left when the answer is sent, or ends otherwise."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        with self.admission:
+            await _sent(self._send_all(send), receive)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await _send_parts(send, bytes(self.body))
+        await _in_time(send, b"", more=False)
+
+
 class EventStream(Response):
     """An answer as server-sent events. A client that has gone, or takes nothing for a while, ends it."""
 
@@ -170,9 +196,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
-            await _unless_gone(self._send_all(send), receive)
-        except (Gone, asyncio.TimeoutError):
-            return
+            await _sent(self._send_all(send), receive)
         finally:
             await self._pieces.aclose()  # type: ignore[attr-defined]
             self.admission.close()
@@ -180,9 +204,8 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for text in self._events():
-            body = {"type": "http.response.body", "body": text.encode(), "more_body": True}
-            await asyncio.wait_for(send(body), SEND_SECONDS)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await _send_parts(send, text.encode())
+        await _in_time(send, b"", more=False)
 
     async def _events(self) -> AsyncIterator[str]:
         usage: dict[str, Any] = {"usage": None} if self._usage else {}
@@ -190,15 +213,22 @@ class EventStream(Response):
             if (first := self._form.first()) is not None:
                 yield _event({**first, **usage})
             assert self._first is not None, "the answer has begun"
-            yield _event({**self._form.chunk(*self._first), **usage})
+            yield await self._chunk(*self._first, usage)
             async for index, piece in self._pieces:
                 if piece:
-                    yield _event({**self._form.chunk(index, piece), **usage})
+                    yield await self._chunk(index, piece, usage)
             if self._usage:
                 yield _event(self._form.usage(usage_of(self._replies)))
         except Refusal as refusal:
             yield _event(refusal.body)
         yield "data: [DONE]\n\n"
+
+    async def _chunk(self, index: int, piece: Piece, usage: dict[str, Any]) -> str:
+        def written() -> str:
+            return _event({**self._form.chunk(index, piece), **usage})
+
+        # The scores of a prompt come all at once.
+        return await asyncio.to_thread(written) if len(piece.entries) > 1 else written()
 
 
 class Gone(Exception):
@@ -223,16 +253,28 @@ async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
         await asyncio.wait({task, gone})
 
 
-async def _whole(pieces: AsyncIterator[tuple[int, Piece]], replies: Sequence[Reply], form: Form) -> dict[str, Any]:
+async def _sent(sending: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Send until it is done, or the client goes or takes nothing."""
+    with suppress(Gone, asyncio.TimeoutError):
+        await _unless_gone(sending, receive)
+
+
+async def _send_parts(send: Send, body: bytes) -> None:
+    """Send a part when the one before has left, so that a client that reads slowly is told from one that reads not."""
+    for start in range(0, len(body), _PART):
+        await _in_time(send, body[start : start + _PART], more=True)
+
+
+async def _in_time(send: Send, part: bytes, *, more: bool) -> None:
+    await asyncio.wait_for(send({"type": "http.response.body", "body": part, "more_body": more}), SEND_SECONDS)
+
+
+async def _whole(pieces: AsyncIterator[tuple[int, Piece]], replies: Sequence[Reply], form: Form) -> bytes:
     parts: list[list[Piece]] = [[] for _ in replies]
     async with aclosing(pieces):  # type: ignore[type-var]
         async for index, piece in pieces:
             parts[index].append(piece)
-    return form.whole(parts, usage_of(replies))
-
-
-def _text_of(prompt: str | Sequence[int], asked: decode.Request, processor: Any) -> str:
-    return prompt if isinstance(prompt, str) else answer_text(asked.ids, tokenizer=processor.tokenizer)
+    return await asyncio.to_thread(lambda: bytes(JSONResponse(form.whole(parts, usage_of(replies))).body))
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -246,7 +288,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for Starlette's own errors"
-    what = f"{request.method} {visible(request.url.path)[:200]}: {error.detail}"
+    what = f"{request.method} {excerpt(request.url.path, 200)}: {error.detail}"
     return await _refused(request, Refusal(what, status=error.status_code))
 
 

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megavl.config.errors import MegaVLError
-from megavl.foreign.printing import visible
 from megavl.generate.sampling import Sampling
-from megavl.serve.limits import MAX_ALTERNATIVES, MAX_PROMPTS, MAX_STOPS
-from megavl.serve.refusal import Refusal
+from megavl.serve.limits import MAX_ALTERNATIVES, MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS, MAX_STOPS
+from megavl.serve.refusal import Refusal, excerpt, written
 
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -46,11 +45,15 @@ _FORMS = {
 }
 """Fields of several forms, and how to give them."""
 
+B = TypeVar("B", bound="Fields")
+T = TypeVar("T")
+
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Alternatives = Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)]
 _Tokens = Annotated[int, Field(ge=0)]
-_Ids = Annotated[list[_Tokens], Field(min_length=1)]
-B = TypeVar("B", bound="Fields")
+# Without fail_fast a list gives an error for each of its items, of which there may be a million.
+_Ids = Annotated[list[_Tokens], Field(min_length=1, fail_fast=True)]
+_Prompts = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class _Model(BaseModel):
@@ -75,7 +78,7 @@ class Fields(_Model):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: _Tokens | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -134,13 +137,13 @@ class Message(_Model):
     """What one side says."""
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
 
 class ChatFields(Fields):
     """A request to `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: _Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: _Alternatives | None = None
@@ -160,7 +163,7 @@ class ChatFields(Fields):
 class CompletionFields(Fields):
     """A request to `/v1/completions`."""
 
-    prompt: str | Annotated[list[str] | list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)] | _Ids
+    prompt: str | _Prompts[str] | _Prompts[_Ids] | _Ids
     echo: bool | None = None
     logprobs: _Alternatives | None = None
     add_special_tokens: bool | None = None
@@ -188,8 +191,9 @@ def read_fields(kind: type[B], body: Any) -> B:
         raise _explained(error) from None
     for name, value in (fields.model_extra or {}).items():
         if name not in _IGNORED and value not in _NEUTRAL.get(name, ()):
+            given = excerpt(value) if isinstance(value, str) else written(value)
             raise Refusal(
-                f"{visible(name)[:100]}: {visible(str(value))[:100]} is not supported here; leave it out",
+                f"{excerpt(name)}: {given} is not supported here; leave it out",
                 param=name[:100],
                 code="unsupported_parameter",
             )
@@ -197,8 +201,9 @@ def read_fields(kind: type[B], body: Any) -> B:
 
 
 def _explained(error: ValidationError) -> Refusal:
-    # The one that is deepest inside: of the forms that a field may have, it is that which was meant.
-    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    # The one that is deepest inside: of the forms that a field may have, it is that which was meant. So is the form of
+    # which only the length is wrong.
+    first = max(error.errors(include_url=False), key=lambda one: (len(one["loc"]), one["type"] == "too_long"))
     root = str(first["loc"][0])
     if root in _FORMS and first["loc"][1:]:
         return Refusal(f"{root}: {_FORMS[root]}", param=root, code="invalid_value")
@@ -207,5 +212,4 @@ def _explained(error: ValidationError) -> Refusal:
     name = ".".join(part for part in path if "[" not in part)
     if first["type"] == "missing":
         return Refusal(f"{name}: is missing", param=name, code="missing_required_parameter")
-    found = visible(repr(first["input"]))[:100]
-    return Refusal(f"{name}: {first['msg']}, found {found}", param=name, code="invalid_value")
+    return Refusal(f"{name}: {first['msg']}, found {written(first['input'])}", param=name, code="invalid_value")

@@ -16,8 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from megavl.foreign.printing import visible
-from megavl.serve.refusal import Refusal
+from megavl.serve.refusal import Refusal, excerpt
 
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#\s]+)(:[0-9]+)?")
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
@@ -60,22 +59,22 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_own(host):
             raise Refusal(
-                f"Host: {visible(host)[:200]!r} is no name of this server; use its address, or start it with "
+                f"Host: {excerpt(host, 200)!r} is no name of this server; use its address, or start it with "
                 "--allow-host NAME",
                 status=403,
                 code="host_not_allowed",
             )
         origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+        foreign = origin is not None and _site(origin) != host.lower()
         if foreign or headers.get("sec-fetch-site") == "cross-site" and method != "GET":
             raise Refusal(
-                f"Origin: {visible(origin or '')[:200]!r} is another site, and its pages may not ask this server",
+                f"Origin: {excerpt(origin or '', 200)!r} is another site, and its pages may not ask this server",
                 status=403,
                 code="origin_not_allowed",
             )
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != "application/json":
-            raise Refusal(f"Content-Type: {visible(kind)[:200]!r} is not understood; send application/json", status=415)
+            raise Refusal(f"Content-Type: {excerpt(kind, 200)!r} is not understood; send application/json", status=415)
 
     def _is_own(self, host: str) -> bool:
         found = _HOST.fullmatch(host)
@@ -87,3 +86,11 @@ class Guard:
         except ValueError:
             return name in self._names
         return True
+
+
+def _site(origin: str) -> str | None:
+    """Host and port of an origin; None where it has none that can be read."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None

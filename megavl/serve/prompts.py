@@ -18,10 +18,11 @@ from megavl.data.template import IMAGE_TAG, Piece, Turn, encode, inference_promp
 from megavl.foreign.printing import visible
 from megavl.generate.decode import Request
 from megavl.generate.pretrained import Processor
+from megavl.generate.prompt import answer_text
 from megavl.generate.stop import StopTexts
 from megavl.serve.fields import ChatFields, CompletionFields, Fields, Message, Part
 from megavl.serve.limits import CHARACTERS_OF_A_TOKEN, MAX_SCORES, Limits
-from megavl.serve.refusal import Refusal
+from megavl.serve.refusal import Refusal, excerpt
 
 _COMPLETION_TOKENS = 16
 """Tokens of a completion that says nothing of its length, as OpenAI has it."""
@@ -46,15 +47,14 @@ class PromptReader:
         Raises:
             Refusal: messages, images or sizes that cannot be used.
         """
-        turns, urls = _turns(fields.messages, most=self._limits.images)
-        self._require_short(sum(len(turn.text) for turn in turns), param="messages")
-        pieces = _refused(lambda: inference_prompt(turns, system=self._system), param="messages")
-        ids = await self._in(self._texts, partial(self._ids, pieces), param="messages")
+        ids, urls = await self._in(self._texts, partial(self._conversation, fields.messages), param="messages")
         wanted = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
         name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
         if wanted == 0:
             raise Refusal(f"{name}: 0 tokens are no answer; give at least 1", param=name)
         room = self._room(len(ids), wanted=wanted, default=self._limits.tokens, param="messages", name=name)
+        if fields.alternatives is not None:
+            _require_few_scores(room, alternatives=fields.alternatives, advice=f"lower {name}")
         images = await asyncio.gather(
             *(self._in(self._images, partial(self._canvas, url, at), param="messages") for at, url in urls)
         )
@@ -85,7 +85,7 @@ class PromptReader:
                 pieces = [*start, Piece(kind="text", text=prompt)]
                 ids = await self._in(self._texts, partial(self._ids, pieces), param="prompt")
             else:
-                ids = self._checked(prompt)
+                ids = await self._in(self._texts, partial(self._checked, prompt), param="prompt")
             if not ids:
                 raise Refusal("prompt: is empty, and this model has no token that begins a text", param="prompt")
             room = self._room(len(ids), wanted=wanted, default=wanted, param="prompt", name="max_tokens")
@@ -99,15 +99,26 @@ class PromptReader:
                     stop=stop,
                 )
             )
-        scores = sum(len(one.ids) * one.score_prompt + one.max_new_tokens for one in requests) * (
-            1 + (fields.logprobs or 0)
-        )
-        if fields.logprobs is not None and scores > MAX_SCORES:
-            raise Refusal(
-                f"logprobs: {scores} log-probabilities, at most {MAX_SCORES} are given at once; send fewer prompts",
-                param="logprobs",
-            )
+        if fields.logprobs is not None:
+            tokens = sum(len(one.ids) * one.score_prompt + one.max_new_tokens for one in requests)
+            _require_few_scores(tokens, alternatives=fields.logprobs, advice="send fewer prompts")
         return requests
+
+    async def echoes(self, prompts: Sequence[str | list[int]], requests: Sequence[Request]) -> list[str]:
+        """The text of each prompt, of which `requests` have the tokens."""
+
+        def read() -> list[str]:
+            return [
+                prompt if isinstance(prompt, str) else answer_text(asked.ids, tokenizer=self.processor.tokenizer)
+                for prompt, asked in zip(prompts, requests, strict=True)
+            ]
+
+        return await self._in(self._texts, read, param="prompt")
+
+    def _conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[str, str]]]:
+        turns, urls = _turns(messages, most=self._limits.images)
+        self._require_short(sum(len(turn.text) for turn in turns), param="messages")
+        return self._ids(inference_prompt(turns, system=self._system)), urls
 
     def _ids(self, pieces: Sequence[Piece]) -> list[int]:
         config = self.processor.config
@@ -172,16 +183,27 @@ def _refused(work: Callable[[], T], *, param: str) -> T:
         raise Refusal(f"{param}: {visible(str(error))}", param=param) from None
 
 
+def _require_few_scores(tokens: int, *, alternatives: int, advice: str) -> None:
+    scores = tokens * (1 + alternatives)
+    if scores > MAX_SCORES:
+        raise Refusal(
+            f"logprobs: {scores} log-probabilities, at most {MAX_SCORES} are given at once; {advice}", param="logprobs"
+        )
+
+
 def _turns(messages: Sequence[Message], *, most: int) -> tuple[list[Turn], list[tuple[str, str]]]:
     """Turns, and the data URL of each image after its location."""
     turns: list[Turn] = []
     images: list[tuple[str, str]] = []
+    given = sum(part.type == "image_url" for one in messages if isinstance(one.content, list) for part in one.content)
+    if given > most:
+        raise Refusal(f"messages: {given} images, at most {most} are read; leave some out", param="messages")
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         role = _ROLES.get(message.role)
         if role is None:
             raise Refusal(
-                f"{where}.role: {visible(message.role)[:100]!r} is not known; give system, user or assistant",
+                f"{where}.role: {excerpt(message.role)!r} is not known; give system, user or assistant",
                 param="messages",
             )
         _require_known(message.model_extra, where=where, known=("name", "refusal"))
@@ -201,8 +223,6 @@ def _turns(messages: Sequence[Message], *, most: int) -> tuple[list[Turn], list[
             tags.append(text.count(IMAGE_TAG))
             text += IMAGE_TAG
         turns.append(Turn(role=role, text=text, tags=tuple(tags)))  # type: ignore[arg-type]
-    if len(images) > most:
-        raise Refusal(f"messages: {len(images)} images, at most {most} are read; leave some out", param="messages")
     return turns, images
 
 
@@ -213,12 +233,12 @@ def _image_of(part: Part, *, location: str) -> str | None:
         return None
     if part.type != "image_url" or part.image_url is None:
         raise Refusal(
-            f"{location}.type: {visible(part.type)[:100]!r} is not understood; give text with its text, or image_url",
+            f"{location}.type: {excerpt(part.type)!r} is not understood; give text with its text, or image_url",
             param="messages",
         )
     url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
     if url.lstrip()[:5].lower() != "data:":
-        scheme = visible(url.partition(":")[0])[:20]
+        scheme = excerpt(url[:20].partition(":")[0])
         raise Refusal(
             f"{location}.image_url: {scheme}: addresses are not fetched; send the image itself as "
             "data:image/...;base64,...",
@@ -231,4 +251,4 @@ def _image_of(part: Part, *, location: str) -> str | None:
 def _require_known(extra: dict[str, object] | None, *, where: str, known: Sequence[str]) -> None:
     for name, value in (extra or {}).items():
         if name not in known and value is not None and value != []:
-            raise Refusal(f"{where}.{visible(name)[:100]}: is not supported here; leave it out", param="messages")
+            raise Refusal(f"{where}.{excerpt(name)}: is not supported here; leave it out", param="messages")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from reprlib import Repr
 from typing import Any
 
+from megavl.foreign.printing import visible
 from megavl.serve.limits import RETRY_SECONDS
 
 _KINDS = {404: "not_found_error", 429: "rate_limit_error"}
 _RETRIED = (429, 503)
+_VALUES = Repr()
+_VALUES.maxstring = _VALUES.maxother = 100
 
 
 class Refusal(Exception):
@@ -34,3 +38,13 @@ class Refusal(Exception):
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in _RETRIED else {}
+
+
+def excerpt(text: str, most: int = 100) -> str:
+    """The first `most` characters of a text, with control characters visible; a long text takes no longer."""
+    return visible(text[:most])[:most]
+
+
+def written(value: object) -> str:
+    """The beginning of how a value is written, with control characters visible; a large value takes no longer."""
+    return excerpt(_VALUES.repr(value))

@@ -21,6 +21,7 @@ from megavl.config.errors import EXIT_INTERRUPTED, UsageError
 from megavl.foreign.printing import say
 from megavl.generate.pretrained import Model
 from megavl.serve.app import Service, build_app
+from megavl.serve.connections import BoundedConnection
 from megavl.serve.front import Front
 from megavl.serve.guard import Guard
 from megavl.serve.limits import Limits
@@ -101,9 +102,10 @@ def serve(
     Raises:
         NumericsError: the model's logits are not finite.
         PeerError: the thread that serves clients has ended.
+        UsageError: there is not enough memory; once answers are in progress, with several ranks only.
     """
     channel = PlanChannel(model.processor.tokenizer)
-    turns = Turns(model, rows=limits.rows, length=limits.tokens)
+    turns = Turns(model, rows=limits.rows, length=limits.tokens, images=limits.images)
     if listener is None:
         # Rank 0 gets the same signals and ends all ranks together.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -131,7 +133,7 @@ class _HttpThread(threading.Thread):
         super().__init__(name="http", daemon=True)
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=BoundedConnection.upto(front.limits.connections),
             ws="none",
             loop="asyncio",
             lifespan="off",

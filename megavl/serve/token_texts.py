@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from megavl.data.tokenizer import Tokenizer
 
@@ -55,12 +55,3 @@ class TokenTexts:
     def _piece(self, token: int) -> str:
         before = self._tokenizer.decode(self._window[: self._context])
         return self._tokenizer.decode([*self._window, token])[len(before) :]
-
-
-def offsets_of(pieces: Sequence[str], *, start: int = 0) -> list[int]:
-    """Character at which each piece begins."""
-    offsets = []
-    for piece in pieces:
-        offsets.append(start)
-        start += len(piece)
-    return offsets

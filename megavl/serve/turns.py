@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from megavl.config.errors import NumericsError, PeerError, UsageError
 from megavl.foreign.printing import say
 from megavl.generate.decode import AnswerBatch, Chosen, Request
-from megavl.generate.pretrained import Model
+from megavl.generate.pretrained import Model, Processor
 from megavl.parallel import groups
+from megavl.serve.limits import MAX_ALTERNATIVES
 from megavl.serve.plan import Plan, PlanChannel
 
 HEARTBEAT_S = 5.0
@@ -43,27 +45,33 @@ class Event:
     problem: str = ""
 
 
+class NoMemoryError(Exception):
+    """The answers in progress are gone, because the device had no memory for one of them."""
+
+
 class Turns:
     """The model with the answers in progress; every rank runs the same plans."""
 
-    def __init__(self, model: Model, *, rows: int, length: int) -> None:
+    def __init__(self, model: Model, *, rows: int, length: int, images: int = 0) -> None:
         """Take memory for `rows` answers of `length` tokens, their prompts included, and try the model out.
+
+        On CUDA the trial is the largest prompt that may come, with up to `images` images. On the CPU, where that
+        could take minutes, it is a single token.
 
         Raises:
             NumericsError: the model's logits are not finite.
             UsageError: there is not enough memory.
         """
-        self._model, self._rows, self._length = model, rows, length
+        self._model, self._rows, self._length, self._images = model, rows, length, images
         self._batch = self._new_batch()
+        on_cuda = next(model.stage.parameters()).device.type == "cuda"
+        trial = largest_request(model.processor, length=length, images=images) if on_cuda else None
         try:
-            self._batch.start([(0, Request(ids=[model.processor.tokenizer.eos_id], max_new_tokens=1))])
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            self._batch.start([(0, trial or Request(ids=[model.processor.tokenizer.eos_id], max_new_tokens=1))])
+        except (RuntimeError, MemoryError) as error:
+            if not _is_memory(error):
                 raise
-            raise UsageError(
-                f"no memory for the keys and values of {rows} answers with {length} tokens each; lower --batch-size or "
-                "--max-tokens"
-            ) from error
+            raise self._too_large() from error
 
     @property
     def free(self) -> int:
@@ -80,19 +88,58 @@ class Turns:
 
         Raises:
             NumericsError: logits are not finite; all answers in progress are gone then.
+            NoMemoryError: there is no memory for this turn; the answers are gone too.
+            UsageError: the same where other ranks wait for this one, so that no turn can follow.
         """
         try:
             self._batch.drop(plan.drop)
             chosen = self._batch.start(plan.start) if plan.start else []
             return chosen + self._batch.step()
-        except NumericsError:
-            # Keys that are not finite would spoil whoever gets their row next.
-            self._batch = self._new_batch()
-            raise
+        except NumericsError as error:
+            failure: Exception = error
+        except (RuntimeError, MemoryError) as error:
+            if not _is_memory(error):
+                raise
+            if dist.get_world_size() > 1:
+                raise self._too_large() from error
+            failure = NoMemoryError("no memory is left for the answers; ask for less, or lower --batch-size")
+        # Keys that are not finite would spoil whoever gets their row next, and half a turn leaves rows half filled.
+        self._batch = self._new_batch()
+        raise failure.with_traceback(None)
+
+    def _too_large(self) -> UsageError:
+        problem = (
+            f"no memory for the keys and values of {self._rows} answers with {self._length} tokens each; lower "
+            f"--batch-size or --max-tokens, or --max-images from {self._images}"
+        )
+        if rank := dist.get_rank():
+            # Of errors of usage only rank 0 tells, and it has none.
+            say(f"error: rank {rank}: {problem}", to_errors=True)
+        return UsageError(problem)
 
     def _new_batch(self) -> AnswerBatch:
         ends = self._model.processor.end_ids
         return AnswerBatch(self._model.stage, eos_id=ends, rows=self._rows, length=self._length)
+
+
+def largest_request(processor: Processor, *, length: int, images: int) -> Request:
+    """The prompt that takes most memory: `length` tokens with its answer of one, with as many images as fit in it."""
+    config = processor.config
+    count = min(images, (length - 1) // config.image_tokens)
+    ids = [config.image_token_id] * (count * config.image_tokens)
+    ids += [processor.tokenizer.eos_id] * (max(2, length) - 1 - len(ids))
+    side = config.canvas_size
+    return Request(
+        ids=ids,
+        images=torch.zeros(count, 3, side, side, dtype=torch.uint8) if count else None,
+        max_new_tokens=1,
+        alternatives=MAX_ALTERNATIVES,
+        score_prompt=True,
+    )
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def follow(turns: Turns, channel: PlanChannel) -> int:
@@ -154,6 +201,7 @@ class Leader:
 
         Raises:
             PeerError: the thread that serves clients has ended.
+            UsageError: there is no memory, and other ranks wait.
         """
         while True:
             self._read_inbox()
@@ -163,7 +211,7 @@ class Leader:
                 return plan.end
             try:
                 chosen = self._turns.run(plan)
-            except NumericsError as error:
+            except (NumericsError, NoMemoryError) as error:
                 self._fail(str(error))
                 continue
             self._tell(chosen)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from megavl.serve import refusal
 from megavl.serve.fields import ChatFields, CompletionFields, read_fields
+from megavl.serve.limits import MAX_MESSAGES, MAX_PARTS
 from megavl.serve.refusal import Refusal
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -50,6 +53,45 @@ def test_prompts_have_four_forms(prompt: Any) -> None:
     with pytest.raises(Refusal, match="^prompt: ") as refused:
         read_fields(CompletionFields, {"prompt": prompt})
     assert refused.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [0] * 1000},
+        {"messages": [{}] * 1000},
+        {"messages": [{"role": "user", "content": [0] * 1000}]},
+        {"messages": [{"role": "user", "content": [{"type": 5, "text": 5}] * 1000}]},
+        {"messages": HELLO, "stop": [0] * 16},
+        {"prompt": [None] * 1000},
+        {"prompt": [[None]] * 1000},
+        {"prompt": [[1, *["a"] * 1000]]},
+    ],
+)
+def test_many_mistakes_are_few_errors(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as found:
+        (CompletionFields if "prompt" in body else ChatFields).model_validate(body)
+    assert found.value.error_count() <= 8
+
+
+def test_large_values_are_shortened_before_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+    visible = refusal.visible
+    monkeypatch.setattr(refusal, "visible", lambda text: shown.append(len(text)) or visible(text))
+    large = "\x1b" * 100_000
+    for body in ({large: 1}, {"tools": large}, {"tools": [large] * 1000}, {"model": [[large]] * 1000}):
+        with pytest.raises(Refusal) as refused:
+            read_fields(ChatFields, {"messages": HELLO, **body})
+        assert len(str(refused.value)) < 400
+    assert shown and max(shown) <= 200
+
+
+def test_messages_and_parts_are_bounded() -> None:
+    part = {"type": "text", "text": "x"}
+    assert read_fields(ChatFields, {"messages": HELLO * MAX_MESSAGES}).messages
+    for messages in (HELLO * (MAX_MESSAGES + 1), [{"role": "user", "content": [part] * (MAX_PARTS + 1)}]):
+        with pytest.raises(Refusal, match="at most 4096 items"):
+            read_fields(ChatFields, {"messages": messages})
 
 
 def test_forms_of_prompts() -> None:

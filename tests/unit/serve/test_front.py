@@ -11,7 +11,7 @@ import pytest
 
 from megavl.generate.decode import Chosen, Request
 from megavl.serve import app
-from megavl.serve.app import EventStream
+from megavl.serve.app import EventStream, WholeAnswer
 from megavl.serve.front import Front
 from megavl.serve.limits import Limits
 from megavl.serve.refusal import Refusal
@@ -130,3 +130,50 @@ def test_a_client_that_goes_or_takes_nothing_is_left(gone: bool, monkeypatch: py
     assert len(run(work, token=3).cancelled) == 1
     if not gone:
         assert json.loads(sent[1]["body"][6:])["choices"][0]["text"] == "red "
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_whole_answer_holds_its_slot_until_sent(gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third part of it finds no reader."""
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
+    sent: list[bytes] = []
+
+    async def work(front: Front, leader: Silent, replies: list[Reply]) -> None:
+        left = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            assert front.active == 1
+            sent.append(message.get("body", b""))
+            if len(sent) == 4:
+                left.set() if gone else None
+                await asyncio.Event().wait()
+
+        answer = WholeAnswer(b"x" * 1_000_000)
+        answer.admission.enter_context(front.admitted())
+        await answer({"type": "http"}, receive, send)  # type: ignore[arg-type]
+        assert front.active == 0
+
+    run(work, token=None)
+    assert len(sent) == 4 and all(len(part) <= 1 << 16 for part in sent)
+
+
+def test_a_whole_answer_arrives_complete() -> None:
+    sent: list[dict[str, Any]] = []
+    body = bytes(range(256)) * 1000
+
+    async def work(front: Front, leader: Silent, replies: list[Reply]) -> None:
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        answer = WholeAnswer(body)
+        answer.admission.enter_context(front.admitted())
+        await answer({"type": "http"}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+        assert front.active == 0
+
+    run(work, token=None)
+    assert b"".join(message.get("body", b"") for message in sent) == body
+    assert (b"content-length", b"256000") in sent[0]["headers"] and not sent[-1]["more_body"]

@@ -139,6 +139,30 @@ def test_a_refused_question_comes_back(page: Any) -> None:
     assert page.input_value("#text").startswith("red red") and page.locator(".turn").count() == 0
 
 
+def test_a_refused_question_joins_the_next_draft(page: Any, tmp_path: Path) -> None:
+    """What is written and chosen while the answer is awaited stays, after what comes back."""
+    held: list[Any] = []
+    page.unroute(CHAT)
+    page.route(CHAT, lambda route: held.append(route))
+    picture = models.write_picture(tmp_path / "a.png", seed=1)
+    page.set_input_files("#files", str(picture))
+    page.wait_for_selector("#waiting img")
+    page.fill("#text", "first")
+    # Twice in one task of the page: it is sent once.
+    page.evaluate("model = null; say(); say()")
+    page.wait_for_function("model !== null")
+    page.fill("#text", "and more")
+    content = base64.b64encode(picture.read_bytes()).decode()
+    page.evaluate(PASTE, ["b.png", "image/png", content])
+    page.wait_for_selector("#waiting img")
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].fulfill(status=400, json={"error": {"message": "not today"}})
+    page.locator("#problem", has_text="not today").wait_for()
+    assert page.input_value("#text") == "first\nand more" and page.locator("#waiting img").count() == 2
+    assert len(held) == 1 and page.locator(".turn").count() == 0
+
+
 def test_it_fits_a_phone(page: Any) -> None:
     ask(page, "x" * 300)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

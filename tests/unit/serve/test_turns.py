@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megavl.config.errors import NumericsError, PeerError, UsageError
-from megavl.generate.decode import Request
+from megavl.generate.decode import AnswerBatch, Request
 from megavl.generate.open_model import find_model, loaded
 from megavl.generate.pretrained import Model, Processor
 from megavl.serve import turns as turns_module
-from megavl.serve.plan import PlanChannel
-from megavl.serve.turns import Event, Job, Leader, Turns
+from megavl.serve.plan import Plan, PlanChannel
+from megavl.serve.turns import Event, Job, Leader, Turns, largest_request
 from tests.unit.generate import models
 
 ROWS = 3
@@ -102,6 +102,56 @@ def test_a_failing_model_fails_its_answers_only(model: Model) -> None:
     assert [(event.job, event.index) for event in failed] == [(lost, 0), (lost, 1)]
     assert all("not finite" in event.problem for event in failed)
     assert [event.job for event in recorder.events[6:]] == [later] * 2
+
+
+def test_answers_without_memory_fail_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(model)
+    lost, later = asked(50, 50), asked(2)
+    recorder.leader.submit(lost)
+
+    def exhaust() -> None:
+        monkeypatch.setattr(turns_module.AnswerBatch, "step", out_of_memory)
+
+    def recover() -> None:
+        monkeypatch.undo()
+        recorder.leader.submit(later)
+
+    recorder.after[4] = exhaust
+    recorder.after[6] = recover
+    recorder.after[8] = lambda: recorder.leader.end(0)
+    assert recorder.leader.run() == 0
+    failed = [event for event in recorder.events if event.chosen is None]
+    assert [(event.job, event.index) for event in failed] == [(lost, 0), (lost, 1)]
+    assert all("no memory is left" in event.problem for event in failed)
+    assert [event.job for event in recorder.events[6:]] == [later] * 2 and recorder.turns.free == ROWS
+
+
+def test_no_memory_on_one_of_several_ranks_ends_all(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = Turns(model, rows=1, length=8, images=2)
+    monkeypatch.setattr(turns_module.AnswerBatch, "step", out_of_memory)
+    monkeypatch.setattr(turns_module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(turns_module.dist, "get_rank", lambda: 1)
+    with pytest.raises(UsageError, match="lower --batch-size or --max-tokens, or --max-images from 2"):
+        turns.run(Plan())
+    assert capsys.readouterr().err.startswith("error: rank 1: no memory for")
+
+
+def out_of_memory(batch: AnswerBatch) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("images", [0, 1, 50])
+def test_the_largest_prompt_fills_its_length(model: Model, images: int) -> None:
+    config, length = model.processor.config, 64
+    request = largest_request(model.processor, length=length, images=images)
+    count = list(request.ids).count(config.image_token_id)
+    fit = min(images, (length - 1) // config.image_tokens)
+    assert len(request.ids) == length - 1 and count == config.image_tokens * fit
+    batch = AnswerBatch(model.stage, eos_id=model.processor.end_ids, rows=1, length=length)
+    (chosen,) = batch.start([(0, request)])
+    assert chosen.last and len(chosen.prompt) == length - 2
 
 
 def test_a_damaged_model_is_not_served(model: Model) -> None:
