@@ -12,12 +12,12 @@ import base64
 import email.utils
 import json
 import os
+import queue
 import random
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -97,7 +97,6 @@ class Endpoint:
         self.url, self.model, self.max_tokens = _chat_url(url), model, max_tokens
         self._key, self._key_variable = os.environ.get(key_variable, "").strip(), key_variable
         self._attempts, self._timeout_s, self._pause_s = attempts, timeout_s, pause_s
-        self._stopped = threading.Event()
         self._urllib3 = _urllib3()
         self._pool = self._connections()
 
@@ -107,10 +106,16 @@ class Endpoint:
         Raises:
             OSError, ValueError: an image cannot be read.
         """
-        body = self._body(prompt)
+        return self._ask(prompt, threading.Event())
+
+    def _ask(self, prompt: Prompt, stopped: threading.Event) -> Reply:
+        """One question, no more of whose requests are sent once `stopped` is set."""
         reply = Reply(error="not asked: the endpoint was given up", outage=True, attempts=0)
+        if stopped.is_set():
+            return reply
+        body = self._body(prompt)
         for attempt in range(1, self._attempts + 1):
-            if self._stopped.is_set():
+            if stopped.is_set():
                 return reply
             reply, again_after = self._attempt(body, attempt)
             if again_after is None or attempt == self._attempts:
@@ -119,7 +124,7 @@ class Endpoint:
             pause = max(again_after, self._pause_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
             if again_after > LONGEST_PAUSE_S:
                 return reply
-            self._stopped.wait(min(pause, LONGEST_PAUSE_S))
+            stopped.wait(min(pause, LONGEST_PAUSE_S))
         return reply
 
     def ask_all(self, prompts: Sequence[Prompt], *, workers: int = 4) -> Iterator[tuple[int, Reply]]:
@@ -130,21 +135,32 @@ class Endpoint:
         Raises:
             OSError, ValueError: an image cannot be read.
         """
+        stopped, done = threading.Event(), queue.SimpleQueue[tuple[int, Reply | Exception]]()
+        numbers = iter(range(len(prompts)))
+
+        def work() -> None:
+            for number in numbers:
+                try:
+                    done.put((number, self._ask(prompts[number], stopped)))
+                except Exception as error:  # raised again where replies are read
+                    done.put((number, error))
+
+        # Daemons: a request in flight ends with the process, which does not wait for its reply.
+        for _ in range(min(workers, len(prompts))):
+            threading.Thread(target=work, daemon=True).start()
         outages = 0
-        pool = ThreadPoolExecutor(workers)
         try:
-            asked = {pool.submit(self.ask, prompt): number for number, prompt in enumerate(prompts)}
-            for done in as_completed(asked):
-                reply = done.result()
+            for _ in prompts:
+                number, reply = done.get()
+                if isinstance(reply, Exception):
+                    raise reply
                 # An error of the question says nothing about the endpoint.
                 outages = outages + 1 if reply.outage else outages if reply.error else 0
                 if outages >= GIVE_UP:
-                    self._stopped.set()
-                yield asked[done], reply
+                    stopped.set()
+                yield number, reply
         finally:
-            self._stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            self._stopped.clear()
+            stopped.set()
 
     def _attempt(self, body: bytes, attempt: int) -> tuple[Reply, float | None]:
         """One request: its reply, and the seconds after which it may be repeated, or None."""

@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from megavl.config.chat import SYSTEM_PROMPT
+from megavl.config.errors import DataError, one_line
 from megavl.config.evaluation import Normalization
+from megavl.data.image import ImageError
 from megavl.data.template import Template
 from megavl.evaluate.benchmarks.ask import BenchmarkTask, EncodedBenchmark, ask_benchmark, encode_benchmark
 from megavl.evaluate.benchmarks.report import Mode
@@ -18,6 +22,7 @@ from megavl.evaluate.ledger import Ledger
 from megavl.evaluate.multiple_choice import encode_questions, evaluate_choices
 from megavl.evaluate.report import Report
 from megavl.evaluate.task import Entry, OpenQuestion, Passage, Question, Task
+from megavl.files.hashing import file_sha256
 from megavl.generate.pretrained import Model
 from megavl.generate.prompt import ImageSource
 from megavl.generate.score_rows import ScoreRequest
@@ -36,7 +41,7 @@ def evaluate(
     batch_size: int = 8,
     normalize: Normalization = "token",
     mode: Mode = "generate",
-    open_ledger: Callable[[str], Ledger] = lambda fingerprint: Ledger(),
+    open_ledger: Callable[[Callable[[], str]], Ledger] = lambda fingerprint: Ledger(),
 ) -> Report:
     """Score every entry. Entries that do not fit the model are found before the model runs.
 
@@ -48,7 +53,7 @@ def evaluate(
         batch_size: most free-form answers in progress at a time.
         normalize: by what options are compared.
         mode: how benchmarks are asked.
-        open_ledger: given a fingerprint of all questions as the model reads them, returns the answers to go on from.
+        open_ledger: given what computes a fingerprint of all questions and images, returns the answers to go on from.
 
     Raises:
         DataError: an entry does not fit the model, an image cannot be read, or images cannot be shuffled.
@@ -71,7 +76,7 @@ def evaluate(
     ]
     requests = encode_questions(choices, processor=processor, template=template, system=system)
     requests += [one for windows_of_text in windows for one in windows_of_text]
-    ledger = open_ledger(_fingerprint([*questions, *choices, *passages], requests, ids, encoded))
+    ledger = open_ledger(lambda: fingerprint([*questions, *choices, *passages], requests, ids, encoded))
     report = Report()
     if choices or blind:
         report = evaluate_choices(
@@ -101,13 +106,17 @@ def evaluate(
     )
 
 
-def _fingerprint(
+def fingerprint(
     entries: Sequence[Entry],
     requests: Sequence[ScoreRequest],
     ids: Sequence[Sequence[int]],
     benchmarks: Sequence[EncodedBenchmark],
 ) -> str:
-    """Of all prompts and options as token ids, and of the names and sizes of the image files."""
+    """Digest of all prompts and options as token ids, and of the names and contents of the images.
+
+    Raises:
+        DataError: an image cannot be read any more.
+    """
     digest = hashlib.sha256()
     for request in [*requests, *(one for benchmark in benchmarks for one in benchmark.requests)]:
         digest.update(repr([(option.ids, option.start) for option in request.options]).encode())
@@ -115,7 +124,17 @@ def _fingerprint(
         digest.update(repr(list(prompt)).encode())
     images: list[ImageSource] = [image for entry in entries for image in entry.images]
     images += [image for one in benchmarks for item in one.task.items for image in item.images]
-    for image in images:
-        size = image.stat().st_size if isinstance(image, Path) else 0
-        digest.update(f"{image}\0{size}\0".encode())
+    # Questions share images, and each is read once.
+    for image in dict.fromkeys(images):
+        digest.update(f"{image}\0{_image_sha256(image)}\0".encode())
     return digest.hexdigest()
+
+
+def _image_sha256(image: ImageSource) -> str:
+    try:
+        if isinstance(image, (str, Path)):
+            return file_sha256(image)
+        data = image.tobytes() if isinstance(image, Image.Image) else image.read()
+    except (OSError, ImageError) as error:
+        raise DataError(f"{image}: the image cannot be read any more ({one_line(error)}); put it back") from error
+    return hashlib.sha256(data).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -137,14 +138,14 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
             source = find_model_on_every_rank(arguments.model)
             check_layout(source.config, parallel)
 
-            def open_ledger(fingerprint: str) -> Ledger:
+            def open_ledger(fingerprint: Callable[[], str]) -> Ledger:
                 ledgers.append(
                     open_answers(
                         folder,
                         # What changes no answer is no part of it, such as the sizes of batches.
                         identity=lambda: {
                             "model": model_fingerprint(source.path),
-                            "questions": fingerprint,
+                            "questions": fingerprint(),
                             "mode": arguments.mode,
                             "max_new_tokens": arguments.max_new_tokens,
                             "dtype": str(next(stage.parameters()).dtype).removeprefix("torch."),

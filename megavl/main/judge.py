@@ -55,6 +55,14 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--names", metavar="A,B", help="names of the models; default: those of the files")
     parser.add_argument("--no-images", action="store_true", help="show questions without their images")
+    parser.add_argument(
+        "--image-root",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="images may be in this folder too, besides those of the files and the working folder; may be repeated",
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="take the first N questions only")
 
 
@@ -112,7 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
     )
     questions = read_compared(
-        paths, questions=arguments.questions, with_images=not arguments.no_images, limit=arguments.limit
+        paths,
+        questions=arguments.questions,
+        with_images=not arguments.no_images,
+        limit=arguments.limit,
+        image_roots=arguments.image_root,
     )
     with ExitStack() as held:
         ledger = Ledger()

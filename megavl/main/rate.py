@@ -53,7 +53,11 @@ def _page(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out: {taken} exists; give another name, or remove it if nobody rated that page")
     names = names_of(arguments.answers, arguments.names)
     questions = read_compared(
-        arguments.answers, questions=arguments.questions, with_images=not arguments.no_images, limit=arguments.limit
+        arguments.answers,
+        questions=arguments.questions,
+        with_images=not arguments.no_images,
+        limit=arguments.limit,
+        image_roots=arguments.image_root,
     )
     made = rating_page(questions, models=names, seed=arguments.seed)
     write_files(out.parent, {key.name: json.dumps(made.key, indent=1, ensure_ascii=False) + "\n", out.name: made.html})

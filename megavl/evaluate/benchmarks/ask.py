@@ -34,6 +34,8 @@ class BenchmarkTask:
     items: tuple[Item, ...]
     passed_over: int = 0
     """Rows that are no questions of the benchmark."""
+    limited: bool = False
+    """Whether rows after these were not read."""
 
     @property
     def benchmark(self) -> Benchmark:
@@ -126,7 +128,7 @@ def ask_benchmark(
     task = encoded.task
     if encoded.mode == "perplexity":
         outcomes = _by_perplexity(model, encoded, normalize=normalize, ledger=ledger)
-        return _report(task, outcomes, mode="perplexity", notes=_left_out(task))
+        return report_of(task, outcomes, mode="perplexity", notes=_left_out(task))
     texts = answer_texts(
         model,
         task.items,
@@ -137,7 +139,7 @@ def ask_benchmark(
         ledger=ledger,
     )
     outcomes = [outcome_of(task.benchmark, item, text) for item, text in zip(task.items, texts)]
-    return _report(task, outcomes, mode="generate", notes=_judge_notes(task.benchmark, [], judge=None))
+    return report_of(task, outcomes, mode="generate", notes=_judge_notes(task.benchmark, [], judge=None))
 
 
 def judge_benchmark(report: BenchmarkReport, *, judge: Endpoint, ledger: Ledger) -> BenchmarkReport:
@@ -158,7 +160,7 @@ def judge_benchmark(report: BenchmarkReport, *, judge: Endpoint, ledger: Ledger)
     outcomes = [
         outcome_of(task.benchmark, item, text, reply=reply) for item, text, reply in zip(task.items, texts, replies)
     ]
-    return _report(task, outcomes, mode="generate", notes=_judge_notes(task.benchmark, replies, judge=judge))
+    return report_of(task, outcomes, mode="generate", notes=_judge_notes(task.benchmark, replies, judge=judge))
 
 
 def outcome_of(benchmark: Benchmark, item: Item, text: str, *, reply: Mapping[str, Any] | None = None) -> Outcome:
@@ -196,7 +198,8 @@ def _read(name: str, where: str, *, limit: int | None) -> BenchmarkTask:
             break
     if not items:
         raise DataError(f"{where}: has no question of {benchmark.title} in it")
-    return BenchmarkTask(name=name, items=tuple(items), passed_over=passed_over)
+    limited = len(items) == limit
+    return BenchmarkTask(name=name, items=tuple(items), passed_over=passed_over, limited=limited)
 
 
 def _by_perplexity(
@@ -226,9 +229,12 @@ def _by_perplexity(
     return outcomes
 
 
-def _report(task: BenchmarkTask, outcomes: Sequence[Outcome], *, mode: Mode, notes: Sequence[str]) -> BenchmarkReport:
+def report_of(task: BenchmarkTask, outcomes: Sequence[Outcome], *, mode: Mode, notes: Sequence[str]) -> BenchmarkReport:
+    """Figures and notes of a benchmark's outcomes."""
     figures = task.benchmark.aggregate(outcomes)
-    if "rows" in figures and figures["rows"] == figures["n"]:
+    if "rows" in figures and task.limited:
+        notes = [*notes, f"only the first {len(task.items)} rows were asked, so questions may lack rotations that fail"]
+    elif "rows" in figures and figures["rows"] == figures["n"]:
         notes = [*notes, "the file has no rotated rows, so the score is plain accuracy and not circular"]
     if task.passed_over:
         notes = [*notes, f"{task.passed_over} rows are passed over: {task.benchmark.passed_over}"]

@@ -48,7 +48,12 @@ class Compared:
 
 
 def read_compared(
-    paths: Sequence[Path], *, questions: Path | None = None, with_images: bool = True, limit: int | None = None
+    paths: Sequence[Path],
+    *,
+    questions: Path | None = None,
+    with_images: bool = True,
+    limit: int | None = None,
+    image_roots: Sequence[Path] = (),
 ) -> list[Compared]:
     """The questions that all files answer, in the order of the first.
 
@@ -56,6 +61,8 @@ def read_compared(
         questions: file with what the lines of answers lack.
         with_images: whether images are needed; each is then opened once, so that a damaged one is found now.
         limit: most questions.
+        image_roots: folders of images, besides those of the files and the working folder. An image elsewhere is
+            refused, since files of others must not choose what is shown.
 
     Raises:
         DataError: a line is malformed, an id comes twice or not in every file, questions differ, or an image cannot be
@@ -67,8 +74,10 @@ def read_compared(
         _require_same_ids(tables[0], table, paths=(paths[0], path))
     found = [_compared([table[id] for table in tables], asked.get(id)) for id in tables[0]][:limit]
     if with_images:
+        files = [*paths, *([] if questions is None else [questions])]
+        roots = [folder.resolve() for folder in (*(file.parent for file in files), Path(), *image_roots)]
         for one in found:
-            _check_images(one, location=tables[0][one.id].location)
+            _check_images(one, location=tables[0][one.id].location, roots=roots)
         return found
     return [replace(one, images=()) for one in found]
 
@@ -184,8 +193,13 @@ def _with_numbers(question: str) -> str:
     return text
 
 
-def _check_images(one: Compared, *, location: str) -> None:
+def _check_images(one: Compared, *, location: str, roots: Sequence[Path]) -> None:
     for image in one.images:
+        if not any(image.resolve().is_relative_to(root) for root in roots):
+            raise DataError(
+                f"{location}: images: {image}: is outside of the folder of the answers and of the working folder; "
+                f"allow its folder with --image-root {image.resolve().parent}, or give --no-images"
+            )
         try:
             data_url(image)
         except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from megavl.evaluate.endpoint import Endpoint
 from megavl.evaluate.judge.answers import Compared
 from megavl.evaluate.judge.verdict import ORDERS, SYSTEM, Verdict, combine, prompt, read_verdict
 from megavl.evaluate.ledger import Ledger
+from megavl.files.hashing import file_sha256
 
 DRAWS = 10_000
 """Of the bootstrap over questions."""
@@ -83,8 +84,8 @@ def judge_answers(
 
 
 def identity(questions: Sequence[Compared], *, judge: str, url: str) -> dict[str, Any]:
-    """What verdicts in a folder must be about to be used again."""
-    asked = [[one.id, one.question, one.answers, [image.name for image in one.images]] for one in questions]
+    """What verdicts in a folder must be about to be used again; images count by their content."""
+    asked = [[one.id, one.question, one.answers, [file_sha256(image) for image in one.images]] for one in questions]
     digest = hashlib.sha256(json.dumps([asked, SYSTEM]).encode()).hexdigest()
     return {"judge": judge, "endpoint": url, "questions": digest}
 

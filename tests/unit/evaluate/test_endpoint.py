@@ -171,6 +171,26 @@ def test_noisy_endpoint_answers_every_question() -> None:
     assert [replies[number].text for number in range(40)] == [prompt.text for prompt in asked]
 
 
+def test_left_questions_wait_for_no_request() -> None:
+    release, ended = threading.Event(), list[int]()
+
+    def held(body: dict[str, Any], number: int) -> FakeReply:
+        if number:
+            release.wait(60)
+            ended.append(number)
+        return FakeReply("fine")
+
+    before = set(threading.enumerate())
+    with fake_endpoint(held) as fake:
+        replies = endpoint(fake.url, timeout_s=120).ask_all([ASKED] * 3, workers=2)
+        assert next(replies)[1].text == "fine"
+        replies.close()  # type: ignore[attr-defined]
+        assert not ended
+        # The interpreter waits for others at its end.
+        assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+        release.set()
+
+
 @pytest.mark.parametrize(
     "url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://a b/", "http://h:99999/", "x"]
 )

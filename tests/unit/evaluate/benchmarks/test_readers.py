@@ -12,10 +12,11 @@ import torch
 
 from megavl.config.errors import DataError, UsageError
 from megavl.data.template import IMAGE_TAG
-from megavl.evaluate.benchmarks.ask import outcome_of, read_benchmarks
-from megavl.evaluate.benchmarks.item import Item
+from megavl.evaluate.benchmarks.ask import EncodedBenchmark, outcome_of, read_benchmarks, report_of
+from megavl.evaluate.benchmarks.item import Item, Outcome
 from megavl.evaluate.benchmarks.letters import LETTER_LINE, LETTER_LINE_CN, WORD_LINE
 from megavl.evaluate.benchmarks.table import BENCHMARKS
+from megavl.evaluate.run_tasks import fingerprint
 from megavl.generate.prompt import read_canvases
 from tests.unit.evaluate.benchmarks import published
 from tests.unit.generate import models
@@ -141,6 +142,31 @@ def test_limit_reads_no_further_row(tmp_path: Path) -> None:
     path = published.write_tsv(tmp_path / "few.tsv", rows)
     (task,) = read_benchmarks([f"MMBench={path}"], limit=3)
     assert len(task.items) == 3
+
+
+@pytest.mark.parametrize(("limit", "noted"), [(2, True), (None, False)])
+def test_limit_that_may_lose_rotations_is_noted(limit: int | None, noted: bool, tmp_path: Path) -> None:
+    (task,) = read_benchmarks([f"mmbench={published.mmbench(tmp_path)}"], limit=limit)
+    outcomes = [Outcome(item=item, text="", prediction=None, score=0.0) for item in task.items]
+    notes = report_of(task, outcomes, mode="generate", notes=()).notes
+    assert any("only the first 2 rows were asked" in note for note in notes) == noted
+
+
+def test_fingerprint_follows_stored_images(tmp_path: Path) -> None:
+    """Also where location and size of an image are the same."""
+
+    def found(image: str, suffix: str) -> str:
+        rows = published.mmbench_rows()
+        rows[3]["image"] = image
+        path = tmp_path / f"few.{suffix}"
+        path.write_text(json.dumps(rows[3])) if suffix == "json" else published.write_tsv(path, rows)
+        (task,) = read_benchmarks([f"mmbench={path}"])
+        return fingerprint([], [], [], [EncodedBenchmark(task=task, mode="generate")])
+
+    first = published.base64_picture(2)
+    other = first[:-8] + ("AAAA" if first[-8:-4] != "AAAA" else "BBBB") + first[-4:]
+    for suffix in ("tsv", "json"):
+        assert found(first, suffix) == found(first, suffix) != found(other, suffix)
 
 
 Change = Callable[[list[dict[str, Any]]], None]

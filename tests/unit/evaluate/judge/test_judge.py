@@ -205,6 +205,43 @@ def test_answers_of_generate_take_questions_by_id(files: tuple[Path, Path], tmp_
     assert fake.requests[0]["messages"][1]["content"][0]["type"] == "image_url"
 
 
+def test_images_outside_of_the_folders_are_refused(files: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "red.png")
+    for name in ("../red.png", str(tmp_path / "red.png"), "link.png"):
+        moved = [path.rename(folder / path.name) if path.exists() else folder / path.name for path in files]
+        line = {"id": "q", "question": "?", "answer": "good answer", "images": [name]}
+        for path in moved:
+            path.write_text(json.dumps(line))
+        with fake_endpoint(fair) as fake:
+            assert judge((moved[0], moved[1]), fake, tmp_path / "out") == 3
+            assert not fake.requests
+            assert f"--image-root {tmp_path}" in capsys.readouterr().err
+            assert judge((moved[0], moved[1]), fake, tmp_path / f"out-{len(name)}", "--image-root", tmp_path) == 0
+            assert len(fake.requests) == 2
+
+
+def test_absolute_images_of_the_working_folder_are_shown(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `megavl evaluate --out` writes them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in files:
+        line = {"id": "q", "question": "?", "answer": "good answer", "images": [str(tmp_path / "red.png")]}
+        (tmp_path / "runs" / path.name).write_text(json.dumps(line))
+    with fake_endpoint(fair) as fake:
+        assert judge((Path("runs/ours.jsonl"), Path("runs/theirs.jsonl")), fake, tmp_path / "out") == 0
+
+
+def test_verdicts_about_other_images_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with fake_endpoint(fair) as fake:
+        assert judge(files, fake, tmp_path / "out", "--limit", 1) == 0
+        Image.new("RGB", (8, 8), "blue").save(tmp_path / "red.png")
+        assert judge(files, fake, tmp_path / "out", "--limit", 1) == 2
+
+
 def changed(line: dict[str, Any], **fields: Any) -> str:
     return json.dumps({name: value for name, value in {**line, **fields}.items() if value is not None})
 
