@@ -103,9 +103,12 @@ class Turns:
             if dist.get_world_size() > 1:
                 raise self._too_large() from error
             failure = NoMemoryError("no memory is left for the answers; ask for less, or lower --batch-size")
-        # Keys that are not finite would spoil whoever gets their row next, and half a turn leaves rows half filled.
+        # Keys that are not finite would spoil whoever gets their row next, and half a turn leaves rows half filled. The
+        # old batch goes first, and with it the frames that hold its tensors.
+        failure = failure.with_traceback(None)
+        del self._batch
         self._batch = self._new_batch()
-        raise failure.with_traceback(None)
+        raise failure
 
     def _too_large(self) -> UsageError:
         problem = (
@@ -139,7 +142,10 @@ def largest_request(processor: Processor, *, length: int, images: int) -> Reques
 
 
 def _is_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether there was not enough of it; only torch's own allocator for CUDA has a class for that."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
 
 def follow(turns: Turns, channel: PlanChannel) -> int:

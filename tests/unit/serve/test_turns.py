@@ -104,13 +104,23 @@ def test_a_failing_model_fails_its_answers_only(model: Model) -> None:
     assert [event.job for event in recorder.events[6:]] == [later] * 2
 
 
-def test_answers_without_memory_fail_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_answers_without_memory_fail_alone(model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     recorder = Recorder(model)
     lost, later = asked(50, 50), asked(2)
     recorder.leader.submit(lost)
 
     def exhaust() -> None:
-        monkeypatch.setattr(turns_module.AnswerBatch, "step", out_of_memory)
+        monkeypatch.setattr(turns_module.AnswerBatch, "step", lambda batch: raised(error))
 
     def recover() -> None:
         monkeypatch.undo()
@@ -130,7 +140,8 @@ def test_no_memory_on_one_of_several_ranks_ends_all(
     model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = Turns(model, rows=1, length=8, images=2)
-    monkeypatch.setattr(turns_module.AnswerBatch, "step", out_of_memory)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(turns_module.AnswerBatch, "step", lambda batch: raised(error))
     monkeypatch.setattr(turns_module.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(turns_module.dist, "get_rank", lambda: 1)
     with pytest.raises(UsageError, match="lower --batch-size or --max-tokens, or --max-images from 2"):
@@ -138,8 +149,15 @@ def test_no_memory_on_one_of_several_ranks_ends_all(
     assert capsys.readouterr().err.startswith("error: rank 1: no memory for")
 
 
-def out_of_memory(batch: AnswerBatch) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+def test_other_failures_of_a_turn_are_not_hidden(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(model, rows=1, length=8)
+    monkeypatch.setattr(turns_module.AnswerBatch, "step", lambda batch: raised(RuntimeError("sizes do not match")))
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        turns.run(Plan())
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("images", [0, 1, 50])
