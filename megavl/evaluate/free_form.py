@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.data.template import Template
 from megavl.evaluate.ledger import Ledger
-from megavl.evaluate.task import OpenQuestion
+from megavl.evaluate.task import Asked, OpenQuestion
 from megavl.generate.decode import Request
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
-from megavl.generate.prompt import ImageSource, prompt_pieces
+from megavl.generate.prompt import prompt_pieces
 from megavl.parallel.groups import rank_from_env
 
 _MARKS = " .,;:!?()[]{}<>*_`'\"“”‘’«»、。「」『』《》"
@@ -44,25 +43,6 @@ class FreeFormAnswer:
         before, after = r"(?<![a-z0-9])(?<!\d[.,])", r"(?![a-z0-9])(?![.,]\d)"
         wanted = (re.escape(plain(answer)) for answer in self.entry.answers)
         return any(re.search(before + answer + after, plain(self.text)) for answer in wanted)
-
-
-class Asked(Protocol):
-    """What is asked: a question of a task file, or of a benchmark."""
-
-    @property
-    def location(self) -> str:
-        """`file:line`, for messages."""
-
-    @property
-    def prompt(self) -> str:
-        """With one IMAGE_TAG for each image, or none."""
-
-    @property
-    def images(self) -> Sequence[ImageSource]:
-        """Of the prompt."""
-
-    def described(self) -> Mapping[str, Any]:
-        """What `answers.jsonl` says about the question."""
 
 
 def encode_open_questions(

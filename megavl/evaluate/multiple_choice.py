@@ -20,30 +20,18 @@ from megavl.evaluate.image_shuffle import shuffle_images
 from megavl.evaluate.ledger import Ledger, score_missing
 from megavl.evaluate.normalize import cost
 from megavl.evaluate.report import Answered, Report
-from megavl.evaluate.task import Question
+from megavl.evaluate.task import Asked, Question
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
-from megavl.generate.prompt import ImageSource, prompt_pieces
+from megavl.generate.prompt import prompt_pieces
 from megavl.generate.score import ROW_TOKENS, Score
 from megavl.generate.score_inputs import encode_options
 from megavl.generate.score_rows import ScoreRequest
 from megavl.parallel.groups import rank_from_env
 
 
-class Choices(Protocol):
-    """What is asked: a question of a task file, or of a benchmark."""
-
-    @property
-    def location(self) -> str:
-        """`file:line`, for messages."""
-
-    @property
-    def prompt(self) -> str:
-        """With one IMAGE_TAG for each image, or none."""
-
-    @property
-    def images(self) -> Sequence[ImageSource]:
-        """Of the prompt."""
+class Choices(Asked, Protocol):
+    """The same with options to choose from."""
 
     @property
     def choices(self) -> Sequence[str]:

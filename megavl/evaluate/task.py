@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -14,8 +14,28 @@ from pydantic.dataclasses import dataclass
 from megavl.config.errors import DataError
 from megavl.data.template import IMAGE_TAG
 from megavl.generate.json_lines import existing_images, read_lines
+from megavl.generate.prompt import ImageSource
 
 _STRICT = ConfigDict(strict=True)
+
+
+class Asked(Protocol):
+    """What is asked: a question of a task file, or of a benchmark."""
+
+    @property
+    def location(self) -> str:
+        """`file:line`, for messages."""
+
+    @property
+    def prompt(self) -> str:
+        """With one IMAGE_TAG for each image, or none."""
+
+    @property
+    def images(self) -> Sequence[ImageSource]:
+        """Of the prompt."""
+
+    def described(self) -> Mapping[str, Any]:
+        """What `answers.jsonl` says about the question."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

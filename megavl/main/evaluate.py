@@ -16,6 +16,7 @@ from megavl.config.recipe import ParallelConfig
 from megavl.config.version import VERSION
 from megavl.files.durable import replace_durably
 from megavl.foreign.printing import say
+from megavl.main.bounds import require_at_least
 from megavl.main.device import add_device_arguments
 from megavl.main.harness import add_harness_arguments, check_harness_arguments, evaluate_with_harness
 from megavl.main.ledger import open_ledger as open_answers
@@ -96,9 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Score the tasks and print the tables; 0."""
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
+    require_at_least(1, arguments, "limit", "max_new_tokens", "batch_size")
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise UsageError(f"--json: {Path(arguments.json).parent} is no directory; create it first")
     check_harness_arguments(arguments)

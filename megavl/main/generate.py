@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megavl.config.errors import UsageError
 from megavl.config.recipe import ParallelConfig
 from megavl.foreign.printing import json_line, say
+from megavl.main.bounds import require_at_least
 from megavl.main.device import add_device_arguments
 from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
 from megavl.main.sampling import add_sampling_arguments, sampling_of
@@ -58,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; returns 0."""
-    if arguments.batch_size < 1:
-        raise UsageError(f"--batch-size: {arguments.batch_size} must be at least 1")
+    require_at_least(1, arguments, "batch_size")
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UsageError("give either --prompt with one question, or --prompts with a file of them")
     if arguments.prompts is not None and arguments.image:

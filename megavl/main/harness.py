@@ -12,6 +12,7 @@ from megavl.config.errors import UsageError
 from megavl.config.recipe import ParallelConfig
 from megavl.files.durable import replace_durably, storage_errors
 from megavl.foreign.printing import say
+from megavl.main.bounds import require_at_least
 from megavl.main.ledger import open_ledger
 from megavl.main.ranks import is_speaker
 
@@ -56,8 +57,7 @@ def check_harness_arguments(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.tasks[0]}: a task file; --harness runs the tasks of --tasks instead")
     if not [name for name in (arguments.harness_tasks or "").split(",") if name.strip()]:
         raise UsageError("--harness: name its tasks, such as --tasks hellaswag,mmlu")
-    if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
-        raise UsageError(f"--num-fewshot: {arguments.num_fewshot} must be at least 0")
+    require_at_least(0, arguments, "num_fewshot")
     for name in _OWN:
         if getattr(arguments, name) != arguments.own_defaults[name]:
             raise UsageError(f"--{name.replace('_', '-')}: tasks of a harness say that themselves; leave it out")

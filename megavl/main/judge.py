@@ -11,6 +11,7 @@ from typing import Any
 from megavl.config.errors import PeerError, UsageError
 from megavl.config.evaluation import KEY_VARIABLE
 from megavl.foreign.printing import say
+from megavl.main.bounds import require_at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,18 +67,6 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="N", type=int, help="take the first N questions only")
 
 
-def check_numbers(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuse numbers below 1.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value >= 1:
-            raise UsageError(f"--{name.replace('_', '-')}: {value} must be at least 1")
-
-
 def names_of(paths: list[Path], given: str | None) -> list[str]:
     """A name for each file of answers: by --names, else the file's, or its folder's where files are called alike.
 
@@ -105,11 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.evaluate.ledger import Ledger, read_answers
     from megavl.evaluate.out_folder import take_folder, write_files
 
-    check_numbers(arguments, "workers", "attempts", "limit")
+    require_at_least(1, arguments, "workers", "attempts", "limit")
     if not 0 < arguments.timeout < float("inf"):
         raise UsageError(f"--timeout: {arguments.timeout} must be a positive number of seconds")
-    if arguments.seed < 0:
-        raise UsageError(f"--seed: {arguments.seed} must be at least 0")
+    require_at_least(0, arguments, "seed")
     paths = [arguments.a, arguments.b]
     names = names_of(paths, arguments.names)
     endpoint = Endpoint(

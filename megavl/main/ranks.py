@@ -12,6 +12,7 @@ from typing import Literal, NoReturn
 from megavl.config.errors import MegaVLError, PeerError, UsageError
 from megavl.config.recipe import ParallelConfig
 from megavl.foreign.printing import say, say_error
+from megavl.main.bounds import require_at_least
 from megavl.main.device import choose_device
 
 
@@ -30,9 +31,7 @@ def parallel_of(arguments: argparse.Namespace) -> ParallelConfig:
     Raises:
         UsageError: a size below 1, or a layout that is no list of numbers.
     """
-    for name in ("tensor", "pipeline"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name}: {getattr(arguments, name)} must be at least 1")
+    require_at_least(1, arguments, "tensor", "pipeline")
     layout: Literal["auto"] | tuple[int, ...] = "auto"
     if arguments.layout is not None:
         try:

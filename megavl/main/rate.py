@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megavl.config.errors import DataError, UsageError
 from megavl.foreign.printing import say
-from megavl.main.judge import add_input_arguments, check_numbers, names_of
+from megavl.main.bounds import require_at_least
+from megavl.main.judge import add_input_arguments, names_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def _page(arguments: argparse.Namespace) -> int:
     from megavl.evaluate.out_folder import write_files
     from megavl.evaluate.people.page import rating_page
 
-    check_numbers(arguments, "limit")
+    require_at_least(1, arguments, "limit")
     out = arguments.out
     key = out.with_suffix(".key.json")
     if out.suffix.lower() not in (".html", ".htm"):

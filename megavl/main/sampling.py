@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from megavl.config.errors import UsageError
+from megavl.main.bounds import require_at_least
 
 if TYPE_CHECKING:
     from megavl.generate.sampling import Sampling
@@ -45,8 +45,7 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
     """
     from megavl.generate.sampling import Sampling
 
-    if arguments.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens: {arguments.max_new_tokens} must be at least 1")
+    require_at_least(1, arguments, "max_new_tokens")
     return Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k,

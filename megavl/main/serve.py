@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megavl.config.errors import UsageError
 from megavl.config.recipe import ParallelConfig
 from megavl.foreign.printing import say
+from megavl.main.bounds import require_at_least
 from megavl.main.device import add_device_arguments
 from megavl.main.ranks import add_rank_arguments, is_speaker, run_on_ranks
 
@@ -67,12 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal; 0 after SIGTERM, 130 after Ctrl-C."""
-    for name in ("batch_size", "max_tokens", "max_body"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
-    for name in ("waiting", "max_images"):
-        if getattr(arguments, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 0")
+    require_at_least(1, arguments, "batch_size", "max_tokens", "max_body")
+    require_at_least(0, arguments, "waiting", "max_images")
     if not 0 < arguments.max_seconds < float("inf"):
         raise UsageError(f"--max-seconds: {arguments.max_seconds} is no time; give a positive number")
     if not 0 <= arguments.port <= 65535:

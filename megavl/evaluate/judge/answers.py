@@ -85,7 +85,7 @@ def read_compared(
 def _by_id(path: Path) -> dict[str, Item]:
     found: dict[str, Item] = {}
     try:
-        # Before reading: a FIFO would wait for ever, and a huge file fill the memory.
+        # Before reading: a FIFO would wait without end, and a huge file would fill the memory.
         read_limited(path, limit=LARGEST_FILE)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

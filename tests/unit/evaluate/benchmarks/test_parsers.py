@@ -1,4 +1,4 @@
-"""What free-form answers mean, for every parser: at least twenty answers each, as models write them."""
+"""Each parser reads at least twenty answers in the words that models use."""
 
 from __future__ import annotations
 
