@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megavl.checkpoint.directory import candidates
 from megavl.checkpoint.find import MODEL_FILE as MODEL_FILE
 from megavl.checkpoint.find import find
 from megavl.checkpoint.find import load_model_config as load_model_config
@@ -28,6 +30,8 @@ from megavl.config.errors import CheckpointError, one_line
 from megavl.foreign.reading import open_regular
 from megavl.weights.lazy import LazyTensor
 
+_log = logging.getLogger(__name__)
+
 
 def resolve(path: str | Path, *, skip_hash: bool = False) -> Path:
     """Find the checkpoint that a run would resume from or start from, at a path given by the user.
@@ -40,6 +44,23 @@ def resolve(path: str | Path, *, skip_hash: bool = False) -> Path:
         CheckpointError: as `find`.
     """
     return find(path, skip_hash=skip_hash, require=require_usable)
+
+
+def newest_checkpoints(directory: Path, *, count: int) -> list[Path]:
+    """The newest checkpoints of a directory that a run would resume from, oldest first; each is verified.
+
+    Raises:
+        CheckpointError: there are fewer than `count`.
+    """
+    found: list[Path] = []
+    for candidate in candidates(directory):
+        try:
+            found.append(resolve(candidate))
+        except CheckpointError as error:
+            _log.warning("%s; left out", error)
+        if len(found) == count:
+            return found[::-1]
+    raise CheckpointError(f"{directory}: holds {len(found)} good checkpoints, {count} are wanted")
 
 
 def require_usable(path: Path) -> None:

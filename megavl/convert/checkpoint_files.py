@@ -14,7 +14,7 @@ from megavl.checkpoint.reader import load_model_config, open_model_tensors, reso
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import UsageError
 from megavl.config.model import ModelConfig
-from megavl.convert.hf_read import is_hf_folder
+from megavl.convert.hf_read import is_hf_folder, open_hf_tensors, read_config, read_unused
 from megavl.convert.hf_write import write_hf
 from megavl.convert.table import Export
 from megavl.convert.weight_files import open_file
@@ -27,6 +27,14 @@ ORIGINS = "origins.json"
 
 Progress = Callable[[Mapping[str, LazyTensor]], AbstractContextManager[Mapping[str, LazyTensor]]]
 """Gives the same tensors in a context that shows how many bytes of them were read."""
+
+
+def open_unused(path: Path) -> Mapping[str, LazyTensor]:
+    """Unused parameters of the original format that a checkpoint or a Hugging Face folder keeps, by original name."""
+    if is_hf_folder(path):
+        config, fmt = read_config(path)
+        return read_unused(open_hf_tensors(path), config=config, fmt=fmt)
+    return open_file(path / PASSTHROUGH) if PASSTHROUGH in read_manifest(path)["files"] else {}
 
 
 def write_checkpoint(
@@ -60,7 +68,6 @@ def export_checkpoint(
     if is_hf_folder(path):
         raise UsageError(f"{path}: already a Hugging Face folder; run `megavl convert from-hf` on it first")
     tokenizer = tokenizer_folder(path)
-    passthrough = path / PASSTHROUGH if PASSTHROUGH in read_manifest(path)["files"] else None
     # The files are hashed while they are converted: both read them, and the disk is read once.
     with (
         ThreadPoolExecutor(max_workers=1) as pool,
@@ -74,7 +81,7 @@ def export_checkpoint(
             fmt=fmt,
             tokenizer_dir=tokenizer,
             dtype=dtype,
-            unused=open_file(passthrough) if passthrough else None,
+            unused=open_unused(path),
             source=str(path),
             confirm=verified.result,
         )

@@ -332,6 +332,12 @@ class SentencePieceTokenizer(Tokenizer):
         return text
 
 
+def tokenizer_in(folder: Path) -> Path:
+    """Path of the tokenizer in a checkpoint's folder; a SentencePiece file has kept its name there."""
+    models = sorted(folder.glob("*.model"))
+    return models[0] if len(models) == 1 and not (folder / "tokenizer.json").is_file() else folder
+
+
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """Open a tokenizer.
 

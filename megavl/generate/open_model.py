@@ -17,7 +17,7 @@ from megavl.config.errors import DataError, UsageError
 from megavl.config.expected_warnings import expected_warnings_ignored
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
-from megavl.data.tokenizer import Tokenizer, open_tokenizer
+from megavl.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
 from megavl.generate.weights import load_weights
 from megavl.planner.layouts.layout import balance_weights, layout_string
 from megavl.weights.canonical_names import canonical_shapes
@@ -168,12 +168,6 @@ def load_stage(source: ModelSource, *, dtype: str | None, parallel: ParallelConf
         )
     )
     return model
-
-
-def tokenizer_in(folder: Path) -> Path:
-    """Path of the tokenizer in a checkpoint's folder; a SentencePiece file has kept its name there."""
-    models = sorted(folder.glob("*.model"))
-    return models[0] if len(models) == 1 and not (folder / "tokenizer.json").is_file() else folder
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:

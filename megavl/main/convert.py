@@ -1,30 +1,36 @@
-"""`megavl convert {from-hf,to-hf,init,verify}`: Hugging Face folders to MegaVL checkpoints and back; start weights."""
+"""`megavl convert {from-hf,to-hf,init,average,verify}`: Hugging Face folders to checkpoints and back."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megavl.checkpoint.reader import newest_checkpoints
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.errors import CheckpointError, DataError, UsageError
 from megavl.config.identity import model_changes
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.presets import MODELS
-from megavl.convert.checkpoint_files import ORIGINS, export_checkpoint, write_checkpoint
+from megavl.convert.average import average, mean_origins
+from megavl.convert.checkpoint_files import ORIGINS, export_checkpoint, open_unused, write_checkpoint
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config, read_unused
-from megavl.convert.open_weights import find_weights
+from megavl.convert.open_weights import WeightSource, find_weights
 from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import EXPORTS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
 from megavl.convert.verify import compare
+from megavl.data.same_tokenizer import difference
+from megavl.data.tokenizer import open_tokenizer, tokenizer_in
 from megavl.files.durable import replace_durably, storage_errors
 from megavl.files.model_folders import hub_snapshot
 from megavl.foreign.printing import say
+from megavl.main.bounds import require_at_least
 from megavl.main.device import choose_device
 from megavl.main.progress import counted
 from megavl.weights.dtypes import DTYPES
@@ -61,6 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one type for all tensors; default: bfloat16, what training computes in; float32 loses nothing",
     )
     init.add_argument("--seed", type=int, default=0, help="of the tensors that no source has; default: 0")
+    mean = actions.add_parser("average", help="mean of the weights of several models to a MegaVL checkpoint")
+    mean.add_argument(
+        "sources", metavar="A", type=Path, nargs="+", help="checkpoints or Hugging Face folders of one model"
+    )
+    mean.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints; iter_0000000 is made in it")
+    mean.add_argument(
+        "--newest",
+        metavar="N",
+        type=int,
+        help="A is one directory of checkpoints, such as a run's: average its newest N good ones",
+    )
     check = actions.add_parser(
         "verify", help="compare the weights of two models, or the logits of an export with those of transformers"
     )
@@ -77,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one action."""
-    actions = {"from-hf": _from_hf, "to-hf": _to_hf, "init": _init, "verify": _verify}
+    actions = {"from-hf": _from_hf, "to-hf": _to_hf, "init": _init, "average": _average, "verify": _verify}
     try:
         return actions[arguments.action](arguments)
     except DataError as error:
@@ -152,6 +169,50 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     )
     say(f"{source} to {out} ({arguments.format} format)")
     return 0
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    require_at_least(2, arguments, "newest")
+    paths = arguments.sources
+    if arguments.newest is not None:
+        if len(paths) != 1:
+            raise UsageError(
+                f"average: --newest {arguments.newest}: needs one directory of checkpoints, not {len(paths)}"
+            )
+        paths = newest_checkpoints(paths[0], count=arguments.newest)
+    models = [find_weights(path) for path in paths]
+    tensors = average(models)
+    first = models[0]
+    _require_one_tokenizer(models)
+    files: dict[str, bytes | Path] = {f"tokenizer/{path.name}": path for path in _tokenizer_files(first)}
+    files[ORIGINS] = json.dumps(mean_origins(models, tensors), indent=1).encode()
+    progress = partial(counted, what="average")
+    out = write_checkpoint(
+        arguments.out,
+        config=first.config,
+        tensors=tensors,
+        unused=open_unused(first.path),
+        files=files,
+        progress=progress,
+    )
+    say(f"mean of {len(models)} models, {len(tensors)} tensors, to {out}:", *(f"  {model.path}" for model in models))
+    return 0
+
+
+def _require_one_tokenizer(models: Sequence[WeightSource]) -> None:
+    first, *others = (open_tokenizer(tokenizer_in(model.tokenizer)) for model in models)
+    for model, tokenizer in zip(models[1:], others, strict=True):
+        if (found := difference(first, tokenizer)) is not None:
+            raise UsageError(
+                f"{model.path}: its tokenizer differs from that of {models[0].path} ({found}); only checkpoints of one "
+                "model can be averaged"
+            )
+
+
+def _tokenizer_files(model: WeightSource) -> tuple[Path, ...]:
+    if model.tokenizer == model.path:
+        return tokenizer_paths(model.path)
+    return tuple(sorted(model.tokenizer.iterdir()))  # all verified; a SentencePiece model has any name
 
 
 def _verify(arguments: argparse.Namespace) -> int:

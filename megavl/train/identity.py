@@ -13,8 +13,7 @@ from megavl.config.identity import Change, changes, model_changes
 from megavl.config.load import read_raw, to_dict
 from megavl.config.recipe import OptimizerConfig, Recipe
 from megavl.data.same_tokenizer import difference
-from megavl.data.tokenizer import Tokenizer, open_tokenizer
-from megavl.generate.open_model import tokenizer_in
+from megavl.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
 from megavl.train.schedule import learning_rate
 
 _SHOWN = 4
