@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 
@@ -16,7 +18,9 @@ from megavl.config.errors import UsageError
 from megavl.config.model import ModelConfig
 from megavl.convert.hf_read import is_hf_folder, open_hf_tensors, read_config, read_unused
 from megavl.convert.hf_write import write_hf
-from megavl.convert.table import Export
+from megavl.convert.model_card import CARD, model_card
+from megavl.convert.run_facts import run_facts
+from megavl.convert.table import DECODER, Export
 from megavl.convert.weight_files import open_file
 from megavl.weights.lazy import LazyTensor
 
@@ -56,9 +60,18 @@ def write_checkpoint(
 
 
 def export_checkpoint(
-    path: Path, out: Path, *, fmt: Export, dtype: str | None, progress: Progress
+    path: Path,
+    out: Path,
+    *,
+    fmt: Export,
+    dtype: str | None,
+    progress: Progress,
+    card_reports: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Path, Path]:
     """Write a checkpoint as a Hugging Face folder; other arguments and errors as in `write_hf`.
+
+    Args:
+        card_reports: evaluation reports by name for a model card; None writes no card.
 
     Returns:
         The checkpoint that was taken, and the folder.
@@ -67,16 +80,24 @@ def export_checkpoint(
     path = resolve(path, skip_hash=(path / MANIFEST).exists())
     if is_hf_folder(path):
         raise UsageError(f"{path}: already a Hugging Face folder; run `megavl convert from-hf` on it first")
-    tokenizer = tokenizer_folder(path)
+    tokenizer, config = tokenizer_folder(path), load_model_config(path)
     # The files are hashed while they are converted: both read them, and the disk is read once.
     with (
         ThreadPoolExecutor(max_workers=1) as pool,
         progress(open_model_tensors(path, skip_hash=True)) as tensors,
     ):
         verified = pool.submit(resolve, path)
+        more_files = {}
+        if card_reports is not None:
+            facts = run_facts(path)
+            count = sum(
+                prod(tensor.shape) for name, tensor in tensors.items() if fmt != "llm" or name.startswith(DECODER)
+            )
+            card = model_card(config, fmt=fmt, parameters=count, facts=facts, reports=card_reports)
+            more_files[CARD] = card.encode()
         folder = write_hf(
             out,
-            config=load_model_config(path),
+            config=config,
             tensors=tensors,
             fmt=fmt,
             tokenizer_dir=tokenizer,
@@ -84,5 +105,6 @@ def export_checkpoint(
             unused=open_unused(path),
             source=str(path),
             confirm=verified.result,
+            more_files=more_files,
         )
     return path, folder

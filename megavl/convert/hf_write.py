@@ -51,6 +51,7 @@ def write_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     source: str = "checkpoint",
     confirm: Callable[[], object] | None = None,
+    more_files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write weights, configuration, tokenizer and processor files; memory holds one parameter at a time.
 
@@ -62,6 +63,7 @@ def write_hf(
         unused: unused parameters of the original format by original name; absent ones are synthesised.
         max_shard_bytes: largest weight file, bytes.
         source: file or folder of `tensors`, for messages.
+        more_files: content by name of files that no client needs, such as a model card.
         confirm: called when everything is written; if it raises, the output is removed.
 
     Returns:
@@ -84,7 +86,7 @@ def write_hf(
     require_free(target)
     rows = _output_rows(config, tensors, fmt, DTYPES[dtype] if dtype else None, unused or {}, source)
     tokenizer = fitting_tokenizer(tokenizer_dir, config)
-    files = _side_files(config, tokenizer, fmt, dtype or _main_dtype(rows))
+    files = {**(more_files or {}), **_side_files(config, tokenizer, fmt, dtype or _main_dtype(rows))}
 
     try:
         with new_folder(target, name="output") as folder:

@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megavl.checkpoint.reader import newest_checkpoints
 from megavl.config.adaptor import ADAPTORS
 from megavl.config.chat import IMAGE_TOKEN
-from megavl.config.errors import CheckpointError, DataError, UsageError
+from megavl.config.errors import CheckpointError, DataError, UsageError, one_line
 from megavl.config.identity import model_changes
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.presets import MODELS
@@ -29,6 +30,7 @@ from megavl.data.same_tokenizer import difference
 from megavl.data.tokenizer import open_tokenizer, tokenizer_in
 from megavl.files.durable import replace_durably, storage_errors
 from megavl.files.model_folders import hub_snapshot
+from megavl.foreign.parsing import LARGE_JSON_FILE, read_json
 from megavl.foreign.printing import say
 from megavl.main.bounds import require_at_least
 from megavl.main.device import choose_device
@@ -52,6 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="native: transformers' own classes; original: the release's; llm: the decoder alone, as LLaMA",
     )
     save.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    save.add_argument(
+        "--model-card", action="store_true", help="write README.md: how the model was trained, on what, and its results"
+    )
+    save.add_argument(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="with --model-card: report.json of `megavl evaluate --out`; may be repeated",
+    )
     init = actions.add_parser("init", help="start weights: a language model, SigLIP and SAM to a MegaVL checkpoint")
     init.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints; iter_0000000 is made in it")
     init.add_argument("--llm", metavar="DIR", type=Path, required=True, help="DeepSeek-LLM, as transformers stores it")
@@ -160,15 +173,31 @@ def _report(weights: StartWeights, *, out: Path, added: bool) -> None:
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
+    if arguments.report and not arguments.model_card:
+        raise UsageError("to-hf: --report: needs --model-card")
     source, out = export_checkpoint(
         arguments.source,
         arguments.out,
         fmt=arguments.format,
         dtype=arguments.dtype,
         progress=partial(counted, what="to-hf"),
+        card_reports=_read_reports(arguments.report) if arguments.model_card else None,
     )
     say(f"{source} to {out} ({arguments.format} format)")
     return 0
+
+
+def _read_reports(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    reports = {}
+    for path in paths:
+        try:
+            report = read_json(path, limit=LARGE_JSON_FILE)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--report {path}: not readable ({one_line(error)})") from error
+        if not isinstance(report, dict):
+            raise UsageError(f"--report {path}: not a report; give report.json of `megavl evaluate --out`")
+        reports[path.parent.name or path.name] = report
+    return reports
 
 
 def _average(arguments: argparse.Namespace) -> int:

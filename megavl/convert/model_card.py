@@ -1,0 +1,180 @@
+"""The model card of an exported folder, `README.md`, as the Hugging Face Hub shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from megavl.config.identity import model_name
+from megavl.config.model import ModelConfig
+from megavl.config.version import VERSION
+from megavl.convert.run_facts import RunFacts, StageFacts
+from megavl.convert.table import Export
+from megavl.foreign.printing import visible
+
+CARD = "README.md"
+_TAGS: dict[Export, tuple[str, str | None, list[str]]] = {
+    "native": ("image-text-to-text", "transformers", ["deepseek_vl", "megavl"]),
+    "original": ("image-text-to-text", None, ["deepseek_vl", "multi_modality", "megavl"]),
+    "llm": ("text-generation", "transformers", ["llama", "megavl"]),
+}
+_LIBRARIES = {
+    "native": "transformers 4.57 or newer (`AutoModelForImageTextToText`, `AutoProcessor`) and MegaVL",
+    "original": "the released `deepseek_vl` client and MegaVL",
+    "llm": "any client of LLaMA models, such as transformers (`AutoModelForCausalLM`)",
+}
+_SETTINGS = (
+    ("sequence length", "data.seq_length"),
+    ("sequences per step", "training.global_batch_size"),
+    ("learning rate", "optimizer.lr"),
+    ("schedule", "optimizer.schedule"),
+    ("precision", "training.precision"),
+    ("tensor parallel", "parallel.tensor"),
+    ("pipeline parallel", "parallel.pipeline"),
+    ("seed", "training.seed"),
+)
+
+
+def model_card(
+    config: ModelConfig, *, fmt: Export, parameters: int, facts: RunFacts, reports: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """A Markdown page with the Hub's header; it says nothing that the checkpoint, its runs and the reports do not.
+
+    Args:
+        parameters: how many numbers the exported weights hold.
+        reports: content of `report.json` files of `megavl evaluate`, by name.
+    """
+    task, library, tags = _TAGS[fmt]
+    header = {"pipeline_tag": task, **({"library_name": library} if library else {}), "tags": tags}
+    name = f"{model_name(config)}, the decoder alone" if fmt == "llm" else model_name(config)
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# DeepSeek-VL model ({_cell(name)})",
+        f"Trained with MegaVL {VERSION}. {parameters:,} parameters. This folder is read by {_LIBRARIES[fmt]}.",
+        *_training(facts),
+        *_data(facts),
+        *_evaluation(facts, reports),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _training(facts: RunFacts) -> Iterator[str]:
+    yield "## Training"
+    if not facts.stages:
+        yield f"These weights were not trained by MegaVL. They come from {_cell(facts.origin)}."
+        return
+    rows: list[tuple[str, ...]] = [("", *map(_stage_name, facts.stages))]
+    rows += [
+        ("steps", *(f"{stage.step:,}" for stage in facts.stages)),
+        ("sequences", *(f"{stage.sequences:,}" for stage in facts.stages)),
+        ("tokens, padding included", *(_count(stage.tokens) for stage in facts.stages)),
+        ("images", *(_count(stage.images) for stage in facts.stages)),
+        ("multimodal steps", *(f"{stage.multimodal_fraction:.0%}" for stage in facts.stages)),
+        ("trained parts", *(", ".join(stage.trained) for stage in facts.stages)),
+    ]
+    rows += [(label, *(_value(stage.setting(key)) for stage in facts.stages)) for label, key in _SETTINGS]
+    yield _table(rows)
+    yield f"The first of these runs started from {_cell(facts.origin)}."
+    if any(stage.tokens is None for stage in facts.stages):
+        yield "`?`: the log of that run is not there, or lacks steps."
+
+
+def _data(facts: RunFacts) -> Iterator[str]:
+    rows = [
+        (
+            _stage_name(stage),
+            share.name,
+            "-" if stage.multimodal_fraction == 1 else f"{share.text:.1%}",
+            "-" if stage.multimodal_fraction == 0 else f"{share.multimodal:.1%}",
+        )
+        for stage in facts.stages
+        for share in stage.shares
+    ]
+    if rows:
+        yield "## Data"
+        yield "Share of each source in the text and in the multimodal sequences, by the weights of the recipe."
+        yield _table([("run", "source", "text", "multimodal"), *rows])
+
+
+def _evaluation(facts: RunFacts, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    rows = [row for name, report in reports.items() for row in _report_rows(name, report)]
+    during = [row for stage in facts.stages for row in _rows_during(stage)]
+    if not rows and not during:
+        return
+    yield "## Evaluation"
+    if rows:
+        yield _table([("report", "task", "score", "chance", "questions"), *rows])
+    if during:
+        yield "Measured while the model trained:"
+        yield _table([("run and step", "measure", "value", "chance", "questions"), *during])
+
+
+def _report_rows(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    if "accuracy" in report:
+        yield name, "questions", _share(report["accuracy"]), _share(report.get("chance")), _value(report.get("n"))
+    for task, figures in _mappings(report.get("benchmarks")):
+        yield name, task, _share(figures.get("score")), _share(figures.get("chance")), _value(figures.get("n"))
+    written, text = report.get("written"), report.get("text")
+    if isinstance(written, Mapping):
+        yield name, "free-form answers, exact", _share(written.get("exact")), "-", _value(written.get("n"))
+    if isinstance(text, Mapping):
+        yield name, "bits per byte", _value(text.get("bits_per_byte")), "-", _value(text.get("n"))
+
+
+def _rows_during(stage: StageFacts) -> Iterator[tuple[str, ...]]:
+    at = f"{_stage_name(stage)}, {_value(stage.evaluation.get('step'))}"
+    for task, figures in _mappings(stage.evaluation.get("tasks")):
+        if figures.get("accuracy") is not None:
+            chance = _share(figures.get("chance"))
+            yield at, f"accuracy on {task}", _share(figures["accuracy"]), chance, _value(figures.get("n"))
+        if figures.get("bits_per_byte") is not None:
+            yield at, f"bits per byte of {task}", _value(figures["bits_per_byte"]), "-", "-"
+    for source, modalities in _mappings(stage.evaluation.get("held_out")):
+        for modality, figures in _mappings(modalities):
+            for measure in ("loss", "bits_per_byte"):
+                if figures.get(measure) is not None:
+                    name = f"{measure.replace('_', ' ')} of {source}, {modality}"
+                    yield at, name, _value(figures[measure]), "-", "-"
+
+
+def _mappings(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, figures in value.items() if isinstance(value, Mapping) else ():
+        if isinstance(figures, Mapping):
+            yield str(name), figures
+
+
+def _stage_name(stage: StageFacts) -> str:
+    return f"stage {_value(stage.setting('training.stage'))}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join(_row(row) for row in (head, ["---"] * len(head), *body))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends a cell nor becomes markup; names come from files of others."""
+    shown = visible(text, keep="")
+    for mark in ("\\", "|", "<", "`", "[", "*"):
+        shown = shown.replace(mark, f"\\{mark}")
+    return shown
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _share(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, (int, float)) else "-"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,168 @@
+"""What a checkpoint and the run that wrote it say about how the model was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from megavl.checkpoint.find import find
+from megavl.checkpoint.manifest import read_manifest
+from megavl.config.errors import CheckpointError
+from megavl.foreign.parsing import parse_json, read_yaml
+from megavl.foreign.reading import open_regular
+
+_RECIPE = "recipe.yaml"
+_LONGEST_ROW = 1 << 20
+"""Bytes of a row of a run's logs."""
+_STAGES = 16
+"""Most runs that are followed back from one to the one that it started from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A data source and its part of the sequences of one run."""
+
+    name: str
+    text: float
+    """Of the text sequences, 0 to 1."""
+    multimodal: float
+    """Of the multimodal sequences, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFacts:
+    """One run, up to the checkpoint that the model or the next run took."""
+
+    checkpoint: Path
+    step: int
+    recipe: Mapping[str, Any]
+    """As the run resolved it."""
+    trained: tuple[str, ...]
+    """Parts of the model that were trained."""
+    sequences: int
+    tokens: int | None
+    """Tokens of all sequences; None if the run's `metrics.jsonl` is not there or lacks steps."""
+    images: int | None
+    multimodal_fraction: float
+    shares: tuple[Share, ...]
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """Last row of the run's `evaluation.jsonl` up to `step`; empty without one."""
+
+    def setting(self, key: str) -> Any:
+        """Value of a dotted key of the recipe; None if it is not there."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """The runs that made a model, first one first."""
+
+    stages: tuple[StageFacts, ...]
+    origin: str
+    """Where the weights came from before the first of them."""
+
+
+def run_facts(checkpoint: Path) -> RunFacts:
+    """Follow a checkpoint back through the runs that led to it, as far as their checkpoints are still there.
+
+    Args:
+        checkpoint: a verified checkpoint directory.
+
+    Raises:
+        CheckpointError: the checkpoint's recipe cannot be read.
+    """
+    stages: list[StageFacts] = []
+    current: Path | None = checkpoint
+    origin = "unknown"
+    while current is not None and len(stages) < _STAGES:
+        if not (current / _RECIPE).is_file():
+            origin = f"the checkpoint {current}, converted or put together before training"
+            break
+        stages.append(_stage(current))
+        init = stages[-1].setting("checkpoint.init")
+        if not isinstance(init, str):
+            origin = "random weights"
+            break
+        try:
+            current = find(init, skip_hash=True, require=read_manifest)
+        except CheckpointError:
+            current, origin = None, f"the checkpoint {init}, which is no longer there"
+    return RunFacts(stages=tuple(reversed(stages)), origin=origin)
+
+
+def _stage(path: Path) -> StageFacts:
+    try:
+        recipe = read_yaml(path / _RECIPE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / _RECIPE}: not readable ({error})") from error
+    content = read_manifest(path)["content"]
+    if not isinstance(recipe, dict) or not _is_count(content.get("step")):
+        raise CheckpointError(f"{path}: its recipe or its step is damaged; use another checkpoint")
+    step, trained = content["step"], content.get("trainable_parts")
+    run = path.parent.parent
+    rows = [row for row in _rows(run / "metrics.jsonl") if _is_count(row.get("step")) and row["step"] <= step]
+    whole = len({row["step"] for row in rows}) == step
+    evaluations = [row for row in _rows(run / "evaluation.jsonl") if _is_count(row.get("step")) and row["step"] <= step]
+    fraction = content.get("multimodal_fraction")
+    return StageFacts(
+        checkpoint=path,
+        step=step,
+        recipe=recipe,
+        trained=tuple(map(str, trained)) if isinstance(trained, list) else (),
+        sequences=content["consumed_samples"] if _is_count(content.get("consumed_samples")) else 0,
+        tokens=_total(rows, "tokens") if whole else None,
+        images=_total(rows, "images") if whole else None,
+        multimodal_fraction=float(fraction) if isinstance(fraction, (int, float)) else 0.0,
+        shares=tuple(_shares(recipe)),
+        evaluation=evaluations[-1] if evaluations else {},
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a log; a line that is no row, such as one that a kill tore, is left out."""
+    try:
+        stream = open_regular(path, buffered=True)
+    except (OSError, ValueError):
+        return
+    with stream:
+        while line := stream.readline(_LONGEST_ROW):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def _shares(recipe: Mapping[str, Any]) -> Iterator[Share]:
+    data = recipe.get("data")
+    sources = data.get("sources") if isinstance(data, Mapping) else None
+    found = [
+        (str(source.get("name") or source.get("path")), weight)
+        for source in (sources if isinstance(sources, list) else ())
+        if isinstance(source, Mapping) and isinstance(weight := source.get("weight"), Mapping)
+    ]
+    totals = {key: sum(_number(weight.get(key)) for _, weight in found) for key in ("text", "multimodal")}
+    for name, weight in found:
+        parts = {key: _number(weight.get(key)) / total if total else 0.0 for key, total in totals.items()}
+        if any(parts.values()):
+            yield Share(name=name, **parts)
+
+
+def _total(rows: list[dict[str, Any]], key: str) -> int | None:
+    values = {row["step"]: row.get(key) for row in rows}
+    counts = [value for value in values.values() if _is_count(value)]
+    return sum(counts) if len(counts) == len(values) else None
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and value >= 0 else 0.0

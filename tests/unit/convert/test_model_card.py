@@ -1,0 +1,158 @@
+"""`megavl convert to-hf --model-card`: a page of what the checkpoint, its runs and reports say."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from megavl.checkpoint import commit
+from megavl.checkpoint.manifest import MANIFEST
+from megavl.config.load import load_model_config
+from megavl.convert.model_card import model_card
+from megavl.convert.run_facts import run_facts
+from megavl.main.cli import main
+
+
+def convert(*words):
+    return main(["convert", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def start(sources, tokenizer_dir, tmp_path_factory):
+    """Start weights, of iteration 0."""
+    base = tmp_path_factory.mktemp("card")
+    folder = shutil.copytree(sources["tiny-siglip"], base / "native")
+    for path in tokenizer_dir.iterdir():
+        shutil.copy(path, folder)
+    assert convert("from-hf", folder, base / "start") == 0
+    return base / "start"
+
+
+def trained(start, run, *, step, init, sources, rows, evaluation=(), fraction=0.25, stage=2):
+    """A run's directory as training leaves it, with the start weights as its checkpoint."""
+    path = shutil.copytree(start / "iter_0000000", run / "checkpoints" / f"iter_{step:07d}")
+    recipe = {
+        "training": {"stage": stage, "global_batch_size": 4, "precision": "fp32", "seed": 7},
+        "data": {"seq_length": 512, "sources": sources},
+        "optimizer": {"lr": 0.002},
+        "checkpoint": {"init": init},
+    }
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (path / MANIFEST).unlink()
+    files = [file for file in path.rglob("*") if file.is_file()]
+    content = {
+        "step": step,
+        "consumed_samples": 4 * step,
+        "multimodal_fraction": fraction,
+        "trainable_parts": ["llm", "adaptor"],
+    }
+    records = commit.file_records(path, files)
+    commit.write_manifest(path, iteration=step, world_size=1, content=content, records=records)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if evaluation:
+        (run / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluation))
+    return path
+
+
+def row(step, images=3):
+    return {"step": step, "tokens": 2048, "images": images}
+
+
+TEXT = {"name": "text", "weight": {"text": 3.0, "multimodal": 0.0}}
+BOTH = {"name": "both|[odd](name)", "weight": {"text": 1.0, "multimodal": 5.0}}
+OFF = {"name": "off", "weight": {"text": 0.0, "multimodal": 0.0}}
+
+
+@pytest.fixture
+def runs(start, tmp_path):
+    first = trained(
+        start, tmp_path / "one", step=2, init=str(start), sources=[BOTH], rows=[row(1), row(2), row(3)], stage=1
+    )
+    found = {"step": 3, "tasks": {"eval": {"accuracy": 0.5, "chance": 0.25, "n": 8}}, "held_out": {}}
+    held_out = {"text": {"text": {"loss": 1.25, "bits_per_byte": 0.75, "tokens": 9}}}
+    second = trained(
+        start,
+        tmp_path / "two",
+        step=3,
+        init=str(first.parent),
+        sources=[TEXT, BOTH, OFF],
+        rows=[row(1), row(2, images=10), row(3)],
+        evaluation=[found, {**found, "step": 3, "held_out": held_out}, {**found, "step": 4}],
+    )
+    return first, second
+
+
+def test_facts_follow_a_model_back_to_its_start(runs, start):
+    facts = run_facts(runs[1])
+    assert [stage.checkpoint for stage in facts.stages] == list(runs)
+    assert [(stage.step, stage.sequences, stage.tokens, stage.images) for stage in facts.stages] == [
+        (2, 8, 4096, 6),
+        (3, 12, 6144, 16),
+    ]
+    assert str(start / "iter_0000000") in facts.origin
+    assert [(share.name, share.text, share.multimodal) for share in facts.stages[1].shares] == [
+        ("text", 0.75, 0.0),
+        (BOTH["name"], 0.25, 1.0),
+    ]
+    assert facts.stages[1].evaluation["held_out"]["text"]["text"]["loss"] == 1.25
+
+
+def test_the_card_states_them(runs):
+    facts = run_facts(runs[1])
+    report = {"accuracy": 0.9, "chance": 0.25, "n": 40, "benchmarks": {"pope": {"score": 0.7, "n": 10}}}
+    card = model_card(
+        load_model_config("tiny-siglip"), fmt="native", parameters=1234567, facts=facts, reports={"mine": report}
+    )
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == "image-text-to-text" and "megavl" in header["tags"]
+    for line in (
+        "|  | stage 1 | stage 2 |",
+        "| tokens, padding included | 4,096 | 6,144 |",
+        "| images | 6 | 16 |",
+        "| stage 2 | text | 75.0% | 0.0% |",
+        "| stage 2 | both\\|\\[odd](name) | 25.0% | 100.0% |",
+        "| mine | questions | 90.0% | 25.0% | 40 |",
+        "| mine | pope | 70.0% | - | 10 |",
+        "| stage 2, 3 | accuracy on eval | 50.0% | 25.0% | 8 |",
+        "| stage 2, 3 | loss of text, text | 1.25 | - | - |",
+    ):
+        assert line in card.splitlines(), line
+    assert "1,234,567 parameters" in card and "off" not in card
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\n[1]\n", b'{"step": true}\n', b'{"step": 1, "tokens": "9"}\n' * 3])
+def test_a_damaged_log_makes_no_figures(damage, runs):
+    (runs[1].parent.parent / "metrics.jsonl").write_bytes(damage)
+    facts = run_facts(runs[1])
+    assert facts.stages[1].tokens is None and facts.stages[1].images is None
+    card = model_card(load_model_config("tiny-siglip"), fmt="native", parameters=1, facts=facts, reports={})
+    assert "| images | 6 | ? |" in card.splitlines() and "lacks steps" in card
+
+
+def test_a_start_that_is_gone_is_named(runs):
+    shutil.rmtree(runs[0])
+    facts = run_facts(runs[1])
+    assert len(facts.stages) == 1 and "no longer there" in facts.origin
+
+
+def test_the_command_writes_it_into_the_export(start, runs, tmp_path, capsys):
+    report = tmp_path / "mine" / "report.json"
+    report.parent.mkdir()
+    report.write_text(json.dumps({"accuracy": 0.9, "n": 40}))
+    out = tmp_path / "out"
+    assert convert("to-hf", runs[1], out, "--format", "llm", "--model-card", "--report", report) == 0
+    card = (out / "README.md").read_text()
+    assert "the decoder alone" in card and "| mine | questions | 90.0% | - | 40 |" in card
+    assert convert("to-hf", start, tmp_path / "plain", "--format", "native", "--model-card") == 0
+    assert "not trained by MegaVL" in (tmp_path / "plain" / "README.md").read_text()
+    assert convert("to-hf", start, tmp_path / "none", "--format", "native") == 0
+    assert not (tmp_path / "none" / "README.md").exists()
+    capsys.readouterr()
+    for words, expected in (
+        (["--report", report], "needs --model-card"),
+        (["--model-card", "--report", tmp_path / "missing.json"], "not readable"),
+    ):
+        code = convert("to-hf", start, tmp_path / "refused", "--format", "native", *words)
+        assert code == 2
+        assert expected in capsys.readouterr().err
