@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megavl.config.errors import DataError, UsageError, one_line
-from megavl.foreign.parsing import read_yaml
+from megavl.foreign.yaml_text import read_yaml
 
 PAPER = Path(__file__).with_name("taxonomy.yaml")
 """The tree of the paper."""

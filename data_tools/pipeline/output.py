@@ -7,23 +7,21 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from data_tools.pipeline.output_lock import lock_merge, lock_output
 from data_tools.readers.splits import Split
 from megavl.config.errors import StorageError, UsageError
-from megavl.config.model import STRICT
 from megavl.data.manifest import ShardEntry, ShardManifest, read_manifest, to_json
 from megavl.files.new_file import remove_leftovers, sync_directory, write_file
+from megavl.foreign.typed import typed
 
 _OURS = ("*.tokens.bin", "*.tokens.idx", "*.images.bin", "*.images.idx", "*.npy", "*.json", "rejects.jsonl", ".*.tmp")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class TaskSummary:
     """Content of `units/NNNNN.json`; writing it commits the task."""
 
@@ -156,8 +154,8 @@ class Output:
         """The summary of a task, or None when it is not done."""
         content = self._read(self._task_path(number))
         try:
-            return None if content is None else TypeAdapter(TaskSummary).validate_python(content)
-        except ValidationError:
+            return None if content is None else typed(TaskSummary, content)
+        except ValueError:
             return None
 
     def remove_leftovers(self) -> None:

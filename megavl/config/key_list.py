@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import textwrap
 from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
 from megavl.config.load import dataclass_in
@@ -47,8 +52,25 @@ def _default(cls: Any, name: str) -> str:
 
 def _description(cls: Any, name: str) -> str:
     """The docstring under a field, in the class or in a base of it."""
-    known = (getattr(base, "__pydantic_fields__", {}).get(name) for base in cls.__mro__)
-    return next((info.description for info in known if info is not None and info.description), "")
+    return next((found for base in cls.__mro__ if (found := _docstrings(base).get(name))), "")
+
+
+@cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """What stands under each field of a class; read here alone, because reading source code takes long."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef), "the source of a class is a class"
+    return {
+        field.target.id: text.value.value
+        for field, text in pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _choices(kind: Any) -> str:

@@ -18,7 +18,7 @@ from megavl.config.errors import UsageError, one_line
 from megavl.config.model import ModelConfig
 from megavl.config.presets import CUSTOM, MODELS
 from megavl.config.recipe import Recipe
-from megavl.foreign.parsing import parse_yaml, read_yaml
+from megavl.foreign.yaml_text import parse_yaml, read_yaml
 
 _RECIPE = TypeAdapter(Recipe)
 _MODEL = TypeAdapter(ModelConfig)

@@ -14,7 +14,8 @@ from megavl.config.adaptor import ADAPTORS, AdaptorKind, AdaptorLayer, AdaptorSi
 from megavl.config.errors import UsageError
 from megavl.config.presets import HYBRID_BACKGROUND, SIGLIP_BACKGROUND, ImageGeometry
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", defer_build=True)
+"""Validators are built when a recipe is read, once for all sections."""
 
 
 def _require(condition: bool, path: str, message: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any, TypeGuard
 from megavl.checkpoint.find import find
 from megavl.checkpoint.manifest import read_manifest
 from megavl.config.errors import CheckpointError
-from megavl.foreign.parsing import parse_json, read_yaml
+from megavl.foreign.parsing import parse_json
 from megavl.foreign.reading import open_regular
+from megavl.foreign.yaml_text import read_yaml
 
 _RECIPE = "recipe.yaml"
 _LONGEST_ROW = 1 << 20

@@ -8,19 +8,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from megavl.config.errors import DataError
-from megavl.config.model import STRICT
 from megavl.config.presets import ImageGeometry
 from megavl.files.new_file import FileEntry as FileEntry
 from megavl.foreign.parsing import LARGE_JSON_FILE, parse_json
 from megavl.foreign.reading import read_limited
+from megavl.foreign.typed import typed
 
 FORMAT_VERSION = 2
 """Raised when files of an older version can no longer be read."""
@@ -59,7 +58,7 @@ PACK_ROW = np.dtype(
 """One member of a pack; members of a pack are adjacent and in sequence order."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class SourceEntry:
     """The byte range of an input file that a shard was made from."""
 
@@ -74,7 +73,7 @@ class SourceEntry:
     """What `place` counts: lines of a JSONL file, items of a JSON array, members of a tar, rows of a Parquet file."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerEntry:
     """The tokenizer that made the ids."""
 
@@ -87,7 +86,7 @@ class TokenizerEntry:
     image_id: int | None
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class GeometryEntry:
     """What the image token count and the canvas follow from; `megavl.config.presets.ImageGeometry` and its rule."""
 
@@ -100,7 +99,7 @@ class GeometryEntry:
     resize: str = "max(int(side / longest * canvas_size), min_size), bicubic, centred"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class ShardManifest:
     """Content of `NAME.json`; writing it commits the shard."""
 
@@ -131,7 +130,7 @@ class ShardManifest:
     """Usual template of its input; the manifest of the dataset names all that were used."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     """A shard as the dataset manifest lists it."""
 
@@ -144,7 +143,7 @@ class ShardEntry:
     """Image slots of its samples (an image used twice counts twice)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class PackSettings:
     """Limits of one packed sequence."""
 
@@ -154,7 +153,7 @@ class PackSettings:
     max_images: int
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class DatasetManifest:
     """Content of `manifest.json`; a directory without it is not a dataset."""
 
@@ -229,21 +228,18 @@ def read_manifest(path: str | Path, *, kind: type[Manifest], sha256: str | None 
         )
     try:
         content = parse_json(raw, limit=LARGE_JSON_FILE)
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path}: has format version {version!r}, this code reads {FORMAT_VERSION}; "
-                "preprocess the dataset again with this version"
-            )
-        manifest = TypeAdapter(kind).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: {where}: {first['msg']}; preprocess the dataset again") from error
-    except DataError:
-        raise
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); preprocess the dataset again") from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: has format version {version!r}, this code reads {FORMAT_VERSION}; "
+            "preprocess the dataset again with this version"
+        )
+    try:
+        manifest = typed(kind, content)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; preprocess the dataset again") from error
     written = to_json(manifest)
     if raw != written:
         # White space and the spelling of characters and numbers can change without changing the content.

@@ -6,20 +6,18 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
 
-from pydantic.dataclasses import dataclass
-
 from megavl.config.errors import StorageError
-from megavl.config.model import STRICT
 from megavl.files import durable
 
 _SUFFIX = ".tmp"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """A file as a manifest in its directory lists it."""
 

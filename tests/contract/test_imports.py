@@ -149,15 +149,29 @@ def test_the_cycle_finder_finds_one() -> None:
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
+# What takes longest to import, and programs that do without it.
+HEAVY = ("torch", "megatron", "transformers")
+LIGHT = {"data_tools/preprocess.py": (*HEAVY, "pydantic", "yaml", "pyarrow")}
+
+
+def imported(code: str, *arguments: str, among: tuple[str, ...], root: Path) -> list[str]:
+    """Which of these modules Python holds after running the code."""
+    code = f"import importlib, runpy, sys\n{code}\nprint([name for name in {among!r} if name in sys.modules])"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[str] = ast.literal_eval(done.stdout)
+    return found
+
+
 def test_data_tools_start_without_torch(python_files: list[Path], root: Path) -> None:
     modules = [module_of(path, root) for path in python_files if path.relative_to(root).parts[0] == "data_tools"]
     # A folder named like a file, for old command lines, is run and never imported.
     modules = [name for name in modules if not name.endswith("__main__")]
-    code = (
-        "import importlib, sys\n"
-        "for name in sys.argv[1:]: importlib.import_module(name)\n"
-        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *modules], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    code = "for name in sys.argv[1:]: importlib.import_module(name)"
+    assert imported(code, *modules, among=HEAVY, root=root) == []
+
+
+@pytest.mark.parametrize("program", LIGHT)
+def test_short_programs_import_nothing_heavy(program: str, root: Path) -> None:
+    assert imported("runpy.run_path(sys.argv[1])", program, among=LIGHT[program], root=root) == []

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe
-from megavl.foreign.parsing import JSON_FILE, YAML_FILE, parse_json, parse_yaml
+from megavl.foreign.parsing import JSON_FILE, parse_json
 from megavl.foreign.reading import read_limited, regular_file_in
+from megavl.foreign.yaml_text import YAML_FILE, parse_yaml
 
 _ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 _MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
