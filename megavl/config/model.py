@@ -156,8 +156,8 @@ class ModelConfig:
     """A DeepSeek-VL model."""
 
     preset: str
-    """1b, 7b, tiny-hybrid or tiny-siglip: the row of `megavl.config.presets.MODELS` with the other fields' defaults.
-    `custom`: they have none. Instead of a preset, `from: init` takes all sizes from `checkpoint.init`."""
+    """1b, 7b, small, tiny-hybrid or tiny-siglip: the row of `megavl.config.presets.MODELS` with the other fields'
+    defaults. `custom`: they have none. Instead of a preset, `from: init` takes all sizes from `checkpoint.init`."""
     llm: DecoderConfig
     siglip: SiglipConfig
     sam: SamConfig | None = None

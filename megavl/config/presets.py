@@ -2,7 +2,7 @@
 
 `1b` and `7b` are the released models (deepseek-ai/DeepSeek-VL). `tiny-hybrid` and `tiny-siglip` have the same topology
 at a size that trains on two CPU cores: low-resolution grid g, high-resolution grid 8g/3, x1.5 interpolation, two
-stride-2 convolutions.
+stride-2 convolutions. `small` is for measuring on a CPU: matrix products dominate its steps, as they do on a GPU.
 """
 
 from __future__ import annotations
@@ -74,6 +74,30 @@ MODELS: dict[str, dict[str, Any]] = {
         "adaptor": _TWO_TOWERS,
         "image_token_id": 3,
     },
+    "small": {
+        "llm": {
+            "hidden_size": 512,
+            "ffn_hidden_size": 1408,
+            "num_layers": 12,
+            "num_attention_heads": 8,
+            "vocab_size": 8192,
+            "max_position_embeddings": 4096,
+        },
+        "siglip": {"image_size": 192, "patch_size": 16, "width": 256, "depth": 6, "heads": 4, "mlp_dim": 1024},
+        "sam": {
+            "image_size": 512,
+            "patch_size": 16,
+            "width": 256,
+            "depth": 6,
+            "heads": 4,
+            "mlp_dim": 1024,
+            "window_size": 14,
+            "global_attn_indexes": [2, 5],
+            "neck_channels": 64,
+        },
+        "adaptor": _TWO_TOWERS,
+        "image_token_id": 3,
+    },
     "tiny-siglip": {"llm": _TINY_LLM, "siglip": _TINY_SIGLIP, "adaptor": _ONE_TOWER, "image_token_id": 3},
 }
 """`model:` mappings by preset name; the keys of a recipe replace their values."""
@@ -112,6 +136,7 @@ HYBRID_BACKGROUND = (122, 116, 104)
 IMAGE_PRESETS: dict[str, ImageGeometry] = {
     "siglip-384": ImageGeometry(canvas_size=384, low_size=384, patch_size=16, background=SIGLIP_BACKGROUND),
     "hybrid-1024": ImageGeometry(canvas_size=1024, low_size=384, patch_size=16, background=HYBRID_BACKGROUND),
+    "small": ImageGeometry(canvas_size=512, low_size=192, patch_size=16, background=HYBRID_BACKGROUND),
     "tiny-hybrid": ImageGeometry(canvas_size=128, low_size=48, patch_size=16, background=HYBRID_BACKGROUND),
     "tiny-siglip": ImageGeometry(canvas_size=48, low_size=48, patch_size=16, background=SIGLIP_BACKGROUND),
 }

@@ -273,6 +273,12 @@ class RunConfig:
     timeline_steps: tuple[Positive, ...] = ()
     """Steps whose timeline over all ranks is written to run.dir: `timeline/step_NNNNNN.json` (for Perfetto) and
     `.svg`."""
+    profile_steps: tuple[Positive, ...] = ()
+    """Steps that torch's profiler records: operators, kernels and memory. Each pipeline stage of the first replica
+    writes a Chrome trace to run.dir: `profile/step_NNNNNN_rank_NNNNN.json.gz`."""
+    memory_snapshot_step: Positive | None = None
+    """Step whose allocations on CUDA the same ranks write to `profile/step_NNNNNN_rank_NNNNN.pickle` in run.dir, for
+    https://pytorch.org/memory_viz. A run without CUDA refuses it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -309,11 +315,18 @@ class Recipe:
                 f"{self.training.steps}; set optimizer.warmup_steps to {self.training.steps} or less, or raise "
                 "training.steps"
             )
-        if late := [step for step in self.run.timeline_steps if step > self.training.steps]:
-            raise UsageError(
-                f"run.timeline_steps: {late[0]} exceeds training.steps {self.training.steps}; name earlier steps or "
-                "train longer"
-            )
+        snapshot = () if self.run.memory_snapshot_step is None else (self.run.memory_snapshot_step,)
+        recorded = {
+            "run.timeline_steps": self.run.timeline_steps,
+            "run.profile_steps": self.run.profile_steps,
+            "run.memory_snapshot_step": snapshot,
+        }
+        for name, steps in recorded.items():
+            if late := [step for step in steps if step > self.training.steps]:
+                raise UsageError(
+                    f"{name}: {late[0]} exceeds training.steps {self.training.steps}; name earlier steps or "
+                    "train longer"
+                )
 
     @property
     def checkpoint_dir(self) -> str:

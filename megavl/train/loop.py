@@ -40,6 +40,8 @@ from megavl.train.metrics import MetricsLog, metrics_row
 from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
+from megavl.train.own_work import slowest_rank
+from megavl.train.profile.step_traces import StepTraces, require_traceable
 from megavl.train.profile.timeline import StepTimelines
 from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan, of_rank_zero, this_device
@@ -65,6 +67,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
         0 when all steps are done; 75 or, after Ctrl-C, 130 when a signal asked to stop and the state is saved.
     """
     recipe, world = scenario.recipe, groups.world_size_from_env()
+    require_traceable(recipe.run)
     groups.prepare_libraries(recipe.parallel)
     device = this_device()
     layers = checked_layout(scenario, device)
@@ -96,7 +99,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
         roll_call.end()
         groups.stop()
         return code
-    timelines = StepTimelines(plan, state.model)
+    recorders = (StepTimelines(plan, state.model), StepTraces(plan))
     log = _log(plan, progress)
     with _loader(plan, dataset, sampler, start_step=progress.step) as source:
         # If a signal ends it, the first step is the last of this start.
@@ -108,7 +111,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
             progress,
             log=log,
             evaluation=evaluation,
-            timelines=timelines,
+            recorders=recorders,
             stop=stop,
             status=status,
         )
@@ -130,7 +133,7 @@ def _run_steps(
     *,
     log: MetricsLog | None,
     evaluation: Evaluation,
-    timelines: StepTimelines,
+    recorders: tuple[StepTimelines, StepTraces],
     stop: StopFlag,
     status: ExitStatus,
 ) -> int:
@@ -139,8 +142,10 @@ def _run_steps(
     while progress.step < training.steps:
         step = progress.step + 1
         status.step, status.section = step, "loading data"
-        timelines.begin(step)
+        for recorder in recorders:
+            recorder.begin(step)
         inject_fault("load_data", rank=plan.position.rank, step=step)
+        state.model.own_work.begin()
         began = time.perf_counter()
         with state.model.timed("loading"):
             data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
@@ -151,9 +156,12 @@ def _run_steps(
         result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised, sources=len(recipe.data.mixture))
         progress = progress.after(skipped=result.skipped)
         seconds = time.perf_counter() - began
+        slowest = slowest_rank(state.model.own_work)
         if log is not None:
-            log.write(metrics_row(plan, result, modality=data[0].modality, progress=progress, lr=rate, seconds=seconds))
-        timelines.end(modality=data[0].modality, seconds=seconds)
+            row = metrics_row(plan, result, modality=data[0].modality, progress=progress, lr=rate, seconds=seconds)
+            log.write(row | slowest)
+        for recorder in recorders:
+            recorder.end(modality=data[0].modality, seconds=seconds)
         if result.skipped:
             sample_ids = tuple(number for batch in data for number in batch.sample_ids)
             _handle_bad_step(plan, progress, result, sample_ids=sample_ids)

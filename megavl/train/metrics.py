@@ -111,6 +111,8 @@ _SCALARS = {
     "data/loss_tokens": "loss_tokens",
     "time/step_s": "step_time_s",
     "time/tokens_per_s": "tokens_per_s",
+    "time/slowest_rank_s": "slowest_rank_s",
+    "memory/peak_bytes": "peak_memory_bytes",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megavl.model.build import BuildSpec, build_stages
+from megavl.train.own_work import OwnWork
 from megavl.train.split_encoders import SplitEncoders
 
 
@@ -24,6 +25,8 @@ class ModelChunks:
     """Its pipeline stages: one, or `parallel.virtual_pipeline` of them."""
     encoders: SplitEncoders | None
     """Under `parallel.vision: split_all`, the towers, which encode before the pipeline starts."""
+    own_work: OwnWork = field(default_factory=OwnWork)
+    """How long this rank works on a step before it waits for the others."""
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -134,6 +137,7 @@ def _set_hooks(model: ModelChunks) -> None:
         if encoders is not None:
             with model.timed("encoders backward"):
                 encoders.backward()
+        model.own_work.end()
         finalize_model_grads(stages, **kwargs)
         _divide_by_tokens(stages, num_tokens)
 

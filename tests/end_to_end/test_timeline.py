@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import xml.etree.ElementTree as ElementTree
@@ -20,6 +21,7 @@ SIZES = (
     *(f"training.global_batch_size={MICRO_BATCHES}", "training.micro_batch_size=1"),
 )
 EVERY = f"run.timeline_steps={list(range(1, STEPS + 1))}"
+TRACED = "run.profile_steps=[2,4]"
 # Clocks are read one after the other and written with six digits.
 TINY = 1e-4
 
@@ -38,7 +40,7 @@ def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with every step recorded."""
     run = tmp_path_factory.mktemp("recorded")
-    done = run_training(dataset, run, *SIZES, "parallel.layout=[2,2]", EVERY, processes=2)
+    done = run_training(dataset, run, *SIZES, "parallel.layout=[2,2]", EVERY, TRACED, processes=2)
     assert done.returncode == 0, done.stderr
     assert f"timeline of step {STEPS}: {run}/timeline/step_{STEPS:06d}.svg" in done.stdout
     return run
@@ -49,6 +51,26 @@ def test_recording_changes_no_loss(plain: list[dict[str, Any]], recorded: Path) 
     for name in ("loss", "grad_norm", "images"):
         assert [row[name] for row in rows] == [row[name] for row in plain]
     assert {row["modality"] for row in rows} == {"text", "multimodal"}
+
+
+def test_each_stage_writes_its_profiler_trace(recorded: Path) -> None:
+    folder = recorded / "profile"
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == [f"step_{step:06d}_rank_{rank:05d}.json.gz" for step in (2, 4) for rank in (0, 1)]
+    for rank, operator in ((0, "aten::mkldnn_convolution"), (1, "_VocabParallelLossBackward")):
+        events = json.loads(gzip.decompress((folder / f"step_000002_rank_{rank:05d}.json.gz").read_bytes()))
+        names = {event.get("name", "") for event in events["traceEvents"]}
+        assert "aten::mm" in names and "[memory]" in names
+        assert any(operator in name for name in names)
+
+
+def test_metrics_name_the_slowest_rank(plain: list[dict[str, Any]]) -> None:
+    for row in plain:
+        assert 0 < row["slowest_rank_s"] <= row["step_time_s"] + TINY
+        assert row["slowest_rank"] in (0, 1) and row["peak_memory_rank"] in (0, 1)
+        assert row["peak_memory_bytes"] > 1e8
+    peaks = [row["peak_memory_bytes"] for row in plain]
+    assert peaks == sorted(peaks)
 
 
 def test_every_pass_occurs_once_in_schedule_order(recorded: Path) -> None:

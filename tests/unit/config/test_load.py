@@ -74,6 +74,8 @@ def test_recipe_replaces_values_of_its_base(recipe: Path, tmp_path: Path) -> Non
             ["optimizer.warmup_steps: 11", "training.steps 10", "set optimizer.warmup_steps to 10 or less"],
         ),
         ("run.timeline_steps=[3,11]", ["run.timeline_steps: 11", "training.steps 10"]),
+        ("run.profile_steps=[3,11]", ["run.profile_steps: 11", "training.steps 10"]),
+        ("run.memory_snapshot_step=11", ["run.memory_snapshot_step: 11", "training.steps 10"]),
         ("optimizer.milestones=[0.5]", ["optimizer.factors"]),
         ("model.sam=null", ["model.adaptor.kind", "needs a model.sam"]),
         ("model.sam.neck_channels=8", ["model.sam.neck_channels", "64"]),
