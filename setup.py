@@ -51,6 +51,7 @@ setup(
     extras_require={
         # The reference implementation that exports are checked against.
         "hf": ["transformers>=4.57,<5"],
+        "hub": ["huggingface-hub>=0.34"],
         "board": ["tensorboard>=2.16"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         # Tasks of lm-evaluation-harness; datasets 5 needs a huggingface-hub that transformers 4 refuses.

@@ -19,6 +19,7 @@ _COMMANDS = {
     "train": "train one stage; run under torchrun or srun; resumes by itself",
     "plan": "layers, memory, FLOPs and bubble of a layout",
     "convert": "Hugging Face folders to MegaVL checkpoints and back",
+    "push": "upload an exported folder to the Hugging Face Hub",
     "generate": "answer prompts about images",
     "chat": "talk with a model about images",
     "evaluate": "score a model on task files, public benchmarks, or tasks of a harness",

@@ -1,0 +1,207 @@
+"""`megavl push` against a server that answers as the Hub's API does."""
+
+import base64
+import hashlib
+import json
+import shutil
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from threading import Thread
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megavl.main.cli import main
+
+needs_hub = pytest.mark.skipif(find_spec("huggingface_hub") is None, reason="huggingface_hub is not installed")
+REPO = "someone/model"
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps what was uploaded; large files come by LFS, as on the Hub."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.created, self.blobs, self.files, self.commits, self.uploads = [], {}, {}, [], 0
+        self.fail = {}
+
+    def answer(self, method, path, body, token):
+        for part, status in self.fail.items():
+            if part in path:
+                return status, {"error": "as told"}
+        if token != "Bearer hf_test":
+            return 401, {"error": "Invalid username or password."}
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            return 200, {"url": f"{self.url}/{REPO}", "name": REPO}
+        if path == f"/api/models/{REPO}/preupload/main":
+            files = json.loads(body)["files"]
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in files
+            ]
+            return 200, {"files": modes}
+        if path == f"/{REPO}.git/info/lfs/objects/batch":
+            objects = [
+                {
+                    **wanted,
+                    **(
+                        {}
+                        if wanted["oid"] in self.blobs
+                        else {"actions": {"upload": {"href": f"{self.url}/put", "header": {}}}}
+                    ),
+                }
+                for wanted in json.loads(body)["objects"]
+            ]
+            return 200, {"transfer": "basic", "objects": objects}
+        if path == "/put":
+            self.blobs[hashlib.sha256(body).hexdigest()] = body
+            self.uploads += 1
+            return 200, {}
+        if path == f"/api/models/{REPO}/commit/main":
+            header, *rest = map(json.loads, body.splitlines())
+            for line in rest:
+                value = line["value"]
+                content = base64.b64decode(value["content"]) if line["key"] == "file" else self.blobs[value["oid"]]
+                self.files[value["path"]] = content
+            self.commits.append(header["value"]["summary"])
+            return 200, {"commitOid": "c0ffee", "commitUrl": f"{self.url}/{REPO}/commit/c0ffee", "success": True}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path == f"/api/models/{REPO}":
+            return 200, {"id": REPO, "sha": "c0ffee", "siblings": []}
+        return 404, {"error": f"no {path}"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        # A signed address takes no token.
+        token = "Bearer hf_test" if self.path == "/put" else self.headers.get("Authorization")
+        status, content = self.server.answer(self.command, self.path.split("?")[0], body, token)
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def hub_server():
+    server = Hub()
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def hub():
+    with hub_server() as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with weights, as an export has them."""
+    path = tmp_path / "export"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (path / "README.md").write_text("---\ntags: [megavl]\n---\n# Model\n")
+    (path / "odd[1]name.txt").write_text("odd")
+    save_file({"a": torch.arange(1000.0)}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture
+def push(hub, monkeypatch, capsys, caplog):
+    """Runs the command against the server: code, output and errors."""
+    import huggingface_hub.constants
+    import huggingface_hub.utils
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    sessions = getattr(huggingface_hub.utils, "reset_sessions", None) or huggingface_hub.utils.close_session
+
+    def run(*words, token="hf_test"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        sessions()
+        code = main(["push", *map(str, words)])
+        said = capsys.readouterr()
+        return code, said.out, said.err + caplog.text
+
+    yield run
+    sessions()
+
+
+@needs_hub
+def test_every_file_arrives_and_nothing_is_sent_twice(hub, folder, push):
+    (folder / "nested").mkdir()
+    code, out, err = push(folder, REPO, "--message", "First upload")
+    assert code == 0, err
+    assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert hub.created[0]["private"] is True and hub.created[0]["name"] == "model"
+    assert hub.commits == ["First upload"] and "4 files" in out and "c0ffee" in out
+    assert "nested: not a file, left out" in err
+    assert push(folder, REPO, "--public")[0] == 0
+    assert hub.uploads == 1 and hub.created[1].get("private") in (None, False)
+
+
+@needs_hub
+@pytest.mark.parametrize(
+    ("fail", "token", "code", "expected"),
+    [
+        ({}, "hf_other", 2, "may write there"),
+        ({"/api/": 403}, "hf_test", 2, "the Hub refused it"),
+        ({"/commit/main": 412}, "hf_test", 2, "the Hub refused it"),
+        ({"/preupload/": 501}, "hf_test", 7, "repeat the command to go on"),
+        ({"/put": 400}, "hf_test", 7, "repeat the command to go on"),
+    ],
+)
+def test_what_the_hub_refuses(fail, token, code, expected, hub, folder, push):
+    hub.fail = fail
+    found, _, err = push(folder, REPO, token=token)
+    assert found == code and expected in err and "Traceback" not in err, err
+
+
+@needs_hub
+def test_no_hub_at_all(hub, folder, push):
+    hub.server_close()
+    code, _, err = push(folder, REPO)
+    assert code == 7 and "Traceback" not in err
+
+
+@needs_hub
+def test_folders_and_names_that_are_refused(folder, tmp_path, capsys):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    linked = shutil.copytree(folder, tmp_path / "linked")
+    (linked / "tokenizer.json").symlink_to(secret)
+    truncated = shutil.copytree(folder, tmp_path / "truncated")
+    (truncated / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    for words, code, expected in (
+        ([folder, "model"], 2, "give OWNER/NAME"),
+        ([folder, "a/b/c"], 2, "give OWNER/NAME"),
+        ([folder, "some one/model"], 2, "REPO"),
+        ([tmp_path / "missing", REPO], 4, "no folder with a config.json"),
+        ([truncated, REPO], 4, "model.safetensors"),
+        ([linked, REPO], 2, "a link"),
+    ):
+        assert main(["push", *map(str, words)]) == code, words
+        assert expected in capsys.readouterr().err
