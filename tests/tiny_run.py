@@ -49,11 +49,18 @@ def build_dataset(directory: Path) -> Path:
     return directory
 
 
-def train_command(dataset: Path, run: Path, *overrides: str, processes: int, python: str = sys.executable) -> list[str]:
-    """`megavl train` of the tiny recipe under torchrun."""
+def train_command(
+    dataset: Path,
+    run: Path,
+    *overrides: str,
+    processes: int,
+    python: str = sys.executable,
+    module: str = "megavl",
+) -> list[str]:
+    """`megavl train` of the tiny recipe under torchrun; another `module` may take its place."""
     return [
         *(python, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
-        *("--master-port", str(free_port()), "-m", "megavl", "train", "launch/recipes/tiny/stage2.yaml"),
+        *("--master-port", str(free_port()), "-m", module, "train", "launch/recipes/tiny/stage2.yaml"),
         f"data.sources=[{{path: {dataset}/shards}}]",
         f"data.tokenizer={dataset}/corpus/tokenizer",
         f"data.seq_length={SEQ_LENGTH}",
@@ -66,11 +73,16 @@ def train_command(dataset: Path, run: Path, *overrides: str, processes: int, pyt
 
 
 def run_training(
-    dataset: Path, run: Path, *overrides: str, processes: int, env: dict[str, str] | None = None
+    dataset: Path,
+    run: Path,
+    *overrides: str,
+    processes: int,
+    env: dict[str, str] | None = None,
+    module: str = "megavl",
 ) -> subprocess.CompletedProcess[str]:
     """Run it to its end, in `environment()` or another."""
     env = forked(env or environment())
-    command = train_command(dataset, run, *overrides, processes=processes, python=env["PYTHON_EXEC"])
+    command = train_command(dataset, run, *overrides, processes=processes, python=env["PYTHON_EXEC"], module=module)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 

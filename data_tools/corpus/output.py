@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from megavl.config.errors import StorageError, UsageError
 from megavl.files.durable import sync_directory, sync_tree
+from megavl.files.new_folder import work_folder
 
 DESCRIPTION = "corpus.json"
 """Description of a finished corpus; a folder with this file was made by this program."""
@@ -26,29 +27,35 @@ _MARKS = (DESCRIPTION, "tokenizer.json")
 def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` when the block succeeds, and removed when it fails.
 
+    It lies in `.NAME.partial` beside `path`, which this process owns meanwhile.
+
     Args:
         path: final folder; must be absent or empty, unless `force` is set.
         force: replace an earlier result. Only a folder that holds `corpus.json` or `tokenizer.json` is ever removed.
 
     Raises:
-        UsageError: the final folder is not free.
+        UsageError: the final folder is not free, or another process makes it.
         StorageError: a folder or file cannot be written.
     """
     path = Path(os.path.abspath(path))
     _check_free(path, force=force)
-    building = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        building.mkdir(parents=True)
-        yield building
-        sync_tree(building)
-        _publish(building, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with work_folder(path, name="--output") as (work, held):
+            # Another process may have made it before this one became the owner.
+            _check_free(path, force=force)
+            building = work / "new"
+            building.mkdir()
+            yield building
+            sync_tree(building)
+            held.confirm()
+            _check_free(path, force=force)
+            _publish(building, path)
     except OSError as error:
         raise StorageError(
             f"--output {path}: cannot write {error.filename or path} ({error.strerror}); "
             "free some space or choose a writable folder"
         ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _check_free(path: Path, *, force: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megavl.config.errors import UsageError
 from megavl.files.durable import sync_directory
 from megavl.files.owner import Owner
-from megavl.files.ownership import is_owner_file, take
+from megavl.files.ownership import Ownership, is_owner_file, take
 
 
 def require_free(path: Path) -> None:
@@ -27,11 +27,36 @@ def require_free(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def work_folder(path: Path, *, name: str) -> Iterator[tuple[Path, Ownership]]:
+    """A folder beside `path` for one process that makes this file or folder, which owns `path` that way.
+
+    It is called `.NAME.partial`, and is gone after the context. What a killed process left there is removed.
+
+    Args:
+        path: absolute.
+        name: what the user calls it, for messages.
+
+    Raises:
+        UsageError: another process makes the same.
+        StorageError: the folder cannot be written.
+    """
+    work = path.parent / f".{path.name}.partial"
+    try:
+        with take(work, Owner.this_process(), name=name) as held:
+            _empty(work)
+            try:
+                yield work, held
+            finally:
+                _empty(work, ignore_errors=True)
+    finally:
+        # It stays if another process has taken it meanwhile.
+        with contextlib.suppress(OSError):
+            work.rmdir()
+
+
+@contextlib.contextmanager
 def new_folder(path: Path, *, name: str) -> Iterator[Path]:
     """An empty folder to fill, which gets the name `path` when the context ends without an error.
-
-    It lies in `.NAME.partial` beside `path`, which this process owns meanwhile. What a killed process left there is
-    removed.
 
     Args:
         path: free, or an empty folder.
@@ -42,26 +67,24 @@ def new_folder(path: Path, *, name: str) -> Iterator[Path]:
         OSError, StorageError: the storage failed; nothing is left.
     """
     path = Path(os.path.abspath(path))
-    work = path.parent / f".{path.name}.partial"
-    try:
-        with take(work, Owner.this_process(), name=name) as held:
-            require_free(path)
-            for entry in work.iterdir():
-                if not is_owner_file(entry):
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            draft = work / "new"
-            draft.mkdir()
-            try:
-                yield draft
-                sync_directory(draft)
-                held.confirm()
-                require_free(path)
-                os.rename(draft, path)
-            except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
-    finally:
-        # It stays if another process has taken it meanwhile.
-        with contextlib.suppress(OSError):
-            work.rmdir()
+    with work_folder(path, name=name) as (work, held):
+        require_free(path)
+        draft = work / "new"
+        draft.mkdir()
+        yield draft
+        sync_directory(draft)
+        held.confirm()
+        require_free(path)
+        os.rename(draft, path)
     sync_directory(path.parent)
+
+
+def _empty(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Remove everything but the owner's name."""
+    for entry in folder.iterdir():
+        if is_owner_file(entry):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=ignore_errors)
+        else:
+            entry.unlink(missing_ok=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from megavl.config.errors import UsageError
 from megavl.config.recipe import Recipe
 from megavl.data.mixture import preview
+from megavl.files.new_folder import work_folder
 from megavl.foreign.printing import say
 from megavl.main.open_recipe import add_recipe_arguments, open_on_one_device, open_recipe
 from megavl.planner.hardware.calibration import (
@@ -186,20 +188,22 @@ def _calibrate(recipe: Recipe, args: argparse.Namespace) -> int:
             f"`torchrun --nproc-per-node {tensor} -m megavl plan ... --calibrate {args.calibrate}`, or measure with "
             "parallel.tensor=1 parallel.sequence_parallel=false"
         )
-    # Checked before measuring, which takes minutes: the folder is writable, and the file belongs to this recipe.
-    folder = Path(args.calibrate).parent
+    # Checked before measuring, which takes minutes: the folder is writable, nobody else measures into the file, and it
+    # belongs to this recipe.
+    path = Path(os.path.abspath(args.calibrate))
     writes = os.environ.get("RANK", "0") == "0"
-    if writes and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if writes and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise UsageError(f"--calibrate: cannot write {args.calibrate}: its folder is missing or not writable")
-    old = read_calibration(args.calibrate) if Path(args.calibrate).exists() else None
-    if old is not None:
-        check_calibration(old, recipe, path=args.calibrate)
-    from megavl.train.profile.calibrate import calibrate
+    with work_folder(path, name="--calibrate") if writes else nullcontext():
+        old = read_calibration(args.calibrate) if path.exists() else None
+        if old is not None:
+            check_calibration(old, recipe, path=args.calibrate)
+        from megavl.train.profile.calibrate import calibrate
 
-    images = expected_images(recipe) if args.images is None else round(args.images)
-    new = calibrate(recipe, images=images, repeats=args.repeats)
-    if new is not None:
-        write_calibration(args.calibrate, merge(old, new, path=args.calibrate))
-        entry = new.entries[0]
-        say(f"{args.calibrate}: tensor {entry.tensor}, {entry.processes} processes, {new.device}")
+        images = expected_images(recipe) if args.images is None else round(args.images)
+        new = calibrate(recipe, images=images, repeats=args.repeats)
+        if new is not None:
+            write_calibration(args.calibrate, merge(old, new, path=args.calibrate))
+            entry = new.entries[0]
+            say(f"{args.calibrate}: tensor {entry.tensor}, {entry.processes} processes, {new.device}")
     return 0

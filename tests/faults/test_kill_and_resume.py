@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.noted_groups import check_groups_made_once, run_noted
 from tests.tiny_run import PATIENCE_S, ROOT, environment, forked, metrics, run_training, train_command
 from tests.unit.evaluate.benchmarks import published
 
@@ -44,9 +45,10 @@ def test_killed_run_resumes_bitwise(
     """It evaluates every second step, as the reference does not, and no loss differs."""
     evaluating = evaluation_of(dataset, tmp_path)
     interrupt(dataset, tmp_path, signal.SIGKILL, *evaluating, after=5)
-    done = run_training(dataset, tmp_path, *LAYOUT, *evaluating, processes=2)
+    done = run_noted(dataset, tmp_path, *LAYOUT, *evaluating, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after step 3" in done.stdout
+    check_groups_made_once(tmp_path, processes=2)
     columns = ("step", "modality", "loss", "loss_by_source", "grad_norm", "lr", "loss_tokens", "images")
     columns += ("consumed_samples",)
     assert [[row[key] for key in columns] for row in metrics(tmp_path)] == [

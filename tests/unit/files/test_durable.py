@@ -72,7 +72,8 @@ def test_folder_is_synced_before_it_gets_its_name(tmp_path: Path, synced: list[P
         (folder / "images/a.png").write_bytes(b"a")
         (folder / "train.jsonl").write_text("{}")
     held = {folder, folder / "images", folder / "images/a.png", folder / "train.jsonl"}
-    assert set(synced[:-1]) == held and synced[-1] == tmp_path
+    owner, *content, parent = synced
+    assert owner.name == "owner-1.json" and set(content) == held and parent == tmp_path
 
 
 def test_text_file_is_synced_before_it_gets_its_name(tmp_path: Path, synced: list[Path]) -> None:

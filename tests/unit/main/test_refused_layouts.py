@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megavl.files.new_folder import work_folder
+
 RECIPE = """
 model: {preset: 7b}
 parallel: {tensor: 4, pipeline: 4, sequence_parallel: true}
@@ -116,7 +118,10 @@ def test_calibrations_are_refused_before_they_start(path: Path) -> None:
     assert code == 2 and "parallel.tensor 4 does not divide the number of processes, 6; start `torchrun" in error
     code, _, error = megavl("plan", path, "--calibrate", path / "c.json", world=4)
     assert code == 2 and "its folder is missing or not writable" in error
-    assert not file.exists()
+    with work_folder(file, name="--calibrate"):
+        code, _, error = megavl("plan", path, "--calibrate", file, world=4)
+    assert code == 2 and "error: --calibrate: " in error and "is in use by another process" in error
+    assert not file.exists() and not list(path.parent.glob(".*"))
 
 
 def test_parallel_auto_is_planned_but_not_trained(path: Path) -> None:

@@ -48,6 +48,24 @@ def test_only_force_replaces_an_earlier_result(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_of_two_builds_at_once_the_second_is_refused(capsys, monkeypatch, tmp_path):
+    assert run(capsys, "charts", "--output", tmp_path / "alone", *TINY)[0] == 0
+    second, add_training = [], picture_set.PictureSet.add_training
+
+    def add_while_another_starts(self, mix, *, count):
+        if not second:
+            second.append(None)
+            second[0] = run(capsys, "charts", "--output", tmp_path / "shared", *TINY, "--seed", 1, "--force")
+        return add_training(self, mix, count=count)
+
+    monkeypatch.setattr(picture_set.PictureSet, "add_training", add_while_another_starts)
+    assert run(capsys, "charts", "--output", tmp_path / "shared", *TINY)[0] == 0
+    code, message = second[0]
+    assert code == 2 and "error: --output: " in message and "is in use by another process" in message, message
+    first, alone = ((tmp_path / name / "captions.jsonl").read_bytes() for name in ("shared", "alone"))
+    assert first == alone and sorted(path.name for path in tmp_path.iterdir()) == ["alone", "shared"]
+
+
 def test_force_never_removes_a_foreign_folder(capsys, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
