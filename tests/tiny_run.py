@@ -57,7 +57,7 @@ def train_command(
     python: str = sys.executable,
     module: str = "megavl",
 ) -> list[str]:
-    """`megavl train` of the tiny recipe under torchrun; another `module` may take its place."""
+    """`megavl train` of the tiny recipe under torchrun, or the same words for another `module`."""
     return [
         *(python, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
         *("--master-port", str(free_port()), "-m", module, "train", "launch/recipes/tiny/stage2.yaml"),
