@@ -22,8 +22,9 @@ launch() {
   fi
   read_recipe
   if [ -n "${SLURM_JOB_ID:-}" ]; then
-    command -v srun >/dev/null ||
-      die 2 "SLURM_JOB_ID is $SLURM_JOB_ID, but there is no srun here; to start on this machine: unset SLURM_JOB_ID"
+    if ! { command -v srun >/dev/null && cluster_here; }; then
+      die 2 "SLURM_JOB_ID is $SLURM_JOB_ID, but srun has no cluster here; to start on this machine: unset SLURM_JOB_ID"
+    fi
     run_allocation
   elif slurm_here; then
     submit "$1" "${NODES:-$3}"
@@ -63,9 +64,10 @@ check_world() {
     die 2 "$1 processes are no multiple of parallel.tensor x parallel.pipeline = $MODEL_RANKS; change NODES, GPUS_PER_NODE, TP or PP"
 }
 
+slurm_here() { command -v sbatch >/dev/null && cluster_here; }
+
 # SLURM's programs may be installed without a cluster; a cluster whose controller is down still counts.
-slurm_here() {
-  command -v sbatch >/dev/null || return 1
+cluster_here() {
   case $(scontrol ping 2>&1 || :) in
     *'configuration source'* | *'unable to status file'*) return 1 ;;
   esac

@@ -239,6 +239,14 @@ def test_a_leftover_job_without_srun_is_answered(plain_machine: Stage) -> None:
     assert code == 2 and "unset SLURM_JOB_ID" in err
 
 
+def test_a_leftover_job_without_a_cluster_is_answered(cluster_login: Stage) -> None:
+    # Programs of SLURM that are installed, but not configured.
+    says = "scontrol: error: resolve_ctls_from_dns_srv: unable to find configuration source"
+    (cluster_login.folder / "bin/scontrol").write_text(f'#!/bin/bash\necho "{says}" >&2\nexit 1\n')
+    code, _, err = cluster_login.run(SLURM_JOB_ID="41")
+    assert code == 2 and "unset SLURM_JOB_ID" in err and not cluster_login.called("srun"), err
+
+
 def test_relative_paths_are_the_callers(cluster_login: Stage) -> None:
     recipe = cluster_login.folder / "own.yaml"
     recipe.write_text((ROOT / TINY).read_text().replace("base.yaml", str(ROOT / "launch/recipes/tiny/base.yaml")))
