@@ -32,6 +32,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megavl.parallel.first_import import import_engine
+
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "PYTHONUTF8")
 """Variables that Python or torch read at their start."""
@@ -148,6 +150,7 @@ def _become(request: dict[str, Any]) -> None:
 
 def main() -> None:
     """Import, then fork until standard input ends."""
+    import_engine()
     for name in IMPORTED:
         importlib.import_module(name)
     assert threading.active_count() == 1, "a fork would lose a thread"

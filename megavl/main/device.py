@@ -39,6 +39,9 @@ def choose_device(name: str | None, *, ranks: int | None = None) -> None:
     if name == "cpu":
         # CUDA reads the variable when devices are first counted, which importing megatron-core already does.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megavl.parallel.first_import import import_engine
+
+    import_engine()
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

@@ -50,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
         scenario = checked_scenario(recipe, devices=devices, device=None)
     except (UsageError, CheckpointError) as error:
         return _refuse(_run_dir(arguments), error)
+    from megavl.parallel.first_import import import_engine
+
+    import_engine()
     from megavl.parallel.groups import rank_from_env
     from megavl.parallel.peers import is_communication
     from megavl.train.loop import train

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from megavl.checkpoint import collective_errors
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.recipe import Recipe
 from megavl.files.owner import Owner
 from megavl.files.ownership import Ownership, current_owner, take
 from megavl.files.process import Process
+
+T = TypeVar("T")
 
 _LEAVING_S = 5.0
 """Added to `parallel.timeout_s`, within which the ranks of a killed launcher leave, seconds."""
@@ -58,7 +60,7 @@ class RunClaim:
             StorageError: they cannot be written; on every rank.
         """
         try:
-            self._token = collective_errors.on_rank_zero(self._result)
+            self._token = _on_rank_zero(self._result)
         except MegaVLError as error:
             self.refusal = error
             raise
@@ -69,7 +71,7 @@ class RunClaim:
         Raises:
             UsageError: another run took over while rank 0 stood still; on every rank.
         """
-        collective_errors.on_rank_zero(self._confirm_held)
+        _on_rank_zero(self._confirm_held)
 
     def permits_status(self) -> bool:
         """Whether the run directory is this run's, or nobody's.
@@ -104,3 +106,10 @@ def _is_same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except (OSError, ValueError):
         return False
+
+
+def _on_rank_zero(action: Callable[[], T]) -> T:
+    # It imports torch, without which the end of a run is recorded if the recipe is wrong.
+    from megavl.checkpoint import collective_errors
+
+    return collective_errors.on_rank_zero(action)
