@@ -45,6 +45,8 @@ def embed(
         (T, 1, H), or (T / tensor-parallel size, 1, H) with sequence parallelism.
     """
     x = embedding(input_ids=tokens[None], position_ids=None)  # (T, 1, H)
+    # The transpose leaves the batch dimension a stride with which torch multiplies token by token.
+    x = x[:, 0].unsqueeze(1)
     if len(image_rows):
         assert images is not None, "image rows come with images"
         vectors = placement.embeddings(vision, images).flatten(0, 1)  # (I * P, H)

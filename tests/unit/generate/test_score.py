@@ -55,6 +55,16 @@ def test_scores_equal_one_plain_pass(model, picture, report_table):
     assert found[0].perplexity == pytest.approx(math.exp(-found[0].log_prob / found[0].tokens))
 
 
+def test_no_projection_runs_token_by_token(model):
+    """A batch of products of one row each takes three times as long, on a GPU far longer."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
+        model.score(PROMPT, [" red"])
+        model.generate(model.processor(PROMPT), max_new_tokens=2)
+    products = [event.input_shapes[0] for event in recorded.events() if event.name in ("aten::bmm", "aten::mm")]
+    assert len(products) > 40
+    assert [shape for shape in products if len(shape) == 3 and shape[1] == 1] == []
+
+
 def test_greedy_answer_is_marked_greedy(model, picture):
     inputs = model.processor(PROMPT, [picture])
     said = model.generate(inputs, max_new_tokens=6).token_ids
