@@ -12,7 +12,7 @@ from typing import IO, NoReturn
 
 import torch
 
-from megavl.checkpoint.pickle_guard import MAX_BYTES, Names, check_pickle, names_of
+from megavl.checkpoint.pickle_guard import MAX_BYTES, CheckedPickle, Names, check_pickle, names_of
 from megavl.config.errors import CheckpointError
 
 MAX_DIRECTORY = 8 << 20
@@ -87,7 +87,38 @@ class FilePart:
         raise CheckpointError(f"{self.source}: not readable, it is no complete archive of torch.save")
 
 
-def check_archive(part: FilePart) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """A checked archive."""
+
+    part: FilePart
+    pickle: CheckedPickle
+    members: dict[str, _Member]
+    folder: str
+    """Of all members, with a slash at the end."""
+
+    def plain_tensor(self, *, sizes: tuple[int, ...], dtype: torch.dtype) -> int | None:
+        """Where the numbers of a contiguous tensor begin, if the archive is one: bytes from its start.
+
+        None: it holds something else, or a tensor in another form, which torch has to read.
+        """
+        if not self.pickle.holds_one_tensor() or (view := self.pickle.views[0]) is None:
+            return None
+        (storage,), strides, step = self.pickle.storages, view.strides, 1
+        kind = torch.storage._dtype_to_storage_type_map().get(dtype)
+        if view.offset or view.sizes != sizes or len(strides) != len(sizes) or storage.kind != kind:
+            return None
+        for size, stride in zip(reversed(sizes), reversed(strides)):
+            if size != 1 and stride != step:
+                return None
+            step *= size
+        if storage.numel != step:
+            return None
+        member = self.members[f"{self.folder}data/{storage.key}"]
+        return _content_start(self.part, member)
+
+
+def check_archive(part: FilePart) -> Archive:
     """Check an archive of tensors and plain values.
 
     Raises:
@@ -101,12 +132,14 @@ def check_archive(part: FilePart) -> None:
     if len(pickles) != 1:
         raise CheckpointError(f"{source}: not readable, the archive holds {len(pickles)} pickles")
     ((name, member),) = pickles.items()
-    for storage in check_pickle(_content(part, member), names=TENSORS, source=source).storages:
-        stored = members.get(f"{name.removesuffix('data.pkl')}data/{storage.key}")
+    folder, checked = name.removesuffix("data.pkl"), check_pickle(_content(part, member), names=TENSORS, source=source)
+    for storage in checked.storages:
+        stored = members.get(f"{folder}data/{storage.key}")
         size = storage.numel * _STORAGES[storage.kind]
         if stored is None or size > stored.size:
             held = 0 if stored is None else stored.size
             raise CheckpointError(f"{source}: tensor data {storage.key[:50]!r} has {held} bytes, {size} are needed")
+    return Archive(part=part, pickle=checked, members=members, folder=folder)
 
 
 def _refuse_pickle(part: FilePart) -> NoReturn:
@@ -181,8 +214,11 @@ def _wide(extra: bytes, values: list[int]) -> list[int]:
 
 
 def _content(part: FilePart, member: _Member) -> bytes:
-    header = part.read(member.start, _LOCAL_SIZE)
-    name_size, extra_size = struct.unpack("<26xHH", header)
     if member.size > MAX_BYTES:
         raise CheckpointError(f"{part.source}: a pickle of {member.size:,} bytes, at most {MAX_BYTES:,} are read")
-    return part.read(member.start + _LOCAL_SIZE + name_size + extra_size, member.size)
+    return part.read(_content_start(part, member), member.size)
+
+
+def _content_start(part: FilePart, member: _Member) -> int:
+    name_size, extra_size = struct.unpack("<26xHH", part.read(member.start, _LOCAL_SIZE))
+    return int(member.start + _LOCAL_SIZE + name_size + extra_size)

@@ -77,7 +77,30 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
     """
     if not dist.is_initialized():
         return [action()]
-    mine, local = _attempt(action)
+    return _share_outcomes(*_attempt(action))
+
+
+def on_every_rank_for_long(action: Callable[[], T]) -> list[T]:
+    """As `on_every_rank`, for an action that only works on files and takes much longer on some ranks.
+
+    It runs in a thread. While files get on anywhere, the watchdogs of all ranks count it as progress.
+    """
+    if not dist.is_initialized():
+        return [action()]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        running, seen = pool.submit(_attempt, action), activity.count()
+        while True:
+            done = bool(wait([running], timeout=BEAT_S).done)
+            reports: list[tuple[bool, bool]] = [(done, False)] * dist.get_world_size()
+            dist.all_gather_object(reports, (done, activity.count() != seen))
+            if all(ended for ended, _ in reports):
+                return _share_outcomes(*running.result())
+            if any(moved for _, moved in reports):
+                activity.note()
+            seen = activity.count()
+
+
+def _share_outcomes(mine: _Outcome, local: Exception | None) -> list[Any]:
     outcomes: list[_Outcome] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(outcomes, mine)
     _raise_same_error([error for _, error in outcomes], local)

@@ -52,8 +52,12 @@ def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
     raise CheckpointError(f"{path}: a valid checkpoint of this iteration exists; use another directory or remove it")
 
 
-def write_common(common: Mapping[str, Any], directory: Path) -> None:
-    """Write the state that all ranks share (`common.pt`) and megatron-core's own mark (`metadata.json`)."""
+def encode_common(common: Mapping[str, Any]) -> bytes:
+    """The content of `common.pt`: the state that all ranks share.
+
+    Raises:
+        TypeError: it holds something else than plain values and tensors.
+    """
     buffer = io.BytesIO()
     torch.save(dict(common), buffer)
     buffer.seek(0)
@@ -61,7 +65,12 @@ def write_common(common: Mapping[str, Any], directory: Path) -> None:
         safe_load(buffer, source=COMMON)
     except CheckpointError as error:
         raise TypeError(f"state: only plain values and tensors may stand outside shards: {error}") from None
-    write_durably(directory / COMMON, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_common(common: bytes, directory: Path) -> None:
+    """Write `common.pt` and megatron-core's own mark (`metadata.json`)."""
+    write_durably(directory / COMMON, common)
     write_durably(directory / BACKEND, json.dumps(BACKEND_MARK).encode())
 
 

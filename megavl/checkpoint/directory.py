@@ -12,9 +12,10 @@ import logging
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import MANIFEST, verify
@@ -77,23 +78,35 @@ def recover(directory: Path, *, skip_hash: bool, require: Callable[[Path], objec
         skip_hash: check sizes only, not hashes.
         require: raises a `CheckpointError` for a checkpoint that cannot serve.
     """
+
+    def usable(candidate: Path) -> None:
+        check(candidate, skip_hash=skip_hash)
+        require(candidate)
+
+    found, rejected = newest_usable(candidates(directory), usable)
+    return Recovery(path=found, rejected=rejected, tracker=tracker_problem(directory))
+
+
+def newest_usable(listed: Iterable[Path], check_one: Callable[[Path], object]) -> tuple[Path | None, list[str]]:
+    """The first checkpoint for which a check raises no `CheckpointError`, and the errors of those before it."""
     rejected: list[str] = []
-    found = None
-    for candidate in candidates(directory):
+    for candidate in listed:
         try:
-            check(candidate, skip_hash=skip_hash)
-            require(candidate)
+            check_one(candidate)
         except CheckpointError as error:
             rejected.append(str(error))
-            continue
-        found = candidate
-        break
-    return Recovery(path=found, rejected=rejected, tracker=_tracker_problem(directory))
+        else:
+            return candidate, rejected
+    return None, rejected
 
 
 def check(path: Path, *, skip_hash: bool) -> None:
     """Verify a checkpoint directory, and compare its name with its manifest."""
-    manifest = verify(path, skip_hash=skip_hash)
+    check_name(path, verify(path, skip_hash=skip_hash))
+
+
+def check_name(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the name of a checkpoint directory with its manifest."""
     match = _NAME.fullmatch(path.name)
     if match and int(match[1]) != manifest["iteration"]:
         raise CheckpointError(f"{path / MANIFEST}: is of iteration {manifest['iteration']}, not of {path.name}")
@@ -152,7 +165,8 @@ def _delete(path: Path, *, step: int) -> None:
         _log.warning("%s: not deleted (%s)", aside if aside.exists() else path, error)
 
 
-def _tracker_problem(directory: Path) -> str | None:
+def tracker_problem(directory: Path) -> str | None:
+    """What is wrong with the tracker file; None if nothing is, or there is none."""
     tracker = directory / LATEST
     if not tracker.exists():
         return None

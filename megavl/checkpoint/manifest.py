@@ -118,19 +118,31 @@ def verify(path: str | Path, *, skip_hash: bool = False) -> dict[str, Any]:
         CheckpointError: naming the first bad file, in name order, with the expected and the found value.
     """
     path = Path(path)
+    manifest = check_sizes(path)
+    if not skip_hash:
+        _raise_first(find_damage(path, unverified(path, manifest)))
+        remember_verified(path, manifest)
+    return manifest
+
+
+def check_sizes(path: Path) -> dict[str, Any]:
+    """Compare the size of every file with the manifest, and return that.
+
+    Raises:
+        CheckpointError: as `verify`.
+    """
     manifest = read_manifest(path)
     for name, record in manifest["files"].items():
         size = _size(path, name)
         if size != record["size"]:
             raise CheckpointError(f"{path / name}: {size} bytes, expected {record['size']}")
-    if skip_hash:
-        return manifest
-    identity = _identity(path, manifest)
-    if identity in _verified:
-        return manifest
-    _compare_hashes(path, manifest["files"])
-    _verified[identity] = manifest
     return manifest
+
+
+def unverified(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifest's records of all files, or of none if this process knows that their hashes are right."""
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    return {} if _identity(path, manifest) in _verified else files
 
 
 def check_small_files(path: Path) -> None:
@@ -140,15 +152,30 @@ def check_small_files(path: Path) -> None:
         CheckpointError: as `verify`.
     """
     files = read_manifest(path)["files"]
-    _compare_hashes(path, {name: record for name, record in files.items() if not name.endswith(".distcp")})
+    _raise_first(find_damage(path, {name: files[name] for name in files if not name.endswith(".distcp")}))
 
 
-def _compare_hashes(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def find_damage(path: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Compare the hashes of files with their records.
+
+    Returns:
+        A message by name of each file that differs.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
         found = dict(zip(files, pool.map(lambda name: _hash(path / name), files), strict=True))
-    for name, record in files.items():
-        if found[name] != record["sha256"]:
-            raise CheckpointError(f"{path / name}: sha256 {found[name]}, expected {record['sha256']}; damaged")
+    return {
+        name: f"{path / name}: sha256 {found[name]}, expected {record['sha256']}; damaged"
+        for name, record in files.items()
+        if found[name] != record["sha256"]
+    }
+
+
+def _raise_first(damage: Mapping[str, str]) -> None:
+    if damage:
+        raise CheckpointError(damage[min(damage)])
 
 
 def remember_verified(path: Path, manifest: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ _TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BI
 _EMPTY = {"EMPTY_LIST": "list", "EMPTY_DICT": "dict", "EMPTY_TUPLE": "tuple"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _ADDS = {"APPEND": ("list", 1), "APPENDS": ("list", None), "SETITEM": ("dict", 2), "SETITEMS": ("dict", None)}
+_REBUILD = "_rebuild_tensor_v2"
+"""What torch.save makes tensors with."""
 _STORES = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"BINGET", "LONG_BINGET"}
 
@@ -58,6 +60,16 @@ class Storage:
     numel: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class TensorView:
+    """A tensor that a pickle makes of stored numbers."""
+
+    offset: int
+    """First number."""
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class _Value:
     kind: str
@@ -83,8 +95,14 @@ class CheckedPickle:
     spent: int = 0
     storages: list[Storage] = field(default_factory=list)
     """Blocks of numbers that the pickle refers to."""
+    views: list[TensorView | None] = field(default_factory=list)
+    """Tensors that it makes of them; None for one in another form than torch.save's usual one."""
     end: int = 0
     """Bytes of the pickle."""
+
+    def holds_one_tensor(self) -> bool:
+        """Whether the value of the pickle is one tensor."""
+        return len(self.views) == len(self.storages) == 1 and self.stack[-1].content == _REBUILD
 
     def step(self, name: str, argument: Any) -> None:
         """Follow one instruction."""
@@ -170,6 +188,8 @@ class CheckedPickle:
             raise CheckpointError(f"{self.source}: refused, it calls {name}; do not trust this file")
         if arguments.weight > MAX_ARGUMENTS:
             raise CheckpointError(f"{self.source}: refused, it calls {function.content} with too much")
+        if function.content == _REBUILD:
+            self.views.append(_view(arguments.content))
         self._make("object", [arguments], content=function.content)
 
     def _persistent(self, reference: _Value) -> None:
@@ -193,6 +213,17 @@ class CheckedPickle:
         self.spent += weight
         if self.spent > MAX_WEIGHT:
             raise CheckpointError(f"{self.source}: refused, its values contain each other too often to be read")
+
+
+def _view(arguments: Any) -> TensorView | None:
+    """Offset, sizes and strides among the arguments that a tensor is made with."""
+    values = [argument.content for argument in arguments or ()]
+    match values:
+        case [_, int(offset), list() | tuple() as sizes, list() | tuple() as strides, *_]:
+            numbers = [[part.content for part in parts] for parts in (sizes, strides)]
+            if all(isinstance(number, int) for part in numbers for number in part):
+                return TensorView(offset=offset, sizes=tuple(numbers[0]), strides=tuple(numbers[1]))
+    return None
 
 
 def check_pickle(raw: bytes, *, names: Names, source: str) -> CheckedPickle:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megavl.checkpoint.archive import FilePart, check_archive
+from megavl.checkpoint.archive import Archive, FilePart, check_archive
 from megavl.checkpoint.pickle_guard import MAX_BYTES, Names, check_pickle, names_of
 from megavl.config.errors import CheckpointError, one_line
 from megavl.foreign.parsing import read_json
@@ -186,9 +186,9 @@ def _check_file(file: IO[bytes] | Path, *, source: str) -> None:
     file.seek(0)
 
 
-def check_shard_item(stream: IO[bytes], info: Any, *, source: str) -> None:
+def check_shard_item(stream: IO[bytes], info: Any, *, source: str) -> Archive:
     """Check the item at (offset, length) of an open shard file, as `load_shard_item` does first."""
-    check_archive(FilePart(file=stream, start=info.offset, size=info.length, source=source))
+    return check_archive(FilePart(file=stream, start=info.offset, size=info.length, source=source))
 
 
 def load_shard_item(stream: IO[bytes], info: Any, *, source: str) -> Any:

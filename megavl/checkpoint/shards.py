@@ -1,203 +1,145 @@
-"""Shard files: each rank writes and reads its own through torch's distributed checkpoint, in its own process.
+"""What one rank writes of a checkpoint, and how the ranks' parts become one `.metadata`.
 
 megatron-core's `torch_dist` writer starts a manager process and forks one writer per file. This takes 0.5 s to 3 s even
-for a small synchronous save. The files written here are the same, so `dist_checkpointing.load` reads them.
+for a small save, and is not safe once CUDA runs. Its division of replicas gives whole tensors to ranks, so the largest
+tensor bounds the balance. The files written here have the same format, so `dist_checkpointing.load` reads them.
 """
 
 from __future__ import annotations
 
-import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
-    MCoreSavePlanner,
-    _replace_sharded_keys_with_state_dict_keys,
-    _replace_state_dict_keys_with_sharded_keys,
-    _restore_dict_types,
-    _unwrap_pyt_sharded_tensor,
-    mcore_to_pyt_state_dict,
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed import checkpoint
-from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from megavl.checkpoint import collective_errors
 from megavl.checkpoint.fault import inject_fault
-from megavl.checkpoint.safe_unpickle import load_shard_item
-from megavl.config.errors import CheckpointError, MegaVLError, one_line
+from megavl.checkpoint.shard_files import ShardFiles
+from megavl.checkpoint.shares import divide, rows_of, shard_id
 from megavl.files import activity
-from megavl.files.durable import storage_errors
+from megavl.files.file_series import FileSeries
 
 
-def write_shards(sharded: ShardedStateDict, directory: Path, *, step: int) -> None:
-    """Write this rank's tensors and objects into `directory`, and `.metadata` on rank 0. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A block of a tensor, or an object, that this rank writes."""
+
+    key: str
+    data: Any
+    """Tensor with all axes of the whole tensor, or the object."""
+    shape: tuple[int, ...] | None
+    """Of the whole tensor; None for an object."""
+    offsets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A block that stands in a shard file."""
+
+    key: str
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    info: _StorageInfo
+
+
+def own_blocks(entries: Sequence[ShardedBase], gathered: Sequence[Sequence[ShardedBase]], *, rank: int) -> list[Block]:
+    """What this rank writes: its part of each tensor that data-parallel ranks share, and its own objects.
 
     Args:
-        sharded: `ShardedTensor`s and `ShardedObject`s only, factories applied.
-        directory: existing, empty.
+        entries: shards of this rank.
+        gathered: shards of all ranks, without data.
+    """
+    parts = divide([[shard for shard in entries if _may_write(shard)] for entries in gathered])
+    blocks: list[Block] = []
+    for entry in entries:
+        if isinstance(entry, ShardedObject):
+            if is_main_replica(entry.replica_id):
+                blocks.append(Block(key=entry.unique_key, data=entry.data, shape=None))
+        elif _may_write(entry):
+            blocks += [_rows(entry, part.start, part.stop) for part in parts[shard_id(entry)] if part.rank == rank]
+    return blocks
+
+
+def _may_write(shard: ShardedBase) -> bool:
+    """Whether a rank may write some of a tensor: it differs from the main replica in its data-parallel number only.
+
+    Replicas of other tensor-parallel ranks are computed, not copied, and could differ in the last bit.
+    """
+    if not isinstance(shard, ShardedTensor):
+        return False
+    replica = shard.replica_id
+    return is_main_replica(replica[:-1]) if isinstance(replica, tuple) else True
+
+
+def _rows(shard: ShardedTensor, start: int, stop: int) -> Block:
+    view, offsets = rows_of(shard, start, stop)
+    return Block(key=shard.key, data=view, shape=tuple(shard.global_shape), offsets=tuple(offsets))
+
+
+def write_blocks(
+    blocks: Sequence[Block], directory: Path, *, rank: int, step: int, note: Callable[[], None] = activity.note
+) -> tuple[list[Written], dict[str, dict[str, Any]]]:
+    """Write blocks into this rank's shard files. Not collective.
+
+    Args:
+        directory: existing, without shard files of this rank.
+        note: called before each block.
+
+    Returns:
+        What was written, and size and sha256 of each file by name.
 
     Raises:
-        StorageError: on all ranks, when the storage failed on any.
+        OSError: the storage failed; also RuntimeError, from torch's writer.
     """
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    try:
-        checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=_Writer(directory),
-            planner=_SavePlanner(step=step),
-        )
-    except CheckpointException as error:
-        raise _first_failure(error) from None
-
-
-def own_shards(directory: Path) -> list[Path]:
-    """Shard files of this rank."""
-    return sorted(directory.glob(f"__{collective_errors.rank()}_*.distcp"))
-
-
-class SafeLoad(LoadShardedStrategy):
-    """Loads shards through the safe unpickler; for `dist_checkpointing.load(sharded_strategy=...)`."""
-
-    def __init__(self, metadata: Metadata) -> None:
-        self._metadata = metadata
-
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """Load as megatron-core's `TorchDistLoadShardedStrategy` does, with our reader and planner. Collective.
-
-        Raises:
-            CheckpointError: on all ranks, naming the file and the key that could not be read on any.
-        """
-        by_key, flat_mapping, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        tensors = [item for items in by_key.values() for item in items if isinstance(item, ShardedTensor)]
-        targets = mcore_to_pyt_state_dict(by_key, True)
-        try:
-            checkpoint.load(
-                targets,
-                storage_reader=_Reader(Path(checkpoint_dir), self._metadata),
-                planner=_LoadPlanner(shapes_validation_sharded_tensors=tensors, flatten_state_dict=False),
+    written: list[Written] = []
+    with FileSeries(directory, hashed=True) as series:
+        files = ShardFiles(series, rank=rank)
+        for number, block in enumerate(blocks):
+            if number == 1:
+                inject_fault("mid_shard", rank=rank, step=step)
+            note()
+            tensor = block.data.cpu() if block.shape is not None else None
+            written.append(
+                Written(
+                    key=block.key,
+                    shape=block.shape,
+                    dtype=None if tensor is None else tensor.dtype,
+                    offsets=block.offsets,
+                    sizes=() if tensor is None else tuple(tensor.shape),
+                    info=files.append([block.data] if tensor is None else tensor),
+                )
             )
-        except CheckpointException as error:
-            raise _first_failure(error) from None
-        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in targets.items()}
-        nested = _replace_sharded_keys_with_state_dict_keys(loaded, flat_mapping, renamed)
-        _restore_dict_types(nested, sharded_state_dict)
-        return nested
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """True: objects are stored next to the tensors."""
-        return True
-
-    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
-        """Not offered: `megavl.checkpoint.state` compares keys before the load."""
-        raise NotImplementedError
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """Checked by `safe_unpickle.check_backend`."""
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        """Checked by `safe_unpickle.check_backend`."""
+    return written, series.records
 
 
-class SafeCommonLoad(TorchCommonLoadStrategy):
-    """Returns a common state that the safe unpickler has read."""
-
-    def __init__(self, common: StateDict) -> None:
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
-        """Return the common state."""
-        return self._common
-
-
-class _SavePlanner(MCoreSavePlanner):
-    def __init__(self, *, step: int) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._step = step
-        self._resolved = 0
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if self._resolved == 1:
-            inject_fault("mid_shard", rank=collective_errors.rank(), step=self._step)
-        self._resolved += 1
-        activity.note()
-        data: torch.Tensor | io.BytesIO = super().resolve_data(write_item)
-        return data
-
-
-class _Writer(checkpoint.FileSystemWriter):
-    def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
-        # Translated here: an exception that is sent to other ranks loses its cause.
-        with storage_errors(f"{self.path}: rank {collective_errors.rank()} writing its shard"):
-            return super().write_data(plan, planner)
-
-    def storage_meta(self) -> StorageMeta:
-        # Without the parent's path and random id, so that equal states give equal bytes in any directory.
-        return StorageMeta()
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        with storage_errors(f"{self.path}: writing .metadata"):
-            super().finish(metadata, results)
-
-
-class _Reader(checkpoint.FileSystemReader):
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        super().__init__(path)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        for name, items in by_file.items():
-            path = Path(self.path) / name
-            with path.open("rb") as stream:
-                for item in sorted(items, key=lambda item: self.storage_data[item.storage_index].offset):
-                    source = f"{path}: {item.storage_index.fqn}"
-                    value = load_shard_item(stream, self.storage_data[item.storage_index], source=source)
-                    _deliver(item, value, planner, source=source)
-                    activity.note()
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-class _LoadPlanner(MCoreLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        # The parent would unpickle `value` without restriction; ours was unpickled by `load_shard_item`.
-        self.original_state_dict[read_item.dest_index.fqn] = value
-
-
-def _deliver(item: ReadItem, value: Any, planner: LoadPlanner, *, source: str) -> None:
-    if item.type == LoadItemType.BYTE_IO:
-        planner.load_bytes(item, value)
-        return
-    target = planner.resolve_tensor(item).detach()
-    if not isinstance(value, torch.Tensor) or value.dim() != target.dim():
-        raise CheckpointError(f"{source}: holds no tensor of {target.dim()} axes")
-    part = narrow_tensor_by_index(value, item.storage_offsets, item.lengths)
-    if part.size() != target.size():
-        raise CheckpointError(f"{source}: shape {tuple(part.size())}, expected {tuple(target.size())}")
-    target.copy_(part)
-    planner.commit_tensor(item, target)
-
-
-def _first_failure(error: CheckpointException) -> BaseException:
-    """The error of the lowest failing rank, the same on all ranks."""
-    number, (cause, _) = min(error.failures.items())
-    if isinstance(cause, MegaVLError):
-        return cause
-    return CheckpointError(f"rank {number}: {type(cause).__name__}: {one_line(cause, limit=300)}")
+def metadata_of(parts: Sequence[Sequence[Written]]) -> bytes:
+    """The content of `.metadata` for what all ranks have written."""
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for item in (item for part in parts for item in part):
+        if item.shape is None or item.dtype is None:
+            entries[item.key] = BytesStorageMetadata()
+            stored[MetadataIndex(item.key)] = item.info
+            continue
+        shape, offsets = torch.Size(item.shape), torch.Size(item.offsets)
+        entry = entries.setdefault(item.key, TensorStorageMetadata(TensorProperties(dtype=item.dtype), shape, []))
+        assert isinstance(entry, TensorStorageMetadata), f"{item.key} is an object and a tensor"
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
+        stored[MetadataIndex(item.key, offsets)] = item.info
+    # Without a path or a random number, so that equal states give equal bytes in any directory.
+    return pickle.dumps(Metadata(state_dict_metadata=entries, storage_data=stored, storage_meta=StorageMeta()))

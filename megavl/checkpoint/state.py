@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing import load as load_distributed
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -20,38 +22,59 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import _validate_global_plan
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megavl.checkpoint import collective_errors
-from megavl.checkpoint.manifest import verify
 from megavl.checkpoint.safe_unpickle import METADATA, check_backend, read_common, read_metadata
-from megavl.checkpoint.shards import SafeCommonLoad, SafeLoad
+from megavl.checkpoint.shard_loads import SafeCommonLoad, SafeLoad
+from megavl.checkpoint.verification import verify_together
 from megavl.config.errors import CheckpointError, one_line
 
 _LISTED = 5
 """Most keys that one message lists."""
 
 
-def split_state(state: ShardedStateDict) -> tuple[ShardedStateDict, StateDict, int]:
-    """Separate the shards from the state that all ranks share, and check them. Collective; `state` is unchanged.
+@dataclass(frozen=True, kw_only=True)
+class SplitState:
+    """A state that is ready to be saved."""
 
-    Returns:
-        Shards with factories applied, common part, and bytes that all ranks together will write.
+    entries: list[ShardedBase]
+    """Shards of this rank, factories applied."""
+    gathered: list[list[ShardedBase]]
+    """Shards of all ranks, without data."""
+    common: StateDict
+    """What all ranks share."""
+    size: int
+    """Bytes that all ranks together will write."""
+
+
+def split_state(state: ShardedStateDict) -> SplitState:
+    """Separate the shards from the state that all ranks share, and check them. Collective; `state` is unchanged.
 
     Raises:
         CheckpointError: the shards of all ranks do not cover every tensor exactly once.
     """
-    split: list[tuple[ShardedStateDict, StateDict]] = []
+    split: list[tuple[list[ShardedBase], StateDict]] = []
 
     def inspect() -> tuple[int, list[ShardedBase]]:
-        split.append(save_preprocess(_copy_containers(state), validate_access_integrity=False))
-        entries: list[Any] = list(nested_values(split[0][0]))
+        sharded, common = save_preprocess(_copy_containers(state), validate_access_integrity=False)
+        entries: list[Any] = list(nested_values(sharded))
+        split.append((entries, common))
         written = [entry for entry in entries if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id)]
         return sum(entry.data.nbytes for entry in written), [entry.without_data() for entry in entries]
 
-    gathered = collective_errors.on_every_rank(inspect)
-    _check_sharding([bases for _, bases in gathered], source="state")
-    return *split[0], sum(size for size, _ in gathered)
+    found = collective_errors.on_every_rank(inspect)
+    gathered = [entries for _, entries in found]
+    _check_sharding(gathered, source="state")
+    return SplitState(entries=split[0][0], gathered=gathered, common=split[0][1], size=sum(size for size, _ in found))
 
 
 def load_state(
@@ -81,7 +104,7 @@ def load_state(
         CheckpointError: damaged, hostile, or not what `state` asks for, naming file and key.
     """
     path = Path(path)
-    collective_errors.on_rank_zero(lambda: bool(verify(path, skip_hash=skip_hash)))
+    verify_together(path, skip_hash=skip_hash)
     read: list[tuple[Metadata, StateDict]] = []
 
     def inspect() -> list[ShardedBase]:
@@ -100,7 +123,7 @@ def load_state(
         loaded: StateDict = load_distributed(
             state,
             str(path),
-            sharded_strategy=SafeLoad(metadata),
+            sharded_strategy=SafeLoad(metadata, asked),
             common_strategy=SafeCommonLoad(common),
             validate_access_integrity=False,
         )
@@ -159,11 +182,33 @@ def _check_sharding(bases: list[list[ShardedBase]], *, source: str) -> None:
             return
         try:
             validate_sharding_integrity(bases)
+            _check_uneven(bases)
         except (CheckpointingException, AssertionError) as error:
             text = one_line(error, limit=400)
             raise CheckpointError(f"{source}: the ranks do not cover every tensor exactly once: {text}") from error
 
     collective_errors.on_rank_zero(check)
+
+
+def _check_uneven(bases: list[list[ShardedBase]]) -> None:
+    """Check what megatron-core does not: shards of different sizes, such as those of a flattened range."""
+    chunks: dict[str, list[ChunkStorageMetadata]] = {}
+    wholes: dict[str, tuple[int, ...]] = {}
+    for entry in (entry for entries in bases for entry in entries):
+        if isinstance(entry, ShardedTensor) and not entry.has_regular_grid and is_main_replica(entry.replica_id):
+            sizes = torch.Size((1,) * entry.prepend_axis_num + tuple(entry.local_shape))
+            chunks.setdefault(entry.key, []).append(ChunkStorageMetadata(torch.Size(entry.global_offset), sizes))
+            wholes[entry.key] = tuple(entry.global_shape)
+    whole = Metadata(
+        {
+            key: TensorStorageMetadata(TensorProperties(), torch.Size(shape), chunks[key])
+            for key, shape in wholes.items()
+        }
+    )
+    # It compares volumes only if there are several plans; their content does not matter.
+    problems = _validate_global_plan([SavePlan([])] * 2, whole)
+    if problems:
+        raise CheckpointingException(problems[0])
 
 
 def _copy_containers(node: Any) -> Any:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
+import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 
-from megavl.checkpoint import collective_errors, commit
-from megavl.checkpoint.directory import LATEST, apply_retention, check, recover, remove_uncommitted, update_latest
+from megavl.checkpoint import collective_errors
+from megavl.checkpoint.background import HostBuffer, Task
+from megavl.checkpoint.directory import (
+    LATEST,
+    Recovery,
+    apply_retention,
+    candidates,
+    check,
+    newest_usable,
+    remove_uncommitted,
+    tracker_problem,
+    update_latest,
+)
 from megavl.checkpoint.directory import checkpoint_name as checkpoint_name
 from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import read_manifest as read_manifest
 from megavl.checkpoint.reader import require_usable
-from megavl.checkpoint.shards import own_shards, write_shards
-from megavl.checkpoint.state import load_state, split_state
+from megavl.checkpoint.save import Save
+from megavl.checkpoint.state import load_state
+from megavl.checkpoint.verification import verify_together
 from megavl.config.errors import CheckpointError, UsageError
 from megavl.files.durable import storage_errors, write_durably
 
-_HEADROOM = 1.2
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +57,9 @@ class CheckpointStore:
         self._keep = keep
         self._skip_hash = skip_hash
         self._known_valid: set[Path] = set()
+        self._buffer = HostBuffer()
+        self._begun: tuple[Save, Task] | None = None
+        self._retention: Task | None = None
         collective_errors.on_rank_zero(self._open)
 
     def save(
@@ -72,33 +85,97 @@ class CheckpointStore:
             StorageError: the storage failed on some rank. Nothing of it is left; older checkpoints are untouched.
             CheckpointError: a valid checkpoint of this iteration exists, or the shards do not cover the state.
         """
-        doing = f"{self._directory}: saving iteration {iteration}"
-        me = collective_errors.rank()
         final = self._directory / checkpoint_name(iteration)
-        if final in self._known_valid and collective_errors.on_rank_zero(lambda: self._is_valid(final)):
+        if (save := self._prepare(iteration, state=state, content=content, files=files)) is None:
             return final
-
-        def prepare() -> Path:
-            json.dumps(dict(content))
-            with storage_errors(doing):
-                self._warn_if_short_of_space(size)
-                commit.free_name(self._directory, iteration, skip_hash=self._skip_hash)
-                return commit.make_temporary(self._directory, iteration)
-
-        sharded, common, size = split_state(state)
-        collective_errors.on_every_rank(lambda: inject_fault("before_mkdir", rank=me, step=iteration))
-        temporary = collective_errors.on_rank_zero(prepare)
-        try:
-            write_shards(sharded, temporary, step=iteration)
-            self._hash_and_list(temporary, iteration, common=common, content=content, files=files, doing=doing)
-            self._publish(temporary, iteration, doing=doing)
-        except BaseException:
-            if me == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self._known_valid.add(final)
+        self._complete(save, save.write)
         self._after_commit(final, iteration)
         return final
+
+    def begin(
+        self,
+        iteration: int,
+        *,
+        state: ShardedStateDict,
+        content: Mapping[str, Any],
+        files: Mapping[str, bytes | Path],
+    ) -> None:
+        """Copy a checkpoint to host memory, and let a thread write it; `finish` commits it.
+
+        At most one save is under way. If the memory for the copy is not available, this waits for the writing.
+
+        Args: as `save`.
+
+        Raises:
+            StorageError: the storage failed already.
+            CheckpointError: as `save`.
+        """
+        assert self._begun is None, "a save is under way; finish it first"
+        final = self._directory / checkpoint_name(iteration)
+        if (save := self._prepare(iteration, state=state, content=content, files=files)) is None:
+            return
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", collective_errors.world_size()))
+        room = all(collective_errors.on_every_rank(lambda: self._buffer.has_room(save.blocks, ranks=ranks)))
+        if room:
+            save.blocks = self._buffer.copy(save.blocks)
+        elif collective_errors.rank() == 0:
+            _log.warning("%s: too little memory for a copy; training waits for the save of %d", final, iteration)
+        save.awaited = not room
+        task = Task(save.write)
+        if not room:
+            collective_errors.on_every_rank_for_long(task.wait)
+        self._begun = save, task
+
+    @property
+    def begun(self) -> int | None:
+        """Iteration of the save under way."""
+        return self._begun[0].iteration if self._begun is not None else None
+
+    def is_written(self) -> bool:
+        """Whether this rank has written its part of the save under way, or failed to. Not collective."""
+        return self._begun is None or self._begun[1].has_ended()
+
+    def finish(self) -> Path:
+        """Wait for the save under way and commit it.
+
+        Returns:
+            Its directory.
+
+        Raises:
+            StorageError: as `save`, also for what went wrong in the background.
+        """
+        assert self._begun is not None, "no save is under way"
+        (save, task), self._begun = self._begun, None
+        save.awaited = True
+        self._complete(save, task.result)
+        final = self._directory / checkpoint_name(save.iteration)
+        self._after_commit(final, save.iteration, in_background=True)
+        return final
+
+    def _prepare(
+        self,
+        iteration: int,
+        *,
+        state: ShardedStateDict,
+        content: Mapping[str, Any],
+        files: Mapping[str, bytes | Path],
+    ) -> Save | None:
+        """Prepare a save; None if it is a valid checkpoint already."""
+        final = self._directory / checkpoint_name(iteration)
+        collective_errors.on_rank_zero(self._end_retention)
+        if final in self._known_valid and collective_errors.on_rank_zero(lambda: self._is_valid(final)):
+            return None
+        return Save.prepare(
+            self._directory, iteration, state=state, content=content, files=files, skip_hash=self._skip_hash
+        )
+
+    def _complete(self, save: Save, write: Callable[[], None]) -> None:
+        try:
+            collective_errors.on_every_rank_for_long(write)
+            self._known_valid.add(save.commit())
+        except BaseException:
+            save.abandon()
+            raise
 
     def newest(self, *, allow_fresh: bool = False) -> Path | None:
         """Find the newest valid checkpoint; None if the directory is empty, as at the first start.
@@ -109,10 +186,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: the directory holds checkpoints or a tracker, but no valid checkpoint.
         """
-        found = collective_errors.on_rank_zero(lambda: self._newest(allow_fresh))
-        if found is not None:
-            self._known_valid.add(found)
-        return found
+        listed = collective_errors.on_rank_zero(lambda: candidates(self._directory))
+        path, rejected = newest_usable(listed, self._check_together)
+        collective_errors.on_rank_zero(lambda: self._report(path, rejected, allow_fresh=allow_fresh))
+        if path is not None:
+            self._known_valid.add(path)
+        return path
 
     def load(
         self, path: str | Path, state: ShardedStateDict, *, strict: bool = True, convert_dtype: bool = False
@@ -130,18 +209,19 @@ class CheckpointStore:
                 probe.unlink(missing_ok=True)
             remove_uncommitted(self._directory)
 
-    def _newest(self, allow_fresh: bool) -> Path | None:
-        found = recover(self._directory, skip_hash=self._skip_hash, require=require_usable)
+    def _check_together(self, path: Path) -> None:
+        verify_together(path, skip_hash=self._skip_hash, named=True)
+        collective_errors.on_rank_zero(lambda: require_usable(path))
+
+    def _report(self, path: Path | None, rejected: list[str], *, allow_fresh: bool) -> None:
+        found = Recovery(path=path, rejected=rejected, tracker=tracker_problem(self._directory))
         for line in (*found.rejected, *filter(None, [found.tracker])):
             _log.warning("%s", line)
-        if found.path is not None:
-            return found.path
-        if not found.rejected and not (self._directory / LATEST).exists():
-            return None
-        if allow_fresh:
-            _log.warning("%s: starting anew, as allow_fresh asks", self._directory)
-            return None
-        raise CheckpointError(found.explain(self._directory))
+        if found.path is not None or not found.rejected and not (self._directory / LATEST).exists():
+            return
+        if not allow_fresh:
+            raise CheckpointError(found.explain(self._directory))
+        _log.warning("%s: starting anew, as allow_fresh asks", self._directory)
 
     def _is_valid(self, path: Path) -> bool:
         try:
@@ -150,72 +230,25 @@ class CheckpointStore:
             return False
         return True
 
-    def _warn_if_short_of_space(self, size: int) -> None:
-        free = shutil.disk_usage(self._directory).free
-        if free < _HEADROOM * size:
-            _log.warning("%s: %d MB free, the save needs about %d MB", self._directory, free >> 20, size >> 20)
-
-    def _hash_and_list(
-        self,
-        temporary: Path,
-        iteration: int,
-        *,
-        common: StateDict,
-        content: Mapping[str, Any],
-        files: Mapping[str, bytes | Path],
-        doing: str,
-    ) -> None:
-        """Write rank 0's files, hash every file on the rank that wrote it, and list all in the manifest."""
+    def _after_commit(self, final: Path, iteration: int, *, in_background: bool = False) -> None:
         me = collective_errors.rank()
 
-        def hash_own() -> dict[str, dict[str, Any]]:
-            with storage_errors(f"{doing}: rank {me}"):
-                inject_fault("after_shard", rank=me, step=iteration)
-                paths = own_shards(temporary)
-                if me == 0:
-                    commit.write_common(common, temporary)
-                    commit.write_extra_files(temporary, files)
-                    paths += commit.non_shard_files(temporary)
-                return commit.file_records(temporary, paths)
-
-        gathered = collective_errors.on_every_rank(hash_own)
-        records = {name: record for part in gathered for name, record in part.items()}
-
-        def manifest() -> None:
-            with storage_errors(doing):
-                commit.write_manifest(
-                    temporary,
-                    iteration=iteration,
-                    world_size=collective_errors.world_size(),
-                    content=content,
-                    records=records,
-                )
-
-        collective_errors.on_rank_zero(manifest)
-
-    def _publish(self, temporary: Path, iteration: int, *, doing: str) -> None:
-        me = collective_errors.rank()
-
-        def ready() -> None:
-            with storage_errors(f"{doing}: rank {me}"):
-                inject_fault("after_manifest", rank=me, step=iteration)
-
-        def rename() -> Path:
-            with storage_errors(doing):
-                return commit.publish(temporary, self._directory, iteration)
-
-        # Nothing is committed unless every rank is still alive at this point.
-        collective_errors.on_every_rank(ready)
-        collective_errors.on_rank_zero(rename)
-
-    def _after_commit(self, final: Path, iteration: int) -> None:
-        me = collective_errors.rank()
+        def retain() -> None:
+            apply_retention(self._directory, keep=self._keep, skip_hash=self._skip_hash, step=iteration)
 
         def tidy() -> None:
             update_latest(self._directory, final)
-            apply_retention(self._directory, keep=self._keep, skip_hash=self._skip_hash, step=iteration)
+            if in_background:
+                self._retention = Task(retain)
+            else:
+                retain()
 
         inject_fault("after_rename", rank=me, step=iteration)
         if me:
             inject_fault("mid_retention", rank=me, step=iteration)
         collective_errors.on_rank_zero(tidy)
+
+    def _end_retention(self) -> None:
+        if self._retention is not None:
+            task, self._retention = self._retention, None
+            task.result()

@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -28,6 +26,7 @@ from megavl.checkpoint import commit
 from megavl.checkpoint.directory import checkpoint_name, update_latest
 from megavl.checkpoint.reader import MODEL_FILE
 from megavl.checkpoint.safe_unpickle import METADATA
+from megavl.checkpoint.shard_files import ShardFiles
 from megavl.checkpoint.stored_keys import extra_state_keys, stored_key
 from megavl.config.errors import CheckpointError
 from megavl.config.load import to_dict
@@ -37,9 +36,6 @@ from megavl.files.file_series import FileSeries
 from megavl.files.owner import Owner
 from megavl.files.ownership import Ownership, take
 from megavl.weights.canonical_names import canonical_shapes
-
-SHARD_BYTES = 2 << 30
-"""A new shard file begins after this many bytes, so that several can be hashed and loaded at once."""
 
 
 def write_model_checkpoint(
@@ -89,11 +85,11 @@ def _write_owned(
     try:
         with storage_errors(doing):
             with FileSeries(temporary, hashed=True) as shard_files:
-                shards = _ShardFiles(shard_files, config=config)
+                shards = _Weights(shard_files, config=config)
                 for name, tensor in tensors:
                     shards.add(name, tensor)
                 write_durably(temporary / METADATA, pickle.dumps(shards.finish()))
-            commit.write_common({}, temporary)
+            commit.write_common(commit.encode_common({}), temporary)
             own = {MODEL_FILE: json.dumps(to_dict(config), indent=1).encode()}
             commit.write_extra_files(temporary, {**files, **own})
             records = shard_files.records | commit.file_records(temporary, commit.non_shard_files(temporary))
@@ -107,16 +103,15 @@ def _write_owned(
     return final
 
 
-class _ShardFiles:
+class _Weights:
     """Appends tensors to shard files and collects the content of `.metadata`."""
 
     def __init__(self, files: FileSeries, *, config: ModelConfig) -> None:
-        self._files = files
+        self._files = ShardFiles(files, rank=0)
         self._layers = config.llm.num_layers
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._stored: dict[MetadataIndex, _StorageInfo] = {}
         self._missing = {name for name in canonical_shapes(config) if name.startswith("language_model.")}
-        self._count = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         stored = stored_key(name)
@@ -137,10 +132,7 @@ class _ShardFiles:
         index = MetadataIndex(stored.key, offsets)
         if index in self._stored:
             raise CheckpointError(f"{name}: given twice")
-        # torch.save writes the whole storage of a view.
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        self._stored[index] = self._append(tensor)
+        self._stored[index] = self._files.append(tensor)
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.size()))
         self._missing.discard(name)
 
@@ -150,25 +142,5 @@ class _ShardFiles:
             raise CheckpointError(f"{len(self._missing)} tensors of the language model are missing: {first}")
         for key in extra_state_keys(layers=self._layers):
             self._entries[key] = BytesStorageMetadata()
-            self._stored[MetadataIndex(key)] = self._append([None])
+            self._stored[MetadataIndex(key)] = self._files.append([None])
         return Metadata(state_dict_metadata=self._entries, storage_data=self._stored)
-
-    def _append(self, value: Any) -> _StorageInfo:
-        if not self._count or self._files.tell() > SHARD_BYTES:
-            self._files.begin(f"__0_{self._count}.distcp")
-            self._count += 1
-        offset = self._files.tell()
-        with _no_second_checksum():
-            torch.save(value, cast(IO[bytes], self._files))
-        return _StorageInfo(f"__0_{self._count - 1}.distcp", offset, self._files.tell() - offset)
-
-
-@contextmanager
-def _no_second_checksum() -> Iterator[None]:
-    """Save without torch's own CRC, which no reader checks; it would cost a third of the time of the sha256."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)

@@ -248,6 +248,9 @@ class CheckpointConfig:
     """Steps between two saves; the last step always saves."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep."""
+    async_save: bool = False
+    """Train on while a save is written; each rank keeps a copy of its part in host memory. Off by default: a run that
+    is killed before the write has ended resumes from the checkpoint before. The last save always waits."""
     init: str | None = None
     """MegaVL checkpoint, or the directory that holds it, from which a new run takes its weights, but no optimizer
     state. Model and tokenizer must be the checkpoint's; `model: {from: init}` takes all sizes from it."""

@@ -45,6 +45,7 @@ from megavl.train.profile.step_traces import StepTraces, require_traceable
 from megavl.train.profile.timeline import StepTimelines
 from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan, of_rank_zero, this_device
+from megavl.train.saves import Saves
 from megavl.train.schedule import learning_rate
 from megavl.train.start import check_start, require_random_allowed
 from megavl.train.state import RunState
@@ -139,6 +140,7 @@ def _run_steps(
 ) -> int:
     """Run all remaining steps; returns the exit code, which says whether a signal stopped the run before its last."""
     recipe, training, optimizer = plan.recipe, plan.recipe.training, plan.recipe.optimizer
+    saves = Saves(plan, state, status=status)
     while progress.step < training.steps:
         step = progress.step + 1
         status.step, status.section = step, "loading data"
@@ -162,16 +164,15 @@ def _run_steps(
             log.write(row | slowest)
         for recorder in recorders:
             recorder.end(modality=data[0].modality, seconds=seconds)
+        saves.finish_if_written()
         if result.skipped:
             sample_ids = tuple(number for batch in data for number in batch.sample_ids)
-            _handle_bad_step(plan, progress, result, sample_ids=sample_ids)
+            _handle_bad_step(plan, progress, result, sample_ids=sample_ids, saves=saves)
         last = step == training.steps
         # Before the save: a run that resumes from it has this evaluation, or makes it first.
         stopped = result.asked_to_stop or evaluation.after(state.model, step=step, status=status)
         if last or stopped or step % recipe.checkpoint.interval == 0:
-            status.section = "saving"
-            status.claim.confirm()
-            _save(plan, state, progress, must=last or stopped)
+            saves.save(progress, must=last or stopped)
         # After the last step, its evaluation may be left to do.
         if stopped and (not last or evaluation.is_due(step)):
             return _code_of_stop(plan, stop, step=step)
@@ -290,25 +291,15 @@ def _log(plan: RunPlan, progress: Progress) -> MetricsLog | None:
     return MetricsLog(run.dir, steps=steps, start_step=progress.step, tensorboard=run.tensorboard)
 
 
-def _handle_bad_step(plan: RunPlan, progress: Progress, result: StepResult, *, sample_ids: tuple[int, ...]) -> None:
+def _handle_bad_step(
+    plan: RunPlan, progress: Progress, result: StepResult, *, sample_ids: tuple[int, ...], saves: Saves
+) -> None:
     recipe = plan.recipe
     plan.say(f"step {progress.step} skipped: loss {result.loss} or its gradient is not finite; {sample_ids=}")
     if progress.bad_steps >= recipe.training.max_bad_steps:
+        # It is from before these steps, and may be the newest checkpoint.
+        saves.finish()
         raise NumericsError(
             f"{progress.bad_steps} steps in a row up to {progress.step} had a loss or gradient that is not finite; "
             f"the newest checkpoint in {recipe.checkpoint_dir} is from before them; lower optimizer.lr or check data"
         )
-
-
-def _save(plan: RunPlan, state: RunState, progress: Progress, *, must: bool) -> None:
-    """Save; a failing storage is survived once in a row unless this save is the run's last chance."""
-    try:
-        path = state.save(progress)
-    except StorageError as error:
-        state.failed_saves += 1
-        if must or state.failed_saves > 1:
-            raise
-        plan.say(f"warning: {error}; training goes on without this checkpoint")
-        return
-    state.failed_saves = 0
-    plan.say(f"saved {path}")

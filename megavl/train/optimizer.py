@@ -1,8 +1,8 @@
 """megatron-core's optimizers with torch's AdamW, extended to resume and reshard exactly and to skip bad steps.
 
 megatron-core 0.16.1 cannot resume its distributed optimizer. Its load template needs state that does not exist yet.
-All parameters come back with one shared step tensor. Buckets with padding are saved at shifted offsets. Its other
-optimizers save one step count, under other keys.
+All parameters come back with one shared step tensor. Buckets with padding are saved at shifted offsets, after one rank
+of each replica has gathered them. Its other optimizers save one step count, under other keys.
 
 The subclasses below repair this and write the same files with and without `parallel.distributed_optimizer`. A text-only
 step leaves vision weights unchanged. A step whose loss or gradient is not finite changes nothing. The device decides
@@ -32,6 +32,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 
+from megavl.checkpoint.boxes import shards_of_range
 from megavl.config import recipe as recipes
 from megavl.config.errors import CheckpointError
 from megavl.parallel import cpu_runtime
@@ -206,14 +207,30 @@ class _Resumable(MegatronOptimizer):
 class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
     """Each data-parallel rank updates its shard; files fit any tensor, pipeline and data-parallel size."""
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """State for dist_checkpointing; a fresh optimizer first allocates its moments."""
-        self._allocate()
-        out: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        return out
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """State for dist_checkpointing; a fresh optimizer first allocates its moments.
 
-    def _load_tensors(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
-        self.load_parameter_state_from_fully_reshardable(tensors)
+        Each rank gives the shard that it updates. megatron-core would gather the shards of all ranks in host memory.
+        """
+        self._allocate()
+        weights, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        sharded = {id(weight.data): weight for weight in nested_values(weights)}
+        tensors: dict[int, dict[str, Any]] = {}
+        for index, weight in enumerate(self.model_param_group_index_map):
+            whole, start = sharded[id(weight)], self._get_model_param_range_map(weight)["param"].start
+            state = self._get_main_param_and_optimizer_states(weight)
+            tensors[index] = {
+                key: shards_of_range(whole, state[key].detach(), start=start, key=f"optimizer.state.{key}.{whole.key}")
+                for key in _STATE_KEYS
+            }
+        return {**self.state_dict(), "param_state": tensors, "param_state_sharding_type": "fully_reshardable"}
+
+    def _load_tensors(self, tensors: dict[int, dict[str, Any]]) -> None:
+        for index, weight in enumerate(self.model_param_group_index_map):
+            loaded = {key: torch.cat([part.flatten() for part in tensors[index][key]]) for key in _STATE_KEYS}
+            self._set_main_param_and_optimizer_states(weight, loaded)
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -221,20 +238,6 @@ class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
         target = {"param": main, **self.optimizer.state[main]}
         for key in _STATE_KEYS:  # never `step`, which is not in the file
             target[key].copy_(tensors[key])
-
-    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
-        """Gathered state, with padding at the end of each bucket.
-
-        megatron-core packs buckets without this padding, but then reads them at padded offsets.
-        """
-        state = super().get_parameter_state_dp_zero(*args, **kwargs)
-        if state is None:
-            return None
-        for index, buffer in enumerate(self.buffers):
-            for tensors in state[index].values():
-                for key in _STATE_KEYS:
-                    tensors[key] = _with_padding(tensors[key], buffer)
-        return state
 
 
 class _Whole(_Resumable):
@@ -281,12 +284,3 @@ _ADOPTED = {
     FP32Optimizer: WholeFP32Optimizer,
     Float16OptimizerWithFloat16Params: WholeBF16Optimizer,
 }
-
-
-def _with_padding(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    full, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
-    for bucket in buffer.buckets:
-        count = bucket.numel_unpadded
-        full[bucket.offset : bucket.offset + count] = packed[start : start + count]
-        start += count
-    return full

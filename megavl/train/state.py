@@ -39,18 +39,24 @@ class RunState:
         self.recipe, self.model, self.optimizer, self.tokenizer = recipe, model, optimizer, tokenizer
         self.fixed = Fixed.of(recipe, fingerprint=fingerprint)
         settings = recipe.checkpoint
-        self.failed_saves = 0
         self.store = CheckpointStore(recipe.checkpoint_dir, keep=settings.keep, skip_hash=settings.skip_hash)
 
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint. Collective."""
+        return self.store.save(progress.step, **self._contents(progress))
+
+    def begin_save(self, progress: Progress) -> None:
+        """Begin to write a checkpoint in the background; `store.finish` commits it. Collective."""
+        self.store.begin(progress.step, **self._contents(progress))
+
+    def _contents(self, progress: Progress) -> dict[str, Any]:
         files: dict[str, bytes | Path] = {
             "recipe.yaml": dump_recipe(self.recipe).encode(),
             "model.json": _json(to_dict(self.recipe.model)),
             **{f"tokenizer/{path.name}": path for path in self.tokenizer.files},
         }
         state = save_state(self.model, self.optimizer)
-        return self.store.save(progress.step, state=state, content=self._content(progress), files=files)
+        return {"state": state, "content": self._content(progress), "files": files}
 
     def restore(self) -> tuple[Progress, list[str]] | None:
         """Resume from the newest good checkpoint of this run; None if there is none yet. Collective.

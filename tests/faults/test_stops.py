@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tests.faults.two_ranks import Ranks, saved, state_bytes
 from tests.tiny_run import metrics
 
 COLUMNS = ("step", "modality", "loss", "grad_norm", "lr", "loss_tokens", "images", "consumed_samples")
+
+ASYNC = "checkpoint.async_save=true"
 
 
 def rows(run: Path) -> list[list[Any]]:
@@ -58,7 +61,7 @@ def test_stops_and_a_full_disk_change_nothing(dataset: Path, reference: Path, tm
     # The evaluation that the signal ended came first.
     assert [row["step"] for row in metrics(tmp_path, "evaluation.jsonl")] == [2]
     # No space: the save at 6 is given up with one warning, the last one ends the run.
-    codes, status, printed = end(dataset, tmp_path, fault="mid_shard:1:6:enospc,mid_shard:1:8:enospc")
+    codes, status, printed = end(dataset, tmp_path, ASYNC, fault="mid_shard:1:6:enospc,mid_shard:1:8:enospc")
     assert codes == {0: 5, 1: 5} and (status["code"], status["step"]) == (5, 8), printed
     assert printed.count("warning: ") == 1 and "training goes on without this checkpoint" in printed
     assert saved(tmp_path) == [3, 4]
@@ -79,12 +82,14 @@ def test_stops_and_a_full_disk_change_nothing(dataset: Path, reference: Path, tm
 SITES = ["before_mkdir", "mid_shard", "after_shard", "after_manifest", "after_rename", "mid_retention"]
 
 
-def kill_in_a_save(dataset: Path, reference: Path, run: Path, *, site: str, rank: int) -> None:
+def kill_in_a_save(
+    dataset: Path, reference: Path, run: Path, *, site: str, rank: int, changes: Sequence[str] = ()
+) -> None:
     # Step 8 also has an older checkpoint to delete.
     step = 8 if site == "mid_retention" else 6
-    codes, _, printed = end(dataset, run, fault=f"{site}:{rank}:{step}:sigkill")
+    codes, _, printed = end(dataset, run, *changes, fault=f"{site}:{rank}:{step}:sigkill")
     assert codes[rank] == -9 and codes[1 - rank] == 7, printed
-    codes, _, printed = end(dataset, run)
+    codes, _, printed = end(dataset, run, *changes)
     assert codes == {0: 0, 1: 0}, printed
     committed = site in ("after_rename", "mid_retention")
     if step == 6:
@@ -93,18 +98,21 @@ def kill_in_a_save(dataset: Path, reference: Path, run: Path, *, site: str, rank
     assert saved(run) == [6, 8]
 
 
-@pytest.mark.parametrize(("site", "rank"), [("after_rename", 1)])
-def test_a_kill_in_a_save_changes_nothing(dataset: Path, reference: Path, tmp_path: Path, site: str, rank: int) -> None:
-    kill_in_a_save(dataset, reference, tmp_path, site=site, rank=rank)
+@pytest.mark.parametrize(("site", "rank", "changes"), [("after_rename", 1, ()), ("mid_shard", 0, (ASYNC,))])
+def test_a_kill_in_a_save_changes_nothing(
+    dataset: Path, reference: Path, tmp_path: Path, site: str, rank: int, changes: Sequence[str]
+) -> None:
+    kill_in_a_save(dataset, reference, tmp_path, site=site, rank=rank, changes=changes)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [(), (ASYNC,)])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("site", SITES)
 def test_a_kill_in_any_part_of_a_save_changes_nothing(
-    dataset: Path, reference: Path, tmp_path: Path, site: str, rank: int
+    dataset: Path, reference: Path, tmp_path: Path, site: str, rank: int, changes: Sequence[str]
 ) -> None:
-    kill_in_a_save(dataset, reference, tmp_path, site=site, rank=rank)
+    kill_in_a_save(dataset, reference, tmp_path, site=site, rank=rank, changes=changes)
 
 
 def test_bad_steps_in_a_row_end_with_code_6(dataset: Path, tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavl.checkpoint import collective_errors
+from megavl.checkpoint.background import HostBuffer
+from megavl.checkpoint.shard_reads import ShardReader
 from megavl.checkpoint.store import CheckpointStore
+from megavl.config.errors import StorageError
 from megavl.config.load import load_model_config
 from megavl.files import activity
 
@@ -40,6 +43,9 @@ def toy_state(value: float, *, objects: bool = True) -> dict[str, Any]:
             "bias": ShardedTensor.from_rank_offsets(
                 "model.vision.bias", torch.full((3,), value, dtype=torch.bfloat16), replica_id=rank
             ),
+            "table": ShardedTensor.from_rank_offsets(
+                "model.vision.table", torch.arange(4096.0).reshape(1, 512, 8) + value, replica_id=(0, 0, rank)
+            ),
         },
         "iteration": int(value),
         "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}, {}],
@@ -56,7 +62,14 @@ def save_and_load(directory: str, steps: list[int]) -> dict[str, Any]:
         store.save(step, state=toy_state(step), content={"consumed": 3 * step}, files={"recipe.yaml": b"seed: 1\n"})
     path = store.newest()
     assert path is not None
-    return {"path": str(path), **_report(store.load(path, toy_state(0)))}
+    read, read_rows = [0], ShardReader._read
+
+    def counted(self: ShardReader, stream: Any, position: int, rows: torch.Tensor, *, source: str) -> None:
+        read[0] += rows.nbytes
+        read_rows(self, stream, position, rows, source=source)
+
+    ShardReader._read = counted  # type: ignore[method-assign]
+    return {"path": str(path), **_report(store.load(path, toy_state(0))), "read": read[0]}
 
 
 def wait_for_rank_zero(directory: str) -> int:
@@ -91,6 +104,29 @@ def save_again(directory: str, steps: list[int]) -> list[str]:
     """Save steps; report the directories."""
     store = CheckpointStore(directory)
     return [store.save(step, state=toy_state(step), content={}, files={}).name for step in steps]
+
+
+def save_in_background(directory: str, steps: list[int]) -> list[str]:
+    """Begin to save each step, overwrite its state as training would, and commit; report directories or errors.
+
+    At step 10 one rank finds no memory for its copy.
+    """
+    store, found, has_room = CheckpointStore(directory), [], HostBuffer.has_room
+    for step in steps:
+        state = toy_state(step)
+        room = step != 10 or dist.get_rank() == 0
+        HostBuffer.has_room = has_room if room else lambda *args, **words: False  # type: ignore[method-assign]
+        store.begin(step, state=state, content={}, files={})
+        for shard in state["model"].values():
+            shard.data.zero_()
+        state["groups"][0]["lr"] = 0.0
+        assert store.begun == step
+        try:
+            found.append(store.finish().name)
+        except StorageError as error:
+            found.append(str(error))
+        assert store.begun is None and store.is_written()
+    return found
 
 
 def save_limited(directory: str) -> list[str]:
@@ -147,6 +183,7 @@ def _report(loaded: dict[str, Any]) -> dict[str, Any]:
     return {
         "weight": loaded["model"]["weight"].tolist(),
         "bias": loaded["model"]["bias"].float().tolist(),
+        "table": loaded["model"]["table"].flatten().tolist(),
         "rng": loaded.get("rng"),
         "iteration": loaded["iteration"],
         "betas": list(loaded["groups"][0]["betas"]),

@@ -48,6 +48,7 @@ def test_round_trip_is_bitwise_and_keeps_newest_two(tmp_path: Path, world: int) 
     for rank, part in enumerate(found):
         assert part["path"] == str(directory / "iter_0000003")
         assert part["bias"] == [3.0, 3.0, 3.0]
+        assert part["table"] == [3.0 + number for number in range(4096)]
         assert part["rng"] == {"rank": rank, "value": 3}
         assert (part["iteration"], part["betas"]) == (3, [0.9, 0.95])
     assert names(directory) == ["iter_0000002", "iter_0000003"]
@@ -55,7 +56,12 @@ def test_round_trip_is_bitwise_and_keeps_newest_two(tmp_path: Path, world: int) 
     assert (directory / "iter_0000003" / "recipe.yaml").read_bytes() == b"seed: 1\n"
     manifest = read_manifest(directory / "iter_0000003")
     assert (manifest["iteration"], manifest["world_size"], manifest["content"]) == (3, world, {"consumed": 9})
-    assert {f"__{rank}_0.distcp" for rank in range(world)} < set(manifest["files"])
+    # Every rank writes, and reads, its share of what all of them hold.
+    sizes = [manifest["files"][f"__{rank}_0.distcp"]["size"] for rank in range(world)]
+    assert max(sizes) < 1.1 * sum(sizes) / world
+    stored = 4096 * 4 + states.ROWS * 4 * 4 + 3 * 2
+    read = [part["read"] for part in found]
+    assert sum(read) == stored and max(read) < 1.1 * stored / world
 
 
 def test_another_number_of_ranks_loads_it(saved: Path, tmp_path: Path) -> None:
@@ -72,13 +78,28 @@ def test_equal_states_give_equal_bytes(saved: Path, tmp_path: Path) -> None:
     assert read_manifest(other / "iter_0000010")["files"] == read_manifest(saved / "iter_0000010")["files"]
 
 
+def test_save_in_background_equals_one_that_waits(saved: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    fault = "mid_shard:1:15:enospc,after_manifest:0:20:eio"
+    found = results(run_ranks(states.save_in_background, 2, str(other), [5, 10, 15, 20], fault=fault))
+    for first, second, third, fourth in found:
+        assert (first, second) == ("iter_0000005", "iter_0000010")
+        assert "rank 1 writing its shard: No space left on device" in third and "Input/output error" in fourth
+    assert names(other) == ["iter_0000005", "iter_0000010"]
+    for name in names(other):
+        assert read_manifest(other / name)["files"] == read_manifest(saved / name)["files"]
+
+
 SITES = ["before_mkdir", "mid_shard", "after_shard", "after_manifest", "after_rename", "mid_retention"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("site", SITES)
 def test_kill_during_a_save_keeps_a_checkpoint(pair: Path, site: str, rank: int) -> None:
-    ended = run_ranks(states.save_again, 2, str(pair), [15], fault=f"{site}:{rank}:15:sigkill")
+    # Each part of a save is in the background in one case.
+    begins = rank == SITES.index(site) % 2
+    save = states.save_in_background if begins else states.save_again
+    ended = run_ranks(save, 2, str(pair), [15], fault=f"{site}:{rank}:15:sigkill")
     assert ended[rank].exit_code == -9
     store = CheckpointStore(pair)
     newest = store.newest()

@@ -103,7 +103,7 @@ def test_views_do_not_drag_their_storage_along(tmp_path: Path) -> None:
 
 
 def test_weights_fill_several_shard_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megavl.checkpoint.writer.SHARD_BYTES", 1 << 20)
+    monkeypatch.setattr("megavl.checkpoint.shard_files.SHARD_BYTES", 1 << 20)
     path = write_model_checkpoint(tmp_path, config=CONFIG, tensors=weights(), files={})
     assert len(list(path.glob("*.distcp"))) > 1
     found = open_model_tensors(path)
@@ -146,7 +146,7 @@ def test_stored_keys_have_an_exact_inverse() -> None:
 
 
 def test_recorded_hashes_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megavl.checkpoint.writer.SHARD_BYTES", 1 << 20)
+    monkeypatch.setattr("megavl.checkpoint.shard_files.SHARD_BYTES", 1 << 20)
     tensors = [*weights(), ("vision.large", torch.randn(1 << 20)), ("vision.odd", torch.randn(700_001).half())]
     path = write_model_checkpoint(tmp_path, config=CONFIG, tensors=tensors, files={})
     records = read_manifest(path)["files"]

@@ -1,0 +1,100 @@
+"""A save that goes on while the run trains: a copy in host memory, which a thread of this process writes.
+
+The thread uses no collective, so nothing interleaves with those of training, and forks nothing, which CUDA would not
+survive. All ranks commit together between two steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megavl.checkpoint.shards import Block
+
+_ALIGNMENT = 64
+"""Bytes; every type of numbers may begin at a multiple of it."""
+_MEMORY = Path("/proc/meminfo")
+
+
+class HostBuffer:
+    """Memory of the host for the part of one save that this rank writes; the next save uses it again."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def has_room(self, blocks: Sequence[Block], *, ranks: int) -> bool:
+        """Whether a copy fits into the memory that is available on this host, of which each rank may take a part."""
+        more = _size(blocks) - self._memory.numel()
+        return more <= 0 or more * ranks < _available()
+
+    def copy(self, blocks: Sequence[Block]) -> list[Block]:
+        """Copies of blocks; they are valid until the next call."""
+        if self._memory.numel() < _size(blocks):
+            # Freed first, so that both never exist together.
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(_size(blocks), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        copies, position = [], 0
+        for block in blocks:
+            if block.shape is None:
+                copies.append(replace(block, data=copy.deepcopy(block.data)))
+                continue
+            place = self._memory[position : position + block.data.nbytes]
+            target = place.view(block.data.dtype).view(block.data.shape)
+            target.copy_(block.data, non_blocking=True)
+            copies.append(replace(block, data=target))
+            position += _padded(block.data.nbytes)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+
+class Task:
+    """A function that runs in a thread, which does not keep the process from ending."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        """Start."""
+        self._action = action
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="megavl-save", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        except Exception as error:
+            self._error = error
+
+    def has_ended(self) -> bool:
+        """Whether it has returned or failed."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._thread.join()
+
+    def result(self) -> None:
+        """Wait for its end; raises its error."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+
+
+def _size(blocks: Sequence[Block]) -> int:
+    return sum(_padded(block.data.nbytes) for block in blocks if block.shape is not None)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _available() -> int:
+    """Bytes that new programs could use."""
+    for line in _MEMORY.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise OSError(f"{_MEMORY}: names no MemAvailable")

@@ -1,0 +1,97 @@
+"""Loads a sharded state: each byte is read by one of the ranks that need it, and sent to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    StateDict,
+)
+from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megavl.checkpoint import collective_errors
+from megavl.checkpoint.exchange import Exchange
+from megavl.checkpoint.shard_reads import ShardReader
+from megavl.checkpoint.shares import ShardId, rows_of, shard_id
+
+
+class SafeLoad(LoadShardedStrategy):
+    """Loads shards without unpickling anything freely; for `dist_checkpointing.load(sharded_strategy=...)`."""
+
+    def __init__(self, metadata: Metadata, asked: Sequence[Sequence[ShardedBase]]) -> None:
+        """Prepare.
+
+        Args:
+            metadata: of the checkpoint, checked.
+            asked: shards that each rank asks for, without data.
+        """
+        self._metadata, self._asked = metadata, asked
+
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
+        """Fill the tensors in place, whatever layout has saved them. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, naming the file and the key that could not be read on any.
+        """
+        shards: dict[ShardId, list[ShardedTensor]] = {}
+        for entry in nested_values(sharded_state_dict):
+            if isinstance(entry, ShardedTensor):
+                entry.init_data("cpu")
+                shards.setdefault(shard_id(entry), []).append(entry)
+        exchange = Exchange([[entry for entry in asked if isinstance(entry, ShardedTensor)] for asked in self._asked])
+        objects: dict[str, Any] = {}
+
+        def read() -> None:
+            with ShardReader(Path(checkpoint_dir), self._metadata) as reader:
+                for name, (shard, *_) in shards.items():
+                    for start, stop in exchange.own_rows(name):
+                        target, offsets = rows_of(shard, start, stop)
+                        reader.fill(target, key=shard.key, offsets=offsets)
+                for entry in nested_values(sharded_state_dict):
+                    if isinstance(entry, ShardedObject):
+                        objects[entry.unique_key] = reader.load_object(entry.unique_key)
+
+        collective_errors.on_every_rank(read)
+        exchange.run(lambda name, start, stop: rows_of(shards[name][0], start, stop)[0])
+        for first, *others in shards.values():
+            for other in others:
+                other.data.copy_(first.data)
+        return dict_list_map_outplace(  # type: ignore[no-any-return]
+            lambda entry: objects[entry.unique_key] if isinstance(entry, ShardedObject) else entry.data,
+            sharded_state_dict,
+        )
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """True: objects are stored next to the tensors."""
+        return True
+
+    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
+        """Not offered: `megavl.checkpoint.state` compares keys before the load."""
+        raise NotImplementedError
+
+    def check_backend_compatibility(self, loaded_backend: Any) -> None:
+        """Checked by `safe_unpickle.check_backend`."""
+
+    def check_version_compatibility(self, loaded_version: Any) -> None:
+        """Checked by `safe_unpickle.check_backend`."""
+
+
+class SafeCommonLoad(TorchCommonLoadStrategy):
+    """Returns a common state that the safe unpickler has read."""
+
+    def __init__(self, common: StateDict) -> None:
+        self._common = common
+
+    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
+        """Return the common state."""
+        return self._common
