@@ -3,7 +3,7 @@
 Makes a small dataset, runs `engines/kill_campaign.py`, and writes
 `launch/bench/results/kills_<processor>_<YYYYMM>.md`. The same command goes on where an earlier one ended.
 
-    python -m launch.bench.kills --work DIR [--kills 100] [--seed 1]
+    python -m launch.bench.kills --work DIR [--kills 100] [--seed 1] [--async-saves]
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and results")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="of the moments and victims")
+    parser.add_argument("--async-saves", action="store_true", help="save in the background; a report of its own")
     arguments = parser.parse_args()
     data, results = arguments.work / "data", arguments.work / "kills.jsonl"
     if not (data / "shards/manifest.json").exists():
         make_data(data)
     words = ["--data", data, "--work", arguments.work / "runs", "--out", results]
     numbers = ["--kills", arguments.kills, "--seed", arguments.seed]
-    command = [python(), "-W", "ignore", "-m", ENGINE, *map(str, words + numbers)]
+    asynchronous = ["--async-saves"] if arguments.async_saves else []
+    command = [python(), "-W", "ignore", "-m", ENGINE, *map(str, words + numbers), *asynchronous]
     code = subprocess.run(command, env=environment(), check=False).returncode
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if len(rows) < arguments.kills:
         return code or 1
-    write_report(report_path("kills"), report(rows, seed=arguments.seed))
+    theme = "kills_async" if asynchronous else "kills"
+    write_report(report_path(theme), report(rows, seed=arguments.seed, options=asynchronous))
     return code
 
 
@@ -54,7 +57,7 @@ def make_data(folder: Path) -> None:
     )
 
 
-def report(rows: list[dict[str, Any]], *, seed: int) -> list[str]:
+def report(rows: list[dict[str, Any]], *, seed: int, options: list[str]) -> list[str]:
     """The lines of the report."""
     equal = sum(row["equal_losses"] and row["equal_bytes"] for row in rows)
     lines = [
@@ -63,11 +66,11 @@ def report(rows: list[dict[str, Any]], *, seed: int) -> list[str]:
         f"{equal} of {len(rows)} runs end bitwise as an undisturbed run: every loss and norm of `metrics.jsonl`, and "
         "every byte of the last checkpoint. Each run was killed once and started again with the same command.",
         "",
-        f"    python -m launch.bench.kills --work DIR --kills {len(rows)} --seed {seed}",
+        f"    {' '.join(['python -m launch.bench.kills --work DIR --kills', f'{len(rows)} --seed {seed}', *options])}",
         "",
         f"{machine()}, {versions('torch', 'megatron-core')}. `launch/recipes/tiny/stage2.yaml` on two ranks over "
-        "gloo, 6 steps of 2 sequences, a checkpoint every second step. Moments are drawn evenly from the whole run, "
-        "start and end included.",
+        f"gloo, 6 steps of 2 sequences, a checkpoint every second step{', in the background' * bool(options)}. Moments "
+        "are drawn evenly from the whole run, start and end included.",
     ]
     victims = sorted({row["victim"] for row in rows})
     counts = Counter((row["layout"], row["victim"], row["equal_losses"] and row["equal_bytes"]) for row in rows)
