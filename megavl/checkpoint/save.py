@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megavl.checkpoint import collective_errors, commit
 from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.safe_unpickle import METADATA
 from megavl.checkpoint.shards import Block, Written, metadata_of, own_blocks, write_blocks
-from megavl.checkpoint.state import split_state
+from megavl.checkpoint.state import SplitState, split_state
 from megavl.files import activity
 from megavl.files.durable import storage_errors, write_durably
 
@@ -52,12 +52,17 @@ class Save:
         content: Mapping[str, Any],
         files: Mapping[str, bytes | Path],
         skip_hash: bool,
-    ) -> Save:
+        last: SplitState | None,
+    ) -> tuple[Save, SplitState]:
         """Check the state, divide it among the ranks, and make the temporary directory. Collective.
 
         Args: as `CheckpointStore.save`.
+            last: the division of the save before.
+
+        Returns:
+            The save, and its division without the state.
         """
-        me, split, common = collective_errors.rank(), split_state(state), []
+        me, split, common = collective_errors.rank(), split_state(state, last=last), []
 
         def make() -> Path:
             json.dumps(dict(content))
@@ -69,15 +74,16 @@ class Save:
 
         collective_errors.on_every_rank(lambda: inject_fault("before_mkdir", rank=me, step=iteration))
         temporary = collective_errors.on_rank_zero(make)
-        return cls(
+        save = cls(
             directory=directory,
             iteration=iteration,
             temporary=temporary,
-            blocks=own_blocks(split.entries, split.gathered, rank=me),
+            blocks=own_blocks(split.entries, split.parts, rank=me),
             common=b"".join(common),
             content=content,
             files=files,
         )
+        return save, replace(split, entries=[], common={})
 
     def write(self) -> None:
         """Write and hash this rank's files. Not collective.

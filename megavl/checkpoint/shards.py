@@ -8,7 +8,7 @@ tensor bounds the balance. The files written here have the same format, so `dist
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.shard_files import ShardFiles
-from megavl.checkpoint.shares import divide, rows_of, shard_id
+from megavl.checkpoint.shares import Part, ShardId, may_write, rows_of, shard_id
 from megavl.files import activity
 from megavl.files.file_series import FileSeries
 
@@ -57,33 +57,21 @@ class Written:
     info: _StorageInfo
 
 
-def own_blocks(entries: Sequence[ShardedBase], gathered: Sequence[Sequence[ShardedBase]], *, rank: int) -> list[Block]:
+def own_blocks(entries: Sequence[ShardedBase], parts: Mapping[ShardId, Sequence[Part]], *, rank: int) -> list[Block]:
     """What this rank writes: its part of each tensor that data-parallel ranks share, and its own objects.
 
     Args:
         entries: shards of this rank.
-        gathered: shards of all ranks, without data.
+        parts: who writes which rows of each tensor.
     """
-    parts = divide([[shard for shard in entries if _may_write(shard)] for entries in gathered])
     blocks: list[Block] = []
     for entry in entries:
         if isinstance(entry, ShardedObject):
             if is_main_replica(entry.replica_id):
                 blocks.append(Block(key=entry.unique_key, data=entry.data, shape=None))
-        elif _may_write(entry):
+        elif may_write(entry):
             blocks += [_rows(entry, part.start, part.stop) for part in parts[shard_id(entry)] if part.rank == rank]
     return blocks
-
-
-def _may_write(shard: ShardedBase) -> bool:
-    """Whether a rank may write some of a tensor: it differs from the main replica in its data-parallel number only.
-
-    Replicas of other tensor-parallel ranks are computed, not copied, and could differ in the last bit.
-    """
-    if not isinstance(shard, ShardedTensor):
-        return False
-    replica = shard.replica_id
-    return is_main_replica(replica[:-1]) if isinstance(replica, tuple) else True
 
 
 def _rows(shard: ShardedTensor, start: int, stop: int) -> Block:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeGuard
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, is_main_replica
 
 ITEM_BYTES = 1024
 """What the archive of one item takes besides its numbers."""
@@ -43,6 +44,17 @@ def rows_of(shard: ShardedTensor, start: int, stop: int) -> tuple[torch.Tensor, 
         data = data.narrow(axis, start, stop - start)
         offsets[before + axis] += start
     return data[(None,) * before] if before else data, offsets
+
+
+def may_write(shard: ShardedBase) -> TypeGuard[ShardedTensor]:
+    """Whether a rank may write some of a tensor: it differs from the main replica in its data-parallel number only.
+
+    Replicas of other tensor-parallel ranks are computed, not copied, and could differ in the last bit.
+    """
+    if not isinstance(shard, ShardedTensor):
+        return False
+    replica = shard.replica_id
+    return is_main_replica(replica[:-1]) if isinstance(replica, tuple) else True
 
 
 def divide(by_rank: Sequence[Sequence[ShardedTensor]]) -> dict[ShardId, list[Part]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from megavl.checkpoint import collective_errors
 from megavl.checkpoint.safe_unpickle import METADATA, check_backend, read_common, read_metadata
 from megavl.checkpoint.shard_loads import SafeCommonLoad, SafeLoad
+from megavl.checkpoint.shares import Part, ShardId, divide, may_write
 from megavl.checkpoint.verification import verify_together
 from megavl.config.errors import CheckpointError, one_line
 
@@ -48,33 +50,51 @@ class SplitState:
 
     entries: list[ShardedBase]
     """Shards of this rank, factories applied."""
-    gathered: list[list[ShardedBase]]
-    """Shards of all ranks, without data."""
+    bases: list[ShardedBase]
+    """The same without data."""
     common: StateDict
     """What all ranks share."""
     size: int
     """Bytes that all ranks together will write."""
+    parts: dict[ShardId, list[Part]]
+    """Who writes which rows of each tensor."""
 
 
-def split_state(state: ShardedStateDict) -> SplitState:
+def split_state(state: ShardedStateDict, *, last: SplitState | None = None) -> SplitState:
     """Separate the shards from the state that all ranks share, and check them. Collective; `state` is unchanged.
+
+    Args:
+        last: of the save before. If the shards are the same on all ranks, nothing is exchanged and divided again.
 
     Raises:
         CheckpointError: the shards of all ranks do not cover every tensor exactly once.
     """
     split: list[tuple[list[ShardedBase], StateDict]] = []
 
-    def inspect() -> tuple[int, list[ShardedBase]]:
+    def inspect() -> bool:
         sharded, common = save_preprocess(_copy_containers(state), validate_access_integrity=False)
-        entries: list[Any] = list(nested_values(sharded))
-        split.append((entries, common))
-        written = [entry for entry in entries if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id)]
-        return sum(entry.data.nbytes for entry in written), [entry.without_data() for entry in entries]
+        split.append((list(nested_values(sharded)), common))
+        return last is not None and [entry.without_data() for entry in split[0][0]] == last.bases
 
-    found = collective_errors.on_every_rank(inspect)
-    gathered = [entries for _, entries in found]
+    known = all(collective_errors.on_every_rank(inspect))
+    entries, common = split[0]
+    if known and last is not None:
+        return replace(last, entries=entries, common=common)
+    gathered = collective_errors.on_every_rank(lambda: [entry.without_data() for entry in entries])
     _check_sharding(gathered, source="state")
-    return SplitState(entries=split[0][0], gathered=gathered, common=split[0][1], size=sum(size for size, _ in found))
+    return SplitState(
+        entries=entries,
+        bases=[entry.without_data() for entry in entries],
+        common=common,
+        size=sum(_written_bytes(entry) for bases in gathered for entry in bases),
+        parts=divide([[entry for entry in bases if may_write(entry)] for bases in gathered]),
+    )
+
+
+def _written_bytes(entry: ShardedBase) -> int:
+    if not isinstance(entry, ShardedTensor) or not is_main_replica(entry.replica_id):
+        return 0
+    return prod(entry.local_shape) * int(entry.dtype.itemsize)
 
 
 def load_state(

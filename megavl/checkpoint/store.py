@@ -29,7 +29,7 @@ from megavl.checkpoint.fault import inject_fault
 from megavl.checkpoint.manifest import read_manifest as read_manifest
 from megavl.checkpoint.reader import require_usable
 from megavl.checkpoint.save import Save
-from megavl.checkpoint.state import load_state
+from megavl.checkpoint.state import SplitState, load_state
 from megavl.checkpoint.verification import verify_together
 from megavl.config.errors import CheckpointError, UsageError
 from megavl.files.durable import storage_errors, write_durably
@@ -57,6 +57,7 @@ class CheckpointStore:
         self._keep = keep
         self._skip_hash = skip_hash
         self._known_valid: set[Path] = set()
+        self._division: SplitState | None = None
         self._buffer = HostBuffer()
         self._begun: tuple[Save, Task] | None = None
         self._retention: Task | None = None
@@ -165,9 +166,16 @@ class CheckpointStore:
         collective_errors.on_rank_zero(self._end_retention)
         if final in self._known_valid and collective_errors.on_rank_zero(lambda: self._is_valid(final)):
             return None
-        return Save.prepare(
-            self._directory, iteration, state=state, content=content, files=files, skip_hash=self._skip_hash
+        save, self._division = Save.prepare(
+            self._directory,
+            iteration,
+            state=state,
+            content=content,
+            files=files,
+            skip_hash=self._skip_hash,
+            last=self._division,
         )
+        return save
 
     def _complete(self, save: Save, write: Callable[[], None]) -> None:
         try:

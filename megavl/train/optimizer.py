@@ -4,9 +4,9 @@ megatron-core 0.16.1 cannot resume its distributed optimizer. Its load template 
 All parameters come back with one shared step tensor. Buckets with padding are saved at shifted offsets, after one rank
 of each replica has gathered them. Its other optimizers save one step count, under other keys.
 
-The subclasses below repair this and write the same files with and without `parallel.distributed_optimizer`. A text-only
-step leaves vision weights unchanged. A step whose loss or gradient is not finite changes nothing. The device decides
-this, so the host does not wait for the gradient norm.
+The subclasses below repair this and store the same tensors with and without `parallel.distributed_optimizer`. A
+text-only step leaves vision weights unchanged. A step whose loss or gradient is not finite changes nothing. The device
+decides this, so the host does not wait for the gradient norm.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
 
 
 class _Whole(_Resumable):
-    """Every data-parallel rank updates all its weights; the files equal those of the distributed optimizer."""
+    """Every data-parallel rank updates all its weights; the tensors of a file are the distributed optimizer's."""
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
