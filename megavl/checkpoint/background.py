@@ -29,8 +29,8 @@ class HostBuffer:
 
     def has_room(self, blocks: Sequence[Block], *, ranks: int) -> bool:
         """Whether a copy fits into the memory that is available on this host, of which each rank may take a part."""
-        more = _size(blocks) - self._memory.numel()
-        return more <= 0 or more * ranks < _available()
+        size, kept = _size(blocks), self._memory.numel()
+        return size <= kept or (_allocated(size) - kept) * ranks < _available()
 
     def copy(self, blocks: Sequence[Block]) -> list[Block]:
         """Copies of blocks; they are valid until the next call."""
@@ -86,6 +86,11 @@ class Task:
 
 def _size(blocks: Sequence[Block]) -> int:
     return sum(_padded(block.data.nbytes) for block in blocks if block.shape is not None)
+
+
+def _allocated(size: int) -> int:
+    """Bytes that an allocation takes: torch makes pinned ones a power of two."""
+    return 1 << (size - 1).bit_length() if torch.cuda.is_available() else size
 
 
 def _padded(size: int) -> int:

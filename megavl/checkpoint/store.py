@@ -116,16 +116,23 @@ class CheckpointStore:
         if (save := self._prepare(iteration, state=state, content=content, files=files)) is None:
             return
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", collective_errors.world_size()))
-        room = all(collective_errors.on_every_rank(lambda: self._buffer.has_room(save.blocks, ranks=ranks)))
-        if room:
+
+        def copy() -> None:
             save.blocks = self._buffer.copy(save.blocks)
-        elif collective_errors.rank() == 0:
-            _log.warning("%s: too little memory for a copy; training waits for the save of %d", final, iteration)
+
+        try:
+            room = all(collective_errors.on_every_rank(lambda: self._buffer.has_room(save.blocks, ranks=ranks)))
+            if room:
+                collective_errors.on_every_rank(copy)
+        except BaseException:
+            save.abandon()
+            raise
         save.awaited = not room
-        task = Task(save.write)
+        self._begun = save, (task := Task(save.write))
         if not room:
+            if collective_errors.rank() == 0:
+                _log.warning("%s: too little memory for a copy, so training waits until it is written", final)
             collective_errors.on_every_rank_for_long(task.wait)
-        self._begun = save, task
 
     @property
     def begun(self) -> int | None:
