@@ -1,7 +1,7 @@
 """JSON values as frozen dataclasses, every field checked against its type.
 
-It serves manifests, which every command reads. pydantic serves recipes, whose messages and bounds need more; importing
-it takes a quarter of a second, as much as all that a short preprocessing run does.
+It serves manifests, which every command reads. pydantic checks them by its core alone: importing the rest of it, which
+serves recipes, takes an eighth of a second and building its classes as much again.
 """
 
 from __future__ import annotations
@@ -11,74 +11,70 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from pydantic_core import CoreSchema, SchemaValidator, ValidationError, core_schema
+
 T = TypeVar("T")
 
 _SHOWN = 100
-"""Most characters of a wrong value that a message shows."""
+"""Most characters of a wrong value or name that a message shows."""
+_PLAIN: dict[type, CoreSchema] = {
+    str: core_schema.str_schema(strict=True),
+    int: core_schema.int_schema(strict=True),
+    bool: core_schema.bool_schema(strict=True),
+}
 
 
 def typed(kind: type[T], content: object) -> T:
     """An instance of a dataclass from what `json.loads` gives.
 
     Args:
-        kind: its fields are str, int, bool, literals, dataclasses, tuples, dicts with text as keys, or one of these or
-            None.
+        kind: its fields are str, int, bool, literal texts, dataclasses, tuples, dicts with text as keys, or one of
+            these or None.
 
     Raises:
         ValueError: a field is missing, unknown or of another type; the message begins with its dotted path.
     """
-    return cast(T, _record(kind, content, at=""))
-
-
-def _record(kind: Any, content: object, *, at: str) -> Any:
-    if not isinstance(content, dict):
-        raise _wrong(content, "an object", at=at)
-    hints = _hints(kind)
-    for name in content:
-        if name not in hints:
-            raise ValueError(f"{at}{str(name)[:_SHOWN]}: unknown; the fields are {', '.join(hints)}")
-    for field in dataclasses.fields(kind):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in content:
-            raise ValueError(f"{at}{field.name}: missing")
-    return kind(**{name: _value(hints[name], value, at=f"{at}{name}.") for name, value in content.items()})
-
-
-def _value(kind: Any, value: Any, *, at: str) -> Any:
-    """`value`, if it is of this kind; `at` is its dotted path, with a dot at its end."""
-    origin, kinds = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _record(kind, value, at=at)
-    if origin is UnionType:
-        (other,) = (one for one in kinds if one is not NoneType)
-        return None if value is None else _value(other, value, at=at)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise _wrong(value, "a list", at=at)
-        if kinds[-1] is Ellipsis:
-            kinds = kinds[:1] * len(value)
-        if len(kinds) != len(value):
-            raise ValueError(f"{at[:-1]}: has {len(value)} entries, must have {len(kinds)}")
-        return tuple(_value(one, part, at=f"{at}{number}.") for number, (one, part) in enumerate(zip(kinds, value)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _wrong(value, "an object", at=at)
-        return {key: _value(kinds[1], part, at=f"{at}{str(key)[:_SHOWN]}.") for key, part in value.items()}
-    # True equals 1, so types are compared too.
-    if origin is Literal:
-        if not any(type(value) is type(one) and value == one for one in kinds):
-            raise _wrong(value, " or ".join(map(repr, kinds)), at=at)
-    elif type(value) is not kind:
-        raise _wrong(value, f"of type {kind.__name__}", at=at)
-    return value
-
-
-def _wrong(value: object, wanted: str, *, at: str) -> ValueError:
-    return ValueError(f"{at[:-1] or 'the whole'}: found {repr(value)[:_SHOWN]}, must be {wanted}")
+    try:
+        return cast(T, _validator(cast(Any, kind)).validate_python(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        path = ".".join(str(part)[:_SHOWN] for part in first["loc"])
+        found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:_SHOWN]}"
+        raise ValueError(f"{path or 'the whole'}: {first['msg'][: 2 * _SHOWN]}{found}") from error
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Types of the fields by name."""
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+def _validator(kind: type) -> SchemaValidator:
+    return SchemaValidator(_schema(kind))
+
+
+def _schema(kind: Any) -> CoreSchema:
+    origin, kinds = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _record_schema(cast(type, kind))
+    if origin is UnionType:
+        (other,) = (one for one in kinds if one is not NoneType)
+        return core_schema.nullable_schema(_schema(other))
+    if origin is Literal:
+        return core_schema.literal_schema(list(kinds))
+    if origin is dict:
+        return core_schema.dict_schema(_PLAIN[str], _schema(kinds[1]))
+    if origin is tuple:
+        every = kinds[-1] is Ellipsis
+        parts = [_schema(one) for one in kinds if one is not Ellipsis]
+        return core_schema.tuple_schema(parts, variadic_item_index=0 if every else None)
+    return _PLAIN[kind]
+
+
+def _record_schema(kind: type) -> CoreSchema:
+    hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+    rows = []
+    for field in fields:
+        schema = _schema(hints[field.name])
+        if field.default is not dataclasses.MISSING:
+            schema = core_schema.with_default_schema(schema, default=field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            schema = core_schema.with_default_schema(schema, default_factory=field.default_factory)
+        rows.append(core_schema.dataclass_field(field.name, schema, kw_only=True))
+    arguments = core_schema.dataclass_args_schema(kind.__name__, rows, extra_behavior="forbid")
+    return core_schema.dataclass_schema(kind, arguments, [field.name for field in fields])

@@ -19,7 +19,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whole:
-    kind: Literal["a", 1] = "a"
+    kind: Literal["a", "b"] = "a"
     parts: tuple[Part, ...]
     colour: tuple[int, int, int]
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -27,7 +27,7 @@ class Whole:
 
 
 CONTENT: dict[str, Any] = {
-    "kind": 1,
+    "kind": "b",
     "parts": [{"name": "x", "size": 3}, {"name": "y", "size": None}],
     "colour": [1, 2, 3],
     "counts": {"images/found": 4},
@@ -48,21 +48,24 @@ def test_defaults_fill_missing_fields() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"more": 1}, "more: unknown; the fields are kind, parts"),
-        ({"kind": True}, r"kind: found True, must be 'a' or 1"),
-        ({"kind": []}, r"kind: found \[\]"),
-        ({"parts": {}}, r"parts: found {}, must be a list"),
-        ({"parts": "ab"}, "parts: found 'ab', must be a list"),
-        ({"parts": ["ab"]}, "parts.0: found 'ab', must be an object"),
-        ({"parts": [{"name": "x"}]}, "parts.0.size: missing"),
-        ({"parts": [{"name": "x", "size": "3"}]}, "parts.0.size: found '3', must be of type int"),
-        ({"parts": [{"name": "x", "size": True}]}, "parts.0.size: found True, must be of type int"),
-        ({"parts": [{"name": None, "size": 3}]}, "parts.0.name: found None, must be of type str"),
-        ({"colour": [1, 2]}, "colour: has 2 entries, must have 3"),
-        ({"colour": [1, 2, 3.0]}, "colour.2: found 3.0"),
-        ({"counts": {"images": None}}, "counts.images: found None"),
-        ({"counts": []}, r"counts: found \[\], must be an object"),
-        ({"packed": 0}, "packed: found 0, must be of type bool"),
+        ({"more": 1}, "more: Unexpected keyword argument, found 1"),
+        ({"kind": "c"}, "kind: .*'a' or 'b'.*, found 'c'"),
+        ({"kind": True}, "kind: .*, found True"),
+        ({"kind": []}, r"kind: .*, found \[\]"),
+        ({"parts": {}}, "parts: .*valid tuple, found {}"),
+        ({"parts": "ab"}, "parts: .*valid tuple, found 'ab'"),
+        ({"parts": ["ab"]}, "parts.0: .*, found 'ab'"),
+        ({"parts": [{"name": "x"}]}, "parts.0.size: Field required$"),
+        ({"parts": [{"name": "x", "size": "3"}]}, "parts.0.size: .*valid integer, found '3'"),
+        ({"parts": [{"name": "x", "size": True}]}, "parts.0.size: .*valid integer, found True"),
+        ({"parts": [{"name": "x", "size": 3.0}]}, "parts.0.size: .*valid integer, found 3.0"),
+        ({"parts": [{"name": None, "size": 3}]}, "parts.0.name: .*valid string, found None"),
+        ({"colour": [1, 2]}, "colour.2: Field required"),
+        ({"colour": [1, 2, 3, 4]}, "colour: .*at most 3 items"),
+        ({"colour": [1, 2, 3.0]}, "colour.2: .*, found 3.0"),
+        ({"counts": {"images": None}}, "counts.images: .*, found None"),
+        ({"counts": []}, r"counts: .*valid dictionary, found \[\]"),
+        ({"packed": 0}, "packed: .*valid boolean, found 0"),
     ],
 )
 def test_wrong_field_is_named(changes: dict[str, Any], message: str) -> None:
@@ -72,7 +75,7 @@ def test_wrong_field_is_named(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("content", [None, [], "text", 3])
 def test_what_is_no_object_is_refused(content: object) -> None:
-    with pytest.raises(ValueError, match=r"^the whole: found .*, must be an object"):
+    with pytest.raises(ValueError, match="^the whole: .*, found "):
         typed(Whole, content)
 
 
