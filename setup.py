@@ -52,6 +52,9 @@ setup(
         # The reference implementation that exports are checked against.
         "hf": ["transformers>=4.57,<5"],
         "hub": ["huggingface-hub>=0.34"],
+        # What megatron-core 0.16.1 asks for; megavl/model/README.md says how to install it, and Apex.
+        "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        "apex": ["apex @ git+https://github.com/NVIDIA/apex@25.09"],
         "board": ["tensorboard>=2.16"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         # Tasks of lm-evaluation-harness; datasets 5 needs a huggingface-hub that transformers 4 refuses.

@@ -109,6 +109,10 @@ class OptimizerConfig:
     """Applied to matrices only, never to biases and norms."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    state_precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of both moments. `bf16` halves the optimizer's state: of fp32 weights only the 16 bits are kept that the
+    bf16 weights lack. It needs Transformer Engine, training.precision bf16 and parallel.distributed_optimizer. The host
+    then waits for the gradient norm of each step. Checkpoints hold fp32 in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -230,6 +234,9 @@ class TrainingConfig:
     """Sequences per forward pass of one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16` keeps fp32 master weights and accumulates gradients in fp32."""
+    transformer_engine: Literal["auto", "always", "never"] = "auto"
+    """Build decoder layers from Transformer Engine's modules, with cuDNN's attention and a fused rotary embedding.
+    `auto`: on CUDA in bf16 where it is installed; `always`: else the run ends with code 2. Checkpoints are the same."""
     seed: NonNegative = 1234
     """Seed of weights, data order and modality plan."""
     max_bad_steps: Positive = 3
@@ -411,6 +418,17 @@ def _check_parallel(recipe: Recipe) -> None:
             raise UsageError(
                 f"parallel.layout: {list(parallel.layout)} adds up to {sum(parallel.layout)} layers, but "
                 f"model.llm.num_layers is {llm.num_layers}"
+            )
+    if recipe.optimizer.state_precision == "bf16":
+        if recipe.training.precision != "bf16":
+            raise UsageError(
+                f"optimizer.state_precision: bf16 needs training.precision bf16, which is {recipe.training.precision}; "
+                "use fp32"
+            )
+        if not parallel.distributed_optimizer:
+            raise UsageError(
+                "optimizer.state_precision: bf16 needs parallel.distributed_optimizer, which is false; set that to "
+                "true, or use fp32"
             )
     if recipe.recompute.granularity == "full" and recipe.recompute.num_layers > llm.num_layers:
         raise UsageError(

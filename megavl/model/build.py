@@ -12,6 +12,7 @@ from torch import nn
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig, Recipe, RecomputeConfig
 from megavl.model.decoder import transformer_config
+from megavl.model.engine_choice import uses_transformer_engine
 from megavl.model.trainable import freeze
 from megavl.model.vision import VisionTowers
 from megavl.model.vl_model import DeepseekVL
@@ -34,10 +35,16 @@ class BuildSpec:
     """Groups of parameters that train."""
     seed: int = 0
     """Seed of the initial weights."""
+    transformer_engine: bool = False
+    """Build the decoder layers from Transformer Engine's modules, which allocate on no meta device."""
 
     @classmethod
     def of(cls, recipe: Recipe, *, layout: str | None, dtype: torch.dtype) -> BuildSpec:
-        """What a recipe says about the model, with its resolved layout and the dtype of its precision."""
+        """What a recipe says about the model, with its resolved layout and the dtype of its precision.
+
+        Raises:
+            UsageError: `training.transformer_engine` asks for what is not installed.
+        """
         return cls(
             model=recipe.model,
             parallel=recipe.parallel,
@@ -46,6 +53,7 @@ class BuildSpec:
             dtype=dtype,
             train=recipe.trainable_parts,
             seed=recipe.training.seed,
+            transformer_engine=uses_transformer_engine(recipe),
         )
 
     def transformer_config(self, *, generates: bool = False) -> TransformerConfig:
@@ -56,6 +64,7 @@ class BuildSpec:
             recompute=self.recompute,
             layout=self.layout,
             dtype=self.dtype,
+            transformer_engine=self.transformer_engine and not generates,
             generates=generates,
         )
 

@@ -30,16 +30,6 @@ from megavl.model.norm import RMSNorm
 from megavl.model.projection import ColumnProjection, RowProjection
 from megavl.model.weight_gradients import fuses_weight_gradients
 
-try:
-    from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
-except ImportError:
-    HAVE_TE = False
-
-
-def use_transformer_engine() -> bool:
-    """Whether the decoder is built from Transformer Engine's modules: installed, and CUDA is there."""
-    return bool(HAVE_TE) and torch.cuda.is_available()
-
 
 def transformer_config(
     llm: DecoderConfig,
@@ -48,6 +38,7 @@ def transformer_config(
     recompute: RecomputeConfig,
     layout: str | None,
     dtype: torch.dtype,
+    transformer_engine: bool = False,
     generates: bool = False,
 ) -> TransformerConfig:
     """megatron-core's configuration of the decoder.
@@ -55,6 +46,7 @@ def transformer_config(
     Args:
         layout: megatron-core's layout string; None when there is one stage (which would be read as virtual stages).
         dtype: dtype of weights and of pipeline transfers.
+        transformer_engine: build the layers from Transformer Engine's modules.
         generates: for inference, where torch.compile would start anew for every number of tokens.
     """
     full = recompute.granularity == "full"
@@ -78,7 +70,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=not generates and _compiles_kernels(),
         bias_dropout_fusion=False,
-        apply_rope_fusion=use_transformer_engine(),
+        transformer_impl="transformer_engine" if transformer_engine else "local",
+        apply_rope_fusion=transformer_engine,
         gradient_accumulation_fusion=not generates and fuses_weight_gradients(),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -199,16 +192,19 @@ def build_decoder(
 def _block_spec(config: TransformerConfig, *, vp_stage: int | None, generates: bool) -> TransformerBlockSubmodules:
     """A full block spec: given only a layer spec, megatron-core picks the final norm by what is installed."""
     layer: ModuleSpec
-    if use_transformer_engine() and not generates:
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    if config.transformer_impl == "transformer_engine":
+        assert not generates, "Transformer Engine's attention cannot read a key-value cache"
+        layer = get_gpt_layer_with_transformer_engine_spec()
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
-        layer.submodules.input_layernorm = norm
-        layer.submodules.pre_mlp_layernorm = norm
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         if generates:
             attention.linear_qkv, attention.linear_proj = ColumnProjection, RowProjection
             mlp = layer.submodules.mlp.submodules
             mlp.linear_fc1, mlp.linear_fc2 = ColumnProjection, RowProjection
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
+    # The final norm is ours in any case: Transformer Engine's has an extra state, which no stored key is for.
+    layers = [layer] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

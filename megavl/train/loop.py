@@ -29,6 +29,7 @@ from megavl.data.mixture import check_epochs, recipe_mixture, render, source_pla
 from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.files.durable import replace_durably
+from megavl.model.engine_choice import check_engines
 from megavl.parallel import broadcast, groups
 from megavl.planner.cost.flops import MFU_CONVENTION
 from megavl.planner.layouts.check import checked_layout
@@ -71,6 +72,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     require_traceable(recipe.run)
     groups.prepare_libraries(recipe.parallel)
     device = this_device()
+    check_engines(recipe)
     layers = checked_layout(scenario, device)
     _use_threads(recipe, world=world)
     status.section = "joining the process group"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megavl.model.build import BuildSpec, build_stages
@@ -43,10 +45,14 @@ class ModelChunks:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
-    def gather_weights(self) -> None:
-        """Finish gathering the weights that the last step updated. Collective."""
+    def gather_weights(self, *, changed: bool = False) -> None:
+        """Finish gathering the weights that the last step updated. Collective.
+
+        Args:
+            changed: each data-parallel rank has changed weights of its shard since.
+        """
         for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
+            if chunk.ddp_config.overlap_param_gather or changed:
                 chunk.start_param_sync(force_sync=True)
 
     def gather_vision(self) -> None:
@@ -62,8 +68,16 @@ class ModelChunks:
                     first.param_to_bucket_group[weight].finish_param_sync()
 
     def sharded_weights(self) -> dict[str, Any]:
-        """Sharded weights of each stage for dist_checkpointing, which stores the inner names (`model. ...`)."""
-        return {f"stage{i}": chunk.module.sharded_state_dict(prefix="model.") for i, chunk in enumerate(self.chunks)}
+        """Sharded weights of each stage for dist_checkpointing, which stores the inner names (`model. ...`).
+
+        Extra states are stored as None: Transformer Engine's are empty without FP8, and others have none.
+        """
+        state = {f"stage{i}": chunk.module.sharded_state_dict(prefix="model.") for i, chunk in enumerate(self.chunks)}
+        for entry in nested_values(state):
+            if isinstance(entry, ShardedObject):
+                assert _is_extra_state(entry.key), f"{entry.key} would be lost"
+                entry.data = None
+        return state
 
     def load_weights(self, load: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Load only the weights: `load` reads what their sharded state describes. Collective."""
@@ -74,9 +88,17 @@ class ModelChunks:
         for index, chunk in enumerate(self.chunks):
             # A stage without weights has no entry.
             weights = loaded.get(f"stage{index}", {})
-            chunk.module.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+            # An extra state from a file is never passed on: Transformer Engine would unpickle it.
+            named = {
+                key.removeprefix("model."): None if _is_extra_state(key) else value for key, value in weights.items()
+            }
+            chunk.module.load_state_dict(named)
         if self.encoders is not None:
             self.encoders.copy_weights()
+
+
+def _is_extra_state(key: str) -> bool:
+    return key.rpartition(".")[2] == "_extra_state"
 
 
 def build_model_chunks(spec: BuildSpec) -> ModelChunks:

@@ -37,12 +37,12 @@ from megavl.config import recipe as recipes
 from megavl.config.errors import CheckpointError
 from megavl.parallel import cpu_runtime
 from megavl.train.model_chunks import ModelChunks
+from megavl.train.weight_halves import group_in_parts, join_weight, split_weight
 
 VISION_GROUP = "vision"
 """Name of the parameter groups that a text-only step leaves unchanged."""
 
 _STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
-
 
 _CLIP_EPS = 1e-6
 """Added to the norm before clipping divides by it, as in torch and megatron-core."""
@@ -54,7 +54,7 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
     Args:
         bf16: whether weights are bf16; the optimizer then keeps fp32 master weights.
     """
-    settings = model.chunks[0].ddp_config
+    settings, halves = model.chunks[0].ddp_config, optimizer.state_precision == "bf16"
     config = OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -68,9 +68,12 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
         bf16=bf16,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
+        use_precision_aware_optimizer=halves,
+        exp_avg_dtype=torch.bfloat16 if halves else torch.float32,
+        exp_avg_sq_dtype=torch.bfloat16 if halves else torch.float32,
     )
-    # Optimizers of Transformer Engine and Apex need the host to decide about a step.
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    # Optimizers of Transformer Engine and Apex need the host to decide about a step; Apex's saves no memory.
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = not halves
     overrides = {**get_standard_config_overrides(config), ParamKey(name="*vision.*"): {"name": VISION_GROUP}}
     chained = get_megatron_optimizer(config, list(model.chunks), config_overrides=overrides)
     if not isinstance(chained, ChainedOptimizer):
@@ -78,12 +81,17 @@ def build_optimizer(model: ModelChunks, *, optimizer: recipes.OptimizerConfig, b
     for part in chained.chained_optimizers:
         assert type(part) in _ADOPTED, f"found {type(part).__name__}, which is none of {[*_ADOPTED]}"
         # The subclass adds methods but no state, so changing the class of the built object is enough.
-        part.__class__ = _ADOPTED[type(part)]
+        part.__class__ = HalfStateOptimizer if halves else _ADOPTED[type(part)]
         # One kernel that reads and writes everything once, on the CPU too; megatron-core keeps torch's default.
-        for group in part.param_groups:
+        for group in () if halves else part.param_groups:
             group["fused"] = True
     chained.__class__ = Optimizer
     return chained
+
+
+def holds_half_state(chained: ChainedOptimizer) -> bool:
+    """Whether its fp32 weights are kept as bf16 weights and the remaining bits."""
+    return any(isinstance(part, HalfStateOptimizer) for part in chained.chained_optimizers)
 
 
 def set_learning_rate(chained: ChainedOptimizer, *, lr: float, weight_decay: float) -> None:
@@ -129,11 +137,10 @@ class Optimizer(ChainedOptimizer):
         norm = self._norm()
         updated = norm.isfinite() & loss.isfinite()
         most = self.config.clip_grad
-        for part in self.chained_optimizers:
-            # torch's fused kernel divides gradients by `grad_scale`, does nothing if `found_inf` is 1, and wants fp32.
-            part.optimizer.grad_scale = ((norm + _CLIP_EPS) / most).clamp(min=1.0).float() if most else None
-            part.optimizer.found_inf = (~updated).float()
-        self.step_with_ready_grads()
+        divisor = ((norm + _CLIP_EPS) / most).clamp(min=1.0).float() if most else None
+        # All of them decide alike.
+        if all(part.prepare_update(divisor, updated=updated) for part in self.chained_optimizers):
+            self.step_with_ready_grads()
         return norm, updated
 
     def _norm(self) -> torch.Tensor:
@@ -157,10 +164,7 @@ class _Resumable(MegatronOptimizer):
         # A rank may hold no shard of a group. It still needs the right step, since it may write the common file.
         steps = torch.zeros(len(groups), dtype=torch.int64, device=cpu_runtime.device())
         for index, group in enumerate(groups):
-            counts = [
-                int(self.optimizer.state[p]["step"]) for p in group["params"] if "step" in self.optimizer.state[p]
-            ]
-            steps[index] = max(counts, default=0)
+            steps[index] = self._step_count(group)
         dist.all_reduce(steps, op=dist.ReduceOp.MAX)
         for index, group in enumerate(plain):
             group["step"] = int(steps[index])
@@ -183,12 +187,34 @@ class _Resumable(MegatronOptimizer):
                 f"run's {identity}: other weights train now; start a fresh run with checkpoint.init"
             )
         for group, old in zip(groups, saved):
-            group["step"] = old["step"]
-            for parameter in group["params"]:
-                # Each needs its own tensor: torch's AdamW advances a shared one once per parameter.
-                self.optimizer.state[parameter]["step"] = torch.tensor(float(old["step"]), device=parameter.device)
+            self._set_step_count(group, old["step"])
         if "param_state" in state_dict:
             self._load_tensors(state_dict["param_state"])
+
+    def prepare_update(self, divisor: torch.Tensor | None, *, updated: torch.Tensor) -> bool:
+        """Tell the next update what to divide gradients by, and whether to change anything.
+
+        Args:
+            divisor: fp32 (); None for 1.
+            updated: bool (), on the device.
+
+        Returns:
+            Whether to call it.
+        """
+        # torch's fused kernel divides gradients by `grad_scale`, does nothing if `found_inf` is 1, and wants fp32.
+        self.optimizer.grad_scale = divisor
+        self.optimizer.found_inf = (~updated).float()
+        return True
+
+    def _step_count(self, group: dict[str, Any]) -> int:
+        states = [self.optimizer.state[parameter] for parameter in group["params"]]
+        return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+    def _set_step_count(self, group: dict[str, Any], count: int) -> None:
+        group["step"] = count
+        for parameter in group["params"]:
+            # Each needs its own tensor: torch's AdamW advances a shared one once per parameter.
+            self.optimizer.state[parameter]["step"] = torch.tensor(float(count), device=parameter.device)
 
     def _allocate(self) -> None:
         for group in self.optimizer.param_groups:
@@ -238,6 +264,67 @@ class ReshardableDistributedOptimizer(_Resumable, DistributedOptimizer):
         target = {"param": main, **self.optimizer.state[main]}
         for key in _STATE_KEYS:  # never `step`, which is not in the file
             target[key].copy_(tensors[key])
+
+
+class HalfStateOptimizer(ReshardableDistributedOptimizer):
+    """Transformer Engine's AdamW with half the state: bf16 moments, and the 16 bits that bf16 weights lack of fp32.
+
+    Files hold the same fp32 weights and moments as without it.
+    """
+
+    def prepare_update(self, divisor: torch.Tensor | None, *, updated: torch.Tensor) -> bool:
+        """As elsewhere, but the host waits for the decision, which the kernel does not read."""
+        if not bool(updated):
+            return False
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        if divisor is not None and weights:
+            torch._foreach_div_([weight.decoupled_grad for weight in weights], divisor)
+        return True
+
+    def step_with_ready_grads(self) -> bool:
+        """Update a few weights at a time: Transformer Engine casts all moments of a group to fp32 at once."""
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [part for group in groups for part in group_in_parts(group)]
+        try:
+            done: bool = super().step_with_ready_grads()
+        finally:
+            self.optimizer.param_groups = groups
+        for group in groups:
+            group["step"] = self._step_count(group) + 1
+        return done
+
+    def _step_count(self, group: dict[str, Any]) -> int:
+        return int(group.get("step", 0))
+
+    def _set_step_count(self, group: dict[str, Any], count: int) -> None:
+        group["step"] = count
+
+    def _allocate(self) -> None:
+        for group in self.optimizer.param_groups:
+            for weight in group["params"]:
+                if not self.optimizer.state[weight]:
+                    self.optimizer.initialize_state(weight, True)
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight = self._shard_of(model_param)
+        get = self.optimizer.get_unscaled_state
+        # On the host: a device whose memory this state was chosen for cannot hold all of it in fp32.
+        moments = {key: get(weight, key).cpu() for key in ("exp_avg", "exp_avg_sq")}
+        return {"param": join_weight(weight, get(weight, "master_param")).cpu(), **moments}
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        weight = self._shard_of(model_param)
+        put = self.optimizer.set_scaled_state
+        for key in ("exp_avg", "exp_avg_sq"):
+            put(weight, key, tensors[key].to(weight.device))
+        rounded, rest = split_weight(tensors["param"].to(weight.device))
+        weight.copy_(rounded)
+        put(weight, "master_param", rest)
+
+    def _shard_of(self, model_param: torch.Tensor) -> torch.Tensor:
+        group, order = self.model_param_group_index_map[model_param]
+        found: torch.Tensor = self.optimizer.param_groups[group]["params"][order]
+        return found
 
 
 class _Whole(_Resumable):

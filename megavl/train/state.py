@@ -19,6 +19,7 @@ from megavl.data.mixture import sequences_before
 from megavl.data.tokenizer import Tokenizer
 from megavl.train.identity import Fixed, compare_resumed, compare_start
 from megavl.train.model_chunks import ModelChunks
+from megavl.train.optimizer import holds_half_state
 from megavl.train.progress import Progress, read_content
 
 FORMAT_VERSION = 1
@@ -124,6 +125,8 @@ def restore_state(
     loaded = load({**weights, "optimizer": wanted})
     model.fill(loaded)
     optimizer.load_state_dict(loaded["optimizer"])
+    # Halves of fp32 weights are rounded another way than the stored bf16 weights, each shard on its rank.
+    model.gather_weights(changed=holds_half_state(optimizer))
 
 
 def _metadata() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 from unittest import mock
 
@@ -97,6 +98,9 @@ class MegaVL:
         self, work: Work, *, marks: Marks, lr: float, local: bool, weights: dict[str, torch.Tensor] | None
     ) -> None:
         recipe, self.marks = work.recipe, marks
+        if local:
+            # Transformer Engine, where it is installed, would bring its own attention.
+            recipe = replace(recipe, training=replace(recipe.training, transformer_engine="never"))
         precision = recipe.training.precision
         with _part(work.part), _modules(local=local):
             self.model = build_model_chunks(BuildSpec.of(recipe, layout=None, dtype=DTYPE_OF_PRECISION[precision]))
@@ -155,8 +159,7 @@ def _modules(*, local: bool) -> contextlib.AbstractContextManager[Any]:
     """Replace MegaVL's attention by megatron-core's own where `local`."""
     if not local:
         return contextlib.nullcontext()
-    # Transformer Engine, where it is installed, would bring its own.
-    return mock.patch.multiple(decoder, PackedAttention=LocalAttention, HAVE_TE=False)
+    return mock.patch.object(decoder, "PackedAttention", LocalAttention)
 
 
 def _end_part(stage: torch.nn.Module, work: Work) -> None:

@@ -3,7 +3,8 @@
 Legend: as in `scenario.py`; a is the number of attention heads, s is t under sequence parallelism and else 1.
 
 - Weights: e per parameter, frozen ones included. Gradients: 4 per trained parameter (fp32 accumulation).
-- Optimizer: 8 per trained parameter for two fp32 moments; in bf16 4 more for the fp32 master weight. The distributed
+- Optimizer: 8 per trained parameter for two fp32 moments; in bf16 4 more for the fp32 master weight. With
+  optimizer.state_precision bf16 it is 6: two moments, and the bits that the bf16 weight lacks. The distributed
   optimizer divides them over data-parallel ranks.
 - Decoder layer, per token, with fused kernels: 2e x H/s in each of two norms (input, output). Attention keeps 6e x H/t
   (fused qkv, rotated q and k, output) and 4 x a/t of log-sums. The MLP keeps 3e x F/t (gate, up, their product). The
@@ -91,6 +92,8 @@ def rank_memory(scenario: Scenario, rank: int, layout: Sequence[int]) -> RankMem
     """Memory of one device of pipeline rank `rank`, by the formulas of this module."""
     parameters, trained = rank_parameters(scenario, rank, layout)
     per_weight = 12 if scenario.recipe.training.precision == "bf16" else 8
+    if scenario.recipe.optimizer.state_precision == "bf16":
+        per_weight = 6
     multimodal = scenario.images > 0 and scenario.share > 0
     kept: list[int] = []
     transient = 0
