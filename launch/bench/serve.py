@@ -31,9 +31,9 @@ from launch.bench.programs import ROOT, environment
 from launch.bench.report import machine, report_path, table, table_row, versions, write_report
 
 CLIENTS = 8
-TOKENS = {"tiny": 128, "wide": 24}
+TOKENS = {"tiny": 128, "medium": 128, "wide": 24}
 """Tokens of an answer by model."""
-CASES = ("tiny float32 text", "tiny float32 image", "wide float32 text")
+CASES = ("tiny float32 text", "tiny float32 image", "medium float32 text", "wide float32 text")
 """Model, type of the weights, and whether each prompt has an image."""
 
 
@@ -151,7 +151,8 @@ def report(rows: dict[str, dict[int, list[Rate]]], *, note: str) -> list[str]:
         "The second ratio counts the server's processor time in place of the clock's, which other programs disturb.",
         *([note] if note else []),
         "",
-        "tiny: the tiny-hybrid preset. wide: the 1.3B with 6 of its 24 layers and 32,768 vocabulary rows.",
+        "tiny: the tiny-hybrid preset. medium: a decoder of width 512 with 8 layers. wide: the 1.3B with 6 of its 24 "
+        "layers and 32,768 vocabulary rows.",
         *table(
             f"| model, type, prompt | tokens | 1 client, tokens/s | {CLIENTS} clients | ratio | by processor time "
             "| rounds |",

@@ -36,6 +36,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
+    "echo": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
 }
 """Fields that are not supported, with the values that ask for nothing."""
 

@@ -34,8 +34,6 @@ class BenchmarkTask:
     items: tuple[Item, ...]
     passed_over: int = 0
     """Rows that are no questions of the benchmark."""
-    limited: bool = False
-    """Whether rows after these were not read."""
 
     @property
     def benchmark(self) -> Benchmark:
@@ -64,7 +62,7 @@ def read_benchmarks(entries: Sequence[str], *, limit: int | None = None) -> list
     """Benchmarks `NAME=PATH`, every row and image checked.
 
     Args:
-        limit: most rows taken of each; None takes all.
+        limit: most questions taken of each, every rotation of a question included; None takes all.
 
     Raises:
         DataError: a file or row that cannot be used; with file and row.
@@ -185,7 +183,7 @@ def _read(name: str, where: str, *, limit: int | None) -> BenchmarkTask:
     benchmark, items = BENCHMARKS[name], list[Item]()
     seen: dict[str, str] = {}
     rows = tqdm(benchmark.read(where), unit="row", desc=f"read {name}", disable=rank_from_env() > 0 or None)
-    passed_over = 0
+    passed_over, groups = 0, set[str]()
     for item in rows:
         if item is None:
             passed_over += 1
@@ -193,13 +191,16 @@ def _read(name: str, where: str, *, limit: int | None) -> BenchmarkTask:
         if item.id in seen:
             raise DataError(f"{item.location}: id {item.id!r} is also that of {seen[item.id]}; ids must differ")
         seen[item.id] = item.location
+        if len(groups) == limit and item.group not in groups:
+            continue
         items.append(item)
-        if len(items) == limit:
+        groups.add(item.group or item.id)
+        # The rotations of a question may stand anywhere in the file.
+        if len(groups) == limit and not item.group:
             break
     if not items:
         raise DataError(f"{where}: has no question of {benchmark.title} in it")
-    limited = len(items) == limit
-    return BenchmarkTask(name=name, items=tuple(items), passed_over=passed_over, limited=limited)
+    return BenchmarkTask(name=name, items=tuple(items), passed_over=passed_over)
 
 
 def _by_perplexity(
@@ -232,9 +233,7 @@ def _by_perplexity(
 def report_of(task: BenchmarkTask, outcomes: Sequence[Outcome], *, mode: Mode, notes: Sequence[str]) -> BenchmarkReport:
     """Figures and notes of a benchmark's outcomes."""
     figures = task.benchmark.aggregate(outcomes)
-    if "rows" in figures and task.limited:
-        notes = [*notes, f"only the first {len(task.items)} rows were asked, so questions may lack rotations that fail"]
-    elif "rows" in figures and figures["rows"] == figures["n"]:
+    if "rows" in figures and figures["rows"] == figures["n"]:
         notes = [*notes, "the file has no rotated rows, so the score is plain accuracy and not circular"]
     if task.passed_over:
         notes = [*notes, f"{task.passed_over} rows are passed over: {task.benchmark.passed_over}"]

@@ -101,6 +101,7 @@ def test_forms_of_prompts() -> None:
 
 def test_fields_without_effect_are_ignored() -> None:
     nothing = {"n": 1, "tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "presence_penalty": 0.0}
+    nothing |= {"echo": False, "stop_token_ids": [], "continue_final_message": False, "chat_template_kwargs": {}}
     fields = read_fields(ChatFields, {"messages": HELLO, "user": "me", "metadata": {"a": "b"}, "stop": None, **nothing})
     assert fields.sampling().plain and fields.stops == () and fields.alternatives is None
 

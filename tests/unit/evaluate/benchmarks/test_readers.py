@@ -137,19 +137,23 @@ def test_images_are_found_above_their_questions(tmp_path: Path) -> None:
 
 
 def test_limit_reads_no_further_row(tmp_path: Path) -> None:
-    rows = published.mmbench_rows()
-    rows[3]["answer"] = "Z"
-    path = published.write_tsv(tmp_path / "few.tsv", rows)
-    (task,) = read_benchmarks([f"MMBench={path}"], limit=3)
-    assert len(task.items) == 3
+    published.pope(tmp_path)
+    path = tmp_path / "coco_pope_random.json"
+    path.write_text(path.read_text().replace('"no"', '"perhaps"'))
+    (task,) = read_benchmarks([f"POPE={path}"], limit=1)
+    assert [item.answer for item in task.items] == ["Yes"]
+    with pytest.raises(DataError, match="perhaps"):
+        read_benchmarks([f"POPE={path}"], limit=2)
 
 
-@pytest.mark.parametrize(("limit", "noted"), [(2, True), (None, False)])
-def test_limit_that_may_lose_rotations_is_noted(limit: int | None, noted: bool, tmp_path: Path) -> None:
-    (task,) = read_benchmarks([f"mmbench={published.mmbench(tmp_path)}"], limit=limit)
-    outcomes = [Outcome(item=item, text="", prediction=None, score=0.0) for item in task.items]
-    notes = report_of(task, outcomes, mode="generate", notes=()).notes
-    assert any("only the first 2 rows were asked" in note for note in notes) == noted
+@pytest.mark.parametrize(("limit", "ids"), [(1, ["7", "1000007", "2000007"]), (2, ["7", "8", "1000007", "2000007"])])
+def test_limit_counts_questions_with_all_rotations(limit: int, ids: list[str], tmp_path: Path) -> None:
+    first, second, third, other = published.mmbench_rows()
+    path = published.write_tsv(tmp_path / "few.tsv", [first, other, second, third])
+    (task,) = read_benchmarks([f"mmbench={path}"], limit=limit)
+    assert [item.id for item in task.items] == ids
+    outcomes = [Outcome(item=item, text="", prediction=None, score=1.0) for item in task.items]
+    assert report_of(task, outcomes, mode="generate", notes=()).figures["n"] == limit
 
 
 def test_fingerprint_follows_stored_images(tmp_path: Path) -> None:
