@@ -159,7 +159,7 @@ def _assemble(
         elif kind == "image":
             if tokenizer.image_id is None:
                 raise DataError(f"{tokenizer.path}: no {IMAGE_TOKEN} token; add it to the vocabulary to use images")
-            ids.extend([tokenizer.image_id] * image_tokens)
+            ids.extend(array("i", [tokenizer.image_id]) * image_tokens)
             images += 1
             continue
         else:

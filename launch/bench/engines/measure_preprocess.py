@@ -44,6 +44,7 @@ IMAGES = 200
 _MEAN = 3600
 """Characters of a document."""
 BATCH = 256
+BARE_BATCH = 1000
 S, K, IMAGE_TOKENS = 4096, 5, 576
 
 
@@ -57,7 +58,7 @@ def text(scratch: Path, *, repeats: int) -> dict[str, Any]:
 
     tokens = bare()
     run = _run(scratch, "text.jsonl")
-    best = _best({"bare": bare, "preprocess": run}, repeats=repeats)
+    best = _best({"bare": bare, "preprocess": run}, scratch=scratch, repeats=repeats)
     return {
         "documents": len(texts),
         "tokens": tokens,
@@ -81,7 +82,7 @@ def images(scratch: Path, *, repeats: int) -> dict[str, Any]:
     actions: dict[str, Callable[[], object]] = {"bare": bare}
     for level in ("scaled", "header"):
         actions[level] = _run(scratch, "captions.jsonl", "--verify", level)
-    best = _best(actions, repeats=repeats)
+    best = _best(actions, scratch=scratch, repeats=repeats)
     return {
         "images": IMAGES,
         "mean_bytes": sum(map(len, files)) // IMAGES,
@@ -105,7 +106,7 @@ def packing(scratch: Path, *, repeats: int) -> dict[str, Any]:
     for captions, texts in ((0, 1_000_000), (100_000, 220_000), (1_000_000, 2_200_000), (100_000, 0)):
         lengths, counts = _lengths(captions, texts)
         call = partial(_pack, lengths, counts)
-        seconds = _best({"pack": call}, repeats=min(repeats, 3))["pack"]
+        seconds = _best({"pack": call}, scratch=scratch, repeats=min(repeats, 3))["pack"]
         packs, placed = call()
         mixed = placed.multimodal
         held = np.bincount(placed.packs[mixed], weights=np.array(counts)[mixed]) if mixed.any() else np.zeros(0)
@@ -135,6 +136,7 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for count in (1, 2):
             bare[count].append(bare_processes(scratch, count=count, total=DOCUMENTS * COPIES))
+            _clear(scratch)
             start, before = time.perf_counter(), os.times()
             _command(scratch, "text.jsonl", workers=count)
             after = os.times()
@@ -155,24 +157,32 @@ def workers(scratch: Path, *, repeats: int) -> dict[str, Any]:
     }
 
 
-def bare_processes(scratch: Path, *, count: int, total: int) -> float:
+def bare_processes(scratch: Path, *, count: int, total: int, held: bool = False) -> float:
     """Seconds in which `count` processes tokenize the `total` documents of the scratch folder, start-up included.
 
-    Each has its own share of the documents.
+    Each has its own share of the documents. It reads and tokenizes BARE_BATCH of them at a time, and drops them and
+    their ids before the next, as every program does that writes shards.
+
+    Args:
+        held: a process reads its whole share first and keeps the text; by this, reports before version 0.3 measured.
     """
     code = (
         "import json, sys; from itertools import islice; from megavl.data.tokenizer import open_tokenizer\n"
-        f"scratch, first, end = {str(scratch)!r}, int(sys.argv[1]), int(sys.argv[2])\n"
+        "scratch, first, end, batch, held = sys.argv[1], *map(int, sys.argv[2:])\n"
         "tokenizer = open_tokenizer(scratch + '/tokenizer')\n"
         "lines = islice(open(scratch + '/text.jsonl', encoding='utf-8'), first, end)\n"
-        "texts = [json.loads(line)['text'] for line in lines]\n"
-        f"for start in range(0, len(texts), {BATCH}):\n"
-        f"    tokenizer.encode_batch(texts[start : start + {BATCH}])"
+        "if held:\n"
+        "    texts = [json.loads(line)['text'] for line in lines]\n"
+        "    for start in range(0, len(texts), batch):\n"
+        "        tokenizer.encode_batch(texts[start : start + batch])\n"
+        "while texts := [] if held else [json.loads(line)['text'] for line in islice(lines, batch)]:\n"
+        "    tokenizer.encode_batch(texts)\n"
     )
     borders = [total * part // count for part in range(count + 1)]
+    size = BATCH if held else BARE_BATCH
     started = time.perf_counter()
     running = [
-        subprocess.Popen([sys.executable, "-c", code, str(first), str(end)], cwd=ROOT)
+        subprocess.Popen([sys.executable, "-c", code, *map(str, (scratch, first, end, size, int(held)))], cwd=ROOT)
         for first, end in zip(borders, borders[1:])
     ]
     codes = [process.wait() for process in running]
@@ -185,6 +195,7 @@ def memory(scratch: Path, *, repeats: int) -> dict[str, Any]:
     found = {}
     for copies in (1, 10):
         documents(scratch, copies=copies)
+        _clear(scratch)
         found[copies] = _command(scratch, "text.jsonl", workers=1)
     return {
         "mib_1": found[1],
@@ -199,19 +210,24 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _best(actions: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+def _best(actions: dict[str, Callable[[], object]], *, scratch: Path, repeats: int) -> dict[str, float]:
     """Least CPU seconds of each action, taken in turn."""
     best = dict.fromkeys(actions, float("inf"))
     for _ in range(repeats):
         for name, action in actions.items():
+            _clear(scratch)
             start = time.process_time()
             action()
             best[name] = min(best[name], time.process_time() - start)
     return best
 
 
-def _arguments(scratch: Path, name: str, *, workers: int) -> list[str]:
+def _clear(scratch: Path) -> None:
+    """Remove an earlier output: freeing its pages takes time, and is no part of preprocessing."""
     shutil.rmtree(scratch / "out", ignore_errors=True)
+
+
+def _arguments(scratch: Path, name: str, *, workers: int) -> list[str]:
     return [
         *("--input", str(scratch / name), "--output", str(scratch / "out")),
         *("--tokenizer", str(scratch / "tokenizer"), "--workers", str(workers)),
@@ -219,7 +235,8 @@ def _arguments(scratch: Path, name: str, *, workers: int) -> list[str]:
 
 
 def command_line(scratch: Path, name: str, *, workers: int) -> list[str]:
-    """Command that preprocesses an input of the scratch folder."""
+    """Command that preprocesses an input of the scratch folder, after its earlier output was removed."""
+    _clear(scratch)
     return [sys.executable, "data_tools/preprocess.py", *_arguments(scratch, name, workers=workers)]
 
 
