@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -91,6 +92,19 @@ def test_lock_of_a_killed_run_is_taken_over(monkeypatch: pytest.MonkeyPatch, tmp
     with _lock(Output(str(tmp_path / "out")), 0, 2):
         pass
     assert list(left.iterdir()) == []
+
+
+def test_array_task_names_the_lock_of_another_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _without_flock(monkeypatch)
+    left = tmp_path / "out/units/lock-owners/whole"
+    left.mkdir(parents=True)
+    elsewhere = replace(Process.this(), machine="another")
+    (left / "owner-1.json").write_bytes(replace(Owner.this_process(), process=elsewhere, host="node7").encode(3))
+    with pytest.raises(UsageError, match=f"node7.*If it is gone, delete {left}"):
+        _lock(Output(str(tmp_path / "out")), 0, 2)
+    shutil.rmtree(left)
+    with _lock(Output(str(tmp_path / "out")), 0, 2), _lock(Output(str(tmp_path / "out")), 1, 2):
+        pass
 
 
 def test_other_errors_of_a_lock_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
