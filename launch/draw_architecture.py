@@ -18,7 +18,7 @@ from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import make_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = "launch/recipes/7b/stage2.yaml"
+RECIPE = "launch/recipes/7b/stage2_paper.yaml"
 DEVICE = "h200"
 PICTURE = "launch/architecture.svg"
 
