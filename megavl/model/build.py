@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +39,9 @@ class BuildSpec:
     """Seed of the initial weights."""
     transformer_engine: bool = False
     """Build the decoder layers from Transformer Engine's modules, which allocate on no meta device."""
+    drawn: bool = True
+    """Draw initial weights, which takes minutes for the 7B. If false, they are NaN until a checkpoint fills them, except
+    under Transformer Engine."""
 
     @classmethod
     def of(cls, recipe: Recipe, *, layout: str | None, dtype: torch.dtype) -> BuildSpec:
@@ -70,9 +75,10 @@ class BuildSpec:
 
 
 def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
-    """This rank's stages, on its device, with random weights and the frozen groups marked."""
+    """This rank's stages, on its device, with random weights or NaN and the frozen groups marked."""
     config, virtual = spec.transformer_config(), spec.parallel.virtual_pipeline
-    with torch.random.fork_rng(devices=[]):
+    blank = not spec.drawn and not spec.transformer_engine
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if blank else contextlib.nullcontext():
         stages = []
         for index in range(virtual):
             # Another seed for every stage: layers of two inner stages would otherwise start equal.
@@ -90,14 +96,18 @@ def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
                 )
             )
     for stage in stages:
+        if blank:
+            _allocate(stage, dtype=spec.dtype, value=math.nan)
         to_device_and_dtype(stage, dtype=spec.dtype)
         freeze(stage, train=spec.train)
     return stages
 
 
 def build_towers(spec: BuildSpec) -> VisionTowers:
-    """The vision towers alone on this rank's device, without meaningful weights, the frozen groups marked."""
-    towers = VisionTowers(spec.model, recompute=spec.recompute.vision)
+    """The vision towers alone on this rank's device, the frozen groups marked; their weights are NaN."""
+    with torch.device("meta"):
+        towers = VisionTowers(spec.model, recompute=spec.recompute.vision)
+    _allocate(towers, dtype=spec.dtype, value=math.nan)
     to_device_and_dtype(towers, dtype=spec.dtype)
     freeze(towers, train=spec.train, prefix="vision.")
     return towers
@@ -127,14 +137,21 @@ def build_to_generate(spec: BuildSpec) -> DeepseekVL:
             post_process=mpu.is_pipeline_last_stage(),
             generates=True,
         )
-    for module in stage.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=spec.dtype, device=cpu_runtime.device())
-            real = torch.nn.Parameter(empty, requires_grad=False)
+    _allocate(stage, dtype=spec.dtype)
+    return stage.eval().requires_grad_(False)
+
+
+def _allocate(module: nn.Module, *, dtype: torch.dtype, value: float | None = None) -> None:
+    """Give parameters that were made on the meta device memory on this rank's, with one value or none."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            memory = torch.empty(parameter.shape, dtype=dtype, device=cpu_runtime.device())
+            real = nn.Parameter(memory if value is None else memory.fill_(value), requires_grad=parameter.requires_grad)
             # megatron-core notes on the parameter along which axis it is split.
             vars(real).update(vars(parameter))
-            setattr(module, name, real)
-        for name, buffer in module.named_buffers(recurse=False):
+            setattr(owner, name, real)
+        for name, buffer in owner.named_buffers(recurse=False):
             assert not buffer.is_meta, f"{name} has no value on the meta device; name its device where it is made"
-            setattr(module, name, buffer.to(cpu_runtime.device()))
-    return stage.eval()
+            setattr(owner, name, buffer.to(cpu_runtime.device()))

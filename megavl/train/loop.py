@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +86,12 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     plan = RunPlan(scenario=scenario, device=device, layers=of_rank_zero(layers), position=position)
     _prepare_run_dir(plan)
     status.section = "opening the data"
-    tokenizer, dataset, sampler = _open_data(plan)
+    tokenizer, dataset, sampler, filled = _open_data(plan)
     status.section = "building the model"
-    state = _build_state(plan, dataset=dataset, tokenizer=tokenizer)
+    state = _build_state(plan, dataset=dataset, tokenizer=tokenizer, filled=filled)
     evaluation = Evaluation(plan, tokenizer=tokenizer, asked_to_stop=lambda: stop.raised)
     status.section = "loading weights"
-    progress = _resume_or_start(plan, state)
+    progress = _resume_or_start(plan, state, filled=filled)
     sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
     evaluation.start(step=progress.step)
@@ -208,21 +210,25 @@ def _prepare_run_dir(plan: RunPlan) -> None:
         warn(f"{path} cannot be written ({error.strerror}); training goes on without it")
 
 
-def _open_data(plan: RunPlan) -> tuple[Tokenizer, Dataset, Sampler]:
+def _open_data(plan: RunPlan) -> tuple[Tokenizer, Dataset, Sampler, bool]:
     """Open tokenizer and data on every rank, and plan the order of samples, which must be the same everywhere.
 
-    Before anything large is read, a start is refused that would be another run than the checkpoint's.
+    Before anything large is read, a start is refused that would be another run than the checkpoint's. What is returned
+    last says whether a checkpoint fills all weights.
     """
     recipe, data = plan.recipe, plan.recipe.data
     tokenizer = open_tokenizer(data.tokenizer)
     share = (dist.get_rank(), dist.get_world_size())
+    filled = False
 
     def confirm(fingerprint: str) -> None:
+        nonlocal filled
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, fingerprint)
         if len(set(found)) > 1:
             raise DataError(f"data.sources: ranks see different data ({sorted(set(found))}); share one file system")
-        collective_errors.on_rank_zero(lambda: check_start(recipe, fingerprint=fingerprint, tokenizer=tokenizer))
+        check = partial(check_start, recipe, fingerprint=fingerprint, tokenizer=tokenizer)
+        filled = collective_errors.on_rank_zero(check)
 
     dataset = recipe_dataset(recipe, tokenizer=tokenizer, skip_hash=data.skip_hash, share=share, confirm=confirm)
     mixture, steps = recipe_mixture(recipe, dataset.counts), recipe.training.steps
@@ -230,12 +236,13 @@ def _open_data(plan: RunPlan) -> tuple[Tokenizer, Dataset, Sampler]:
     plans = source_plans(mixture, data=data, counts=dataset.counts, steps=steps)
     for line in render(plans, mixture=mixture, steps=steps):
         plan.say(line)
-    return tokenizer, dataset, Sampler(dataset.counts, mixture=mixture)
+    return tokenizer, dataset, Sampler(dataset.counts, mixture=mixture), filled
 
 
-def _build_state(plan: RunPlan, *, dataset: Dataset, tokenizer: Tokenizer) -> RunState:
+def _build_state(plan: RunPlan, *, dataset: Dataset, tokenizer: Tokenizer, filled: bool) -> RunState:
+    """Model and optimizer; no random weights are drawn where a checkpoint fills all of them."""
     recipe = plan.recipe
-    model = build_model_chunks(plan.build)
+    model = build_model_chunks(replace(plan.build, drawn=not filled))
     optimizer = build_optimizer(model, optimizer=recipe.optimizer, bf16=recipe.training.precision == "bf16")
     return RunState(
         recipe,
@@ -246,7 +253,7 @@ def _build_state(plan: RunPlan, *, dataset: Dataset, tokenizer: Tokenizer) -> Ru
     )
 
 
-def _resume_or_start(plan: RunPlan, state: RunState) -> Progress:
+def _resume_or_start(plan: RunPlan, state: RunState, *, filled: bool) -> Progress:
     """Resume, else start from other weights, else (only when told to) from random ones."""
     recipe, resumed = plan.recipe, state.restore()
     if resumed is not None:
@@ -261,6 +268,11 @@ def _resume_or_start(plan: RunPlan, state: RunState) -> Progress:
             raise CheckpointError(f"checkpoint.init: {error}") from error
         for line in (*lines, f"weights from {recipe.checkpoint.init}"):
             plan.say(line)
+    elif filled:
+        raise CheckpointError(
+            f"{recipe.checkpoint_dir}: the checkpoint that this run began to start from has gone; restore it, or start "
+            "again without it"
+        )
     else:
         require_random_allowed(recipe)
     return Progress(step=0, bad_steps=0)

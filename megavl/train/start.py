@@ -14,7 +14,7 @@ from megavl.train.identity import Fixed, compare_resumed, compare_start
 from megavl.train.progress import read_content
 
 
-def check_start(recipe: Recipe, *, fingerprint: str, tokenizer: Tokenizer) -> None:
+def check_start(recipe: Recipe, *, fingerprint: str, tokenizer: Tokenizer) -> bool:
     """Compare a recipe with the checkpoint that the run would start from; rank 0 alone does this.
 
     Of a checkpoint the small files are hashed. All are when the weights are loaded, and an older checkpoint that is
@@ -22,6 +22,9 @@ def check_start(recipe: Recipe, *, fingerprint: str, tokenizer: Tokenizer) -> No
 
     Args:
         fingerprint: identity of the data.
+
+    Returns:
+        Whether a checkpoint fills all weights; False where the run may have to begin with random ones.
 
     Raises:
         UsageError: another model, tokenizer, data set or setting than the checkpoint's.
@@ -40,6 +43,8 @@ def check_start(recipe: Recipe, *, fingerprint: str, tokenizer: Tokenizer) -> No
             compare_start(recipe, resolve(recipe.checkpoint.init, skip_hash=True), tokenizer=tokenizer)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint.init: {error}") from error
+    # If all files are hashed, the newest checkpoints may turn out damaged; `allow_fresh` then begins anew.
+    return recipe.checkpoint.init is not None or (found.path is not None and not recipe.checkpoint.allow_fresh)
 
 
 def require_random_allowed(recipe: Recipe) -> None:
