@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -185,6 +185,11 @@ class Dataset:
         """Packed sequences per modality, for each source."""
         return [source.counts for source in self.sources]
 
+    def check(self, *, share: tuple[int, int] = (0, 1), skip_hash: bool = False) -> None:
+        """Compare every file with its hash; arguments and errors as of `Source.check`."""
+        for source in self.sources:
+            source.check(share=share, skip_hash=skip_hash)
+
     def read(self, *, source: int, modality: Modality, index: int) -> PackedSequence:
         """One packed sequence.
 
@@ -249,8 +254,7 @@ def open_dataset(
     vocab_size: int,
     image_token_id: int | None = None,
     skip_hash: bool = False,
-    share: tuple[int, int] = (0, 1),
-    confirm: Callable[[str], None] = lambda fingerprint: None,
+    check: bool = True,
 ) -> Dataset:
     """Open preprocessed datasets and check that they fit the run.
 
@@ -262,8 +266,7 @@ def open_dataset(
         vocab_size: rows of the model's embedding.
         image_token_id: the model's image token; default: no check.
         skip_hash: do not hash tokens and images; the crc32 of each record is compared when it is read.
-        share: (part, parts) of the files to check here, to divide the work among ranks.
-        confirm: called with the fingerprint before the files are read, which takes long; may raise.
+        check: read all files and compare their hashes; otherwise `Dataset.check` must do it before data are used.
 
     Raises:
         DataError: a file is missing or damaged; or tokenizer, vocabulary, sequence length or image geometry differ from
@@ -291,9 +294,8 @@ def open_dataset(
         )
     weights = [config.weight for config in sources]
     dataset = Dataset(opened, weights=weights, pad_id=tokenizer.pad_id, geometry=geometry, handles=handles)
-    confirm(dataset.fingerprint)
-    for source in opened:
-        source.check(share=share, skip_hash=skip_hash)
+    if check:
+        dataset.check(skip_hash=skip_hash)
     return dataset
 
 

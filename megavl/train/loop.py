@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -87,11 +88,14 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     _prepare_run_dir(plan)
     status.section = "opening the data"
     tokenizer, dataset, sampler, filled = _open_data(plan)
+    files = _check_files(plan, dataset)
     status.section = "building the model"
     state = _build_state(plan, dataset=dataset, tokenizer=tokenizer, filled=filled)
     evaluation = Evaluation(plan, tokenizer=tokenizer, asked_to_stop=lambda: stop.raised)
     status.section = "loading weights"
     progress = _resume_or_start(plan, state, filled=filled)
+    status.section = "checking the data"
+    files.result()
     sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
     evaluation.start(step=progress.step)
@@ -213,30 +217,42 @@ def _prepare_run_dir(plan: RunPlan) -> None:
 def _open_data(plan: RunPlan) -> tuple[Tokenizer, Dataset, Sampler, bool]:
     """Open tokenizer and data on every rank, and plan the order of samples, which must be the same everywhere.
 
-    Before anything large is read, a start is refused that would be another run than the checkpoint's. What is returned
-    last says whether a checkpoint fills all weights.
+    What is returned last says whether a checkpoint fills all weights.
     """
     recipe, data = plan.recipe, plan.recipe.data
     tokenizer = open_tokenizer(data.tokenizer)
-    share = (dist.get_rank(), dist.get_world_size())
-    filled = False
-
-    def confirm(fingerprint: str) -> None:
-        nonlocal filled
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, fingerprint)
-        if len(set(found)) > 1:
-            raise DataError(f"data.sources: ranks see different data ({sorted(set(found))}); share one file system")
-        check = partial(check_start, recipe, fingerprint=fingerprint, tokenizer=tokenizer)
-        filled = collective_errors.on_rank_zero(check)
-
-    dataset = recipe_dataset(recipe, tokenizer=tokenizer, skip_hash=data.skip_hash, share=share, confirm=confirm)
+    dataset = recipe_dataset(recipe, tokenizer=tokenizer, check=False)
+    filled = _confirm_start(plan, dataset, tokenizer)
     mixture, steps = recipe_mixture(recipe, dataset.counts), recipe.training.steps
     check_epochs(mixture, data=data, counts=dataset.counts, steps=steps)
     plans = source_plans(mixture, data=data, counts=dataset.counts, steps=steps)
     for line in render(plans, mixture=mixture, steps=steps):
         plan.say(line)
     return tokenizer, dataset, Sampler(dataset.counts, mixture=mixture), filled
+
+
+def _confirm_start(plan: RunPlan, dataset: Dataset, tokenizer: Tokenizer) -> bool:
+    """Refuse a start that would be another run than the checkpoint's, before anything large is read. Collective.
+
+    Returns:
+        Whether a checkpoint fills all weights.
+    """
+    fingerprint = dataset.fingerprint
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, fingerprint)
+    if len(set(found)) > 1:
+        raise DataError(f"data.sources: ranks see different data ({sorted(set(found))}); share one file system")
+    check = partial(check_start, plan.recipe, fingerprint=fingerprint, tokenizer=tokenizer)
+    return collective_errors.on_rank_zero(check)
+
+
+def _check_files(plan: RunPlan, dataset: Dataset) -> Future[None]:
+    """Hash this rank's share of the data in a thread, while the model is built and its weights are loaded."""
+    pool = ThreadPoolExecutor(max_workers=1)
+    share = (plan.position.rank, plan.position.world_size)
+    hashing = pool.submit(dataset.check, share=share, skip_hash=plan.recipe.data.skip_hash)
+    pool.shutdown(wait=False)
+    return hashing
 
 
 def _build_state(plan: RunPlan, *, dataset: Dataset, tokenizer: Tokenizer, filled: bool) -> RunState:

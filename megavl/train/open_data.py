@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from megavl.config.recipe import Recipe
 from megavl.data.dataset import Dataset, open_dataset
 from megavl.data.loader import StepLoader
@@ -16,16 +14,14 @@ def recipe_dataset(
     recipe: Recipe,
     *,
     tokenizer: Tokenizer,
-    skip_hash: bool,
-    share: tuple[int, int] = (0, 1),
-    confirm: Callable[[str], None] = lambda fingerprint: None,
+    skip_hash: bool = False,
+    check: bool = True,
 ) -> Dataset:
     """Open the recipe's sources.
 
     Args:
         skip_hash: leave out the checksums of whole files.
-        share: (i, n): this process checks every n-th file, from the i-th.
-        confirm: called with the fingerprint of the data before files are read; may raise.
+        check: read all files and compare their hashes; otherwise `Dataset.check` must do it before data are used.
 
     Raises:
         DataError: as `open_dataset`.
@@ -39,8 +35,7 @@ def recipe_dataset(
         vocab_size=model.llm.vocab_size,
         image_token_id=model.image_token_id,
         skip_hash=skip_hash,
-        share=share,
-        confirm=confirm,
+        check=check,
     )
 
 

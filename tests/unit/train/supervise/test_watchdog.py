@@ -111,7 +111,16 @@ def test_a_save_that_writes_may_take_long(status: ExitStatus, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     "section",
-    ["start", "joining the process group", "opening the data", "loading weights", "evaluating", "saving", "leaving"],
+    [
+        "start",
+        "joining the process group",
+        "opening the data",
+        "checking the data",
+        "loading weights",
+        "evaluating",
+        "saving",
+        "leaving",
+    ],
 )
 def test_every_section_that_waits_is_watched(status: ExitStatus, monkeypatch: pytest.MonkeyPatch, section: str) -> None:
     status.section = section
