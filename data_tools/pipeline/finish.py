@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,23 +41,7 @@ def finish(job: Job, tasks: Sequence[Task], *, max_bad_frac: float) -> dict[str,
     summaries = [summary for task in tasks if (summary := output.read_task(task.number)) is not None]
     assert len(summaries) == len(tasks), "finish is called when every task is committed"
     examples = _merge_rejects(output, tasks, directory)
-    with closing(ReadHandles()) as handles:
-        names = [shard.name for summary in summaries for shard in summary.shards]
-        shards = [Shard(directory, name=name, handles=handles) for name in names]
-        packs = _pack(job, partial(_read_samples, shards))
-        return _commit(job, tasks, summaries, packs=packs, examples=examples, max_bad_frac=max_bad_frac)
-
-
-def _commit(
-    job: Job,
-    tasks: Sequence[Task],
-    summaries: Sequence[TaskSummary],
-    *,
-    packs: PackTable,
-    examples: dict[str, list[dict[str, str]]],
-    max_bad_frac: float,
-) -> dict[str, Any]:
-    directory = Path(job.output)
+    packs = _pack(job, partial(_read_samples, summaries, directory))
     with NewFile(directory / "packs.npy") as file:
         packs.write(file)
         report = build_report(job, tasks, summaries, packs=packs, examples=examples)
@@ -223,12 +206,15 @@ def _pack(job: Job, blocks: Callable[[], Iterator[Block]]) -> PackTable:
     return PackTable(blocks, seq_length=job.seq_length, max_images=job.max_images, packed=job.packed)
 
 
-def _read_samples(shards: Sequence[Shard]) -> Iterator[Block]:
+def _read_samples(summaries: Sequence[TaskSummary], directory: Path) -> Iterator[Block]:
     """All samples, shard by shard."""
-    for number, shard in enumerate(shards):
+    handles = ReadHandles()
+    for number, entry in enumerate(shard for summary in summaries for shard in summary.shards):
+        shard = Shard(directory, name=entry.name, handles=handles)
         for first, rows in shard.samples.blocks():
             lengths = shard.tokens.lengths_of(first, len(rows))
             yield Block(shard=number, first=first, lengths=lengths, images=rows["images"])
+    handles.close()
 
 
 def _counted_samples(summaries: Sequence[TaskSummary]) -> Iterator[Block]:

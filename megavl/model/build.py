@@ -40,7 +40,7 @@ class BuildSpec:
     transformer_engine: bool = False
     """Build the decoder layers from Transformer Engine's modules, which allocate on no meta device."""
     drawn: bool = True
-    """Draw initial weights, which takes minutes for the 7B. If false, they are NaN until a checkpoint fills them, except
+    """Draw initial weights, which takes minutes for the 7B. If false, they are NaN until a checkpoint fills them; not
     under Transformer Engine."""
 
     @classmethod
