@@ -5,7 +5,8 @@ First the ceilings (matrix product, copy), then every case in a process of its o
 Where there is no GPU only the tiny cases run, and the full-size columns stay empty. Needs the extras `test` and `hf`.
 
     bash launch/bench/gpu.sh
-    python -m launch.bench.step [--case "1b whole megavl" ...] [--quick] [--out DIR]
+    bash launch/bench/gpu_first.sh; bash launch/bench/gpu_rest.sh    # the same in two parts, the first in 8 minutes
+    python -m launch.bench.step [--case "1b whole megavl" ...] [--steps N] [--cuda-tests] [--quick] [--out DIR]
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,23 @@ class Case:
         """What `--case` takes."""
         return " ".join([self.model, self.part, self.side, *(word.lstrip("-") for word in self.options)])
 
+    @property
+    def halves(self) -> bool:
+        """Whether it needs Transformer Engine's optimizer."""
+        return "--half-state" in self.options
+
 
 FULL = (
     Case("1b", "whole", "megavl", steps=200),
     Case("1b", "whole", "megavl", ("--uncompiled",)),
     Case("1b", "whole", "megavl", ("--rounded-gradients",)),
+    Case("1b", "whole", "megavl", ("--recompute", "selective")),
     Case("1b", "whole", "megatron-local"),
     Case("1b", "whole", "transformers"),
     Case("1b", "whole", "transformers", ("--checkpointing",)),
     Case("1b", "whole", "transformers", ("--compile",)),
     Case("7b", "whole", "megavl"),
+    Case("7b", "whole", "megavl", ("--half-state",)),
     Case("7b", "whole", "transformers"),
     Case("7b", "whole", "transformers", ("--checkpointing",)),
     Case("7b", "first", "megavl"),
@@ -74,13 +83,14 @@ FULL = (
     Case("7b", "last", "megavl", kinds=("text",)),
     Case("7b", "last", "megatron-local", ("--recompute", "selective"), kinds=("text",)),
 )
-"""Full-size models in bf16, on a GPU only."""
+"""Full-size models in bf16, on a GPU only. Half the optimizer's state takes Transformer Engine."""
 TINY_OPTIONS = ("--precision", "fp32")
 TINY = (
     *(Case("tiny", "whole", side, TINY_OPTIONS, steps=5, micro_batches=2) for side in NAMES),
     Case("tiny", "whole", "transformers", (*TINY_OPTIONS, "--checkpointing"), steps=5, micro_batches=2),
     Case("tiny", "whole", "transformers", (*TINY_OPTIONS, "--compile"), steps=5, micro_batches=2),
     Case("tiny", "whole", "megavl", ("--precision", "bf16"), steps=5, micro_batches=2),
+    Case("tiny", "whole", "megavl", (*TINY_OPTIONS, "--recompute", "selective"), steps=5, micro_batches=2),
     Case("tiny", "first", "megavl", TINY_OPTIONS, steps=5, micro_batches=2),
     Case("tiny", "last", "megavl", TINY_OPTIONS, kinds=("text",), steps=5, micro_batches=2),
     *(
@@ -89,8 +99,24 @@ TINY = (
     ),
 )
 """The tiny models, anywhere. All sides have equal weights, so their losses must be equal."""
-SWITCHES = ("--checkpointing", "--compile", "--uncompiled", "--rounded-gradients")
+SWITCHES = (
+    ("--checkpointing",),
+    ("--compile",),
+    ("--uncompiled",),
+    ("--rounded-gradients",),
+    ("--half-state",),
+    ("--recompute", "selective"),
+)
 """Options that the report compares with the case without them."""
+FIRST = (
+    "1b whole megavl",
+    "1b whole transformers",
+    "1b whole megavl recompute selective",
+    "7b last megavl",
+    "tiny whole megavl precision fp32",
+    "tiny whole transformers precision fp32",
+)
+"""The most telling cases; with the tests of CUDA and few steps they take 8 minutes on a GPU."""
 PROFILED = ("1b whole megavl", "1b whole transformers", "7b first megavl", "tiny whole megavl precision fp32")
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference of the tiny model's first losses from MegaVL's, fp32."""
@@ -103,36 +129,49 @@ def main() -> int:
     parser.add_argument(
         "--case", action="append", choices=names, metavar="CASE", help="default: all. " + "; ".join(names)
     )
+    parser.add_argument("--set", choices=("first", "rest"), help="the most telling cases with the tests, or the others")
+    parser.add_argument("--steps", type=int, metavar="N", help="most steps of a case, besides 3 that warm up")
+    parser.add_argument("--cuda-tests", action="store_true", help="run the tests of CUDA also with --case")
     parser.add_argument("--quick", action="store_true", help="only two steps of the tiny model on the three sides")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the report goes")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that a case may take")
     arguments = parser.parse_args()
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps: {arguments.steps} is too few; measure at least 1")
+    if arguments.case and arguments.set:
+        parser.error("--case and --set choose cases both; give one of them")
     arguments.out = arguments.out.resolve()
     os.chdir(ROOT)
     repeats = ("--repeats", 2 if arguments.quick else 20)
     (ceilings,) = ask("launch.bench.engines.step_ceiling", *ONE_THREAD, *repeats, gpu=True, limit=arguments.limit)
     path = report_path("step", where=device(ceilings), folder=arguments.out).with_suffix(".json")
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and arguments.case else {}
+    some = bool(arguments.case or arguments.set)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and some else {}
     plans = plans_of(ceilings)
     found: dict[str, Any] = {"cases": kept.get("cases", {}), "ceilings": ceilings, "plans": plans}
     found |= {"versions": versions(*PACKAGES), "load": os.getloadavg()[0], "cuda_tests": kept.get("cuda_tests")}
-    if ceilings["cuda"] and not arguments.case:
-        found["cuda_tests"] = cuda_tests()
+    if ceilings["cuda"] and (not some or arguments.cuda_tests or arguments.set == "first"):
+        found["cuda_tests"] = cuda_tests(limit=arguments.limit)
     for case in chosen(arguments, on_gpu=ceilings["cuda"]):
         print(f"{case.name} ...", flush=True)
-        layers = plans[f"{case.model} {case.part}"]["layers"] if case in FULL else 0
-        words = words_of(case, layers=layers, quick=arguments.quick)
+        # 0 stands for as many as fit: more do with half the state.
+        layers = plans[f"{case.model} {case.part}"]["layers"] if case in FULL and not case.halves else 0
+        words = words_of(case, layers=layers, quick=arguments.quick, most=arguments.steps)
         found["cases"][case.name] = measure(case, words, limit=arguments.limit)
+        # Whatever ends the command, the report has the cases that are done.
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    write_report(path.with_suffix(".md"), report(found))
+        write_report(path.with_suffix(".md"), report(found))
     return 0 if sound(found["cases"]) and (found["cuda_tests"] or {"passed": True})["passed"] else 1
 
 
-def cuda_tests() -> dict[str, Any]:
-    """Whether CUDA agrees with the CPU, and what the tests printed about it."""
+def cuda_tests(*, limit: float) -> dict[str, Any]:
+    """Whether CUDA agrees with the CPU, and what the tests printed about it in at most `limit` seconds."""
     print("tests/numerics/test_cuda.py ...", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "tests/numerics/test_cuda.py"]
-    done = subprocess.run(command, env=environment(gpu=True), capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=environment(gpu=True), capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "lines": [f"not done after {limit:g} s"]}
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     tables = ("CUDA against CPU", "times that the host waits", "FAILED", "ERROR")
     shown = [line for line in lines[:-1] if any(word in line for word in tables)]
@@ -143,11 +182,14 @@ def chosen(arguments: argparse.Namespace, *, on_gpu: bool) -> list[Case]:
     """The cases to run here."""
     if arguments.quick:
         return list(TINY[: len(NAMES)])
-    cases = [*(FULL if on_gpu else ()), *TINY]
+    able = find_spec("transformer_engine") is not None
+    cases = [*(case for case in FULL if on_gpu and (able or not case.halves)), *TINY]
+    if arguments.set:
+        return [case for case in cases if (case.name in FIRST) == (arguments.set == "first")]
     if arguments.case:
         cases = [case for case in cases if case.name in arguments.case]
         if len(cases) < len(set(arguments.case)):
-            raise SystemExit("error: --case: full-size cases need a GPU, and there is none")
+            raise SystemExit("error: --case: full-size cases need a GPU, and half-state Transformer Engine")
     return cases
 
 
@@ -158,11 +200,12 @@ def plans_of(ceilings: dict[str, Any]) -> dict[str, Any]:
     return {f"{model} {part}": plan(model, part, memory_bytes=memory) for model, part in parts}
 
 
-def words_of(case: Case, *, layers: int, quick: bool) -> list[object]:
+def words_of(case: Case, *, layers: int, quick: bool, most: int | None) -> list[object]:
     """Arguments of the measuring program."""
     words = ["--side", case.side, "--model", case.model, "--part", case.part, "--layers", layers, *case.options]
     words += ["--kind", *case.kinds, "--micro-batches", case.micro_batches]
-    words += ["--steps", 2 if quick else case.steps, "--warm-up", 1 if quick else 3]
+    steps = 2 if quick else case.steps
+    words += ["--steps", steps if most is None else min(steps, most), "--warm-up", 1 if quick else 3]
     words += ONE_THREAD
     if case.name in PROFILED:
         words += ["--profile", f"runs/step_traces/{case.name.replace(' ', '_')}.json.gz"]
@@ -313,9 +356,10 @@ def tried(cases: dict[str, Any]) -> list[str]:
     """What each switch changed, whether it helped or not, and what did not run."""
     lines = []
     for case in (*FULL, *TINY):
-        if not set(case.options[-1:]) & set(SWITCHES):
+        switch = next((words for words in SWITCHES if case.options[-len(words) :] == words), None)
+        if switch is None:
             continue
-        base = cases.get(replace(case, options=case.options[:-1]).name, {})
+        base = cases.get(replace(case, options=case.options[: -len(switch)]).name, {})
         found = cases.get(case.name, {})
         for kind in case.kinds:
             if kind in found and kind in base:
@@ -396,9 +440,9 @@ def report(found: dict[str, Any]) -> list[str]:
         *table("| goal for one H200 | | reached |", goals(cases)),
         "",
         f"{planned} is planned with up to {some['usable_bytes'] / 1e9:.1f} GB. The whole 7B with fp32 master weights "
-        "and moments exceeds that, and megatron-core's precision-aware optimizer needs Transformer Engine. So it is "
-        "measured with as many layers as the planner's formulas allow: with vision side, embedding and head (`whole`), "
-        "as a first pipeline stage (`first`, no head) and as a last one (`last`, no vision side).",
+        "and moments exceeds that. It fits with half the optimizer's state (`--half-state`), which takes Transformer "
+        "Engine. Else it is measured with as many layers as the planner's formulas allow: with vision side, embedding "
+        "and head (`whole`), as a first pipeline stage (`first`, no head) and as a last one (`last`, no vision side).",
         *fitting(plans),
         "",
         "## Tiny size, fp32 unless stated otherwise",

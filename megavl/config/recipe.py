@@ -61,14 +61,19 @@ class ParallelConfig:
     """Reduce gradients bucket by bucket during the backward pass."""
     overlap_param_gather: bool = True
     """Gather updated weights during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
-    bucket_size: Positive = 40_000_000
-    """Parameters per gradient bucket; the default is megatron-core's for few data-parallel ranks."""
+    bucket_size: Positive | None = None
+    """Parameters per gradient bucket. Default: megatron-core's rule, 40 million, or one million for each data-parallel
+    rank if that is more."""
     deterministic: bool = False
     """Make runs on CUDA bitwise reproducible, as they always are on a CPU. Some algorithms are slower, and an operation
     without a deterministic algorithm ends the run."""
     timeout_s: Positive = 600
     """Seconds without progress, such as in a collective that waits for a missing rank, after which a run ends with
     code 7."""
+
+    def bucket(self, *, ranks: int) -> int:
+        """Parameters per gradient bucket of `ranks` data-parallel ranks."""
+        return self.bucket_size or max(40_000_000, 1_000_000 * ranks)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

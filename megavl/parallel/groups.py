@@ -12,6 +12,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 from megavl.config.errors import PeerError, UsageError
+from megavl.config.library_settings import missing_settings
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import cpu_runtime
 
@@ -117,6 +118,9 @@ def prepare_libraries(parallel: ParallelConfig) -> None:
     """Set torch's switches and the environment of CUDA's libraries; must run before anything touches the device."""
     # megatron-core relies on kernels being issued in order for overlap under sequence parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if torch.cuda.is_available():
+        ranks = _env_int("LOCAL_WORLD_SIZE", 1)
+        os.environ.update(missing_settings(os.environ, ranks=ranks, cores=os.cpu_count() or 1))
     if parallel.deterministic:
         torch.use_deterministic_algorithms(True)
         for name, value in _DETERMINISTIC.items():

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megavl.config.identity import model_name
+from megavl.config.library_settings import library_settings
 from megavl.planner.cost.flops import MFU_CONVENTION, mfu, model_flops
 from megavl.planner.cost.memory import RankMemory, rank_memory, rank_parameters, rank_stages
 from megavl.planner.hardware.devices import Device
@@ -91,6 +92,10 @@ class Plan:
     """Mean over the mixture."""
     days: float
     """All steps of the recipe at the expected step time."""
+    bucket_size: int
+    """Parameters per gradient bucket."""
+    environment: dict[str, str]
+    """Settings of libraries that each rank makes unless they are set."""
     mfu_convention: str = MFU_CONVENTION
 
     @property
@@ -133,6 +138,11 @@ def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSourc
         multimodal=steps["multimodal"],
         expected=expected,
         days=recipe.training.steps * expected.seconds / 86_400,
+        bucket_size=recipe.parallel.bucket(ranks=scenario.data_parallel),
+        # A device without memory of its own is the CPU.
+        environment=library_settings(ranks=min(scenario.devices, hardware.per_node), cores=None)
+        if hardware.memory_bytes
+        else {},
     )
 
 

@@ -112,7 +112,7 @@ def build_model_chunks(spec: BuildSpec) -> ModelChunks:
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        bucket_size=parallel.bucket_size,
+        bucket_size=parallel.bucket(ranks=mpu.get_data_parallel_world_size(with_context_parallel=True)),
         # These would start megatron-core's rerun machinery; bad steps are handled here.
         check_for_nan_in_grad=False,
     )

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.bench import programs, step
+from launch.bench.engines.step_marks import Marks
+from launch.bench.engines.step_sides import MegaVL, made_up_batches
+from launch.bench.engines.step_work import make_work
+from megavl.config.recipe import ParallelConfig
+from megavl.parallel import groups
 from tests.tiny_run import environment, forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("tiny whole megavl precision fp32", "tiny whole megatron-local precision fp32")
 TINY += ("tiny whole transformers precision fp32",)
+WORDS = {"recompute": "none", "precision": "fp32", "memory_bytes": None}
 
 
 def rows(report: str, heading: str) -> list[list[str]]:
@@ -88,6 +96,7 @@ def test_figures_of_a_gpu_fill_the_report() -> None:
         "1b whole transformers": {kind: made_up(**slow, seconds=steady) for kind in ("text", "multimodal")},
         "1b whole transformers checkpointing": {"text": made_up(**fast, seconds=steady)},
         "1b whole transformers compile": {"failed": "RuntimeError: no compiler"},
+        "1b whole megavl recompute selective": {"text": made_up(**slow, seconds=steady)},
         "7b last megavl": {"text": made_up(**fast, seconds=steady)},
     }
     ceilings = {
@@ -119,8 +128,36 @@ def test_figures_of_a_gpu_fill_the_report() -> None:
     assert rows(report, "## Where the time goes")[-1] == ["7b last megavl", "text", *shares, "50.0%"]
     assert "- 1b whole transformers compile: did not run, `RuntimeError: no compiler`" in report
     assert "- 1b whole transformers checkpointing, text: 2.00 of the tokens/s without it, 1.00 of the memory" in report
+    assert "- 1b whole megavl recompute selective, text: 0.50 of the tokens/s without it" in report
     assert step.sound(cases)
     assert not step.sound(cases | {"7b last megavl": {"failed": "OutOfMemoryError"}})
+
+
+def test_two_parts_hold_every_case_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    parts = [
+        [case.name for case in step.chosen(Namespace(quick=False, case=None, set=part), on_gpu=True)]
+        for part in ("first", "rest", None)
+    ]
+    assert sorted(parts[0] + parts[1]) == sorted(parts[2]) and set(parts[0]) == set(step.FIRST)
+    assert "7b whole megavl half-state" not in parts[2], "it takes Transformer Engine"
+    case = step.FULL[0]
+    words = [step.words_of(case, layers=24, quick=False, most=most) for most in (12, None)]
+    assert [line[line.index("--steps") + 1] for line in words] == [12, 200]
+
+
+def test_weights_are_drawn_where_they_are() -> None:
+    work = make_work("tiny-siglip", part="whole", layers=2, micro_batches=1, **WORDS)
+    groups.start(ParallelConfig(), seed=1)
+    try:
+        side = MegaVL(work, marks=Marks(), lr=1e-3, local=False, weights=None)
+        loss = side.step(side.prepare(made_up_batches(work, "multimodal", steps=1)[0], "multimodal"))
+    finally:
+        groups.stop()
+    spread = [float(p.std()) for p in side.model.chunks[0].parameters() if p.dim() > 1 and p.numel() > 1000]
+    assert 0.015 < min(spread) < max(spread) < 0.025
+    # Nearly uniform over the vocabulary, as a new model's answers are.
+    assert abs(loss - math.log(work.recipe.model.llm.vocab_size)) < 0.5
 
 
 def test_unequal_losses_are_no_success() -> None:

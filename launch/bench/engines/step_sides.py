@@ -102,12 +102,16 @@ class MegaVL:
             # Transformer Engine, where it is installed, would bring its own attention.
             recipe = replace(recipe, training=replace(recipe.training, transformer_engine="never"))
         precision = recipe.training.precision
-        with _part(work.part), _modules(local=local):
+        # Drawing a large model's weights on the host takes a minute.
+        drawn = contextlib.nullcontext() if weights is not None else _nothing_drawn()
+        with _part(work.part), _modules(local=local), drawn:
             self.model = build_model_chunks(BuildSpec.of(recipe, layout=None, dtype=DTYPE_OF_PRECISION[precision]))
         (chunk,) = self.model.chunks
         if weights is not None:
             for name, parameter in chunk.module.named_parameters():
                 parameter.data.copy_(weights[canonical_name(name)])
+        else:
+            draw_on_device(chunk.module)
         self.optimizer = build_optimizer(self.model, optimizer=recipe.optimizer, bf16=precision == "bf16")
         set_learning_rate(self.optimizer, lr=lr, weight_decay=0.0)
         _end_part(chunk.module, work)
@@ -145,6 +149,23 @@ class MegaVL:
         named = [(name, weight) for name, weight in chunk.module.named_parameters() if weight.requires_grad]
         moved = [weight for name, weight in named if kind == "multimodal" or not is_vision(name)]
         return sum(weight.numel() * (28 + (2 if weight.dtype == torch.bfloat16 else 0)) for weight in moved)
+
+
+@contextlib.contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Leave the weights of modules that are built as their memory is, instead of drawing random ones."""
+    drawing = ("normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_")
+    with mock.patch.multiple(torch.nn.init, **dict.fromkeys(drawing, lambda tensor, *args, **kwargs: tensor)):
+        yield
+
+
+def draw_on_device(module: torch.nn.Module) -> None:
+    """Random weights where they are: matrices like a new model's, biases zero, other vectors one."""
+    for name, weight in module.named_parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(std=0.02)
+        else:
+            weight.data.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from launch.bench.engines.step_sides import SIDES, MegaVL, Side, Transformers, m
 from launch.bench.engines.step_work import MODELS, PARTS, TINY, Work, make_work
 from megavl.config.recipe import ParallelConfig
 from megavl.model import decoder
+from megavl.model.engine_choice import check_engines
 from megavl.parallel import groups
 from megavl.planner.cost.flops import mfu
 from megavl.planner.hardware.devices import USABLE_SHARE, known_device
@@ -56,6 +57,7 @@ def main() -> int:
         recompute=arguments.recompute,
         precision=arguments.precision,
         memory_bytes=device_bytes(),
+        state="bf16" if arguments.half_state else "fp32",
     )
     marks = Marks()
     side = build(work, arguments, marks=marks)
@@ -83,6 +85,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="transformers' model through torch.compile")
     parser.add_argument("--uncompiled", action="store_true", help="MegaVL without torch.compile")
     parser.add_argument("--rounded-gradients", action="store_true", help="MegaVL's weight gradients added after bf16")
+    parser.add_argument("--half-state", action="store_true", help="optimizer.state_precision: bf16, MegaVL's")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--threads", type=int, help="threads on a CPU; default: torch's own")
     parser.add_argument(
@@ -95,8 +98,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--recompute is MegaVL's; use --checkpointing")
     if arguments.side != "transformers" and (arguments.checkpointing or arguments.compile):
         parser.error("--checkpointing and --compile are transformers'; use --recompute")
-    if arguments.side != "megavl" and (arguments.uncompiled or arguments.rounded_gradients):
-        parser.error("--uncompiled and --rounded-gradients are MegaVL's")
+    if arguments.side != "megavl" and (arguments.uncompiled or arguments.rounded_gradients or arguments.half_state):
+        parser.error("--uncompiled, --rounded-gradients and --half-state are MegaVL's")
     if arguments.part == "last" and "multimodal" in arguments.kind:
         parser.error("--part last: sees no images; use --kind text")
     return arguments
@@ -109,6 +112,7 @@ def build(work: Work, arguments: argparse.Namespace, *, marks: Marks) -> Side:
         options = {"checkpointing": arguments.checkpointing, "compiled": arguments.compile}
         return Transformers(work, marks=marks, lr=arguments.lr, weights=weights, **options)
     groups.start(ParallelConfig(), seed=work.recipe.training.seed)
+    check_engines(work.recipe)
     local = arguments.side == "megatron-local"
     switches = {"_compiles_kernels": arguments.uncompiled, "fuses_weight_gradients": arguments.rounded_gradients}
     with contextlib.ExitStack() as left_out:

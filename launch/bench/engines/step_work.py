@@ -89,6 +89,7 @@ def make_work(
     recompute: str,
     precision: str,
     memory_bytes: float | None,
+    state: str = "fp32",
 ) -> Work:
     """The work of a case.
 
@@ -96,6 +97,7 @@ def make_work(
         layers: decoder layers; 0 for as many as the model has and `memory_bytes` holds.
         micro_batches: sequences of a step.
         memory_bytes: memory that the planner may fill; None: not bounded.
+        state: `optimizer.state_precision`.
     """
     folder, preset = MODELS[model]
     overrides = [
@@ -103,7 +105,7 @@ def make_work(
         f"recompute.granularity={recompute}",
         f"training={{stage: 2, steps: 1000, global_batch_size: {micro_batches}, precision: {precision}}}",
         "training.micro_batch_size=1",
-        "optimizer={lr: 1.0e-3, schedule: constant, warmup_steps: 0}",
+        f"optimizer={{lr: 1.0e-3, schedule: constant, warmup_steps: 0, state_precision: {state}}}",
         "parallel={tensor: 1, pipeline: 1, sequence_parallel: false, layout: auto}",
     ]
     recipe = load_recipe(ROOT / f"launch/recipes/{folder}/stage2.yaml", overrides=overrides)

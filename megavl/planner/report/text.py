@@ -45,6 +45,7 @@ def render(plan: Plan) -> str:
             _outside_line(plan.expected),
             f"{_convention(plan)}",
             f"all steps of the recipe: {_days(plan.days)}",
+            *_settings_lines(plan),
             f"times: {plan.times}; simulated in megatron-core's order",
             *(f"  {line}" for line in plan.assumptions),
         ]
@@ -115,6 +116,14 @@ def _step_row(name: str, step: StepPlan, *, devices: int) -> tuple[str, ...]:
         f"{step.tokens_per_s / devices:,.0f}",
         "-" if step.mfu is None else f"{step.mfu:.1%}",
     )
+
+
+def _settings_lines(plan: Plan) -> list[str]:
+    lines = [f"gradient buckets of {plan.bucket_size:,} parameters (parallel.bucket_size)"]
+    if plan.environment:
+        names = ", ".join(f"{name}={value}" for name, value in plan.environment.items())
+        lines.append(f"environment of each rank, unless it is set: {names}")
+    return lines
 
 
 def _memory_line(plan: Plan) -> str:

@@ -215,7 +215,8 @@ class DeviceTimes(TimeSource):
         parallel = scenario.recipe.parallel
         if kind == "text" and encodes_dummy_image(scenario):
             dummy = self._images(scenario, "multimodal", towers=scenario.vision != "split_all", adaptor=1.0).total
-        ranks, buckets = scenario.data_parallel, max(1.0, trained / parallel.bucket_size)
+        ranks = scenario.data_parallel
+        buckets = max(1.0, trained / parallel.bucket(ranks=ranks))
         gradients, weights = 4.0 * trained, float(scenario.element * trained)
         link = self._data_link(scenario)
         scatter, gather = (all_gather(size, ranks=ranks, link=link) for size in (gradients, weights))

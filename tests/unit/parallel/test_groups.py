@@ -1,8 +1,9 @@
-"""Process groups keep to the timeout of the recipe."""
+"""Process groups keep to the timeout of the recipe, and libraries to the settings of the environment."""
 
 from __future__ import annotations
 
 import datetime
+import os
 
 import pytest
 import torch
@@ -28,3 +29,21 @@ def test_every_group_has_the_timeout_to_the_second(seconds: int) -> None:
     finally:
         groups.stop()
     assert found == [datetime.timedelta(seconds=seconds)] * len(made)
+
+
+@pytest.mark.parametrize("kept", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_settings_of_libraries_can_be_overridden(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"LOCAL_WORLD_SIZE": "4", kept: "max_split_size_mb:64", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    monkeypatch.setattr(os, "environ", dict(environment))
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    groups.prepare_libraries(ParallelConfig())
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    assert os.environ == environment, "without a device, only what megatron-core asks for anywhere"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    groups.prepare_libraries(ParallelConfig())
+    assert os.environ == environment | {"TORCHINDUCTOR_COMPILE_THREADS": "24"}
+
+
+def test_gradient_buckets_grow_with_the_replicas() -> None:
+    assert [ParallelConfig().bucket(ranks=ranks) for ranks in (1, 40, 512)] == [40_000_000, 40_000_000, 512_000_000]
+    assert ParallelConfig(bucket_size=7).bucket(ranks=512) == 7
