@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megavl.config.bounds import NonNegative, Positive
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import UsageError
 from megavl.config.model import STRICT
@@ -31,7 +31,7 @@ nothing, or its UTF-8 bytes."""
 class EvaluationConfig:
     """Questions by perplexity (paper, section 3.2.2) and losses of held-out data, through the model that trains."""
 
-    interval: Annotated[int, Field(ge=0)] = 0
+    interval: NonNegative = 0
     """Steps between two evaluations; the last step evaluates too. 0: never."""
     at_start: bool = False
     """Evaluate the weights that a new run starts from, as step 0."""
@@ -40,7 +40,7 @@ class EvaluationConfig:
     relative to the working directory."""
     held_out: tuple[str, ...] = ()
     """Directories written by data_tools/preprocess.py whose loss is measured, but not trained on."""
-    held_out_sequences: Annotated[int, Field(gt=0)] = 64
+    held_out_sequences: Positive = 64
     """Most sequences of each modality that are read of a held-out directory: its first ones."""
     system: str = SYSTEM_PROMPT
     """System text of the questions; empty for none."""

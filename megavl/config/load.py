@@ -23,6 +23,8 @@ from megavl.foreign.yaml_text import parse_yaml, read_yaml
 _RECIPE = TypeAdapter(Recipe)
 _MODEL = TypeAdapter(ModelConfig)
 _TYPED = "on the command line"
+_MARKS_OF_TEXT = "'\"|>!&"
+"""How text begins in YAML that is not taken as it stands."""
 _KEY = re.compile(r"[a-z_]+(?:\.\w+)+")
 """A dotted path in a message."""
 _SHOWN = 300
@@ -152,6 +154,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     # Quoted text stays text.
     if isinstance(node, str) and node == value.strip():
         node = _number_or_text(node)
+    elif isinstance(node, str) and value.lstrip()[0] not in _MARKS_OF_TEXT:
+        # YAML has dropped a comment, as in `run.dir=/tmp/a #b`, or joined lines.
+        node = value.strip()
     for part in reversed(key.split(".")):
         node = {part: node}
     result: dict[str, Any] = node
@@ -313,6 +318,6 @@ def _resolve(cls: Any, name: str) -> Any:
 
 def dataclass_in(kind: Any) -> Any:
     """The dataclass in a field's type, such as `tuple[SourceConfig, ...]`; None if there is none."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return kind
     return next((found for arg in get_args(kind) if (found := dataclass_in(arg))), None)

@@ -5,12 +5,13 @@ Sources: deepseek-ai/DeepSeek-VL `deepseek_vl/models/` (released code) and arXiv
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megavl.config.adaptor import ADAPTORS, AdaptorKind, AdaptorLayer, AdaptorSizes, kinds
+from megavl.config.bounds import MAX_LAYERS, Layers, NonNegative, PositiveReal, Size
 from megavl.config.errors import UsageError
 from megavl.config.presets import HYBRID_BACKGROUND, SIGLIP_BACKGROUND, ImageGeometry
 
@@ -27,23 +28,23 @@ def _require(condition: bool, path: str, message: str) -> None:
 class DecoderConfig:
     """LLaMA-like language model (DeepSeek-LLM): RMSNorm, rotate-half RoPE, SwiGLU, no biases, untied head."""
 
-    hidden_size: int
+    hidden_size: Size
     """Width H."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Size
     """Inner width of the SwiGLU block."""
-    num_layers: int
+    num_layers: Layers
     """Number of decoder layers."""
-    num_attention_heads: int
+    num_attention_heads: Size
     """Attention heads; the head dimension is hidden_size / num_attention_heads."""
-    vocab_size: int
+    vocab_size: Size
     """Rows V of the embedding and of the head. 102400 in the released models, more than the tokenizer has entries."""
-    max_position_embeddings: int = 16384
+    max_position_embeddings: Size = 16384
     """Largest context length that an exported configuration states."""
-    rope_theta: float = 10000.0
+    rope_theta: PositiveReal = 10000.0
     """Base of the rotary embedding."""
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: PositiveReal = 1e-6
     """Epsilon of every RMSNorm."""
-    init_std: float = 0.02
+    init_std: PositiveReal = 0.02
     """Standard deviation of random initial weights."""
 
     def __post_init__(self) -> None:
@@ -66,17 +67,17 @@ class _TowerConfig:
 
     section: ClassVar[str]
 
-    image_size: int
+    image_size: Size
     """Side of the square input, pixels."""
-    patch_size: int
+    patch_size: Size
     """Side of a patch, pixels."""
-    width: int
+    width: Size
     """Channels of the transformer."""
-    depth: int
+    depth: Layers
     """Transformer blocks."""
-    heads: int
+    heads: Size
     """Attention heads."""
-    mlp_dim: int
+    mlp_dim: Size
     """Inner width of the MLP."""
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class SiglipConfig(_TowerConfig):
 
     section: ClassVar[str] = "model.siglip"
 
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: PositiveReal = 1e-6
     """Epsilon of every LayerNorm."""
 
 
@@ -110,13 +111,13 @@ class SamConfig(_TowerConfig):
 
     section: ClassVar[str] = "model.sam"
 
-    window_size: int
+    window_size: Size
     """Side of an attention window, patches."""
-    global_attn_indexes: tuple[int, ...]
+    global_attn_indexes: tuple[NonNegative, ...]
     """Blocks with global attention; the first one feeds the HD branch."""
-    neck_channels: int
+    neck_channels: Size
     """Channels of the neck; the convolutions after it have 2 x and 4 x as many."""
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: PositiveReal = 1e-6
     """Epsilon of every LayerNorm."""
 
     def __post_init__(self) -> None:
@@ -139,7 +140,7 @@ class AdaptorConfig:
 
     kind: AdaptorKind
     """Row of `megavl.config.adaptor.ADAPTORS`."""
-    depth: int = 2
+    depth: Annotated[int, Field(le=MAX_LAYERS)] = 2
     """Linear layers in sequence."""
 
     def __post_init__(self) -> None:
@@ -163,9 +164,9 @@ class ModelConfig:
     sam: SamConfig | None = None
     """Absent in the 1.3B model."""
     adaptor: AdaptorConfig
-    image_token_id: int = 100015
+    image_token_id: NonNegative = 100015
     """Id of `<image_placeholder>`."""
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[NonNegative, ...] = ()
     """Ids that end an answer, where a model was published with several; default: the tokenizer's EOS alone."""
 
     def __post_init__(self) -> None:

@@ -9,13 +9,20 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from megavl.config.bounds import (
+    Decay,
+    Fraction,
+    NonNegative,
+    NonNegativeReal,
+    Positive,
+    PositiveReal,
+    Seed,
+    Threads,
+    Workers,
+)
 from megavl.config.errors import UsageError
 from megavl.config.evaluation import EvaluationConfig, check_evaluation
 from megavl.config.model import STRICT, ModelConfig
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Grouping = Literal["step", "sequence"]
 """Whether each step or each sequence holds only text or only multimodal samples."""
@@ -94,9 +101,9 @@ class RecomputeConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule. Defaults: paper, Table 5."""
 
-    lr: Annotated[float, Field(gt=0)]
+    lr: PositiveReal
     """Peak learning rate."""
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: NonNegativeReal = 0.0
     """Learning rate at the end of `cosine`; the paper does not state it."""
     schedule: Literal["constant", "cosine", "multistep"] = "cosine"
     """`multistep` drops to 31.6% at 80% and to 10% at 90% of the steps (DeepSeek-LLM, arXiv 2401.02954)."""
@@ -106,13 +113,13 @@ class OptimizerConfig:
     """Fractions of training.steps at which `multistep` drops."""
     factors: tuple[Fraction, ...] = (0.316, 0.1)
     """Learning rate after each milestone, as a fraction of the peak."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of the two moment estimates."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: PositiveReal = 1e-8
     """Added to the denominator of the update; the paper does not state it, so this is torch's default."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeReal = 0.0
     """Applied to matrices only, never to biases and norms."""
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    clip_grad: NonNegativeReal = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     state_precision: Literal["fp32", "bf16"] = "fp32"
     """Type of both moments. `bf16` halves the optimizer's state: of fp32 weights only the 16 bits are kept that the
@@ -124,9 +131,9 @@ class OptimizerConfig:
 class ModalityWeights:
     """Weight of a source in text steps and in multimodal steps; with 0, nothing is drawn from it there."""
 
-    text: Annotated[float, Field(ge=0)] = 0.0
+    text: NonNegativeReal = 0.0
     """Relative to the other sources, in text steps."""
-    multimodal: Annotated[float, Field(ge=0)] = 0.0
+    multimodal: NonNegativeReal = 0.0
     """Relative to the other sources, in multimodal steps."""
 
 
@@ -153,7 +160,7 @@ class SourceConfig:
     )
     """Share of a modality's sequences that comes from this source, relative to the other sources of that modality. One
     number for both modalities, or {text: ..., multimodal: ...}; 0 leaves the source out."""
-    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_epochs: PositiveReal | None = None
     """Most epochs over this source; a run that needs more is refused before its first step. Default: no limit."""
 
 
@@ -189,7 +196,7 @@ class DataConfig:
     mixes both, shuffled over micro-batches and ranks. This is slower and meant for comparison."""
     cross_document_attention: bool = False
     """Let attention cross document borders in a packed sequence; the paper does not state it."""
-    num_workers: NonNegative = 2
+    num_workers: Workers = 2
     """Processes per data-parallel rank that decode images."""
     prefetch_images: Positive = 512
     """Decoded images that a data-parallel rank prefetches. An image takes 0.44 MB at 384 pixels and 3.1 MB at 1024."""
@@ -242,11 +249,11 @@ class TrainingConfig:
     transformer_engine: Literal["auto", "always", "never"] = "auto"
     """Build decoder layers from Transformer Engine's modules, with cuDNN's attention and a fused rotary embedding.
     `auto`: on CUDA in bf16 where it is installed; `always`: else the run ends with code 2. Checkpoints are the same."""
-    seed: NonNegative = 1234
+    seed: Seed = 1234
     """Seed of weights, data order and modality plan."""
     max_bad_steps: Positive = 3
     """Steps in a row with a loss or gradient that is not finite before the run ends with code 6."""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """CPU threads per rank. Default: cores / local ranks."""
 
 
@@ -258,7 +265,7 @@ class CheckpointConfig:
     """Directory of checkpoints. Default: `checkpoints` in run.dir. A run resumes from the newest valid one in it."""
     interval: Positive = 500
     """Steps between two saves; the last step always saves."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[Positive, Field(ge=2)] = 2
     """Number of newest checkpoints to keep."""
     async_save: bool = False
     """Train on while a save is written; each rank keeps a copy of its part in host memory. Off by default: a run that
@@ -311,6 +318,7 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        _check_paths(self)
         _check_parallel(self)
         _check_batch(self)
         check_evaluation(self.evaluation)
@@ -381,6 +389,19 @@ class Recipe:
                 f"{-(-batches // pipeline) * pipeline * window} or parallel.virtual_pipeline 1"
             )
         return ranks
+
+
+def _check_paths(recipe: Recipe) -> None:
+    checkpoint, data = recipe.checkpoint, recipe.data
+    paths = {"run.dir": recipe.run.dir, "checkpoint.dir": checkpoint.dir, "checkpoint.init": checkpoint.init}
+    for name, path in {**paths, "data.root": data.root, "data.tokenizer": data.tokenizer}.items():
+        if path is not None and not path.strip():
+            raise UsageError(f"{name}: is empty, which would be the working directory; name a path, or '.'")
+        if path is not None and path.startswith("~"):
+            raise UsageError(
+                f"{name}: {path!r} begins with ~, which no shell has replaced; write the whole path, or ./{path} for "
+                "a folder of that name"
+            )
 
 
 def _check_parallel(recipe: Recipe) -> None:

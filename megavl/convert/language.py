@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megavl.config.bounds import MAX_LAYERS, MAX_SIZE
 from megavl.config.errors import CheckpointError, UsageError
 from megavl.config.identity import with_own_preset
 from megavl.config.load import model_config_from_dict
@@ -36,11 +37,6 @@ _NAMES = {
 """Names of the sizes in `DecoderConfig` and in `LlamaConfig`."""
 _FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 """Fields for which MegaVL supports one value only; absent means this value."""
-
-MAX_LAYERS = 4096
-"""Largest number of layers in a configuration."""
-MAX_SIZE = 1 << 24
-"""Largest size of another kind."""
 
 
 class Fields:

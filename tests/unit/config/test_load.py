@@ -56,6 +56,25 @@ def test_recipe_replaces_values_of_its_base(recipe: Path, tmp_path: Path) -> Non
         ("model.preset=70b", ["model.preset", "'70b'", "tiny-hybrid"]),
         ("training.steps=many", ["training.steps", "'many'"]),
         ("checkpoint.keep=1", ["checkpoint.keep", "1"]),
+        ("training.steps=true", ["training.steps: found True", "a number is expected"]),
+        ("training.steps=9999999999", ["training.steps: found 9999999999", "less than or equal to 1000000000"]),
+        ("training.seed=9223372036854775808", ["training.seed", "less than"]),
+        ("training.threads=100000", ["training.threads: found 100000", "1024"]),
+        ("parallel.timeout_s=1000000000000", ["parallel.timeout_s: found 1000000000000"]),
+        ("data.num_workers=10000", ["data.num_workers: found 10000"]),
+        ("evaluation.interval=true", ["evaluation.interval: found True"]),
+        ("optimizer.lr=.inf", ["optimizer.lr: found inf", "finite"]),
+        ("optimizer.weight_decay=.inf", ["optimizer.weight_decay: found inf", "finite"]),
+        ("optimizer.betas=[0.9, 1]", ["optimizer.betas.1: found 1", "less than 1"]),
+        ("model.llm.num_layers=0", ["model.llm.num_layers: found 0"]),
+        ("model.llm.num_layers=5000", ["model.llm.num_layers: found 5000", "4096"]),
+        ("model.llm.num_attention_heads=0", ["model.llm.num_attention_heads: found 0"]),
+        ("model.llm.hidden_size=-128", ["model.llm.hidden_size: found -128"]),
+        ("model.llm.rope_theta=.nan", ["model.llm.rope_theta: found nan"]),
+        ("model.llm.rms_norm_eps=0", ["model.llm.rms_norm_eps: found 0"]),
+        ("model.siglip.heads=-2", ["model.siglip.heads: found -2"]),
+        ("model.sam.window_size=0", ["model.sam.window_size: found 0"]),
+        ("model.sam.global_attn_indexes=[-1]", ["model.sam.global_attn_indexes.0: found -1"]),
         ("parallel.tensor=3", ["parallel.tensor: 3 does not divide", "num_attention_heads 4"]),
         ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "parallel.tensor > 1"]),
         ("parallel.layout=[2,2]", ["parallel.layout", "parallel.pipeline 1 x"]),
@@ -81,6 +100,9 @@ def test_recipe_replaces_values_of_its_base(recipe: Path, tmp_path: Path) -> Non
         ("model.sam.neck_channels=8", ["model.sam.neck_channels", "64"]),
         ("model.sam.image_size=256", ["model.sam.image_size", "8/3"]),
         ("model.image_token_id=5000", ["model.image_token_id", "1024"]),
+        ("run.dir=''", ["run.dir: is empty"]),
+        ("run.dir=~/runs", ["run.dir: '~/runs' begins with ~"]),
+        ("checkpoint.init=~me/x", ["checkpoint.init: '~me/x' begins with ~"]),
         ("lr", ["key.path=value"]),
         ("a=[", ["not valid YAML"]),
     ],
@@ -91,6 +113,11 @@ def test_refusal_names_path_value_and_remedy(recipe: Path, override: str, words:
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("path", ["/tmp/a #b", "/tmp/two  words", "/tmp/a\nb", "/tmp/%{x}", "x:y"])
+def test_a_typed_path_stays_the_text_it_is(recipe: Path, path: str) -> None:
+    assert load_recipe(recipe, overrides=[f"run.dir={path}"]).run.dir == path
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,16 @@ def manifest(**values: Any) -> Change:
     return change
 
 
+def model_size(key: str, value: int) -> Change:
+    """Another size of the decoder."""
+
+    def change(path: Path) -> None:
+        model = json.loads((path / "model.json").read_text())
+        _write(path / "model.json", json.dumps({**model, "llm": {**model["llm"], key: value}}))
+
+    return change
+
+
 def facts(**values: Any) -> dict[str, Any]:
     """Content of a run's manifest with other values."""
     return {"step": 0, "bad_steps": 0, "consumed_samples": 0, "global_batch_size": 4, "seed": 1, **values}
@@ -120,7 +130,8 @@ def _socket(path: Path) -> None:
 
 def tuples(depth: int) -> bytes:
     """A pickle of tuples in tuples as the key of a dictionary, whose hash takes 2^depth steps."""
-    body = b"\x80\x04})" + b"".join(b"\x94h" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(depth))
+    # Each tuple is noted and dropped, and the next one holds it twice.
+    body = b"\x80\x04})" + b"".join(b"\x940h" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(depth))
     return body + b"Ns."
 
 
@@ -218,6 +229,8 @@ CHECKPOINT: dict[str, Change] = {
     "common.pt is empty": forged(write("common.pt", b"")),
     "model.json, deep": forged(write("model.json", '{"a":' * 900 + "1" + "}" * 900)),
     "model.json is a list": forged(write("model.json", "[]")),
+    "model.json, no heads": forged(model_size("num_attention_heads", 0)),
+    "model.json, a billion layers": forged(model_size("num_layers", 10**9)),
     "metadata.json, deep": forged(write("metadata.json", "[" * 100_000)),
     "an unlisted file in tokenizer/": write("tokenizer/merges.txt", "x"),
 }
