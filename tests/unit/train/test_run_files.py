@@ -7,13 +7,17 @@ import errno
 import json
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megavl.config.load import load_recipe
 from megavl.files.owner import Owner
 from megavl.files.ownership import take
 from megavl.main.cli import main
+from megavl.train.loop import _prepare_run_dir
 from megavl.train.metrics import MetricsLog
 from megavl.train.supervise.exit_status import ExitStatus
 
@@ -109,6 +113,18 @@ def test_what_is_no_file_is_renamed(tmp_path: Path, kind: str, capsys: pytest.Ca
     assert steps_in(tmp_path) == [1] and list((tmp_path / "tensorboard").iterdir())
     assert len([name for name in os.listdir(tmp_path) if ".bad-" in name]) == 2
     assert capsys.readouterr().err.count("renamed to") == 2
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_odd_things_at_names_of_a_run_are_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    for name in ("exit_status.json", "recipe.yaml"):
+        make(tmp_path / name)
+    status = ExitStatus(tmp_path, rank=0)
+    status.clear()
+    assert status.write(75, "saved") and json.loads(status.path.read_text())["code"] == 75
+    recipe = load_recipe("launch/recipes/tiny/stage2.yaml", overrides=[f"run.dir={tmp_path}"])
+    _prepare_run_dir(SimpleNamespace(position=SimpleNamespace(rank=0), recipe=recipe))  # type: ignore[arg-type]
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 def test_rows_go_on_when_the_storage_is_good_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
