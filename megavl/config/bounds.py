@@ -1,4 +1,4 @@
-"""Types of the numbers in a recipe or a model, with their bounds.
+"""Types of the numbers and paths in a recipe or a model, with their bounds.
 
 What is larger would overflow in a library, or fill the memory with names of layers, before anything says why.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 MAX_COUNT = 10**9
 """Largest number of steps, sequences, tokens or seconds."""
@@ -41,3 +41,14 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0), _NUMBER]
 """Of a moment estimate: with 1 it would stay zero."""
 PositiveReal = Annotated[float, Field(gt=0.0, allow_inf_nan=False), _NUMBER]
 NonNegativeReal = Annotated[float, Field(ge=0.0, allow_inf_nan=False), _NUMBER]
+
+
+def _plain_path(path: str) -> str:
+    if not path.strip():
+        raise ValueError("it is empty, which would be the working directory; name a path, or '.'")
+    if path.startswith("~"):
+        raise ValueError(f"it begins with ~, which no shell has replaced; write the whole path, or ./{path}")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_plain_path)]

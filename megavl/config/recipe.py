@@ -14,6 +14,7 @@ from megavl.config.bounds import (
     Fraction,
     NonNegative,
     NonNegativeReal,
+    PathText,
     Positive,
     PositiveReal,
     Seed,
@@ -152,7 +153,7 @@ class SourceConfig:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] | None = None
     """Name of the source in overrides (`data.sources.NAME.path=...`) and in messages."""
-    path: str | None = None
+    path: PathText | None = None
     """Directory written by data_tools/preprocess.py, relative to the working directory. Default: `name` in data.root,
     or data.root itself if the source has no name."""
     weight: Annotated[ModalityWeights, BeforeValidator(_in_both)] = field(
@@ -179,11 +180,11 @@ class MixtureSource:
 class DataConfig:
     """The data and its mixture. Grouping, ratio and warm-up follow the paper, section 3.2.2."""
 
-    root: str | None = None
+    root: PathText | None = None
     """Folder of the sources without `path`, relative to the working directory."""
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     """Datasets; each may hold text and multimodal shards. Default: data.root is the only dataset."""
-    tokenizer: str
+    tokenizer: PathText
     """Tokenizer directory or file. Its hash must be the one in the shards."""
     seq_length: Positive
     """Tokens per sequence S."""
@@ -261,7 +262,7 @@ class TrainingConfig:
 class CheckpointConfig:
     """Where a run saves, and what it starts from."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """Directory of checkpoints. Default: `checkpoints` in run.dir. A run resumes from the newest valid one in it."""
     interval: Positive = 500
     """Steps between two saves; the last step always saves."""
@@ -270,7 +271,7 @@ class CheckpointConfig:
     async_save: bool = False
     """Train on while a save is written; each rank keeps a copy of its part in host memory. Off by default: a run that
     is killed before the write has ended resumes from the checkpoint before. The last save always waits."""
-    init: str | None = None
+    init: PathText | None = None
     """MegaVL checkpoint, or the directory that holds it, from which a new run takes its weights, but no optimizer
     state. Model and tokenizer must be the checkpoint's; `model: {from: init}` takes all sizes from it."""
     allow_random_init: bool = False
@@ -288,7 +289,7 @@ class CheckpointConfig:
 class RunConfig:
     """Output of the run."""
 
-    dir: str
+    dir: PathText
     """Directory of metrics.jsonl, exit_status.json, the resolved recipe and the TensorBoard files."""
     tensorboard: bool = True
     """Write scalars for TensorBoard if it is installed."""
@@ -318,7 +319,6 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _check_paths(self)
         _check_parallel(self)
         _check_batch(self)
         check_evaluation(self.evaluation)
@@ -389,19 +389,6 @@ class Recipe:
                 f"{-(-batches // pipeline) * pipeline * window} or parallel.virtual_pipeline 1"
             )
         return ranks
-
-
-def _check_paths(recipe: Recipe) -> None:
-    checkpoint, data = recipe.checkpoint, recipe.data
-    paths = {"run.dir": recipe.run.dir, "checkpoint.dir": checkpoint.dir, "checkpoint.init": checkpoint.init}
-    for name, path in {**paths, "data.root": data.root, "data.tokenizer": data.tokenizer}.items():
-        if path is not None and not path.strip():
-            raise UsageError(f"{name}: is empty, which would be the working directory; name a path, or '.'")
-        if path is not None and path.startswith("~"):
-            raise UsageError(
-                f"{name}: {path!r} begins with ~, which no shell has replaced; write the whole path, or ./{path} for "
-                "a folder of that name"
-            )
 
 
 def _check_parallel(recipe: Recipe) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megavl.config.adaptor import ADAPTORS, AdaptorKind
+from megavl.config.bounds import MAX_LAYERS
 from megavl.config.errors import UsageError
 from megavl.config.model import ModelConfig
-from megavl.convert.language import MAX_LAYERS, Fields
+from megavl.convert.language import Fields
 
 NATIVE_DEPTH = 2
 """Layers of the native adaptors: `linear1`, `linear2` and their hybrid counterparts."""

@@ -11,11 +11,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from megavl.config.bounds import MAX_LAYERS
 from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF, MODELS
 from megavl.convert.adaptors import ORIGINAL, original_params, read_original
-from megavl.convert.language import MAX_LAYERS, Fields, eos_json, language_json, model_config, read_language, renamed
+from megavl.convert.language import Fields, eos_json, language_json, model_config, read_language, renamed
 from megavl.convert.tokenizer_files import TokenizerIds, image_token_id
 
 MODEL_TYPE = "multi_modality"
