@@ -62,7 +62,8 @@ def measure(tree: Path, folder: Path, *, rounds: int) -> list[dict[str, Any]]:
     done = subprocess.run(command, cwd=tree, env=variables, capture_output=True, text=True, check=False)
     shutil.rmtree(folder, ignore_errors=True)
     if done.returncode:
-        raise SystemExit(f"error: {tree}: {done.stderr[-2000:]}")
+        named = [line for line in done.stderr.splitlines() if line.startswith("[rank") and "Error" in line]
+        raise SystemExit(f"error: {tree}: {(named or [done.stderr[-2000:]])[0]}")
     return json_lines(done.stdout)
 
 

@@ -60,7 +60,7 @@ class SafeLoad(LoadShardedStrategy):
                     if isinstance(entry, ShardedObject):
                         objects[entry.unique_key] = reader.load_object(entry.unique_key)
 
-        collective_errors.on_every_rank(read)
+        collective_errors.on_every_rank_for_long(read)
         exchange.run(lambda name, start, stop: rows_of(shards[name][0], start, stop)[0])
         for first, *others in shards.values():
             for other in others:

@@ -23,11 +23,12 @@ from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig
 from megavl.model.build import BuildSpec
 from megavl.parallel import groups
+from megavl.planner.layouts.layout import layout_string
 from megavl.train.model_chunks import ModelChunks, build_model_chunks
 from megavl.train.optimizer import build_optimizer
 from megavl.train.state import restore_state, save_state
 
-LLM = {"hidden_size": 512, "ffn_hidden_size": 1408, "num_layers": 12, "num_attention_heads": 8, "vocab_size": 16384}
+LLM = {"hidden_size": 384, "ffn_hidden_size": 1056, "num_layers": 8, "num_attention_heads": 6, "vocab_size": 16384}
 _WORK = torch.ones(256, 256)
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     parallel = ParallelConfig()
     groups.start(parallel, seed=1)
     config = load_model_config("tiny-siglip", llm=LLM)
-    layout = str(LLM["num_layers"])
+    layout = layout_string((LLM["num_layers"],))
     spec = BuildSpec(model=config, parallel=parallel, layout=layout, dtype=torch.float32, train=TRAINABLE_PARTS, seed=1)
     model = build_model_chunks(spec)
     optimizer = build_optimizer(model, optimizer=OptimizerConfig(lr=1e-3), bf16=False)
