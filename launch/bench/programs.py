@@ -39,7 +39,7 @@ def run(module: str, *words: object, gpu: bool = False, limit: float | None = No
     """
     command = [python(), "-W", "ignore", "-m", module, *map(str, words)]
     variables = environment(gpu=gpu)
-    if "--compile" in words:
+    if {"--compile", "--compiled"} & set(map(str, words)):
         variables.pop("TORCHDYNAMO_DISABLE", None)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         try:

@@ -28,6 +28,9 @@ from megavl.config.model import STRICT, ModelConfig
 Grouping = Literal["step", "sequence"]
 """Whether each step or each sequence holds only text or only multimodal samples."""
 
+Compile = Literal["auto", "none", "kernels", "layers"]
+"""How far `training.compile` goes."""
+
 TRAINABLE_PARTS = ("llm", "adaptor", "sam_downsamples", "sam_hd", "sam_neck", "sam_trunk", "siglip")
 """Groups of parameters that can train; `megavl/model/trainable.py` lists what each covers."""
 
@@ -66,7 +69,7 @@ class ParallelConfig:
     """Split the optimizer's state and update over data-parallel ranks; if false, each rank holds and updates all of it.
     Checkpoints are the same."""
     overlap_grad_reduce: bool = True
-    """Reduce gradients bucket by bucket during the backward pass."""
+    """Reduce gradients bucket by bucket during the backward pass; one data-parallel rank has nothing to reduce."""
     overlap_param_gather: bool = True
     """Gather updated weights during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
     bucket_size: Positive | None = None
@@ -254,6 +257,12 @@ class TrainingConfig:
     """Seed of weights, data order and modality plan."""
     max_bad_steps: Positive = 3
     """Steps in a row with a loss or gradient that is not finite before the run ends with code 6."""
+    compile: Compile = "auto"
+    """What torch.compile makes faster. `kernels`: norms, SwiGLU, rotary embedding and loss, each as one kernel.
+    `layers`: besides, each decoder layer on one tensor-parallel rank as two steps around its attention, and frozen
+    blocks of the vision encoders. `none`: nothing. `auto`: `layers` on CUDA, `none` on a CPU, where the compiler takes
+    a minute of the first start. Losses differ by rounding. Where torch.compile fails, a warning says so and the run
+    goes on without it."""
     threads: Threads | None = None
     """CPU threads per rank. Default: cores / local ranks."""
 

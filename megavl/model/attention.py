@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from megavl.data.batch import Batch
+from megavl.model import kernels
 from megavl.model.cache import Step
 
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -125,17 +125,6 @@ class _Rotated(torch.autograd.Function):
         return ctx.rotate(gradients[0], cos, -sin), None, None, None
 
 
-@cache
-def compiled_rotation() -> Rotation:
-    """`_rotate` as one kernel by torch.compile: it reads, writes and rounds every number once."""
-    return torch.compile(_rotate_at_once)
-
-
-def _rotate_at_once(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-
-
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     low, high = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
@@ -167,7 +156,7 @@ class PackedAttention(nn.Module):
         self.layer_number = layer_number
         self.scale = softmax_scale
         # megatron-core's mark for torch.compile being wanted and able.
-        self.rotate = compiled_rotation() if config.bias_activation_fusion else _rotate
+        self.rotate: Rotation = kernels.turned if config.bias_activation_fusion else _rotate
 
     def forward(
         self,
@@ -193,14 +182,20 @@ class PackedAttention(nn.Module):
         assert packed_seq_params is not None, "rows are always packed"
         cos, sin = packed_seq_params.cos, packed_seq_params.sin
         query, key = (_Rotated.apply(x, cos, sin, self.rotate) for x in (query, key))
+        return self.attend(query, key, value, packed=packed_seq_params)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, packed: Segments) -> torch.Tensor:
+        """Attention of rotated query and key, and value, (T, A, D), to (T, A, D)."""
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            return self._varlen(query, key, value, packed_seq_params)
+            return self._varlen(query, key, value, packed)
         pieces = []
-        for start, end, mask in packed_seq_params.trees:
-            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))  # (1, A, L, D)
+        for start, end, mask in packed.trees:
+            whole = end - start == len(query)
+            rows = (x if whole else x[start:end] for x in (query, key, value))
+            q, k, v = (x.transpose(0, 1)[None] for x in rows)  # (1, A, L, D)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
             pieces.append(out[0].transpose(0, 1))
-        return torch.cat(pieces)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Segments) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -12,9 +13,10 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megavl.config.model import ModelConfig
-from megavl.config.recipe import ParallelConfig, Recipe, RecomputeConfig
+from megavl.config.recipe import Compile, ParallelConfig, Recipe, RecomputeConfig
 from megavl.model.decoder import transformer_config
 from megavl.model.engine_choice import uses_transformer_engine
+from megavl.model.kernels import Level, compile_level
 from megavl.model.trainable import freeze
 from megavl.model.vision import VisionTowers
 from megavl.model.vl_model import DeepseekVL
@@ -42,6 +44,8 @@ class BuildSpec:
     drawn: bool = True
     """Draw initial weights, which takes minutes for the 7B. If false, they are NaN until a checkpoint fills them; not
     under Transformer Engine."""
+    compile: Compile = "none"
+    """What torch.compile is wanted for."""
 
     @classmethod
     def of(cls, recipe: Recipe, *, layout: str | None, dtype: torch.dtype) -> BuildSpec:
@@ -59,7 +63,13 @@ class BuildSpec:
             train=recipe.trainable_parts,
             seed=recipe.training.seed,
             transformer_engine=uses_transformer_engine(recipe),
+            compile=recipe.training.compile,
         )
+
+    @cached_property
+    def compiled(self) -> Level:
+        """What torch.compile is used for here."""
+        return compile_level(self.compile)
 
     def transformer_config(self, *, generates: bool = False) -> TransformerConfig:
         """megatron-core's configuration of the decoder."""
@@ -70,6 +80,7 @@ class BuildSpec:
             layout=self.layout,
             dtype=self.dtype,
             transformer_engine=self.transformer_engine and not generates,
+            compiled="none" if generates else self.compiled,
             generates=generates,
         )
 
@@ -93,6 +104,7 @@ def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
                     recompute_vision=spec.recompute.vision,
                     placement=spec.parallel.vision,
                     vp_stage=index if virtual > 1 else None,
+                    compiled=spec.compiled,
                 )
             )
     for stage in stages:
@@ -106,7 +118,7 @@ def build_stages(spec: BuildSpec) -> list[DeepseekVL]:
 def build_towers(spec: BuildSpec) -> VisionTowers:
     """The vision towers alone on this rank's device, the frozen groups marked; their weights are NaN."""
     with torch.device("meta"):
-        towers = VisionTowers(spec.model, recompute=spec.recompute.vision)
+        towers = VisionTowers(spec.model, recompute=spec.recompute.vision, compiled=spec.compiled == "layers")
     _allocate(towers, dtype=spec.dtype, value=math.nan)
     to_device_and_dtype(towers, dtype=spec.dtype)
     freeze(towers, train=spec.train, prefix="vision.")

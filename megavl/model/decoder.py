@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
-import warnings
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,10 +20,13 @@ from torch.nn import functional as F
 from megavl.config.model import DecoderConfig
 from megavl.config.recipe import ParallelConfig, RecomputeConfig
 from megavl.model.attention import PackedAttention
+from megavl.model.fused_layer import FusedLayer
+from megavl.model.fused_parts import FusedMLP, FusedNorm
+from megavl.model.kernels import Level
 from megavl.model.loss import vocab_parallel_loss
 from megavl.model.norm import RMSNorm
 from megavl.model.projection import ColumnProjection, RowProjection
-from megavl.model.weight_gradients import fuses_weight_gradients
+from megavl.model.weight_gradients import fuses_on_cpu, fuses_weight_gradients
 
 
 def transformer_config(
@@ -39,6 +37,7 @@ def transformer_config(
     layout: str | None,
     dtype: torch.dtype,
     transformer_engine: bool = False,
+    compiled: Level = "none",
     generates: bool = False,
 ) -> TransformerConfig:
     """megatron-core's configuration of the decoder.
@@ -47,6 +46,7 @@ def transformer_config(
         layout: megatron-core's layout string; None when there is one stage (which would be read as virtual stages).
         dtype: dtype of weights and of pipeline transfers.
         transformer_engine: build the layers from Transformer Engine's modules.
+        compiled: what torch.compile is used for.
         generates: for inference, where torch.compile would start anew for every number of tokens.
     """
     full = recompute.granularity == "full"
@@ -68,11 +68,13 @@ def transformer_config(
         use_cpu_initialization=True,
         perform_initialization=True,
         masked_softmax_fusion=False,
-        bias_activation_fusion=not generates and _compiles_kernels(),
+        # megatron-core's mark for torch.compile being wanted and able, which its own SwiGLU reads too.
+        bias_activation_fusion=not generates and compiled != "none",
         bias_dropout_fusion=False,
         transformer_impl="transformer_engine" if transformer_engine else "local",
         apply_rope_fusion=transformer_engine,
-        gradient_accumulation_fusion=not generates and fuses_weight_gradients(),
+        gradient_accumulation_fusion=not generates
+        and (fuses_weight_gradients() or (compiled != "none" and fuses_on_cpu(dtype))),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
@@ -93,22 +95,6 @@ def transformer_config(
         recompute_num_layers=recompute.num_layers if full else None,
         recompute_modules=list(recompute.modules) if recompute.granularity == "selective" else None,
     )
-
-
-def _compiles_kernels() -> bool:
-    """Whether torch.compile can make CUDA kernels: Triton builds a launcher for each with the host's C compiler."""
-    if not torch.cuda.is_available():
-        return False
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    found = find_spec("triton") is not None and any(map(shutil.which, compilers)) and headers.is_file()
-    if not found:
-        warnings.warn(
-            "no Triton, C compiler or Python headers (python3-dev): SwiGLU and rotary embedding run as separate "
-            "kernels, slower",
-            stacklevel=2,
-        )
-    return found
 
 
 class Decoder(GPTModel):
@@ -149,7 +135,8 @@ class Decoder(GPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Loss (1, R) of labels (1, R) under logits (R, 1, V)."""
-        return vocab_parallel_loss(logits[:, 0], labels[0], group=self.pg_collection.tp)[None]
+        compiled, group = self.config.bias_activation_fusion, self.pg_collection.tp
+        return vocab_parallel_loss(logits[:, 0], labels[0], group=group, compiled=compiled)[None]
 
 
 def build_decoder(
@@ -159,6 +146,7 @@ def build_decoder(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
+    compiled: Level = "none",
     generates: bool = False,
 ) -> Decoder:
     """Embedding, decoder layers and head of this pipeline stage.
@@ -167,11 +155,14 @@ def build_decoder(
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the head.
         vp_stage: number among the stages of this pipeline rank; None without virtual stages.
+        compiled: what torch.compile is used for, as in `config`.
         generates: attention must read a key-value cache, which Transformer Engine's cannot.
     """
     model = Decoder(
         config=config,
-        transformer_layer_spec=_block_spec(config, vp_stage=vp_stage, generates=generates),
+        transformer_layer_spec=_block_spec(
+            config, vp_stage=vp_stage, compiled="none" if generates else compiled, generates=generates
+        ),
         vocab_size=llm.vocab_size,
         max_sequence_length=llm.max_position_embeddings,
         pre_process=pre_process,
@@ -183,28 +174,38 @@ def build_decoder(
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
     )
+    if compiled != "none" and not generates:
+        for module in model.modules():
+            if type(module) is MLP:
+                # megatron-core gives other classes in a specification no process group.
+                module.__class__ = FusedMLP
     if post_process:
         # `Decoder` gathers the positions before it chooses among them.
         model.output_layer.sequence_parallel = False
     return model
 
 
-def _block_spec(config: TransformerConfig, *, vp_stage: int | None, generates: bool) -> TransformerBlockSubmodules:
+def _block_spec(
+    config: TransformerConfig, *, vp_stage: int | None, compiled: Level, generates: bool
+) -> TransformerBlockSubmodules:
     """A full block spec: given only a layer spec, megatron-core picks the final norm by what is installed."""
     layer: ModuleSpec
+    norm = RMSNorm if compiled == "none" else FusedNorm
     if config.transformer_impl == "transformer_engine":
         assert not generates, "Transformer Engine's attention cannot read a key-value cache"
         layer = get_gpt_layer_with_transformer_engine_spec()
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = RMSNorm
-        layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
+        if compiled == "layers" and config.tensor_model_parallel_size == 1:
+            layer.module = FusedLayer
         if generates:
             attention.linear_qkv, attention.linear_proj = ColumnProjection, RowProjection
             mlp = layer.submodules.mlp.submodules
             mlp.linear_fc1, mlp.linear_fc2 = ColumnProjection, RowProjection
     # The final norm is ours in any case: Transformer Engine's has an extra state, which no stored key is for.
     layers = [layer] * get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -11,24 +11,24 @@ import torch
 import torch.distributed as dist
 
 from megavl.data.batch import Batch
-
-CHUNK = 8 << 20
-"""Logits that go through fp32 at once: 32 MiB, which stay in the cache of a GPU."""
+from megavl.model import kernels
 
 
-def vocab_parallel_loss(logits: torch.Tensor, labels: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
+def vocab_parallel_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, group: dist.ProcessGroup, compiled: bool = False
+) -> torch.Tensor:
     """Loss of each position, at least fp32, (R,), nats.
 
     It computes the sum of megatron-core's `vocab_parallel_cross_entropy` without an fp32 copy of all logits. For 4096
     positions of the 102,400-way head that copy is 1.6 GiB kept for the backward pass, and as much again on the way.
-    Rows go through fp32 a few at a time, and the gradient overwrites the logits.
+    One kernel reads the logits, or rows go through fp32 a few at a time. Backward, the gradient overwrites the logits.
 
     Args:
-        logits: (R, V) in the dtype of the weights, V split over the ranks of `group` in their order; overwritten where
-            a gradient is wanted.
+        logits: (R, V) in the dtype of the weights, V split over the ranks of `group` in their order.
         labels: int64 (R,).
+        compiled: whether torch.compile makes the kernels.
     """
-    out: torch.Tensor = _VocabParallelLoss.apply(logits, labels, group)
+    out: torch.Tensor = _VocabParallelLoss.apply(logits, labels, group, compiled)
     return out
 
 
@@ -73,32 +73,31 @@ def _label_logits(
 
 class _VocabParallelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        chunks = logits.split(max(1, CHUNK // logits.shape[1]))
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, compiled: bool
+    ) -> torch.Tensor:
         largest, chosen, columns, own = _label_logits(logits, labels, group=group)
-        shifts = largest[:, None].split(len(chunks[0]))
-        total = torch.cat([(chunk - shift).exp_().sum(dim=1) for chunk, shift in zip(chunks, shifts)])
+        total = kernels.exp_sums(logits, largest, compiled=compiled)
         if group.size() > 1:
             both = torch.stack([total, chosen])
             dist.all_reduce(both, group=group)
             total, chosen = both.unbind()
         loss = total.log() - chosen
-        if ctx.needs_input_grad[0]:
-            shifts = (largest + total.log())[:, None].split(len(chunks[0]))
-            for chunk, shift in zip(chunks, shifts):
-                chunk.copy_((chunk - shift).exp_())
-            # Of a label p - 1, without rounding p to the dtype of the logits.
-            rows = torch.arange(len(labels), device=labels.device)
-            of_label = torch.expm1(-loss).to(logits.dtype)
-            logits[rows, columns] = of_label.where(own, logits[rows, columns])
-            ctx.gradient = logits
+        # Not saved through autograd, which would refuse logits that were overwritten.
+        ctx.kept = (logits, largest + total.log(), loss, columns, own) if ctx.needs_input_grad[0] else None
+        ctx.compiled = compiled
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *scales: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gradient: torch.Tensor = ctx.gradient
-        ctx.gradient = None
-        return gradient.mul_(scales[0][:, None]), None, None
+    def backward(ctx: Any, *scales: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, shift, loss, columns, own = ctx.kept
+        ctx.kept = None
+        kernels.to_probabilities(logits, shift, scales[0], compiled=ctx.compiled)
+        # Of a label p - 1, without rounding p to the dtype of the logits.
+        rows = torch.arange(len(columns), device=logits.device)
+        of_label = (torch.expm1(-loss) * scales[0]).to(logits.dtype)
+        logits[rows, columns] = of_label.where(own, logits[rows, columns])
+        return logits, None, None, None
 
 
 def counted_loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -21,9 +21,9 @@ _QUERIES = 64
 class SamTower(nn.Module):
     """High-resolution features at the low-resolution grid; parameter names are the released checkpoint's."""
 
-    def __init__(self, config: SamConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: SamConfig, *, recompute: bool = False, compiled: bool = False) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.compiled = recompute, compiled
         self.hd_block = config.global_attn_indexes[0]
         self.upsampled = 3 * config.grid // 2
         self.patch_embed = PatchEmbed(config.width, patch_size=config.patch_size)
@@ -54,7 +54,7 @@ class SamTower(nn.Module):
         x = self.patch_embed(pixels).permute(0, 2, 3, 1) + self.pos_embed  # (I, G, G, W)
         after_first_global = x
         for index, block in enumerate(self.blocks):
-            x = run_block(block, x, recompute=self.recompute)
+            x = run_block(block, x, recompute=self.recompute, compiled=self.compiled)
             if index == self.hd_block:
                 after_first_global = x
         main = self._downsample(self.neck(x.permute(0, 3, 1, 2)))

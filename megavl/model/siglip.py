@@ -5,20 +5,25 @@ Legend: I images, P patches (grid x grid), W width, R input side in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megavl.config.model import SiglipConfig
+from megavl.model.kernels import Kernel
 
 
 class SiglipTower(nn.Module):
     """Patches to features; parameter names are the released checkpoint's."""
 
-    def __init__(self, config: SiglipConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: SiglipConfig, *, recompute: bool = False, compiled: bool = False) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.compiled = recompute, compiled
         self.patch_embed = PatchEmbed(config.width, patch_size=config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, config.width))
         self.blocks = nn.ModuleList(
@@ -40,7 +45,7 @@ class SiglipTower(nn.Module):
         """
         x = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed
         for block in self.blocks:
-            x = run_block(block, x, recompute=self.recompute)
+            x = run_block(block, x, recompute=self.recompute, compiled=self.compiled)
         out: torch.Tensor = self.norm(x)
         return out
 
@@ -103,8 +108,25 @@ def init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
-    """Run a block, keeping only its input for the backward pass when `recompute` is set and gradients are wanted."""
-    trained = recompute and torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
-    out: torch.Tensor = checkpoint(block, x, use_reentrant=False) if trained else block(x)
+def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool, compiled: bool = False) -> torch.Tensor:
+    """Run a block.
+
+    Args:
+        recompute: where gradients are wanted, keep only the block's input for the backward pass.
+        compiled: where none are wanted, run it through torch.compile.
+    """
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
+    out: torch.Tensor
+    if recompute and trained:
+        out = checkpoint(block, x, use_reentrant=False)
+    elif compiled and not trained and not x.requires_grad:
+        out = _compiled(type(block).forward)(block, x)
+    else:
+        out = block(x)
     return out
+
+
+@cache
+def _compiled(forward: Callable[..., Any]) -> Kernel:
+    """The forward pass of all blocks of a class: those of equal sizes share a compilation."""
+    return Kernel(forward)

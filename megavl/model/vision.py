@@ -24,14 +24,14 @@ Features = tuple[torch.Tensor, ...]
 class VisionTowers(nn.Module):
     """The encoders alone."""
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: bool = False, compiled: bool = False) -> None:
         super().__init__()
         self.clip_mean: torch.Tensor
         self.clip_std: torch.Tensor
         self.siglip_mean_std: torch.Tensor
         self.low_size = config.siglip.image_size
-        self.siglip = SiglipTower(config.siglip, recompute=recompute)
-        self.sam = SamTower(config.sam, recompute=recompute) if config.sam else None
+        self.siglip = SiglipTower(config.siglip, recompute=recompute, compiled=compiled)
+        self.sam = SamTower(config.sam, recompute=recompute, compiled=compiled) if config.sam else None
         for name, values in (("clip_mean", CLIP_MEAN), ("clip_std", CLIP_STD), ("siglip_mean_std", HALF)):
             # Stay fp32 in a bf16 model: `model.build` casts parameters only. Images are normalised in fp32, cast last.
             # Their device is named because generation builds the module on the meta device, which keeps no values.
@@ -64,8 +64,8 @@ class VisionTowers(nn.Module):
 class VisionEncoder(VisionTowers):
     """Canvases to language-width embeddings."""
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
-        super().__init__(config, recompute=recompute)
+    def __init__(self, config: ModelConfig, *, recompute: bool = False, compiled: bool = False) -> None:
+        super().__init__(config, recompute=recompute, compiled=compiled)
         self.image_tokens, self.out_width = config.image_tokens, config.llm.hidden_size
         self.adaptor = build_adaptor(config)
 

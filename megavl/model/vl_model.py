@@ -17,6 +17,7 @@ from megavl.model.cache import KeyValueCache, Step
 from megavl.model.decoder import build_decoder
 from megavl.model.first_stage import embed
 from megavl.model.image_placement import PLACEMENTS
+from megavl.model.kernels import Level
 from megavl.model.loss import vocab_parallel_scores
 from megavl.model.vision import VisionEncoder
 
@@ -34,20 +35,24 @@ class DeepseekVL(MegatronModule):
         recompute_vision: bool = False,
         placement: str = "recompute",
         vp_stage: int | None = None,
+        compiled: Level = "none",
         generates: bool = False,
     ) -> None:
-        """Build a stage; see `build_decoder` for `generates`."""
+        """Build a stage; see `build_decoder` for `compiled` and `generates`."""
         super().__init__(config=config)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.placement = PLACEMENTS[placement]
         self.image_token_id = model.image_token_id
-        self.vision = VisionEncoder(model, recompute=recompute_vision) if pre_process else None
+        self.vision: VisionEncoder | None = None
+        if pre_process:
+            self.vision = VisionEncoder(model, recompute=recompute_vision, compiled=compiled == "layers")
         self.language_model = build_decoder(
             config,
             model.llm,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
+            compiled=compiled,
             generates=generates,
         )
         # Read by megatron-core's schedules and gradient finalisation.

@@ -30,6 +30,22 @@ def add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor
         torch.addmm(total, grad.t(), x, total.dtype, out=total)
 
 
+def weight_gradient(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, *, fused: bool) -> torch.Tensor:
+    """Gradient of a projection's weight, or its shape alone where the product adds it to megatron-core's buffer.
+
+    Args:
+        weight: (F, H); where the buffer has its gradient, it is marked for megatron-core's hook.
+        grad: (T, F), of its outputs.
+        x: (T, H), its inputs.
+        fused: megatron-core's `gradient_accumulation_fusion`.
+    """
+    if not (fused and hasattr(weight, "main_grad")):
+        return torch.mm(grad.t(), x)
+    add_weight_gradient(x, grad, weight.main_grad)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
+
+
 @cache
 def fuses_weight_gradients() -> bool:
     """Whether megatron-core's projections may add to fp32 gradients; makes them use torch where Apex is absent."""
@@ -52,6 +68,18 @@ def fuses_weight_gradients() -> bool:
             stacklevel=2,
         )
         return False
+    _use_torch()
+    return True
+
+
+def fuses_on_cpu(dtype: torch.dtype) -> bool:
+    """The same without CUDA: products of fp32 add to fp32, those of other types do not."""
+    if torch.cuda.is_available() or dtype != torch.float32:
+        return False
+    _use_torch()
+    return True
+
+
+def _use_torch() -> None:
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
     layers._grad_accum_fusion_available = True
-    return True

@@ -107,10 +107,12 @@ def build_model_chunks(spec: BuildSpec) -> ModelChunks:
     Gradients add up in fp32, or in fp64 where the weights are.
     """
     stages, parallel = build_stages(spec), spec.parallel
+    # One replica exchanges nothing, and overlap would cost it hooks at every weight and a dummy image in text steps.
+    several = mpu.get_data_parallel_world_size(with_context_parallel=True) > 1
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=spec.dtype != torch.float64,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and several,
+        overlap_param_gather=parallel.overlap_param_gather and several,
         use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=parallel.bucket(ranks=mpu.get_data_parallel_world_size(with_context_parallel=True)),
         # These would start megatron-core's rerun machinery; bad steps are handled here.
@@ -138,12 +140,15 @@ def _divide_by_tokens(stages: Sequence[DistributedDataParallel], num_tokens: tor
     Args:
         num_tokens: int32 (), loss tokens of this replica on the last stage, zero on others.
     """
-    dist.broadcast(
-        num_tokens,
-        src=mpu.get_pipeline_model_parallel_last_rank(),
-        group=mpu.get_pipeline_model_parallel_group(),
-    )
-    dist.all_reduce(num_tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            num_tokens,
+            src=mpu.get_pipeline_model_parallel_last_rank(),
+            group=mpu.get_pipeline_model_parallel_group(),
+        )
+    replicas = mpu.get_data_parallel_group(with_context_parallel=True)
+    if replicas.size() > 1:
+        dist.all_reduce(num_tokens, group=replicas)
     scale = 1.0 / num_tokens.clamp(min=1)
     for stage in stages:
         stage.scale_gradients(scale)

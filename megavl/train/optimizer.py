@@ -150,7 +150,9 @@ class Optimizer(ChainedOptimizer):
         dtype = torch.promote_types(self.config.params_dtype, torch.float32)
         gradients = gradients or [torch.zeros(1, dtype=dtype, device=cpu_runtime.device())]
         total = torch.nn.utils.get_total_norm(gradients).square()
-        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
+        group = self.get_grad_stats_parallel_group()
+        if group.size() > 1:
+            dist.all_reduce(total, group=group)
         return total.sqrt()
 
 

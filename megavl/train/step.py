@@ -105,7 +105,8 @@ def train_step(
         ]
     )
     with model.timed("waiting"):
-        dist.all_reduce(totals)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(totals)
     with without_vision(optimizer, active=batches[0].modality == "text"), model.timed("optimizer"):
         norm, updated = optimizer.step(totals[0])
     found = torch.cat([totals, torch.stack([norm.double(), updated.double()])]).tolist()

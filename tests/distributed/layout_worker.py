@@ -202,6 +202,7 @@ def _build(case: dict[str, Any], *, parallel: ParallelConfig) -> tuple[ModelChun
         dtype=dtype,
         train=tuple(case.get("train", TRAINABLE_PARTS)),
         seed=1,
+        compile=case.get("compile", "none"),
     )
     model = build_model_chunks(spec)
     with fp32_is_fp64(dtype):

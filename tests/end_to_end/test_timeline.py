@@ -92,10 +92,11 @@ def test_encoders_and_head_stand_on_their_stages(recorded: Path) -> None:
         blocks = {rank: {box["cat"] for box in boxes} for rank, boxes in rows.items()}
         both = {"decoder forward", "decoder backward", "waiting", "loading", "gradient reduction", "optimizer"}
         encoders, head = {"encoders forward", "encoders backward"}, {"head forward", "head backward"}
-        assert blocks == {0: both | encoders, 1: both | head}
+        # One replica reduces nothing during a text step, so no dummy image stands in for the encoders.
+        images = row["modality"] == "multimodal"
+        assert blocks == {0: both | encoders if images else both, 1: both | head}
         encoded = [box["args"]["micro_batch"] for box in rows[0] if box["cat"] == "encoders forward"]
-        # The last micro-batch of a text step encodes a dummy image, so that gradients reduce as in other steps.
-        assert encoded == ([*range(MICRO_BATCHES)] if row["modality"] == "multimodal" else [MICRO_BATCHES - 1])
+        assert encoded == ([*range(MICRO_BATCHES)] if images else [])
 
 
 def test_the_picture_has_a_row_per_rank(recorded: Path) -> None:

@@ -14,6 +14,7 @@ from launch.bench.engines.step_marks import REGIONS, Marks
 from launch.bench.engines.step_sides import MegaVL, Transformers, made_up_batches
 from launch.bench.engines.step_speed import idle_share, measure, parse, vendor_peak
 from launch.bench.engines.step_work import PARTS, make_work
+from launch.bench.programs import json_lines, run
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import groups
 
@@ -172,3 +173,21 @@ def test_stock_attention_refuses_segments() -> None:
     batch = dataclasses.replace(batch, borders=(0, 7, len(batch.tokens)))
     with pytest.raises(AssertionError, match="one document a sequence"):
         side.step(side.prepare([batch], "text"))
+
+
+@pytest.mark.slow
+def test_compiled_steps_train_as_plain_ones(report_table) -> None:
+    """The only test that really compiles, which takes a minute."""
+    words = ["--side", "megavl", "--model", "tiny", "--precision", "fp32", "--lr", LR, "--threads", 1]
+    found = {}
+    for level in ("none", "kernels", "layers"):
+        text, failure = run(
+            "launch.bench.engines.step_speed", *words, "--steps", 3, "--compiled", level, gpu=True, limit=1800
+        )
+        assert not failure, failure
+        found[level] = {row["kind"]: row["losses"] for row in json_lines(text)}
+    for level in ("kernels", "layers"):
+        for kind in KINDS:
+            errors = [abs(a / b - 1) for a, b in zip(found[level][kind], found["none"][kind], strict=True)]
+            report_table(f"{level}, {kind}: {max(errors):.1e} over {len(errors)} steps (tolerance {TOLERANCE:.0e})")
+            assert found[level][kind][-1] < found[level][kind][0] and max(errors) < TOLERANCE

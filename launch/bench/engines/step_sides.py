@@ -102,10 +102,14 @@ class MegaVL:
             # Transformer Engine, where it is installed, would bring its own attention.
             recipe = replace(recipe, training=replace(recipe.training, transformer_engine="never"))
         precision = recipe.training.precision
+        spec = BuildSpec.of(recipe, layout=None, dtype=DTYPE_OF_PRECISION[precision])
+        if local and spec.compiled == "layers":
+            # Whole layers call MegaVL's own attention.
+            spec = replace(spec, compile="kernels")
         # Drawing a large model's weights on the host takes a minute.
         drawn = contextlib.nullcontext() if weights is not None else _nothing_drawn()
         with _part(work.part), _modules(local=local), drawn:
-            self.model = build_model_chunks(BuildSpec.of(recipe, layout=None, dtype=DTYPE_OF_PRECISION[precision]))
+            self.model = build_model_chunks(spec)
         (chunk,) = self.model.chunks
         if weights is not None:
             for name, parameter in chunk.module.named_parameters():

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +28,7 @@ from launch.bench.engines.random_models import random_tensors
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_sides import SIDES, MegaVL, Side, Transformers, made_up_batches
 from launch.bench.engines.step_work import MODELS, PARTS, TINY, Work, make_work
-from megavl.config.recipe import ParallelConfig
+from megavl.config.recipe import Compile, ParallelConfig
 from megavl.model import decoder
 from megavl.model.engine_choice import check_engines
 from megavl.parallel import groups
@@ -58,6 +58,7 @@ def main() -> int:
         precision=arguments.precision,
         memory_bytes=device_bytes(),
         state="bf16" if arguments.half_state else "fp32",
+        compiled="none" if arguments.uncompiled else arguments.compiled,
     )
     marks = Marks()
     side = build(work, arguments, marks=marks)
@@ -83,6 +84,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none", help="of our decoder")
     parser.add_argument("--checkpointing", action="store_true", help="transformers' gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="transformers' model through torch.compile")
+    parser.add_argument("--compiled", choices=get_args(Compile), default="auto", help="training.compile of MegaVL")
     parser.add_argument("--uncompiled", action="store_true", help="MegaVL without torch.compile")
     parser.add_argument("--rounded-gradients", action="store_true", help="MegaVL's weight gradients added after bf16")
     parser.add_argument("--half-state", action="store_true", help="optimizer.state_precision: bf16, MegaVL's")
@@ -114,10 +116,8 @@ def build(work: Work, arguments: argparse.Namespace, *, marks: Marks) -> Side:
     groups.start(ParallelConfig(), seed=work.recipe.training.seed)
     check_engines(work.recipe)
     local = arguments.side == "megatron-local"
-    switches = {"_compiles_kernels": arguments.uncompiled, "fuses_weight_gradients": arguments.rounded_gradients}
-    with contextlib.ExitStack() as left_out:
-        for name in (name for name, off in switches.items() if off):
-            left_out.enter_context(mock.patch.object(decoder, name, lambda: False))
+    rounded = mock.patch.object(decoder, "fuses_weight_gradients", lambda: False)
+    with rounded if arguments.rounded_gradients else contextlib.nullcontext():
         return MegaVL(work, marks=marks, lr=arguments.lr, local=local, weights=weights)
 
 

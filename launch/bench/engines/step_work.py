@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.bench.programs import ROOT
 from megavl.config.load import load_recipe
-from megavl.config.recipe import Recipe
+from megavl.config.recipe import Compile, Recipe
 from megavl.planner.cost.blocks import head_block
 from megavl.planner.cost.flops import MFU_CONVENTION, active_parts, step_flops, train_flops
 from megavl.planner.cost.memory import RankMemory, rank_memory
@@ -24,9 +24,13 @@ MODELS = {
     "7b": ("7b", "7b"),
     "tiny": ("tiny", "tiny-hybrid"),
     "tiny-siglip": ("tiny", "tiny-siglip"),
+    "small": ("tiny", "small"),
 }
 """Folder of the recipe and preset of the sizes."""
-TINY = ("tiny", "tiny-siglip")
+TINY = ("tiny", "tiny-siglip", "small")
+"""Small enough for equal weights on all sides."""
+LENGTHS = {"small": 1024}
+"""Tokens of a sequence where they are not the recipe's: five images then fill as much of it as in the 7B, 70%."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,7 @@ def make_work(
     precision: str,
     memory_bytes: float | None,
     state: str = "fp32",
+    compiled: Compile = "auto",
 ) -> Work:
     """The work of a case.
 
@@ -98,12 +103,15 @@ def make_work(
         micro_batches: sequences of a step.
         memory_bytes: memory that the planner may fill; None: not bounded.
         state: `optimizer.state_precision`.
+        compiled: what torch.compile is used for in MegaVL.
     """
     folder, preset = MODELS[model]
     overrides = [
         f"model.preset={preset}",
         f"recompute.granularity={recompute}",
         f"training={{stage: 2, steps: 1000, global_batch_size: {micro_batches}, precision: {precision}}}",
+        f"training.compile={compiled}",
+        *([f"data.seq_length={LENGTHS[model]}"] if model in LENGTHS else []),
         "training.micro_batch_size=1",
         f"optimizer={{lr: 1.0e-3, schedule: constant, warmup_steps: 0, state_precision: {state}}}",
         "parallel={tensor: 1, pipeline: 1, sequence_parallel: false, layout: auto}",

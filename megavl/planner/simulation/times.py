@@ -303,9 +303,10 @@ def exchange_time(scenario: Scenario, kind: Kind, device: Device) -> Pass:
 
 
 def encodes_dummy_image(scenario: Scenario) -> bool:
-    """Whether text-only steps encode a dummy image, so that overlapped reduction finds every gradient."""
+    """Whether text-only steps encode a dummy image, so that replicas can overlap the reduction of every gradient."""
     recipe = scenario.recipe
-    return recipe.parallel.overlap_grad_reduce and bool(set(recipe.trainable_parts) - {"llm"})
+    overlaps = recipe.parallel.overlap_grad_reduce and scenario.data_parallel > 1
+    return overlaps and bool(set(recipe.trainable_parts) - {"llm"})
 
 
 def all_gather(data: float, *, ranks: int, link: Link) -> float:

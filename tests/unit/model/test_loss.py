@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from megavl.config.recipe import ParallelConfig
-from megavl.model import loss
+from megavl.model import kernels
 from megavl.model.loss import vocab_parallel_loss
 from megavl.parallel import groups
 
 ROWS, VOCABULARY = 37, 1000
+KERNEL = 0
+"""Instead of a chunk."""
 ROUNDINGS = 10
 """Additions in a row that a sum over the vocabulary takes when pairs are added: log2(1000)."""
 
@@ -27,15 +29,15 @@ def group() -> Iterator[None]:
     groups.stop()
 
 
-@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 1 << 20, KERNEL])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_loss_and_gradient(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch, report_table: Any) -> None:
-    """Whole rows at a time, some of them, or all; some labels are nearly certain, some nearly impossible.
+    """One row at a time, some, all, or all by a kernel; some labels are nearly certain, some nearly impossible.
 
     Errors are measured in roundings of what is added up: logit x and logsumexp for a loss and for the exponent of a
     probability p, p and 1 for the gradient p - 1 of a label. Rounding p itself to bf16 would be off by thousands.
     """
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
     torch.manual_seed(0)
     labels = torch.randint(VOCABULARY, (ROWS,))
     logits = torch.randn(ROWS, VOCABULARY) * 3
@@ -47,7 +49,7 @@ def test_loss_and_gradient(dtype: torch.dtype, chunk: int, monkeypatch: pytest.M
     expected = F.cross_entropy(exact, labels, reduction="none")
     (expected_gradient,) = torch.autograd.grad((expected * scale).sum(), exact)
     leaf = logits.clone().requires_grad_()
-    found = vocab_parallel_loss(leaf * 1, labels, group=dist.group.WORLD)
+    found = vocab_parallel_loss(leaf * 1, labels, group=dist.group.WORLD, compiled=chunk == KERNEL)
     (gradient,) = torch.autograd.grad((found * scale).sum(), leaf)
     wide = torch.promote_types(dtype, torch.float32)
     assert found.dtype == wide and gradient.dtype == dtype

@@ -166,12 +166,15 @@ def test_measured_blocks_are_used_and_images_interpolated() -> None:
 
 
 def test_step_time_is_the_sum_of_measurements() -> None:
-    """One rank: no schedule, so micro-batches x blocks, update, fixed costs, loading and the dummy image."""
+    """One rank: no schedule and no dummy image, so micro-batches x blocks, update, fixed costs and loading."""
     recipe = recipe_of("tiny-hybrid", precision="fp32", fraction=0.5, batch=8)
     found = step_time(make_scenario(recipe, images=8), (4,), times(entry(1)), "text")
     assert found.pipeline_s == pytest.approx(8 * (0.3 + 4 * 3.0 + 1.5))
     assert found.extras.loading == pytest.approx(0.05 + 8 * 0.01)
-    assert found.extras.dummy_image == pytest.approx(1.5 + 0.25 + 0.5)
+    assert found.extras.dummy_image == 0
+    two = dataclasses.replace(recipe.parallel, overlap_grad_reduce=True)
+    replicas = make_scenario(dataclasses.replace(recipe, parallel=two), images=8, devices=2)
+    assert step_time(replicas, (4,), times(entry(1), entry(2)), "text").extras.dummy_image == pytest.approx(2.25)
 
 
 def test_ranks_that_share_cores_slow_each_other_down() -> None:

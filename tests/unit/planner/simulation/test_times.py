@@ -151,13 +151,13 @@ def test_split_all_reruns_fully_trained_towers() -> None:
     assert ahead["SAM"] == within["SAM"]
 
 
-def test_dummy_image_is_encoded_only_under_overlap() -> None:
+def test_dummy_image_is_encoded_only_where_replicas_overlap() -> None:
     source = DeviceTimes(device=DEVICES["h100"])
-    encoded = step_time(scenario_of(), (30,), source, "text").extras.dummy_image
-    assert encoded > 0
     overlaps = {"overlap_grad_reduce": False, "overlap_param_gather": False}
-    assert step_time(scenario_of(**overlaps), (30,), source, "text").extras.dummy_image == 0
-    assert step_time(scenario_of(train=("llm",)), (30,), source, "text").extras.dummy_image == 0
+    without: tuple[dict[str, object], ...] = (overlaps, {"train": ("llm",)})
+    for changes, devices, encodes in (({}, 2, True), ({}, 1, False), *((changes, 2, False) for changes in without)):
+        scenario = make_scenario(recipe_of(**changes), devices=devices)  # type: ignore[arg-type]
+        assert (step_time(scenario, (30,), source, "text").extras.dummy_image > 0) == encodes
 
 
 def test_tensor_ranks_beyond_a_node_use_the_network() -> None:
