@@ -57,14 +57,19 @@ test-all: $(STAMP)  ## the slow tests too
 	$(PARALLEL) $(PYTEST_ARGS)
 
 # Each client wants packages that nothing else here needs, so each gets an environment of its own. torchvision must be of
-# torch's build: where torch is CPU-only, TORCH_INDEX must name the index that has both. Without it one client is left out.
-test-clients: $(STAMP)  ## exports in transformers 5 and the released client; lm-evaluation-harness
-	for name in newer harness released; do test -x $(CLIENTS)/$$name/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$name; done
+# torch's build: where torch is CPU-only, TORCH_INDEX must name the index that has both. Without it one client is left out,
+# and lmms-eval runs without torchvision, which its client of a server does not use.
+test-clients: $(STAMP)  ## exports in transformers 5 and the released client; lm-evaluation-harness; lmms-eval
+	for name in newer harness lmms released; do test -x $(CLIENTS)/$$name/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$name; done
 	$(CLIENTS)/newer/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) pillow transformers==5.23.0
 	MEGAVL_TRANSFORMERS_5=$(CURDIR)/$(CLIENTS)/newer/bin/python $(PYTEST) tests/unit/convert/test_transformers_5.py
 	$(CLIENTS)/harness/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) \
 	  --editable '.[hf,lm-eval,judge,serve,test]' accelerate tenacity
 	$(subst $(BIN),$(CLIENTS)/harness/bin,$(PYTEST)) tests/unit/evaluate/harness
+	$(CLIENTS)/lmms/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) lmms-eval==0.7.3 'filelock<4'
+	$(CLIENTS)/lmms/bin/python -c 'import torchvision' 2>/dev/null \
+	  || $(CLIENTS)/lmms/bin/python -m pip uninstall --quiet --yes torchvision
+	MEGAVL_LMMS_EVAL=$(CURDIR)/$(CLIENTS)/lmms/bin/python $(PYTEST) tests/unit/serve/test_lmms_eval.py
 	$(CLIENTS)/released/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) \
 	  --editable '.[hf,test]' attrdict einops six timm torchvision
 	$(CLIENTS)/released/bin/python -m pip download --quiet --no-deps --dest $(CLIENTS) xinference==0.14.4
