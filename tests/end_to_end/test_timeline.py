@@ -21,7 +21,8 @@ SIZES = (
     *(f"training.global_batch_size={MICRO_BATCHES}", "training.micro_batch_size=1"),
 )
 EVERY = f"run.timeline_steps={list(range(1, STEPS + 1))}"
-TRACED = "run.profile_steps=[2,4]"
+# Traced steps are slow, and on a busy machine they outlast the minute of the tiny recipes.
+TRACED = ("run.profile_steps=[2,4]", "parallel.timeout_s=600")
 # Clocks are read one after the other and written with six digits.
 TINY = 1e-4
 
@@ -40,7 +41,7 @@ def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with every step recorded."""
     run = tmp_path_factory.mktemp("recorded")
-    done = run_training(dataset, run, *SIZES, "parallel.layout=[2,2]", EVERY, TRACED, processes=2)
+    done = run_training(dataset, run, *SIZES, "parallel.layout=[2,2]", EVERY, *TRACED, processes=2)
     assert done.returncode == 0, done.stderr
     assert f"timeline of step {STEPS}: {run}/timeline/step_{STEPS:06d}.svg" in done.stdout
     return run
