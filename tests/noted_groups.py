@@ -60,12 +60,12 @@ def main() -> int:
 
     from megavl.main import cli
     from megavl.parallel import groups
-    from megavl.train import loop
+    from megavl.train import loop, saves
 
     # The group of the world is made here, and each of `new_group`.
     _note(distributed_c10d, "_new_process_group_helper", "group")
     _note(loop, "train_step", "step")
-    _note(loop, "_save", "save")
+    _note(saves.Saves, "save", "save")
     _note(groups, "stop", "end")
     return cli.main()
 
