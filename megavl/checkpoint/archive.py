@@ -220,5 +220,9 @@ def _content(part: FilePart, member: _Member) -> bytes:
 
 
 def _content_start(part: FilePart, member: _Member) -> int:
-    name_size, extra_size = struct.unpack("<26xHH", part.read(member.start, _LOCAL_SIZE))
-    return int(member.start + _LOCAL_SIZE + name_size + extra_size)
+    header = part.read(member.start, _LOCAL_SIZE)
+    name_size, extra_size = struct.unpack("<26xHH", header)
+    start = int(member.start + _LOCAL_SIZE + name_size + extra_size)
+    if not header.startswith(_BEGIN) or start + member.size > part.size:
+        raise CheckpointError(f"{part.source}: not readable, a member of the archive is not where its list says")
+    return start

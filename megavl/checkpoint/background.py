@@ -59,14 +59,14 @@ class Task:
     def __init__(self, action: Callable[[], None]) -> None:
         """Start."""
         self._action = action
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="megavl-save", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._action()
-        except Exception as error:
+        except BaseException as error:
             self._error = error
 
     def has_ended(self) -> bool:

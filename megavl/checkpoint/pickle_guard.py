@@ -16,7 +16,7 @@ from megavl.config.errors import CheckpointError, one_line
 
 MAX_BYTES = 64 << 20
 """Largest pickle. `.metadata` of a model with 10,000 shards has 4 MB."""
-MAX_STEPS = 2_000_000
+MAX_STEPS = 12_000_000
 """Instructions; each takes a microsecond or two here, and up to 150 bytes."""
 MAX_WEIGHT = 50_000_000
 """Sum of the weights of all values that are made of others."""

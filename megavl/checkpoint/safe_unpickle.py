@@ -223,6 +223,8 @@ def _check_metadata(path: Path, found: Any) -> None:
 
 def _check_entry(path: Path, key: str, entry: Any, stored: Mapping[Any, Any]) -> None:
     if isinstance(entry, BytesStorageMetadata):
+        if metadata.MetadataIndex(key) not in stored:
+            raise CheckpointError(f"{path / METADATA}: {key} is not in the files")
         return
     if not isinstance(entry, TensorStorageMetadata):
         raise CheckpointError(f"{path / METADATA}: {key} is a {type(entry).__name__}")

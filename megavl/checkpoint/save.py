@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megavl.checkpoint import collective_errors, commit
 from megavl.checkpoint.fault import inject_fault
-from megavl.checkpoint.safe_unpickle import METADATA
+from megavl.checkpoint.safe_unpickle import METADATA, read_metadata
 from megavl.checkpoint.shards import Block, Written, metadata_of, own_blocks, write_blocks
 from megavl.checkpoint.state import SplitState, split_state
 from megavl.files import activity
@@ -122,6 +122,8 @@ class Save:
         def list_all() -> None:
             with storage_errors(doing):
                 write_durably(self.temporary / METADATA, metadata_of([written for written, _ in gathered]))
+                # What no load would accept is never committed, such as a share that is missing.
+                read_metadata(self.temporary)
                 records = {name: record for _, part in gathered for name, record in part.items()}
                 commit.write_manifest(
                     self.temporary,

@@ -22,6 +22,7 @@ from megavl.checkpoint import collective_errors
 from megavl.checkpoint.exchange import Exchange
 from megavl.checkpoint.shard_reads import ShardReader
 from megavl.checkpoint.shares import ShardId, rows_of, shard_id
+from megavl.config.errors import CheckpointError, MegaVLError, one_line
 
 
 class SafeLoad(LoadShardedStrategy):
@@ -51,6 +52,15 @@ class SafeLoad(LoadShardedStrategy):
         objects: dict[str, Any] = {}
 
         def read() -> None:
+            try:
+                read_own()
+            except MegaVLError:
+                raise
+            except Exception as error:
+                # torch and the pickles of a forged file raise nearly anything.
+                raise CheckpointError(f"{checkpoint_dir}: {type(error).__name__}: {one_line(error)}") from error
+
+        def read_own() -> None:
             with ShardReader(Path(checkpoint_dir), self._metadata) as reader:
                 for name, (shard, *_) in shards.items():
                     for start, stop in exchange.own_rows(name):

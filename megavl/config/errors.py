@@ -54,3 +54,8 @@ class PeerError(MegaVLError):
 def one_line(error: BaseException, *, limit: int | None = 200) -> str:
     """The text of another library's error on one line, truncated to `limit` characters."""
     return " ".join(str(error).split())[:limit]
+
+
+def first_line(error: BaseException, *, limit: int = 200) -> str:
+    """The first line of another library's error, truncated; empty for one without a text."""
+    return next(iter(str(error).strip().splitlines()), "")[:limit]

@@ -14,7 +14,7 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
+from megavl.config.errors import first_line
 from megavl.config.recipe import Compile
 from megavl.parallel import cpu_runtime
 
@@ -40,8 +41,12 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any], *, otherwise: Callable[..., Any] | None = None) -> None:
         """Wrap `function`; `otherwise` does the same where it is not compiled, with less memory."""
-        self._compiled = torch.compile(function)
-        self._otherwise = otherwise or function
+        self._function, self._otherwise = function, otherwise or function
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """Made at the first call: this alone imports the compiler, which takes a second."""
+        return torch.compile(self._function)
 
     def __call__(self, *args: Any, compiled: bool = True) -> Any:
         """Call the function, as written unless `compiled`."""
@@ -57,7 +62,7 @@ class Kernel:
         except Exception as error:
             found = self._otherwise(*args)
             _failed = True
-            _warn(f"torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})")
+            _warn(f"torch.compile failed ({type(error).__name__}: {first_line(error)})")
             return found
 
 
@@ -78,8 +83,9 @@ def compile_level(wanted: Compile) -> Level:
     if missing := _missing():
         _warn(f"torch.compile needs {missing}")
         return "none"
-    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        _warn("TORCHDYNAMO_DISABLE=1 is set")
+    for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(name) == "1":
+            _warn(f"{name}=1 is set")
     return "layers" if wanted == "auto" else wanted
 
 

@@ -84,7 +84,7 @@ class _VocabParallelLoss(torch.autograd.Function):
             total, chosen = both.unbind()
         loss = total.log() - chosen
         # Not saved through autograd, which would refuse logits that were overwritten.
-        ctx.kept = (logits, largest + total.log(), loss, columns, own) if ctx.needs_input_grad[0] else None
+        ctx.kept = (logits, largest + total.log(), loss.detach(), columns, own) if ctx.needs_input_grad[0] else None
         ctx.compiled = compiled
         return loss
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from megatron.core.tensor_parallel import layers
 
+from megavl.config.errors import first_line
 from megavl.parallel import cpu_runtime
 
 
@@ -60,7 +61,7 @@ def fuses_weight_gradients() -> bool:
         add_weight_gradient(ones, ones, total)
         problem = "" if bool((total == 16 + small).all()) else f"16 + {small} gave {float(total[0, 0])}"
     except (RuntimeError, TypeError) as error:
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
     if problem:
         warnings.warn(
             f"torch {torch.__version__} does not add products of bf16 to fp32 here ({problem}): weight gradients are "

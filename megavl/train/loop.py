@@ -95,7 +95,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     status.section = "loading weights"
     progress = _resume_or_start(plan, state, filled=filled)
     status.section = "checking the data"
-    files.result()
+    collective_errors.on_every_rank_for_long(files.result)
     sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
     evaluation.start(step=progress.step)
