@@ -102,7 +102,7 @@ def read_metadata(path: Path) -> Metadata:
         raw = read_limited(source, limit=MAX_BYTES)
         check_pickle(raw, names=_METADATA_NAMES, source=str(source))
         found = _AllowListUnpickler(io.BytesIO(raw), source=str(source)).load()
-        _check_metadata(path, found)
+        check_metadata(path, found)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -198,8 +198,12 @@ def load_shard_item(stream: IO[bytes], info: Any, *, source: str) -> Any:
     return safe_load(cast(IO[bytes], view), source=source, checked=True)
 
 
-def _check_metadata(path: Path, found: Any) -> None:
-    """Reject impossible metadata before any memory is taken or file opened because of it."""
+def check_metadata(path: Path, found: Any) -> None:
+    """Reject impossible metadata before any memory is taken or file opened because of it.
+
+    Raises:
+        CheckpointError: naming the first entry whose blocks are not in the files, or are not the whole tensor.
+    """
     if not isinstance(found, Metadata):
         raise CheckpointError(f"{path / METADATA}: holds a {type(found).__name__}, expected Metadata")
     sizes: dict[str, int] = {}

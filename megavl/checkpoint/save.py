@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megavl.checkpoint import collective_errors, commit
 from megavl.checkpoint.fault import inject_fault
-from megavl.checkpoint.safe_unpickle import METADATA, read_metadata
+from megavl.checkpoint.safe_unpickle import METADATA, check_metadata
 from megavl.checkpoint.shards import Block, Written, metadata_of, own_blocks, write_blocks
 from megavl.checkpoint.state import SplitState, split_state
 from megavl.files import activity
@@ -121,9 +122,11 @@ class Save:
 
         def list_all() -> None:
             with storage_errors(doing):
-                write_durably(self.temporary / METADATA, metadata_of([written for written, _ in gathered]))
+                metadata = metadata_of([written for written, _ in gathered])
                 # What no load would accept is never committed, such as a share that is missing.
-                read_metadata(self.temporary)
+                check_metadata(self.temporary, metadata)
+                # Without a path or a random number, so that equal states give equal bytes in any directory.
+                write_durably(self.temporary / METADATA, pickle.dumps(metadata))
                 records = {name: record for _, part in gathered for name, record in part.items()}
                 commit.write_manifest(
                     self.temporary,

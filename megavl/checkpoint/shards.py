@@ -7,7 +7,6 @@ tensor bounds the balance. The files written here have the same format, so `dist
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +114,7 @@ def write_blocks(
     return written, series.records
 
 
-def metadata_of(parts: Sequence[Sequence[Written]]) -> bytes:
+def metadata_of(parts: Sequence[Sequence[Written]]) -> Metadata:
     """The content of `.metadata` for what all ranks have written."""
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     stored: dict[MetadataIndex, _StorageInfo] = {}
@@ -129,5 +128,4 @@ def metadata_of(parts: Sequence[Sequence[Written]]) -> bytes:
         assert isinstance(entry, TensorStorageMetadata), f"{item.key} is an object and a tensor"
         entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
         stored[MetadataIndex(item.key, offsets)] = item.info
-    # Without a path or a random number, so that equal states give equal bytes in any directory.
-    return pickle.dumps(Metadata(state_dict_metadata=entries, storage_data=stored, storage_meta=StorageMeta()))
+    return Metadata(state_dict_metadata=entries, storage_data=stored, storage_meta=StorageMeta())

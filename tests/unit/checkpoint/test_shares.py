@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 from math import prod
@@ -100,7 +101,7 @@ def stored(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         for key in ("whole", "scalar", "transposed")
     ]
     written, _ = write_blocks(blocks, tmp_path, rank=0, step=1)
-    (tmp_path / METADATA).write_bytes(metadata_of([written]))
+    (tmp_path / METADATA).write_bytes(pickle.dumps(metadata_of([written])))
     return tmp_path, tensors
 
 
@@ -140,7 +141,7 @@ def test_tensors_in_other_forms_are_read_by_torch(tmp_path: Path, monkeypatch: p
     tensor = torch.arange(12.0).reshape(3, 4)
     monkeypatch.setattr("megavl.checkpoint.shard_files._alone", lambda value: value.t().contiguous().t())
     written, _ = write_blocks([Block(key="w", data=tensor, shape=(3, 4), offsets=(0, 0))], tmp_path, rank=0, step=1)
-    (tmp_path / METADATA).write_bytes(metadata_of([written]))
+    (tmp_path / METADATA).write_bytes(pickle.dumps(metadata_of([written])))
     with ShardReader(tmp_path, read_metadata(tmp_path)) as reader:
         assert torch.equal(read(reader, "w", (1, 1), (2, 2), torch.float32), tensor[1:, 1:3])
 
