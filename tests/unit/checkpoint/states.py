@@ -18,11 +18,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavl.checkpoint import collective_errors
+from megavl.checkpoint import collective_errors, save
 from megavl.checkpoint.background import HostBuffer
 from megavl.checkpoint.shard_reads import ShardReader
 from megavl.checkpoint.store import CheckpointStore
-from megavl.config.errors import StorageError
+from megavl.config.errors import CheckpointError, StorageError
 from megavl.config.load import load_model_config
 from megavl.files import activity
 
@@ -104,6 +104,17 @@ def save_again(directory: str, steps: list[int]) -> list[str]:
     """Save steps; report the directories."""
     store = CheckpointStore(directory)
     return [store.save(step, state=toy_state(step), content={}, files={}).name for step in steps]
+
+
+def save_less(directory: str) -> str:
+    """Save without the first block of rank 1; report the error."""
+    whole: Any = save.own_blocks
+    vars(save)["own_blocks"] = lambda *args, rank, **named: whole(*args, rank=rank, **named)[rank:]
+    try:
+        CheckpointStore(directory).save(1, state=toy_state(1), content={}, files={})
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def save_in_background(directory: str, steps: list[int]) -> list[str]:

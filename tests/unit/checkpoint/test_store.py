@@ -90,6 +90,12 @@ def test_save_in_background_equals_one_that_waits(saved: Path, tmp_path: Path) -
         assert read_manifest(other / name)["files"] == read_manifest(saved / name)["files"]
 
 
+def test_a_part_that_nobody_wrote_is_never_committed(tmp_path: Path) -> None:
+    for error in results(run_ranks(states.save_less, 2, str(tmp_path))):
+        assert "elements are in the files" in error
+    assert names(tmp_path) == []
+
+
 SITES = ["before_mkdir", "mid_shard", "after_shard", "after_manifest", "after_rename", "mid_retention"]
 
 
