@@ -46,7 +46,7 @@ NonNegativeReal = Annotated[float, Field(ge=0.0, allow_inf_nan=False), _NUMBER]
 def _plain_path(path: str) -> str:
     if not path.strip():
         raise ValueError("it is empty, which would be the working directory; name a path, or '.'")
-    if path.startswith("~"):
+    if path.startswith("~") and "/" in path:
         raise ValueError(f"it begins with ~, which no shell has replaced; write the whole path, or ./{path}")
     return path
 

@@ -16,7 +16,7 @@ from tests.tiny_run import PATIENCE_S, ROOT, environment, forked, metrics, train
 
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false", "parallel.layout=auto")
 TWO = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence_parallel=true", "parallel.layout=auto")
-MEASURED = ("step_time_s", "tokens_per_s", "mfu")
+MEASURED = ("step_time_s", "tokens_per_s", "mfu", "slowest_rank", "slowest_rank_s")
 
 
 def start(dataset: Path, run: Path, *overrides: str, processes: int = 0) -> subprocess.Popen[str]:

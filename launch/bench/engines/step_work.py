@@ -114,7 +114,7 @@ def make_work(
         *([f"data.seq_length={LENGTHS[model]}"] if model in LENGTHS else []),
         "training.micro_batch_size=1",
         f"optimizer={{lr: 1.0e-3, schedule: constant, warmup_steps: 0, state_precision: {state}}}",
-        "parallel={tensor: 1, pipeline: 1, sequence_parallel: false, layout: auto}",
+        "parallel={tensor: 1, pipeline: 1, sequence_parallel: false, layout: auto, vision: recompute}",
     ]
     recipe = load_recipe(ROOT / f"launch/recipes/{folder}/stage2.yaml", overrides=overrides)
     most = recipe.model.llm.num_layers

@@ -129,8 +129,8 @@ def test_workers_of_plain_inputs_are_forked(corpus: list[Path], tokenizer: Path,
     whole, out, again = (tmp_path / name for name in ("whole", "out", "again"))
     assert run_preprocess(plain, tokenizer=tokenizer, output=whole) == 0
     process = _start(plain, tokenizer, out)
-    command = psutil.Process(process.pid).cmdline()
     _wait_for_tasks(process, out, count=1)
+    command = psutil.Process(process.pid).cmdline()
     workers = psutil.Process(process.pid).children()
     assert [worker.cmdline() for worker in workers] == [command] * 2
     workers[0].kill()
