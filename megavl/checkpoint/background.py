@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megavl.checkpoint.shards import Block
 _ALIGNMENT = 64
 """Bytes; every type of numbers may begin at a multiple of it."""
 _MEMORY = Path("/proc/meminfo")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class HostBuffer:
@@ -98,7 +99,30 @@ def _padded(size: int) -> int:
 
 
 def _available() -> int:
-    """Bytes that new programs could use."""
+    """Bytes that this job could use more: of the host, and of the limits that SLURM or a container sets."""
+    return min([_free_on_host(), *_free_in_groups()])
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What each control group (version 2) of this process leaves; page cache that can be dropped is free."""
+    try:
+        (own,) = [line[3:] for line in _CGROUP.read_text().splitlines() if line.startswith("0::")]
+    except (OSError, ValueError):
+        return
+    group = _CGROUPS / own.strip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(_CGROUPS):
+            return
+        try:
+            most, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            if most != "max":
+                yield int(most) - int(used) + int(pages["inactive_file"])
+        except (OSError, ValueError, KeyError):
+            continue
+
+
+def _free_on_host() -> int:
     for line in _MEMORY.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10

@@ -139,6 +139,13 @@ def apply_retention(directory: Path, *, keep: int, skip_hash: bool, step: int) -
 
     A failure is only logged: nothing depends on it.
     """
+    try:
+        _apply_retention(directory, keep=keep, skip_hash=skip_hash, step=step)
+    except OSError as error:
+        _log.warning("retention: %s: not read (%s); older checkpoints stay", directory, error)
+
+
+def _apply_retention(directory: Path, *, keep: int, skip_hash: bool, step: int) -> None:
     valid = 0
     for candidate in candidates(directory):
         if valid >= keep:

@@ -10,7 +10,7 @@ import functools
 import gc
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 
 def import_engine() -> None:
@@ -37,8 +37,13 @@ def import_engine() -> None:
     gc.freeze()
 
 
-def _compile_later(compile_now: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile_later(
+    compile_now: Callable[..., Any], function: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
     import torch
+
+    if function is None or options:
+        return cast(Callable[..., Any], compile_now(function, **options))
 
     compiled: list[Callable[..., Any]] = []
 

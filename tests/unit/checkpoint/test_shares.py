@@ -178,3 +178,22 @@ def test_copies_share_memory_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     assert buffer.has_room(blocks, ranks=8)
     more = [*blocks, Block(key="more", data=torch.zeros(200), shape=(200,))]
     assert buffer.has_room(more, ranks=1) and not buffer.has_room(more, ranks=2)
+
+
+def test_memory_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = background._free_on_host()
+    job = tmp_path / "slurm" / "job_1"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/slurm/job_1\n")
+    monkeypatch.setattr(background, "_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(background, "_CGROUPS", tmp_path)
+    # The step has no limit, the job has one.
+    for folder, most in ((job, "max"), (job.parent, "7000")):
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text("5000\n")
+        (folder / "memory.stat").write_text("anon 1000\ninactive_file 500\n")
+    assert background._available() == 2500
+    (job.parent / "memory.max").write_text("max\n")
+    assert background._available() == pytest.approx(free, rel=0.5)
+    monkeypatch.setattr(background, "_CGROUP", tmp_path / "missing")
+    assert background._available() == pytest.approx(free, rel=0.5)
