@@ -220,7 +220,7 @@ DAMAGE = {
         "task: local_bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: DOCS}}\ntest_split: test\n"
         "output_type: loglikelihood_rolling\ndoc_to_target: '{{page.nothing.more}}'\ndoc_to_text: ''\n"
         "metric_list: [{metric: bits_per_byte}]\n",
-        "page",
+        "has no attribute 'nothing'",
     ),
     "option": (
         "task: local_bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: DOCS}}\ntest_split: test\n"
@@ -232,7 +232,8 @@ DAMAGE = {
         "task: local_bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: DOCS}}\ntest_split: test\n"
         "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: ['', 'a']\ndoc_to_target: 0\n"
         "target_delimiter: ''\nmetric_list: [{metric: acc}]\n",
-        "has no token of its own",
+        # The harness itself looks at an option's first letter.
+        "local_bad: cannot be loaded (IndexError",
     ),
 }
 
