@@ -28,17 +28,24 @@ class HostBuffer:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def has_room(self, blocks: Sequence[Block], *, ranks: int) -> bool:
-        """Whether a copy fits into the memory that is available on this host, of which each rank may take a part."""
+    def reserve(self, blocks: Sequence[Block], *, ranks: int) -> bool:
+        """Get the memory for a copy; false where the host, of which each rank may take a part, has too little."""
         size, kept = _size(blocks), self._memory.numel()
-        return size <= kept or (_allocated(size) - kept) * ranks < _available()
+        if size <= kept:
+            return True
+        if (_allocated(size) - kept) * ranks >= _available():
+            return False
+        # Freed first, so that both never exist together.
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        try:
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        except RuntimeError:
+            # So torch says that an allocation failed: other processes may have been faster, or little may be pinned.
+            return False
+        return True
 
     def copy(self, blocks: Sequence[Block]) -> list[Block]:
-        """Copies of blocks; they are valid until the next call."""
-        if self._memory.numel() < _size(blocks):
-            # Freed first, so that both never exist together.
-            self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = torch.empty(_size(blocks), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        """Copies of blocks for which memory is reserved; they are valid until the next call."""
         copies, position = [], 0
         for block in blocks:
             if block.shape is None:

@@ -14,8 +14,6 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     StateDict,
 )
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megavl.checkpoint import collective_errors
@@ -25,83 +23,55 @@ from megavl.checkpoint.shares import ShardId, rows_of, shard_id
 from megavl.config.errors import CheckpointError, MegaVLError, one_line
 
 
-class SafeLoad(LoadShardedStrategy):
-    """Loads shards without unpickling anything freely; for `dist_checkpointing.load(sharded_strategy=...)`."""
+def load_shards(
+    state: ShardedStateDict, path: Path, *, metadata: Metadata, asked: Sequence[Sequence[ShardedBase]]
+) -> StateDict:
+    """Fill tensors in place, whatever layout has saved them, without unpickling anything freely. Collective.
 
-    def __init__(self, metadata: Metadata, asked: Sequence[Sequence[ShardedBase]]) -> None:
-        """Prepare.
+    Args:
+        state: shards and nothing else.
+        metadata: of the checkpoint, checked.
+        asked: shards that each rank asks for, without data.
 
-        Args:
-            metadata: of the checkpoint, checked.
-            asked: shards that each rank asks for, without data.
-        """
-        self._metadata, self._asked = metadata, asked
+    Returns:
+        `state` with a tensor or object in place of each shard.
 
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """Fill the tensors in place, whatever layout has saved them. Collective.
+    Raises:
+        CheckpointError: on all ranks, naming the file and the key that could not be read on any.
+    """
+    shards: dict[ShardId, list[ShardedTensor]] = {}
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor):
+            entry.init_data("cpu")
+            shards.setdefault(shard_id(entry), []).append(entry)
+    exchange = Exchange([[entry for entry in entries if isinstance(entry, ShardedTensor)] for entries in asked])
+    objects: dict[str, Any] = {}
 
-        Raises:
-            CheckpointError: on all ranks, naming the file and the key that could not be read on any.
-        """
-        shards: dict[ShardId, list[ShardedTensor]] = {}
-        for entry in nested_values(sharded_state_dict):
-            if isinstance(entry, ShardedTensor):
-                entry.init_data("cpu")
-                shards.setdefault(shard_id(entry), []).append(entry)
-        exchange = Exchange([[entry for entry in asked if isinstance(entry, ShardedTensor)] for asked in self._asked])
-        objects: dict[str, Any] = {}
+    def read() -> None:
+        try:
+            read_own()
+        except MegaVLError:
+            raise
+        except Exception as error:
+            # torch and the pickles of a forged file raise nearly anything.
+            raise CheckpointError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
 
-        def read() -> None:
-            try:
-                read_own()
-            except MegaVLError:
-                raise
-            except Exception as error:
-                # torch and the pickles of a forged file raise nearly anything.
-                raise CheckpointError(f"{checkpoint_dir}: {type(error).__name__}: {one_line(error)}") from error
+    def read_own() -> None:
+        with ShardReader(path, metadata) as reader:
+            for name, (shard, *_) in shards.items():
+                for start, stop in exchange.own_rows(name):
+                    target, offsets = rows_of(shard, start, stop)
+                    reader.fill(target, key=shard.key, offsets=offsets)
+            for entry in nested_values(state):
+                if isinstance(entry, ShardedObject):
+                    objects[entry.unique_key] = reader.load_object(entry.unique_key)
 
-        def read_own() -> None:
-            with ShardReader(Path(checkpoint_dir), self._metadata) as reader:
-                for name, (shard, *_) in shards.items():
-                    for start, stop in exchange.own_rows(name):
-                        target, offsets = rows_of(shard, start, stop)
-                        reader.fill(target, key=shard.key, offsets=offsets)
-                for entry in nested_values(sharded_state_dict):
-                    if isinstance(entry, ShardedObject):
-                        objects[entry.unique_key] = reader.load_object(entry.unique_key)
-
-        collective_errors.on_every_rank_for_long(read)
-        exchange.run(lambda name, start, stop: rows_of(shards[name][0], start, stop)[0])
-        for first, *others in shards.values():
-            for other in others:
-                other.data.copy_(first.data)
-        return dict_list_map_outplace(  # type: ignore[no-any-return]
-            lambda entry: objects[entry.unique_key] if isinstance(entry, ShardedObject) else entry.data,
-            sharded_state_dict,
-        )
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """True: objects are stored next to the tensors."""
-        return True
-
-    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
-        """Not offered: `megavl.checkpoint.state` compares keys before the load."""
-        raise NotImplementedError
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """Checked by `safe_unpickle.check_backend`."""
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        """Checked by `safe_unpickle.check_backend`."""
-
-
-class SafeCommonLoad(TorchCommonLoadStrategy):
-    """Returns a common state that the safe unpickler has read."""
-
-    def __init__(self, common: StateDict) -> None:
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
-        """Return the common state."""
-        return self._common
+    collective_errors.on_every_rank_for_long(read)
+    exchange.run(lambda name, start, stop: rows_of(shards[name][0], start, stop)[0])
+    for first, *others in shards.values():
+        for other in others:
+            other.data.copy_(first.data)
+    return dict_list_map_outplace(  # type: ignore[no-any-return]
+        lambda entry: objects[entry.unique_key] if isinstance(entry, ShardedObject) else entry.data,
+        state,
+    )

@@ -121,7 +121,7 @@ class CheckpointStore:
             save.blocks = self._buffer.copy(save.blocks)
 
         try:
-            room = all(collective_errors.on_every_rank(lambda: self._buffer.has_room(save.blocks, ranks=ranks)))
+            room = all(collective_errors.on_every_rank(lambda: self._buffer.reserve(save.blocks, ranks=ranks)))
             if room:
                 collective_errors.on_every_rank(copy)
         except BaseException:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megavl.config.bounds import NonNegative, Positive
+from megavl.config.bounds import NonNegative, PathText, Positive
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import UsageError
 from megavl.config.model import STRICT
@@ -35,10 +35,10 @@ class EvaluationConfig:
     """Steps between two evaluations; the last step evaluates too. 0: never."""
     at_start: bool = False
     """Evaluate the weights that a new run starts from, as step 0."""
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[PathText, ...] = ()
     """Task files of `megavl evaluate` with choices or texts, and benchmarks as NAME=FILE (mmbench=data/dev.tsv);
     relative to the working directory."""
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[PathText, ...] = ()
     """Directories written by data_tools/preprocess.py whose loss is measured, but not trained on."""
     held_out_sequences: Positive = 64
     """Most sequences of each modality that are read of a held-out directory: its first ones."""

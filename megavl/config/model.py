@@ -5,13 +5,13 @@ Sources: deepseek-ai/DeepSeek-VL `deepseek_vl/models/` (released code) and arXiv
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from megavl.config.adaptor import ADAPTORS, AdaptorKind, AdaptorLayer, AdaptorSizes, kinds
-from megavl.config.bounds import MAX_LAYERS, Layers, NonNegative, PositiveReal, Size
+from megavl.config.bounds import Layers, NonNegative, PositiveReal, Size
 from megavl.config.errors import UsageError
 from megavl.config.presets import HYBRID_BACKGROUND, SIGLIP_BACKGROUND, ImageGeometry
 
@@ -140,11 +140,10 @@ class AdaptorConfig:
 
     kind: AdaptorKind
     """Row of `megavl.config.adaptor.ADAPTORS`."""
-    depth: Annotated[int, Field(le=MAX_LAYERS)] = 2
+    depth: Layers = 2
     """Linear layers in sequence."""
 
     def __post_init__(self) -> None:
-        _require(self.depth >= 1, "model.adaptor.depth", f"{self.depth} is below 1; use 1 or more layers")
         _require(
             self.depth == 1 or not ADAPTORS[self.kind].one_layer,
             "model.adaptor.depth",

@@ -78,6 +78,8 @@ class ParallelConfig:
     deterministic: bool = False
     """Make runs on CUDA bitwise reproducible, as they always are on a CPU. Some algorithms are slower, and an operation
     without a deterministic algorithm ends the run."""
+    cpu_binding: Literal["auto", "none"] = "auto"
+    """`auto`: a rank with a GPU stays on the cores of the GPU's NUMA node, unless its launcher has bound it."""
     timeout_s: Positive = 600
     """Seconds without progress, such as in a collective that waits for a missing rank, after which a run ends with
     code 7."""
@@ -200,10 +202,12 @@ class DataConfig:
     mixes both, shuffled over micro-batches and ranks. This is slower and meant for comparison."""
     cross_document_attention: bool = False
     """Let attention cross document borders in a packed sequence; the paper does not state it."""
-    num_workers: Workers = 2
-    """Processes per data-parallel rank that decode images."""
-    prefetch_images: Positive = 512
-    """Decoded images that a data-parallel rank prefetches. An image takes 0.44 MB at 384 pixels and 3.1 MB at 1024."""
+    num_workers: Literal["auto"] | Workers = "auto"
+    """Processes per data-parallel rank that decode images. With `auto`, as many as the planner's images per second
+    need."""
+    prefetch_images: Literal["auto"] | Positive = "auto"
+    """Decoded images that a data-parallel rank prefetches; with `auto`, those of two multimodal steps, 64 to 512. An
+    image takes 0.44 MB at 384 pixels and 3.1 MB at 1024."""
     max_bad_in_row: Positive = 16
     """Samples in a row that may fail in the loader before the run ends with code 3. Samples with and without images are
     counted separately."""

@@ -15,6 +15,7 @@ from megavl.config.errors import PeerError, UsageError
 from megavl.config.library_settings import missing_settings
 from megavl.config.recipe import ParallelConfig
 from megavl.parallel import cpu_runtime
+from megavl.parallel.cpu_binding import bind_to_device
 
 _ABORT_LATER_S = 60
 """Added to NCCL's own timeout, seconds."""
@@ -87,6 +88,8 @@ def start(parallel: ParallelConfig, *, seed: int) -> Position:
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         _take_device()
+        if parallel.cpu_binding == "auto":
+            bind_to_device()
     # NCCL aborts the process when its time is up; the watchdog of a training run acts earlier and says why.
     timeout = datetime.timedelta(seconds=parallel.timeout_s + (_ABORT_LATER_S if on_cuda else 0))
     try:

@@ -10,6 +10,7 @@ from megavl.config.identity import model_name
 from megavl.config.library_settings import library_settings
 from megavl.planner.cost.flops import MFU_CONVENTION, mfu, model_flops
 from megavl.planner.cost.memory import RankMemory, rank_memory, rank_parameters, rank_stages
+from megavl.planner.decoding import Decoding, decoding
 from megavl.planner.hardware.devices import Device
 from megavl.planner.layouts.layout import layout_string
 from megavl.planner.scenario import Kind, Scenario
@@ -92,8 +93,12 @@ class Plan:
     """Mean over the mixture."""
     days: float
     """All steps of the recipe at the expected step time."""
+    decoding: Decoding
+    """Images of one data-parallel rank, and the processes that decode them."""
     bucket_size: int
     """Parameters per gradient bucket."""
+    cpu_binding: str | None
+    """Where a rank's process runs; None on a CPU."""
     environment: dict[str, str]
     """Settings of libraries that each rank makes unless they are set."""
     mfu_convention: str = MFU_CONVENTION
@@ -138,7 +143,9 @@ def plan_scenario(scenario: Scenario, layout: tuple[int, ...], source: TimeSourc
         multimodal=steps["multimodal"],
         expected=expected,
         days=recipe.training.steps * expected.seconds / 86_400,
+        decoding=decoding(scenario, layout, source),
         bucket_size=recipe.parallel.bucket(ranks=scenario.data_parallel),
+        cpu_binding=recipe.parallel.cpu_binding if hardware.memory_bytes else None,
         # A device without memory of its own is the CPU.
         environment=library_settings(ranks=min(scenario.devices, hardware.per_node), cores=None)
         if hardware.memory_bytes

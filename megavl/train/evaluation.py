@@ -65,16 +65,20 @@ class _TaskFile:
 class Evaluation:
     """What a run evaluates, checked and encoded before its first step."""
 
-    def __init__(self, plan: RunPlan, *, tokenizer: Tokenizer, asked_to_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, plan: RunPlan, *, tokenizer: Tokenizer, asked_to_stop: Callable[[], bool], meanwhile: Callable[[], None]
+    ) -> None:
         """Read the tasks and open the held-out data, unless nothing is to be evaluated. Collective.
 
         Args:
             asked_to_stop: whether this rank has received a signal to stop.
+            meanwhile: called again and again during an evaluation, on all ranks together.
 
         Raises:
             DataError: a task or a held-out directory cannot be used; on every rank.
         """
-        self._plan, self._config, self._asked_to_stop = plan, plan.recipe.evaluation, asked_to_stop
+        self._plan, self._config = plan, plan.recipe.evaluation
+        self._asked_to_stop, self._meanwhile = asked_to_stop, meanwhile
         self._tokenizer, self._handles = tokenizer, ReadHandles()
         self._tasks: list[_TaskFile] = []
         self._held_out: list[tuple[str, Dataset]] = []
@@ -299,6 +303,7 @@ class Evaluation:
         activity.note()
         if groups.on_any_rank(self._asked_to_stop()):
             raise _Stopped
+        self._meanwhile()
 
 
 def task_figures(

@@ -91,7 +91,10 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     files = _check_files(plan, dataset)
     status.section = "building the model"
     state = _build_state(plan, dataset=dataset, tokenizer=tokenizer, filled=filled)
-    evaluation = Evaluation(plan, tokenizer=tokenizer, asked_to_stop=lambda: stop.raised)
+    saves = Saves(plan, state, status=status)
+    evaluation = Evaluation(
+        plan, tokenizer=tokenizer, asked_to_stop=lambda: stop.raised, meanwhile=saves.finish_if_written
+    )
     status.section = "loading weights"
     progress = _resume_or_start(plan, state, filled=filled)
     status.section = "checking the data"
@@ -120,6 +123,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
             progress,
             log=log,
             evaluation=evaluation,
+            saves=saves,
             recorders=recorders,
             stop=stop,
             status=status,
@@ -142,13 +146,13 @@ def _run_steps(
     *,
     log: MetricsLog | None,
     evaluation: Evaluation,
+    saves: Saves,
     recorders: tuple[StepTimelines, StepTraces],
     stop: StopFlag,
     status: ExitStatus,
 ) -> int:
     """Run all remaining steps; returns the exit code, which says whether a signal stopped the run before its last."""
     recipe, training, optimizer = plan.recipe, plan.recipe.training, plan.recipe.optimizer
-    saves = Saves(plan, state, status=status)
     while progress.step < training.steps:
         step = progress.step + 1
         status.step, status.section = step, "loading data"
@@ -299,7 +303,16 @@ def _loader(plan: RunPlan, dataset: Dataset, sampler: Sampler, *, start_step: in
     if not broadcast.is_source():
         yield None
         return
-    loader = step_loader(plan.recipe, dataset, sampler, position=plan.position, start_step=start_step)
+    decoding = plan.decoding
+    loader = step_loader(
+        plan.recipe,
+        dataset,
+        sampler,
+        position=plan.position,
+        workers=decoding.workers,
+        prefetched=decoding.prefetched,
+        start_step=start_step,
+    )
     if torch.cuda.is_available():
         prefetcher = StepPrefetcher(loader, steps=plan.recipe.training.steps)
         yield prefetcher

@@ -123,6 +123,8 @@ def build_model_chunks(spec: BuildSpec) -> ModelChunks:
         DistributedDataParallel(config=stage.config, ddp_config=config, module=stage, disable_bucketing=index > 0)
         for index, stage in enumerate(stages)
     )
+    for chunk in chunks:
+        _free_of_hooks(chunk)
     encoders = None
     if parallel.vision == "split_all":
         encoders = SplitEncoders(chunks, spec)
@@ -130,6 +132,14 @@ def build_model_chunks(spec: BuildSpec) -> ModelChunks:
     model = ModelChunks(chunks=chunks, encoders=encoders)
     _set_hooks(model)
     return model
+
+
+def _free_of_hooks(chunk: DistributedDataParallel) -> None:
+    """Remove megatron-core's hooks, which wait for gathered weights, where nothing trains: they would break the graphs
+    of compiled towers."""
+    for module, hook in chunk.remove_forward_pre_hook_handles.items():
+        if not any(weight.requires_grad for weight in module.parameters(recurse=False)):
+            hook.remove()
 
 
 def _divide_by_tokens(stages: Sequence[DistributedDataParallel], num_tokens: torch.Tensor) -> None:

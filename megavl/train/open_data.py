@@ -40,9 +40,16 @@ def recipe_dataset(
 
 
 def step_loader(
-    recipe: Recipe, dataset: Dataset, sampler: Sampler, *, position: Position, start_step: int = 0
+    recipe: Recipe,
+    dataset: Dataset,
+    sampler: Sampler,
+    *,
+    position: Position,
+    workers: int = 0,
+    prefetched: int = 0,
+    start_step: int = 0,
 ) -> StepLoader:
-    """The loader of this data-parallel rank; the caller closes it."""
+    """The loader of this data-parallel rank, with `workers` processes and `prefetched` images; the caller closes it."""
     data, training = recipe.data, recipe.training
     return StepLoader(
         dataset,
@@ -50,8 +57,8 @@ def step_loader(
         micro_batch_size=training.micro_batch_size,
         dp_rank=position.dp_rank,
         dp_size=position.dp_size,
-        num_workers=data.num_workers,
-        prefetch_images=data.prefetch_images,
+        num_workers=workers,
+        prefetch_images=prefetched,
         max_bad_in_row=data.max_bad_in_row,
         cross_document_attention=data.cross_document_attention,
         total_steps=training.steps,

@@ -36,6 +36,7 @@ from megavl.checkpoint.boxes import shards_of_range
 from megavl.config import recipe as recipes
 from megavl.config.errors import CheckpointError
 from megavl.parallel import cpu_runtime
+from megavl.parallel.releases import gradients_for_norm
 from megavl.train.model_chunks import ModelChunks
 from megavl.train.weight_halves import group_in_parts, join_weight, split_weight
 
@@ -145,7 +146,7 @@ class Optimizer(ChainedOptimizer):
 
     def _norm(self) -> torch.Tensor:
         parts = self.chained_optimizers
-        gradients = [gradient.detach() for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+        gradients = [gradient.detach() for part in parts for gradient in gradients_for_norm(part)]
         # For an empty list torch returns a tensor on the CPU.
         dtype = torch.promote_types(self.config.params_dtype, torch.float32)
         gradients = gradients or [torch.zeros(1, dtype=dtype, device=cpu_runtime.device())]

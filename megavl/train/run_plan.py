@@ -14,9 +14,11 @@ from megavl.foreign.printing import say
 from megavl.model.build import BuildSpec
 from megavl.parallel import cpu_runtime
 from megavl.parallel.groups import Position
+from megavl.planner.decoding import Decoding, decoding
 from megavl.planner.hardware.devices import DEVICES, Device, known_device
 from megavl.planner.layouts.layout import layout_string
 from megavl.planner.scenario import Scenario
+from megavl.planner.simulation.times import DeviceTimes
 from megavl.weights.dtypes import DTYPE_OF_PRECISION
 
 
@@ -44,6 +46,12 @@ class RunPlan:
         return BuildSpec.of(
             self.recipe, layout=layout_string(self.layers), dtype=DTYPE_OF_PRECISION[self.recipe.training.precision]
         )
+
+    @property
+    def decoding(self) -> Decoding:
+        """How this data-parallel rank decodes; a device without a row is taken for a fast one."""
+        fast = DEVICES["h200"] if torch.cuda.is_available() else DEVICES["cpu"]
+        return decoding(self.scenario, self.layers, DeviceTimes(device=self.device or fast))
 
     @property
     def peak_flops(self) -> float | None:

@@ -47,14 +47,16 @@ class Saves:
             self._survive(lambda: self._state.save(progress), must=must)
 
     def finish_if_written(self) -> None:
-        """Commit the save under way if all ranks have written their part; after every step.
+        """Commit the save under way if all ranks have written their part; after every step, and within evaluations.
 
         Raises:
             StorageError: as `save`.
         """
         store = self._state.store
         if store.begun is not None and not groups.on_any_rank(not store.is_written()):
+            section = self._status.section
             self.finish()
+            self._status.section = section
 
     def finish(self) -> None:
         """Wait for the save under way, if there is one, and commit it.

@@ -120,6 +120,16 @@ def _step_row(name: str, step: StepPlan, *, devices: int) -> tuple[str, ...]:
 
 def _settings_lines(plan: Plan) -> list[str]:
     lines = [f"gradient buckets of {plan.bucket_size:,} parameters (parallel.bucket_size)"]
+    if plan.multimodal_share:
+        found = plan.decoding
+        lines.append(
+            f"images: {found.images_per_second:.3g} a second and data-parallel rank; decoded in {found.workers} "
+            f"processes (data.num_workers), up to {found.prefetched} ahead (data.prefetch_images)"
+        )
+    if plan.cpu_binding == "auto":
+        lines.append(
+            "each rank on the cores of its GPU's NUMA node, unless its launcher binds it (parallel.cpu_binding)"
+        )
     if plan.environment:
         names = ", ".join(f"{name}={value}" for name, value in plan.environment.items())
         lines.append(f"environment of each rank, unless it is set: {names}")

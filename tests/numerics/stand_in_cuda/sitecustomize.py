@@ -158,6 +158,7 @@ def _on_stream(stream: object) -> Iterator[None]:
 def _replace_names(torch: Any, library: Any) -> None:
     cuda, stream = torch.cuda, _Stream()
     properties = SimpleNamespace(name=NAME, total_memory=MEMORY_BYTES, major=9, minor=0, multi_processor_count=132)
+    properties.pci_domain_id = properties.pci_bus_id = properties.pci_device_id = 0
     visible = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 8
 
     def exchange(index: int) -> int:

@@ -122,11 +122,11 @@ def save_in_background(directory: str, steps: list[int]) -> list[str]:
 
     At step 10 one rank finds no memory for its copy.
     """
-    store, found, has_room = CheckpointStore(directory), [], HostBuffer.has_room
+    store, found, reserve = CheckpointStore(directory), [], HostBuffer.reserve
     for step in steps:
         state = toy_state(step)
         room = step != 10 or dist.get_rank() == 0
-        HostBuffer.has_room = has_room if room else lambda *args, **words: False  # type: ignore[method-assign]
+        HostBuffer.reserve = reserve if room else lambda *args, **words: False  # type: ignore[method-assign]
         store.begin(step, state=state, content={}, files={})
         for shard in state["model"].values():
             shard.data.zero_()

@@ -167,7 +167,7 @@ def test_copies_share_memory_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
         Block(key="object", data=[1], shape=None),
         Block(key="large", data=large, shape=(1, 5, 4)),
     ]
-    assert buffer.has_room(blocks, ranks=1)
+    assert buffer.reserve(blocks, ranks=1)
     copies = buffer.copy(blocks)
     kept = {number: copies[number].data.clone() for number in (0, 2)}
     odd.zero_(), large.zero_(), blocks[1].data.append(2)  # type: ignore[func-returns-value]
@@ -175,9 +175,17 @@ def test_copies_share_memory_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     again = buffer.copy(blocks)
     assert [block.data.data_ptr() for block in again[::2]] == [block.data.data_ptr() for block in copies[::2]]
     monkeypatch.setattr(background, "_available", lambda: 1000)
-    assert buffer.has_room(blocks, ranks=8)
+    assert buffer.reserve(blocks, ranks=8)
     more = [*blocks, Block(key="more", data=torch.zeros(200), shape=(200,))]
-    assert buffer.has_room(more, ranks=1) and not buffer.has_room(more, ranks=2)
+    assert not buffer.reserve(more, ranks=2)
+
+    def fails(*_size: int, **_options: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background.torch, "empty", lambda size, **more: fails() if size else torch.zeros(0))
+        assert not buffer.reserve(more, ranks=1)
+    assert buffer.reserve(more, ranks=1)
 
 
 def test_memory_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,75 @@
+"""What differs between the releases of megatron-core, and the names without a promise that we rely on.
+
+Releases from 0.16.1 to below 0.20 are used; `setup.py` states them. From 0.17 on they need Python 3.12.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+UNPROMISED = (
+    # Found in the source by the contract test.
+    "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
+    "torch._C",
+    "torch._foreach_div_",
+    "torch.autograd._engine_run_backward",
+    "torch.cpu._is_amx_tile_supported",
+    "torch.cpu._is_avx512_bf16_supported",
+    "torch.cuda.memory._dump_snapshot",
+    "torch.cuda.memory._record_memory_history",
+    "torch.distributed.checkpoint.default_planner._validate_global_plan",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.utils._create_file_view",
+    "torch.distributed.distributed_c10d._get_default_group",
+    "torch.distributed.distributed_c10d._get_default_store",
+    "torch.storage._dtype_to_storage_type_map",
+    # Inherited, or reached through an object.
+    "megatron.core.models.gpt.gpt_model.GPTModel._postprocess",
+    "megatron.core.models.gpt.gpt_model.GPTModel._preprocess",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._get_main_param_and_optimizer_states",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._get_model_param_range_map",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+)
+"""Private names of torch and megatron-core."""
+
+_NEEDS_TRITON = "megatron.core.transformer.moe.paged_stash"
+
+
+def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+    """Gradients that count in the norm over all ranks; 0.19 renamed the method."""
+    newer = getattr(optimizer, "get_grads_for_grad_norm", None)
+    found: list[torch.Tensor] = newer() if newer is not None else optimizer.get_main_grads_for_grad_norm()
+    return found
+
+
+def allow_missing_triton() -> None:
+    """Let megatron-core be imported without triton: 0.18 and 0.19 import kernels of mixtures of experts.
+
+    A stand-in takes the place of that module; whoever calls it is told what is missing.
+    """
+    if importlib.util.find_spec("triton") is None and _release() >= (0, 18):
+        sys.modules.setdefault(_NEEDS_TRITON, _Missing(_NEEDS_TRITON))
+
+
+class _Missing(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*_: Any, **__: Any) -> Any:
+            raise ImportError(f"{self.__name__}.{name} needs triton, which is not installed")
+
+        return call
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("megatron-core").split(".")[:2])
