@@ -285,8 +285,10 @@ def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         # An unknown key explains the missing one beside it, so it is reported first.
         found = sorted(error.errors(), key=lambda item: item["type"] != "unexpected_keyword_argument")
-        first = found[0]
-        path = ".".join(str(part) for part in first["loc"])
+        # A list of which one element is wrong is no word either: the element is what matters.
+        inside = [item for item in found if _path_of(item["loc"]).startswith(f"{_path_of(found[0]['loc'])}.")]
+        first = (inside or found)[0]
+        path = _path_of(first["loc"])
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UsageError):
             raise UsageError(str(cause)) from None
@@ -294,7 +296,14 @@ def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any]) -> Any:
             raise UsageError(f"{path}: unknown key{_nearest(first['loc'], adapter)}") from None
         if first["type"].startswith("missing"):
             raise UsageError(f"{path}: this key is required; add it") from None
-        raise UsageError(f"{path}: found {repr(first['input'])[:_SHOWN]}; {first['msg']}") from None
+        # A value of none of several types has an error for each.
+        texts = dict.fromkeys(item["msg"] for item in found if _path_of(item["loc"]) == path)
+        raise UsageError(f"{path}: found {repr(first['input'])[:_SHOWN]}; {', or: '.join(texts)}") from None
+
+
+def _path_of(location: Sequence[int | str]) -> str:
+    """Key of a value, without pydantic's names of the types that it could have."""
+    return ".".join(str(part) for part in location if "[" not in str(part))
 
 
 def _nearest(location: Sequence[int | str], adapter: TypeAdapter[Any]) -> str:

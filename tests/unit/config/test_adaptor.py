@@ -29,9 +29,9 @@ def test_a_kind_takes_the_towers_of_its_row(kind: str) -> None:
     ("changes", "words"),
     [
         ({"adaptor": {"kind": "pooled"}}, ["adaptor.kind", "'pooled'", "token_pooling_width"]),
-        ({"adaptor": {"depth": 0}}, ["model.adaptor.depth: found 0", "greater than 0"]),
-        ({"adaptor": {"depth": -1}}, ["model.adaptor.depth: found -1"]),
-        ({"adaptor": {"depth": True}}, ["model.adaptor.depth: found True"]),
+        ({"adaptor": {"depth": 0}}, ["model: adaptor.depth: found 0", "greater than 0"]),
+        ({"adaptor": {"depth": -1}}, ["model: adaptor.depth: found -1"]),
+        ({"adaptor": {"depth": True}}, ["model: adaptor.depth: found True"]),
         (
             {"adaptor": {"kind": "shared_linear"}},
             ["model.adaptor.depth: 2 layers, but shared_linear has one", "depth=1"],
