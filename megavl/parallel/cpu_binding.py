@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def bind_to_device() -> Set[int]:
     Returns:
         The cores that it was bound to; empty where nothing changed.
     """
-    properties = torch.cuda.get_device_properties()
+    properties: Any = torch.cuda.get_device_properties()
     address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     allowed = os.sched_getaffinity(0)
     cores = cores_beside(address, allowed=allowed)
