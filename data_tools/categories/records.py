@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.readers.json_file import divide_json, json_records
+from data_tools.readers.record import value_in_text
 from data_tools.readers.references import is_origin, references
 from megavl.config.errors import DataError, StorageError, UsageError
 from megavl.data.inline_image import is_inline
@@ -104,7 +105,13 @@ def _moved(value: Any, record: TaggedRecord, *, root: Path, paths: set[tuple[str
         return {**value, "path": _moved_path(value.get("path"), record, root=root)}
     if isinstance(value, list):
         return [_moved(item, record, root=root, paths=paths, keys=(*keys, n)) for n, item in enumerate(value)]
-    return _moved_path(value, record, root=root) if keys in paths else value
+    if keys in paths:
+        return _moved_path(value, record, root=root)
+    if isinstance(value, str) and any(path[: len(keys)] == keys for path in paths):
+        # A list or an object that is written as text.
+        inner = _moved(value_in_text(value), record, root=root, paths=paths, keys=keys)
+        return json.dumps(inner, ensure_ascii=False)
+    return value
 
 
 def _moved_path(value: Any, record: TaggedRecord, *, root: Path) -> Any:

@@ -25,7 +25,7 @@ _SHOWN = 3
 
 
 def check_first_images(job: Job, tasks: Sequence[Task]) -> None:
-    """Check that a root holds one of the first images that are named by path.
+    """Check that one of the first images that are named by path can be read: a root holds it, and no link leads out.
 
     Addresses without a file do not count, nor do images that a record can do without. Where records also hold images
     themselves, a few paths without a file do not end the run.
@@ -35,9 +35,10 @@ def check_first_images(job: Job, tasks: Sequence[Task]) -> None:
         tasks: its tasks, in order.
 
     Raises:
-        UsageError: there are such images, and no root holds any of them.
+        UsageError: there are such images, and none of them can be read.
     """
     missing: list[str] = []
+    linked: dict[str, str] = {}
     roots: dict[str, None] = {}
     inline = False
     handles = ReadHandles(limit=4)
@@ -45,7 +46,9 @@ def check_first_images(job: Job, tasks: Sequence[Task]) -> None:
         for source, picture in islice(_first_pictures(job, tasks, handles=handles), _REFERENCES):
             inline = inline or is_inside_record(picture)
             if path := source.path_of(picture):
-                if source.holds(path):
+                if target := source.leads_out(path):
+                    linked[path] = target
+                elif source.holds(path):
                     return
                 missing.append(path)
                 roots |= dict.fromkeys(source.roots)
@@ -53,12 +56,20 @@ def check_first_images(job: Job, tasks: Sequence[Task]) -> None:
                 break
     finally:
         handles.close()
-    if missing and (len(missing) == _PATHS or not inline):
-        shown = ", ".join(dict.fromkeys(path[:200] for path in missing[:_SHOWN]))
+    if not missing or (len(missing) < _PATHS and inline):
+        return
+    if linked:
+        path, target = next(iter(linked.items()))
         raise UsageError(
-            f"--image-root {' '.join(roots)}: holds none of the first {len(missing)} images ({shown}); give the "
-            "folders that these paths start from"
+            f"--image-root {' '.join(roots)}: none of the first {len(missing)} images can be read, because symbolic "
+            f"links lead out of it, such as {path[:200]} to {target}; allow them with --follow-links, or add the "
+            "folder that they lead to"
         )
+    shown = ", ".join(dict.fromkeys(path[:200] for path in missing[:_SHOWN]))
+    raise UsageError(
+        f"--image-root {' '.join(roots)}: holds none of the first {len(missing)} images ({shown}); give the folders "
+        "that these paths start from"
+    )
 
 
 def _first_pictures(job: Job, tasks: Sequence[Task], *, handles: ReadHandles) -> Iterator[tuple[ImageSource, Picture]]:

@@ -66,6 +66,11 @@ class ImageSource:
         """Whether a root holds something at a path, readable or not."""
         return any(os.path.lexists(candidate) for candidate in self._candidates(path))
 
+    def leads_out(self, path: str) -> str | None:
+        """Where the links at a path lead, if all of them lead where they may not."""
+        reals = [os.path.realpath(candidate) for candidate in self._candidates(path) if os.path.lexists(candidate)]
+        return None if not reals or any(map(self._is_allowed, reals)) else reals[0]
+
     def has_file(self, picture: Picture) -> bool:
         """False for an address outside the map and for a path without a file: the image was never fetched."""
         if is_inside_record(picture):
@@ -149,8 +154,12 @@ class ImageSource:
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot read {path[:200]} ({error})", "image_missing") from error
 
+    def _is_allowed(self, real: str) -> bool:
+        """Whether a file may be read that links lead to."""
+        return self.follow_links or any(_is_inside(root, real) for root in self._real_roots)
+
     def _check_link(self, real: str) -> None:
-        if not self.follow_links and not any(_is_inside(root, real) for root in self._real_roots):
+        if not self._is_allowed(real):
             raise ImageError(
                 f"a symbolic link leads to {real}, outside --image-root {' '.join(self.roots)}; allow such links with "
                 "--follow-links, or add the folder to --image-root",

@@ -16,8 +16,10 @@ from data_tools.readers.record import (
     Picture,
     Record,
     RecordError,
+    is_empty,
     mapping,
     picture,
+    plain_key,
     record_images,
     string,
     value_in_text,
@@ -46,8 +48,10 @@ QUESTIONS = (
 """Keys of a single question and its answer."""
 _QUESTION_KEYS = frozenset(question for question, _ in QUESTIONS)
 _LIST_KEYS = frozenset((*LISTS, "prompt", "texts"))
-_SYSTEMS = ("system", "systemprompt", "systemmessage", "systeminstruction", "sysprompt", "metainstruction")
-"""Keys of a system prompt beside the turns, without case and separators."""
+_SYSTEM = re.compile(
+    r"sys(?:tem)?(?:_?(?:prompt|message|msg|instruction|text|content)s?)?|meta_?instruction|pre_?prompt|developer_message"
+)
+"""Keys of a system prompt beside the turns."""
 _ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("human", "user", "prompter", "question", "<|user|>"), "user"),
@@ -109,8 +113,8 @@ def turn_list(raw: Any) -> tuple[str, list[Any]] | None:
     prompt, completion = as_list(raw.get("prompt")), as_list(raw.get("completion"))
     if prompt and completion:
         return "prompt", [*prompt, *completion]
-    texts = raw.get("texts")
-    if isinstance(texts, list) and texts and all(isinstance(t, Mapping) and "user" in t for t in texts):
+    texts = as_list(raw.get("texts"))
+    if texts and all(isinstance(text, Mapping) and "user" in text for text in texts):
         return "texts", _rounds_of(texts)
     return None
 
@@ -153,14 +157,14 @@ def read_question(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
         raise RecordError(f"neither a conversation nor a question with its answer ({known}, ...)")
     refuse_fields(record, REFUSED, REFUSED_BESIDE_QUESTION)
     question, answer = string(record[pair[0]], key=pair[0]), _one_answer(record[pair[1]], key=pair[1])
-    if record.get("input"):
+    if (given := record.get("input")) and given == given:
         if pair != ("instruction", "output"):
             raise RecordError("input changes what is learned and is not supported here; remove it", "unsupported_field")
         question = f"{question}\n{string(record['input'], key='input')}"
     messages: list[_Message] = []
-    for number, earlier in enumerate(record.get("history") or []):
+    for number, earlier in enumerate(_history(record)):
         where = f"history[{number}]"
-        if not isinstance(earlier, list) or len(earlier) != 2:
+        if not isinstance(earlier, list | tuple) or len(earlier) != 2:
             raise RecordError(f"{where} must be a pair of question and answer")
         for role, text in zip(("user", "assistant"), earlier):
             messages.append(_message({"role": role, "content": text}, where=where))
@@ -215,6 +219,8 @@ def _parts(content: object, *, role: Role, key: str) -> Iterator[str | Picture |
     """Text and images of a turn; tags are found in what users and the system say."""
     if isinstance(content, str) and content.startswith(("[{", "[ {")):
         content = _parts_in_text(content)
+    elif isinstance(content, Mapping):
+        content = as_list(content) or content
     if not isinstance(content, list):
         yield from _tagged(string(content, key=key), role=role, key=key)
         return
@@ -225,8 +231,8 @@ def _parts(content: object, *, role: Role, key: str) -> Iterator[str | Picture |
         part = mapping(part)
         kind = part.get("type")
         if kind is None:
-            # DashScope names the kind by the key alone.
-            kind = "text" if "text" in part else "image" if "image" in part else None
+            # DashScope names the kind by the key alone; tables also have the other key, with null.
+            kind = next((key for key in ("text", "image") if part.get(key) is not None), None)
         if kind in ("text", "input_text", "output_text"):
             yield from _tagged(string(part.get("text"), key=f"{where}.text"), role=role, key=f"{where}.text")
         elif kind in ("image", "image_url", "input_image"):
@@ -249,7 +255,7 @@ def _kind_of_part(part: object) -> object:
 
 
 def _image_part(part: Mapping[str, Any], *, where: str, address: bool) -> Picture | _Tag:
-    named = [name for name in ("image", "path", "url", "image_url", "source", "data") if part.get(name) is not None]
+    named = [name for name in ("image", "path", "url", "image_url", "source", "data") if not is_empty(part.get(name))]
     if len(named) > 1:
         raise RecordError(f"{where} names {len(named)} images; keep one of image, path, url")
     if not named:
@@ -271,9 +277,9 @@ def _index(value: Any, *, where: str) -> int | None:
         return None
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
-    if number < 0 or number != float(value):
+    if number < 0 or str(value) not in (str(number), f"{number}.0"):
         raise RecordError(f"{where}.index is {value!r}; it must be the number of an image", "tag_count")
     return number
 
@@ -345,8 +351,8 @@ def _tags_to_text(message: _Message, *, where: str) -> None:
 
 def _add_system(record: Mapping[str, Any], talk: _Conversation) -> None:
     """Put a system prompt that stands beside the turns before them."""
-    named = (key for key in record if isinstance(key, str) and re.sub(r"[_ -]", "", key.lower()) in _SYSTEMS)
-    texts = {string(record[key], key=key) for key in named if record[key]}
+    named = (key for key in record if isinstance(key, str) and _SYSTEM.fullmatch(plain_key(key)))
+    texts = {string(record[key], key=key) for key in named if not is_empty(record[key])}
     if not texts:
         return
     first = talk.messages[0]
@@ -410,6 +416,12 @@ def _learned(turn: Mapping[str, Any], role: Role, *, where: str) -> bool:
     return True
 
 
+def _history(record: Mapping[str, Any]) -> Sequence[Any]:
+    """Earlier pairs of question and answer, as a list or as the text of one."""
+    pairs = value_in_text(record.get("history"))
+    return () if is_empty(pairs) else pairs if isinstance(pairs, list) else (pairs,)
+
+
 def _one_answer(value: Any, *, key: str) -> str:
     if isinstance(value, list) and value and all(isinstance(item, str) and item == value[0] for item in value):
         return str(value[0])
@@ -424,7 +436,7 @@ def as_list(value: Any) -> list[Any] | None:
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         lengths = {len(column) for column in value.values()}
         if len(lengths) > 1:
-            raise RecordError(f"the lists under {', '.join(value)} have different lengths")
+            raise RecordError(f"the lists under {', '.join(map(str, value))} have different lengths")
         value = [dict(zip(value, row)) for row in zip(*value.values())]
     return value if isinstance(value, list) and value else None
 
@@ -437,6 +449,6 @@ def _rounds_of(texts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         other = {key: value for key, value in text.items() if key not in roles}
         rounds += [
             {"role": "user", "content": text.get("user")},
-            {**other, "role": "assistant", "content": text["assistant"]},
+            {**other, "role": "assistant", "content": text.get("assistant")},
         ]
     return rounds

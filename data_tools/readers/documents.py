@@ -18,12 +18,13 @@ from data_tools.readers.record import (
     picture,
     record_images,
     string,
+    value_in_text,
 )
 from data_tools.readers.refusals import LONE_TAG, REFUSED, REFUSED_BESIDE_TEXT, refuse_fields, refuse_foreign_tags
 
 _TAGGED = 1000
 """Characters of a text in which the tag of a missing image is looked for."""
-_LEARNED = ("loss", "loss_mask", "train", "rejected", "chosen")
+_LEARNED = ("loss", "loss_mask", "train", "rejected", "chosen", "system", "system_prompt")
 """Keys of a document that change what is learned."""
 _TALK_KEYS = {"question", "chosen", "rejected", "conversations", "messages"}
 _FIRST_TAG = re.compile(rf"\s*(?:{TAG.pattern})[ \t]*\n?")
@@ -38,7 +39,7 @@ def read_text(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
         raise RecordError("text is empty", "empty_text")
     if LONE_TAG.search(text[:_TAGGED]) and any(key in record for key in IMAGE_KEYS):
         raise RecordError("an image tag, but no image", "tag_count")
-    refuse_fields({key: value for key, value in record.items() if key in _LEARNED}, REFUSED)
+    refuse_fields({key: value for key, value in record.items() if key in _LEARNED}, REFUSED, REFUSED_BESIDE_TEXT)
     return Record(parts=(text,), divisible=True)
 
 
@@ -89,7 +90,7 @@ def read_obelics(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """{`images`, `texts`}: lists of equal length, at each index at most one not null; a blank line separates texts."""
     record = mapping(raw)
     refuse_fields(record, REFUSED, REFUSED_BESIDE_TEXT)
-    images, texts = record.get("images"), record.get("texts")
+    images, texts = value_in_text(record.get("images")), value_in_text(record.get("texts"))
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise RecordError("images and texts must be lists of equal length")
     parts: list[str | Picture] = []
@@ -108,7 +109,7 @@ def read_obelics(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
 def read_mmc4(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     """{`text_list`, `image_info`}: sentences joined by spaces; each image comes before its matched sentence."""
     record = mapping(raw)
-    sentences, infos = record.get("text_list"), record.get("image_info")
+    sentences, infos = value_in_text(record.get("text_list")), value_in_text(record.get("image_info"))
     if not isinstance(sentences, list) or not isinstance(infos, list):
         raise RecordError("text_list and image_info must be lists")
     before: dict[int, list[Picture]] = {}

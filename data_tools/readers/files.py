@@ -196,7 +196,7 @@ def _first_format(path: str, *, container: Container, columns: Mapping[str, str]
         if isinstance(content, RecordError):
             damage = damage or f"no records: line or item {position} is {content}; each must be one record"
             continue
-        with contextlib.suppress(RecordError):
+        with contextlib.suppress(RecordError, RecursionError):
             if name := recognise(renamed(content, columns)):
                 return name, ""
         seen = seen or (f"keys {', '.join(list(content)[:8])}" if isinstance(content, dict) else "no objects")

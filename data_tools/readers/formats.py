@@ -22,9 +22,11 @@ from data_tools.readers.record import (
     Record,
     RecordError,
     decode,
+    is_empty,
     mapping,
     parse_json,
     record_images,
+    value_in_text,
 )
 from data_tools.readers.references import (
     NAME_OF_KIND,
@@ -215,7 +217,9 @@ def _read_checked(raw: Any, *, format: str | None) -> Record:
     # Beside images a video may be named as their origin.
     other = [reference for reference in found if reference.kind != "image"]
     if other := unused(other, record_images(content) if isinstance(content, Mapping) else ()):
-        raise _refusal(other[0], "unsupported_media", "only text and images are trained; remove it or the record")
+        raise _refusal(
+            other[0], "unsupported_media", "only text and images are trained; leave it out with --ignore KEY"
+        )
     try:
         record = FORMATS[format].read(raw) if format else read_any(raw)
     except RecordError as error:
@@ -252,9 +256,9 @@ def recognise(raw: Any, *, images: bool = False) -> str | None:
         return None
     if isinstance(raw.get("messages"), list):
         return "messages"
-    if isinstance(raw.get("text_list"), list) and "image_info" in raw:
+    if "image_info" in raw and isinstance(value_in_text(raw.get("text_list")), list):
         return "mmc4"
-    if isinstance(raw.get("texts"), list) and isinstance(raw.get("images"), list):
+    if "texts" in raw and all(isinstance(value_in_text(raw.get(key)), list) for key in ("texts", "images")):
         return "obelics"
     if question_keys(raw):
         return "question"
@@ -296,6 +300,11 @@ def _named_members(content: Any, members: tuple[Picture, ...]) -> tuple[Any, tup
         found = [members[0]]
     if None in found or len({id(member) for member in found}) != len(members):
         return content, members
+    if recognise(content) == "obelics" and "image" not in content:
+        # Their indices say where the images of an interleaved document stand.
+        taken = iter(found)
+        names = value_in_text(content["images"])
+        return {**content, "images": [None if is_empty(name) else next(taken, None) for name in names]}, ()
     return {key: value for key, value in content.items() if key not in IMAGE_KEYS}, tuple(filter(None, found))
 
 

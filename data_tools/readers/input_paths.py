@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -81,13 +82,19 @@ def _ends(files: Iterable[str]) -> Counter[str]:
 
 
 def _refuse_mixed_parts(folder: str, files: Sequence[str]) -> None:
-    """Raise UsageError where a folder holds the training and the test part of a data set."""
-    parts = {name: file for file in files if (name := os.path.basename(file).partition("-")[0]) in _PARTS}
+    """Raise UsageError where a folder holds the training and the test part of a data set, as files or as folders."""
+    parts: dict[str, str] = {}
+    for file in files:
+        path = folder
+        for name in os.path.relpath(file, folder).split(os.sep):
+            part = re.split(r"[-._]", name, maxsplit=1)[0]
+            if part in _PARTS:
+                parts.setdefault(part, os.path.join(path, name if name == part else f"{part}{name[len(part)]}*"))
+            path = os.path.join(path, name)
     if len(parts) > 1:
-        patterns = [os.path.join(os.path.dirname(file), f"{name}-*") for name, file in sorted(parts.items())]
         raise UsageError(
             f"--input {folder}: holds {' and '.join(sorted(parts))} files, which are different parts of a data set; "
-            f"name those to train on, such as '{patterns[-1]}'"
+            f"name those to train on, such as '{parts.get('train', parts[max(parts)])}'"
         )
 
 

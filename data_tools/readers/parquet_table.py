@@ -69,11 +69,9 @@ def row_values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
 
     Times and dates become text: they carry nothing that is read, and Python's own types cannot hold all of them.
     """
-    from pyarrow import types
-
     for number, field in enumerate(batch.schema):
-        if types.is_temporal(field.type):
-            batch = batch.set_column(number, field.name, batch.column(number).cast("string"))
+        if (kind := _without_times(field.type)) != field.type:
+            batch = batch.set_column(number, field.name, batch.column(number).cast(kind))
     try:
         yield from batch.to_pylist()
         return
@@ -88,6 +86,22 @@ def row_values(batch: Any) -> Iterator[Mapping[str, Any] | RecordError]:
             yield RecordError(f"cannot be read ({first_line(error) or first_line(spoilt)})")
         else:
             yield row
+
+
+def _without_times(kind: Any) -> Any:
+    """An Arrow type with text in place of times and dates, at any depth of its structs and lists."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_temporal(kind):
+        return pyarrow.string()
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_without_times(field.type)) for field in kind])
+    lists = ((types.is_list, pyarrow.list_), (types.is_large_list, pyarrow.large_list))
+    for is_kind, made in lists:
+        if is_kind(kind):
+            return made(kind.value_field.with_type(_without_times(kind.value_type)))
+    return kind
 
 
 def check_names(schema: Any, *, path: str | Path) -> None:

@@ -10,6 +10,7 @@ import tokenize
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ IMAGE_KEYS = (
 )
 """Keys under which a record names its images: one, or a list."""
 _IMAGE_KEYS = frozenset(IMAGE_KEYS)
-NO_IMAGE = ("", "none", "null", "nan", "[]")
+NO_IMAGE = ("", "none", "null", "nan", "n/a", "[]", "{}")
 """What tables write where there is no image."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")
 """File names of images that can be read end so."""
@@ -35,6 +36,7 @@ MAX_RECORD = 72 << 20
 A text of 64 MB fits, with the escapes of JSON.
 """
 
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _LONGEST_LITERAL = 256 << 10
 """Characters of a text in Python's notation, which takes a hundred times as much memory while it is parsed."""
 
@@ -150,6 +152,12 @@ def mapping(value: object) -> Mapping[str, Any]:
     return value
 
 
+@lru_cache(maxsize=4096)
+def plain_key(key: str) -> str:
+    """A key in lower case with underscores: `imageUrl`, `Image-URL` and `image url` are one."""
+    return _CAMEL.sub("_", key).lower().replace("-", "_").replace(" ", "_")
+
+
 def string(value: object, *, key: str) -> str:
     """A value that must be a string."""
     if not isinstance(value, str):
@@ -158,7 +166,7 @@ def string(value: object, *, key: str) -> str:
 
 
 def picture(value: object, *, key: str) -> Picture:
-    """An image: a path, address or data URL, or its bytes, alone or with a path as {`bytes`, `path`}."""
+    """An image: a path, address or data URL, or its bytes, alone or as {`bytes`, `path`}, where they may be base64."""
     if isinstance(value, Picture):
         return value
     if isinstance(value, str):
@@ -169,6 +177,8 @@ def picture(value: object, *, key: str) -> Picture:
         data, path = value.get("bytes"), value.get("path") or value.get("url")
         if isinstance(data, bytes):
             return Picture(name=path if isinstance(path, str) else key, data=data)
+        if isinstance(data, str) and data:
+            return Picture(name=data)
         if data is None and isinstance(path, str):
             return Picture(name=path)
     raise RecordError(f"{key} must be a string or {{bytes, path}}, found {type(value).__name__}")
@@ -212,17 +222,18 @@ def record_images(record: Mapping[str, Any]) -> tuple[Picture, ...]:
     for key in filter(record.__contains__, IMAGE_KEYS) if not _IMAGE_KEYS.isdisjoint(record) else ():
         value = value_in_text(record[key])
         items = value if isinstance(value, list | tuple) else [value]
-        items = [item for item in items if not _is_empty(item)]
+        items = [item for item in items if not is_empty(item)]
         if items and not (key.startswith("file_name") and not _names_image(items)):
             found.append(tuple(picture(item, key=key) for item in items))
     return next((images for images in found if images[0].data is not None), found[0] if found else ())
 
 
-def _is_empty(item: object) -> bool:
+def is_empty(item: object) -> bool:
+    """Whether a value is what tables and lists write where there is no image."""
     if isinstance(item, str):
         return item.strip().lower() in NO_IMAGE
     if isinstance(item, list | tuple):
-        return all(map(_is_empty, item))
+        return all(map(is_empty, item))
     return item is None or item is False or item != item or (isinstance(item, Mapping) and not any(item.values()))
 
 

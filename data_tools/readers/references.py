@@ -6,13 +6,14 @@ medium, and `unused` says which of it a reader did not take.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from data_tools.readers.record import IMAGE_SUFFIXES, NO_IMAGE, Picture, value_in_text
+from data_tools.readers.record import IMAGE_KEYS, IMAGE_SUFFIXES, NO_IMAGE, Picture, plain_key, value_in_text
 from megavl.data.inline_image import is_base64_image
 
 Kind = Literal["image", "video", "audio"]
@@ -57,20 +58,23 @@ DRAWINGS = _DOCUMENTS.union(
 """File names of drawings, documents, solids and arrays, which a text may as well come from."""
 _KIND_OF_WORD: Mapping[str, Kind] = {
     **dict.fromkeys(("image", "img", "picture", "pic", "photo", "pixel"), "image"),
+    **dict.fromkeys(("thumbnail", "thumb", "screenshot", "frame"), "image"),
     **dict.fromkeys(("video", "clip"), "video"),
-    **dict.fromkeys(("audio", "wave", "waveform"), "audio"),
+    **dict.fromkeys(("audio", "wave", "waveform", "speech", "sound", "voice", "recording"), "audio"),
     **KIND_OF_SUFFIX,
 }
 # `image`, `images`, `image_2`, `image_path`, `left_image_urls`; not `image_id`, `image_size`, `num_images`.
 _MEDIA_KEY = re.compile(
     r"(?!(?:num|n|has|is|no|with|max|min|total|count)_)(?:[a-z0-9]+_)*?(?P<word>"
     + "|".join(sorted(_KIND_OF_WORD, key=len, reverse=True))
-    + r")s?(?:_?\d+)?(?P<as>_(?:path|file|filename|filepath|file_path|file_name|url|uri|link|byte|b64|base64|data|src"
+    + r")s?(?:_?\d+)?(?P<as>_?(?:path|file|filename|filepath|file_path|file_name|url|uri|link|byte|b64|base64|data|src"
     r"|source|location|content|raw|array|values))?s?"
 )
-# Under the first any text is a reference, under the next what names a folder or an address; else its shape decides.
+# Under the first any text is a reference, under the next what names a folder or an address, under the last an address;
+# else its shape decides.
 _SURE_WORDS = ("image", "img", "pixel", "video", "audio", "waveform")
-_LIKELY_WORDS = ("picture", "pic", "photo", "clip")
+_LIKELY_WORDS = ("picture", "pic", "photo", "clip", "frame")
+_LINKED_WORDS = ("thumbnail", "thumb", "screenshot", "speech", "sound", "voice", "recording")
 _DRAWING_KEY = re.compile(
     r"(?:[a-z0-9]+_)*?(?:fig|figure|drawing|diagram|chart|plot|graphic|visual|slide|scan|screenshot|attachment|media"
     r"|files|document|doc|pdf|svg|point_?cloud|pcd|mesh|lidar|scene|depth|feature|signal)s?(?:_?\d+)?(?:_(?:path|file|file_name|filename|url|uri|link|src))?s?"
@@ -98,7 +102,31 @@ _NAME_KEYS = (
     *("image_path", "image_paths", "image_name", "image_names", "image_file", "img_path"),
 )
 """Keys that name an embedded image once more."""
-_ABSENT_KEY = re.compile(r"(?:image|img|picture|photo|video|audio|clip|youtube|yt)_?(?:id|name|idx|key|file|path)")
+_NAMING_WORDS = {
+    *(word.removesuffix("s") for key in (*IMAGE_KEYS, *_NAME_KEYS, *_ADDRESS_KEYS) for word in key.split("_")),
+    *(
+        "picture",
+        "pic",
+        "photo",
+        "uri",
+        "link",
+        "href",
+        "src",
+        "source",
+        "location",
+        "loc",
+        "key",
+        "id",
+        "base",
+        "stem",
+    ),
+    *("origin", "orig", "local", "ab", "absolute", "rel", "relative", "full", "raw", "basename", "filepath"),
+}
+"""Words of the keys under which the same image is named once more."""
+_ABSENT_KEY = re.compile(r"(?:image|img|picture|photo|video|audio|clip|you_?tube|yt)_?(?:id|name|idx|key|file|path)s?")
+_VIDEO_PAGE = re.compile(
+    r"https?://(?:(?:www|m|music)\.)?(?:youtube\.com/(?:watch|shorts|embed|v)\b|youtu\.be/|vimeo\.com/\d|bilibili\.com/video)"
+)
 _PART_KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("image", "image_url", "input_image", "image_file", "image_path", "img"), "image"),
     **dict.fromkeys(("video", "video_url", "input_video", "video_file"), "video"),
@@ -108,13 +136,17 @@ _PART_KINDS: Mapping[str, Kind] = {
 _DATA_URL = re.compile(r"\s*data:(?:(image|video|audio)/|application/pdf)", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
 _LONGEST_NAME = 2048
+# How RIFF, MP4, Matroska, Ogg, FLAC and MP3 begin.
+_CLIP_IN_BASE64 = re.compile(r"(?=UklGR|AAAA|GkXfo|T2dnU|ZkxhQ|SUQz)[A-Za-z0-9+/]{40}(?=[A-Za-z0-9+/=\s]*\Z)")
 _MAGIC: Sequence[tuple[bytes, int, Kind]] = (
     *((start, 0, "image") for start in (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%PDF-")),
-    *((start, 8, "image") for start in (b"WEBP", b"avif", b"heic")),
-    *((start, 0, "audio") for start in (b"ID3", b"fLaC", b"OggS")),
-    *((start, 8, "audio") for start in (b"WAVE",)),
+    *((start, 0, "image") for start in (b"II+\0", b"MM\0+", b"8BPS", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ")),
+    *((start, 8, "image") for start in (b"WEBP", b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")),
+    *((start, 0, "audio") for start in (b"ID3", b"fLaC", b"OggS", b"#!AMR")),
+    *((start, 8, "audio") for start in (b"WAVE", b"AIFF", b"AIFC")),
     *((start, 4, "video") for start in (b"ftyp",)),
-    *((start, 0, "video") for start in (b"\x1aE\xdf\xa3",)),
+    *((start, 8, "video") for start in (b"AVI ",)),
+    *((start, 0, "video") for start in (b"\x1aE\xdf\xa3", b"FLV\x01", b"\0\0\x01\xba")),
 )
 
 
@@ -188,8 +220,12 @@ def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Refe
 
 
 def absent_medium(record: Mapping[str, Any]) -> str | None:
-    """A key of a record without images that names one elsewhere, such as `image_id`, or None."""
-    return next((key for key, value in record.items() if value and _ABSENT_KEY.fullmatch(_plain(str(key)))), None)
+    """A key of a record without images that names a medium elsewhere, such as `image_id` or a video's page, or None."""
+    for key, value in record.items():
+        page = isinstance(value, str) and str(key) not in _TEXT_KEYS and _VIDEO_PAGE.match(value)
+        if page or (value and _ABSENT_KEY.fullmatch(plain_key(str(key)))):
+            return key
+    return None
 
 
 def _is_label(reference: Reference, pictures: Sequence[Picture], *, embedded: bool) -> bool:
@@ -204,7 +240,9 @@ def _is_label(reference: Reference, pictures: Sequence[Picture], *, embedded: bo
     top = len(reference.keys) - sum(isinstance(key, int) for key in reference.keys) == 1
     if top and key in _ADDRESS_KEYS and _ADDRESS.match(name):
         return True
-    if any(_ends_alike(picture.name, name) for picture in pictures):
+    # `masks/a.jpg` under `mask` is no other name of `a.jpg`.
+    naming = all(word.removesuffix("s") in _NAMING_WORDS for word in key.split("_"))
+    if naming and any(_ends_alike(picture.name, name) for picture in pictures):
         return True
     return embedded and top and key in _NAME_KEYS
 
@@ -264,10 +302,14 @@ def _in_mapping(value: Mapping[str, Any], *, keys: tuple[str | int, ...], kind: 
         return
     part = _PART_KINDS.get(value["type"]) if isinstance(value.get("type"), str) else None
     inner = part or kind
-    for name, item in value.items():
-        if not isinstance(name, str) or (part and name in ("type", "text", "detail", "index")):
+    sized = all(isinstance(side := value.get(name), int | float) and side > 0 for name in ("width", "height"))
+    for name, item in ((str(name), item) for name, item in value.items()):
+        if part and name in ("type", "text", "detail", "index"):
             continue
         own = _kind_of_key(name)
+        if own is None and sized and isinstance(item, str) and _ADDRESS.match(item):
+            # What has a size at an address is no page.
+            own = "image"
         if own is None and inner and (name in _SOURCE_KEYS or part):
             own = inner
         if inner and own == inner or name in _SOURCE_KEYS:
@@ -279,8 +321,8 @@ def _in_mapping(value: Mapping[str, Any], *, keys: tuple[str | int, ...], kind: 
 
 @lru_cache(maxsize=4096)
 def _kind_of_key(name: str) -> Kind | None:
-    match = _MEDIA_KEY.fullmatch(_plain(name))
-    if match is None or match["word"] not in _SURE_WORDS or match["as"] == "_source":
+    match = _MEDIA_KEY.fullmatch(plain_key(name))
+    if match is None or match["word"] not in _SURE_WORDS or (match["as"] or "").endswith("source"):
         return None
     return _KIND_OF_WORD[match["word"]]
 
@@ -289,14 +331,14 @@ def _may_hold_json(text: str, kind: Kind | None, *, key: str) -> bool:
     """Whether a text may be a list or object that a table without nested columns holds."""
     if text[:1] not in ("[", "{", " ", "\n") or text.lstrip()[:1] not in ("[", "{"):
         return False
-    name = _plain(key)
+    name = plain_key(key)
     return name not in _TEXT_KEYS and (kind is not None or not _IDENTITY_KEY.fullmatch(name))
 
 
 def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
     if match := _DATA_URL.match(text):
         return (match[1] or "image").lower()  # type: ignore[return-value]
-    name = _plain(key)
+    name = plain_key(key)
     if name in _TEXT_KEYS or not (text := text.strip()):
         return None
     if kind is None and _IDENTITY_KEY.fullmatch(name):
@@ -305,10 +347,11 @@ def _kind_of_text(text: str, kind: Kind | None, *, key: str) -> Kind | None:
         return found
     if kind is None and _end_of_name(text) in DRAWINGS:
         return "image" if _DRAWING_KEY.fullmatch(name) or _MEDIA_KEY.fullmatch(name) else None
-    if kind is None and (_ADDRESS.match(text) or "/" in text[:_LONGEST_NAME]):
+    if kind is None and ((linked := _ADDRESS.match(text)) or "/" in text[:_LONGEST_NAME]):
         match = _MEDIA_KEY.fullmatch(name)
-        kind = _KIND_OF_WORD[match["word"]] if match and match["word"] in _LIKELY_WORDS else None
-    return kind or ("image" if is_base64_image(text) else None)
+        words = (*_LIKELY_WORDS, *_LINKED_WORDS) if linked else _LIKELY_WORDS
+        kind = _KIND_OF_WORD[match["word"]] if match and match["word"] in words else None
+    return kind or ("image" if is_base64_image(text) else _kind_of_base64(text))
 
 
 def _kind_of_name(text: str) -> Kind | None:
@@ -328,11 +371,17 @@ def _kind_of_bytes(data: bytes, *, kind: Kind | None) -> Kind | None:
     return next((found for start, at, found in _MAGIC if data[at : at + len(start)] == start), kind)
 
 
+def _kind_of_base64(text: str) -> Kind | None:
+    """The kind of a clip in base64; its first bytes tell."""
+    start = _CLIP_IN_BASE64.match(text)
+    return _kind_of_bytes(base64.b64decode(start[0]), kind=None) if start else None
+
+
 def _bytes_of(value: Any) -> Any:
     if isinstance(value, Picture):
         return value.data
     if isinstance(value, Mapping):
-        return value.get("bytes")
+        value = value.get("bytes")
     return value if isinstance(value, bytes) else None
 
 
@@ -340,14 +389,11 @@ def _name_of(value: Any) -> str:
     if isinstance(value, Picture):
         return value.name
     if isinstance(value, Mapping):
-        value = value.get("path")
+        # Bytes that are text are base64.
+        data = value.get("bytes")
+        value = data if data and isinstance(data, str) else value.get("path")
     return value if isinstance(value, str) else ""
 
 
 def _last_key(keys: Sequence[str | int]) -> str:
-    return _plain(next((key for key in reversed(keys) if isinstance(key, str)), ""))
-
-
-@lru_cache(maxsize=4096)
-def _plain(key: str) -> str:
-    return key.lower().replace("-", "_").replace(" ", "_")
+    return plain_key(next((key for key in reversed(keys) if isinstance(key, str)), ""))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from data_tools.readers.record import SHORT_TAG, RecordError
+from data_tools.readers.record import SHORT_TAG, RecordError, plain_key
 
 MASKS = (
     *("loss", "train", "training", "weight", "loss_weight", "loss_scale", "learn", "trainable", "train_on_turn"),
@@ -15,11 +15,17 @@ MASKS = (
 """Keys of a turn that say whether its text is learned: ms-swift, Axolotl, OpenAI."""
 UNLEARNED = ("masked", "mask", "is_masked", "ignore", "ignore_loss", "skip", "no_loss")
 """Keys of a turn that say the opposite."""
+_OPPOSITE = re.compile(
+    r"(?:.*_)?(?:no|not|non|never|dont|without)_.*|mask_.*"
+    r"|(?:.*_)?(?:masked|skip(?:ped)?|ignored?|excluded?|frozen|un(?:learn|train|super)\w*)(?:_.*)?"
+)
+"""Keys of masks that mean the opposite: `no_train`, `exclude_from_loss`, `masked_loss`."""
 _MASK_LIKE = re.compile(r"(?:.*_)?(?:loss|train|mask|weight|label|learn|supervised)(?:s|ed|ing|able)?(?:_.*)?")
 """Keys that change what is learned where they hold numbers or truth values."""
 REFUSED = re.compile(
     r"tools?|functions?|tool_calls?|function_calls?|tool_call_id|(?:rejected|chosen|preferred)(?:_.*)?|kto_tag"
-    r"|image_order|image_index(?:es)?|chat_template_kwargs|custom_instructions|developer|preamble"
+    r"|image_order|image_index(?:es)?|chat_template_kwargs|custom_instructions|developer|preamble|exclude(?:d?|_.*)|frozen"
+    r"|no_grad|un(?:learned|learnable|trained|trainable|supervised)|context_only"
 )
 """Keys of a record or turn that change what is learned, unless they are empty."""
 REFUSED_IN_TURN = re.compile(r"reasoning(?:_content)?|thinking|thought|system(?:_prompt)?|train_detail")
@@ -32,10 +38,12 @@ REFUSED_BESIDE_TEXT = re.compile(r"question|query|instruction|history|system(?:_
 # Unlike HTML's, this tag has an end: the only place where Qwen-VL's first format names an image.
 _FOREIGN_TAG = re.compile(
     r"<(img|video|audio|image)>[^<\n]+</\1>|\(<(?:image|video|audio)>\./</"
-    r"|<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|audio_pad|image|video|audio|image_\d+|video_\d+|audio_\d+"
-    r"|audio_bos|audio_eos|image_start|image_end|box_start|object_ref_start)\|>"
-    r"|<(?:bbox|ref-object|cls-object|ImageHere|IMG_CONTEXT|start_of_image|image_soft_token|video_placeholder"
-    r"|audio_placeholder|(?:image|video|audio)[ _-]\d+)>|<ref>[^<\n]*</ref>\s*<box>",
+    r"|<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|audio_pad|image|img|video|audio|image_\d+|video_\d+"
+    r"|audio_\d+|audio_bos|audio_eos|image_start|image_end|box_start|object_ref_start|media_\w+|(?:image|im)_(?:token|patch)"
+    r"|__dj__\w+|ref|det|grounding)\|>"
+    r"|<(?:bbox|ref-object|cls-object|ImageHere|IMG_CONTEXT|start_of_image|image_soft_token|audio_soft_token"
+    r"|video_placeholder|audio_placeholder|__dj__(?:image|video|audio)|(?:image|im)_(?:token|patch|pad)|loc\d{4}"
+    r"|fake_token_around_image|(?:image|img|video|audio)[ _-]?\d+)>|<ref>[^<\n]*</ref>\s*<box>|<box>\s*[\[(]",
     re.IGNORECASE,
 )
 _MEDIA_TAG = r"(?i:<image>|<image_placeholder>|<video>|<audio>)"
@@ -44,15 +52,14 @@ LONE_TAG = re.compile(
     rf"(?m:^[ \t]*(?:{_MEDIA_TAG}[ \t]*)+$)|(?m:^\S[^\n:]{{0,20}}:[ \t]*{_MEDIA_TAG}[ \t]*$)"
     rf"|\A\s*{_MEDIA_TAG}(?=\S)|(?<=\S){_MEDIA_TAG}\s*\Z"
 )
-_LONE_CLIP = re.compile(
-    r"(?m:^[ \t]*<(video|audio)>[ \t]*$)|\A\s*<(?:video|audio)>(?=\S)|(?<=\S)<(?:video|audio)>\s*\Z", re.IGNORECASE
-)
+_CLIP = r"(?:<(?:video|audio|speech|sound|img|pic)>|\[(?:IMG|VIDEO|AUDIO)\])"
+_LONE_CLIP = re.compile(rf"(?m:^[ \t]*{_CLIP}[ \t]*$)|\A\s*{_CLIP}(?=\S)|(?<=\S){_CLIP}\s*\Z", re.IGNORECASE)
 
 
 def refuse_fields(record: Mapping[str, Any], *refused: re.Pattern[str], where: str = "") -> None:
     """Raise RecordError `unsupported_field` at a key that changes what is learned, unless it has no effect."""
     for name, value in record.items():
-        plain = name.lower().replace("-", "_") if isinstance(name, str) else ""
+        plain = plain_key(name) if isinstance(name, str) else ""
         if any(pattern.fullmatch(plain) for pattern in refused):
             neutral = not value or value != value or value in ("[]", "{}", "null", "nan")
         elif _MASK_LIKE.fullmatch(plain) or plain in UNLEARNED:
@@ -70,14 +77,20 @@ def _is_neutral_mask(name: str, value: Any) -> bool:
     """Whether a mask or weight leaves all answers learned; a text or an object under such a key is no mask."""
     if isinstance(value, list | tuple):
         return all(_is_neutral_mask(name, item) for item in value)
+    opposite = name in UNLEARNED or _OPPOSITE.fullmatch(name) is not None
     if isinstance(value, str):
-        return name not in ("mask", "loss_mask") or value.lower() in ("", "user", "human")
+        said = value.strip().lower()
+        if name in ("mask", "loss_mask"):
+            return said in ("", "user", "human")
+        return name.startswith("label") or said not in (("true", "1", "yes") if opposite else ("false", "0", "no"))
     if value is None or isinstance(value, Mapping) or value != value:
         return True
-    if name in UNLEARNED:
+    if opposite:
         return not value
     # The number of a class, as data sets for classification have it.
-    return bool(value == 1) or (name.startswith("label") and not isinstance(value, bool) and value > 1)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is True
+    return value == 1 or (name.startswith("label") and value > 1)
 
 
 def refuse_foreign_tags(text: str, *, key: str, spoken: bool = True) -> None:
@@ -91,8 +104,9 @@ def refuse_foreign_tags(text: str, *, key: str, spoken: bool = True) -> None:
     match = _FOREIGN_TAG.search(text)
     if spoken and match is None:
         clip = _LONE_CLIP.search(text)
-        # HTML closes its elements.
-        match = clip if clip and f"</{clip[0].strip().strip('<>')}>" not in text else None
+        # HTML and BBCode close their elements.
+        closed = clip and re.search(rf"[<\[]/{clip[0].strip()[1:-1]}[>\]]", text, re.IGNORECASE)
+        match = None if closed else clip
     if match:
         raise RecordError(
             f"{key} has the tag {match[0].strip()[:60]!r} of another framework, which stands for a medium or a region; "

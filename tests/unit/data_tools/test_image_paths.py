@@ -179,6 +179,27 @@ def test_a_run_without_any_image_ends_at_its_start(
     assert run_preprocess([path], tokenizer=tokenizer, output=out, more=more) == 0
 
 
+def test_a_folder_of_links_ends_the_run_at_its_start(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    target = _save(tmp_path / "store/1.png", 1)
+    root.mkdir()
+    (root / "0.png").symlink_to(target)
+    (root / "folder").symlink_to(target.parent)
+    names = ["0.png", "folder/1.png", "gone.png"]
+    path = write_jsonl(tmp_path / "in.jsonl", [{"image": name, "text": "red"} for name in names])
+    options = ["--image-root", str(root)]
+    assert run_preprocess([path], tokenizer=tokenizer, output=out, more=options) == 2
+    error = capsys.readouterr().err
+    assert f"symbolic links lead out of it, such as 0.png to {target}; allow them with --follow-links" in error
+    assert not out.exists()
+    for more in (["--follow-links"], ["--image-root", str(root), str(target.parent)]):
+        options = ["--image-root", str(root), "--no-resume", *more]
+        assert run_preprocess([path], tokenizer=tokenizer, output=out, more=options) == 0
+        assert rejects(out) == [("image_missing", "in.jsonl:3")]
+
+
 def test_the_hundredth_image_is_still_looked_for(tokenizer: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", [{"image": f"{n}.png", "text": "red"} for n in range(300)])
     _save(tmp_path / "100.png", 1)

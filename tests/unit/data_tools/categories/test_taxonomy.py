@@ -298,6 +298,11 @@ def test_image_paths_follow_the_output(tmp_path, capsys):
             "source": "http://x/y.png",
             "category": "safety",
         },
+        {
+            "images": '["i/g.png", null]',
+            "conversations": "[{'from': 'human', 'images': ['i/h.png']}]",
+            "category": "safety",
+        },
     ]
     source = write(tmp_path / "a/b/in.jsonl", records)
     options = ["tag", "--input", source, "--output", tmp_path / "a/out.jsonl"]
@@ -307,6 +312,8 @@ def test_image_paths_follow_the_output(tmp_path, capsys):
     assert others[1]["messages"][0]["content"][0]["image_url"]["url"] == "b/i/e.png"
     assert others[2]["image"]["path"] == "b/i/f.png"
     assert (others[2]["text"], others[2]["source"]) == ("see i/f.png", "http://x/y.png")
+    assert json.loads(others[3]["images"]) == ["b/i/g.png", None]
+    assert json.loads(others[3]["conversations"])[0]["images"] == ["b/i/h.png"]
     assert one["image"] == "b/i/a.png" and two["images"] == ["b/i/a.png", "data:image/png;base64,AA", "/abs/b.png"]
     assert three["conversations"][0]["images"] == ["b/i/c.png"]
     options = ["tag", "--input", source, "--output", tmp_path / "c/out.jsonl"]

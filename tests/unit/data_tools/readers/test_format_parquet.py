@@ -107,6 +107,19 @@ def test_text_columns_of_other_types_are_read(tokenizer: Path, tmp_path: Path) -
     assert read_back(out) == [expect(picture(1), "Red.", position=1), expect(picture(2), "Red.", position=2)]
 
 
+def test_times_inside_structs_and_lists_lose_no_row(tokenizer: Path, tmp_path: Path) -> None:
+    # Python has no times of this precision.
+    time = pa.timestamp("ns")
+    columns = {
+        "text": ["Red.", "Blue."],
+        "meta": pa.array([{"at": 1, "by": "x"}] * 2, pa.struct([("at", time), ("by", pa.string())])),
+        "steps": pa.array([[{"at": 1}], None], pa.list_(pa.struct([("at", time)]))),
+    }
+    samples = read_back(_run(_write(tmp_path / "in.parquet", columns), tokenizer))
+    expect = Expected(tokenizer).document
+    assert samples == [expect("Red.", position=1), expect("Blue.", position=2)]
+
+
 def test_obelics_tables_are_read(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "1.png").write_bytes(picture(1))
     (tmp_path / "map.tsv").write_text("https://example.org/1\t1.png\n")

@@ -100,6 +100,21 @@ def test_parts_of_a_data_set_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds test and train files.*name those to train on, such as '.*/train-\*'"):
         input_files([str(tmp_path)])
     assert len(input_files([str(tmp_path / "train-*")])) == 1
+    for number, names in enumerate((("train.jsonl", "test.jsonl"), ("train/0.arrow", "validation/0.arrow"))):
+        folder = tmp_path / str(number)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"x")
+        pattern = (r"train\.\*", "train")[number]
+        with pytest.raises(UsageError, match=rf"different parts of a data set; name those .*'{folder}/{pattern}'"):
+            input_files([str(folder)])
+
+
+def test_deep_records_are_refused_with_other_column_names(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("[" * 900 + "]" * 900 + '\n{"alt": "red"}\n')
+    more = ["--columns", "text=alt"]
+    assert run_preprocess([tmp_path / "in.jsonl"], tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
+    assert rejects(tmp_path / "out") == [("json", "in.jsonl:1")]
 
 
 def test_a_folder_of_all_kinds_is_one_dataset(tokenizer: Path, tmp_path: Path) -> None:
