@@ -16,6 +16,7 @@ from megavl.files.model_folders import describe
 from megavl.foreign.parsing import read_json
 
 MODEL_FILE = "model.json"
+RECIPE_FILE = "recipe.yaml"
 _log = logging.getLogger(__name__)
 
 

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megavl.checkpoint.directory import candidates
 from megavl.checkpoint.find import MODEL_FILE as MODEL_FILE
-from megavl.checkpoint.find import find
+from megavl.checkpoint.find import RECIPE_FILE, find
 from megavl.checkpoint.find import load_model_config as load_model_config
 from megavl.checkpoint.manifest import MANIFEST, read_manifest
 from megavl.checkpoint.safe_unpickle import (
+    BACKEND,
+    COMMON,
+    METADATA,
     check_backend,
-    check_shard_item,
     load_shard_item,
     read_metadata,
     require_readable,
 )
+from megavl.checkpoint.shard_reads import ShardReader
 from megavl.checkpoint.stored_keys import PREFIX, canonical_names, is_stacked
 from megavl.config.errors import CheckpointError, one_line
 from megavl.foreign.reading import open_regular
@@ -64,31 +67,34 @@ def newest_checkpoints(directory: Path, *, count: int) -> list[Path]:
 
 
 def require_usable(path: Path) -> None:
-    """Read what every load reads besides shards, and the sizes of the model if they are there.
-
-    Raises:
-        CheckpointError: a load of this checkpoint would fail.
-    """
-    require_readable(path)
-    # A run's and a conversion's checkpoints have it.
-    if os.path.lexists(path / MODEL_FILE):
-        load_model_config(path)
-
-
-def check_items(path: Path) -> None:
     """Check everything that a load reads, but the numbers of tensors.
 
     Raises:
-        CheckpointError: the first that a load would refuse.
+        CheckpointError: the first thing that a load of this checkpoint would refuse.
     """
-    require_readable(path)
-    by_file: dict[str, list[tuple[str, Any]]] = {}
-    for index, info in read_metadata(path).storage_data.items():
-        by_file.setdefault(info.relative_path, []).append((index.fqn, info))
-    for name, items in by_file.items():
-        with _open_shard(path / name) as stream:
-            for key, info in sorted(items, key=lambda item: item[1].offset):
-                check_shard_item(stream, info, source=f"{path / name}: {key}")
+    with ShardReader(path, check_beside_shards(path)) as shards:
+        shards.check()
+
+
+def check_beside_shards(path: Path) -> Metadata:
+    """Check what a load reads besides shards, and that the manifest lists all of it.
+
+    Returns:
+        What `.metadata` says of the shards.
+
+    Raises:
+        CheckpointError: as `require_usable`.
+    """
+    metadata = require_readable(path)
+    listed = read_manifest(path)["files"]
+    for name in (METADATA, COMMON, BACKEND, MODEL_FILE, RECIPE_FILE):
+        if os.path.lexists(path / name) and name not in listed:
+            raise CheckpointError(f"{path / name}: refused, {MANIFEST} does not list it; remove it")
+    tokenizer_folder(path)
+    # A run's and a conversion's checkpoints have it.
+    if MODEL_FILE in listed:
+        load_model_config(path)
+    return metadata
 
 
 def tokenizer_folder(path: Path) -> Path:

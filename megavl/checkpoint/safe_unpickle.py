@@ -125,15 +125,18 @@ def read_common(path: Path) -> dict[str, Any]:
     return common
 
 
-def require_readable(path: Path) -> None:
-    """Read what every load reads besides shards: the marks of the format, `.metadata` and `common.pt`.
+def require_readable(path: Path) -> Metadata:
+    """Read what every load reads besides shards: the marks of the format, `common.pt`, and `.metadata`.
+
+    Returns:
+        Content of `.metadata`.
 
     Raises:
         CheckpointError: a load of this checkpoint would fail.
     """
     check_backend(path)
-    read_metadata(path)
     read_common(path)
+    return read_metadata(path)
 
 
 def check_backend(path: Path) -> None:

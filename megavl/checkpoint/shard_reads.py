@@ -47,6 +47,28 @@ class ShardReader:
             raise CheckpointError(f"{self._source(info, key)}: holds no object")
         return value[0]
 
+    def check(self) -> None:
+        """Check all items as a load does, without reading numbers.
+
+        Raises:
+            CheckpointError: the first, in the order of the files, that is not what `.metadata` says.
+        """
+        stored = self._metadata.storage_data
+        items: list[tuple[Any, str, tuple[int, ...], torch.dtype | None]] = []
+        for key, entry in self._metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                for chunk in entry.chunks:
+                    info = stored[MetadataIndex(key, chunk.offsets)]
+                    items.append((info, key, tuple(chunk.sizes), entry.properties.dtype))
+            else:
+                items.append((stored[MetadataIndex(key)], key, (), None))
+        for info, key, sizes, dtype in sorted(items, key=lambda item: (item[0].relative_path, item[0].offset)):
+            if dtype is None:
+                self.load_object(key)
+            elif self._start(info, key, sizes=sizes, dtype=dtype) is None:
+                self._load_tensor(info, key, sizes=sizes, dtype=dtype)
+            activity.note()
+
     def fill(self, target: torch.Tensor, *, key: str, offsets: Sequence[int]) -> None:
         """Fill a tensor with the block of a stored tensor at `offsets`.
 
@@ -76,16 +98,13 @@ class ShardReader:
         key: str,
     ) -> None:
         """Copy a window of one stored item of these sizes."""
-        stream, source = self._stream(info), self._source(info, key)
-        start = check_shard_item(stream, info, source=source).plain_tensor(sizes=sizes, dtype=dtype)
+        start = self._start(info, key, sizes=sizes, dtype=dtype)
         if start is None:
-            # With strides or an offset, as other programs may store a tensor.
-            value = load_shard_item(stream, info, source=source)
-            if not isinstance(value, torch.Tensor) or tuple(value.shape) != sizes:
-                raise CheckpointError(f"{source}: does not hold the tensor of {sizes} that is listed")
+            value = self._load_tensor(info, key, sizes=sizes, dtype=dtype)
             self.read_bytes += value.nbytes
             target.copy_(value[window])
             return
+        stream, source = self._stream(info), self._source(info, key)
         # Rows are contiguous in the file; of each, the window may take a part.
         axis = row_axis(sizes)
         rest = sizes[axis + 1 :]
@@ -101,6 +120,19 @@ class ShardReader:
                 return
             part = rows.view((1,) * axis + (count, *rest))[(slice(None),) * (axis + 1) + window[axis + 1 :]]
             target.narrow(axis, begin - first, count).copy_(part)
+
+    def _start(self, info: Any, key: str, *, sizes: tuple[int, ...], dtype: torch.dtype) -> int | None:
+        """Where the numbers of a stored tensor begin in its item; None if torch has to read it."""
+        archive = check_shard_item(self._stream(info), info, source=self._source(info, key))
+        return archive.plain_tensor(sizes=sizes, dtype=dtype)
+
+    def _load_tensor(self, info: Any, key: str, *, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with strides or an offset, as other programs may store it."""
+        source = self._source(info, key)
+        value = load_shard_item(self._stream(info), info, source=source)
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != sizes or value.dtype != dtype:
+            raise CheckpointError(f"{source}: does not hold the {dtype} tensor of {sizes} that is listed")
+        return value
 
     def _read(self, stream: io.BufferedReader, position: int, rows: torch.Tensor, *, source: str) -> None:
         raw = memoryview(rows.view(torch.uint8).numpy().data)

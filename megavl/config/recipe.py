@@ -351,6 +351,9 @@ class Recipe:
                 f"{self.training.steps}; set optimizer.warmup_steps to {self.training.steps} or less, or raise "
                 "training.steps"
             )
+        rate, low = self.optimizer.lr, self.optimizer.min_lr
+        if self.optimizer.schedule == "cosine" and low > rate:
+            raise UsageError(f"optimizer.min_lr: {low} is above optimizer.lr {rate}; set it to {rate} or less")
         snapshot = () if self.run.memory_snapshot_step is None else (self.run.memory_snapshot_step,)
         recorded = {
             "run.timeline_steps": self.run.timeline_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megavl.config.model import ModelConfig
 from megavl.convert import llm_format, native_format, original_format
 from megavl.convert.image_files import check_normalisation
 from megavl.convert.language import Fields, ties_head
-from megavl.convert.safetensors_in import read_json
+from megavl.convert.safetensors_in import read_json, read_optional_json
 from megavl.convert.table import (
     HEAD,
     NATIVE_EMBEDDING,
@@ -37,7 +38,7 @@ DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 def is_hf_folder(path: str | Path) -> bool:
     """Whether a folder has the `config.json` of a Hugging Face model."""
-    return (Path(path) / "config.json").is_file()
+    return os.path.lexists(Path(path) / "config.json")
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, Format]:
@@ -81,10 +82,12 @@ def _with_eos(config: ModelConfig, raw: dict[str, Any], part: str, *, where: Pat
     As in transformers, `generation_config.json` goes before the top level of `config.json`, and this before the
     language model's part.
     """
-    places = [(where, "eos_token_id", raw), (where, f"{part}.eos_token_id", raw.get(part) or {})]
-    generation = where.with_name("generation_config.json")
-    if generation.is_file():
-        places.insert(0, (generation, "eos_token_id", read_json(generation)))
+    generation, inner = where.with_name("generation_config.json"), raw.get(part)
+    places = [
+        (generation, "eos_token_id", read_optional_json(generation)),
+        (where, "eos_token_id", raw),
+        (where, f"{part}.eos_token_id", inner if isinstance(inner, dict) else {}),
+    ]
     file, key, found = next((place for place in places if place[2].get("eos_token_id") is not None), places[-1])
     ids = found.get("eos_token_id")
     if not isinstance(ids, list) or len(set(map(str, ids))) < 2:

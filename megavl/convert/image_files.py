@@ -8,7 +8,7 @@ from typing import Any
 
 from megavl.config.errors import CheckpointError
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
-from megavl.convert.safetensors_in import read_json
+from megavl.convert.safetensors_in import read_optional_json
 
 _MEANS, _STDS = (HALF, CLIP_MEAN), (HALF, CLIP_STD)
 _KNOWN = {
@@ -28,9 +28,7 @@ def check_normalisation(folder: Path) -> None:
         CheckpointError: names the field, its value, and what MegaVL has.
     """
     path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return
-    raw = read_json(path)
+    raw = read_optional_json(path)
     for key, known in _KNOWN.items():
         found = raw.get(key)
         if found is not None and not any(_equal(found, value) for value in known):

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from megavl.checkpoint.find import find
+from megavl.checkpoint.find import RECIPE_FILE, find
 from megavl.checkpoint.manifest import read_manifest
 from megavl.config.errors import CheckpointError
 from megavl.foreign.parsing import parse_json
 from megavl.foreign.reading import open_regular
 from megavl.foreign.yaml_text import read_yaml
 
-_RECIPE = "recipe.yaml"
 _LONGEST_ROW = 1 << 20
 """Bytes of a row of a run's logs."""
 _STAGES = 16
@@ -81,7 +80,7 @@ def run_facts(checkpoint: Path) -> RunFacts:
     current: Path | None = checkpoint
     origin = "unknown"
     while current is not None and len(stages) < _STAGES:
-        if not (current / _RECIPE).is_file():
+        if RECIPE_FILE not in read_manifest(current)["files"]:
             origin = f"the checkpoint {current}, converted or put together before training"
             break
         stages.append(_stage(current))
@@ -98,9 +97,9 @@ def run_facts(checkpoint: Path) -> RunFacts:
 
 def _stage(path: Path) -> StageFacts:
     try:
-        recipe = read_yaml(path / _RECIPE)
+        recipe = read_yaml(path / RECIPE_FILE)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / _RECIPE}: not readable ({error})") from error
+        raise CheckpointError(f"{path / RECIPE_FILE}: not readable ({error})") from error
     content = read_manifest(path)["content"]
     if not isinstance(recipe, dict) or not _is_count(content.get("step")):
         raise CheckpointError(f"{path}: its recipe or its step is damaged; use another checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from math import prod
 from pathlib import Path
@@ -101,6 +102,15 @@ def read_json(path: Path, *, limit: Limit = JSON_FILE) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a JSON object is expected, found {type(content).__name__}")
     return content
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that a folder may lack; empty if nothing has that name.
+
+    Raises:
+        CheckpointError: as `read_json`, also for a FIFO, a device or a folder of that name.
+    """
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _fill(file: Any, target: memoryview) -> int:

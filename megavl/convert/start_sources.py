@@ -13,6 +13,7 @@ Tensors without the prefix belong to other parts of the same model and are left 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,7 +275,7 @@ def _pool_keys(
 def _check_tower(path: Path, config: ModelConfig, tower: str) -> None:
     """Compare the sizes in a folder's `config.json`; no shape shows the number of heads."""
     where = path / "config.json"
-    if not where.is_file():
+    if not os.path.lexists(where):
         return
     raw = read_json(where)
     read, defaults = (read_siglip, SIGLIP_DEFAULTS) if tower == "siglip" else (read_sam, SAM_DEFAULTS)

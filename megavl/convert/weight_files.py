@@ -8,13 +8,14 @@ follows from the files themselves. Archives of `torch.save` are read by torch's 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from megavl.config.errors import CheckpointError
 from megavl.convert.pickle_in import PickleFile
-from megavl.convert.safetensors_in import SafetensorsFile, read_json
+from megavl.convert.safetensors_in import SafetensorsFile, read_json, read_optional_json
 from megavl.files.model_folders import foreign_weights, require_whole_model
 from megavl.foreign.reading import require_inside
 from megavl.weights.lazy import LazyTensor
@@ -114,7 +115,7 @@ def open_folder(folder: Path) -> StoredTensors:
 def _chosen(folder: Path) -> tuple[Path, list[str]]:
     """The file of weights that transformers chooses, and the names of others that it would read without this one."""
     where = folder / "config.json"
-    named = read_json(where).get("transformers_weights") if where.is_file() else None
+    named = read_optional_json(where).get("transformers_weights")
     if named is not None:
         if not isinstance(named, str) or not named.removesuffix(_INDEX).endswith(".safetensors"):
             raise CheckpointError(
@@ -122,6 +123,9 @@ def _chosen(folder: Path) -> tuple[Path, list[str]]:
             )
         return _inside(folder, named, where, key="transformers_weights"), []
     found = [name for name in _NAMES if (folder / name).is_file()]
+    for name in _NAMES:
+        if name not in found and os.path.lexists(folder / name):
+            _log.warning("%s: no regular file, so it is not read, as in transformers", folder / name)
     if not found:
         there = foreign_weights(folder)
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ def require_whole_model(folder: Path) -> None:
     Raises:
         CheckpointError: names the adapter's base model, and how to merge it.
     """
-    present = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    present = [name for name in _ADAPTER_FILES if os.path.lexists(folder / name)]
     if not present:
         return
     base = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     of = f" of {base[:200]!r}" if isinstance(base, str) else ""
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         raise CheckpointError(f"{folder}: a PEFT adapter{of} ({', '.join(present)}), not a whole model; {_MERGE}")
     if ADAPTER_CONFIG in present:
         raise CheckpointError(
@@ -79,12 +80,12 @@ def describe(path: Path) -> str | None:
     """What a path is that holds no MegaVL checkpoint, and what to give instead; None where nothing is known of it."""
     if path.is_file():
         return f"a file; give a MegaVL checkpoint. {_CONVERT}" if path.suffix in _FOREIGN else "a file, no checkpoint"
-    if any((path / name).is_file() for name in _ADAPTER_FILES):
+    if any(os.path.lexists(path / name) for name in _ADAPTER_FILES):
         try:
             require_whole_model(path)
         except CheckpointError as error:
             return str(error).removeprefix(f"{path}: ")
-    if (path / "config.json").is_file():
+    if os.path.lexists(path / "config.json"):
         return f"a Hugging Face folder, not a MegaVL checkpoint; {_convert(path)}"
     if path.absolute().name.startswith("models--") and (path / "snapshots").is_dir():
         return f"a model in the cache of the Hugging Face Hub, not a MegaVL checkpoint; {_convert(path)}"

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megavl.checkpoint.reader import check_items, load_model_config, open_model_tensors, resolve
+from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve
 from megavl.checkpoint.store import read_manifest
 from megavl.config.errors import CheckpointError
 from megavl.config.identity import model_name
@@ -29,7 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     path = resolve(arguments.checkpoint)
     manifest = read_manifest(path)
     config, tensors = load_model_config(path), open_model_tensors(path)
-    check_items(path)
     read_content(path)
     size = sum(record["size"] for record in manifest["files"].values())
     say(f"{path}: verified, {len(manifest['files'])} files, {size / 1e6:,.1f} MB")

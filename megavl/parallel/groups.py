@@ -63,7 +63,8 @@ def rank_from_env() -> int:
     if "RANK" not in os.environ and tasks > 1:
         raise UsageError(
             f"{tasks} SLURM tasks, but RANK is not set; start with launch/*.sh, which sets RANK, "
-            "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
+            "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each; in a shell inside of a job, unset "
+            "SLURM_STEP_NUM_TASKS first"
         )
     return _env_int("RANK", 0)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavl.checkpoint.find import load_model_config
+from megavl.checkpoint.find import RECIPE_FILE, load_model_config
 from megavl.config.errors import CheckpointError, DataError, MegaVLError, UsageError, one_line
 from megavl.config.identity import Change, changes, model_changes
 from megavl.config.load import read_raw, to_dict
@@ -127,7 +127,7 @@ def _compare_models(recipe: Recipe, path: Path) -> list[str]:
 
 def _check_itself(path: Path, *, stored: Mapping[str, Any]) -> None:
     """Compare the two files of a checkpoint that state the model's sizes."""
-    if not (path / "recipe.yaml").is_file():
+    if not (path / RECIPE_FILE).is_file():
         return
     written = _recipe_of(path).get("model")
     # A version that lacked a field did not write it.
@@ -167,7 +167,7 @@ def _fixed_changes(
 
 def _free_changes(recipe: Recipe, path: Path, *, content: Mapping[str, Any]) -> Iterator[str]:
     """Lines about settings in which the recipe wins."""
-    if not (path / "recipe.yaml").is_file():
+    if not (path / RECIPE_FILE).is_file():
         yield f"{path} holds no recipe.yaml: settings of the optimizer and the schedule are not compared"
         return
     new, old = to_dict(recipe), _recipe_of(path)
@@ -202,7 +202,7 @@ def _rate_lines(recipe: Recipe, *, old: Mapping[str, Any], step: int) -> Iterato
 
 def _recipe_of(path: Path) -> dict[str, Any]:
     try:
-        return read_raw(path / "recipe.yaml")
+        return read_raw(path / RECIPE_FILE)
     except MegaVLError as error:
         raise CheckpointError(one_line(error, limit=300)) from error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megavl.checkpoint.directory import Recovery, recover
 from megavl.checkpoint.manifest import check_small_files
-from megavl.checkpoint.reader import require_usable, resolve
+from megavl.checkpoint.reader import check_beside_shards, resolve
 from megavl.config.errors import CheckpointError
 from megavl.config.recipe import Recipe
 from megavl.data.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def require_random_allowed(recipe: Recipe) -> None:
 
 def _own(directory: Path) -> Recovery:
     def usable(path: Path) -> None:
-        require_usable(path)
+        check_beside_shards(path)
         check_small_files(path)
 
     return recover(directory, skip_hash=True, require=usable)

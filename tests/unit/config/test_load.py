@@ -94,6 +94,7 @@ def test_recipe_replaces_values_of_its_base(recipe: Path, tmp_path: Path) -> Non
             "optimizer.warmup_steps=11",
             ["optimizer.warmup_steps: 11", "training.steps 10", "set optimizer.warmup_steps to 10 or less"],
         ),
+        ("optimizer.min_lr=0.5", ["optimizer.min_lr: 0.5 is above optimizer.lr", "or less"]),
         ("run.timeline_steps=[3,11]", ["run.timeline_steps: 11", "training.steps 10"]),
         ("run.profile_steps=[3,11]", ["run.profile_steps: 11", "training.steps 10"]),
         ("run.memory_snapshot_step=11", ["run.memory_snapshot_step: 11", "training.steps 10"]),

@@ -122,6 +122,11 @@ def pickle_and_index(folder: Path, state: State) -> None:
     save_index(folder, dict.fromkeys(state, "part.bin"), stem="pytorch_model.bin")
 
 
+def folder_in_the_way(folder: Path, state: State) -> None:
+    (folder / "model.safetensors").mkdir()
+    save(folder, "pytorch_model.bin", filled(state, 6))
+
+
 MIXED = [
     single_and_index,
     single_and_stale_index,
@@ -131,6 +136,7 @@ MIXED = [
     named_in_configuration,
     safetensors_and_pickle,
     pickle_and_index,
+    folder_in_the_way,
 ]
 
 

@@ -166,6 +166,15 @@ def test_tower_configuration_that_disagrees_is_refused(public, refusal, tmp_path
     assert code == 4 and f"{folder}/config.json: " in text and message in text
 
 
+@pytest.mark.parametrize("part", ["siglip", "sam"])
+def test_tower_configuration_that_is_no_file_is_refused(public, refusal, tmp_path, part):
+    folder = shutil.copytree(getattr(public, f"{part}_paths")["transformers"], tmp_path / part)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    code, text = refusal(**{part: folder})
+    assert code == 4 and f"{folder}/config.json: " in text and "a FIFO" in text
+
+
 @pytest.mark.parametrize("part", ["--siglip", "--sam"])
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_truncated_file_is_refused(parts, refusal, part, keep):

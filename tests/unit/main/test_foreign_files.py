@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import socket
@@ -99,6 +100,16 @@ def model_size(key: str, value: int) -> Change:
 def facts(**values: Any) -> dict[str, Any]:
     """Content of a run's manifest with other values."""
     return {"step": 0, "bad_steps": 0, "consumed_samples": 0, "global_batch_size": 4, "seed": 1, **values}
+
+
+def shard_bytes(change: Callable[[bytes], bytes]) -> Change:
+    """Another content of the same length in the file of weights."""
+
+    def both(path: Path) -> None:
+        (file,) = path.glob("*.distcp")
+        _write(file, change(file.read_bytes()))
+
+    return both
 
 
 def special(name: str, make: Callable[[Path], Any]) -> Change:
@@ -232,6 +243,14 @@ CHECKPOINT: dict[str, Change] = {
     "model.json, no heads": forged(model_size("num_attention_heads", 0)),
     "model.json, a billion layers": forged(model_size("num_layers", 10**9)),
     "metadata.json, deep": forged(write("metadata.json", "[" * 100_000)),
+    "a shard of zeros": forged(shard_bytes(lambda raw: bytes(len(raw)))),
+    "a shard, compressed": forged(
+        shard_bytes(
+            lambda raw: re.sub(rb"(PK\x01\x02.{6})..", lambda entry: entry[1] + b"\x08\0", raw, flags=re.DOTALL)
+        )
+    ),
+    "a shard that names code": forged(shard_bytes(lambda raw: raw.replace(b"FloatStorage", b"load_library"))),
+    "manifest without files": manifest(files={}),
     "an unlisted file in tokenizer/": write("tokenizer/merges.txt", "x"),
 }
 FOLDER: dict[str, Change] = {
@@ -252,6 +271,17 @@ FOLDER: dict[str, Change] = {
     "weights, a header of 2^60 bytes": write("model.safetensors", header(b"{}", length=1 << 60)),
     "weights, a header of 90 MB": write("model.safetensors", header(b"{" + b" " * (90 << 20) + b"}")),
     "weights, a deep header": write("model.safetensors", header(b'{"a":' * 100_000)),
+    "generation_config.json is a FIFO": special("generation_config.json", os.mkfifo),
+    "generation_config.json, a link to nowhere": special(
+        "generation_config.json", lambda path: path.symlink_to("nowhere")
+    ),
+    "preprocessor_config.json is a device": special(
+        "preprocessor_config.json", lambda path: path.symlink_to("/dev/zero")
+    ),
+    "preprocessor_config.json is a folder": special("preprocessor_config.json", Path.mkdir),
+    "adapter_config.json is a socket": special("adapter_config.json", _socket),
+    "config.json is a link to nowhere": special("config.json", lambda path: path.symlink_to("nowhere")),
+    "weights, a folder": special("model.safetensors", Path.mkdir),
     "index, deep": index("[" * 200_000),
     "index, a FIFO as a shard": index('{"weight_map": {"x": "model.safetensors"}}', shard=os.mkfifo),
     "index, a link outside as a shard": index(
@@ -294,8 +324,6 @@ def _prepare(command: str, name: str, originals: Path, tmp_path: Path) -> list[s
     (FOLDER if command == "convert" else CHECKPOINT)[name](path)
     if command == "convert":
         return ["convert", "from-hf", str(path), str(tmp_path / "out")]
-    if name.startswith("an unlisted"):
-        return ["convert", "to-hf", str(path), str(tmp_path / "out"), "--format", "native"]
     return ["inspect", str(path)]
 
 
@@ -331,19 +359,19 @@ def test_older_checkpoint_is_taken(
     originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(originals / "iter_0000000", tmp_path / "iter_0000000")
-    for number, name in enumerate(["manifest is null", ".metadata, tuples in tuples"], start=1):
+    for number, name in enumerate(["manifest is null", ".metadata, tuples in tuples", "a shard of zeros"], start=1):
         path = Path(shutil.copytree(originals / "iter_0000000", tmp_path / f"iter_000000{number}"))
         CHECKPOINT[name](path)
-        if (path / ".metadata").stat().st_size < 1000:
+        if number > 1:
             manifest(iteration=number)(path)
     os.mkfifo(tmp_path / "latest")
     found = recover(tmp_path, skip_hash=False, require=require_usable)
-    assert found.path == tmp_path / "iter_0000000" and len(found.rejected) == 2
+    assert found.path == tmp_path / "iter_0000000" and len(found.rejected) == 3
     for words in (["inspect"], ["convert", "to-hf", "--format", "native", str(tmp_path / "out")]):
         caplog.clear()
         assert main([*words[:2], str(tmp_path), *words[2:]]) == 0
         assert "iter_0000000" in capsys.readouterr().out
-        assert [record.message.count("is taken instead") for record in caplog.records] == [1, 1]
+        assert [record.message.count("is taken instead") for record in caplog.records] == [1, 1, 1]
 
 
 def test_damaged_shard_makes_an_export_take_the_older(
