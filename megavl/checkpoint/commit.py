@@ -20,6 +20,7 @@ from megavl.checkpoint.manifest import (
     remember_verified,
     safe_name,
 )
+from megavl.checkpoint.reader import require_usable
 from megavl.checkpoint.safe_unpickle import BACKEND, BACKEND_MARK, COMMON, METADATA, safe_load
 from megavl.config.errors import CheckpointError
 from megavl.files.durable import copy_durably, replace_durably, set_aside, sync_directory, write_durably
@@ -35,7 +36,7 @@ def make_temporary(directory: Path, iteration: int) -> Path:
 
 
 def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
-    """Free the name of the coming checkpoint: a damaged directory of that name is renamed.
+    """Free the name of the coming checkpoint: a directory of that name that no run could resume from is renamed.
 
     Raises:
         CheckpointError: a valid checkpoint has that name; it is never replaced.
@@ -46,6 +47,7 @@ def free_name(directory: Path, iteration: int, *, skip_hash: bool) -> None:
         return
     try:
         check(path, skip_hash=skip_hash)
+        require_usable(path)
     except CheckpointError:
         set_aside(path)
         return

@@ -154,6 +154,15 @@ def test_item_that_contradicts_the_metadata_is_refused(target: Path) -> None:
     assert "model.vision.bias" in load_error(target)
 
 
+def test_forged_checkpoint_gives_up_its_name(target: Path) -> None:
+    """The run resumes from an older one and comes to the same iteration."""
+    shard = next(target.glob("*.distcp"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    forge(target)
+    commit.free_name(target.parent, 5, skip_hash=False)
+    assert not target.exists() and len([*target.parent.glob("iter_0000005.bad-*")]) == 1
+
+
 def test_manifest_that_leaves_the_directory_is_refused(target: Path) -> None:
     text = commit.encode_manifest(iteration=5, world_size=1, content={}, files={"../../x": {"size": 1, "sha256": "0"}})
     (target / "manifest.json").write_bytes(text)
