@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from megavl.config.data import MixtureSource, ModalityWeights
 from megavl.config.errors import DataError
 from megavl.config.presets import ImageGeometry
-from megavl.config.recipe import MixtureSource, ModalityWeights
 from megavl.data.image import ImageFile
 from megavl.data.manifest import (
     MODALITIES,

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megavl.config.data import DataConfig, Grouping, MixtureSource
 from megavl.config.errors import DataError
-from megavl.config.recipe import DataConfig, Grouping, MixtureSource, Recipe
+from megavl.config.recipe import Recipe
 from megavl.data.interleave import Interleave
 from megavl.data.manifest import MODALITIES, DatasetManifest, Modality, read_manifest
 from megavl.data.permutation import permutation

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from megavl.checkpoint import collective_errors
 from megavl.checkpoint.fault import inject_fault
+from megavl.config.data import MixtureSource, ModalityWeights
 from megavl.config.errors import DataError
 from megavl.config.evaluation import Normalization, benchmark_of
-from megavl.config.recipe import MixtureSource, ModalityWeights
 from megavl.data.batch import Batch, Modality
 from megavl.data.collate import collate
 from megavl.data.dataset import Dataset, open_dataset

@@ -22,9 +22,9 @@ from dataclasses import asdict
 import psutil
 from PIL import Image
 
+from megavl.config.data import ModalityWeights
 from megavl.config.errors import DataError, MegaVLError
 from megavl.config.presets import ImageGeometry
-from megavl.config.recipe import ModalityWeights
 from megavl.data.dataset import Dataset, Source
 from megavl.data.loader import StepLoader
 from megavl.data.manifest import GeometryEntry

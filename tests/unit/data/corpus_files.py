@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.preprocess import main
+from megavl.config.data import DataConfig, SourceConfig
 from megavl.config.presets import IMAGE_PRESETS
-from megavl.config.recipe import DataConfig, SourceConfig
 from megavl.data.dataset import Dataset, open_dataset
 from megavl.data.manifest import Modality
 from megavl.data.mixture import Mixture

@@ -44,7 +44,7 @@ LIMIT_MB = 6.0
 MEASURE = """
 import json, random, sys, time
 from megavl.config.presets import IMAGE_PRESETS
-from megavl.config.recipe import ModalityWeights
+from megavl.config.data import ModalityWeights
 from megavl.data.dataset import Dataset, Source
 from megavl.data.table import ReadHandles
 

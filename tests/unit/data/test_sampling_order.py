@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megavl.config.data import Grouping
 from megavl.config.errors import UsageError
-from megavl.config.recipe import Grouping
 from megavl.data.interleave import MAX_PERIOD, Interleave
 from megavl.data.manifest import MODALITIES, Modality
 from megavl.data.mixture import Mixture
