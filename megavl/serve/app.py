@@ -289,7 +289,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for Starlette's own errors"
     what = f"{request.method} {excerpt(request.url.path, 200)}: {error.detail}"
-    return await _refused(request, Refusal(what, status=error.status_code))
+    response = await _refused(request, Refusal(what, status=error.status_code))
+    # Of a wrong method, the right ones.
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -64,10 +64,12 @@ def generated(folder: Path, *words: str) -> str:
     return out.getvalue().removesuffix("\n")
 
 
-def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+def post(
+    server: Server, path: str, body: bytes, *, method: str = "POST", **headers: str
+) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, JSON and headers of a plain request."""
     sent = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    request = urllib.request.Request(server.address + path, data=body, headers=sent)
+    request = urllib.request.Request(server.address + path, data=body, headers=sent, method=method)
     try:
         with urllib.request.urlopen(request) as answer:
             return answer.status, json.load(answer), dict(answer.headers)
@@ -270,6 +272,15 @@ def test_bodies_that_are_no_requests(server):
     assert post(server, "/v1/completions", b'{"prompt": "\\ud800"}')[0] == 400
     assert post(server, "/v1/completions", b'"' + b"x" * (1 << 20) + b'"')[0] == 413
     assert post(server, "/v1/nothing", good)[0] == 404
+    for method, path, right in (
+        ("POST", "/v1/models", {"GET", "HEAD"}),
+        ("GET", "/v1/completions", {"POST"}),
+        ("OPTIONS", "/v1/chat/completions", {"POST"}),
+        ("DELETE", "/", {"GET", "HEAD"}),
+    ):
+        status, refused, headers = post(server, path, good, method=method)
+        assert status == 405 and set(headers["allow"].split(", ")) == right, (method, path)
+        assert "Method Not Allowed" in refused["error"]["message"]
     for headers, status in (
         ({"Host": "evil.example"}, 403),
         ({"Host": "127.0.0.1.evil.example:80"}, 403),
