@@ -43,6 +43,8 @@ def _item(row: Row) -> Item:
     if type_ not in _LINES:
         raise row.error(f"type: {type_[:20]!r} is none of {', '.join(_LINES)}")
     answer = row.text("answer")
+    if type_ == CHOOSE:
+        answer = "".join(sorted(re.sub(r"[\s,，、]", "", answer)))
     options = _options(row) if type_ == CHOOSE else {}
     choices: Sequence[str] = {CHOOSE: tuple(options), JUDGE: ("对", "错"), FILL: ()}[type_]
     if type_ == JUDGE and answer not in choices:

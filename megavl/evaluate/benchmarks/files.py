@@ -167,6 +167,8 @@ class _TsvRow:
 
 
 def _tsv(path: Path) -> Iterator[Row]:
+    # The file may be another one than when it was read before.
+    _images_by_index.cache_clear()
     for row, values in _tsv_rows(path):
 
         def stored(name: str, *, row: _TsvRow = row, values: Mapping[str, str] = values) -> StoredImage:
@@ -179,7 +181,7 @@ def _tsv_rows(path: Path) -> Iterator[tuple[_TsvRow, dict[str, str]]]:
     header: tuple[str, ...] = ()
     for number, offset, size, cells in _tsv_cells(path):
         if not header:
-            header = tuple(name.strip().lstrip("\ufeff") for name in cells)
+            header = tuple(name.strip() for name in cells)
             if doubled := next((name for name in header if header.count(name) > 1), None):
                 raise DataError(f"{path}:1: two columns are called {doubled!r}")
             continue
@@ -234,7 +236,7 @@ def _tsv_cells(path: Path) -> Iterator[tuple[int, int, int, list[str]]]:
         for line in file:
             read += len(line)
             lines += 1
-            yield line.decode("utf-8")
+            yield line.decode("utf-8-sig" if lines == 1 else "utf-8")
 
     try:
         with io.BufferedReader(open_regular(path), 1 << 20) as file:  # type: ignore[type-var]
@@ -315,6 +317,8 @@ def _object_row(value: Any, *, path: Path, location: str) -> Row:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    for cached in (_open_parquet, _image_column):
+        cached.cache_clear()
     table = _open_parquet(path)
     first = 0
     for group in range(table.metadata.num_row_groups):

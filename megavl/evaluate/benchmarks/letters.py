@@ -20,6 +20,8 @@ _STATED = r"(?:answer|option|choice|select|choose|答案|选择|选项|选)(?:\s
 _OPENING = r"[\s(\[*\"'“.:)\]、]*"
 """What may stand between a letter and its option's text."""
 
+_SMALL = re.compile(r"\([a-z]\)|^[\s([*\"'“]*[a-z](?=[.):\]]+[*\s])")
+"""A small letter that is as clear as a capital one: `(b)`, or `b.` at the beginning."""
 _AFTER_LETTER = r"(?:or|and|because|since|as|is|but|due)\b"
 """Words before which `A` is a letter and no article."""
 
@@ -36,7 +38,7 @@ def option_lines(options: Mapping[str, str]) -> str:
 
 def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that an answer means; None if it means none, or more than one."""
-    text = re.sub(r"\([a-z]\)", lambda found: found.group().upper(), unicodedata.normalize("NFKC", answer).strip())
+    text = _SMALL.sub(lambda found: found.group().upper(), unicodedata.normalize("NFKC", answer).strip())
     bare = text.strip(_MARKS)
     if len(bare) == 1 and bare.upper() in options:
         return bare.upper()
@@ -66,13 +68,13 @@ def _stated(text: str, letters: str) -> set[str]:
         return set()
     letter = found[-1].group(1) or found[-1].group(2)
     end = found[-1].end()
-    # `the answer is a dog` states no letter, and `the answer is A or B` two.
-    if letter.islower():
+    # `the answer is a dog` states no letter, `the answer is b.` does, and `the answer is A or B` two.
+    if letter.islower() and not re.match(r"\W*$|[.):\]]+\s", text[end:]):
         return set()
     if letter == "A" and re.match(rf" (?!{_AFTER_LETTER})[a-z]", text[end:]):
         return set()
     more = re.match(rf"[)\]]*\s*(?:or|and|/|,|或|和)\s*[(\[]?([{letters}])(?![A-Za-z'])", text[end:])
-    return {letter, more.group(1)} if more else {letter}
+    return {letter.upper(), more.group(1)} if more else {letter.upper()}
 
 
 def _leading(text: str, options: Mapping[str, str]) -> set[str]:

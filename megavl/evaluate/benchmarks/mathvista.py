@@ -13,14 +13,19 @@ from collections.abc import Iterator
 
 from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
 from megavl.evaluate.benchmarks.item import Item
-from megavl.evaluate.benchmarks.letters import letter_of, lettered
+from megavl.evaluate.benchmarks.letters import letter_of
 from megavl.evaluate.benchmarks.row import Row
-from megavl.evaluate.benchmarks.sentences import numbers_in
 
 _TYPES = ("text", "integer", "float", "list")
 _PLACES = {1: "one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4,"}
 _PLACES[2] = "two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45,"
 _STATED = re.compile(r"(?i)(?:answer|result|value)(?:\s+(?:is|would be|equals)|\s*[:=])\s*([^\n]*)|\\boxed\{([^{}]*)\}")
+_NUMBER = re.compile(
+    r"(?<![\d.])-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+    r"(?:\s?/\s?\d+(?:\.\d+)?)?"
+)
+"""With separators of thousands, an exponent, or a denominator."""
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 EXTRACTION = """Read the question and the response to it. Write only the final answer that the response gives, with no \
 other word: the letter of the option for a question with choices, otherwise a number, or a list such as [1, 2]. \
 Write NONE if the response gives no answer.
@@ -42,7 +47,7 @@ def _item(row: Row) -> Item:
     closed, answer_type = row.text("question_type") == "multi_choice", row.text("answer_type")
     if answer_type not in _TYPES:
         raise row.error(f"answer_type: {answer_type[:20]!r} is none of {', '.join(_TYPES)}")
-    options = lettered(row.texts("choices")) if closed else {}
+    options = row.options("choices") if closed else {}
     answer = row.text("answer")
     letters = [letter for letter, text in options.items() if text == answer]
     if closed and not letters:
@@ -91,13 +96,11 @@ def parse(item: Item, answer: str) -> str | None:
         return lists[-1] if lists else None
     if item.details["type"] == "text":
         return text or None
+    text = _FRACTION.sub(r"\1/\2", text.replace("\u2212", "-"))
     # The first number of what is stated as the answer, or else the last of all: the prompt asks for it at the end.
-    if stated := _STATED.findall(text):
-        tail = "".join(stated[-1])
-        if numbers := numbers_in(tail):
-            return _number(min(numbers, key=lambda number: (tail.find(number), -len(number))), item)
-    last = max(numbers_in(text), key=lambda number: (text.rfind(number), len(number)), default=None)
-    return None if last is None else _number(last, item)
+    stated = _NUMBER.findall("".join((_STATED.findall(text) or [""])[-1]))
+    numbers = stated[:1] or _NUMBER.findall(text)[-1:]
+    return _number(numbers[0], item) if numbers else None
 
 
 def is_right(item: Item, prediction: str) -> bool:
@@ -123,9 +126,10 @@ def parse_reply(item: Item, reply: str) -> str | None:
 
 def _number(text: str, item: Item) -> str | None:
     try:
-        value = float(text.replace(",", ""))
+        above, _, below = text.replace(",", "").partition("/")
+        value = float(above) / float(below or 1)
         return str(int(value)) if item.details["type"] == "integer" else str(round(value, int(item.details["places"])))
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, ZeroDivisionError):
         return None
 
 

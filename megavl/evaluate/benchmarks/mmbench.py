@@ -29,8 +29,7 @@ read_cn = partial(read, letter_line=LETTER_LINE_CN)
 
 def _item(row: Row, *, letter_line: str) -> Item:
     options = {letter: text for letter in "ABCDE" if (text := row.optional(letter))}
-    if len(options) < 2 or list(options) != list("ABCDE"[: len(options)]):
-        raise row.error(f"has options {', '.join(options) or 'none'}; a question needs A, B and so on without a gap")
+    row.require_no_gap(options)
     answer = row.text("answer")
     if answer not in options:
         raise row.error(f"answer: {answer[:20]!r} is none of the options {', '.join(options)}")

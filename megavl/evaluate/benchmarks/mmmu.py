@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from megavl.data.template import IMAGE_TAG
 from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
 from megavl.evaluate.benchmarks.item import Item
-from megavl.evaluate.benchmarks.letters import LETTER_LINE, WORD_LINE, lettered, option_lines
+from megavl.evaluate.benchmarks.letters import LETTER_LINE, WORD_LINE, option_lines
 from megavl.evaluate.benchmarks.row import Row
 from megavl.evaluate.benchmarks.sentences import key_phrases, matches, number_of, numbers_in
 from megavl.generate.prompt import ImageSource
@@ -29,9 +29,7 @@ def read(where: str) -> Iterator[Item]:
 
 def _item(row: Row) -> Item:
     name, question, closed = row.text("id"), row.text("question"), row.text("question_type") == "multiple-choice"
-    options = lettered(row.texts("options")) if closed else {}
-    if closed and len(options) < 2:
-        raise row.error(f"options: {list(options.values())} are fewer than two")
+    options = row.options("options") if closed else {}
     body = f"{question}\n{option_lines(options)}\n\n{LETTER_LINE}" if closed else f"{question}\n\n{WORD_LINE}"
     prompt, images = with_images(row, body)
     answers = _answers(row)

@@ -13,6 +13,8 @@ from megavl.evaluate.benchmarks.item import Item
 from megavl.evaluate.benchmarks.row import Row
 
 _FOLDERS = ("OCRBench_Images", "images", "")
+_FORMULAS = "Handwritten Mathematical Expression Recognition"
+"""The type of HME100k; files as TSV name types alone."""
 
 
 def read(where: str) -> Iterator[Item]:
@@ -56,7 +58,7 @@ def parse(item: Item, answer: str) -> str | None:
 
 def is_right(item: Item, prediction: str) -> bool:
     """Whether a right text occurs in the answer."""
-    formula = item.details["data set"] == "HME100k"
+    formula = item.details["data set"] == "HME100k" or item.kind == _FORMULAS
 
     def plain(text: str) -> str:
         text = text.strip().replace("\n", " ")

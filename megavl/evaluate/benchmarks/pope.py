@@ -58,7 +58,7 @@ def parse(item: Item, answer: str) -> str | None:
     """Yes or No, from the first sentence that says either."""
     for sentence in re.split(r"[.!?\n;]", answer.lower()):
         words = set(re.findall(r"[a-z']+", sentence.replace("’", "'")))
-        no = bool(words & {"no", "not", "none", "cannot"}) or any(word.endswith("n't") for word in words)
+        no = bool(words & {"no", "nope", "not", "none", "cannot"}) or any(word.endswith("n't") for word in words)
         yes = bool(words & {"yes", "yeah", "yep"})
         if yes and no:
             # `Yes, there is not only one` begins with its answer.

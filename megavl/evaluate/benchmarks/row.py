@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from megavl.config.errors import DataError, one_line
 from megavl.data.image import ImageError, check_image
 from megavl.data.template import IMAGE_TAG
+from megavl.evaluate.benchmarks.letters import LETTERS, lettered
 from megavl.generate.prompt import StoredImage
 
 MAX_CELL = 1 << 20
@@ -116,6 +117,29 @@ class Row:
         if any(IMAGE_TAG in one for one in found):
             raise self.error(f"{name}: spells {IMAGE_TAG}, which only stands for images")
         return found
+
+    def options(self, *names: str) -> dict[str, str]:
+        """A list of two options or more by their letter.
+
+        Raises:
+            DataError: as `texts`, or fewer options, or more than letters.
+        """
+        found = self.texts(*names)
+        if not 2 <= len(found) <= len(LETTERS):
+            fault = "are fewer than two" if len(found) < 2 else f"are {len(found)}, more than letters"
+            raise self.error(f"{names[0]}: {str(list(found))[:_SHOWN]} {fault}")
+        return lettered(found)
+
+    def require_no_gap(self, options: Mapping[str, str]) -> None:
+        """Check the options of a table that has a column for each letter.
+
+        Raises:
+            DataError: fewer than two, or a letter is missing among them.
+        """
+        if len(options) < 2 or list(options) != list(LETTERS[: len(options)]):
+            raise self.error(
+                f"has options {', '.join(options) or 'none'}; a question needs A, B and so on without a gap"
+            )
 
     def image(self, *names: str) -> Path | StoredImage:
         """The image of a column: stored in the file, or a file below its folder. It is opened to see that it can be.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from megavl.evaluate.benchmarks.files import benchmark_files, read_rows
 from megavl.evaluate.benchmarks.item import Item
-from megavl.evaluate.benchmarks.letters import LETTER_LINE, lettered, option_lines
+from megavl.evaluate.benchmarks.letters import LETTER_LINE, option_lines
 from megavl.evaluate.benchmarks.row import Row, names_a_file
 from megavl.generate.prompt import ImageSource
 
@@ -27,10 +27,9 @@ def _item(row: Row, number: int) -> Item:
     tabular = row.has("A", "B")
     if tabular:
         options = {letter: text for letter in "ABCDE" if (text := row.optional(letter))}
+        row.require_no_gap(options)
     else:
-        options = lettered(row.texts("choices"))
-    if len(options) < 2:
-        raise row.error(f"choices: {list(options.values())} are fewer than two")
+        options = row.options("choices")
     text = row.text("answer")
     answer = text if text in options else _letter_at(row, options)
     hint = row.optional("hint")

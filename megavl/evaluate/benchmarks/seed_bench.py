@@ -28,7 +28,7 @@ def _item(row: Row) -> Item:
     if list(options) != list("ABCD"[: max(2, len(options))]):
         row.text("choice_a", "A")
         row.text("choice_b", "B")
-        raise row.error(f"has options {', '.join(options)}; a question needs A, B and so on without a gap")
+        row.require_no_gap(options)
     answer = row.text("answer")
     if answer not in options:
         raise row.error(f"answer: {answer[:20]!r} is none of the options {', '.join(options)}")

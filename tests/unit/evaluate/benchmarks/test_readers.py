@@ -114,6 +114,46 @@ def test_other_published_forms_hold_the_same_questions(tmp_path: Path) -> None:
         assert torch.equal(canvases[0], canvases[1])
 
 
+def test_formulas_of_a_tsv_count_without_blanks(tmp_path: Path) -> None:
+    """VLMEvalKit's file has no names of data sets, but types."""
+    row = {"question": "?", "answer": r"['\\frac { 1 } { 2 }']"}
+    types = ("Handwritten Mathematical Expression Recognition", "Regular Text Recognition")
+    rows = [
+        {"index": number, "image": published.base64_picture(number), **row, "category": kind}
+        for number, kind in enumerate(types)
+    ]
+    (task,) = read_benchmarks([f"ocrbench={published.write_tsv(tmp_path / 'OCRBench.tsv', rows)}"])
+    assert [item.kind for item in task.items] == list(types)
+    assert [BENCHMARKS["ocrbench"].is_right(item, r"$\frac{1}{2}$") for item in task.items] == [True, False]
+
+
+def test_byte_order_mark_and_line_ends_change_nothing(tmp_path: Path) -> None:
+    """As Excel saves a TSV, also with a quoted header."""
+    path = published.write_tsv(tmp_path / "dev.tsv", published.mmbench_rows())
+    (plain,) = read_benchmarks([f"mmbench={path}"])
+    text = path.read_bytes().replace(b"\n", b"\r\n").replace(b"index", b'"index"', 1)
+    path.write_bytes(b"\xef\xbb\xbf" + text)
+    (task,) = read_benchmarks([f"mmbench={path}"])
+    assert [item.id for item in task.items] == [item.id for item in plain.items]
+    assert [item.options for item in task.items] == [item.options for item in plain.items]
+    assert len(read_canvases([image for item in task.items for image in item.images], geometry=GEOMETRY)) == 4
+
+
+def test_options_of_a_table_have_no_gap(tmp_path: Path) -> None:
+    row = {"question": "Which?", "hint": "", "A": "ice", "B": "", "C": "sun", "D": "", "answer": "C", "category": "x"}
+    path = published.write_tsv(tmp_path / "ScienceQA_TEST.tsv", [{"index": 1, **row, "image": ""}])
+    with pytest.raises(DataError, match=r"ScienceQA_TEST.tsv:2 \(index 1\): has options A, C; a question needs A, B"):
+        read_benchmarks([f"scienceqa={path}"])
+
+
+def test_right_options_may_be_listed_in_any_form(tmp_path: Path) -> None:
+    where = published.cmmmu(tmp_path)
+    (path,) = tmp_path.rglob("*.parquet")
+    rewrite(path, setting(1, "answer", "D, A"))
+    (task,) = read_benchmarks([f"cmmmu={where}"])
+    assert task.items[1].answer == "AD"
+
+
 def test_rows_that_are_passed_over_are_counted(tmp_path: Path) -> None:
     (task,) = read_benchmarks([f"seed-bench={published.seed_bench(tmp_path)}"])
     assert (len(task.items), task.passed_over) == (4, 1)
@@ -295,6 +335,11 @@ def rewrite(path: Path, change: Change) -> None:
         ("cmmmu", setting(2, "question", '<img="2.png">?'), "row 3: names image '2.png', which is in none"),
         ("scienceqa", setting(2, "answer", 5), "row 3: answer: 5 is no index of its 5 choices"),
         ("scienceqa", setting(2, "choices", ["one"]), "row 3: choices: .* are fewer than two"),
+        (
+            "scienceqa",
+            setting(2, "choices", list("abcdefghijklmnopqrstuvwxyz?")),
+            "row 3: choices: .* are 27, more than",
+        ),
         ("scienceqa", setting(2, "image", {"bytes": published.picture(1)[:90], "path": ""}), "row 3: image: the image"),
     ],
 )
