@@ -228,6 +228,12 @@ DAMAGE = {
         "generation_kwargs: {until: ['a'], num_beams: 4}\nmetric_list: [{metric: exact_match}]\n",
         "num_beams",
     ),
+    "long option": (
+        "task: local_bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: DOCS}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{[page, question]}}'\n"
+        "doc_to_target: 0\nmetric_list: [{metric: acc}]\n",
+        "is longer than 96 tokens; leave its document out of the task",
+    ),
     "empty option": (
         "task: local_bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: DOCS}}\ntest_split: test\n"
         "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: ['', 'a']\ndoc_to_target: 0\n"
