@@ -1,7 +1,7 @@
 """The contract between data and model: one micro-batch of packed sequences.
 
 Legend: T tokens of the micro-batch (micro-batch size x sequence length), R rows whose next token counts in the loss.
-I images, P positions of an image, C canvas side in pixels, V vision towers, W tower width.
+I images, P positions of an image, C canvas side in pixels, V vision towers, W tower width, H hidden.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Batch:
     """int64 (I * P,): rows of `tokens` that hold images, ascending."""
     images: torch.Tensor
     """uint8 (I, 3, C, C): square canvases in the order of their rows. Empty after the first pipeline stage. Under
-    `parallel.vision: split_all` first this rank's share of them, then the towers' features (I, V, P, W)."""
+    `parallel.vision: split_all` first this rank's share of them, then the towers' features (I, V, P, W). Evaluation
+    gives embeddings (I, P, H) of images that several prompts share."""
     image_count: int
     """I, on every rank."""
     parents: tuple[int, ...] = ()

@@ -150,7 +150,7 @@ def decode_image(source: bytes | str | Path, *, max_aspect: float = MAX_ASPECT) 
     Raises:
         ImageError: missing, empty, truncated, of another format, above 64 megapixels or too narrow.
     """
-    data = source if isinstance(source, bytes) else _read(Path(source))
+    data = source if isinstance(source, bytes) else read_image_file(Path(source))
     return _decode(_open(data, max_aspect=max_aspect))
 
 
@@ -213,7 +213,12 @@ class _Opened(NamedTuple):
     orientation: int
 
 
-def _read(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: it is missing, or has more than a GiB.
+    """
     try:
         return read_limited(path, limit=_LARGEST)
     except (OSError, ValueError) as error:

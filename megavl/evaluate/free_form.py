@@ -20,6 +20,7 @@ from megavl.generate.decode import Request
 from megavl.generate.json_lines import naming
 from megavl.generate.pretrained import Model, Processor
 from megavl.generate.prompt import prompt_pieces
+from megavl.generate.shared_images import SharedImages
 from megavl.parallel.groups import rank_from_env
 
 _MARKS = " .,;:!?()[]{}<>*_`'\"“”‘’«»、。「」『』《》"
@@ -94,11 +95,13 @@ def answer_texts(
     keys = [f"{name}/{number}" for number in range(len(questions))]
     missing = [number for number, key in enumerate(keys) if ledger.get(key) is None]
 
+    shared = SharedImages(model.stage, model.processor.config)
+
     def requests() -> Iterator[Request]:
         for number in missing:
             with naming(questions[number].location):
-                images = model.processor.read_images(questions[number].images)
-            yield Request(ids=ids[number], images=images, max_new_tokens=max_new_tokens)
+                images = shared.read(questions[number].images)
+            yield Request(ids=ids[number], images=shared.embeddings(images), max_new_tokens=max_new_tokens)
 
     if missing:
         length = max(len(ids[number]) for number in missing) + max_new_tokens

@@ -3,7 +3,7 @@
 A prompt runs alone, exactly as in training. Answers share the matrix products of a step. A row whose answer ends takes
 the next prompt. The rows in use always come first, so nothing is computed for ended answers.
 
-Legend: I images, C canvas side in pixels, V vocabulary rows.
+Legend: I images, P tokens per image, H hidden, C canvas side in pixels, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Request:
 
     ids: Sequence[int]
     images: torch.Tensor | None = None
-    """uint8 (I, 3, C, C) in the order of their positions; read on the ranks of the first stage only."""
+    """uint8 (I, 3, C, C) in the order of their positions, or their embeddings (I, P, H); read on the ranks of the first
+    stage only."""
     max_new_tokens: int
     """Most tokens to give; 0 only reads the prompt."""
     sampling: Sampling = GREEDY

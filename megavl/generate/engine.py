@@ -3,7 +3,8 @@
 Every rank makes the same calls with the same tokens in the same order. A stage receives the hidden states of the
 previous stage. The last stage chooses a token and broadcasts it to all.
 
-Legend: N tokens of a step, R rows (sequences), I images, C canvas side in pixels, H hidden, V vocabulary rows.
+Legend: N tokens of a step, R rows (sequences), I images, P tokens per image, C canvas side in pixels, H hidden, V
+vocabulary rows.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Engine:
 
         Args:
             ids: one token or more.
-            images: uint8 (I, 3, C, C) for the image positions among `ids`; needed on the first stage only.
+            images: uint8 (I, 3, C, C) for the image positions among `ids`, or their embeddings (I, P, H); needed on the
+                first stage only.
 
         Returns:
             (1, V) logits of the token that follows; None on other stages than the last.

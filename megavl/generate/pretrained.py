@@ -174,8 +174,7 @@ class Model:
         found = score(
             [self.stage],
             requests,
-            geometry=config.image_geometry,
-            image_token_id=config.image_token_id,
+            config=config,
             row_tokens=row_tokens,
             progress=progress,
             on_scores=on_scores,

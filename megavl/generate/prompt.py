@@ -5,12 +5,12 @@ Legend: I images, C canvas side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -18,7 +18,7 @@ from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.config.model import ModelConfig
 from megavl.config.presets import ImageGeometry
-from megavl.data.image import ImageError, canvas, decode_image, to_rgb
+from megavl.data.image import ImageError, canvas, decode_image, read_image_file, to_rgb
 from megavl.data.template import (
     IMAGE_TAG,
     Piece,
@@ -124,10 +124,36 @@ def read_canvases(sources: Sequence[ImageSource], *, geometry: ImageGeometry) ->
     Raises:
         ImageError: a file is missing, damaged or not an image; the message names it.
     """
-    canvases = [canvas(_read_image(source), geometry=geometry) for source in sources]
+    canvases = [image_canvas(image_content(source), geometry=geometry, source=source) for source in sources]
     if not canvases:
         return torch.zeros((0, 3, geometry.canvas_size, geometry.canvas_size), dtype=torch.uint8)
-    return torch.from_numpy(np.stack(canvases))
+    return torch.stack(canvases)
+
+
+def image_content(source: ImageSource) -> Image.Image | bytes:
+    """An image in memory as it is, or the bytes of an image file.
+
+    Raises:
+        ImageError: the file cannot be read; the message names it.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    with _naming(source):
+        return read_image_file(Path(source)) if isinstance(source, (str, Path)) else source.read()
+
+
+def image_canvas(content: Image.Image | bytes, *, geometry: ImageGeometry, source: ImageSource) -> torch.Tensor:
+    """Canvas uint8 (3, C, C) of the content of a source.
+
+    Raises:
+        ImageError: it is damaged or no image; the message names the source.
+    """
+    if isinstance(content, bytes):
+        with _naming(source):
+            image = decode_image(content)
+    else:
+        image = to_rgb(content)
+    return torch.from_numpy(canvas(image, geometry=geometry))
 
 
 def end_ids(config: ModelConfig, *, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -140,13 +166,13 @@ def answer_text(ids: Sequence[int], *, tokenizer: Tokenizer) -> str:
     return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
 
 
-def _read_image(path: ImageSource) -> Image.Image:
-    if isinstance(path, Image.Image):
-        return to_rgb(path)
+@contextmanager
+def _naming(source: ImageSource) -> Iterator[None]:
+    """Errors about an image name its source."""
     try:
-        return decode_image(path if isinstance(path, (str, Path)) else path.read())
+        yield
     except ImageError as error:
         reason = str(error)
-        if str(path) in reason:
+        if str(source) in reason:
             raise
-        raise ImageError(f"{path}: {reason}; give an image that opens", error.reason) from error
+        raise ImageError(f"{source}: {reason}; give an image that opens", error.reason) from error

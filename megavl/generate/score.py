@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megavl.config.expected_warnings import expected_warnings_ignored
-from megavl.config.presets import ImageGeometry
+from megavl.config.model import ModelConfig
 from megavl.data.batch import Batch, make_batch
 from megavl.generate.prompt import read_canvases
 from megavl.generate.score_rows import ScoreRequest, ScoreRow, score_rows
+from megavl.generate.shared_images import SharedImage, SharedImages
 from megavl.parallel import cpu_runtime
 
 with expected_warnings_ignored():
@@ -62,8 +63,7 @@ def score(
     stages: Sequence[DeepseekVL],
     requests: Sequence[ScoreRequest],
     *,
-    geometry: ImageGeometry,
-    image_token_id: int,
+    config: ModelConfig,
     row_tokens: int = ROW_TOKENS,
     spread: Spread | None = None,
     progress: Callable[[int], object] = lambda _: None,
@@ -73,7 +73,8 @@ def score(
 
     Args:
         stages: this rank's pipeline stages: one, or those of `parallel.virtual_pipeline`. They end as they were.
-        geometry: of the canvases that the first stage reads.
+        config: of the model. Requests whose images have the same content share their embeddings, as long as those are
+            remembered; with `spread` they do not.
         row_tokens: most tokens of a row.
         spread: hands the images of some batches to the ranks that encode them; default: the first stage does.
         progress: told after each pass the number of options in it.
@@ -85,6 +86,8 @@ def score(
     Raises:
         ImageError: an image cannot be read; on every rank.
     """
+    reader = next((stage for stage in stages if stage.pre_process), None)
+    shared = None if reader is None or spread is not None else SharedImages(reader, config)
     # Transformer Engine's attention knows no segment that continues another.
     rows = score_rows(requests, limit=row_tokens, shared=not stages[0].config.apply_rope_fusion)
     found = [[Score(log_prob=math.nan, tokens=0, greedy=False)] * len(request.options) for request in requests]
@@ -92,7 +95,7 @@ def score(
     told = 0
     for first in range(0, len(rows), size):
         part = rows[first : first + size]
-        values = _score(stages, part, geometry=geometry, image_token_id=image_token_id, spread=spread)
+        values = _score(stages, part, config=config, shared=shared, spread=spread)
         for one, (losses, likeliest) in zip((one for row in part for one in row.predictions), values, strict=True):
             found[one.request][one.option] = Score(
                 log_prob=-math.fsum(losses), tokens=len(one.labels), greedy=all(likeliest)
@@ -170,28 +173,49 @@ def _score(
     stages: Sequence[DeepseekVL],
     rows: Sequence[ScoreRow],
     *,
-    geometry: ImageGeometry,
-    image_token_id: int,
+    config: ModelConfig,
+    shared: SharedImages | None,
     spread: Spread | None,
 ) -> Iterator[tuple[list[float], list[float]]]:
     """Losses and whether each label is the likeliest, for each option of the rows, in their order."""
-    reads = spread is not None or any(stage.pre_process for stage in stages)
-    canvases: list[torch.Tensor] = []
-
-    def read() -> None:
-        canvases.extend(read_canvases(row.images if reads else (), geometry=geometry) for row in own_share(rows))
-
-    collective_errors.on_every_rank(read)
+    own = own_share(rows)
+    images = _images(stages, own, config=config, shared=shared, reads=spread is not None)
     length = _common_length(rows)
     batches = [
-        _batch(row, length=length or row.tokens, images=images, image_token_id=image_token_id)
-        for row, images in zip(own_share(rows), canvases)
+        _batch(row, length=length or row.tokens, images=of_row, image_token_id=config.image_token_id)
+        for row, of_row in zip(own, images, strict=True)
     ]
     counts = [sum(len(one.labels) for one in row.predictions) for row in rows]
     found = label_scores(stages, batches, counts=counts, length=length or 1, spread=spread)
     for row, values in zip(rows, found, strict=True):
         losses, likeliest = (part.split([len(one.labels) for one in row.predictions]) for part in values)
         yield from ((loss.tolist(), marks.tolist()) for loss, marks in zip(losses, likeliest))
+
+
+def _images(
+    stages: Sequence[DeepseekVL],
+    rows: Sequence[ScoreRow],
+    *,
+    config: ModelConfig,
+    shared: SharedImages | None,
+    reads: bool,
+) -> list[torch.Tensor]:
+    """Of each row on the first stage embeddings (I, P, H), or with `reads` canvases (I, 3, C, C) on every stage."""
+    canvases: list[torch.Tensor] = []
+    pictures: list[list[SharedImage]] = []
+
+    def read() -> None:
+        if shared is not None:
+            pictures.extend(shared.read(row.images) for row in rows)
+        else:
+            some = (row.images if reads else () for row in rows)
+            canvases.extend(read_canvases(images, geometry=config.image_geometry) for images in some)
+
+    collective_errors.on_every_rank(read)
+    if shared is None:
+        return canvases
+    with _evaluating(stages):
+        return [shared.embeddings(of_row) for of_row in pictures]
 
 
 def _common_length(rows: Sequence[ScoreRow]) -> int | None:

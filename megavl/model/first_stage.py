@@ -34,8 +34,9 @@ def embed(
     Args:
         embedding: megatron-core's language model embedding (vocabulary split over tensor-parallel ranks).
         tokens: int64 (T,).
-        images: what `placement` takes for I images: uint8 (I, 3, C, C), or features of the towers. None where
-            `image_rows` is empty and no dummy image is wanted.
+        images: what `placement` takes for I images: uint8 (I, 3, C, C), or features of the towers. Or their embeddings
+            (I, P, H), which evaluation makes once for several prompts. None where `image_rows` is empty and no dummy
+            image is wanted.
         image_rows: int64 (I * P,), rows of `tokens` that the images fill.
         dummy_image: where this rank encodes no image, encode a dummy one with weight zero. Overlapped gradient
             reduction then finds a gradient of every trainable weight.
@@ -49,7 +50,8 @@ def embed(
     x = x[:, 0].unsqueeze(1)
     if len(image_rows):
         assert images is not None, "image rows come with images"
-        vectors = placement.embeddings(vision, images).flatten(0, 1)  # (I * P, H)
+        embedded = images if images.ndim == 3 else placement.embeddings(vision, images)
+        vectors = embedded.flatten(0, 1)  # (I * P, H)
         # By index, because the backward pass of masked_scatter would wait for the device to count the mask.
         x = x.index_copy(0, image_rows, vectors.unsqueeze(1).to(x.dtype))
     if dummy_image and vision.trains:

@@ -103,7 +103,7 @@ class DeepseekVL(MegatronModule):
         Args:
             step: the cache's rows that the tokens continue.
             tokens: int64 (T,).
-            images: uint8 (I, 3, C, C); read on the first stage only.
+            images: uint8 (I, 3, C, C), or embeddings (I, P, H); read on the first stage only.
             image_rows: int64 (I * P,), rows of `tokens` that the images fill.
 
         Returns:

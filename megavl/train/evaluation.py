@@ -217,8 +217,6 @@ class Evaluation:
             raise DataError(f"evaluation.held_out: {path}: {error}") from error
 
     def _task(self, model: ModelChunks, task: _TaskFile, *, bar: tqdm[Any]) -> dict[str, Any]:
-        model_config = self._plan.recipe.model
-
         def told(_: int) -> None:
             self._stop_if_asked()
 
@@ -227,8 +225,7 @@ class Evaluation:
             score(
                 [chunk.module for chunk in model.chunks],
                 flat,
-                geometry=model_config.image_geometry,
-                image_token_id=model_config.image_token_id,
+                config=self._plan.recipe.model,
                 spread=spread_images(model),
                 progress=told,
             )

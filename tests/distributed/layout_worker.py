@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import io
 import json
 import os
 import shutil
@@ -138,13 +139,26 @@ def run_case(case: dict[str, Any], *, out: Path) -> None:
         shutil.rmtree(out / f"state of {case['resume']}")
 
 
+class _Stored:
+    """An image file in memory."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        self.read = buffer.getvalue
+
+
 def _scores(model: ModelChunks, config: ModelConfig) -> list[float]:
-    """Log-probabilities of options of one and of several tokens, with no, one and two images, over several passes."""
+    """Log-probabilities of options of one and of several tokens, over several passes.
+
+    Prompts have no, one or two of three images, which they share.
+    """
     rng = np.random.default_rng(1)
     low, high = config.image_token_id + 1, config.llm.vocab_size
+    files = [_Stored(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))) for _ in range(3)]
     requests = []
     for number in range(7):
-        pictures = [Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)) for _ in range(number % 3)]
+        pictures = [files[(number + at) % 3] for at in range(number % 3)]
         prompt = [*[config.image_token_id] * config.image_tokens * len(pictures), *rng.integers(low, high, 9).tolist()]
         options = [(*prompt, *rng.integers(low, high, 1 + 2 * (number % 2)).tolist()) for _ in range(3)]
         encoded = tuple(EncodedOption(ids=ids, start=len(prompt)) for ids in options)
@@ -153,8 +167,7 @@ def _scores(model: ModelChunks, config: ModelConfig) -> list[float]:
     found = score(
         [chunk.module for chunk in model.chunks],
         requests,
-        geometry=config.image_geometry,
-        image_token_id=config.image_token_id,
+        config=config,
         row_tokens=100,
         spread=spread_images(model),
     )
