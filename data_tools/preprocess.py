@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("samples and sequences").add_argument
     add("--template", choices=("deepseek", "plain", "none"), help="default: deepseek for turns, plain for documents")
-    add("--system-prompt", default=SYSTEM_PROMPT, metavar="TEXT", help="for conversations without one; '' adds none")
+    add("--system-prompt", default=SYSTEM_PROMPT, metavar="TEXT", help="model.system_prompt of recipes; '' adds none")
     add("--seq-length", type=_positive, default=4096, metavar="S", help="tokens per sequence")
     add("--pack", action=flag, default=True, help="put several samples into one sequence")
     add("--max-images-per-sequence", type=_positive, default=5, metavar="K", help="images per sequence")

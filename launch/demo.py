@@ -218,11 +218,11 @@ def _export(out: Path) -> dict[str, Any]:
 
 def _evaluate(out: Path) -> dict[str, Any]:
     checkpoint, task, report = out / "stage3/checkpoints", out / "corpus/eval.jsonl", out / "accuracy.json"
-    _megavl("evaluate", checkpoint, task, "--blind", "--system", "", "--json", report)
+    _megavl("evaluate", checkpoint, task, "--blind", "--json", report)
     found = json.loads(report.read_text(encoding="utf-8"))
     question = json.loads(task.read_text(encoding="utf-8").splitlines()[0])
     image = task.parent / question["images"][0]
-    _megavl("generate", checkpoint, "--image", image, "--prompt", question["prompt"], "--system", "")
+    _megavl("generate", checkpoint, "--image", image, "--prompt", question["prompt"])
     print(f"expected: {question['choices'][question['answer']]}", flush=True)
     return {"image": found["accuracy"], "blind": found["blind"], "chance": found["chance"], "n": found["n"]}
 
@@ -245,7 +245,7 @@ def _print_table(summary: dict[str, Any], *, path: Path) -> None:
         f"questions   {accuracy['n']} on held-out images: {accuracy['image']:.1%} right, with another image "
         f"{accuracy['blind']:.1%}, chance {accuracy['chance']:.1%}",
         f"time        {summary['seconds']:.0f} s; {path}",
-        f"next        source .venv/bin/activate && megavl chat {summary['hf_native']} --system ''",
+        f"next        source .venv/bin/activate && megavl chat {summary['hf_native']}",
     ]
     print("\n" + "\n".join(lines), flush=True)
 

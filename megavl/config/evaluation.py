@@ -10,7 +10,6 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from megavl.config.bounds import NonNegative, PathText, Positive
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import UsageError
 from megavl.config.model import STRICT
 
@@ -42,8 +41,8 @@ class EvaluationConfig:
     """Directories written by data_tools/preprocess.py whose loss is measured, but not trained on."""
     held_out_sequences: Positive = 64
     """Most sequences of each modality that are read of a held-out directory: its first ones."""
-    system: str = SYSTEM_PROMPT
-    """System text of the questions; empty for none."""
+    system: str | None = None
+    """System text of the questions; empty for none. Default: `model.system_prompt`."""
     normalize: Normalization = "token"
     """By what options are compared: token (perplexity, as in the paper), sum or byte."""
 

@@ -11,9 +11,9 @@ from megavl.config.load import load_model_config, to_dict
 from megavl.config.model import ModelConfig
 from megavl.config.presets import CUSTOM, MODELS
 
-MODEL_LABELS = ("preset", "llm.max_position_embeddings", "llm.init_std", "eos_token_ids")
+MODEL_LABELS = ("preset", "llm.max_position_embeddings", "llm.init_std", "eos_token_ids", "system_prompt")
 """Fields of a model that change no number it computes: a name, a limit that exports state, the spread of random initial
-weights, and where answers end. Every other field must be equal, also one that is new."""
+weights, where answers end, and what begins a prompt. Every other field must be equal, also one that is new."""
 _SHOWN = 3
 
 
@@ -51,8 +51,8 @@ def model_changes(old: ModelConfig, new: ModelConfig) -> tuple[list[Change], lis
 
 def with_own_preset(config: ModelConfig) -> ModelConfig:
     """The same sizes, with the name of the preset that has exactly these, or `custom`."""
-    named = (dataclasses.replace(config, preset=name) for name in MODELS)
-    return next((row for row in named if row == load_model_config(row.preset)), _custom(config))
+    named = (load_model_config(name, system_prompt=config.system_prompt) for name in MODELS)
+    return next((row for row in named if row == dataclasses.replace(config, preset=row.preset)), _custom(config))
 
 
 def model_name(config: ModelConfig) -> str:
@@ -60,7 +60,9 @@ def model_name(config: ModelConfig) -> str:
     if config.preset not in MODELS:
         return config.preset
     found = [
-        f"{change.key} {change.new}" for change in changes(to_dict(load_model_config(config.preset)), to_dict(config))
+        f"{change.key} {change.new}"
+        for change in changes(to_dict(load_model_config(config.preset)), to_dict(config))
+        if change.key != "system_prompt"
     ]
     more = [f"{len(found) - _SHOWN} more changes"] if len(found) > _SHOWN else []
     return f"{config.preset} with {', '.join([*found[:_SHOWN], *more])}" if found else config.preset

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from megavl.config.adaptor import ADAPTORS, AdaptorKind, AdaptorLayer, AdaptorSizes, kinds
 from megavl.config.bounds import Layers, NonNegative, PositiveReal, Size
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import UsageError
 from megavl.config.presets import HYBRID_BACKGROUND, SIGLIP_BACKGROUND, ImageGeometry
 
@@ -167,6 +168,9 @@ class ModelConfig:
     """Id of `<image_placeholder>`."""
     eos_token_ids: tuple[NonNegative, ...] = ()
     """Ids that end an answer, where a model was published with several; default: the tokenizer's EOS alone."""
+    system_prompt: str = SYSTEM_PROMPT
+    """System text of conversations that bring none, in every command and in exports: what `preprocess.py
+    --system-prompt` was given. Empty: none. Default: that of the released models."""
 
     def __post_init__(self) -> None:
         _check_adaptor(self)

@@ -50,15 +50,15 @@ _TEMPLATE = """\
 """
 
 
-def chat_template(*, eos_token: str, image_token: str) -> str:
+def chat_template(*, eos_token: str, image_token: str, system: str = SYSTEM_PROMPT) -> str:
     """Jinja source of the template.
 
     EOS closes every assistant answer, the last one too, so that the template also renders training text. A leading
-    system message replaces the default prompt; an empty one removes it.
+    system message replaces `system`; an empty one removes it.
     """
-    literals = {"@EOS@": eos_token, "@IMAGE@": image_token, "@SYSTEM@": SYSTEM_PROMPT}
+    literals = {"@EOS@": eos_token, "@IMAGE@": image_token, "@SYSTEM@": system.lstrip()}
     template = _TEMPLATE
     for mark, value in literals.items():
-        # A JSON string in ASCII is a valid Jinja literal of the same value.
-        template = template.replace(mark, json.dumps(value))
+        # A JSON string is a valid Jinja literal of the same value. In ASCII an emoji would become two surrogates.
+        template = template.replace(mark, json.dumps(value, ensure_ascii=False))
     return template

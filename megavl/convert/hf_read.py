@@ -53,9 +53,9 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Format]:
     check_normalisation(path.parent)
     model_type = raw.get("model_type")
     if model_type in native_format.MODEL_TYPES:
-        return _with_eos(native_format.read_config(raw, where=path), raw, "text_config", where=path), "native"
+        return _completed(native_format.read_config(raw, where=path), raw, "text_config", where=path), "native"
     if model_type == original_format.MODEL_TYPE:
-        return _with_eos(original_format.read_config(raw, where=path), raw, "language_config", where=path), "original"
+        return _completed(original_format.read_config(raw, where=path), raw, "language_config", where=path), "original"
     remedy = (
         "; `megavl convert init --llm` makes start weights of a language model"
         if model_type == llm_format.MODEL_TYPE
@@ -73,7 +73,16 @@ def read_llm_config(folder: str | Path) -> ModelConfig | None:
     raw = read_json(path)
     if raw.get("model_type") != llm_format.MODEL_TYPE:
         return None
-    return _with_eos(llm_format.read_config(raw, where=path), raw, "", where=path)
+    return _completed(llm_format.read_config(raw, where=path), raw, "", where=path)
+
+
+def _completed(config: ModelConfig, raw: dict[str, Any], part: str, *, where: Path) -> ModelConfig:
+    """Sizes with what else a file says about prompts and answers."""
+    system = raw.get("system_prompt")
+    if system is not None and not isinstance(system, str):
+        raise CheckpointError(f"{where}: system_prompt: a text is expected, found {str(system)[:200]}")
+    config = _with_eos(config, raw, part, where=where)
+    return config if system is None else dataclasses.replace(config, system_prompt=system)
 
 
 def _with_eos(config: ModelConfig, raw: dict[str, Any], part: str, *, where: Path) -> ModelConfig:

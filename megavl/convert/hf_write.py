@@ -149,13 +149,17 @@ def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Export, dt
     """Files in the order of writing: config.json, which makes a folder a model, comes last."""
     plain = _SIDE_FILES[fmt](config, ids=tokenizer.ids, dtype=dtype)
     files = {
-        "tokenizer_config.json": tokenizer_config(tokenizer, fmt=fmt, max_length=config.llm.max_position_embeddings)
+        "tokenizer_config.json": tokenizer_config(
+            tokenizer, fmt=fmt, max_length=config.llm.max_position_embeddings, system=config.system_prompt
+        )
     }
     special = special_tokens_map(tokenizer)
     if special is not None:
         files["special_tokens_map.json"] = special
     if fmt != "original":
-        template = chat_template(eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN)
+        template = chat_template(
+            eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN, system=config.system_prompt
+        )
         files["chat_template.jinja"] = template.encode()
         changed = with_bos_first(tokenizer)
         if changed is not None:

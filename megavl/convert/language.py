@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavl.config.bounds import MAX_LAYERS, MAX_SIZE
+from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import CheckpointError, UsageError
 from megavl.config.identity import with_own_preset
 from megavl.config.load import model_config_from_dict
@@ -134,6 +135,11 @@ def _sizes_of(fields: Fields) -> dict[str, Any]:
 def eos_json(config: ModelConfig, *, eos_id: int) -> int | list[int]:
     """`eos_token_id` of an export: the model's ids where it has several, else the tokenizer's."""
     return list(config.eos_token_ids) or eos_id
+
+
+def system_json(config: ModelConfig) -> dict[str, str]:
+    """What an export says about the model's system text; nothing where it is that of the released models."""
+    return {} if config.system_prompt == SYSTEM_PROMPT else {"system_prompt": config.system_prompt}
 
 
 def language_json(llm: DecoderConfig, *, bos_id: int, eos_id: int | list[int], dtype: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megavl.config.model import ModelConfig
 from megavl.config.presets import MODELS
-from megavl.convert.language import eos_json, language_json, model_config, read_llama
+from megavl.convert.language import eos_json, language_json, model_config, read_llama, system_json
 from megavl.convert.tokenizer_files import TokenizerIds, image_token_id
 
 MODEL_TYPE = "llama"
@@ -35,6 +35,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
         "config.json": {
             "architectures": ["LlamaForCausalLM"],
             **language_json(config.llm, bos_id=ids.bos, eos_id=eos, dtype=dtype),
+            **system_json(config),
         },
         "generation_config.json": {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad},
     }

@@ -11,7 +11,7 @@ from typing import Any
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF
 from megavl.convert.adaptors import NATIVE_DEPTH, NATIVE_KINDS
-from megavl.convert.language import Fields, eos_json, language_json, model_config, read_language, renamed
+from megavl.convert.language import Fields, eos_json, language_json, model_config, read_language, renamed, system_json
 from megavl.convert.tokenizer_files import TokenizerIds
 
 MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid")
@@ -120,6 +120,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
         "architectures": [f"{stem}ForConditionalGeneration"],
         "model_type": "deepseek_vl_hybrid" if hybrid else "deepseek_vl",
         "image_token_id": config.image_token_id,
+        **system_json(config),
         # Both levels: the top-level default is true, and a loader that trusts it would tie the two matrices.
         "tie_word_embeddings": False,
         "text_config": language_json(config.llm, bos_id=ids.bos, eos_id=eos, dtype=dtype),

@@ -16,7 +16,7 @@ from megavl.config.chat import IMAGE_TOKEN
 from megavl.config.model import ModelConfig, SamConfig, SiglipConfig
 from megavl.config.presets import CLIP_MEAN, CLIP_STD, HALF, MODELS
 from megavl.convert.adaptors import ORIGINAL, original_params, read_original
-from megavl.convert.language import Fields, eos_json, language_json, model_config, read_language, renamed
+from megavl.convert.language import Fields, eos_json, language_json, model_config, read_language, renamed, system_json
 from megavl.convert.tokenizer_files import TokenizerIds, image_token_id
 
 MODEL_TYPE = "multi_modality"
@@ -115,6 +115,7 @@ def side_files(config: ModelConfig, *, ids: TokenizerIds, dtype: str) -> dict[st
             "aligner_config": {"model_type": "aligner", "cls": "MlpProjector", "params": original_params(config)},
             "language_config": language_json(config.llm, bos_id=ids.bos, eos_id=eos, dtype=dtype),
             "tie_word_embeddings": False,
+            **system_json(config),
             "torch_dtype": dtype,
         },
         "preprocessor_config.json": {

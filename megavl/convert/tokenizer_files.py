@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tokenizers
 
-from megavl.config.chat import IMAGE_TOKEN, USUAL_NAMES
+from megavl.config.chat import IMAGE_TOKEN, SYSTEM_PROMPT, USUAL_NAMES
 from megavl.config.errors import CheckpointError, DataError, one_line
 from megavl.config.model import ModelConfig
 from megavl.convert.chat_template import chat_template
@@ -149,7 +149,11 @@ def tokenizer_paths(folder: str | Path) -> tuple[Path, ...]:
 
 
 def tokenizer_config(
-    tokenizer: TokenizerFolder, *, fmt: Literal["native", "original", "llm"], max_length: int
+    tokenizer: TokenizerFolder,
+    *,
+    fmt: Literal["native", "original", "llm"],
+    max_length: int,
+    system: str = SYSTEM_PROMPT,
 ) -> bytes:
     """`tokenizer_config.json` of an export: the source's, with additions that the clients need.
 
@@ -172,7 +176,9 @@ def tokenizer_config(
     kept = {key: value for key, value in raw.items() if key != "auto_map" and not key.endswith("_file")}
     merged = {**absent, **kept}
     if raw.get("chat_template") is not None:
-        merged["chat_template"] = chat_template(eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN)
+        merged["chat_template"] = chat_template(
+            eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN, system=system
+        )
     for part, text in tokenizer.tokens.items():
         if merged[part] is None:
             merged[part] = text

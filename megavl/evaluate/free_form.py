@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.data.template import Template
 from megavl.evaluate.ledger import Ledger
 from megavl.evaluate.task import Asked, OpenQuestion
@@ -52,17 +51,18 @@ def encode_open_questions(
     processor: Processor,
     max_new_tokens: int,
     template: Template = "deepseek",
-    system: str = SYSTEM_PROMPT,
+    system: str | None = None,
 ) -> list[list[int]]:
     """Token ids of the prompts.
 
     Raises:
         DataError: a prompt and its answer do not fit the model's positions; with file:line.
     """
+    text = processor.system(system)
     found = []
     for question in questions:
         with naming(question.location):
-            pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=system)
+            pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=text)
             found.append(processor.encode(pieces, room=max_new_tokens))
     return found
 

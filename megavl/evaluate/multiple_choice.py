@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.evaluation import Normalization
 from megavl.data.template import Template
 from megavl.evaluate.image_shuffle import shuffle_images
@@ -43,7 +42,7 @@ def evaluate_choices(
     questions: Sequence[Question],
     *,
     template: Template = "deepseek",
-    system: str = SYSTEM_PROMPT,
+    system: str | None = None,
     blind: bool = False,
     seed: int = 0,
     row_tokens: int = ROW_TOKENS,
@@ -55,7 +54,7 @@ def evaluate_choices(
     Args:
         model: who answers, on one process.
         template: format of the prompt, see `prompt_pieces`.
-        system: system text of the chat format; empty for none.
+        system: system text of the chat format; empty for none, None for the model's.
         row_tokens: most tokens of a packed row.
         normalize: by what options are compared.
         ledger: scores that are there already, and where new ones are kept.
@@ -105,7 +104,7 @@ def encode_questions(
     *,
     processor: Processor,
     template: Template = "deepseek",
-    system: str = SYSTEM_PROMPT,
+    system: str | None = None,
 ) -> list[ScoreRequest]:
     """Prompts followed by each option, with a space before the option as in training answers.
 
@@ -115,10 +114,11 @@ def encode_questions(
         DataError: a question is longer than the model's positions, or an option has no token of its own; with
             file:line.
     """
+    text = processor.system(system)
     found = []
     for question in questions:
         with naming(question.location):
-            pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=system)
+            pieces = prompt_pieces(question.prompt, images=len(question.images), template=template, system=text)
             found.append(
                 encode_options(
                     pieces,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError, one_line
 from megavl.config.evaluation import Normalization
 from megavl.data.image import ImageError
@@ -34,7 +33,7 @@ def evaluate(
     *,
     benchmarks: Sequence[BenchmarkTask] = (),
     template: Template = "deepseek",
-    system: str = SYSTEM_PROMPT,
+    system: str | None = None,
     blind: bool = False,
     seed: int = 0,
     max_new_tokens: int = 512,
@@ -48,7 +47,7 @@ def evaluate(
     Args:
         model: who answers, on one process or on all ranks.
         template: format of prompts, see `prompt_pieces`; texts follow BOS, as documents are trained.
-        system: system text of the chat format; empty for none.
+        system: system text of the chat format; empty for none, None for the model's.
         blind: ask the choices of task files again with shuffled images.
         batch_size: most free-form answers in progress at a time.
         normalize: by what options are compared.

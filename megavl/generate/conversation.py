@@ -12,7 +12,6 @@ from itertools import takewhile
 
 import torch
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.data.template import Turn, inference_prompt
 from megavl.generate.engine import Engine
 from megavl.generate.pretrained import Model
@@ -28,20 +27,21 @@ class Conversation:
         self,
         model: Model,
         *,
-        system: str = SYSTEM_PROMPT,
+        system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
     ) -> None:
         """A conversation without turns.
 
         Args:
-            system: system text; empty for none.
+            system: system text; empty for none, None for the model's.
             sampling: how tokens are chosen; one generator with its seed draws for all answers.
         """
         self.turns: list[Turn] = []
         self.reused = 0
         """Tokens of the latest prompt that were already in the cache."""
-        self._model, self._system, self._max_new_tokens = model, system, max_new_tokens
+        self._model, self._max_new_tokens = model, max_new_tokens
+        self._system = model.processor.system(system)
         self._sampling = sampling or Sampling()
         self._generator = self._sampling.generator()
         self._engine = Engine(model.stage)

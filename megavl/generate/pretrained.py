@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError, NumericsError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig
@@ -84,7 +83,7 @@ class Processor:
         prompt: str | Sequence[Message],
         images: Sequence[ImageSource] = (),
         *,
-        system: str = SYSTEM_PROMPT,
+        system: str | None = None,
         template: Template = "deepseek",
     ) -> Inputs:
         """Prepare a prompt that waits for the model's answer.
@@ -93,7 +92,8 @@ class Processor:
             prompt: one question, or the messages of a conversation that ends with the user's. An empty message of the
                 assistant may follow. Each `<image_placeholder>` stands for an image; without any, images come first.
             images: files, or images in memory, of one question; messages bring their own.
-            system: system text of the chat format, unless the conversation has one; empty for none.
+            system: system text of the chat format, unless the conversation has one; empty for none, None for
+                the model's.
             template: see `prompt_pieces`; a conversation has the chat format.
 
         Raises:
@@ -101,14 +101,19 @@ class Processor:
                 image cannot be read.
         """
         if isinstance(prompt, str):
-            pieces = prompt_pieces(prompt, images=len(images), template=template, system=system)
+            text = self.system(system)
+            pieces = prompt_pieces(prompt, images=len(images), template=template, system=text)
         else:
             if images or template != "deepseek":
                 raise UsageError("a conversation brings its images in its messages, and its template is deepseek")
             turns, images = _turns(prompt)
-            pieces = inference_prompt(turns, system=system)
+            pieces = inference_prompt(turns, system=self.system(system))
         ids = self.encode(pieces)
         return Inputs(ids=tuple(ids), images=self.read_images(images))
+
+    def system(self, given: str | None) -> str:
+        """The system text that is given, or else the model's own."""
+        return self.config.system_prompt if given is None else given
 
     def encode(self, pieces: Sequence[Piece], *, room: int = 1) -> list[int]:
         """Token ids of a prompt with `room` tokens left for an answer; see `encode_prompt`."""
@@ -194,7 +199,7 @@ class Model:
         options: Sequence[str],
         *,
         images: Sequence[ImageSource] = (),
-        system: str = SYSTEM_PROMPT,
+        system: str | None = None,
         template: Template = "deepseek",
     ) -> list[Score]:
         """What the model thinks of each option as the answer to a prompt, which is read once.
@@ -207,7 +212,8 @@ class Model:
             DataError: a prompt and an option do not fit the model, or an image cannot be read.
             NumericsError: a log-probability is not finite.
         """
-        pieces = prompt_pieces(prompt, images=len(images), template=template, system=system)
+        text = self.processor.system(system)
+        pieces = prompt_pieces(prompt, images=len(images), template=template, system=text)
         config, tokenizer = self.processor.config, self.processor.tokenizer
         request = encode_options(pieces, options, tokenizer=tokenizer, config=config, images=images)
         return self.score_requests([request])[0]

@@ -26,7 +26,7 @@ Ctrl-C breaks an answer off; what was said of it stays in the conversation."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="MegaVL checkpoint, directory of checkpoints, or HF folder")
-    parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
+    parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: the model's own")
     add_sampling_arguments(parser)
     add_device_arguments(parser)
 
@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Chat until `/exit` or the end of the input; returns 0."""
     choose_device(arguments.device)
-    from megavl.config.chat import SYSTEM_PROMPT
     from megavl.generate.conversation import Conversation
     from megavl.generate.open_model import find_model, loaded
     from megavl.generate.pretrained import Model, Processor
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     with loaded(source, dtype=arguments.dtype) as stage:
         conversation = Conversation(
             Model(stage, Processor(source.config, source.tokenizer)),
-            system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
+            system=arguments.system,
             max_new_tokens=arguments.max_new_tokens,
             sampling=sampling,
         )

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="deepseek",
         help="format of the prompt, as in megavl generate (default: %(default)s)",
     )
-    parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
+    parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: the model's own")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=512, help="of a free-form answer (default: %(default)s)"
     )
@@ -113,7 +113,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     """Check every line before the weights are read, then score."""
     from megavl.checkpoint import collective_errors
-    from megavl.config.chat import SYSTEM_PROMPT
     from megavl.evaluate.benchmarks.ask import read_benchmarks
     from megavl.evaluate.out_folder import model_fingerprint, take_folder
     from megavl.evaluate.run_tasks import evaluate
@@ -160,7 +159,7 @@ def _evaluate(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
                 tasks,
                 benchmarks=benchmarks,
                 template=arguments.template,
-                system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
+                system=arguments.system,
                 blind=arguments.blind,
                 seed=arguments.seed,
                 max_new_tokens=arguments.max_new_tokens,

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="deepseek: one turn of a chat; plain: continue the text after BOS; none: the text alone "
         "(default: %(default)s)",
     )
-    parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: DeepSeek-VL's own")
+    parser.add_argument("--system", metavar="TEXT", help="system text of the chat; default: the model's own")
     add_sampling_arguments(parser)
     parser.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; may be repeated"
@@ -105,11 +105,10 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 
 def _encode(arguments: argparse.Namespace, processor: Processor, prompt: Prompt) -> list[int]:
-    from megavl.config.chat import SYSTEM_PROMPT
     from megavl.generate.json_lines import naming
     from megavl.generate.prompt import prompt_pieces
 
-    systems = (prompt.system, arguments.system, SYSTEM_PROMPT)
+    systems = (prompt.system, arguments.system, processor.config.system_prompt)
     system = next(text for text in systems if text is not None)
     with naming(prompt.location):
         pieces = prompt_pieces(prompt.text, images=len(prompt.images), template=arguments.template, system=system)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-host", metavar="NAME", action="append", default=[], help="a further name of this host; may be repeated"
     )
     parser.add_argument("--name", help="how clients call the model; default: the name of its folder")
-    parser.add_argument("--system", metavar="TEXT", help="system text of chats without one; default: DeepSeek-VL's own")
+    parser.add_argument("--system", metavar="TEXT", help="system text of chats without one; default: the model's own")
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=8, help="answers in progress at a time (default: %(default)s)"
     )
@@ -83,7 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
     """Take the port before the weights are read, then serve."""
     from megavl.checkpoint import collective_errors
-    from megavl.config.chat import SYSTEM_PROMPT
     from megavl.generate.open_model import check_layout, find_model_on_every_rank, load_stage, world
     from megavl.generate.pretrained import Model, Processor
     from megavl.serve.server import Address, serve
@@ -102,7 +101,7 @@ def _serve(arguments: argparse.Namespace, parallel: ParallelConfig) -> int:
             limits=limits,
             listener=opened[0] if is_speaker() else None,
             guard=address.guard(),
-            system=SYSTEM_PROMPT if arguments.system is None else arguments.system,
+            system=arguments.system,
         )
 
 

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
 from megavl.data.image import ImageError, canvas, decode_image
 from megavl.data.inline_image import inline_image
@@ -34,9 +33,9 @@ T = TypeVar("T")
 class PromptReader:
     """Makes requests to the model, in threads of its own so that no large prompt or image delays other clients."""
 
-    def __init__(self, processor: Processor, limits: Limits, *, system: str = SYSTEM_PROMPT) -> None:
-        """`system` is the system text of chats that bring none."""
-        self.processor, self._limits, self._system = processor, limits, system
+    def __init__(self, processor: Processor, limits: Limits, *, system: str | None = None) -> None:
+        """`system` is the system text of chats that bring none; None: the model's."""
+        self.processor, self._limits, self._system = processor, limits, processor.system(system)
         # One thread: a tokenizer remembers words, and is not made for several.
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._images = ThreadPoolExecutor(2, thread_name_prefix="images")

@@ -16,7 +16,6 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import EXIT_INTERRUPTED, UsageError
 from megavl.foreign.printing import say
 from megavl.generate.pretrained import Model
@@ -87,14 +86,14 @@ def serve(
     limits: Limits,
     listener: socket.socket | None,
     guard: Guard,
-    system: str = SYSTEM_PROMPT,
+    system: str | None = None,
 ) -> int:
     """Serve until a signal ends it. Every rank calls it.
 
     Args:
         name: how clients call the model.
         listener: on rank 0; None on the others.
-        system: system text of chats that bring none.
+        system: system text of chats that bring none; None for the model's.
 
     Returns:
         0 after SIGTERM, 130 after Ctrl-C; on every rank.

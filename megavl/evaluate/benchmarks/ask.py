@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError, UsageError
 from megavl.config.evaluation import Normalization, benchmark_of
 from megavl.data.template import Template
@@ -81,7 +80,7 @@ def encode_benchmark(
     mode: Mode,
     max_new_tokens: int = 1,
     template: Template = "deepseek",
-    system: str = SYSTEM_PROMPT,
+    system: str | None = None,
 ) -> EncodedBenchmark:
     """Token ids of all prompts.
 

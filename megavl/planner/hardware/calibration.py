@@ -109,7 +109,8 @@ def model_key(model: ModelConfig) -> str:
     """Preset and a digest of all sizes except the number of decoder layers, by which the planner multiplies."""
     sizes = dataclasses.asdict(model)
     sizes["llm"].pop("num_layers")
-    sizes.pop("eos_token_ids")
+    for name in ("eos_token_ids", "system_prompt"):
+        sizes.pop(name)
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
     return f"{model.preset}-{digest}"
 

@@ -65,7 +65,7 @@ def test_five_lines_answer_without_any_warning(folder, capsys):
     assert code in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) == 5
     shown = run_snippet(code, folder=folder)
-    words = ["--image", str(folder / DEMO_IMAGE), "--prompt", "Which shape is it?", "--system", ""]
+    words = ["--image", str(folder / DEMO_IMAGE), "--prompt", "Which shape is it?"]
     words += ["--max-new-tokens", "64", "--json"]
     assert main(["generate", str(folder / "runs/demo/hf_native"), "--device", "cpu", *words]) == 0
     assert shown == json.loads(capsys.readouterr().out)["text"] + "\n"
