@@ -62,7 +62,9 @@ def _parser() -> Parser:
 
     command("text", build_text, texts, about="documentation, licences and docstrings of this machine")
     tokenizer = command("tokenizer", build_tokenizer, words, about="a byte-level BPE tokenizer")
-    tokenizer.add_argument("--input", type=Path, nargs="+", required=True, help="text.jsonl, captions, conversations")
+    tokenizer.add_argument(
+        "--input", type=Path, nargs="+", required=True, help="files of text, captions or conversations"
+    )
     for name, family in FAMILIES.items():
         build = partial(build_pictures, family=name)
         pictures = command(name, build, _pictures(samples=1000), about="pictures with questions")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megavl.config.data import MixtureSource, ModalityWeights
 from megavl.config.errors import DataError
-from megavl.config.presets import ImageGeometry
+from megavl.config.presets import IMAGE_PRESETS, ImageGeometry
 from megavl.data.image import ImageFile
 from megavl.data.manifest import (
     MODALITIES,
@@ -353,14 +353,14 @@ def _misfits(
     if manifest.pack.seq_length != seq_length:
         yield (
             f"{path}: {where} is packed to {manifest.pack.seq_length} tokens, but data.seq_length is {seq_length}",
-            _AGAIN,
+            f"preprocess the data again with --seq-length {seq_length}, or correct the recipe",
         )
     if manifest.multimodal_packs and manifest.geometry != geometry_entry(geometry):
         yield (
             f"{path}: {where} has images of {manifest.geometry.tokens} tokens on a canvas of "
             f"{manifest.geometry.canvas_size} pixels, but the model reads {geometry.tokens} tokens and "
             f"{geometry.canvas_size} pixels",
-            "choose --image-preset for this model and preprocess again",
+            f"preprocess the data again with --image-preset {_preset_of(geometry)}",
         )
     largest = max(source.shards, key=lambda shard: shard.manifest.max_token, default=None)
     if largest is not None and largest.manifest.max_token >= vocab_size:
@@ -369,6 +369,12 @@ def _misfits(
             f"model.llm.vocab_size {vocab_size}",
             "train a model with more rows or use its own tokenizer",
         )
+
+
+def _preset_of(geometry: ImageGeometry) -> str:
+    """The preset of a model's images; a model of its own shape has none."""
+    names = (name for name, preset in IMAGE_PRESETS.items() if geometry_entry(preset) == geometry_entry(geometry))
+    return next(names, "for this model")
 
 
 def _specials(entry: TokenizerEntry) -> dict[str, int | None]:

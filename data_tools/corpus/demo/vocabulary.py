@@ -5,17 +5,19 @@ Hugging Face transformers loads its files as LlamaTokenizerFast, like those of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_tools.corpus.output import write_json
+from data_tools.readers.files import container_of, divide_file, entries
+from data_tools.readers.formats import read_record
+from data_tools.readers.record import Entry, RecordError, parse_json
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
+from megavl.foreign.reading import open_regular
 
 PAD, BOS, EOS, IMAGE = "<｜▁pad▁｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
 SPECIAL = (PAD, BOS, EOS, IMAGE)
@@ -23,6 +25,9 @@ SPECIAL = (PAD, BOS, EOS, IMAGE)
 
 MIN_VOCABULARY = 256 + len(SPECIAL)
 """Size without any merge: all bytes and the special tokens."""
+_START = 512
+"""Bytes that tell the kind of a file."""
+_SPLIT_BYTES = 64 << 20
 
 REPEATS = 1000
 """Weight of a phrase, high enough that each of its words becomes one token with any other text."""
@@ -104,39 +109,35 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_tokens: int = 4096
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """All text of a JSONL file of texts or captions, or of a JSON array of LLaVA conversations.
+    """All text of the records of a file that preprocessing reads, apart from records that it rejects.
 
     Raises:
-        DataError: the file or a record is invalid.
+        DataError: the file is damaged, or a record is of no known format.
+        UsageError: it needs a package that is not installed.
     """
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--input {path}: cannot be read ({error}); give a UTF-8 JSON or JSONL file") from error
-    if content.lstrip().startswith("["):
-        yield from _texts_of(_parse(content, where=str(path)), where=str(path))
+        with open_regular(path) as stream:
+            start = stream.read(_START)
+    except OSError as error:
+        raise DataError(f"--input {path}: cannot be read ({error.strerror}); give a file of records") from error
+    container = container_of(str(path), start=start)
+    for split in divide_file(str(path), container=container, size=_SPLIT_BYTES) if start else ():
+        for entry in entries(split):
+            yield from _texts_of(entry, format="webdataset" if container == "tar" else None, where=str(path))
+
+
+def _texts_of(entry: Entry, *, format: str | None, where: str) -> Iterator[str]:
+    content = entry.content
+    if isinstance(content, bytes) and not content.strip():
         return
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            yield from _texts_of([_parse(line, where=f"{path}:{number}")], where=f"{path}:{number}")
-
-
-def _parse(text: str, *, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); repair or remove the record") from error
-
-
-def _texts_of(records: list[Any], *, where: str) -> Iterator[str]:
-    for record in records:
-        if isinstance(record, dict) and isinstance(record.get("text"), str):
-            yield record["text"]
-        elif isinstance(record, dict) and isinstance(record.get("conversations"), list):
-            yield from (
-                str(turn["value"]).replace("<image>", "") for turn in record["conversations"] if "value" in turn
-            )
-        else:
-            raise DataError(
-                f"{where}: found {str(record)[:60]!r}; expected an object with a `text` string or `conversations` list"
-            )
+        if isinstance(content, RecordError):
+            raise content
+        raw = parse_json(content) if isinstance(content, bytes) else content
+        record = read_record(raw, format=format, columns={})
+    except RecordError as error:
+        if error.reason not in ("json", "record"):
+            return
+        raise DataError(f"{where}:{entry.position}: {error}; repair or remove the record") from error
+    yield from (turn.text.replace(IMAGE, "") for turn in record.turns)
+    yield from (part for part in record.parts if isinstance(part, str))

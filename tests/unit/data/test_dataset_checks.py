@@ -96,10 +96,11 @@ def test_other_special_tokens_are_refused(made: tuple[Path, Path], tmp_path: Pat
 
 
 def test_settings_of_run_and_data_must_agree(made: tuple[Path, Path]) -> None:
-    with pytest.raises(DataError, match=rf"packed to {SEQ_LENGTH} tokens, but data\.seq_length is {2 * SEQ_LENGTH}"):
+    asked = 2 * SEQ_LENGTH
+    with pytest.raises(DataError, match=rf"packed to {SEQ_LENGTH} .*seq_length is {asked}; .*--seq-length {asked}"):
         open_small(made[0], tokenizer=made[1], seq_length=2 * SEQ_LENGTH)
     small = f"images of {GEOMETRY.tokens} tokens on a canvas of {GEOMETRY.canvas_size} pixels"
-    with pytest.raises(DataError, match=f"{small}.*576 tokens and 384 pixels"):
+    with pytest.raises(DataError, match=f"{small}.*576 tokens and 384 pixels; .*--image-preset siglip-384"):
         open_small(made[0], tokenizer=made[1], geometry=IMAGE_PRESETS["siglip-384"])
     with pytest.raises(DataError, match=r"model\.llm\.vocab_size is 100"):
         open_small(made[0], tokenizer=made[1], vocab_size=100)
@@ -117,7 +118,7 @@ def test_all_that_disagrees_stands_in_one_message(made: tuple[Path, Path]) -> No
         *(f"data.seq_length is {2 * SEQ_LENGTH}", "576 tokens and 384 pixels", "outside model.llm.vocab_size 100"),
     )
     assert [text for text in wrong if text not in told] == [] and "\n" not in told
-    assert told.index("choose --image-preset") > told.index("outside model.llm.vocab_size")
+    assert told.index("--image-preset siglip-384") > told.index("outside model.llm.vocab_size")
 
 
 def test_text_alone_fits_any_image_geometry(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_tools import build_corpus
@@ -131,13 +133,25 @@ def test_a_tokenizer_is_trained_from_files(capsys, tmp_path):
     assert run(capsys, *command, "--force")[0] == 0
 
 
+def test_a_tokenizer_is_trained_from_a_table(capsys, tmp_path):
+    words = "some words about words " * 50
+    images = pa.array(
+        [{"bytes": b"", "path": "gone.png"}] * 2, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    pq.write_table(pa.table({"image": images, "caption": [words, None]}), tmp_path / "in.parquet")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": words}))
+    for name in ("in.parquet", "text.jsonl"):
+        assert run(capsys, "tokenizer", "--output", tmp_path / name[:2], "--input", tmp_path / name)[0] == 0
+    assert (tmp_path / "in/tokenizer.json").read_bytes() == (tmp_path / "te/tokenizer.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (None, "cannot be read"),
         ('{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
-        ('{"words": "a"}\n', ":1: found"),
-        ("[3]", "expected an object"),
+        ('{"words": "a"}\n', ":1: of no known format (keys words)"),
+        ("[3]", ":1: of no known format (a int)"),
         ("", "holds no text"),
     ],
 )
