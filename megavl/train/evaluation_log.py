@@ -24,11 +24,13 @@ class EvaluationLog:
             start_step: step after which the run goes on.
         """
         self.path = Path(run_dir) / "evaluation.jsonl"
-        self._rows = open_rows(self.path, step=start_step - (start_step == 0))
+        # A new run evaluates at step 0.
+        first = start_step - (start_step == 0)
+        self._rows = open_rows(self.path, step=first)
         rows = self.path.read_bytes().splitlines() if self.path.is_file() else []
         self.last_step = json.loads(rows[-1])["step"] if rows else None
         """Step of the last evaluation of an earlier start."""
-        self._board = open_board(Path(run_dir) / "tensorboard", start_step=start_step) if tensorboard else None
+        self._board = open_board(Path(run_dir), name="evaluation", start_step=first) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation and print its lines."""

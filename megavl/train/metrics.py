@@ -72,7 +72,7 @@ class MetricsLog:
         self.steps = steps
         self._started, self._start_step = time.monotonic(), start_step
         self._rows = open_rows(self.path, step=start_step)
-        self._board = open_board(Path(run_dir) / "tensorboard", start_step=start_step) if tensorboard else None
+        self._board = open_board(Path(run_dir), start_step=start_step) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step's row and print its line."""

@@ -41,21 +41,24 @@ class Board:
         return buffer.getvalue()
 
 
-def open_board(directory: Path, *, start_step: int) -> Board | None:
-    """Scalars in a new file of a folder; None if TensorBoard is not installed.
+def open_board(run_dir: Path, *, name: str = "", start_step: int) -> Board | None:
+    """Scalars in a new file below `run_dir/tensorboard`; None if TensorBoard is not installed.
 
     Args:
-        start_step: steps done; TensorBoard drops what an earlier run wrote about later ones.
+        name: of a folder there for further scalars: TensorBoard reads one file of a folder after the other.
+        start_step: steps done; TensorBoard drops what an earlier file of the folder says about later ones.
     """
     try:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer import record_writer
     except ImportError:
         return None
+    directory = run_dir / "tensorboard"
     try:
-        if os.path.lexists(directory) and not directory.is_dir():
-            warn(f"{directory}: is no folder; renamed to {set_aside(directory).name}")
-        directory.mkdir(exist_ok=True)
+        for folder in dict.fromkeys((directory, directory / name)):
+            if os.path.lexists(folder) and not folder.is_dir():
+                warn(f"{folder}: is no folder; renamed to {set_aside(folder).name}")
+            folder.mkdir(exist_ok=True)
     except OSError as error:
-        warn(f"{directory}: cannot be made ({error.strerror})")
-    return Board(directory, start_step=start_step, event=event_pb2, summary=summary_pb2, writer=record_writer)
+        warn(f"{folder}: cannot be made ({error.strerror})")
+    return Board(directory / name, start_step=start_step, event=event_pb2, summary=summary_pb2, writer=record_writer)

@@ -235,7 +235,8 @@ def report_of(task: BenchmarkTask, outcomes: Sequence[Outcome], *, mode: Mode, n
     if "rows" in figures and figures["rows"] == figures["n"]:
         notes = [*notes, "the file has no rotated rows, so the score is plain accuracy and not circular"]
     if task.passed_over:
-        notes = [*notes, f"{task.passed_over} rows are passed over: {task.benchmark.passed_over}"]
+        rows = "1 row is" if task.passed_over == 1 else f"{task.passed_over} rows are"
+        notes = [*notes, f"{rows} passed over: {task.benchmark.passed_over}"]
     if task.name == "pope":
         notes = [*notes, "the score is F1 of `yes`; the paper does not say which figure it reports"]
     return BenchmarkReport(name=task.name, outcomes=tuple(outcomes), mode=mode, figures=figures, notes=tuple(notes))

@@ -15,6 +15,8 @@ from megavl.evaluate.task import Passage, Question
 from megavl.generate.score import Score
 from megavl.train.evaluation import task_figures
 from megavl.train.evaluation_log import EvaluationLog, lines, scalars
+from megavl.train.metrics import MetricsLog
+from tests.unit.train.test_run_files import ROW
 
 
 def scores(*values: float) -> list[Score]:
@@ -79,6 +81,31 @@ def test_log_keeps_one_row_a_step(tmp_path: Path) -> None:
         "evaluation/d/text/loss": 2.0,
         "evaluation/d/text/bits_per_byte": 1.5,
     }
+
+
+def test_tensorboard_shows_every_evaluation(tmp_path: Path) -> None:
+    """Beside the scalars of steps, whose log begins last; TensorBoard drops what a later file of a run begins anew."""
+    multiplexer = pytest.importorskip("tensorboard.backend.event_processing.event_multiplexer")
+    task = {"accuracy": 0.5, "chance": 0.25, "standard_error": 0.1, "n": 4}
+    for begins_first in (True, False):
+        run = tmp_path / str(begins_first)
+        run.mkdir()
+        log = EvaluationLog(run, start_step=0, tensorboard=True) if begins_first else None
+        steps = MetricsLog(run, steps=9, start_step=0, tensorboard=True)
+        log = log or EvaluationLog(run, start_step=0, tensorboard=True)
+        for step in range(10):
+            if step:
+                steps.write({**ROW, "step": step})
+            if step % 3 == 0:
+                log.write({"step": step, "tasks": {"q": task}, "held_out": {}, "seconds": 1.0})
+        found = multiplexer.EventMultiplexer().AddRunsFromDirectory(str(run / "tensorboard")).Reload()
+        shown = {
+            tag: [event.step for event in found.Scalars(name, tag)]
+            for name, tags in found.Runs().items()
+            for tag in tags["scalars"]
+        }
+        assert shown["evaluation/q/accuracy"] == [0, 3, 6, 9]
+        assert shown["train/loss"] == list(range(1, 10))
 
 
 @pytest.mark.parametrize(
