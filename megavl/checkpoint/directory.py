@@ -67,7 +67,8 @@ class Recovery:
 
     def explain(self, directory: Path) -> str:
         """Message for a directory that holds something but no valid checkpoint."""
-        lines = [f"no valid checkpoint in {directory} (checked {len(self.rejected)})", *self.rejected]
+        remedy = "" if self.rejected else "; give a checkpoint, or the directory that holds folders iter_N"
+        lines = [f"no valid checkpoint in {directory} (checked {len(self.rejected)}){remedy}", *self.rejected]
         return DETAIL.join(lines + ([self.tracker] if self.tracker else []))
 
 

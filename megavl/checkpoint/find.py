@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def find(path: str | Path, *, skip_hash: bool = False, require: Callable[[Path],
     if path.is_file():
         raise CheckpointError(f"{path}: {describe(path)}")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; give a checkpoint or the directory that holds them")
+        what = "not a directory" if os.path.lexists(path) else "no such directory"
+        raise CheckpointError(f"{path}: {what}; give a checkpoint or the directory that holds them")
     if (path / MANIFEST).exists() or path.name.startswith("iter_"):
         check(path, skip_hash=skip_hash)
         require(path)

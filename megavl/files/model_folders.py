@@ -23,6 +23,8 @@ _FOREIGN = {
     ".pt": "weights under another name",
 }
 """What a file is that transformers would not read as the weights of a folder, by its ending."""
+_WHOLE_MODELS = ("deepseek_vl", "deepseek_vl_hybrid", "multi_modality")
+"""`model_type` of the folders that `megavl convert from-hf` reads."""
 _MERGE = (
     "merge it first, for instance with peft: AutoPeftModel.from_pretrained(ADAPTER).merge_and_unload()"
     ".save_pretrained(OUT), and give OUT"
@@ -86,7 +88,7 @@ def describe(path: Path) -> str | None:
         except CheckpointError as error:
             return str(error).removeprefix(f"{path}: ")
     if os.path.lexists(path / "config.json"):
-        return f"a Hugging Face folder, not a MegaVL checkpoint; {_convert(path)}"
+        return _hf_folder(path)
     if path.absolute().name.startswith("models--") and (path / "snapshots").is_dir():
         return f"a model in the cache of the Hugging Face Hub, not a MegaVL checkpoint; {_convert(path)}"
     if (path / "checkpoints").is_dir():
@@ -97,6 +99,16 @@ def describe(path: Path) -> str | None:
 
 
 _CONVERT = "`megavl convert from-hf DIR OUT` makes one of a Hugging Face folder, `megavl convert init` of public models"
+
+
+def _hf_folder(path: Path) -> str:
+    kind = _json(path / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind in _WHOLE_MODELS:
+        return f"a Hugging Face folder, not a MegaVL checkpoint; {_convert(path)}"
+    return (
+        f"a Hugging Face folder of model_type {kind[:80]!r}; `megavl convert init` puts start weights together from a "
+        "language model, SigLIP and SAM"
+    )
 
 
 def _convert(path: Path) -> str:

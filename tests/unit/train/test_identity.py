@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -232,14 +233,21 @@ def test_forged_progress_is_refused(values: dict[str, Any], run: Path, tmp_path:
 
 
 def test_other_folders_as_init_are_answered(run: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "multi_modality"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
+    for name in ("empty", "siglip"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "siglip" / "config.json").write_text(json.dumps({"model_type": "siglip\x1b"}))
+    os.mkfifo(tmp_path / "pipe")
     for path, words in (
         (run, f"a run's folder; its checkpoints are in {run}/checkpoints"),
         (
             tmp_path,
             f"a Hugging Face folder, not a MegaVL checkpoint; convert it with `megavl convert from-hf {tmp_path}",
         ),
+        (tmp_path / "siglip", "a Hugging Face folder of model_type 'siglip\\x1b'; `megavl convert init`"),
+        (tmp_path / "empty", "empty (checked 0); give a checkpoint, or the directory that holds"),
+        (tmp_path / "pipe", "not a directory; give a checkpoint"),
         (tmp_path / "model.safetensors", "a file"),
     ):
         with pytest.raises(CheckpointError) as error:
