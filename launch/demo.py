@@ -14,6 +14,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -200,9 +201,17 @@ def _stage_row(run: Path) -> dict[str, Any]:
 
 
 def _evaluation_curve(run: Path) -> list[dict[str, Any]]:
-    """Accuracy on the held-out questions after each evaluation."""
+    """Accuracy on the held-out questions after each evaluation, and in how many steps' time it was found."""
     rows = _metrics(run / "evaluation.jsonl")
-    return [{"step": row["step"], "accuracy": row["tasks"]["eval"]["accuracy"]} for row in rows]
+    step_s = statistics.median(row["step_time_s"] for row in _metrics(run / "metrics.jsonl"))
+    return [
+        {
+            "step": row["step"],
+            "accuracy": row["tasks"]["eval"]["accuracy"],
+            "time_in_steps": round(row["seconds"] / step_s, 1),
+        }
+        for row in rows
+    ]
 
 
 def _export(out: Path) -> dict[str, Any]:
@@ -237,7 +246,8 @@ def _print_table(summary: dict[str, Any], *, path: Path) -> None:
             for row in summary["stages"]
         ),
         f"evaluation  {EVALUATED_STAGE}, questions right after a step: "
-        + ", ".join(f"{row['step']}: {row['accuracy']:.1%}" for row in summary["evaluation"]),
+        + ", ".join(f"{row['step']}: {row['accuracy']:.1%}" for row in summary["evaluation"])
+        + f"; each in the time of {statistics.median(row['time_in_steps'] for row in summary['evaluation']):.1f} steps",
         f"data        {path.parent / 'view.html'} shows sequences of {SHOWN_STAGE}",
         f"resume      after kill -9: {'bitwise the same losses' if summary['resume_bitwise'] else 'DIFFERENT LOSSES'}",
         f"export      {summary['hf_native']}, {summary['hf_original']}",

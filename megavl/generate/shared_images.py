@@ -16,6 +16,7 @@ from megavl.config.model import ModelConfig
 from megavl.generate.prompt import ImageSource, image_canvas, image_content
 
 with expected_warnings_ignored():
+    from megavl.model.image_placement import PLACEMENTS
     from megavl.model.vl_model import DeepseekVL
     from megavl.parallel import cpu_runtime
 
@@ -36,13 +37,15 @@ class SharedImage:
 class SharedImages:
     """The images that were read last, by the content of their files.
 
-    Their embeddings are those of the weights at hand, so nothing may train meanwhile. Tensor-parallel ranks encode
-    together and make the same calls.
+    Their embeddings are those of the weights at hand, so nothing may train meanwhile. Tensor-parallel ranks encode a
+    share each, so they make the same calls.
     """
 
     def __init__(self, stage: DeepseekVL, config: ModelConfig) -> None:
         """No images yet; `stage` is this rank's, the first of several, in eval mode."""
         self._stage, self._config = stage, config
+        # Without gradients a share for each rank is always less work.
+        self._placement = PLACEMENTS["split_tp" if stage.config.tensor_model_parallel_size > 1 else "recompute"]
         size = config.image_tokens * config.llm.hidden_size * stage.config.params_dtype.itemsize
         self._most = max(1, REMEMBERED // size)
         self._known: dict[bytes, SharedImage] = {}
@@ -63,7 +66,7 @@ class SharedImages:
         vision, device = self._stage.vision, cpu_runtime.device()
         if vision is not None and canvases:
             with cpu_runtime.without_redirection():
-                found = self._stage.placement.embeddings(vision, torch.stack(canvases).to(device))
+                found = self._placement.embeddings(vision, torch.stack(canvases).to(device))
             for one, embedding in zip(fresh, found, strict=True):
                 # A part of the whole would keep all of it in memory.
                 one.embedding = embedding.clone()
