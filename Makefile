@@ -8,6 +8,8 @@ TORCH := torch==2.13.0
 WORKERS ?= 3
 # Further pytest arguments, e.g. PYTEST_ARGS="-k layout".
 PYTEST_ARGS ?=
+# The newest megatron-core that `make test-releases` tries.
+RELEASE ?= 0.19.2
 # Modules of launch/bench that `make bench` runs.
 BENCHMARKS ?= balance convert_full decode evaluate grouping loader plan_cpu plan_paper preprocess serve step vision
 
@@ -22,7 +24,7 @@ PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PYTHONDO
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-all test-clients check bench golden clean
+.PHONY: help setup demo quick test test-all test-clients test-releases check bench golden clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +80,13 @@ test-clients: $(STAMP)  ## exports in transformers 5 and the released client; lm
 	  $(subst $(BIN),$(CLIENTS)/released/bin,$(PYTEST)) tests/numerics/test_released_client.py tests/numerics/test_processors.py; \
 	else echo "left out: the released client and torchvision's processors. The torchvision here does not go with this" \
 	  "torch; name an index of CPU builds, TORCH_INDEX=https://download.pytorch.org/whl/cpu"; fi
+
+# From 0.17 on, wheels state Python 3.12, but run on 3.11.
+test-releases: $(STAMP)  ## the tests of layouts and checkpoints on another megatron-core; RELEASE names it
+	test -d $(CLIENTS)/megatron-core-$(RELEASE) || $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python \
+	  --target $(CLIENTS)/megatron-core-$(RELEASE) megatron-core==$(RELEASE)
+	PYTHONPATH=$(CURDIR)/$(CLIENTS)/megatron-core-$(RELEASE) $(PARALLEL) -m "not slow" tests/distributed tests/unit/checkpoint \
+	  tests/unit/parallel tests/contract/test_private_names.py $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the benchmarks of launch/bench, or BENCHMARKS="decode step"; reports in launch/bench/results
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m launch.bench.$$name; done

@@ -36,7 +36,7 @@ setup(
     entry_points={"console_scripts": ["megavl = megavl.main.cli:main"]},
     install_requires=[
         "torch>=2.11",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
         "pillow>=10.3",
         "psutil>=5.9",

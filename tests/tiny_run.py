@@ -20,9 +20,13 @@ PATIENCE_S = 1800.0
 
 
 def environment() -> dict[str, str]:
-    """What every child process gets: one thread each, no GPU, the repository importable, no rank variables."""
+    """What every child process gets: one thread each, no GPU, the repository importable, no rank variables.
+
+    A release of megatron-core that PYTHONPATH names stays the one that is imported.
+    """
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def forked(variables: dict[str, str]) -> dict[str, str]:
