@@ -36,7 +36,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH)
-	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[corpus,screens,slurm,hf,board,judge,serve,test,dev]'
+	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[corpus,screens,slurm,hf,board,wandb,mlflow,judge,serve,test,dev]'
 	touch $@
 	@echo "installed; next: source .venv/bin/activate, or make demo"
 

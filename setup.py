@@ -56,6 +56,9 @@ setup(
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "apex": ["apex @ git+https://github.com/NVIDIA/apex@25.09"],
         "board": ["tensorboard>=2.16"],
+        # `run.trackers`; without a server MLflow keeps runs in a database, for which it needs the last two.
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow-skinny>=3", "alembic>=1.10", "sqlalchemy>=2"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         # Tasks of lm-evaluation-harness; datasets 5 needs a huggingface-hub that transformers 4 refuses.
         "lm-eval": ["lm-eval==0.4.13", "datasets>=2.16,<5"],

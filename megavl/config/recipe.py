@@ -23,6 +23,7 @@ from megavl.config.data import DataConfig, check_sources
 from megavl.config.errors import UsageError
 from megavl.config.evaluation import EvaluationConfig, check_evaluation
 from megavl.config.model import STRICT, ModelConfig
+from megavl.config.run import RunConfig
 
 Compile = Literal["auto", "none", "kernels", "layers"]
 """How far `training.compile` goes."""
@@ -187,25 +188,6 @@ class CheckpointConfig:
     another batch size, samples go on where they stopped."""
     skip_hash: bool = False
     """Check only the sizes of a checkpoint's files when it is opened, not their hashes."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RunConfig:
-    """Output of the run."""
-
-    dir: PathText
-    """Directory of metrics.jsonl, exit_status.json, the resolved recipe and the TensorBoard files."""
-    tensorboard: bool = True
-    """Write scalars for TensorBoard if it is installed."""
-    timeline_steps: tuple[Positive, ...] = ()
-    """Steps whose timeline over all ranks is written to run.dir: `timeline/step_NNNNNN.json` (for Perfetto) and
-    `.svg`."""
-    profile_steps: tuple[Positive, ...] = ()
-    """Steps that torch's profiler records: operators, kernels and memory. Each pipeline stage of the first replica
-    writes a Chrome trace to run.dir: `profile/step_NNNNNN_rank_NNNNN.json.gz`."""
-    memory_snapshot_step: Positive | None = None
-    """Step whose allocations on CUDA the same ranks write to `profile/step_NNNNNN_rank_NNNNN.pickle` in run.dir, for
-    https://pytorch.org/memory_viz. A run without CUDA refuses it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -45,6 +45,7 @@ from megavl.train.metrics import finite
 from megavl.train.model_chunks import ModelChunks
 from megavl.train.run_plan import RunPlan
 from megavl.train.supervise.exit_status import ExitStatus
+from megavl.train.trackers import Trackers
 
 
 class _Stopped(Exception):
@@ -86,11 +87,11 @@ class Evaluation:
         if self._config.interval:
             collective_errors.on_every_rank(self._open)
 
-    def start(self, *, step: int) -> None:
+    def start(self, *, step: int, trackers: Trackers | None) -> None:
         """Say after which step the run goes on; later rows of an earlier run are set aside."""
         run = self._plan.recipe.run
         if self._config.interval and self._plan.position.rank == 0:
-            self._log = EvaluationLog(run.dir, start_step=step, tensorboard=run.tensorboard)
+            self._log = EvaluationLog(run.dir, start_step=step, tensorboard=run.tensorboard, trackers=trackers)
 
     def after(self, model: ModelChunks, *, step: int, status: ExitStatus) -> bool:
         """Evaluate and log, if it is time after this step; 0 stands for the start of a new run. Collective.

@@ -12,18 +12,22 @@ from tqdm import tqdm
 from megavl.foreign.printing import visible
 from megavl.train.metrics import open_rows
 from megavl.train.scalar_events import open_board
+from megavl.train.trackers import Trackers
 
 
 class EvaluationLog:
     """Rank 0's log of the evaluations of a run, `evaluation.jsonl`."""
 
-    def __init__(self, run_dir: str | Path, *, start_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: str | Path, *, start_step: int, tensorboard: bool, trackers: Trackers | None = None
+    ) -> None:
         """Set aside rows of steps that will run again.
 
         Args:
             start_step: step after which the run goes on.
         """
         self.path = Path(run_dir) / "evaluation.jsonl"
+        self._trackers = trackers
         # A new run evaluates at step 0.
         first = start_step - (start_step == 0)
         self._rows = open_rows(self.path, step=first)
@@ -37,8 +41,11 @@ class EvaluationLog:
         self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n")
         for line in lines(row):
             tqdm.write(visible(line, keep=""))
+        found = scalars(row)
         if self._board is not None:
-            self._board.write(dict(scalars(row)), step=row["step"])
+            self._board.write(found, step=row["step"])
+        if self._trackers is not None:
+            self._trackers.write(found, step=row["step"], kind="evaluation")
 
 
 def lines(row: Mapping[str, Any]) -> Iterator[str]:
@@ -59,17 +66,19 @@ def lines(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"evaluation after step {row['step']}: {name}, {modality}: {loss}"
 
 
-def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Names and values for TensorBoard; what is not finite is left out."""
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Names and values for TensorBoard and trackers; what is not finite is left out."""
+    out: dict[str, float] = {}
     for name, found in row["tasks"].items():
         for key in ("accuracy", "bits_per_byte"):
             if found.get(key) is not None:
-                yield f"evaluation/{name}/{key}", found[key]
+                out[f"evaluation/{name}/{key}"] = found[key]
     for name, modalities in row["held_out"].items():
         for modality, found in modalities.items():
             for key in ("loss", "bits_per_byte"):
                 if found.get(key) is not None:
-                    yield f"evaluation/{name}/{modality}/{key}", found[key]
+                    out[f"evaluation/{name}/{modality}/{key}"] = found[key]
+    return out
 
 
 def _text(value: float | None) -> str:

@@ -37,6 +37,7 @@ from megavl.parallel import broadcast, groups
 from megavl.planner.cost.flops import MFU_CONVENTION
 from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import Scenario
+from megavl.train import evaluation_log, metrics
 from megavl.train.batch_broadcast import StepPrefetcher, StepSource, next_step
 from megavl.train.evaluation import Evaluation
 from megavl.train.growing_file import free_for_file, warn
@@ -46,7 +47,7 @@ from megavl.train.open_data import recipe_dataset, step_loader
 from megavl.train.optimizer import build_optimizer, set_learning_rate
 from megavl.train.own_work import slowest_rank
 from megavl.train.profile.step_traces import StepTraces, require_traceable
-from megavl.train.profile.timeline import StepTimelines
+from megavl.train.profile.timeline import StepTimelines, timeline_picture
 from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan, of_rank_zero, this_device
 from megavl.train.saves import Saves
@@ -57,6 +58,7 @@ from megavl.train.step import StepResult, train_step
 from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.roll_call import RollCall
 from megavl.train.supervise.signals import StopFlag
+from megavl.train.trackers import Trackers, require_trackers
 
 
 def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: RollCall) -> int:
@@ -73,6 +75,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     """
     recipe, world = scenario.recipe, groups.world_size_from_env()
     require_traceable(recipe.run)
+    require_trackers(recipe.run)
     groups.prepare_libraries(recipe.parallel)
     device = this_device()
     check_engines(recipe)
@@ -101,18 +104,21 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     collective_errors.on_every_rank_for_long(files.result)
     sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
-    evaluation.start(step=progress.step)
+    trackers = _trackers(plan, progress)
+    evaluation.start(step=progress.step, trackers=trackers)
     plan.say(f"{f'resuming after step {progress.step}' if progress.step else 'starting'}: {plan.summary}")
     if plan.peak_flops:
         plan.say(MFU_CONVENTION)
     if progress.step >= recipe.training.steps:
         stopped = evaluation.before_first_step(state.model, step=progress.step, status=status)
         code = _code_of_stop(plan, stop, step=progress.step) if stopped else 0
+        if trackers is not None:
+            trackers.close(code=code)
         roll_call.end()
         groups.stop()
         return code
     recorders = (StepTimelines(plan, state.model), StepTraces(plan))
-    log = _log(plan, progress)
+    log = _log(plan, progress, trackers)
     with _loader(plan, dataset, sampler, start_step=progress.step) as source:
         # If a signal ends it, the first step is the last of this start.
         evaluation.before_first_step(state.model, step=progress.step, status=status)
@@ -129,6 +135,8 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
             status=status,
         )
     status.section = "leaving"
+    if trackers is not None:
+        trackers.close(code=code)
     roll_call.end()
     groups.stop()
     if log is not None and (trouble := log.close()) and code == 0:
@@ -176,6 +184,8 @@ def _run_steps(
             log.write(row | slowest)
         for recorder in recorders:
             recorder.end(modality=data[0].modality, seconds=seconds)
+        if log is not None and step in recipe.run.timeline_steps:
+            log.picture(timeline_picture(recipe.run.dir, step), step=step)
         saves.finish_if_written()
         if result.skipped:
             sample_ids = tuple(number for batch in data for number in batch.sample_ids)
@@ -326,12 +336,24 @@ def _loader(plan: RunPlan, dataset: Dataset, sampler: Sampler, *, start_step: in
         loader.close()
 
 
-def _log(plan: RunPlan, progress: Progress) -> MetricsLog | None:
+def _trackers(plan: RunPlan, progress: Progress) -> Trackers | None:
+    """Rank 0's services, if the recipe names some."""
+    if plan.position.rank or not plan.recipe.run.trackers:
+        return None
+    folder = Path(plan.recipe.run.dir)
+    rows = {
+        "train": (folder / "metrics.jsonl", metrics.scalars),
+        "evaluation": (folder / "evaluation.jsonl", evaluation_log.scalars),
+    }
+    return Trackers(plan.recipe, start_step=progress.step, rows=rows)
+
+
+def _log(plan: RunPlan, progress: Progress, trackers: Trackers | None) -> MetricsLog | None:
     """Rank 0's log."""
     if plan.position.rank:
         return None
     run, steps = plan.recipe.run, plan.recipe.training.steps
-    return MetricsLog(run.dir, steps=steps, start_step=progress.step, tensorboard=run.tensorboard)
+    return MetricsLog(run.dir, steps=steps, start_step=progress.step, tensorboard=run.tensorboard, trackers=trackers)
 
 
 def _handle_bad_step(

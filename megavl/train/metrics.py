@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan
 from megavl.train.scalar_events import open_board
 from megavl.train.step import StepResult
+from megavl.train.trackers import Trackers
 
 
 def metrics_row(
@@ -67,9 +69,17 @@ def finite(value: float) -> float | None:
 class MetricsLog:
     """Rank 0's log of a run. A failing storage costs rows, never the run."""
 
-    def __init__(self, run_dir: str | Path, *, steps: int, start_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        steps: int,
+        start_step: int,
+        tensorboard: bool,
+        trackers: Trackers | None = None,
+    ) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
-        self.steps = steps
+        self.steps, self._trackers = steps, trackers
         self._started, self._start_step = time.monotonic(), start_step
         self._rows = open_rows(self.path, step=start_step)
         self._board = open_board(Path(run_dir), start_step=start_step) if tensorboard else None
@@ -78,12 +88,16 @@ class MetricsLog:
         """Append one step's row and print its line."""
         self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n")
         tqdm.write(visible(self._line(row), keep=""))
+        found = scalars(row)
         if self._board is not None:
-            scalars = {name: row[key] for name, key in _SCALARS.items() if row.get(key) is not None}
-            scalars |= {
-                f"train/loss/{name}": loss for name, loss in row.get("loss_by_source", {}).items() if loss is not None
-            }
-            self._board.write({**scalars, "data/multimodal": row["modality"] == "multimodal"}, step=row["step"])
+            self._board.write(found, step=row["step"])
+        if self._trackers is not None:
+            self._trackers.write(found, step=row["step"], kind="train")
+
+    def picture(self, path: Path, *, step: int) -> None:
+        """Send a picture of a step to the trackers, if it could be drawn."""
+        if self._trackers is not None and path.is_file():
+            self._trackers.picture(path, step=step)
 
     def close(self) -> str:
         """What could not be written to its end; empty if everything was. Nothing stays open between two rows."""
@@ -100,6 +114,13 @@ class MetricsLog:
             f"grad {norm}  lr {row['lr']:.2e}  {row['images']:>4} img  {row['step_time_s']:7.3f} s  "
             f"{row['tokens_per_s']:>9,.0f} tok/s  ETA {datetime.timedelta(seconds=round(seconds))}"
         )
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Names and values of a row for TensorBoard and trackers; what is not finite is left out."""
+    found = {name: row[key] for name, key in _SCALARS.items() if row.get(key) is not None}
+    found |= {f"train/loss/{name}": loss for name, loss in row.get("loss_by_source", {}).items() if loss is not None}
+    return {**found, "data/multimodal": row["modality"] == "multimodal"}
 
 
 _SCALARS = {

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megavl.config.errors import UsageError
-from megavl.config.recipe import RunConfig
+from megavl.config.run import RunConfig
 from megavl.foreign.printing import say
 from megavl.train.run_plan import RunPlan
 

@@ -62,7 +62,7 @@ def write_timeline(record: Record, *, plan: RunPlan, step: int, modality: Modali
         measured_panel(part, scenario=plan.scenario, layout=plan.layers, modality=modality, seconds=seconds)
         for part in (records, first_replica)
     )
-    path = Path(plan.recipe.run.dir, FOLDER, f"step_{step:06d}.svg")
+    path = timeline_picture(plan.recipe.run.dir, step)
     try:
         path.parent.mkdir(exist_ok=True)
         path.with_suffix(".json").write_text(trace([whole]), encoding="utf-8")
@@ -71,6 +71,11 @@ def write_timeline(record: Record, *, plan: RunPlan, step: int, modality: Modali
     except OSError as error:
         return f"warning: run.timeline_steps: cannot write {path}: {error}; training goes on without it"
     return f"timeline of step {step}: {path}"
+
+
+def timeline_picture(run_dir: str, step: int) -> Path:
+    """Where the picture of a step is."""
+    return Path(run_dir, FOLDER, f"step_{step:06d}.svg")
 
 
 def align(records: Sequence[Record]) -> list[Record]:

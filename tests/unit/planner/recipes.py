@@ -13,10 +13,10 @@ from megavl.config.recipe import (
     ParallelConfig,
     Recipe,
     RecomputeConfig,
-    RunConfig,
     SourceConfig,
     TrainingConfig,
 )
+from megavl.config.run import RunConfig
 from megavl.planner.cost.blocks import decoder_layer_blocks, embedding_block, head_block, vision_blocks
 from megavl.planner.cost.work import BlockWork, embedding_work, head_work, layer_work, vision_work
 from megavl.planner.hardware.devices import DEVICES

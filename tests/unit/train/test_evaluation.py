@@ -76,7 +76,7 @@ def test_log_keeps_one_row_a_step(tmp_path: Path) -> None:
         "evaluation after step 5: q: accuracy 0.5000 +- 0.1000 (chance 0.250, n 4)",
         "evaluation after step 5: d, text: loss 2.0000, bits per byte 1.5000 (9 tokens)",
     ]
-    assert dict(scalars(rows[1])) == {
+    assert scalars(rows[1]) == {
         "evaluation/q/accuracy": 0.5,
         "evaluation/d/text/loss": 2.0,
         "evaluation/d/text/bits_per_byte": 1.5,

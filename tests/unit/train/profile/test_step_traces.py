@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megavl.config.errors import UsageError
-from megavl.config.recipe import RunConfig
+from megavl.config.run import RunConfig
 from megavl.parallel.groups import Position
 from megavl.planner.scenario import make_scenario
 from megavl.train.profile.step_traces import StepTraces, require_traceable

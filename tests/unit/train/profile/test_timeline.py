@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megavl.config.recipe import ParallelConfig, RunConfig
+from megavl.config.recipe import ParallelConfig
+from megavl.config.run import RunConfig
 from megavl.parallel import groups
 from megavl.parallel.groups import Position
 from megavl.planner.report.svg import Segment
