@@ -1,8 +1,8 @@
 """Weights & Biases and MLflow: the rows of a run, sent by a thread of rank 0.
 
-A service that fails or hangs costs rows, never a step. `tracker_NAME.json` of the run directory names the service's run,
-which goes on after a restart. Each start asks the service which steps it has. Rows that an earlier start did not send
-are read from its files, and steps that run again are not sent twice.
+A service that fails or hangs costs rows, never a step. `tracker_NAME.json` of the run directory names the service's
+run, which goes on after a restart. Each start asks the service which steps it has. Rows that an earlier start did not
+send are read from its files, and steps that run again are not sent twice.
 """
 
 from __future__ import annotations
