@@ -25,6 +25,9 @@ launch() {
     if ! { command -v srun >/dev/null && cluster_here; }; then
       die 2 "SLURM_JOB_ID is $SLURM_JOB_ID, but srun has no cluster here; to start on this machine: unset SLURM_JOB_ID"
     fi
+    if job_is_over; then
+      die 2 "SLURM_JOB_ID is $SLURM_JOB_ID, a job that has ended; to start anew: unset SLURM_JOB_ID"
+    fi
     run_allocation
   elif slurm_here; then
     submit "$1" "${NODES:-$3}"
@@ -71,6 +74,16 @@ cluster_here() {
   case $(scontrol ping 2>&1 || :) in
     *'configuration source'* | *'unable to status file'*) return 1 ;;
   esac
+}
+
+# Whether SLURM says so; a controller that is down says nothing.
+job_is_over() {
+  local state
+  if ! state=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1); then
+    [[ $state = *'Invalid job id'* ]]
+    return
+  fi
+  [ -z "$state" ]
 }
 
 # --- on a login node --------------------------------------------------------------------------------------------------

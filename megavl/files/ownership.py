@@ -181,8 +181,9 @@ def take(
             directory.mkdir(parents=True, exist_ok=True)
             before = _newest(directory)
             if before is not None:
+                _require_successor(before, name=name)
                 _wait_until_gone(before, directory, owner, name=name, say=say, patience_s=patience_s)
-            path = directory / f"owner-{before.number + 1 if before else 1}.json"
+            path = directory / _file_name(before.number + 1 if before else 1)
             try:
                 if _create(path, owner.encode(0)):
                     if _is_confirmed(path, before, directory):
@@ -248,6 +249,17 @@ def _wait_until_gone(
         time.sleep(_POLL_S)
 
 
+def _require_successor(before: _Found, *, name: str) -> None:
+    if _NAME.fullmatch(_file_name(before.number + 1)) is None:
+        raise UsageError(
+            f"{name}: {before.path} has a number that no run has come to; remove the file if nothing runs there"
+        )
+
+
+def _file_name(number: int) -> str:
+    return f"owner-{number}.json"
+
+
 def _silence(other: Owner | None, owner: Owner) -> float:
     """How long an owner that cannot be seen from here must be silent to be taken for gone, seconds."""
     if other is None:
@@ -280,7 +292,7 @@ def _is_confirmed(path: Path, before: _Found | None, directory: Path) -> bool:
     # Lowest first: as long as a file is there, so is every one that follows it.
     for number in older:
         try:
-            (directory / f"owner-{number}.json").unlink(missing_ok=True)
+            (directory / _file_name(number)).unlink(missing_ok=True)
         except OSError:
             # Not ours to remove, or a folder; it is older, so it does not count.
             continue
@@ -289,7 +301,7 @@ def _is_confirmed(path: Path, before: _Found | None, directory: Path) -> bool:
 
 def _newest(directory: Path) -> _Found | None:
     while numbers := _numbers(directory):
-        found = _read(directory / f"owner-{numbers[-1]}.json", numbers[-1])
+        found = _read(directory / _file_name(numbers[-1]), numbers[-1])
         if found is not None:
             return found
     return None

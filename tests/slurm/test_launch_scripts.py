@@ -28,7 +28,7 @@ NOTE = '#!/bin/bash\nprintf "%q " "${0##*/}" "$@" >>"$CALLS"; echo >>"$CALLS"\n'
 STAND_INS = {
     "sbatch": "echo Submitted batch job 41",
     "sinfo": 'echo "$GRES"',
-    "squeue": 'echo "${JOB_STATE:-RUNNING None}"',
+    "squeue": 'echo "${JOB_STATE-RUNNING None}" >&${SQUEUE_SAYS:-1}; exit $((${SQUEUE_SAYS:-1} - 1))',
     "scontrol": 'case $2 in hostnames) printf "alpha\\nbeta\\n";; esac',
     "srun": r"""
 trap 'echo "srun got USR1" >>"$CALLS"; got=1' USR1
@@ -245,6 +245,20 @@ def test_a_leftover_job_without_a_cluster_is_answered(cluster_login: Stage) -> N
     (cluster_login.folder / "bin/scontrol").write_text(f'#!/bin/bash\necho "{says}" >&2\nexit 1\n')
     code, _, err = cluster_login.run(SLURM_JOB_ID="41")
     assert code == 2 and "unset SLURM_JOB_ID" in err and not cluster_login.called("srun"), err
+
+
+@pytest.mark.parametrize(
+    ("says", "over"),
+    [
+        ({"JOB_STATE": ""}, True),
+        ({"SQUEUE_SAYS": "2", "JOB_STATE": "slurm_load_jobs error: Invalid job id specified"}, True),
+        ({"SQUEUE_SAYS": "2", "JOB_STATE": "slurm_load_jobs error: Unable to contact slurm controller"}, False),
+    ],
+    ids=["forgotten", "invalid", "no controller"],
+)
+def test_a_job_that_has_ended_is_answered(cluster_login: Stage, says: dict[str, str], over: bool) -> None:
+    code, _, err = cluster_login.run(**JOB, **says, DRY_RUN="1")
+    assert code == (2 if over else 0) and ("unset SLURM_JOB_ID" in err) == over, err
 
 
 def test_relative_paths_are_the_callers(cluster_login: Stage) -> None:

@@ -289,3 +289,9 @@ def test_full_disk_leaves_no_owner_file(small_disk: Path) -> None:
     with pytest.raises(StorageError, match="No space left"):
         take(small_disk, Owner.this_process(), name="run.dir")
     assert names(small_disk) == ["filler"]
+
+
+def test_number_without_a_successor_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "owner-999999999.json").write_text("forged")
+    with pytest.raises(UsageError, match=r"run\.dir: .*owner-999999999\.json has a number .* remove the file"):
+        take(tmp_path, Owner.this_process(), name="run.dir")
