@@ -86,7 +86,8 @@ test-releases: $(STAMP)  ## the tests of layouts and checkpoints on another mega
 	test -d $(CLIENTS)/megatron-core-$(RELEASE) || $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python \
 	  --target $(CLIENTS)/megatron-core-$(RELEASE) megatron-core==$(RELEASE)
 	PYTHONPATH=$(CURDIR)/$(CLIENTS)/megatron-core-$(RELEASE) $(PARALLEL) -m "not slow" tests/distributed tests/unit/checkpoint \
-	  tests/unit/parallel tests/contract/test_private_names.py $(PYTEST_ARGS)
+	  tests/unit/parallel \
+	  tests/unit/model tests/unit/generate tests/unit/train tests/contract/test_private_names.py $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the benchmarks of launch/bench, or BENCHMARKS="decode step"; reports in launch/bench/results
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m launch.bench.$$name; done

@@ -1,7 +1,7 @@
 """A save that goes on while the run trains: a copy in host memory, which a thread of this process writes.
 
 The thread uses no collective, so nothing interleaves with those of training, and forks nothing, which CUDA would not
-survive. All ranks commit together between two steps.
+survive. All ranks commit together between two steps, or within an evaluation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HostBuffer:
             return True
         if (_allocated(size) - kept) * ranks >= _available():
             return False
-        # Freed first, so that both never exist together.
+        # Freed first, so that both do not exist together; torch keeps pinned memory for later use.
         self._memory = torch.empty(0, dtype=torch.uint8)
         try:
             self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())

@@ -38,7 +38,7 @@ from megavl.checkpoint.safe_unpickle import METADATA, check_backend, read_common
 from megavl.checkpoint.shard_loads import load_shards
 from megavl.checkpoint.shares import Part, ShardId, divide, may_write
 from megavl.checkpoint.verification import verify_together
-from megavl.config.errors import CheckpointError, one_line
+from megavl.config.errors import CheckpointError, MegaVLError, one_line
 
 _LISTED = 5
 """Most keys that one message lists."""
@@ -146,6 +146,8 @@ def load_state(
         merge(common, plain)
         merge(common, load_shards(shards, path, metadata=metadata, asked=asked))
         loaded: StateDict = apply_factory_merges(common, factories)
+    except MegaVLError:
+        raise
     except (CheckpointingException, ValueError) as error:
         raise CheckpointError(f"{path}: {one_line(error, limit=300)}") from error
     return loaded

@@ -301,9 +301,13 @@ def _validate(adapter: TypeAdapter[Any], raw: Mapping[str, Any]) -> Any:
         raise UsageError(f"{path}: found {repr(first['input'])[:_SHOWN]}; {', or: '.join(texts)}") from None
 
 
+_TYPE = re.compile(r"(literal|tuple|function-[a-z]+|constrained-[a-z]+)\b")
+"""What pydantic puts into a location for one of several types."""
+
+
 def _path_of(location: Sequence[int | str]) -> str:
     """Key of a value, without pydantic's names of the types that it could have."""
-    return ".".join(str(part) for part in location if "[" not in str(part))
+    return ".".join(str(part) for part in location if not _TYPE.match(str(part)))
 
 
 def _nearest(location: Sequence[int | str], adapter: TypeAdapter[Any]) -> str:

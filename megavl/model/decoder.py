@@ -27,6 +27,7 @@ from megavl.model.loss import vocab_parallel_loss
 from megavl.model.norm import RMSNorm
 from megavl.model.projection import ColumnProjection, RowProjection
 from megavl.model.weight_gradients import fuses_on_cpu, fuses_weight_gradients
+from megavl.parallel.releases import parts_of
 
 
 def transformer_config(
@@ -204,7 +205,7 @@ def _block_spec(
             layer.module = FusedLayer
         if generates:
             attention.linear_qkv, attention.linear_proj = ColumnProjection, RowProjection
-            mlp = layer.submodules.mlp.submodules
+            mlp = parts_of(layer.submodules.mlp)
             mlp.linear_fc1, mlp.linear_fc2 = ColumnProjection, RowProjection
     # The final norm is ours in any case: Transformer Engine's has an extra state, which no stored key is for.
     layers = [layer] * get_num_layers_to_build(config, vp_stage)

@@ -16,8 +16,8 @@ _NODES = Path("/sys/devices/system/node")
 def bind_to_device() -> Set[int]:
     """Bind this process, its threads and later children to the cores of its GPU's NUMA node.
 
-    A process that a launcher has bound within one NUMA node stays as it is, and so does one that may not run on the
-    GPU's node at all.
+    A process that a launcher has bound within one NUMA node stays as it is, and so does one that may run on less than
+    half of the GPU's node.
 
     Returns:
         The cores that it was bound to; empty where nothing changed.
@@ -47,7 +47,8 @@ def cores_beside(address: str, *, allowed: Set[int], devices: Path = _DEVICES, n
         devices, nodes: folders of Linux that describe devices and NUMA nodes.
 
     Returns:
-        Empty where the system does not say, has one node only, or `allowed` lies within one node or outside this one.
+        Empty where the system does not say, has one node only, or `allowed` lies within one node or holds less than
+        half of this one.
     """
     try:
         node = int((devices / address / "numa_node").read_text())
@@ -57,7 +58,8 @@ def cores_beside(address: str, *, allowed: Set[int], devices: Path = _DEVICES, n
     if len(cores) < 2 or any(allowed <= found for found in cores.values()):
         return frozenset()
     # -1: the firmware does not say.
-    return cores.get(node, frozenset()) & allowed
+    beside = cores.get(node, frozenset())
+    return beside & allowed if 2 * len(beside & allowed) >= len(beside) else frozenset()
 
 
 def _core_list(text: str) -> frozenset[int]:

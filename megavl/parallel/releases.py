@@ -5,6 +5,7 @@ Releases from 0.16.1 to below 0.20 are used; `setup.py` states them. From 0.17 o
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import sys
@@ -49,6 +50,11 @@ def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
     newer = getattr(optimizer, "get_grads_for_grad_norm", None)
     found: list[torch.Tensor] = newer() if newer is not None else optimizer.get_main_grads_for_grad_norm()
     return found
+
+
+def parts_of(spec: Any) -> Any:
+    """Submodules of an MLP's specification; 0.18 made a partial function of it."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
 def allow_missing_triton() -> None:

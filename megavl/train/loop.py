@@ -104,19 +104,38 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     collective_errors.on_every_rank_for_long(files.result)
     sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
-    trackers = _trackers(plan, progress)
+    with _tracked(plan, progress) as trackers:
+        code = _go_on(plan, state, dataset, sampler, progress, evaluation, saves, trackers, stop=stop, status=status)
+        status.section = "leaving"
+        if trackers is not None:
+            trackers.close(code=code)
+    roll_call.end()
+    groups.stop()
+    return code
+
+
+def _go_on(
+    plan: RunPlan,
+    state: RunState,
+    dataset: Dataset,
+    sampler: Sampler,
+    progress: Progress,
+    evaluation: Evaluation,
+    saves: Saves,
+    trackers: Trackers | None,
+    *,
+    stop: StopFlag,
+    status: ExitStatus,
+) -> int:
+    """Evaluate and train from the last step done; returns the exit code."""
+    recipe = plan.recipe
     evaluation.start(step=progress.step, trackers=trackers)
     plan.say(f"{f'resuming after step {progress.step}' if progress.step else 'starting'}: {plan.summary}")
     if plan.peak_flops:
         plan.say(MFU_CONVENTION)
     if progress.step >= recipe.training.steps:
         stopped = evaluation.before_first_step(state.model, step=progress.step, status=status)
-        code = _code_of_stop(plan, stop, step=progress.step) if stopped else 0
-        if trackers is not None:
-            trackers.close(code=code)
-        roll_call.end()
-        groups.stop()
-        return code
+        return _code_of_stop(plan, stop, step=progress.step) if stopped else 0
     recorders = (StepTimelines(plan, state.model), StepTraces(plan))
     log = _log(plan, progress, trackers)
     with _loader(plan, dataset, sampler, start_step=progress.step) as source:
@@ -134,11 +153,6 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
             stop=stop,
             status=status,
         )
-    status.section = "leaving"
-    if trackers is not None:
-        trackers.close(code=code)
-    roll_call.end()
-    groups.stop()
     if log is not None and (trouble := log.close()) and code == 0:
         raise StorageError(
             f"all steps are done and saved, but these files lack their end: {trouble}; free or repair the storage"
@@ -207,6 +221,12 @@ def _code_of_stop(plan: RunPlan, stop: StopFlag, *, step: int) -> int:
     how = "Ctrl-C" if interrupted else "a signal"
     plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
     return EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
+
+
+def _own_cores() -> int:
+    """Cores for this rank, shared evenly among the ranks of this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks))
 
 
 def _use_threads(recipe: Recipe, *, world: int) -> None:
@@ -314,12 +334,15 @@ def _loader(plan: RunPlan, dataset: Dataset, sampler: Sampler, *, start_step: in
         yield None
         return
     decoding = plan.decoding
+    workers = decoding.workers
+    if plan.recipe.data.num_workers == "auto":
+        workers = min(workers, _own_cores())
     loader = step_loader(
         plan.recipe,
         dataset,
         sampler,
         position=plan.position,
-        workers=decoding.workers,
+        workers=workers,
         prefetched=decoding.prefetched,
         start_step=start_step,
     )
@@ -336,16 +359,23 @@ def _loader(plan: RunPlan, dataset: Dataset, sampler: Sampler, *, start_step: in
         loader.close()
 
 
-def _trackers(plan: RunPlan, progress: Progress) -> Trackers | None:
-    """Rank 0's services, if the recipe names some."""
+@contextmanager
+def _tracked(plan: RunPlan, progress: Progress) -> Iterator[Trackers | None]:
+    """Rank 0's services, if the recipe names some. After an error they get the last rows before it."""
     if plan.position.rank or not plan.recipe.run.trackers:
-        return None
+        yield None
+        return
     folder = Path(plan.recipe.run.dir)
     rows = {
         "train": (folder / "metrics.jsonl", metrics.scalars),
         "evaluation": (folder / "evaluation.jsonl", evaluation_log.scalars),
     }
-    return Trackers(plan.recipe, start_step=progress.step, rows=rows)
+    trackers = Trackers(plan.recipe, start_step=progress.step, rows=rows)
+    try:
+        yield trackers
+    except BaseException as error:
+        trackers.close(code=getattr(error, "exit_code", 1))
+        raise
 
 
 def _log(plan: RunPlan, progress: Progress, trackers: Trackers | None) -> MetricsLog | None:

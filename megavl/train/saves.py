@@ -17,8 +17,8 @@ class Saves:
     """Saves between steps. Every method is collective.
 
     With `checkpoint.async_save`, a save is written while training goes on, and committed after the first step at whose
-    end all ranks have written their part. A save before the run ends waits, and so does one that finds another under
-    way.
+    end all ranks have written their part, or within an evaluation. A save before the run ends waits, and so does one
+    that finds another under way.
     """
 
     def __init__(self, plan: RunPlan, state: RunState, *, status: ExitStatus) -> None:

@@ -2,57 +2,45 @@
 
 A service that fails or hangs costs rows, never a step. `tracker_NAME.json` of the run directory names the service's
 run, which goes on after a restart. Each start asks the service which steps it has. Rows that an earlier start did not
-send are read from its files, and steps that run again are not sent twice.
+send are read from its files, up to the step from which a start goes on; steps that run again are not sent twice.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import queue
+import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from megavl.config.errors import UsageError, one_line
-from megavl.config.load import dump_recipe, to_dict
+from megavl.config.load import to_dict
 from megavl.config.recipe import Recipe
 from megavl.config.run import RunConfig
 from megavl.files.durable import replace_durably
-from megavl.foreign.printing import say
 from megavl.train.growing_file import free_for_file, warn
+from megavl.train.tracker_services import SERVICES, Service
 
 _WAITING = 10_000
 """Rows that wait for a service; a step has one or two."""
-_PATIENCE_S = 60.0
-"""Longest wait for a service at the end of a run."""
-_PROJECT = "megavl"
+_PATIENCE_S, _SHORT_S = 60.0, 5.0
+"""Longest wait for a service at the end of a run, and where the run was stopped or has failed."""
+_LOSSES = ("model", "optimizer", "data", "training", "evaluation")
+"""Sections of a recipe that determine what its rows say."""
 
-
-class Service(Protocol):
-    """A run of a service. Every method may fail or take long."""
-
-    def last_step(self, kind: str) -> int:
-        """Last step of which it has a row of this kind; -1 if it has none."""
-
-    def log(self, kind: str, scalars: Mapping[str, float], *, step: int) -> None:
-        """Record a row; it has the step also as a scalar `KIND/step`."""
-
-    def picture(self, kind: str, path: Path, *, step: int) -> None:
-        """Record a picture, and its step in the same way."""
-
-    def end(self, *, code: int) -> None:
-        """Record the end of the run, or of this start of it."""
-
-
-Rows = Mapping[str, tuple[Path, Callable[[dict[str, Any]], Mapping[str, float]]]]
+Scalars = Callable[[dict[str, Any]], Mapping[str, float]]
+Rows = Mapping[str, tuple[Path, Scalars]]
 """Kinds of rows: the file of each, and what its scalars are."""
 
 
@@ -89,12 +77,18 @@ class Trackers:
             sender.put(path.parent.name, step, lambda service: service.picture(path.parent.name, path, step=step))
 
     def close(self, *, code: int) -> None:
-        """Wait for the services, for a bounded time."""
-        until = time.monotonic() + self._patience_s
+        """Wait for the services, for a bounded time.
+
+        Args:
+            code: with which the run ends. After another than 0 the wait is short.
+        """
+        until = time.monotonic() + (min(_SHORT_S, self._patience_s) if code else self._patience_s)
         for sender in self._threads:
             sender.put("", 0, lambda service: service.end(code=code))
-        for sender in self._threads:
-            sender.close(until)
+        answers = [sender.close(until) for sender in self._threads]
+        if not all(answers):
+            # Their libraries would wait on at the end of the interpreter.
+            atexit.register(_leave_at_once, code)
 
 
 _Action = tuple[str, int, Callable[[Service], None]]
@@ -119,21 +113,25 @@ class _Sender:
             if self._lost == 1:
                 warn(f"run.trackers: {self._name} is too slow; some rows are not sent, metrics.jsonl has them all")
 
-    def close(self, until: float) -> None:
-        """Wait for what is queued, until a moment of `time.monotonic`."""
+    def close(self, until: float) -> bool:
+        """Wait for what is queued, until a moment of `time.monotonic`; whether all was sent by then."""
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             warn(f"run.trackers: {self._name} does not answer; its last rows are lost, metrics.jsonl has them all")
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            service = _SERVICES[self._name](self._recipe, self._identifier())
+            identifier, changed = self._identifier()
+            service = SERVICES[self._name](self._recipe, identifier)
             last: dict[str, int] = {}
             for kind, step, action in self._actions():
                 if kind and kind not in last:
                     last[kind] = service.last_step(kind)
+                    if changed and last[kind] > self._start_step:
+                        self._warn_of_old_rows(kind, last[kind])
                 if not kind or step > last[kind]:
                     action(service)
                     last[kind] = step
@@ -144,25 +142,33 @@ class _Sender:
             while self._rows.get() is not None:
                 continue
 
-    def _identifier(self) -> str:
-        """Id of the service's run: the noted one, unless a run with other settings starts from its beginning."""
-        digest = hashlib.sha256(dump_recipe(self._recipe).encode()).hexdigest()
+    def _warn_of_old_rows(self, kind: str, last: int) -> None:
+        warn(
+            f"run.trackers: {self._name} keeps the {kind} rows of steps {self._start_step + 1} to {last}, which other "
+            "settings gave; metrics.jsonl has the new ones"
+        )
+
+    def _identifier(self) -> tuple[str, bool]:
+        """Id of the service's run, and whether its settings have changed. A changed run from step 0 gets a new id."""
+        settings = to_dict(self._recipe)
+        whole = json.dumps([settings[name] for name in _LOSSES], sort_keys=True, default=str)
+        digest = hashlib.sha256(whole.encode()).hexdigest()
+        identifier, changed = uuid4().hex, False
         try:
             found = json.loads(self._notes.read_text())
-            if isinstance(found["id"], str) and (self._start_step or found["recipe"] == digest):
-                return found["id"]
+            if re.fullmatch("[0-9a-f]{32}", found["id"]) and (self._start_step or found["recipe"] == digest):
+                identifier, changed = found["id"], found["recipe"] != digest
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
-        identifier = uuid4().hex
         free_for_file(self._notes)
         replace_durably(self._notes, json.dumps({"id": identifier, "recipe": digest}).encode())
-        return identifier
+        return identifier, changed
 
     def _actions(self) -> Iterator[_Action]:
         """Rows of earlier starts, then what is queued, until the end."""
         for kind, (path, scalars) in self._earlier.items():
-            for row in _rows_until(path, self._start_step):
-                yield kind, row["step"], partial(_log, kind=kind, scalars=scalars(row), step=row["step"])
+            for step, found in _rows_until(path, self._start_step, scalars):
+                yield kind, step, partial(_log, kind=kind, scalars=found, step=step)
         while (action := self._rows.get()) is not None:
             yield action
 
@@ -171,8 +177,8 @@ def _log(service: Service, *, kind: str, scalars: Mapping[str, float], step: int
     service.log(kind, scalars, step=step)
 
 
-def _rows_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
-    """Rows of a file, without those of later steps, which run again, and without damaged lines."""
+def _rows_until(path: Path, step: int, scalars: Scalars) -> Iterator[tuple[int, Mapping[str, float]]]:
+    """Steps and scalars of a file, without those of later steps, which run again, and without damaged lines."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -180,10 +186,17 @@ def _rows_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+            found = int(row["step"]), scalars(row)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-            yield row
+        if found[0] <= step:
+            yield found
+
+
+def _leave_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def require_trackers(run: RunConfig) -> None:
@@ -195,150 +208,3 @@ def require_trackers(run: RunConfig) -> None:
     for name in run.trackers:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"run.trackers: {name} is not installed; pip install 'megavl[{name}]', or leave it out")
-
-
-class _Wandb:
-    """Weights & Biases. Without a key the run stays in run.dir, for `wandb sync`."""
-
-    def __init__(self, recipe: Recipe, identifier: str) -> None:
-        import wandb
-
-        mode: Any = os.environ.get("WANDB_MODE")
-        if mode is None and not wandb.login(prompt=False):
-            # It would ask for one on the terminal.
-            say(f"run.trackers: wandb has no key; its run stays in {recipe.run.dir}/wandb, `wandb sync` uploads it")
-            mode = "offline"
-        self._wandb, self._offline = wandb, mode == "offline"
-        self._files = sorted(Path(recipe.run.dir).glob(f"wandb/*-{identifier}/run-{identifier}.wandb"))
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", _PROJECT),
-            name=Path(recipe.run.dir).name,
-            id=identifier,
-            resume="allow",
-            dir=recipe.run.dir,
-            mode=mode,
-            config=to_dict(recipe),
-            # The terminal stays ours.
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        # A row of its own for each call, so that no row waits for the next step.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def last_step(self, kind: str) -> int:
-        if self._offline:
-            return max((step for path in self._files for step in _steps_in(path, f"{kind}/step")), default=-1)
-        return int(self._run.summary.get(f"{kind}/step", -1))
-
-    def log(self, kind: str, scalars: Mapping[str, float], *, step: int) -> None:
-        self._run.log({**scalars, "step": step, f"{kind}/step": step})
-
-    def picture(self, kind: str, path: Path, *, step: int) -> None:
-        self._run.log({kind: self._wandb.Html(path.read_text()), "step": step, f"{kind}/step": step})
-
-    def end(self, *, code: int) -> None:
-        self._run.finish(exit_code=code)
-
-
-_BLOCK, _FILE_HEAD, _PART_HEAD = 1 << 15, 7, 7
-"""Bytes of a block, of what stands before the first, and of what stands before each part of a record."""
-
-
-def _steps_in(path: Path, key: str) -> Iterator[int]:
-    """Values of a scalar in an offline file of W&B: LevelDB's log format, with its protocol buffers.
-
-    A kill leaves rows out of the file that W&B has not written yet, and may tear the last one.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    records: Any = wandb_internal_pb2
-    for data in _records_in(path.read_bytes()):
-        record = records.Record.FromString(data)
-        for item in record.history.item:
-            if key in (item.key, "/".join(item.nested_key)):
-                yield int(json.loads(item.value_json))
-
-
-def _records_in(data: bytes) -> Iterator[bytes]:
-    position, record = _FILE_HEAD, b""
-    while position + _PART_HEAD <= len(data):
-        left = _BLOCK - position % _BLOCK
-        if left < _PART_HEAD:
-            position += left
-            continue
-        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        start, position = position + _PART_HEAD, position + _PART_HEAD + size
-        if position > len(data):
-            return
-        # 1: whole, 2: first, 3: middle, 4: last part.
-        record = data[start:position] if kind in (1, 2) else record + data[start:position]
-        if kind in (1, 4):
-            yield record
-
-
-class _Mlflow:
-    """MLflow. Without MLFLOW_TRACKING_URI the run stays in a database in run.dir."""
-
-    def __init__(self, recipe: Recipe, identifier: str) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-        from mlflow.tracking import MlflowClient
-
-        folder = Path(recipe.run.dir).resolve()
-        self._metric = Metric
-        address = os.environ.get("MLFLOW_TRACKING_URI")
-        database = folder / "mlflow.db"
-        if not address and not database.exists():
-            # A kill among its hundred commands would leave a database that cannot be opened.
-            part = folder / "mlflow.db.part"
-            part.unlink(missing_ok=True)
-            MlflowClient(f"sqlite:///{part}").search_experiments()
-            part.rename(database)
-        self._client = MlflowClient(address or f"sqlite:///{database}")
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            local = None if address else (folder / "mlflow").as_uri()
-            number = self._client.create_experiment(name, artifact_location=local)
-        else:
-            number = experiment.experiment_id
-        # MLflow chooses ids itself; ours is a tag.
-        found = self._client.search_runs([number], f"tags.megavl_run = '{identifier}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
-            self._client.update_run(self._id, status="RUNNING")
-            return
-        self._id = self._client.create_run(number, run_name=folder.name, tags={"megavl_run": identifier}).info.run_id
-        settings = [Param(key, str(value)[:_LONGEST]) for key, value in _flat(to_dict(recipe))]
-        for first in range(0, len(settings), _AT_ONCE):
-            self._client.log_batch(
-                self._id, params=settings[first : first + _AT_ONCE], tags=[RunTag("dir", str(folder))]
-            )
-
-    def last_step(self, kind: str) -> int:
-        return max((point.step for point in self._client.get_metric_history(self._id, f"{kind}/step")), default=-1)
-
-    def log(self, kind: str, scalars: Mapping[str, float], *, step: int) -> None:
-        now, values = int(time.time() * 1000), {**scalars, f"{kind}/step": step}
-        self._client.log_batch(self._id, [self._metric(key, float(value), now, step) for key, value in values.items()])
-
-    def picture(self, kind: str, path: Path, *, step: int) -> None:
-        self._client.log_artifact(self._id, str(path), kind)
-        self.log(kind, {}, step=step)
-
-    def end(self, *, code: int) -> None:
-        self._client.set_terminated(self._id, status="FINISHED" if code == 0 else "KILLED")
-
-
-_LONGEST, _AT_ONCE = 500, 100
-"""Characters of a setting, and settings of a call, that every version of MLflow takes."""
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-_SERVICES: dict[str, Callable[[Recipe, str], Service]] = {"wandb": _Wandb, "mlflow": _Mlflow}

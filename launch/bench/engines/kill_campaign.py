@@ -99,7 +99,9 @@ class Run:
         for pid, rank in list(self.ranks.items()):
             if rank in hit:
                 for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                    self.orphans += map(int, children.read_text().split())
+                    # A thread of the launcher may end meanwhile.
+                    with contextlib.suppress(OSError):
+                        self.orphans += map(int, children.read_text().split())
                 os.kill(pid, signal.SIGKILL)
 
     def finish(self) -> int:

@@ -17,6 +17,7 @@ from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe
 from megavl.config.recipe import Recipe
 from megavl.train import trackers
+from megavl.train.tracker_services import _name
 from megavl.train.trackers import Trackers, require_trackers
 
 
@@ -44,7 +45,7 @@ class Fake:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     Fake.runs = {}
-    monkeypatch.setitem(trackers._SERVICES, "wandb", Fake)
+    monkeypatch.setitem(trackers.SERVICES, "wandb", Fake)
     return Fake.runs
 
 
@@ -153,3 +154,21 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"run\.trackers: mlflow is not installed; pip install 'megavl\[mlflow\]'"):
         require_trackers(recipe_in(tmp_path, names=("mlflow",)).run)
+
+
+def test_names_that_mlflow_refuses_are_changed() -> None:
+    names = {"train/loss": "train/loss", "a/../b": "a/_/b", "ocr+vqa/x": "ocr_vqa/x", "q(1).jsonl": "q_1_.jsonl"}
+    assert {name: _name(name) for name in names} == names
+
+
+def test_old_rows_of_other_settings_are_named(
+    tmp_path: Path, runs: dict[str, list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = start(recipe_in(tmp_path))
+    for step in (1, 2, 3):
+        row(recipe_in(tmp_path), first, step)
+    first.close(code=6)
+    again = start(recipe_in(tmp_path, max_bad_steps=7), start_step=1)
+    again.write({"loss": 9.0}, step=2, kind="train")
+    again.close(code=0)
+    assert "wandb keeps the train rows of steps 2 to 3, which other settings gave" in capsys.readouterr().err
