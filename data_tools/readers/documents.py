@@ -37,7 +37,7 @@ def read_text(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
     text = string(record.get("text"), key="text")
     if not text.strip():
         raise RecordError("text is empty", "empty_text")
-    if LONE_TAG.search(text[:_TAGGED]) and any(key in record for key in IMAGE_KEYS):
+    if any(key in record for key in IMAGE_KEYS) and LONE_TAG.search(text[:_TAGGED]):
         raise RecordError("an image tag, but no image", "tag_count")
     refuse_fields({key: value for key, value in record.items() if key in _LEARNED}, REFUSED, REFUSED_BESIDE_TEXT)
     return Record(parts=(text,), divisible=True)

@@ -216,7 +216,7 @@ def _read_checked(raw: Any, *, format: str | None) -> Record:
     images = [reference for reference in found if reference.kind == "image"]
     # Beside images a video may be named as their origin.
     other = [reference for reference in found if reference.kind != "image"]
-    if other := unused(other, record_images(content) if isinstance(content, Mapping) else ()):
+    if other and (other := unused(other, record_images(content) if isinstance(content, Mapping) else ())):
         raise _refusal(
             other[0], "unsupported_media", "only text and images are trained; leave it out with --ignore KEY"
         )

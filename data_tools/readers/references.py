@@ -196,6 +196,8 @@ def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Refe
 
     What only names a used image once more, or says where it was fetched from, counts as used.
     """
+    if not found:
+        return []
     names = Counter(picture.name for picture in pictures)
     embedded = [picture for picture in pictures if picture.data is not None]
     left = []
@@ -208,13 +210,14 @@ def unused(found: Sequence[Reference], pictures: Sequence[Picture]) -> list[Refe
             names[name] -= 1
             continue
         left.append(reference)
+    if not left or not pictures:
+        return left
     # `urls[0]` and `urls[1]` name two images; `meta.url` and `meta.src` may both name one.
     siblings = Counter(_without_indices(reference) for reference in left)
     return [
         reference
         for reference in left
-        if not pictures
-        or siblings[_without_indices(reference)] > len(pictures)
+        if siblings[_without_indices(reference)] > len(pictures)
         or not _is_label(reference, pictures, embedded=bool(embedded))
     ]
 

@@ -24,7 +24,7 @@ _MASK_LIKE = re.compile(r"(?:.*_)?(?:loss|train|mask|weight|label|learn|supervis
 """Keys that change what is learned where they hold numbers or truth values."""
 REFUSED = re.compile(
     r"tools?|functions?|tool_calls?|function_calls?|tool_call_id|(?:rejected|chosen|preferred)(?:_.*)?|kto_tag"
-    r"|image_order|image_index(?:es)?|chat_template_kwargs|custom_instructions|developer|preamble|exclude(?:d?|_.*)|frozen"
+    r"|image_(?:order|index(?:es)?|indices|positions?)|chat_template_kwargs|custom_instructions|developer|preamble|exclude(?:d?|_.*)|frozen"
     r"|no_grad|un(?:learned|learnable|trained|trainable|supervised)|context_only"
 )
 """Keys of a record or turn that change what is learned, unless they are empty."""
@@ -54,6 +54,10 @@ LONE_TAG = re.compile(
 )
 _CLIP = r"(?:<(?:video|audio|speech|sound|img|pic)>|\[(?:IMG|VIDEO|AUDIO)\])"
 _LONE_CLIP = re.compile(rf"(?m:^[ \t]*{_CLIP}[ \t]*$)|\A\s*{_CLIP}(?=\S)|(?<=\S){_CLIP}\s*\Z", re.IGNORECASE)
+
+
+_INNER_URL = re.compile(r"data:(image|video|audio)/[\w.+-]+(?:;[\w=.-]+)*;base64,\s*[A-Za-z0-9+/]{64}", re.IGNORECASE)
+"""A medium in the middle of a text; what only speaks of data URLs shows a few characters of one."""
 
 
 def refuse_fields(record: Mapping[str, Any], *refused: re.Pattern[str], where: str = "") -> None:
@@ -94,15 +98,22 @@ def _is_neutral_mask(name: str, value: Any) -> bool:
 
 
 def refuse_foreign_tags(text: str, *, key: str, spoken: bool = True) -> None:
-    """Raise RecordError `unsupported_media` at a tag of another framework for a medium or a region.
+    """Raise RecordError at a data URL, or at a tag of another framework for a medium or a region.
 
     Args:
         text: what is looked at.
         key: where it stands.
         spoken: whether a tag of a clip may stand in it, as in what a user says.
+
+    Raises:
+        RecordError: `unused_image` for an image's data URL, else `unsupported_media`.
     """
-    match = _FOREIGN_TAG.search(text)
-    if spoken and match is None:
+    if ";base64," in text and (url := _INNER_URL.search(text)):
+        reason = "unused_image" if url[1].lower() == "image" else "unsupported_media"
+        raise RecordError(f"{key} holds a data URL inside its text; name images under images", reason)
+    # Nearly all texts have neither, and the patterns are slow.
+    match = _FOREIGN_TAG.search(text) if "<" in text else None
+    if spoken and match is None and ("<" in text or "[" in text):
         clip = _LONE_CLIP.search(text)
         # HTML and BBCode close their elements.
         closed = clip and re.search(rf"[<\[]/{clip[0].strip()[1:-1]}[>\]]", text, re.IGNORECASE)

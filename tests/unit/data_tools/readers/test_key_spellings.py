@@ -84,6 +84,16 @@ def test_placeholders_of_other_frameworks_are_refused(text: str) -> None:
     assert _reason(_asked(text, image="a.jpg")) == "unsupported_media"
 
 
+@pytest.mark.parametrize(("kind", "reason"), [("image/png", "unused_image"), ("video/mp4", "unsupported_media")])
+def test_data_urls_inside_a_text_are_refused(kind: str, reason: str) -> None:
+    text = f"See ![it](data:{kind};base64,{'A' * 80}) here."
+    for raw in (_asked(text), {"image": "a.jpg", "text": text}, {"image": "a.jpg", "question": "Q", "answer": text}):
+        assert _reason(raw) == reason
+    assert _read(_asked(f"What is data:{kind};base64,AAAA for?")).turns
+    # A document may be code.
+    assert _read({"text": text}).parts
+
+
 @pytest.mark.parametrize("answer", ["<|ref|>cat<|/ref|>", "<box>[[1, 2, 3, 4]]</box>", "<loc0001> cat"])
 def test_regions_of_other_frameworks_are_refused(answer: str) -> None:
     assert _reason({"image": "a.jpg", "question": "Where?", "answer": answer}) == "unsupported_media"
