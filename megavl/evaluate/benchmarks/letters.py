@@ -132,7 +132,10 @@ def _by_text(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _occurs(wanted: str, text: str) -> bool:
-    return re.search(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9])", text) is not None
+    """Whether a text occurs in another one, and is no part of a longer word or number."""
+    sign = r"(?<!^[-\u2212])(?<!\s[-\u2212])" if wanted[0].isdigit() else ""
+    before, after = rf"(?<![a-z0-9])(?<!\d[.,]){sign}", r"(?![a-z0-9])(?![.,]\d)"
+    return re.search(before + re.escape(wanted) + after, text) is not None
 
 
 def _plain(text: str) -> str:

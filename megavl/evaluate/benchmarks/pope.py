@@ -59,7 +59,7 @@ def parse(item: Item, answer: str) -> str | None:
     for sentence in re.split(r"[.!?\n;]", answer.lower()):
         words = set(re.findall(r"[a-z']+", sentence.replace("’", "'")))
         no = bool(words & {"no", "nope", "not", "none", "cannot"}) or any(word.endswith("n't") for word in words)
-        yes = bool(words & {"yes", "yeah", "yep"})
+        yes = bool(words & {"yes", "yeah", "yep", "yup"})
         if yes and no:
             # `Yes, there is not only one` begins with its answer.
             first = re.match(r"\W*(yes|no)\b", sentence)

@@ -77,6 +77,7 @@ def test_letter_of_an_answer(answer: str, letter: str | None) -> None:
 
 
 SOLUTIONS = lettered(["neither", "Solution A", "Solution B"])
+NUMBERS = lettered(["3", "13", "30", "-3", "0.3"])
 NUTRIENTS = lettered(["Vitamin C", "5 A", "Hepatitis B", "Plan D is better than plan C"])
 
 
@@ -107,6 +108,15 @@ NUTRIENTS = lettered(["Vitamin C", "5 A", "Hepatitis B", "Plan D is better than 
         (NUTRIENTS, "Plan D is better than plan C", "D"),
         (NUTRIENTS, "It must be D", "D"),
         (ANIMALS, "B, because it does not look like a dog", "B"),
+        (NUMBERS, "It is 30.", "C"),
+        (NUMBERS, "30%", "C"),
+        (NUMBERS, "0.30", None),
+        (NUMBERS, "about 3.5", None),
+        (NUMBERS, "13,000", None),
+        (NUMBERS, "It is -3 degrees", "D"),
+        (NUMBERS, "-13", None),
+        (NUMBERS, "0.3 of it", "E"),
+        (NUMBERS, "3, not more", "A"),
         (ANIMALS, "A. B.", None),
         (ANIMALS, "(A) or (B)", None),
         (ANIMALS, "A. a dog B. a cat", None),
@@ -291,6 +301,7 @@ def test_mathvista_free_answers(type_: str, places: str, right: str, answer: str
         (" Yes\n", "Yes"),
         ("The answer is yes.", "Yes"),
         ("Yeah, on the left.", "Yes"),
+        ("Yup", "Yes"),
         ("Yes, and not only one.", "Yes"),
         ("Well. No.", "No"),
         ("Nope.", "No"),
