@@ -16,6 +16,9 @@ import torch
 
 from megavl.config.errors import NumericsError, UsageError
 
+LEAST_PENALTY, MOST_PENALTY = 1e-6, 1e6
+"""Beyond them a penalty can make a finite logit infinite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -47,9 +50,10 @@ class Sampling:
         for name, unused in (("--top-p", self.top_p == 1.0), ("--top-k", self.top_k == 0)):
             if self.temperature == 0.0 and not unused:
                 raise UsageError(f"{name}: it has no effect on greedy decoding; give --temperature too")
-        if not 0.0 < self.repetition_penalty < float("inf"):
+        if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             raise UsageError(
-                f"--repetition-penalty: {self.repetition_penalty} is not usable; give a positive number, 1 for none"
+                f"--repetition-penalty: {self.repetition_penalty} is not usable; give a number from "
+                f"{LEAST_PENALTY:g} to {MOST_PENALTY:g}, 1 for none"
             )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed: {self.seed} is out of range; give a number from 0 to 2^63 - 1")

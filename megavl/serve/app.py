@@ -32,6 +32,9 @@ from megavl.serve.replies import ChatForm, CompletionForm, Piece, Reply, usage_o
 _VALUES = 1_000_000
 """Values in the JSON of a request, such as token ids."""
 
+_DISCARDED = 4
+"""Times the largest body that are read and discarded of one that is too large, so that its client hears why."""
+
 _PART = 1 << 16
 """Bytes of an answer that are sent at a time."""
 
@@ -130,14 +133,22 @@ class Service:
     async def _body(self, request: Request) -> Any:
         """The JSON of a request, within its limits of size and time."""
         most = self.front.limits.body
+        refusal = Refusal(f"the request has more than {most} bytes; send less", status=413)
+        announced = request.headers.get("content-length", "")
+        if "expect" in request.headers and announced.isdecimal() and int(announced[:20]) > most:
+            raise refusal
 
         async def read() -> bytes:
             parts, size = [], 0
             async for part in request.stream():
                 size += len(part)
-                if size > most:
-                    raise Refusal(f"the request has more than {most} bytes; send less", status=413)
-                parts.append(part)
+                if size <= most:
+                    parts.append(part)
+                elif size > most * _DISCARDED:
+                    break
+            # A client that is still sending would lose the answer.
+            if size > most:
+                raise refusal
             return b"".join(parts)
 
         try:

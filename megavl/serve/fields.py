@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megavl.config.errors import MegaVLError
-from megavl.generate.sampling import Sampling
+from megavl.generate.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
 from megavl.serve.limits import MAX_ALTERNATIVES, MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS, MAX_STOPS
 from megavl.serve.refusal import Refusal, excerpt, written
 
@@ -82,7 +82,7 @@ class Fields(_Model):
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: _Share | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: _Tokens | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None

@@ -124,6 +124,8 @@ def test_top_p_keeps_the_fewest_likely_tokens(top_p, kept):
         ({"temperature": 1.0, "top_k": -1}, "--top-k: -1"),
         ({"repetition_penalty": 0.0}, "--repetition-penalty: 0.0"),
         ({"repetition_penalty": math.inf}, "--repetition-penalty: inf"),
+        ({"repetition_penalty": 1e-300}, "--repetition-penalty: 1e-300"),
+        ({"repetition_penalty": 1e300}, "--repetition-penalty: 1e.300"),
         ({"seed": -1}, "--seed: -1"),
     ],
 )

@@ -33,6 +33,8 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"messages": HELLO, "max_tokens": True}, "max_tokens", "valid integer, found True"),
         ({"messages": HELLO, "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"messages": HELLO, "top_p": 0}, "top_p", "greater than 0"),
+        ({"messages": HELLO, "repetition_penalty": 1e-300}, "repetition_penalty", "greater than or equal to 0.000001"),
+        ({"messages": HELLO, "repetition_penalty": 1e300}, "repetition_penalty", "less than or equal to 1000000"),
         ({"messages": HELLO, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"messages": HELLO, "seed": 2**63}, "seed", "less than"),
         ({"messages": HELLO, "stop": [1]}, "stop", "give a text, or a list of up to 16"),
