@@ -101,10 +101,10 @@ def init(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
     return out
 
 
-def lines(run: Path, tokenizer: Tokenizer, *overrides: str) -> list[str]:
+def lines(run: Path, tokenizer: Tokenizer, *overrides: str, fingerprint: str = "data") -> list[str]:
     changed = recipe(run, *overrides)
     path = resolve(changed.checkpoint_dir)
-    fixed = Fixed.of(changed, fingerprint="data")
+    fixed = Fixed.of(changed, fingerprint=fingerprint)
     return compare_resumed(changed, path, content=read_manifest(path)["content"], fixed=fixed, tokenizer=tokenizer)
 
 
@@ -171,6 +171,13 @@ def test_force_says_what_it_forced(override: str, words: str, run: Path, tokeniz
     with pytest.raises(UsageError, match=f"{words}.*set checkpoint.force_resume=true"):
         lines(run, tokenizer, override)
     assert lines(run, tokenizer, override, "checkpoint.force_resume=true") == [f"forced: {words}"]
+
+
+def test_other_data_are_refused_or_forced(run: Path, tokenizer: Tokenizer) -> None:
+    words = "data_fingerprint is data in the checkpoint and other in the recipe"
+    with pytest.raises(UsageError, match=f"{words}.*set checkpoint.force_resume=true"):
+        lines(run, tokenizer, fingerprint="other")
+    assert lines(run, tokenizer, "checkpoint.force_resume=true", fingerprint="other") == [f"forced: {words}"]
 
 
 @pytest.mark.parametrize("force", ["true", "false"])
