@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 
 from megavl.config.errors import DataError, UsageError
 
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+GZIP = b"\x1f\x8b"
+ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
+"""How zstd files begin; `pzstd` puts a frame to skip before the first one."""
 _MAX_WINDOW_LOG = 27
 """zstd keeps 128 MiB at most; a frame that asks for more is refused."""
 

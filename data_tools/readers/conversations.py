@@ -161,7 +161,7 @@ def read_question(raw: Any, outer: tuple[Picture, ...] = ()) -> Record:
             raise RecordError("input changes what is learned and is not supported here; remove it", "unsupported_field")
         question = f"{question}\n{string(record['input'], key='input')}"
     messages: list[_Message] = []
-    for number, earlier in enumerate(_history(record)):
+    for number, earlier in enumerate(history(record)):
         where = f"history[{number}]"
         if not isinstance(earlier, list | tuple) or len(earlier) != 2:
             raise RecordError(f"{where} must be a pair of question and answer")
@@ -413,7 +413,7 @@ def _learned(turn: Mapping[str, Any], role: Role, *, where: str) -> bool:
     return True
 
 
-def _history(record: Mapping[str, Any]) -> Sequence[Any]:
+def history(record: Mapping[str, Any]) -> Sequence[Any]:
     """Earlier pairs of question and answer, as a list or as the text of one."""
     pairs = value_in_text(record.get("history"))
     return () if is_empty(pairs) else pairs if isinstance(pairs, list) else (pairs,)

@@ -26,7 +26,7 @@ _COMPRESSED = {
     GZIP: "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
-    ZSTD: "zstd",
+    **dict.fromkeys(ZSTD, "zstd"),
     b"PK\x03\x04": "zip",
     b"\x04\x22\x4d\x18": "lz4",
 }
@@ -47,7 +47,7 @@ def container_of(path: str, *, start: bytes) -> Container:
     for magic, name in _COMPRESSED.items():
         if not start.startswith(magic):
             continue
-        if magic in (GZIP, ZSTD):
+        if magic in (GZIP, *ZSTD):
             with open_json(path) as stream:
                 inner = stream.read(_START)
             if not (inner.startswith((MAGIC, *_COMPRESSED)) or is_arrow(inner) or is_tar(inner)):

@@ -10,6 +10,7 @@ from data_tools.readers.conversations import (
     LISTS,
     ROLE_KEYS,
     as_list,
+    history,
     question_keys,
     read_conversation,
     read_question,
@@ -143,7 +144,9 @@ def count_media(raw: Any, *, columns: Mapping[str, str], ignore: Collection[str]
             counts[NAME_OF_KIND[reference.kind]] += 1
         counts["images"] += len(outer)
         turns = turn_list(content)
-        counts["turns"] = len(turns[1]) if turns else 2 * (question_keys(content) is not None)
+        counts["turns"] = len(turns[1]) if turns else 0
+        if turns is None and question_keys(content):
+            counts["turns"] = 2 * (1 + len(history(content)))
     except (RecordError, RecursionError):
         # The record is rejected for what was raised; what was counted until then stands.
         pass

@@ -100,11 +100,11 @@ def open_json(path: str | Path) -> BinaryIO | Decompressed:
     """
     try:
         stream = open_regular(path, buffered=True)
-        start = stream.read(len(ZSTD))
+        start = stream.read(len(ZSTD[0]))
         stream.seek(0)
     except OSError as error:
         raise UsageError(f"--input {path}: cannot read ({error.strerror}); give a JSONL or JSON file") from error
-    return Decompressed(stream, path=str(path), start=start) if start.startswith((GZIP, ZSTD)) else stream
+    return Decompressed(stream, path=str(path), start=start) if start.startswith((GZIP, *ZSTD)) else stream
 
 
 def _count_lines(stream: Decompressed, *, limit: int | None) -> int:

@@ -236,6 +236,13 @@ def test_joined_streams_and_long_lines_are_read(compress: Any, tmp_path: Path, m
     assert split.records == 4 and (split.start, split.end) == (0, os.path.getsize(path))
 
 
+def test_a_zstd_file_may_begin_with_a_frame_to_skip(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl.zst"
+    path.write_bytes(b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + _zstd(_lines(TEXTS)))
+    assert run_preprocess([path], tokenizer=tokenizer, output=tmp_path / "out") == 0
+    assert len(read_back(tmp_path / "out")) == len(TEXTS)
+
+
 def test_an_endless_line_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_file, "MAX_RECORD", 1 << 20)
     path = tmp_path / "in"

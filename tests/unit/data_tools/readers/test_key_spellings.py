@@ -193,12 +193,37 @@ def test_histories_of_any_column_are_read(history: Any) -> None:
     assert len(record.turns) == (4 if history and history == history and "P" in str(history) else 2)
 
 
+def test_turns_of_a_history_are_found_in_rejected_records() -> None:
+    raw = {"query": "Q", "response": "A", "history": [["P", "B"]]}
+    assert count_media({**raw, "video": "x.mp4"}, columns={})["turns"] == _read(raw).messages == 4
+
+
 def test_bytes_in_base64_are_an_image() -> None:
     data = base64.b64encode(JPEG).decode()
     for value in ({"bytes": data, "path": None}, {"bytes": data}, {"bytes": data, "path": "a.jpg"}):
         raw = {"image": value, "text": "red"}
         assert [picture.name for picture in _read(raw).pictures] == [data]
         assert count_media(raw, columns={})["images"] == 1
+
+
+PUBLISHED: list[tuple[int, dict[str, Any]]] = [
+    (0, {"text": "T", "dump": "CC", "url": "https://x.org/a", "file_path": "s3://c/x.warc.gz", "language_score": 0.9}),
+    (0, {"text": "T", "repo_name": "a/b", "path": "src/img.py", "size": 3, "max_stars_count": 3}),
+    (0, {**TALK, "prompt": "Q", "prompt_id": "1", "source": "s", "used_in_training": "yes", "reasoning": "off"}),
+    (0, {**TALK, "weight": None, "skip_prompt_formatting": None, "system_prompt": None, "avatarUrl": None}),
+    (0, {**TALK, "label": {"ability": ["x"]}, "reward": None, "training_split": "train", "width": 0, "height": 0}),
+    (0, {"conversation": [{**ASKS, "redacted": False, "timestamp": None}, SAYS], "header": {"user-agent": "M"}}),
+    (1, {"image": "a.jpg", "question": "Q", "answer": "A", "image_id": 5, "question_type": "what"}),
+    (1, {"image": "a.jpg", "caption": "c", "url": "https://x/y?z", "width": 3, "height": 3, "similarity": 0.3}),
+    (1, {"file_name": "a.jpg", "text": "t", "width": 20, "height": 24}),
+    (1, {"images": ["a.jpg"], "texts": ROUNDS, "relevance_ratings": [5], "image_correspondence_ratings": [2]}),
+    (1, _asked("<image>Q", images=["a.jpg"], videos=[], audios=[], objects={"ref": [], "bbox": []}, tools=None)),
+]
+
+
+@pytest.mark.parametrize(("images", "raw"), PUBLISHED)
+def test_records_of_public_sets_are_read(images: int, raw: dict[str, Any]) -> None:
+    assert len(_read(raw).pictures) == images
 
 
 HOSTILE = [
