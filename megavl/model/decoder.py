@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from megavl.config.model import DecoderConfig
 from megavl.config.recipe import ParallelConfig, RecomputeConfig
+from megavl.config.releases import parts_of
 from megavl.model.attention import PackedAttention
 from megavl.model.fused_layer import FusedLayer
 from megavl.model.fused_parts import FusedMLP, FusedNorm
@@ -27,7 +28,6 @@ from megavl.model.loss import vocab_parallel_loss
 from megavl.model.norm import RMSNorm
 from megavl.model.projection import ColumnProjection, RowProjection
 from megavl.model.weight_gradients import fuses_on_cpu, fuses_weight_gradients
-from megavl.parallel.releases import parts_of
 
 
 def transformer_config(

@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-from megavl.parallel.releases import allow_missing_triton
-
 
 def import_engine() -> None:
     """Import both; to be called before any module that does. Further calls do nothing.
@@ -28,7 +26,6 @@ def import_engine() -> None:
 
         compile_now = torch.compile
         torch.compile = functools.partial(_compile_later, compile_now)  # type: ignore[assignment]
-        allow_missing_triton()
         try:
             # It keeps the name, under which its other modules find it later.
             import megatron.core  # noqa: F401

@@ -35,8 +35,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megavl.checkpoint.boxes import shards_of_range
 from megavl.config import recipe as recipes
 from megavl.config.errors import CheckpointError
+from megavl.config.releases import gradients_for_norm
 from megavl.parallel import cpu_runtime
-from megavl.parallel.releases import gradients_for_norm
 from megavl.train.model_chunks import ModelChunks
 from megavl.train.weight_halves import group_in_parts, join_weight, split_weight
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megavl.config.releases import UNPROMISED
 from megavl.parallel.first_import import import_engine
-from megavl.parallel.releases import UNPROMISED
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("apex", "megatron", "torch", "transformer_engine")

@@ -6,14 +6,10 @@ Releases from 0.16.1 to below 0.20 are used; `setup.py` states them. From 0.17 o
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 UNPROMISED = (
     # Found in the source by the contract test.
@@ -45,10 +41,10 @@ UNPROMISED = (
 _NEEDS_TRITON = "megatron.core.transformer.moe.paged_stash"
 
 
-def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+def gradients_for_norm(optimizer: Any) -> list[Any]:
     """Gradients that count in the norm over all ranks; 0.19 renamed the method."""
     newer = getattr(optimizer, "get_grads_for_grad_norm", None)
-    found: list[torch.Tensor] = newer() if newer is not None else optimizer.get_main_grads_for_grad_norm()
+    found: list[Any] = newer() if newer is not None else optimizer.get_main_grads_for_grad_norm()
     return found
 
 
@@ -62,7 +58,7 @@ def allow_missing_triton() -> None:
 
     A stand-in takes the place of that module; whoever calls it is told what is missing.
     """
-    if importlib.util.find_spec("triton") is None and _release() >= (0, 18):
+    if importlib.util.find_spec("triton") is None:
         sys.modules.setdefault(_NEEDS_TRITON, _Missing(_NEEDS_TRITON))
 
 
@@ -75,7 +71,3 @@ class _Missing(ModuleType):
             raise ImportError(f"{self.__name__}.{name} needs triton, which is not installed")
 
         return call
-
-
-def _release() -> tuple[int, ...]:
-    return tuple(int(part) for part in importlib.metadata.version("megatron-core").split(".")[:2])
