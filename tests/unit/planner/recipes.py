@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from megavl.config.data import DataConfig, SourceConfig
 from megavl.config.load import load_model_config
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import (
     TRAINABLE_PARTS,
-    DataConfig,
     OptimizerConfig,
     ParallelConfig,
     Recipe,
     RecomputeConfig,
-    SourceConfig,
     TrainingConfig,
 )
 from megavl.config.run import RunConfig
