@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+import megavl.config.releases  # noqa: F401  # before megatron-core
 from tests.tiny_run import build_dataset
 
 # Machines are shared: an example that takes long says nothing about the code.

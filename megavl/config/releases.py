@@ -1,6 +1,7 @@
 """What differs between the releases of megatron-core, and the names without a promise that we rely on.
 
-Releases from 0.16.1 to below 0.20 are used; `setup.py` states them. From 0.17 on they need Python 3.12.
+Releases from 0.16.1 to below 0.20 are used; `setup.py` states them. From 0.17 on they need Python 3.12. Where triton is
+missing, this module must be imported before megatron-core.
 """
 
 from __future__ import annotations
@@ -71,3 +72,6 @@ class _Missing(ModuleType):
             raise ImportError(f"{self.__name__}.{name} needs triton, which is not installed")
 
         return call
+
+
+allow_missing_triton()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import megavl.config.releases  # noqa: F401  # before megatron-core
 from megavl.config.errors import DataError, NumericsError, UsageError
 from megavl.config.model import ModelConfig
 from megavl.config.recipe import ParallelConfig

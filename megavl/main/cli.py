@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+import megavl.config.releases  # noqa: F401  # before megatron-core
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.config.expected_warnings import ignore_expected_warnings
 from megavl.foreign.printing import VisibleFormatter, VisibleParser, say_error

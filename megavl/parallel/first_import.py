@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
+import megavl.config.releases  # noqa: F401  # before megatron-core
+
 
 def import_engine() -> None:
     """Import both; to be called before any module that does. Further calls do nothing.

@@ -1,3 +1,1 @@
 """Optimizer, schedules, one step, the loop, metrics, signals."""
-
-import megavl.parallel  # noqa: F401  # before any module imports megatron-core
