@@ -99,6 +99,8 @@ def _with_eos(config: ModelConfig, raw: dict[str, Any], part: str, *, where: Pat
     ]
     file, key, found = next((place for place in places if place[2].get("eos_token_id") is not None), places[-1])
     ids = found.get("eos_token_id")
+    if ids is not None and type(ids) not in (int, list):
+        raise CheckpointError(f"{file}: {key}: an id or a list of ids is expected, found {str(ids)[:200]}")
     if not isinstance(ids, list) or len(set(map(str, ids))) < 2:
         return config
     vocabulary = config.llm.vocab_size

@@ -64,11 +64,15 @@ def require_whole_model(folder: Path) -> None:
         CheckpointError: names the adapter's base model, and how to merge it.
     """
     present = [name for name in _ADAPTER_FILES if os.path.lexists(folder / name)]
+    whole = os.path.lexists(folder / "config.json")
     if not present:
+        # peft saves each of several adapters in a folder of its own.
+        for inner in sorted(folder.glob(f"*/{ADAPTER_CONFIG}")) if not whole else ():
+            require_whole_model(inner.parent)
         return
     base = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     of = f" of {base[:200]!r}" if isinstance(base, str) else ""
-    if not os.path.lexists(folder / "config.json"):
+    if not whole:
         raise CheckpointError(f"{folder}: a PEFT adapter{of} ({', '.join(present)}), not a whole model; {_MERGE}")
     if ADAPTER_CONFIG in present:
         raise CheckpointError(
@@ -82,11 +86,10 @@ def describe(path: Path) -> str | None:
     """What a path is that holds no MegaVL checkpoint, and what to give instead; None where nothing is known of it."""
     if path.is_file():
         return f"a file; give a MegaVL checkpoint. {_CONVERT}" if path.suffix in _FOREIGN else "a file, no checkpoint"
-    if any(os.path.lexists(path / name) for name in _ADAPTER_FILES):
-        try:
-            require_whole_model(path)
-        except CheckpointError as error:
-            return str(error).removeprefix(f"{path}: ")
+    try:
+        require_whole_model(path)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path}: ")
     if os.path.lexists(path / "config.json"):
         return _hf_folder(path)
     if path.absolute().name.startswith("models--") and (path / "snapshots").is_dir():

@@ -205,6 +205,14 @@ def test_adapter_is_refused_by_name(folder: Path, state: State, capsys: pytest.C
         assert main(command) == 4
         printed = capsys.readouterr().err
         assert "PEFT adapter of 'org/base'" in printed and "merge" in printed
+    # peft saves each of several adapters in a folder of its own.
+    own = folder / "default"
+    own.mkdir()
+    (folder / "adapter_config.json").rename(own / "adapter_config.json")
+    (folder / "adapter_model.safetensors").unlink()
+    for command in (["inspect", str(folder)], ["convert", "from-hf", str(folder), str(folder / "out")]):
+        assert main(command) == 4
+        assert f"{own}: a PEFT adapter of 'org/base'" in capsys.readouterr().err
 
 
 def test_unmerged_adapter_is_refused_by_name(folder: Path, state: State) -> None:
@@ -287,7 +295,7 @@ def test_lists_of_end_ids_are_kept(fmt: str, folder: Path, state: State, tokeniz
         assert model.generation_config.eos_token_id == [1, 7, 9]
 
 
-@pytest.mark.parametrize("found", [[1, "x"], [1, True], [1, 10**6], [1, -1], [[1], [2]]], ids=str)
+@pytest.mark.parametrize("found", [[1, "x"], [1, True], [1, 10**6], [1, -1], [[1], [2]], {"a": 1}, "1", True], ids=str)
 def test_damaged_end_ids_are_refused(found: Any, folder: Path, state: State) -> None:
     save(folder, "model.safetensors", state)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
