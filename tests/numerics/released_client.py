@@ -3,7 +3,7 @@
 deepseek-ai/DeepSeek-VL is not on PyPI; `xinference` 0.14.4 vendors its package at commit 681bffb. Only that folder is
 taken out of the wheel, and nothing of it is kept. `make test-clients` sets up what the tests need and runs them.
 
-torchvision must be of the same build (CPU or CUDA) as torch.
+torchvision may be of another build than torch; see conftest.py.
 """
 
 from __future__ import annotations
