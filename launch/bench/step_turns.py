@@ -39,20 +39,47 @@ def main() -> int:
     out = arguments.out.resolve()
     nice = [] if arguments.nice is None else ["--nice", arguments.nice]
     turns: list[dict[str, Any]] = []
+    plain: dict[tuple[str, str], dict[str, float]] = {}
     for model in arguments.model:
         words = ["--model", model, *SIDES["megavl"], "--rounds", arguments.rounds, "--steps", STEPS[model], *nice]
         turns += ask("launch.bench.engines.step_turns", *words, gpu=True, limit=arguments.limit)
+        words = ["--model", model, "--compiled", "none", "--alone", *nice]
+        for found in ask("launch.bench.engines.step_turns", *words, gpu=True, limit=arguments.limit):
+            plain[model, found["kind"]] = found["parts_ms"]["megavl"]
     memory: dict[str, list[dict[str, Any]]] = {}
     if "small" in arguments.model:
         for side, options in SIDES.items():
             words = ["--side", side, *options, "--model", "small", "--precision", "fp32"]
             words += ["--steps", 1, "--warm-up", 2, "--threads", 1]
             memory[side] = ask("launch.bench.engines.step_speed", *words, gpu=True, limit=arguments.limit)
-    write_report(report_path("step_turns", where=hardware(), folder=out), report(turns, memory))
+    write_report(report_path("step_turns", where=hardware(), folder=out), report(turns, memory, plain))
     return 0
 
 
-def report(turns: list[dict[str, Any]], memory: dict[str, list[dict[str, Any]]]) -> list[str]:
+def profiles(turns: list[dict[str, Any]], plain: dict[tuple[str, str], dict[str, float]]) -> list[str]:
+    """Where the time of a step goes, before and after compilation, and on the other side."""
+    rows = []
+    for found in turns:
+        sides = {
+            "MegaVL, `none`": plain[found["model"], found["kind"]],
+            "MegaVL, `layers`": found["parts_ms"]["megavl"],
+        }
+        sides["transformers"] = found["parts_ms"]["transformers"]
+        rows += [
+            table_row(
+                found["model"], found["kind"], name, *(f"{ms:,.0f}" for ms in [*parts.values(), sum(parts.values())])
+            )
+            for name, parts in sides.items()
+        ]
+    heads = list(turns[0]["parts_ms"]["megavl"])
+    return table(f"| model | step | side | {' | '.join(heads)} | together |", rows)
+
+
+def report(
+    turns: list[dict[str, Any]],
+    memory: dict[str, list[dict[str, Any]]],
+    plain: dict[tuple[str, str], dict[str, float]],
+) -> list[str]:
     """Markdown with the ratios, the goals and how they were measured."""
     rows = []
     for found in turns:
@@ -85,6 +112,10 @@ def report(turns: list[dict[str, Any]], memory: dict[str, list[dict[str, Any]]])
             rows,
         ),
         *table("| model | step | MegaVL's peak, MiB | transformers' | ratio | goal |", peaks),
+        "",
+        "Milliseconds of one profiled step, in operators' own time. What the two sides share sets the limit of the "
+        "ratio: products and attention run in the same libraries.",
+        *profiles(turns, plain),
         "",
         "- Both sides hold the same weights and take the same two micro-batches; first losses agree to 1e-5. MegaVL: "
         "`training.compile: layers`. transformers: its own class under `torch.compile`, SDPA, fused AdamW.",

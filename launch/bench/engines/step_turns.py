@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
     parser.add_argument("--nice", type=int, help="priority of the measured rounds; the compilers keep their own")
+    parser.add_argument("--alone", action="store_true", help="only profile a step of MegaVL of each kind")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     work = make_work(
@@ -56,10 +57,9 @@ def main() -> int:
     weights = random_tensors(work.recipe.model)
     groups.start(ParallelConfig(), seed=work.recipe.training.seed)
     settings: dict[str, Any] = {"marks": Marks(), "lr": 1e-6, "weights": weights}
-    sides: dict[str, Side] = {
-        "megavl": MegaVL(work, local=False, **settings),
-        "transformers": Transformers(work, compiled=True, **settings),
-    }
+    sides: dict[str, Side] = {"megavl": MegaVL(work, local=False, **settings)}
+    if not arguments.alone:
+        sides["transformers"] = Transformers(work, compiled=True, **settings)
     data = {
         (kind, name): side.prepare(made_up_batches(work, kind, steps=1)[0], kind)
         for kind in arguments.kind
@@ -72,6 +72,10 @@ def main() -> int:
     if arguments.nice is not None:
         os.setpriority(os.PRIO_PROCESS, 0, arguments.nice)
     for kind in arguments.kind:
+        parts = {name: parts_ms(side, data[kind, name]) for name, side in sides.items()}
+        if arguments.alone:
+            print(json.dumps({"kind": kind, "parts_ms": parts}), flush=True)
+            continue
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(arguments.rounds):
             # The order changes, since the second side finds the first one's memory in the caches.
@@ -83,9 +87,33 @@ def main() -> int:
         rounds = [b / a for a, b in zip(*seconds.values())]
         found = {"model": arguments.model, "kind": kind, "compiled": arguments.compiled, "ratio": theirs / ours}
         found |= {"of_rounds": rounds, "seconds": seconds, "tokens": work.tokens, "load": os.getloadavg()[0]}
+        found["parts_ms"] = parts
         print(json.dumps(found), flush=True)
     groups.stop()
     return 0
+
+
+PARTS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn", "mkldnn::", "mkl::"),
+    "convolutions": ("aten::convolution", "aten::_slow_conv", "aten::thnn_conv"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "AdamW": ("aten::_fused_adam",),
+    "compiled kernels": ("Torch-Compiled", "CompiledFxGraph", "## Call Compiled", "graph_", "cpp_fused", "torch::"),
+}
+"""Parts of a step by how the names of its operators begin."""
+
+
+def parts_ms(side: Side, data: Any) -> dict[str, float]:
+    """Milliseconds of a profiled step in its parts; an operator's own time, without the operators that it calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        began = time.perf_counter()
+        side.step(data)
+        whole = 1000 * (time.perf_counter() - began)
+    found = dict.fromkeys([*PARTS, "other operators"], 0.0)
+    for event in profiler.key_averages():
+        part = next((name for name, starts in PARTS.items() if event.key.startswith(starts)), "other operators")
+        found[part] += event.self_cpu_time_total / 1000
+    return {**found, "between operators": max(0.0, whole - sum(found.values()))}
 
 
 def median(side: Side, data: Any, *, steps: int) -> float:
