@@ -131,7 +131,8 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     if request["unbuffered"]:
-        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        # Line by line: write_through alone would leave it in the buffer of bytes.
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for action in request["warnings"]:
         warnings.simplefilter(action)
     sys.warnoptions[:] = request["warnings"]

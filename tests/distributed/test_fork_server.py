@@ -40,7 +40,7 @@ def test_another_state_starts_a_usual_python() -> None:
     ("code", "status", "error"),
     [
         ("print(input()); raise SystemExit(3)", 3, ""),
-        ("print(input()); import os; os._exit(75)", 75, ""),
+        ("print(input(), flush=True); import os; os._exit(75)", 75, ""),
         ("print(input()); raise ValueError('wrong')", 1, "ValueError: wrong\n"),
         ("print(input(), flush=True); import os; os.kill(os.getpid(), 9)", -signal.SIGKILL, ""),
         ("print(input(), flush=True); import os; os.kill(os.getpid(), 15)", -signal.SIGTERM, ""),

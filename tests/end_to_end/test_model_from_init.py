@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from launch.bench.engines.random_models import random_weights
@@ -29,4 +30,5 @@ def test_run_takes_its_model_from_init(dataset: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "weights from" in done.stdout and "(layers 2)" in done.stdout, done.stdout
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
-    assert load_model_config(tmp_path / "run/checkpoints/iter_0000002") == model
+    # The tiny recipes name a system text of their own.
+    assert load_model_config(tmp_path / "run/checkpoints/iter_0000002") == replace(model, system_prompt="")
