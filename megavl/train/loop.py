@@ -225,8 +225,10 @@ def _code_of_stop(plan: RunPlan, stop: StopFlag, *, step: int) -> int:
 
 def _own_cores() -> int:
     """Cores for this rank, shared evenly among the ranks of this machine."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks))
+    cores, ranks = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # Only Linux binds processes to cores.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return max(1, min(allowed, cores // ranks))
 
 
 def _use_threads(recipe: Recipe, *, world: int) -> None:
