@@ -68,7 +68,7 @@ def test_a_stopped_rank_is_left_alone(dataset: Path, tmp_path: Path, site: str) 
     assert first.returncode == LOST, printed
     status = ranks.status()
     assert (status["code"], status["rank"], status["step"]) == (LOST, 0, 3) and f"while {site}" in status["reason"]
-    owner = r"host \S+, pid \d+, no sign of life for \d+ s, last seen at step \d while \w+"
+    owner = r"host \S+, pid \d+, no sign of life for \d+ s, last seen at step \d while [a-z ]+"
     assert re.search(rf"missing: rank 1 \({owner}\)", status["reason"]), status
     os.kill(ranks.processes[1].pid, signal.SIGKILL)
     ranks.wait()
