@@ -4,12 +4,13 @@ Everything runs in one process on one thread, round by round, and is measured in
 may share the machine. Prompts are encoded and images are read anew in every round, as `megavl evaluate` does. Writes
 `launch/bench/results/evaluate_<processor>_<YYYYMM>.md`.
 
-    python -m launch.bench.evaluate [--questions 280] [--rounds 5]
+    python -m launch.bench.evaluate [--questions 280] [--rounds 5] [--demo runs/demo/summary.json]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -45,6 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=280)
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
+    parser.add_argument("--demo", type=Path, help="summary.json of `make demo`: adds what its evaluations took")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -60,7 +62,8 @@ def main() -> int:
                 if number:
                     seconds[way].append(took)
             print({way: round(values[-1], 2) for way, values in seconds.items() if values}, flush=True)
-    write_report(report_path("evaluate"), report(seconds, tokens, questions=arguments.questions))
+    lines = report(seconds, tokens, questions=arguments.questions)
+    write_report(report_path("evaluate"), lines + (during_training(arguments.demo) if arguments.demo else []))
     return 0
 
 
@@ -121,6 +124,21 @@ def report(seconds: dict[str, list[float]], tokens: dict[str, int], *, questions
         "processor time with encoding and reading of images, without start-up: medians over the rounds. Ratios are "
         "to one option in the same round, with their extremes.",
         *table("| questions with | s | to one option | tokens to one option |", rows),
+    ]
+
+
+def during_training(summary: Path) -> list[str]:
+    """Markdown with what each evaluation within the demo's training took."""
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    times = [row["time_in_steps"] for row in found["evaluation"]]
+    layout = " x ".join(f"{axis.upper()} {size}" for axis, size in found["layout"].items())
+    return [
+        "",
+        "## Within training",
+        "",
+        f"`make demo` on the same machine, {layout}: an evaluation of its {found['accuracy']['n']} questions "
+        f"took the time of {statistics.median(times):.1f} training steps, {min(times):.1f} to {max(times):.1f} in "
+        f"{len(times)} evaluations.",
     ]
 
 
