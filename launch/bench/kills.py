@@ -3,7 +3,7 @@
 Makes a small dataset, runs `engines/kill_campaign.py`, and writes
 `launch/bench/results/kills_<processor>_<YYYYMM>.md`. The same command goes on where an earlier one ended.
 
-    python -m launch.bench.kills --work DIR [--kills 100] [--seed 1] [--async-saves]
+    python -m launch.bench.kills --work DIR [--kills 100] [--seed 1] [--async-saves] [--compile layers]
 """
 
 from __future__ import annotations
@@ -29,20 +29,31 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="of the moments and victims")
     parser.add_argument("--async-saves", action="store_true", help="save in the background; a report of its own")
+    parser.add_argument("--compile", choices=("kernels", "layers"), help="training.compile; a report of its own")
     arguments = parser.parse_args()
     data, results = arguments.work / "data", arguments.work / "kills.jsonl"
     if not (data / "shards/manifest.json").exists():
         make_data(data)
     words = ["--data", data, "--work", arguments.work / "runs", "--out", results]
     numbers = ["--kills", arguments.kills, "--seed", arguments.seed]
-    asynchronous = ["--async-saves"] if arguments.async_saves else []
-    command = [python(), "-W", "ignore", "-m", ENGINE, *map(str, words + numbers), *asynchronous]
-    code = subprocess.run(command, env=environment(), check=False).returncode
+    asynchronous, compiled = arguments.async_saves, arguments.compile
+    extra = ["checkpoint.async_save=true"] * asynchronous + [f"training.compile={compiled}"] * bool(compiled)
+    command = [
+        python(),
+        "-W",
+        "ignore",
+        "-m",
+        ENGINE,
+        *map(str, words + numbers),
+        *(["--set", *extra] if extra else []),
+    ]
+    code = subprocess.run(command, env=environment(gpu=True), check=False).returncode
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if len(rows) < arguments.kills:
         return code or 1
-    theme = "kills_async" if asynchronous else "kills"
-    write_report(report_path(theme), report(rows, seed=arguments.seed, options=asynchronous))
+    options = ["--async-saves"] * asynchronous + ["--compile", compiled] * bool(compiled)
+    theme = "_".join(["kills", *["async"] * asynchronous, *["compiled"] * bool(compiled)])
+    write_report(report_path(theme), report(rows, seed=arguments.seed, options=options, extra=extra))
     return code
 
 
@@ -57,7 +68,7 @@ def make_data(folder: Path) -> None:
     )
 
 
-def report(rows: list[dict[str, Any]], *, seed: int, options: list[str]) -> list[str]:
+def report(rows: list[dict[str, Any]], *, seed: int, options: list[str], extra: list[str]) -> list[str]:
     """The lines of the report."""
     equal = sum(row["equal_losses"] and row["equal_bytes"] for row in rows)
     lines = [
@@ -69,8 +80,8 @@ def report(rows: list[dict[str, Any]], *, seed: int, options: list[str]) -> list
         f"    {' '.join(['python -m launch.bench.kills --work DIR --kills', f'{len(rows)} --seed {seed}', *options])}",
         "",
         f"{machine()}, {versions('torch', 'megatron-core')}. `launch/recipes/tiny/stage2.yaml` on two ranks over "
-        f"gloo, 6 steps of 2 sequences, a checkpoint every second step{', in the background' * bool(options)}. Moments "
-        "are drawn evenly from the whole run, start and end included.",
+        f"gloo, 6 steps of 2 sequences, a checkpoint every second step{''.join(f', `{one}`' for one in extra)}. "
+        "Moments are drawn evenly from the whole run, start and end included.",
     ]
     victims = sorted({row["victim"] for row in rows})
     counts = Counter((row["layout"], row["victim"], row["equal_losses"] and row["equal_bytes"]) for row in rows)

@@ -182,7 +182,7 @@ def free_port() -> int:
     raise SystemExit("error: none of 100 ports is free")
 
 
-def settings(layout: str, *, data: Path, folder: Path, async_saves: bool) -> list[str]:
+def settings(layout: str, *, data: Path, folder: Path, extra: Sequence[str]) -> list[str]:
     """Recipe and overrides of a run."""
     return [
         *(RECIPE, *LAYOUTS[layout], "parallel.layout=auto", "parallel.timeout_s=120"),
@@ -191,24 +191,24 @@ def settings(layout: str, *, data: Path, folder: Path, async_saves: bool) -> lis
         *(f"training.steps={STEPS}", "training.global_batch_size=2", "training.micro_batch_size=1"),
         *("optimizer.warmup_steps=2", "checkpoint.interval=2"),
         *("data.multimodal_fraction=0.5", "data.modality_warmup_steps=0"),
-        f"checkpoint.async_save={str(async_saves).lower()}",
+        *extra,
     ]
 
 
-def make_run(layout: str, *, data: Path, work: Path, async_saves: bool) -> Run:
+def make_run(layout: str, *, data: Path, work: Path, extra: Sequence[str]) -> Run:
     """A fresh run; all runs have the same path, which their checkpoints record."""
     folder = work / "run"
     shutil.rmtree(folder, ignore_errors=True)
     log = work / "last.log"
     log.unlink(missing_ok=True)
-    return Run(folder=folder, settings=settings(layout, data=data, folder=folder, async_saves=async_saves), log=log)
+    return Run(folder=folder, settings=settings(layout, data=data, folder=folder, extra=extra), log=log)
 
 
-def reference(layout: str, *, data: Path, work: Path, async_saves: bool) -> dict[str, Any]:
+def reference(layout: str, *, data: Path, work: Path, extra: Sequence[str]) -> dict[str, Any]:
     """What an undisturbed run gives, and its seconds; made once."""
     path = work / f"reference_{layout}.json"
     if not path.exists():
-        run, began = make_run(layout, data=data, work=work, async_saves=async_saves), time.monotonic()
+        run, began = make_run(layout, data=data, work=work, extra=extra), time.monotonic()
         run.finish()
         path.write_text(json.dumps({"result": run.result(), "seconds": time.monotonic() - began}))
     found: dict[str, Any] = json.loads(path.read_text())
@@ -216,12 +216,12 @@ def reference(layout: str, *, data: Path, work: Path, async_saves: bool) -> dict
 
 
 def one_kill(
-    number: int, *, seed: int, victims: Sequence[str], data: Path, work: Path, async_saves: bool
+    number: int, *, seed: int, victims: Sequence[str], data: Path, work: Path, extra: Sequence[str]
 ) -> dict[str, Any]:
     """Kill a run at a random moment, let it end, and compare."""
     draw = random.Random(f"{seed} {number}")
     layout, victim = list(LAYOUTS)[number % len(LAYOUTS)], draw.choices(victims, [VICTIMS[name] for name in victims])[0]
-    where: dict[str, Any] = {"data": data, "work": work, "async_saves": async_saves}
+    where: dict[str, Any] = {"data": data, "work": work, "extra": extra}
     wanted, share, missed = reference(layout, **where), draw.random(), 0
     while True:
         run, began = make_run(layout, **where), time.monotonic()
@@ -265,11 +265,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first kill: campaigns may run side by side")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--async-saves", action="store_true", help="save in the background")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    os.environ.update(CPU)
+    # Runs that compile need the compiler, which `CPU` turns off.
+    compiles = any(setting.startswith("training.compile=") for setting in arguments.set)
+    os.environ.update({name: value for name, value in CPU.items() if not compiles or name != "TORCHDYNAMO_DISABLE"})
     for name in IMPORTED:
         importlib.import_module(name)
     assert threading.active_count() == 1, "a fork would lose a thread"
@@ -278,9 +280,7 @@ def main() -> int:
     done = len(arguments.out.read_text().splitlines()) if arguments.out.exists() else 0
     for number in range(arguments.first + done, arguments.first + arguments.kills):
         folders = {"data": arguments.data.resolve(), "work": arguments.work.resolve()}
-        row = one_kill(
-            number, seed=arguments.seed, victims=arguments.victims, async_saves=arguments.async_saves, **folders
-        )
+        row = one_kill(number, seed=arguments.seed, victims=arguments.victims, extra=arguments.set, **folders)
         with arguments.out.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
