@@ -37,7 +37,10 @@ def main() -> int:
     words = ["--data", data, "--work", arguments.work / "runs", "--out", results]
     numbers = ["--kills", arguments.kills, "--seed", arguments.seed]
     asynchronous, compiled = arguments.async_saves, arguments.compile
-    extra = ["checkpoint.async_save=true"] * asynchronous + [f"training.compile={compiled}"] * bool(compiled)
+    extra = ["checkpoint.async_save=true"] * asynchronous
+    if compiled:
+        # The first step of the first run waits for the compiler, which may take minutes.
+        extra += [f"training.compile={compiled}", "parallel.timeout_s=1200"]
     command = [
         python(),
         "-W",

@@ -12,6 +12,7 @@ from launch.bench.engines.random_models import random_weights
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_PARTS, OptimizerConfig, ParallelConfig
 from megavl.model.build import BuildSpec
+from megavl.model.kernels import Level
 from megavl.parallel import groups
 from megavl.train.batch_broadcast import next_step
 from megavl.train.model_chunks import build_model_chunks
@@ -34,21 +35,25 @@ def world() -> Iterator[None]:
     groups.stop()
 
 
-def test_loss_curve_matches_the_golden_file(update_golden: bool, report_table: Any) -> None:
-    losses = _curve()
-    if update_golden:
+@pytest.mark.filterwarnings("ignore:training.compile. TORCHDYNAMO_DISABLE")
+@pytest.mark.parametrize("compiled", ["none", "kernels", "layers"])
+def test_loss_curve_matches_the_golden_file(compiled: Level, update_golden: bool, report_table: Any) -> None:
+    losses = _curve(compiled)
+    if update_golden and compiled == "none":
         GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in losses))
     golden = [float(line) for line in GOLDEN.read_text().splitlines()]
     error = max(abs(a - b) / b for a, b in zip(losses, golden, strict=True))
-    report_table(f"loss curve against {GOLDEN.name}: {error:.1e} relative (tolerance {TOLERANCE:.0e})")
+    report_table(f"{compiled}: loss curve against {GOLDEN.name}: {error:.1e} relative (tolerance {TOLERANCE:.0e})")
     assert error <= TOLERANCE
     assert losses[-2] < losses[0]
 
 
-def _curve() -> list[float]:
+def _curve(compiled: Level) -> list[float]:
     config, parallel = load_model_config("tiny-hybrid"), ParallelConfig()
     settings = OptimizerConfig(lr=1e-3, warmup_steps=2)
-    model = build_model_chunks(BuildSpec(model=config, parallel=parallel, train=TRAINABLE_PARTS, seed=1))
+    model = build_model_chunks(
+        BuildSpec(model=config, parallel=parallel, train=TRAINABLE_PARTS, seed=1, compile=compiled)
+    )
     model.chunks[0].module.load_state_dict(dict(random_weights(config)), strict=False)
     optimizer = build_optimizer(model, optimizer=settings, bf16=False)
     losses = []
