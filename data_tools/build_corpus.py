@@ -70,7 +70,11 @@ def _parser() -> Parser:
         pictures = command(name, build, _pictures(samples=1000), about="pictures with questions")
         pictures.add_argument("--level", choices=[*family, "all"], default="easy", help="difficulty (easy)")
     add_pair_commands(commands, common=common, texts=texts)
-    command("demo", build_demo, texts, words, _pictures(samples=4000), about="the whole demo corpus")
+    demo = command("demo", build_demo, texts, words, _pictures(samples=4000), about="the whole demo corpus")
+    demo.add_argument("--heldout-text", type=whole(0, 10**10), default=0, help="further bytes of held-out text (0)")
+    demo.add_argument("--packages", action="store_true", help="docstrings of installed packages where text is short")
+    demo.add_argument("--details", action="store_true", help="small marks too, with questions on them")
+    demo.add_argument("--side", type=whole(14, 4096), help="longest side of the images (as drawn)")
     return parser
 
 

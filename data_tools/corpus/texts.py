@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import dataclasses
 import gzip
 import hashlib
 import random
@@ -35,6 +36,9 @@ MIN_DOCUMENT_CHARACTERS = 200
 
 MAX_SHARES = {"licence": 0.12, "debian-doc": 0.43}
 """Largest share of the text for each source; docstrings fill the rest."""
+
+PACKAGES = Path(sysconfig.get_paths()["purelib"])
+"""Where the packages of the running Python are installed."""
 
 _DOC_NAME = re.compile(r"(copyright|readme|changelog|news|faq)[\w.+-]*", re.IGNORECASE)
 _NOT_TEXT = re.compile(r"\.(html?|pdf|ps|png|jpe?g|svg|css|js|xz|bz2|zip)(\.gz)?$", re.IGNORECASE)
@@ -70,7 +74,9 @@ class Collection:
     """Documents and UTF-8 bytes per kind of source."""
 
 
-def collect_text(*, size: int, seed: int, debian: Path = DEBIAN, library: Path | None = None) -> Collection:
+def collect_text(
+    *, size: int, seed: int, debian: Path = DEBIAN, library: Path | None = None, packages: Path | None = None
+) -> Collection:
     """Collect about `size` bytes of text; the same machine and seed give the same documents in the same order.
 
     Args:
@@ -78,6 +84,7 @@ def collect_text(*, size: int, seed: int, debian: Path = DEBIAN, library: Path |
         seed: decides the order of files and documents.
         debian: folder with `doc` and `common-licenses`; may be absent.
         library: folder of the standard library; by default that of the running Python.
+        packages: folder of installed packages, whose docstrings come last; None reads none.
 
     Raises:
         DataError: no text is found.
@@ -93,6 +100,9 @@ def collect_text(*, size: int, seed: int, debian: Path = DEBIAN, library: Path |
         "debian-doc": (_read_files(_documentation(debian), root=debian / "doc", rng=rng)),
         "python-doc": (_read_docstrings(library, rng=rng, summaries=summaries)),
     }
+    if packages is not None:
+        # Questions are asked about the standard library only.
+        streams["package-doc"] = _read_docstrings(packages, rng=rng, summaries=[])
     with tqdm(total=size, unit="B", unit_scale=True, desc="text", disable=None) as progress:
         for kind, stream in streams.items():
             room = min(size - _bytes(found), int(size * MAX_SHARES.get(kind, 1.0)))
@@ -105,6 +115,22 @@ def collect_text(*, size: int, seed: int, debian: Path = DEBIAN, library: Path |
         )
     rng.shuffle(found)
     return Collection(documents=found, summaries=summaries, sources=sources)
+
+
+def divide(collection: Collection, *, kept_back: int) -> tuple[Collection, list[Document]]:
+    """The collection without its first documents of together about `kept_back` bytes, and these documents.
+
+    Raises:
+        DataError: no document would be left.
+    """
+    size, count = 0, 0
+    while size < kept_back and count < len(collection.documents):
+        size += _bytes(collection.documents[count : count + 1])
+        count += 1
+    if count == len(collection.documents):
+        raise DataError(f"{kept_back} held-out bytes: only {size} bytes of text were found; ask for less held-out text")
+    rest = dataclasses.replace(collection, documents=collection.documents[count:])
+    return rest, collection.documents[:count]
 
 
 def _bytes(documents: Iterable[Document]) -> int:

@@ -138,6 +138,7 @@ IMAGE_PRESETS: dict[str, ImageGeometry] = {
     "hybrid-1024": ImageGeometry(canvas_size=1024, low_size=384, patch_size=16, background=HYBRID_BACKGROUND),
     "small": ImageGeometry(canvas_size=512, low_size=192, patch_size=16, background=HYBRID_BACKGROUND),
     "tiny-hybrid": ImageGeometry(canvas_size=128, low_size=48, patch_size=16, background=HYBRID_BACKGROUND),
+    "tiny-hybrid-even": ImageGeometry(canvas_size=128, low_size=48, patch_size=8, background=HYBRID_BACKGROUND),
     "tiny-siglip": ImageGeometry(canvas_size=48, low_size=48, patch_size=16, background=SIGLIP_BACKGROUND),
 }
 """Image geometries by `--image-preset`."""

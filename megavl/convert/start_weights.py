@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,25 @@ def start_weights(
     if sam is not None:
         sources["sam"] = read_sam_tower(sam, config=config, dtype=kind)
     taken = {name: tensor for source in sources.values() for name, tensor in source.tensors.items()}
+    tensors, made = complete(config, taken, dtype=kind, seed=seed)
+    return StartWeights(config=config, dtype=dtype, seed=seed, sources=sources, tensors=tensors, made=made)
+
+
+def complete(
+    config: ModelConfig, taken: Mapping[str, LazyTensor], *, dtype: torch.dtype, seed: int
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Every tensor of a model: those that are there, and initial values for the rest.
+
+    Args:
+        taken: decoder, SigLIP, and SAM's trunk and neck, by canonical name.
+        dtype: of the initial values.
+
+    Returns:
+        The tensors by canonical name, and how each that was not there is made.
+    """
     shapes = canonical_shapes(config)
-    tensors, made = {}, {}
+    tensors: dict[str, LazyTensor] = {}
+    made: dict[str, str] = {}
     for name, shape in shapes.items():
         if name in taken:
             tensors[name] = taken[name]
@@ -118,11 +135,11 @@ def start_weights(
             copied = _NECK + name.removeprefix(_NECK_HD)
             tensors[name], made[name] = taken[copied], f"copy of {copied}"
         elif name == _HD_SCALE:
-            tensors[name], made[name] = LazyTensor.of(torch.zeros(shape, dtype=kind)), "zero"
+            tensors[name], made[name] = LazyTensor.of(torch.zeros(shape, dtype=dtype)), "zero"
         else:
-            tensors[name] = _drawn(name, shape, bound=_bound(name, shapes), seed=seed, dtype=kind)
+            tensors[name] = _drawn(name, shape, bound=_bound(name, shapes), seed=seed, dtype=dtype)
             made[name] = f"random, seed {seed}"
-    return StartWeights(config=config, dtype=dtype, seed=seed, sources=sources, tensors=tensors, made=made)
+    return tensors, made
 
 
 def _drawn(name: str, shape: Shape, *, bound: float, seed: int, dtype: torch.dtype) -> LazyTensor:

@@ -314,8 +314,9 @@ def task_figures(
         normalize: by what the options of a question are compared.
 
     Returns:
-        accuracy with chance, standard_error and n where there are questions; bits_per_byte with bytes where there are
-        texts. What is not finite is None.
+        Where there are questions: accuracy, chance, standard_error and n. Means in nats a token of `loss`, that of the
+        right option, and of `margin`, by which it is below the least loss of a wrong one. `by_kind` has the same of
+        each kind, if there are several. Where there are texts: bits_per_byte and bytes. What is not finite is None.
     """
     questions = [(entry, found[0]) for entry, found in zip(entries, scores) if isinstance(entry, Question)]
     passages = [(entry, found) for entry, found in zip(entries, scores) if isinstance(entry, Passage)]
@@ -325,20 +326,37 @@ def task_figures(
             [cost(one, choice, normalize=normalize) for one, choice in zip(options, entry.choices)]
             for entry, options in questions
         ]
-        sound = all(math.isfinite(value) for values in costs for value in values)
-        right = [values.index(min(values)) == entry.answer for (entry, _), values in zip(questions, costs)]
-        accuracy, count = sum(right) / len(right), len(right)
-        row |= {
-            "accuracy": accuracy if sound else None,
-            "chance": sum(1 / len(entry.choices) for entry, _ in questions) / count,
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count) if sound else None,
-            "n": count,
-        }
+        asked = [(entry, options, values) for (entry, options), values in zip(questions, costs)]
+        row |= _question_figures(asked)
+        kinds = sorted({entry.kind for entry, _ in questions})
+        if len(kinds) > 1:
+            row["by_kind"] = {kind: _question_figures([one for one in asked if one[0].kind == kind]) for kind in kinds}
     if passages:
         size = sum(len(entry.text.encode()) for entry, _ in passages)
         nats = -math.fsum(window[0].log_prob for _, windows in passages for window in windows)
         row |= {"bits_per_byte": finite(nats / math.log(2) / size), "bytes": size}
     return row
+
+
+def _question_figures(asked: Sequence[tuple[Question, Sequence[Score], list[float]]]) -> dict[str, Any]:
+    """Figures of questions, given the scores and costs of their options; None where numbers are not finite."""
+    count = len(asked)
+    accuracy = sum(costs.index(min(costs)) == entry.answer for entry, _, costs in asked) / count
+    losses = [[-one.log_prob / one.tokens for one in options] for _, options, _ in asked]
+    right = [of_options[entry.answer] for (entry, _, _), of_options in zip(asked, losses)]
+    wrong = [
+        min(of_options[: entry.answer] + of_options[entry.answer + 1 :])
+        for (entry, _, _), of_options in zip(asked, losses)
+    ]
+    sound = all(math.isfinite(value) for _, _, costs in asked for value in costs)
+    found = {
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
+        "loss": sum(right) / count,
+        "margin": sum(other - own for own, other in zip(right, wrong)) / count,
+    }
+    chance = sum(1 / len(entry.choices) for entry, _, _ in asked) / count
+    return {**(found if sound else dict.fromkeys(found)), "chance": chance, "n": count}
 
 
 def spread_images(model: ModelChunks) -> Callable[[Sequence[Batch]], Sequence[Batch]] | None:

@@ -9,14 +9,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus.demo.picture_set import FAMILIES, Mix, PictureSet, phrases
+from data_tools.corpus.demo.picture_set import DETAILS, FAMILIES, Mix, PictureSet, phrases
 from data_tools.corpus.demo.questions import CHOICES
 from data_tools.corpus.demo.vocabulary import read_texts, save_tokenizer, train_tokenizer
 from data_tools.corpus.output import new_folder, write_description, write_json, write_jsonl
-from data_tools.corpus.texts import Collection, Summary, collect_text
+from data_tools.corpus.texts import PACKAGES, Document, Summary, collect_text, divide
 from megavl.config.errors import DataError
 
-DEMO_MIX: Mix = {
+DEMO_MIX: dict[tuple[str, str], float] = {
     ("shapes", "easy"): 15,
     ("charts", "easy"): 12,
     ("ocr", "easy"): 10,
@@ -25,6 +25,13 @@ DEMO_MIX: Mix = {
     ("ocr", "hard"): 1,
 }
 """Weights of the levels. Tiny models learn the easy pictures in some hundred steps; the hard ones leave headroom."""
+
+DETAILS_MIX: dict[tuple[str, str], float] = {(DETAILS, "letter"): 6, (DETAILS, "shape"): 6}
+"""What `details` adds to these weights."""
+
+EVALUATIONS = {"eval.jsonl": "easy", "eval_hard.jsonl": "hard"}
+"""Level of the questions in each file."""
+HELDOUT_TEXT = "text_heldout.jsonl"
 
 TEXT_ONLY_SHARE = 0.02
 """Conversations without an image, relative to those with one."""
@@ -42,7 +49,7 @@ def build_text(output: Path, *, seed: int, size: int, debian_root: Path, force: 
     """Write `text.jsonl` with about `size` bytes of text; returns the number of records by file."""
     with new_folder(output, force=force) as folder:
         collection = collect_text(size=size, seed=seed, debian=debian_root)
-        counts = {"text.jsonl": write_jsonl(folder / "text.jsonl", _text_records(collection))}
+        counts = {"text.jsonl": write_jsonl(folder / "text.jsonl", _text_records(collection.documents))}
         _describe(folder, kind="text", seed=seed, counts=counts, text=collection.sources)
     return counts
 
@@ -78,7 +85,19 @@ def build_pictures(
 
 
 def build_demo(
-    output: Path, *, seed: int, samples: int, heldout: int, size: int, vocab_size: int, debian_root: Path, force: bool
+    output: Path,
+    *,
+    seed: int,
+    samples: int,
+    heldout: int,
+    size: int,
+    vocab_size: int,
+    debian_root: Path,
+    force: bool,
+    heldout_text: int = 0,
+    packages: bool = False,
+    details: bool = False,
+    side: int | None = None,
 ) -> dict[str, int]:
     """Write the whole demo corpus: text, tokenizer, pictures of every family, and held-out questions.
 
@@ -91,18 +110,26 @@ def build_demo(
         vocab_size: entries of the tokenizer.
         debian_root: folder with Debian's documentation; may be absent.
         force: replace an earlier result.
+        heldout_text: bytes of further text for `text_heldout.jsonl`; 0 writes no such file.
+        packages: read the docstrings of installed packages where other text does not suffice.
+        details: add small marks to the training pictures, and questions on them in `eval_detail.jsonl`.
+        side: longest side of the images, pixels; None leaves them as they are drawn.
 
     Returns:
         Number of records by file.
     """
     with new_folder(output, force=force) as folder:
-        collection = collect_text(size=size, seed=seed, debian=debian_root)
-        pictures = PictureSet(folder=folder, seed=seed)
-        tasks = {
-            name: pictures.add_heldout([(family, level) for family in FAMILIES], per_question=heldout)
-            for name, level in (("eval.jsonl", "easy"), ("eval_hard.jsonl", "hard"))
-        }
-        pictures.add_training(DEMO_MIX, count=samples)
+        collection = collect_text(
+            size=size + heldout_text, seed=seed, debian=debian_root, packages=PACKAGES if packages else None
+        )
+        collection, kept_back = divide(collection, kept_back=heldout_text)
+        pictures = PictureSet(folder=folder, seed=seed, side=side)
+        asked = {name: [(family, level) for family in FAMILIES] for name, level in EVALUATIONS.items()}
+        if details:
+            asked["eval_detail.jsonl"] = list(DETAILS_MIX)
+        tasks = {name: pictures.add_heldout(levels, per_question=heldout) for name, levels in asked.items()}
+        mix = DEMO_MIX | DETAILS_MIX if details else DEMO_MIX
+        pictures.add_training(mix, count=samples)
         text_only = _text_only(collection.summaries, count=round(samples * TEXT_ONLY_SHARE), seed=seed)
         conversations = [*pictures.conversations, *text_only]
         random.Random(f"conversations/{seed}").shuffle(conversations)
@@ -113,18 +140,20 @@ def build_demo(
         save_tokenizer(tokenizer, folder / "tokenizer")
         write_json(folder / "conversations.json", conversations)
         counts = {
-            "text.jsonl": write_jsonl(folder / "text.jsonl", _text_records(collection)),
+            "text.jsonl": write_jsonl(folder / "text.jsonl", _text_records(collection.documents)),
             "captions.jsonl": write_jsonl(folder / "captions.jsonl", pictures.captions),
             "conversations.json": len(conversations),
             **{name: write_jsonl(folder / name, records) for name, records in tasks.items()},
             "tokenizer": tokenizer.get_vocab_size(),
         }
-        _describe(folder, kind="demo", seed=seed, counts=counts, mix=DEMO_MIX, tasks=tasks, text=collection.sources)
+        if heldout_text:
+            counts[HELDOUT_TEXT] = write_jsonl(folder / HELDOUT_TEXT, _text_records(kept_back))
+        _describe(folder, kind="demo", seed=seed, counts=counts, mix=mix, tasks=tasks, text=collection.sources)
     return counts
 
 
-def _text_records(collection: Collection) -> Iterator[dict[str, str]]:
-    for number, document in enumerate(collection.documents):
+def _text_records(documents: Iterable[Document]) -> Iterator[dict[str, str]]:
+    for number, document in enumerate(documents):
         yield {"id": f"text-{number:06d}", "source": document.source, "text": document.text}
 
 

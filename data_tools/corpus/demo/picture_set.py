@@ -10,15 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
-from data_tools.corpus.demo import charts, rendered_text, shapes
+from data_tools.corpus.demo import charts, details, rendered_text, shapes
 from data_tools.corpus.demo.family import Answers, Family, Level, Picture, Question
 from data_tools.corpus.demo.questions import PLACEHOLDER, balanced_choices
 from megavl.config.errors import DataError
 
 FAMILIES: Mapping[str, Family] = {"shapes": shapes.LEVELS, "charts": charts.LEVELS, "ocr": rendered_text.LEVELS}
 """Picture families by command name."""
+
+DETAILS = "details"
+"""The family of `demo --details`; its questions and answers have the words of the others."""
+
+_LEVELS: Mapping[str, Family] = {**FAMILIES, DETAILS: details.LEVELS}
 
 Mix = Mapping[tuple[str, str], float]
 """Share of the training pictures by (family, level)."""
@@ -36,6 +42,8 @@ class PictureSet:
     seed: int
     captions: list[dict[str, Any]] = field(default_factory=list)
     conversations: list[dict[str, Any]] = field(default_factory=list)
+    side: int | None = None
+    """Longest side of the written images, pixels; None leaves them as they are drawn."""
     seen: set[bytes] = field(default_factory=set)
     """SHA-256 of each image file. No picture is written twice, so no held-out one is in the training set."""
 
@@ -45,7 +53,7 @@ class PictureSet:
         for number in tqdm(range(count), unit="image", desc="pictures", disable=None):
             rng = random.Random(f"train/{self.seed}/{number}")
             family, level_name = rng.choices(names, weights)[0]
-            level = FAMILIES[family][level_name]
+            level = _LEVELS[family][level_name]
             identifier = f"{family}-{level_name}-{number:06d}"
             path = f"images/train/{identifier}.png"
             picture = self._write(path, level=level, rng=rng, wanted={})
@@ -57,7 +65,7 @@ class PictureSet:
         """Draw `per_question` pictures for each kind of question; returns one multiple-choice question on each."""
         tasks: list[dict[str, Any]] = []
         kinds = [
-            (level, question) for name, key in levels for level in [FAMILIES[name][key]] for question in level.questions
+            (level, question) for name, key in levels for level in [_LEVELS[name][key]] for question in level.questions
         ]
         for level, question in tqdm(kinds, unit="kind", desc="held-out", disable=None):
             rng = random.Random(f"heldout/{self.seed}/{question.kind}")
@@ -84,7 +92,7 @@ class PictureSet:
         for _ in range(_ATTEMPTS):
             picture = level.draw(rng, wanted)
             buffer = io.BytesIO()
-            picture.image.save(buffer, "PNG", compress_level=3)
+            _reduced(picture.image, side=self.side).save(buffer, "PNG", compress_level=3)
             key = hashlib.sha256(buffer.getvalue()).digest()
             if key not in self.seen:
                 self.seen.add(key)
@@ -93,6 +101,14 @@ class PictureSet:
                 target.write_bytes(buffer.getvalue())
                 return picture
         raise DataError(f"{path}: no new picture in {_ATTEMPTS} attempts; lower --samples or choose another --level")
+
+
+def _reduced(image: Image.Image, *, side: int | None) -> Image.Image:
+    """The picture with its longest side reduced to `side` pixels."""
+    if side is None or max(image.size) <= side:
+        return image
+    width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _turns(answers: Answers, *, level: Level, rng: random.Random) -> Iterator[dict[str, str]]:

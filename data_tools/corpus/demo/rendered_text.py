@@ -25,7 +25,8 @@ GROUND = Question(kind="ocr-ground", text="What colour is behind the word?", val
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def letter_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font that Pillow ships, at a size in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -42,9 +43,9 @@ def _render(rng: random.Random, text: str, *, card: str, share: float, weight: f
     """
     image = blank(rng, COLOURS[card])
     draw = ImageDraw.Draw(image)
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=_font(100), stroke_width=round(100 * weight))
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=letter_font(100), stroke_width=round(100 * weight))
     size = round(100 * share * min(image.width / (right - left), image.height / (bottom - top)))
-    font, stroke = _font(size), round(size * weight)
+    font, stroke = letter_font(size), round(size * weight)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font, stroke_width=stroke)
     x = (image.width - (right - left)) / 2 - left + rng.uniform(-wobble, wobble) * image.width
     y = (image.height - (bottom - top)) / 2 - top + rng.uniform(-wobble, wobble) * image.height

@@ -35,7 +35,7 @@ NAME_OF_MANY = Question(kind="shapes-name", text="Which shape do you see?", valu
 COUNT = Question(kind="shapes-count", text="How many shapes are there?", values=NUMBERS[:4])
 
 
-def _draw_shape(
+def draw_shape(
     draw: ImageDraw.ImageDraw,
     name: str,
     *,
@@ -76,7 +76,7 @@ def _draw_easy(rng: random.Random, wanted: Answers) -> Picture:
         length / 2 + towards * (length / 2 - radius - 0.02 * short) + (0 if towards else rng.uniform(-wobble, wobble))
         for length, towards in zip(image.size, (across, down), strict=True)
     )
-    _draw_shape(
+    draw_shape(
         ImageDraw.Draw(image),
         name,
         centre=(centre[0], centre[1]),
@@ -105,7 +105,7 @@ def _draw_hard(rng: random.Random, wanted: Answers) -> Picture:
             (column + 0.5) * cell_width + rng.uniform(-1, 1) * (cell_width / 2 - radius),
             (row + 0.5) * cell_height + rng.uniform(-1, 1) * (cell_height / 2 - radius),
         )
-        _draw_shape(ImageDraw.Draw(image), name, centre=centre, radius=radius, colour=fill, paper=paper)
+        draw_shape(ImageDraw.Draw(image), name, centre=centre, radius=radius, colour=fill, paper=paper)
     plural = name if count == "one" else {"cross": "crosses"}.get(name, name + "s")
     caption = f"The picture shows {count} {colour} {plural}."
     answers = {COLOUR_OF_MANY.kind: colour, NAME_OF_MANY.kind: name, COUNT.kind: count}

@@ -44,6 +44,16 @@ def test_accuracy_has_chance_and_error() -> None:
     assert found["bits_per_byte"] == pytest.approx(5 / 4) and found["bytes"] == 4
 
 
+def test_questions_have_loss_and_margin_by_kind() -> None:
+    entries = [replace(question(0), kind="a"), replace(question(1), kind="b"), replace(question(2), kind="b")]
+    found = task_figures(entries, [[scores(-1, -2, -3, -4)], [scores(-1, -2, -3, -4)], [scores(-2, -4, -6, -8)]])
+    # Two tokens an option: losses of the right ones 0.5, 1 and 3, of the cheapest wrong ones 1, 0.5 and 1.
+    assert found["loss"] == pytest.approx(1.5) and found["margin"] == pytest.approx((0.5 - 0.5 - 2) / 3)
+    assert set(found["by_kind"]) == {"a", "b"} and found["by_kind"]["a"]["accuracy"] == 1.0
+    assert found["by_kind"]["b"]["margin"] == pytest.approx(-1.25) and found["by_kind"]["b"]["n"] == 2
+    assert "by_kind" not in task_figures(entries[:1], [[scores(-1, -2, -3, -4)]])
+
+
 def test_options_are_compared_by_token_sum_or_byte() -> None:
     """The first option has the least sum, the second the least per token, and the third the least per byte."""
     entry = Question(id="q", prompt="?", choices=("ab", "abcd", "a" * 40), answer=0)
@@ -59,7 +69,8 @@ def test_options_are_compared_by_token_sum_or_byte() -> None:
 
 def test_what_is_not_finite_is_null() -> None:
     found = task_figures([question(0), Passage(id="p", text="a")], [[scores(-1, math.nan, -1, -1)], [scores(math.nan)]])
-    assert found["accuracy"] is None and found["standard_error"] is None and found["bits_per_byte"] is None
+    assert found["accuracy"] is None and found["standard_error"] is None and found["margin"] is None
+    assert found["bits_per_byte"] is None
 
 
 def test_log_keeps_one_row_a_step(tmp_path: Path) -> None:

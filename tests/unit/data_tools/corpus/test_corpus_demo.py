@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from PIL import Image
 
 from data_tools import build_corpus
 from data_tools.corpus.demo.build import TEXT_ONLY_SHARE
+from data_tools.corpus.demo.details import LEVELS as DETAILS
 from data_tools.corpus.demo.picture_set import FAMILIES
 from megavl.data.tokenizer import open_tokenizer
 
@@ -161,3 +163,32 @@ def test_answers_are_single_tokens(corpus):
                 for value in question.values:
                     assert len(tokenizer.encode(f" {value}")) == 1, value
     assert len(tokenizer.encode("User:")) == len(tokenizer.encode("Assistant:")) == 2
+
+
+def test_larger_corpus_has_details_and_held_out_text(corpus, tmp_path):
+    options = [*SMALL, "--details", "--heldout-text", "20000", "--side", "48"]
+    assert build_corpus.main(["demo", "--output", str(tmp_path / "more"), *options]) == 0
+    more = tmp_path / "more"
+    records = json.loads((more / "corpus.json").read_text(encoding="utf-8"))["records"]
+    kinds = Counter(task["kind"] for task in lines(more / "eval_detail.jsonl"))
+    assert kinds == {"detail-letter": 20, "detail-shape": 20} and records["eval_detail.jsonl"] == 40
+    kept, trained = ({line["text"] for line in lines(more / name)} for name in ("text_heldout.jsonl", "text.jsonl"))
+    assert sum(len(text.encode()) for text in kept) >= 20_000 and not kept & trained
+    assert any("details-" in record["image"] for record in lines(more / "captions.jsonl"))
+    assert max(max(Image.open(path).size) for path in (more / "images/heldout").iterdir()) == 48
+    # The same questions, so that a smaller corpus of the same seed is a fair control.
+    assert lines(more / "eval.jsonl") == lines(corpus / "eval.jsonl")
+    tokenizer = open_tokenizer(more / "tokenizer")
+    for task in lines(more / "eval_detail.jsonl"):
+        assert all(len(tokenizer.encode(f" {choice}")) == 1 for choice in task["choices"])
+
+
+def test_small_marks_are_small():
+    for level in DETAILS.values():
+        (question,) = level.questions
+        for value in question.values:
+            picture = level.draw(random.Random(value), {question.kind: value})
+            dark = picture.image.convert("L").point(lambda grey: 255 * (grey < 128))
+            left, top, right, bottom = dark.getbbox()
+            assert 0.03 <= max(right - left, bottom - top) / min(picture.image.size) <= 0.1, value
+            assert picture.answers == {question.kind: value} and value in picture.caption

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from data_tools.corpus.texts import MAX_DOCUMENT_CHARACTERS, collect_text
+from data_tools.corpus.texts import MAX_DOCUMENT_CHARACTERS, collect_text, divide
 from megavl.config.errors import DataError
 
 PARAGRAPH = "The quick brown fox jumps over the lazy dog, again and again, until the paragraph is long enough. " * 3
@@ -51,6 +51,23 @@ def test_sources_are_read_as_data(machine):
         ("json.tool.load", "Read what the path holds.")
     ]
     assert sum(source["documents"] for source in found.sources.values()) == len(found.documents)
+
+
+def test_packages_give_text_but_no_questions(machine):
+    found = collect_text(
+        size=10**6, seed=0, debian=machine / "share", library=machine / "json", packages=machine / "library"
+    )
+    names = {document.source for document in found.documents}
+    assert "package-doc:json/tool.py" in names and found.summaries == []
+
+
+def test_held_out_documents_are_set_apart(machine):
+    whole = collect_text(size=10**6, seed=0, debian=machine / "share", library=machine / "library")
+    rest, kept = divide(whole, kept_back=1)
+    assert kept == whole.documents[:1] and rest.documents == whole.documents[1:]
+    assert divide(whole, kept_back=0) == (whole, [])
+    with pytest.raises(DataError, match="ask for less held-out text"):
+        divide(whole, kept_back=10**6)
 
 
 def test_the_order_depends_on_the_seed_alone(machine):

@@ -1,0 +1,196 @@
+"""Runs ablations of the paper at small scale and judges their claims.
+
+    python launch/ablate.py launch/ablations/NAME.yaml [--smoke]
+
+Every cell of the ablation, an arm with a seed, is a chain of `megavl train` runs. All state is in files: killed at any
+moment and started again, the same command goes on. It writes a page, JSON with every value, and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from launch.ablations.definition import Ablation, read_ablation  # noqa: E402
+from launch.ablations.figures import draw, require_matplotlib  # noqa: E402
+from launch.ablations.graph import Graph, Task, build_graph  # noqa: E402
+from launch.ablations.results import cost_of, page, read_results  # noqa: E402
+from launch.ablations.runner import Runner, Stopped, TaskFailed, is_done  # noqa: E402
+from launch.ablations.simulations import simulate  # noqa: E402
+from launch.ablations.slurm import submit  # noqa: E402
+from megavl.config.errors import EXIT_INTERRUPTED, MegaVLError, UsageError  # noqa: E402
+from megavl.files.durable import replace_durably, storage_errors  # noqa: E402
+from megavl.foreign.printing import VisibleParser, say, say_error  # noqa: E402
+
+SIZE, SMOKE = "tiny", "smoke"
+CACHE = "runs/ablations/cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An ablation file at one size, and where its files go."""
+
+    path: Path
+    ablation: Ablation
+    graph: Graph
+    size: str
+    cache: Path
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """Of the files of the report."""
+        return self.path.stem
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except (TaskFailed, Stopped) as error:
+        say_error(error)
+        return error.code
+    except MegaVLError as error:
+        say_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = VisibleParser(prog="ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", type=Path, help="launch/ablations/NAME.yaml; several share runs"
+    )
+    parser.add_argument("--size", default=SIZE, help=f"one of the file's sizes ({SIZE})")
+    parser.add_argument("--smoke", action="store_true", help=f"the same as --size {SMOKE}: every run takes two steps")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds (the file's)")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (one for each core)")
+    parser.add_argument("--out", type=Path, help="folder of page, JSON and figure (runs/ablations/SIZE)")
+    parser.add_argument("--cache", type=Path, default=ROOT / CACHE, help=f"folder of all runs ({CACHE})")
+    parser.add_argument("--list", action="store_true", help="print the tasks with their numbers and folders, and stop")
+    parser.add_argument("--slurm", action="store_true", help="queue the tasks as SLURM job arrays, and stop")
+    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch for the arrays")
+    parser.add_argument("--cell", type=int, metavar="N", help="run task N of --list alone, with what it needs")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.smoke and options.size not in (SIZE, SMOKE):
+        raise UsageError(f"--smoke: is a size of its own; leave --size {options.size} out")
+    require_matplotlib()
+    files = [path.absolute() for path in options.files]
+    options.cache, options.out = options.cache.absolute(), options.out and options.out.absolute()
+    # Recipes and data have paths from here, as in every run.
+    os.chdir(ROOT)
+    size = SMOKE if options.smoke else options.size
+    works = [_work(path, options, size=size) for path in files]
+    if len({work.name for work in works}) < len(works):
+        raise UsageError("FILE: two files have the same name, by which results are named; name each once")
+    if options.list:
+        for work in works:
+            say(*(f"{number} {task.address} {task.name}" for number, task in enumerate(work.graph.tasks)))
+        return 0
+    if options.slurm:
+        for work in works:
+            _submit(work, options)
+        return 0
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: signals.append(received))
+    if options.cell is not None:
+        return _run_cell(works, options, signals)
+    # Runs of several files are one queue, so that all cores are busy to the end.
+    tasks = {task.address: task for work in works for task in work.graph.tasks}
+    ordered = sorted(tasks.values(), key=lambda task: task.level)
+    title = ", ".join(work.name for work in works)
+    _runner(works[0], ordered, title=title, options=options, signals=signals).run()
+    for work in works:
+        _report(work)
+    return 0
+
+
+def _work(path: Path, options: argparse.Namespace, *, size: str) -> Work:
+    ablation = read_ablation(path)
+    graph = build_graph(ablation, size=size, seeds=options.seeds)
+    out = options.out or ROOT / "runs/ablations" / size
+    return Work(path=path, ablation=ablation, graph=graph, size=size, cache=options.cache, out=out)
+
+
+def _runner(
+    work: Work, tasks: Sequence[Task], *, title: str, options: argparse.Namespace, signals: list[int]
+) -> Runner:
+    launcher = work.ablation.sizes[work.size].launcher
+    if launcher is not None and shutil.which("sbatch") and "SLURM_JOB_ID" not in os.environ:
+        raise UsageError(f"--size {work.size}: its launch scripts would queue jobs of their own here; add --slurm")
+    jobs = options.jobs or (1 if launcher else len(os.sched_getaffinity(0)))
+    with storage_errors(f"--cache {work.cache}"):
+        work.cache.mkdir(parents=True, exist_ok=True)
+    return Runner(tasks=tasks, cache=work.cache, jobs=jobs, launcher=launcher, title=title, signals=signals)
+
+
+def _run_cell(works: Sequence[Work], options: argparse.Namespace, signals: list[int]) -> int:
+    if len(works) != 1:
+        raise UsageError("--cell: counts the tasks of one file; give one FILE")
+    (work,) = works
+    tasks = work.graph.tasks
+    if not 0 <= options.cell < len(tasks):
+        raise UsageError(f"--cell {options.cell}: the tasks have the numbers 0 to {len(tasks) - 1}; see --list")
+    needed = tasks[options.cell].with_inputs()
+    _runner(work, needed, title=work.name, options=options, signals=signals).run()
+    return 0
+
+
+def _submit(work: Work, options: argparse.Namespace) -> None:
+    tasks = work.graph.tasks
+    words = ["launch/ablate.py", str(work.path), "--size", work.size, "--cache", str(work.cache)]
+    words += ["--out", str(work.out), *(["--seeds", str(options.seeds)] if options.seeds else [])]
+    done = [is_done(task, cache=work.cache) for task in tasks]
+    jobs = submit(tasks, done, command=words, name=work.name, cache=work.cache, extra=options.sbatch)
+    say(
+        f"{work.name}: {done.count(False)} tasks in the jobs {', '.join(jobs)}; the last one writes "
+        f"{work.out}/{work.name}.md"
+    )
+
+
+def _report(work: Work) -> None:
+    """Write JSON, figure and page; the page is last, so that where it is, all are."""
+    found = read_results(work.ablation, work.graph, size=work.size, cache=work.cache)
+    simulations = simulate(work.ablation, cache=work.cache)
+    command = f"python launch/ablate.py {os.path.relpath(work.path, ROOT)} --size {work.size}"
+    lines = page(
+        found, name=work.name, command=command, cost=cost_of(work.graph, cache=work.cache), simulations=simulations
+    )
+    content = {
+        "json": json.dumps(found.to_dict(simulations=simulations), indent=1) + "\n",
+        "svg": draw(found).decode(),
+        "md": "\n".join(lines) + "\n",
+    }
+    with storage_errors(f"--out {work.out}"):
+        work.out.mkdir(parents=True, exist_ok=True)
+        for ending, text in content.items():
+            replace_durably(work.out / f"{work.name}.{ending}", text.encode())
+    for row in found.claims():
+        say(f"{work.name}: {row['text']}: {row['verdict']}")
+    say(f"{work.name}: {work.out / work.name}.md")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

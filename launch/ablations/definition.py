@@ -1,0 +1,292 @@
+"""The file of an ablation: arms that differ in some settings, what is measured, and what is claimed.
+
+A file names one `base:` beside it, which holds what all ablations share: sizes with their data and the runs that every
+arm starts from. Keys of the file replace those of the base.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megavl.config.bounds import NonNegativeReal, PathText, Positive, Seed
+from megavl.config.errors import UsageError, one_line
+from megavl.foreign.yaml_text import read_yaml
+
+STRICT = ConfigDict(extra="forbid")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
+"""Name of an arm, stage, data set or measure; part of file names and keys."""
+Settings = dict[str, Any]
+"""Values of a recipe by dotted path."""
+ALL = "all"
+"""The stage whose settings hold for every stage of an arm."""
+_SHOWN = 200
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Dataset:
+    """A folder of shards: made from a corpus, or one that is there already."""
+
+    path: PathText | None = None
+    inputs: tuple[str, ...] = ()
+    """Files as CORPUS/FILE."""
+    options: tuple[str, ...] = ()
+    """Further options of data_tools/preprocess.py."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (not self.inputs):
+            raise UsageError("a data set has either `path` or `inputs`")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Stage:
+    """One run of `megavl train`."""
+
+    recipe: Name
+    """File without .yaml in the recipes of the size."""
+    set: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Ancestor:
+    """Weights that arms start from: a checkpoint that is there already, or a run from random weights."""
+
+    path: PathText | None = None
+    recipe: Name | None = None
+    set: Settings = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.recipe is None):
+            raise UsageError("an ancestor has either `path` or `recipe`")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Size:
+    """How large everything is."""
+
+    like: Name | None = None
+    """Size whose keys hold where this one has none."""
+    recipes: PathText = "launch/recipes/tiny"
+    """Folder of the recipes."""
+    launcher: Literal["1b", "7b"] | None = None
+    """Start runs by `launch/{warmup,pretrain,sft}_SIZE.sh`; default: as one process each."""
+    corpora: dict[Name, tuple[str, ...]] = field(default_factory=dict)
+    """Options of `data_tools/build_corpus.py demo`."""
+    tokenizer: str
+    """Path, or `corpus:NAME/tokenizer`."""
+    seq_length: Positive | None = None
+    """Tokens of a sequence, of all data sets and runs; default: the recipes'."""
+    datasets: dict[Name, Dataset] = field(default_factory=dict)
+    ancestors: dict[Name, Ancestor]
+    set: Settings = field(default_factory=dict)
+    """Settings of every run."""
+    stages: dict[Name, Settings] = field(default_factory=dict)
+    """Settings of the stages of this name."""
+    seeds: Positive | None = None
+    """Default: the ablation's."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Start:
+    """Weights of an arm's first stage. What no ancestor gives is drawn from the seed: the adaptor above all."""
+
+    llm: Name
+    siglip: Name
+    sam: Name | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Arm:
+    """One of the things compared: a chain of stages, each starting from the one before."""
+
+    title: str
+    chain: tuple[Name, ...] | None = None
+    """Its stages in order; default: the ablation's."""
+    start: Start | None = None
+    """Default: the ablation's."""
+    set: Settings = field(default_factory=dict)
+    """Settings as STAGE.key.path, or all.key.path for every stage."""
+    by_size: dict[Name, Settings] = field(default_factory=dict)
+    """Such settings at one size."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Measure:
+    """One number of a run."""
+
+    title: str
+    source: Literal["evaluation", "training"]
+    """The last row of evaluation.jsonl, or the mean of the last tenth of metrics.jsonl."""
+    key: str
+    """Dotted path in such a row."""
+    better: Literal["higher", "lower"]
+    modality: Literal["text", "multimodal"] | None = None
+    """Of the rows of metrics.jsonl; default: both."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Claim:
+    """That one arm is better than another, or no worse, in one measure."""
+
+    text: str
+    measure: Name
+    kind: Literal["better", "no_worse"] = "better"
+    arm: Name
+    than: Name
+    margin: NonNegativeReal
+    """Smallest difference that matters, in the unit of the measure."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Simulation:
+    """What the planner says of a run at the paper's scale."""
+
+    title: str
+    recipe: PathText
+    set: Settings = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    """Of `megavl plan`."""
+    key: str
+    """Dotted path in its JSON."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Figure:
+    """The picture: a panel for each measure, with curves over steps or one point for each arm."""
+
+    kind: Literal["curves", "points"]
+    measures: tuple[Name, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Ablation:
+    """A file with its base."""
+
+    title: str
+    paper: str
+    """What the paper shows and says."""
+    confounded: str = ""
+    """What else differs between arms."""
+    sizes: dict[Name, Size]
+    start: Start
+    stages: dict[Name, Stage]
+    chain: tuple[Name, ...]
+    """Stages of an arm, in order."""
+    arms: dict[Name, Arm]
+    seeds: Positive
+    first_seed: Seed = 1
+    measures: dict[Name, Measure]
+    claims: tuple[Claim, ...]
+    figure: Figure
+    simulations: tuple[Simulation, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, claim in enumerate(self.claims):
+            _known(f"claims.{number}.measure", claim.measure, self.measures)
+            _known(f"claims.{number}.arm", claim.arm, self.arms)
+            _known(f"claims.{number}.than", claim.than, self.arms)
+            if claim.arm == claim.than:
+                raise UsageError(f"claims.{number}.than: is the arm itself, {claim.arm!r}; name another arm")
+        for number, measure in enumerate(self.figure.measures):
+            _known(f"figure.measures.{number}", measure, self.measures)
+        for name, arm in self.arms.items():
+            for stage in arm.chain or self.chain:
+                _known(f"arms.{name}.chain", stage, self.stages)
+            for key in [*arm.set, *(key for values in arm.by_size.values() for key in values)]:
+                _known(f"arms.{name}.set.{key}", key.partition(".")[0], [*self.stages, ALL])
+        for name, size in self.sizes.items():
+            self._check_size(name, size)
+
+    def _check_size(self, name: str, size: Size) -> None:
+        for path, start in [
+            ("start", self.start),
+            *((f"arms.{arm}.start", one.start) for arm, one in self.arms.items()),
+        ]:
+            for part in () if start is None else filter(None, (start.llm, start.siglip, start.sam)):
+                _known(f"{path}, at size {name}", part, size.ancestors)
+        for dataset, made in size.datasets.items():
+            if made.inputs and size.seq_length is None:
+                raise UsageError(f"sizes.{name}.seq_length: is needed to make the data set {dataset}; add it")
+            for file in made.inputs:
+                _known(f"sizes.{name}.datasets.{dataset}.inputs", file.partition("/")[0], size.corpora)
+
+    def settings_of(self, arm: Arm, *, size: str) -> Settings:
+        """Settings of an arm at a size, as STAGE.key.path."""
+        like = self.sizes[size].like
+        return {**arm.set, **arm.by_size.get(size, arm.by_size.get(like or "", {}))}
+
+
+def read_ablation(path: Path) -> Ablation:
+    """Read and check a file.
+
+    Raises:
+        UsageError: names the file, the key, the value and the remedy.
+    """
+    raw = _read(path)
+    base = raw.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise UsageError(f"{path}: base: found {base!r}; give the name of a file beside this one")
+        raw = _merged(_read(path.parent / base), raw)
+    sizes = raw.get("sizes")
+    if isinstance(sizes, Mapping):
+        raw["sizes"] = {name: _like(name, sizes, path=path) for name in sizes}
+    try:
+        return TypeAdapter(Ablation).validate_python(raw)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_first(error)}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = read_yaml(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"{path}: cannot read the ablation ({reason}); give the path of a YAML file") from error
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise UsageError(f"{path}: an ablation is a mapping of keys to values; see launch/ablations/README.md")
+    return raw
+
+
+def _merged(under: Any, over: Any) -> Any:
+    """`over` on top of `under`: mappings key by key, everything else whole."""
+    if not isinstance(under, Mapping) or not isinstance(over, Mapping):
+        return over
+    return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}
+
+
+def _like(name: str, sizes: Mapping[str, Any], *, path: Path) -> Any:
+    size = sizes[name]
+    like = size.get("like") if isinstance(size, Mapping) else None
+    if like is None:
+        return size
+    other = sizes.get(like) if isinstance(like, str) else None
+    if not isinstance(other, Mapping) or "like" in other:
+        raise UsageError(f"{path}: sizes.{name}.like: found {like!r}; name a size that has no `like` itself")
+    return _merged(other, size)
+
+
+def _known(path: str, name: str, known: Any) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+        raise UsageError(f"{path}: there is no {name!r}; {hint}")
+
+
+def _first(error: ValidationError) -> str:
+    found = sorted(error.errors(), key=lambda item: item["type"] != "unexpected_keyword_argument")[0]
+    path = ".".join(str(part) for part in found["loc"] if not str(part).endswith("]"))
+    cause = found.get("ctx", {}).get("error")
+    if isinstance(cause, UsageError):
+        return f"{path}: {cause}" if path else str(cause)
+    if found["type"] == "unexpected_keyword_argument":
+        return f"{path}: unknown key; remove it or correct its name"
+    if found["type"].startswith("missing"):
+        return f"{path}: this key is required; add it"
+    return f"{path}: found {repr(found['input'])[:_SHOWN]}; {found['msg']}"

@@ -1,0 +1,269 @@
+"""Everything that an ablation computes, as a graph of tasks.
+
+A task is addressed by a hash of what determines its result: the resolved recipe or the options of a command, with the
+addresses of its inputs in place of paths. Two ablations that ask for the same task share it. The commit of the code is
+not part of the address; reports name it.
+
+In the words of a task, `{ADDRESS}` stands for the folder of a task, and `{self}` for its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from launch.ablations.definition import ALL, Ablation, Ancestor, Arm, Dataset, Settings, Size, Start
+from megavl.config.errors import UsageError
+from megavl.config.load import load_recipe, to_dict
+from megavl.config.recipe import Recipe
+
+FORMAT = 1
+"""Changed when equal words come to mean something else."""
+Kind = Literal["corpus", "dataset", "start", "train"]
+_REFERENCE = re.compile(r"^(corpus|dataset):([^/]+)(?:/(.*))?$")
+_FOLDER = re.compile(r"\{([a-z]+-[0-9a-f]{16}|self)\}")
+SEED = "training.seed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One program to run, in a folder of its own."""
+
+    kind: Kind
+    name: str
+    """For people."""
+    spec: Mapping[str, Any]
+    """What determines the result, as JSON."""
+    inputs: tuple[Task, ...] = ()
+    recipe: Recipe | None = None
+    """Of a `train` task, with `{ADDRESS}` in its paths."""
+
+    @cached_property
+    def address(self) -> str:
+        """Name of its folder."""
+        text = json.dumps({"format": FORMAT, "kind": self.kind, **self.spec}, sort_keys=True)
+        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+        return self.recipe.training.steps if self.recipe else 0
+
+    def with_inputs(self) -> list[Task]:
+        """Everything that it needs, and itself at the end."""
+        found: dict[str, Task] = {}
+        for one in (*(needed for task in self.inputs for needed in task.with_inputs()), self):
+            found.setdefault(one.address, one)
+        return list(found.values())
+
+    @cached_property
+    def level(self) -> int:
+        """0 without inputs, else one more than the highest input's."""
+        return 1 + max((task.level for task in self.inputs), default=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The runs of one arm with one seed, in order."""
+
+    arm: str
+    seed: int
+    runs: tuple[Task, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The cells of an ablation at one size, and all tasks that they need."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Each task once, after its inputs; tasks of one level stand together."""
+        found = {task.address: task for cell in self.cells for run in cell.runs for task in run.with_inputs()}
+        return sorted(found.values(), key=lambda task: task.level)
+
+
+def build_graph(ablation: Ablation, *, size: str, seeds: int | None = None) -> Graph:
+    """Every cell of an ablation.
+
+    Args:
+        size: one of `ablation.sizes`.
+        seeds: how many; default: the size's or the ablation's.
+
+    Raises:
+        UsageError: an unknown size, or a recipe that its settings make wrong.
+    """
+    if size not in ablation.sizes:
+        raise UsageError(f"--size {size}: the ablation has the sizes {', '.join(ablation.sizes)}")
+    builder = _Builder(ablation, size)
+    count = seeds or ablation.sizes[size].seeds or ablation.seeds
+    numbers = range(ablation.first_seed, ablation.first_seed + count)
+    return Graph(cells=tuple(builder.cell(arm, seed) for arm in ablation.arms for seed in numbers))
+
+
+def with_folders(value: Any, *, cache: Path, own: str) -> Any:
+    """A nested value with real folders for `{ADDRESS}` and `{self}` in its texts."""
+    if isinstance(value, Mapping):
+        return {key: with_folders(one, cache=cache, own=own) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_folders(one, cache=cache, own=own) for one in value]
+    if not isinstance(value, str):
+        return value
+    return _FOLDER.sub(lambda found: str(cache / (own if found[1] == "self" else found[1])), value)
+
+
+class _Builder:
+    def __init__(self, ablation: Ablation, size: str) -> None:
+        self._ablation, self._name = ablation, size
+        self._size: Size = ablation.sizes[size]
+        self._made: dict[str, Task] = {}
+
+    def cell(self, name: str, seed: int) -> Cell:
+        arm = self._ablation.arms[name]
+        settings = self._ablation.settings_of(arm, size=self._name)
+        runs: list[Task] = []
+        for stage in arm.chain or self._ablation.chain:
+            own = self._stage_settings(stage, settings) | {SEED: seed}
+            recipe = self._ablation.stages[stage].recipe
+            title = f"{name}, seed {seed}, {stage}"
+            init = runs[-1] if runs else self._start(title, arm, recipe, own, seed=seed)
+            runs.append(self._train(title, recipe, own, init=init))
+        return Cell(arm=name, seed=seed, runs=tuple(runs))
+
+    def _stage_settings(self, stage: str, of_arm: Settings) -> Settings:
+        merged = {**self._size.set, **self._ablation.stages[stage].set, **self._size.stages.get(stage, {})}
+        for scope in (ALL, stage):
+            prefix = f"{scope}."
+            merged |= {key.removeprefix(prefix): value for key, value in of_arm.items() if key.startswith(prefix)}
+        return merged
+
+    def _train(self, name: str, recipe: str, settings: Settings, *, init: Task | None) -> Task:
+        inputs: dict[str, Task] = {} if init is None else {init.address: init}
+        values = {key: self._resolved(value, inputs) for key, value in settings.items()}
+        values |= {
+            "data.tokenizer": self._resolved(self._size.tokenizer, inputs),
+            "run.dir": "{self}/run",
+            "checkpoint.dir": None,
+            "checkpoint.init": f"{{{init.address}}}/{_WEIGHTS[init.kind]}" if init else None,
+            "checkpoint.allow_random_init": init is None,
+        }
+        if self._size.seq_length:
+            values["data.seq_length"] = self._size.seq_length
+        loaded = self._load(name, recipe, values)
+        return self._once(
+            Task(
+                kind="train", name=name, spec={"recipe": to_dict(loaded)}, inputs=tuple(inputs.values()), recipe=loaded
+            )
+        )
+
+    def _load(self, name: str, recipe: str, values: Settings) -> Recipe:
+        path = Path(self._size.recipes) / f"{recipe}.yaml"
+        try:
+            return load_recipe(path, overrides=[f"{key}={json.dumps(value)}" for key, value in values.items()])
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+
+    def _start(self, name: str, arm: Arm, recipe: str, settings: Settings, *, seed: int) -> Task:
+        """Weights of an arm's first stage: towers and decoder of ancestors, and a new adaptor."""
+        start: Start = arm.start or self._ablation.start
+        inputs: dict[str, Task] = {}
+        probe = {key: self._resolved(value, {}) for key, value in settings.items() if not key.startswith("checkpoint.")}
+        if self._size.seq_length:
+            probe["data.seq_length"] = self._size.seq_length
+        model = self._load(name, recipe, probe | {"data.tokenizer": "-"}).model
+        parts = {"llm": start.llm, "siglip": start.siglip} | ({"sam": start.sam or ""} if model.sam else {})
+        if parts.get("sam") == "":
+            raise UsageError(f"{name}: start.sam: the model has a SAM tower; name the ancestor that gives it")
+        sources = {part: self._ancestor(one, inputs) for part, one in parts.items()}
+        spec = {"model": to_dict(model), "sources": sources, "seed": seed}
+        return self._once(Task(kind="start", name=f"start, seed {seed}", spec=spec, inputs=tuple(inputs.values())))
+
+    def _ancestor(self, name: str, inputs: dict[str, Task]) -> str:
+        ancestor: Ancestor = self._size.ancestors[name]
+        if ancestor.path is not None:
+            return str(Path(ancestor.path).absolute())
+        assert ancestor.recipe is not None, "the file was checked"
+        task = self._train(f"ancestor {name}", ancestor.recipe, {**self._size.set, **ancestor.set}, init=None)
+        inputs[task.address] = task
+        return f"{{{task.address}}}/{_WEIGHTS['train']}"
+
+    def _resolved(self, value: Any, inputs: dict[str, Task]) -> Any:
+        """A value with folders of tasks for `corpus:NAME/FILE` and `dataset:NAME`; these become inputs."""
+        if isinstance(value, Mapping):
+            return {key: self._resolved(one, inputs) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._resolved(one, inputs) for one in value]
+        found = _REFERENCE.match(value) if isinstance(value, str) else None
+        if found is None:
+            return value
+        kind, name, rest = found.groups()
+        if kind == "corpus":
+            return self._file_of(self._corpus(name), f"{_CORPUS}/{rest}", inputs)
+        dataset = self._size.datasets.get(name)
+        if dataset is None:
+            raise UsageError(
+                f"{value}: size {self._name} has no such data set; it has {', '.join(self._size.datasets)}"
+            )
+        if dataset.path is not None:
+            return str(Path(dataset.path).absolute())
+        return self._file_of(self._dataset(name, dataset), name, inputs)
+
+    def _file_of(self, task: Task, name: str, inputs: dict[str, Task]) -> str:
+        inputs[task.address] = task
+        return f"{{{task.address}}}/{name}"
+
+    def _corpus(self, name: str) -> Task:
+        options = self._size.corpora.get(name)
+        if options is None:
+            raise UsageError(
+                f"corpus:{name}: size {self._name} has no such corpus; it has {', '.join(self._size.corpora)}"
+            )
+        words = ("demo", "--output", f"{{self}}/{_CORPUS}", "--force", *options)
+        return self._once(Task(kind="corpus", name=f"corpus {name}", spec={"words": words}))
+
+    def _dataset(self, name: str, dataset: Dataset) -> Task:
+        inputs: dict[str, Task] = {}
+        files = [self._resolved(f"corpus:{file}", inputs) for file in dataset.inputs]
+        tokenizer = self._resolved(self._size.tokenizer, inputs)
+        words = ["--input", *files, "--output", f"{{self}}/{name}", "--tokenizer", tokenizer]
+        words += ["--seq-length", str(self._size.seq_length), "--workers", "1", *dataset.options]
+        spec = {"words": words}
+        return self._once(Task(kind="dataset", name=f"data set {name}", spec=spec, inputs=tuple(inputs.values())))
+
+    def _once(self, task: Task) -> Task:
+        return self._made.setdefault(task.address, task)
+
+
+_CORPUS = "corpus"
+_WEIGHTS = {"train": "run/checkpoints", "start": "weights"}
+"""Where a task leaves the checkpoint that others start from."""
+
+
+def program(task: Task, *, cache: Path) -> tuple[str, Sequence[str]]:
+    """The module of a task and its words, with real folders."""
+
+    folder = cache / task.address
+    if task.kind == "train":
+        return "megavl", ["train", str(folder / "recipe.yaml")]
+    if task.kind == "start":
+        return "launch.ablations.start", [str(folder / "start.json"), str(folder / _WEIGHTS["start"])]
+    module = {"corpus": "data_tools.build_corpus", "dataset": "data_tools.preprocess"}[task.kind]
+    words: list[str] = with_folders(task.spec["words"], cache=cache, own=task.address)
+    return module, words
+
+
+def files(task: Task, *, cache: Path) -> dict[str, bytes]:
+    """Files that a task's folder needs before the program starts, by name."""
+    real = with_folders(task.spec, cache=cache, own=task.address)
+    if task.kind == "train":
+        return {"recipe.yaml": yaml.safe_dump(real["recipe"], sort_keys=False, width=1 << 20).encode()}
+    return {"start.json": json.dumps(real, indent=1).encode()} if task.kind == "start" else {}

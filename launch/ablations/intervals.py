@@ -1,0 +1,95 @@
+"""Means with confidence intervals over seeds, and verdicts on claims.
+
+The interval of a mean is Student's: mean +- t(n - 1) * s / sqrt(n), two-sided, 95%. Arms share their seeds, so a claim
+is judged by the differences of the pairs. It says nothing about other data, sizes or settings, and claims are not
+corrected for their number.
+
+A difference counts as positive where it goes the claimed way. Its interval decides, with the margin of the claim:
+
+| kind of claim | confirmed | not confirmed | too small to tell |
+|---|---|---|---|
+| better | all above 0 | all below 0, or all between -margin and margin | else |
+| no worse | all above -margin | all below -margin | else |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+CONFIDENCE = 0.95
+Verdict = Literal["confirmed", "not confirmed", "too small to tell"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over seeds with its interval."""
+
+    mean: float
+    low: float | None
+    """None with a single value."""
+    high: float | None
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95% interval of at least one value."""
+    n = len(values)
+    assert n, "there is a value for each seed"
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Estimate(mean=mean, low=None, high=None, n=n)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = t_quantile(n - 1) * deviation / math.sqrt(n)
+    return Estimate(mean=mean, low=mean - half, high=mean + half, n=n)
+
+
+def judge(difference: Estimate, *, kind: Literal["better", "no_worse"], margin: float) -> Verdict:
+    """The verdict on a claim, by the table above.
+
+    Args:
+        difference: positive where it goes the claimed way.
+        margin: smallest difference that matters.
+    """
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return "too small to tell"
+    if kind == "no_worse":
+        low, high = low + margin, high + margin
+    if low > 0:
+        return "confirmed"
+    inside = kind == "better" and -margin < low and high < margin
+    return "not confirmed" if high < 0 or inside else "too small to tell"
+
+
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """The t with which a share `confidence` of Student's distribution lies between -t and t.
+
+    The distribution function has a closed form for a whole number of degrees of freedom; it is inverted by bisection.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+        confidence: above 0 and below 1.
+    """
+    low, high = 0.0, 1.0
+    while _between(high, freedom) < confidence:
+        high *= 2
+    # Each round halves the distance, to the last bit of a float.
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _between(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def _between(t: float, freedom: int) -> float:
+    """Probability of |T| < t; Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term = cosine if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for step in range(3 if odd else 2, freedom - 1, 2):
+        term *= (step - 1) / step * cosine * cosine
+        total += term
+    share = math.sin(angle) * total
+    return 2 / math.pi * (angle + share) if odd else share

@@ -1,0 +1,202 @@
+"""What an ablation found: values by arm and seed, curves, and verdicts; as JSON and as a page.
+
+The JSON holds nothing that differs between two runs of the same code on the same processor. Times and commits stand on
+the page alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.ablations.definition import Ablation, Measure
+from launch.ablations.graph import Cell, Graph
+from launch.ablations.intervals import estimate, judge
+from launch.ablations.runner import DONE, read_rows
+from launch.bench.report import machine, table, table_row, versions
+from megavl.config.errors import DataError
+
+WINDOWS = 10
+"""Parts of a run whose training rows are averaged for a curve; the last is the value of the measure."""
+_HOUR = 3600
+
+Curve = list[tuple[int, float]]
+"""Step and value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Everything that the runs of an ablation gave."""
+
+    ablation: Ablation
+    size: str
+    seeds: tuple[int, ...]
+    curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]
+    """By measure, arm and seed."""
+    tokens: Mapping[str, int]
+    """Trained tokens of an arm with one seed, ancestors not counted."""
+    steps: Mapping[str, int]
+
+    def values(self, measure: str, arm: str) -> list[float]:
+        """Last value for each seed."""
+        return [self.curves[measure][arm][seed][-1][1] for seed in self.seeds]
+
+    def claims(self) -> list[dict[str, Any]]:
+        """Each claim with its difference, interval and verdict."""
+        rows = []
+        for claim in self.ablation.claims:
+            sign = 1.0 if self.ablation.measures[claim.measure].better == "higher" else -1.0
+            pairs = zip(self.values(claim.measure, claim.arm), self.values(claim.measure, claim.than))
+            difference = estimate([sign * (one - other) for one, other in pairs])
+            verdict = judge(difference, kind=claim.kind, margin=claim.margin)
+            rows.append({**asdict(claim), "difference": asdict(difference), "verdict": verdict})
+        return rows
+
+    def to_dict(self, *, simulations: Mapping[str, float]) -> dict[str, Any]:
+        """A mapping for JSON."""
+        arms = {
+            name: {
+                "title": arm.title,
+                "steps": self.steps[name],
+                "tokens": self.tokens[name],
+                "measures": {
+                    measure: {"values": self.values(measure, name), **asdict(estimate(self.values(measure, name)))}
+                    for measure in self.curves
+                },
+            }
+            for name, arm in self.ablation.arms.items()
+        }
+        curves = {
+            measure: {arm: {str(seed): curve for seed, curve in of_arm.items()} for arm, of_arm in of_measure.items()}
+            for measure, of_measure in self.curves.items()
+        }
+        return {
+            "title": self.ablation.title,
+            "size": self.size,
+            "seeds": list(self.seeds),
+            "claims": self.claims(),
+            "arms": arms,
+            "simulations": dict(simulations),
+            "curves": curves,
+        }
+
+
+def read_results(ablation: Ablation, graph: Graph, *, size: str, cache: Path) -> Found:
+    """Read the logs of all cells, which must be done.
+
+    Raises:
+        DataError: a run lacks a measure, or its value is not finite.
+    """
+    curves: dict[str, dict[str, dict[int, Curve]]] = {
+        name: {arm: {} for arm in ablation.arms} for name in ablation.measures
+    }
+    tokens: dict[str, int] = {}
+    steps: dict[str, int] = {}
+    for cell in graph.cells:
+        for name, measure in ablation.measures.items():
+            curves[name][cell.arm][cell.seed] = _curve(name, measure, cell, cache=cache)
+        done = [json.loads((cache / run.address / DONE).read_text(encoding="utf-8")) for run in cell.runs]
+        tokens[cell.arm] = sum(row["tokens"] for row in done)
+        steps[cell.arm] = sum(row["steps"] for row in done)
+    seeds = tuple(dict.fromkeys(cell.seed for cell in graph.cells))
+    return Found(ablation=ablation, size=size, seeds=seeds, curves=curves, tokens=tokens, steps=steps)
+
+
+def _curve(name: str, measure: Measure, cell: Cell, *, cache: Path) -> Curve:
+    run = cache / cell.runs[-1].address / "run"
+    log = run / {"evaluation": "evaluation.jsonl", "training": "metrics.jsonl"}[measure.source]
+    rows = [row for row in read_rows(log) if measure.modality in (None, row.get("modality"))]
+    points = [(row["step"], _at(row, measure.key)) for row in rows]
+    wrong = [step for step, value in points if not isinstance(value, int | float) or not math.isfinite(value)]
+    if wrong or not points:
+        where = f"step {wrong[0]}" if wrong else "any step"
+        raise DataError(
+            f"measures.{name}.key: {measure.key} has no finite number at {where} of {log} (arm {cell.arm}, seed "
+            f"{cell.seed}); correct the key, or let the runs of this arm log it"
+        )
+    return points if measure.source == "evaluation" else _windows(points)
+
+
+def _at(row: Any, key: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    for part in key.split("."):
+        row = row.get(part) if isinstance(row, Mapping) else None
+    return row
+
+
+def _windows(points: Curve) -> Curve:
+    """Means over equal parts, each at its last step."""
+    count = min(WINDOWS, len(points))
+    borders = [len(points) * number // count for number in range(count + 1)]
+    parts = [points[first:last] for first, last in zip(borders, borders[1:])]
+    return [(part[-1][0], math.fsum(value for _, value in part) / len(part)) for part in parts]
+
+
+def page(
+    found: Found, *, name: str, command: str, cost: Mapping[str, Any], simulations: Mapping[str, float]
+) -> list[str]:
+    """Lines of the page: verdicts, table, figure, and how it was made.
+
+    Args:
+        name: of the file, without .yaml.
+        cost: `hours` of one core, `commits`.
+    """
+    ablation = found.ablation
+    lines = [f"# {ablation.title}", "", f"![{ablation.title}]({name}.svg)", "", f"The paper: {ablation.paper}"]
+    lines += ["", f"What else differs: {ablation.confounded}"] if ablation.confounded else []
+    lines += table("| claim | measure | margin | difference | 95% interval | verdict |", _claim_rows(found))
+    head = " | ".join(measure.title for measure in ablation.measures.values())
+    lines += table(f"| arm | steps | tokens a seed | {head} |", _arm_rows(found))
+    if simulations:
+        lines += table("| the planner's simulation | |", [table_row(*pair) for pair in _shown(simulations)])
+    seeds = ", ".join(map(str, found.seeds))
+    return [
+        *lines,
+        "",
+        f"Means with 95% intervals over {len(found.seeds)} seeds ({seeds}); `{name}.json` has every value. A "
+        "difference is positive where it goes the claimed way. Verdicts: the rule in `launch/ablations/intervals.py`.",
+        "",
+        f"    {command}",
+        "",
+        f"Size {found.size}; {cost['hours']:.2f} hours of a core, with ancestors; code {', '.join(cost['commits'])}; "
+        f"{machine()}; {versions('torch', 'megatron-core')}.",
+    ]
+
+
+def cost_of(graph: Graph, *, cache: Path) -> dict[str, Any]:
+    """Hours that the tasks took, and the commits that ran them."""
+    done = [json.loads((cache / task.address / DONE).read_text(encoding="utf-8")) for task in graph.tasks]
+    commits = list(dict.fromkeys(row["commit"] for row in done))
+    return {"hours": sum(row["seconds"] for row in done) / _HOUR, "commits": commits}
+
+
+def _claim_rows(found: Found) -> Iterator[str]:
+    for row in found.claims():
+        difference = row["difference"]
+        measure = found.ablation.measures[row["measure"]]
+        interval = _interval(difference["low"], difference["high"])
+        yield table_row(
+            *(row["text"], measure.title, f"{row['margin']:g}", f"{difference['mean']:+.4f}", interval),
+            f"**{row['verdict']}**",
+        )
+
+
+def _arm_rows(found: Found) -> Iterator[str]:
+    for name, arm in found.ablation.arms.items():
+        cells = []
+        for measure in found.ablation.measures:
+            one = estimate(found.values(measure, name))
+            cells.append(f"{one.mean:.4f} {_interval(one.low, one.high)}")
+        yield table_row(arm.title, f"{found.steps[name]:,}", f"{found.tokens[name]:,}", *cells)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
+
+
+def _shown(simulations: Mapping[str, float]) -> Sequence[tuple[str, str]]:
+    return [(title, f"{value:+.1%}") for title, value in simulations.items()]

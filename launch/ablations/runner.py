@@ -1,0 +1,307 @@
+"""Runs the tasks of a graph, several at a time, each in a folder of its own.
+
+All state is in files: a task is done when its folder holds `done.json`. So a runner may be killed at any moment, and
+the next one goes on. Several runners may share a cache; a folder belongs to one of them at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.ablations.engine import Engine
+from launch.ablations.graph import Task, files, program
+from launch.bench.programs import ROOT, environment, python
+from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError, UsageError
+from megavl.files.durable import replace_durably, storage_errors
+from megavl.files.owner import Owner
+from megavl.files.ownership import Ownership, take
+from megavl.foreign.printing import say, visible
+
+DONE, LOG = "done.json", "log.txt"
+SCRIPTS = {1: "warmup", 2: "pretrain", 3: "sft"}
+"""Launch script of each stage."""
+_TICK_S, _BUSY_S, _REPORT_S = 0.1, 2.0, 60.0
+_MINUTE = 60
+
+
+class TaskFailed(Exception):
+    """Some task ended badly; `code` is the exit code for this."""
+
+    def __init__(self, text: str, *, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Stopped(Exception):
+    """A signal stopped the runner, and all programs have ended; `code` is the exit code for this."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("stopped; the same command goes on")
+        self.code = code
+
+
+@dataclass
+class Running:
+    """A task under way."""
+
+    task: Task
+    held: Ownership
+    began: float
+    process: subprocess.Popen[bytes] | None
+    """None for a program of the engine."""
+
+
+@dataclass
+class Runner:
+    """Runs tasks and everything that they need."""
+
+    tasks: Sequence[Task]
+    """Inputs before the tasks that need them."""
+    cache: Path
+    jobs: int
+    launcher: str | None = None
+    title: str = ""
+    """For messages."""
+    signals: list[int] = field(default_factory=list)
+    """Signals that have arrived; a handler appends."""
+
+    def run(self) -> None:
+        """Run all tasks that are not done.
+
+        Raises:
+            TaskFailed: a task ended badly; others that do not need it were run.
+            Stopped: a signal arrived.
+        """
+        self._engine = Engine()
+        self._running: dict[str, Running] = {}
+        self._failures: dict[str, TaskFailed] = {}
+        self._busy: dict[str, float] = {}
+        self._done = {task.address for task in self.tasks if is_done(task, cache=self.cache)}
+        self._clock = _Clock(self.tasks, cache=self.cache, done=self._done)
+        try:
+            while self._step():
+                time.sleep(_TICK_S)
+        finally:
+            for one in self._running.values():
+                if one.process is not None:
+                    _signal_group(one.process, signal.SIGKILL)
+                one.held.release()
+            self._engine.close()
+        if self._failures:
+            raise next(iter(self._failures.values()))
+
+    def _step(self) -> bool:
+        """Look at what ended and start what can start; returns whether there is more to wait for."""
+        self._collect()
+        if self.signals:
+            self._stop()
+        waiting = [task for task in self.tasks if self._waits(task)]
+        for task in waiting:
+            if len(self._running) >= self.jobs:
+                break
+            if all(one.address in self._done for one in task.inputs):
+                self._start(task)
+        if self._clock.due():
+            self._tell(f"{len(self._running)} running")
+        return bool(self._running) or any(self._waits(task) for task in self.tasks)
+
+    def _waits(self, task: Task) -> bool:
+        """Whether a task is neither done nor under way, and nothing that it needs has failed."""
+        if task.address in self._done or task.address in self._running or task.address in self._failures:
+            return False
+        return not any(one.address in self._failures or self._is_lost(one) for one in task.inputs)
+
+    def _is_lost(self, task: Task) -> bool:
+        return task.address in self._failures or any(self._is_lost(one) for one in task.inputs)
+
+    def _start(self, task: Task) -> None:
+        if time.monotonic() < self._busy.get(task.address, 0.0):
+            return
+        folder = self.cache / task.address
+        try:
+            held = take(folder, Owner.this_process(), name="--cache", say=lambda _: None)
+        except UsageError:
+            self._wait_for_other(task)
+            return
+        if is_done(task, cache=self.cache):
+            held.release()
+            self._done.add(task.address)
+            return
+        with storage_errors(f"{folder}: preparing {task.name}"):
+            for name, content in files(task, cache=self.cache).items():
+                replace_durably(folder / name, content)
+        process = self._launch(task, log=folder / LOG)
+        self._running[task.address] = Running(task, held, time.monotonic(), process)
+
+    def _wait_for_other(self, task: Task) -> None:
+        """Another runner makes it, or did so while this one looked."""
+        if task.address not in self._busy:
+            say(f"{self.title}: {task.name}: another process makes it; waiting")
+        self._busy[task.address] = time.monotonic() + _BUSY_S
+        if is_done(task, cache=self.cache):
+            self._done.add(task.address)
+
+    def _launch(self, task: Task, *, log: Path) -> subprocess.Popen[bytes] | None:
+        module, words = program(task, cache=self.cache)
+        variables, command = environment(), [python(), "-W", "ignore", "-m", module, *words]
+        if task.kind in ("start", "train") and self.launcher is None:
+            self._engine.start(task.address, module, words, log=log)
+            return None
+        if task.kind == "train":
+            assert task.recipe is not None, "a training run has a recipe"
+            command = ["bash", f"launch/{SCRIPTS[task.recipe.training.stage]}_{self.launcher}.sh"]
+            variables = {**os.environ, "RECIPE": words[-1]}
+        with log.open("ab") as stream:
+            return subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+
+    def _collect(self) -> None:
+        ended = self._engine.ended()
+        for address, one in self._running.items():
+            if one.process is not None and (code := one.process.poll()) is not None:
+                ended[address] = code
+        for address, code in ended.items():
+            self._finish(self._running.pop(address), code)
+
+    def _finish(self, one: Running, code: int) -> None:
+        folder = self.cache / one.task.address
+        if code == 0 and one.task.kind == "train" and not _trained(folder):
+            code = PeerError.exit_code
+        if code == 0:
+            with storage_errors(f"{folder}: writing {DONE}"):
+                content = {"name": one.task.name, "seconds": round(time.monotonic() - one.began, 3), **facts(folder)}
+                replace_durably(folder / DONE, json.dumps(content, indent=1).encode() + b"\n")
+            self._done.add(one.task.address)
+            self._tell(f"{one.task.name} done")
+        elif not self.signals:
+            number = code if code > 0 else PeerError.exit_code
+            log = folder / LOG
+            text = f"{one.task.name} ended with code {code}: {_reason(log)}; all of its output is in {log}"
+            self._failures[one.task.address] = TaskFailed(text, code=number)
+            say(f"{self.title}: {text}", to_errors=True)
+        one.held.release()
+
+    def _stop(self) -> None:
+        """Pass signals on until every program has ended."""
+        passed = 0
+        while self._running:
+            for number in self.signals[passed:]:
+                # A second Ctrl-C ends everything at once.
+                again = number == signal.SIGINT and signal.SIGINT in self.signals[:passed]
+                number = signal.SIGKILL if again else number
+                self._engine.signal(number)
+                for one in self._running.values():
+                    if one.process is not None:
+                        _signal_group(one.process, number)
+                passed += 1
+            time.sleep(_TICK_S)
+            self._collect()
+        raise Stopped(EXIT_INTERRUPTED if self.signals[0] == signal.SIGINT else EXIT_PREEMPTED)
+
+    def _tell(self, what: str) -> None:
+        say(f"{self.title}: {what}; {self._clock.describe(self._done, self._running)}")
+
+
+class _Clock:
+    """How far the work is, how fast it goes, and what is left."""
+
+    def __init__(self, tasks: Sequence[Task], *, cache: Path, done: set[str]) -> None:
+        self._tasks, self._cache = tasks, cache
+        self._began = self._told = time.monotonic()
+        self._before = self._steps(done, {task.address: task for task in tasks})
+
+    def due(self) -> bool:
+        """Whether it is time to say something."""
+        if time.monotonic() < self._told + _REPORT_S:
+            return False
+        self._told = time.monotonic()
+        return True
+
+    def describe(self, done: set[str], running: dict[str, Running]) -> str:
+        """Tasks, steps, rate and time left."""
+        steps, total = self._steps(done, running), sum(task.steps for task in self._tasks)
+        rate = (steps - self._before) / max(1e-9, time.monotonic() - self._began)
+        left = f", {rate:.1f} steps/s, {(total - steps) / rate / _MINUTE:.0f} min left" if rate > 0 else ""
+        return f"{len(done)} of {len(self._tasks)} tasks, {steps:,} of {total:,} steps{left}"
+
+    def _steps(self, done: set[str], others: Any) -> int:
+        whole = sum(task.steps for task in self._tasks if task.address in done)
+        parts = (_lines(self._cache / address / "run/metrics.jsonl") for address in others if address not in done)
+        return whole + sum(parts)
+
+
+def is_done(task: Task, *, cache: Path) -> bool:
+    """Whether the folder of a task is complete."""
+    return (cache / task.address / DONE).is_file()
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What a finished run has used, and the commit of the code; without a run only that."""
+    found: dict[str, Any] = {"commit": commit()}
+    rows = read_rows(folder / "run/metrics.jsonl")
+    if rows:
+        found |= {
+            "steps": len(rows),
+            "tokens": sum(row["tokens"] for row in rows),
+            "step_seconds": round(sum(row["step_time_s"] for row in rows), 3),
+        }
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a JSONL file; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def commit() -> str:
+    """Commit of the code, with `-dirty` where files differ from it; `unknown` outside a checkout."""
+    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
+
+
+def _trained(folder: Path) -> bool:
+    """Whether the run says that it has finished; a launch script also ends well where it only submitted a job."""
+    try:
+        status = json.loads((folder / "run/exit_status.json").read_text(encoding="utf-8"))
+        return bool(status["code"] == 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _reason(log: Path) -> str:
+    """The last error in a log, or its last line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    errors = [line for line in lines if line.startswith("error:")]
+    last = (errors or [line for line in lines if line.strip()] or ["no output"])[-1]
+    return visible(last.removeprefix("error: "), keep="")
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -1,0 +1,116 @@
+"""Tasks of the shipped ablations: what they share, and what makes two of them differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.ablations.definition import read_ablation
+from launch.ablations.graph import Graph, build_graph, files, program
+from megavl.config.errors import UsageError
+from megavl.config.load import load_recipe
+from tests.unit.launch.ablations.test_definition import FOLDER, SHIPPED, write
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parents[1])
+
+
+def graph_of(name: str, *, size: str = "tiny", seeds: int | None = 2) -> Graph:
+    return build_graph(read_ablation(FOLDER / f"{name}.yaml"), size=size, seeds=seeds)
+
+
+@pytest.mark.parametrize("size", ["tiny", "smoke", "1b"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_recipe_is_right(path: Path, size: str) -> None:
+    graph = graph_of(path.stem, size=size, seeds=1)
+    arms = read_ablation(path).arms
+    assert [cell.arm for cell in graph.cells] == list(arms)
+    runs = [cell.runs[-1] for cell in graph.cells]
+    assert len({run.address for run in runs}) == len(arms), "two arms are one"
+    for run in runs:
+        assert run.recipe is not None and run.recipe.evaluation.interval > 0
+
+
+def test_inputs_stand_before_their_users() -> None:
+    seen: set[str] = set()
+    tasks = graph_of("table10").tasks
+    for task in tasks:
+        assert {one.address for one in task.inputs} <= seen
+        seen.add(task.address)
+    assert [task.level for task in tasks] == sorted(task.level for task in tasks)
+    assert len(seen) == len(tasks)
+
+
+def test_ablations_share_what_is_equal() -> None:
+    eight, nine, ten = (
+        {task.address: task for task in graph_of(name).tasks} for name in ("figure8", "figure9", "table11")
+    )
+    shared = [eight[address].name for address in eight.keys() & nine.keys()]
+    assert (
+        "ancestor decoder" in shared and "grouped, seed 1, stage2" in shared and "mixed, seed 1, stage2" not in shared
+    )
+    assert "ancestor decoder" in [eight[address].name for address in eight.keys() & ten.keys()]
+
+
+def test_a_seed_changes_all_but_ancestors() -> None:
+    graph = graph_of("figure8")
+    first, second = (next(c for c in graph.cells if c.arm == "mixed" and c.seed == seed) for seed in (1, 2))
+    for one, other in zip(first.runs, second.runs, strict=True):
+        assert one.address != other.address
+    common = {t.address for t in first.runs[-1].with_inputs()} & {t.address for t in second.runs[-1].with_inputs()}
+    kinds = {task.kind for task in graph.tasks if task.address in common}
+    assert kinds == {"corpus", "dataset", "train"}
+
+
+def test_one_setting_changes_the_address(tmp_path: Path) -> None:
+    before = {task.name: task.address for task in graph_of("figure8").tasks}
+    sizes = {"tiny": {"ancestors": {"decoder": {"set": {"optimizer.lr": 0.001}}}}}
+    changed = build_graph(read_ablation(write(tmp_path, sizes=sizes)), size="tiny", seeds=2).tasks
+    differ = {task.name for task in changed if before[task.name] != task.address}
+    assert "ancestor decoder" in differ and "mixed, seed 2, stage2" in differ
+    assert not differ & {"ancestor siglip", "ancestor sam", "corpus full", "data set text"}
+
+
+def test_prepared_recipe_is_the_addressed_one(tmp_path: Path) -> None:
+    cache = tmp_path / "a cache: with 'odd' # words"
+    run = graph_of("figure8").cells[0].runs[-1]
+    (name, content), *_ = files(run, cache=cache).items()
+    path = tmp_path / name
+    path.write_bytes(content)
+    loaded = load_recipe(path)
+    assert loaded.run.dir == f"{cache}/{run.address}/run"
+    assert run.recipe is not None
+    plain = dataclasses.replace(loaded, run=run.recipe.run, data=run.recipe.data, evaluation=run.recipe.evaluation)
+    plain = dataclasses.replace(plain, checkpoint=run.recipe.checkpoint)
+    assert plain == run.recipe
+    assert "{" not in yaml.safe_load(content)["checkpoint"]["init"]
+    assert program(run, cache=cache) == ("megavl", ["train", f"{cache}/{run.address}/recipe.yaml"])
+
+
+def test_stage_starts_from_the_one_before() -> None:
+    cell = next(cell for cell in graph_of("table10").cells if cell.arm == "s123")
+    assert [run.recipe.training.stage for run in cell.runs if run.recipe] == [1, 2, 3]
+    for earlier, later in zip(cell.runs, cell.runs[1:]):
+        assert later.recipe is not None and earlier in later.inputs
+        assert later.recipe.checkpoint.init == f"{{{earlier.address}}}/run/checkpoints"
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    ablation = read_ablation(FOLDER / "figure8.yaml")
+    with pytest.raises(UsageError, match="--size huge: the ablation has the sizes"):
+        build_graph(ablation, size="huge")
+    for sources, message in (
+        ([{"path": "dataset:nothing"}], "has no such data set"),
+        ([{"path": "corpus:nothing/x"}], "has no such corpus"),
+    ):
+        sizes = {"tiny": {"stages": {"stage2": {"data.sources": sources}}}}
+        with pytest.raises(UsageError, match=message):
+            build_graph(read_ablation(write(tmp_path, sizes=sizes)), size="tiny", seeds=1)
+    wrong = {"tiny": {"stages": {"stage2": {"optimizer.rate": 1}}}}
+    with pytest.raises(UsageError, match="grouped, seed 1, stage2: .*optimizer.rate"):
+        build_graph(read_ablation(write(tmp_path, sizes=wrong)), size="tiny", seeds=1)
