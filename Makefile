@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Extra package index for PyTorch, for instance one of CPU-only wheels; empty: pip's own settings.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
+# Extras of setup.py that `make setup` installs, for instance EXTRAS=hf,serve.
+EXTRAS ?= corpus,screens,slurm,hf,board,wandb,mlflow,judge,serve,test,dev
 # pytest processes. Tests that start ranks use more than one core each, but others wait for a timeout or a disk.
 WORKERS ?= 3
 # Further pytest arguments, e.g. PYTEST_ARGS="-k layout".
@@ -36,7 +38,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH)
-	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[corpus,screens,slurm,hf,board,wandb,mlflow,judge,serve,test,dev]'
+	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[$(EXTRAS)]'
 	touch $@
 	@echo "installed; next: source .venv/bin/activate, or make demo"
 

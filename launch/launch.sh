@@ -4,7 +4,7 @@
 # On a SLURM login node the calling script is submitted; inside an allocation one rank per GPU is started with srun;
 # without SLURM, torchrun starts the ranks on this machine.
 
-SETTINGS=(RECIPE NODES GPUS_PER_NODE TP PP DATA TOKENIZER INIT RUN_DIR EXTRA PYTHON MAX_RESTARTS)
+SETTINGS=(RECIPE NODES GPUS_PER_NODE TP PP DATA TOKENIZER INIT RUN_DIR EXTRA PYTHON MAX_RESTARTS CONTAINER CONTAINER_MOUNTS)
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf 'launch: %s\n' "$*" >&2; }
@@ -21,6 +21,8 @@ launch() {
     if [ -x .venv/bin/python ]; then PYTHON=$ROOT/.venv/bin/python; fi
   fi
   read_recipe
+  RANK_PYTHON=$PYTHON CONTAINER_OPTIONS=()
+  if [ -n "${CONTAINER:-}" ]; then take_container; fi
   if [ -n "${SLURM_JOB_ID:-}" ]; then
     if ! { command -v srun >/dev/null && cluster_here; }; then
       die 2 "SLURM_JOB_ID is $SLURM_JOB_ID, but srun has no cluster here; to start on this machine: unset SLURM_JOB_ID"
@@ -39,6 +41,7 @@ launch() {
 # Relative paths start at the caller's directory, but the commands run in the repository.
 take_paths_from_here() {
   local name
+  if [ -f "${CONTAINER:-}" ]; then CONTAINER=$(realpath "$CONTAINER"); fi
   [ "$PWD" != "$ROOT" ] || return 0
   for name in DATA TOKENIZER INIT RUN_DIR; do
     case ${!name:-/} in /*) ;; *) printf -v "$name" %s "$PWD/${!name}" ;; esac
@@ -121,17 +124,37 @@ run_allocation() {
   # -n is stated because SLURM_NTASKS of the job would override --ntasks-per-node.
   command=(srun -N "$nodes" -n $((nodes * per_node)) --ntasks-per-node="$per_node" --kill-on-bad-exit=1 --export=ALL)
   if [ "$cpus" -gt 0 ]; then command+=(--cpus-per-task="$cpus"); fi
+  command+=("${CONTAINER_OPTIONS[@]}")
   # Ports below 30000 are outside the range that Linux hands out by itself.
   export MASTER_ADDR=$host MASTER_PORT=$((10000 + ${SLURM_JOB_ID:-0} % 20000)) LOCAL_WORLD_SIZE=$per_node
   # shellcheck disable=SC2016  # the variables are each task's own
   command+=(bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank
-    "$PYTHON" -m megavl train "$RECIPE" "${OVERRIDES[@]}")
+    "$RANK_PYTHON" -m megavl train "$RECIPE" "${OVERRIDES[@]}")
   if [ "${DRY_RUN:-}" = 1 ]; then
     show env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" LOCAL_WORLD_SIZE="$LOCAL_WORLD_SIZE" "${command[@]}"
     return
   fi
+  if [ -n "${CONTAINER:-}" ]; then
+    mkdir -p "$RUN" "$CHECKPOINTS" || die 5 "run.dir: $RUN cannot be made; set RUN_DIR to a directory that can be written"
+  fi
   supervise "${command[@]}"
   after_srun
+}
+
+# Options of pyxis for the image CONTAINER, whose `python` runs the ranks. The repository is mounted, so they run the code that
+# read the recipe. So are the folders that they write, which would end with the container.
+take_container() {
+  local folder mounts=
+  for folder in "$ROOT" "$RUN" "$CHECKPOINTS"; do
+    case $folder in
+      *[,:]*) die 2 "CONTAINER: $folder cannot be mounted, because its name has a comma or a colon; choose another folder" ;;
+      /*) mounts+=$folder:$folder, ;;
+    esac
+  done
+  mounts+=${CONTAINER_MOUNTS:-}
+  RANK_PYTHON=python
+  CONTAINER_OPTIONS=("--container-image=$CONTAINER" "--container-mounts=${mounts%,}" "--container-workdir=$ROOT"
+    --no-container-entrypoint)
 }
 
 first_host() {
@@ -200,6 +223,8 @@ newest_checkpoint() {
 run_here() {
   local ranks command
   [ "${NODES:-1}" = 1 ] || die 2 "NODES=$NODES needs SLURM, and there is none here; unset NODES to use this machine"
+  [ -z "${CONTAINER:-}" ] ||
+    die 2 "CONTAINER=$CONTAINER needs SLURM with pyxis; unset it, or start this script inside of the image"
   ranks=${GPUS_PER_NODE:-$(gpus_here)}
   if [ "$ranks" = 0 ]; then ranks=$MODEL_RANKS; fi
   check_world "$ranks"
@@ -236,7 +261,8 @@ supervise() {
   local launcher=$1 child='' signal='' passed='' interrupts=0 guard own folder before
   # Another run may own the directory, so nothing in it is removed; this one also writes its status to a file of its own.
   before=$(status_mark)
-  folder=$(mktemp -d) || folder=
+  # Ranks in a container see the run's directory, but not this machine's /tmp.
+  folder=$(mktemp -d ${CONTAINER:+"--tmpdir=$RUN"}) || folder=
   export MEGAVL_EXIT_STATUS=${folder:+$folder/exit_status.json}
   trap 'signal=USR1; pass_on' USR1
   trap 'signal=TERM; pass_on' TERM HUP

@@ -12,13 +12,22 @@ import re
 import sys
 from collections.abc import Mapping
 
-import yaml
+try:
+    import yaml
 
-from megavl.checkpoint.find import stored_model
-from megavl.config.errors import MegaVLError, UsageError
-from megavl.config.load import load_recipe
-from megavl.config.recipe import Recipe
-from megavl.foreign.printing import say
+    from megavl.checkpoint.find import stored_model
+    from megavl.config.errors import MegaVLError, UsageError
+    from megavl.config.load import load_recipe
+    from megavl.config.recipe import Recipe
+    from megavl.foreign.printing import say
+except ImportError as error:
+    # Where the ranks run in a container, this interpreter may be the system's.
+    print(
+        f"launch: PYTHON: {sys.executable} cannot read the recipe, because it lacks {error.name}; run `make setup`, or "
+        "install what reads it: python3 -m pip install pydantic pyyaml",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 _NUMBERS = {"TP": "parallel.tensor", "PP": "parallel.pipeline"}
 _TEXTS = {"DATA": "data.root", "TOKENIZER": "data.tokenizer", "INIT": "checkpoint.init", "RUN_DIR": "run.dir"}

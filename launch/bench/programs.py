@@ -80,6 +80,12 @@ def ask_plan(recipe: str, *words: object) -> dict[str, Any]:
     return found
 
 
+def git(*words: str) -> str:
+    """Output of git on this repository, without blanks around it; empty where git fails or this is no checkout."""
+    command = ["git", "-c", "safe.directory=*", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def launcher(module: str, *, processes: int) -> list[str]:
     """Command that starts a module on a number of ranks."""
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))

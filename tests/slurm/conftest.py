@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm.stand_ins import Stage, make_stage
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
 NODES = 2
 CPUS = 4
@@ -212,6 +214,18 @@ def _start(cluster: Cluster) -> None:
         return shown.stdout.split() == ["idle"] * NODES
 
     _until(ready, cluster, "start of the nodes")
+
+
+@pytest.fixture
+def cluster_login(tmp_path: Path) -> Stage:
+    """A login node, with stand-ins for SLURM's programs."""
+    return make_stage(tmp_path, slurm=True)
+
+
+@pytest.fixture
+def plain_machine(tmp_path: Path) -> Stage:
+    """A machine without SLURM and without GPUs."""
+    return make_stage(tmp_path, slurm=False)
 
 
 @pytest.fixture(scope="module")

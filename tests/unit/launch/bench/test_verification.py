@@ -1,0 +1,112 @@
+"""The verification card says what commands did, and nothing that none of them did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.bench import verification
+from launch.bench.verification import Cell, main
+
+
+def says(text: str, *, code: int = 0, counted: Path | None = None) -> tuple[str, ...]:
+    """A command that prints a text, ends with a code, and adds a line to a file."""
+    count = f"open({str(counted)!r}, 'a').write('ran\\n'); " if counted else ""
+    return ("python", "-c", f"{count}print({text!r}); raise SystemExit({code})")
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of results; two cells share one command, and most cannot run."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shared = says("stage1 loss 3 -> 2\nstage2   loss 2 -> 1\nresume bitwise | same", counted=tmp_path / "runs")
+    cells = {
+        model: {item: Cell(what="a step", missing=lambda: "needs GPUs") for item in verification.ITEMS}
+        for model in verification.MODELS
+    }
+    cells["tiny"] |= {
+        "init": Cell(what="start weights", command=says("= 3 passed, 1 skipped in 0.50s =")),
+        "three stages": Cell(what="training", command=shared, result="stage.*"),
+        "resume": Cell(what="a kill", command=shared, result="resume.*"),
+        "export": Cell(what="a crash", command=says("3 passed in 1s", code=1)),
+        "clients": Cell(what="nothing said", command=says("4 skipped in 1s")),
+        "GPU": Cell(what="CUDA", command=says("3 passed in 1s"), missing=lambda: "no GPU here"),
+    }
+    cells["7b"]["export"] = Cell(
+        what="bytes", command=says(""), result="Every .*", missing=lambda: "no disk", report="c_*.md"
+    )
+    (folder / "c_1.md").write_text("# Title\nEvery byte came back.\n")
+    monkeypatch.setattr(verification, "CELLS", cells)
+    monkeypatch.setattr(verification, "RESULTS", folder)
+    monkeypatch.setattr(verification, "commit_here", lambda: "c0ffee")
+    return folder
+
+
+def rows(folder: Path, *, title: str) -> dict[str, list[str]]:
+    """Cells of a model's table by item."""
+    (card,) = folder.glob("verification_*.md")
+    part = card.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    return {line[0]: line[1:] for line in lines[1:]}
+
+
+def test_card_says_how_each_command_ended(results: Path) -> None:
+    assert main([]) == 1
+    tiny = rows(results, title=verification.MODELS["tiny"])
+    assert {item: cells[1] for item, cells in tiny.items() if cells[1] != "not run"} == {
+        "init": "verified",
+        "three stages": "verified",
+        "resume": "verified",
+        "export": "failed",
+        "clients": "failed",
+    }
+    assert tiny["init"][2] == "3 passed, 1 skipped" and tiny["init"][3].startswith("c0ffee, ")
+    assert tiny["three stages"][2] == "stage1 loss 3 -> 2; stage2 loss 2 -> 1"
+    assert tiny["export"][2] == "3 passed" and tiny["clients"][2] == "ended with 0"
+    assert tiny["GPU"][2] == "no GPU here" and tiny["layouts"][2] == "needs GPUs"
+
+
+def test_an_earlier_report_is_named(results: Path) -> None:
+    assert main(["--write"]) == 0
+    full = rows(results, title=verification.MODELS["7b"])
+    assert full["export"][1:3] == ["reported", "Every byte came back. ([report](c_1.md))"]
+    assert {cells[1] for item, cells in full.items() if item != "export"} == {"not run"}
+
+
+def test_results_are_kept_and_failures_repeated(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = results.parent / "runs"
+    main([])
+    main([])
+    assert counted.read_text().count("ran") == 1
+    verification.CELLS["tiny"]["export"] = Cell(what="mended", command=says("9 passed in 1s"))
+    assert main(["tiny/export", "tiny/resume"]) == 0
+    assert counted.read_text().count("ran") == 2
+    tiny = rows(results, title=verification.MODELS["tiny"])
+    assert tiny["export"][:3] == ["mended", "verified", "9 passed"] and tiny["init"][1] == "verified"
+    # At another commit everything is due again.
+    monkeypatch.setattr(verification, "commit_here", lambda: "beef")
+    main([])
+    assert counted.read_text().count("ran") == 3
+    (store,) = results.glob("verification_*.json")
+    assert json.loads(store.read_text())["tiny/init"]["commit"] == "beef"
+
+
+def test_an_unknown_cell_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["tiny/exports"])
+    assert ended.value.code == 2 and "tiny/exports: no such cell; choose from tiny, 1b" in capsys.readouterr().err
+
+
+def test_every_cell_of_the_card_is_stated() -> None:
+    assert {model: tuple(cells) for model, cells in verification.CELLS.items()} == dict.fromkeys(
+        verification.MODELS, verification.ITEMS
+    )
+    for name in verification.names_of_cells():
+        cell = verification.cell(name)
+        assert cell.command or cell.missing(), f"{name} has neither a command nor a reason"
+        for word in cell.command:
+            path = verification.ROOT / word
+            assert not word.startswith(("tests/", "launch/")) or path.exists(), f"{name}: {word} is not there"
