@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,42 @@ _LIBRARIES = {
     "native": "transformers 4.57 or newer (`AutoModelForImageTextToText`, `AutoProcessor`) and MegaVL",
     "original": "the released `deepseek_vl` client and MegaVL",
     "llm": "any client of LLaMA models, such as transformers (`AutoModelForCausalLM`)",
+}
+_IMAGE_CODE = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder, or its name on the Hub
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+content = [{"type": "image", "path": "image.png"}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+_TEXT_CODE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+```"""
+_COMMANDS = """\
+```bash
+megavl generate . --image image.png --prompt "What is this?"
+megavl serve .    # OpenAI-compatible, with a chat page
+```"""
+_USE: dict[Export, tuple[str, ...]] = {
+    "native": (_IMAGE_CODE, _COMMANDS),
+    "original": (_COMMANDS,),
+    "llm": (_TEXT_CODE,),
 }
 _SETTINGS = (
     ("sequence length", "data.seq_length"),
@@ -52,7 +89,9 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# DeepSeek-VL model ({_cell(name)})",
-        f"Trained with MegaVL {VERSION}. {parameters:,} parameters. This folder is read by {_LIBRARIES[fmt]}.",
+        f"{parameters:,} parameters, written by MegaVL {VERSION}. This folder is read by {_LIBRARIES[fmt]}.",
+        "## Use",
+        *_USE[fmt],
         *_training(facts),
         *_data(facts),
         *_evaluation(facts, reports),
@@ -161,9 +200,10 @@ def _row(cells: Sequence[str]) -> str:
 def _cell(text: str) -> str:
     """Text that neither ends a cell nor becomes markup; names come from files of others."""
     shown = visible(text, keep="")
-    for mark in ("\\", "|", "<", "`", "[", "*"):
+    for mark in ("\\", "|", "<", "`", "[", "*", "~"):
         shown = shown.replace(mark, f"\\{mark}")
-    return shown
+    # Between letters an underscore means nothing.
+    return re.sub(r"(?<![^\W_])_+|_+(?![^\W_])", lambda run: "\\_" * len(run[0]), shown)
 
 
 def _count(value: int | None) -> str:

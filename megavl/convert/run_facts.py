@@ -25,6 +25,7 @@ class Share:
     """A data source and its part of the sequences of one run."""
 
     name: str
+    """As in the recipe; for a source without a name, its folder without those above it."""
     text: float
     """Of the text sequences, 0 to 1."""
     multimodal: float
@@ -143,7 +144,7 @@ def _shares(recipe: Mapping[str, Any]) -> Iterator[Share]:
     data = recipe.get("data")
     sources = data.get("sources") if isinstance(data, Mapping) else None
     found = [
-        (str(source.get("name") or source.get("path")), weight)
+        (str(source.get("name") or Path(str(source.get("path"))).name), weight)
         for source in (sources if isinstance(sources, list) else ())
         if isinstance(source, Mapping) and isinstance(weight := source.get("weight"), Mapping)
     ]

@@ -1,16 +1,21 @@
 """`megavl convert to-hf --model-card`: a page of what the checkpoint, its runs and reports say."""
 
+import dataclasses
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from megavl.checkpoint import commit
 from megavl.checkpoint.manifest import MANIFEST
 from megavl.config.load import load_model_config
 from megavl.convert.model_card import model_card
-from megavl.convert.run_facts import run_facts
+from megavl.convert.run_facts import RunFacts, _shares, run_facts
 from megavl.main.cli import main
 
 
@@ -156,3 +161,34 @@ def test_the_command_writes_it_into_the_export(start, runs, tmp_path, capsys):
         code = convert("to-hf", start, tmp_path / "refused", "--format", "native", *words)
         assert code == 2
         assert expected in capsys.readouterr().err
+
+
+def test_names_of_others_stay_text(runs):
+    odd = {"path": "/home/me/secret/_a_ *b* ~~c~~ d_e __f__", "weight": {"text": 1.0, "multimodal": 1.0}}
+    stage = dataclasses.replace(run_facts(runs[1]).stages[1], shares=tuple(_shares({"data": {"sources": [odd]}})))
+    facts = RunFacts(stages=(stage,), origin="random weights")
+    card = model_card(load_model_config("tiny-siglip"), fmt="native", parameters=1, facts=facts, reports={})
+    assert "| stage 2 | \\_a\\_ \\*b\\* \\~\\~c\\~\\~ d_e \\_\\_f\\_\\_ | 100.0% | 100.0% |" in card.splitlines()
+
+
+@pytest.mark.parametrize("fmt", ["native", "llm"])
+def test_the_code_of_the_card_runs(fmt, start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert convert("to-hf", start, tmp_path / "out", "--format", fmt, "--model-card") == 0
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "out" / "image.png")
+    monkeypatch.chdir(tmp_path / "out")
+    (code,) = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.MULTILINE | re.DOTALL)
+    capsys.readouterr()
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert capsys.readouterr().out.endswith("\n") and len(names["answer"][0]) > names["inputs"]["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("fmt", ["native", "original"])
+def test_the_commands_of_the_card_run(fmt, start, tmp_path, monkeypatch, capsys):
+    assert convert("to-hf", start, tmp_path / "out", "--format", fmt, "--model-card") == 0
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "out" / "image.png")
+    monkeypatch.chdir(tmp_path / "out")
+    (line,) = re.findall(r"^megavl (generate .*)", Path("README.md").read_text(), re.MULTILINE)
+    capsys.readouterr()
+    assert main([*shlex.split(line), "--max-new-tokens", "2"]) == 0 and capsys.readouterr().out
