@@ -23,6 +23,10 @@ class EncodedOption:
     start: int
     """Position of the option's first token, at least 1."""
 
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise ValueError(f"start {self.start} leaves no token before the option")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest:

@@ -148,7 +148,7 @@ class HarnessModel(TemplateLM):
     ) -> EncodedOption:
         # As the harness's client: the last token is only predicted, and a text that is too long loses its beginning.
         ids = (*context, *continuation)[-(self.max_length + 1) :]
-        if not continuation or len(ids) == len(continuation):
+        if not continuation or len(ids) <= len(continuation):
             said = "has no token of its own" if not continuation else f"is longer than {self.max_length} tokens"
             shown = "" if texts is None else f" {texts[1][:80]!r} after {texts[0][-80:]!r}"
             raise DataError(f"lm_eval: the continuation{shown} {said}; leave its document out of the task")
