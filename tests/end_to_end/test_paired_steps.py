@@ -15,6 +15,7 @@ SIZES = ["parallel.tensor=1", "parallel.pipeline=2", "training.global_batch_size
 VARIANTS = {"even": ("parallel.layout=[2,2]",), "uneven": ("parallel.layout=[1,3]",)}
 
 
+@pytest.mark.slow
 def test_turns_are_equal_work_and_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     # Steps need not wait for quick cores.

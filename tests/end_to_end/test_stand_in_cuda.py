@@ -214,8 +214,10 @@ def five_steps(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.parametrize(
     ("precision", "limit"),
-    [("fp32", TOLERANCE), ("bf16", BAND)],
-    ids=["fp32 tp2 pp2", "bf16 pp2 vpp2 split_all dp2"],
+    [
+        pytest.param("fp32", TOLERANCE, id="fp32 tp2 pp2", marks=pytest.mark.slow),
+        pytest.param("bf16", BAND, id="bf16 pp2 vpp2 split_all dp2"),
+    ],
 )
 def test_a_run_trains_as_on_the_cpu(
     five_steps: Callable[[str, bool], list[dict[str, Any]]], precision: str, limit: float, report_table
