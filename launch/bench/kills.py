@@ -31,31 +31,27 @@ def main() -> int:
     parser.add_argument("--async-saves", action="store_true", help="save in the background; a report of its own")
     parser.add_argument("--compile", choices=("kernels", "layers"), help="training.compile; a report of its own")
     arguments = parser.parse_args()
-    data, results = arguments.work / "data", arguments.work / "kills.jsonl"
-    if not (data / "shards/manifest.json").exists():
-        make_data(data)
-    words = ["--data", data, "--work", arguments.work / "runs", "--out", results]
-    numbers = ["--kills", arguments.kills, "--seed", arguments.seed]
     asynchronous, compiled = arguments.async_saves, arguments.compile
     extra = ["checkpoint.async_save=true"] * asynchronous
     if compiled:
         # The first step of the first run waits for the compiler, which may take minutes.
         extra += [f"training.compile={compiled}", "parallel.timeout_s=1200"]
-    command = [
-        python(),
-        "-W",
-        "ignore",
-        "-m",
-        ENGINE,
-        *map(str, words + numbers),
-        *(["--set", *extra] if extra else []),
-    ]
+    theme = "_".join(["kills", *["async"] * asynchronous, *([compiled] if compiled else [])])
+    # Rows of other options or moments are not these.
+    data, work = arguments.work / "data", arguments.work / f"{theme}_{arguments.seed}"
+    results = work / "kills.jsonl"
+    if not (data / "shards/manifest.json").exists():
+        make_data(data)
+    words = ["--data", data, "--work", work / "runs", "--out", results]
+    words += ["--kills", arguments.kills, "--seed", arguments.seed, *(["--set", *extra] if extra else [])]
+    # A compiler that fails says so in a warning, which the campaign looks for.
+    quiet = [] if compiled else ["-W", "ignore"]
+    command = [python(), *quiet, "-m", ENGINE, *map(str, words)]
     code = subprocess.run(command, env=environment(gpu=True), check=False).returncode
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if len(rows) < arguments.kills:
         return code or 1
-    options = ["--async-saves"] * asynchronous + ["--compile", compiled] * bool(compiled)
-    theme = "_".join(["kills", *["async"] * asynchronous, *["compiled"] * bool(compiled)])
+    options = ["--async-saves"] * asynchronous + (["--compile", compiled] if compiled else [])
     write_report(report_path(theme), report(rows, seed=arguments.seed, options=options, extra=extra))
     return code
 

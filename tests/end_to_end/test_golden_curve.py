@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ def world() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:training.compile. TORCHDYNAMO_DISABLE")
 @pytest.mark.parametrize("compiled", ["none", "kernels", "layers"])
 def test_loss_curve_matches_the_golden_file(compiled: Level, update_golden: bool, report_table: Any) -> None:
+    """Under `make test` the compiler is off, so that the formulas of the kernels run op by op."""
     losses = _curve(compiled)
     if update_golden and compiled == "none":
         GOLDEN.write_text("".join(f"{loss:.8f}\n" for loss in losses))
@@ -48,12 +52,30 @@ def test_loss_curve_matches_the_golden_file(compiled: Level, update_golden: bool
     assert losses[-2] < losses[0]
 
 
+@pytest.mark.slow
+def test_compiled_curves_match_it_too() -> None:
+    variables = {
+        name: value for name, value in os.environ.items() if not name.endswith(("DYNAMO_DISABLE", "COMPILE_DISABLE"))
+    }
+    words = ["-m", "pytest", "-q", "-s", "-W", "error:training.compile", __file__, "-m", "not slow"]
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**variables, "TORCH_LOGS": "output_code"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
+    assert "cpp_fused" in done.stdout + done.stderr, "nothing was compiled"
+
+
 def _curve(compiled: Level) -> list[float]:
     config, parallel = load_model_config("tiny-hybrid"), ParallelConfig()
     settings = OptimizerConfig(lr=1e-3, warmup_steps=2)
-    model = build_model_chunks(
-        BuildSpec(model=config, parallel=parallel, train=TRAINABLE_PARTS, seed=1, compile=compiled)
-    )
+    spec = BuildSpec(model=config, parallel=parallel, train=TRAINABLE_PARTS, seed=1, compile=compiled)
+    if spec.compiled != compiled:
+        pytest.skip("no C++ compiler")
+    model = build_model_chunks(spec)
     model.chunks[0].module.load_state_dict(dict(random_weights(config)), strict=False)
     optimizer = build_optimizer(model, optimizer=settings, bf16=False)
     losses = []
