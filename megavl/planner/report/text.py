@@ -124,7 +124,8 @@ def _settings_lines(plan: Plan) -> list[str]:
         found = plan.decoding
         lines.append(
             f"images: {found.images_per_second:.3g} a second and data-parallel rank; decoded in {found.workers} "
-            f"process{'es' * (found.workers != 1)} (data.num_workers), up to {found.prefetched} ahead (data.prefetch_images)"
+            f"process{'es' * (found.workers != 1)} (data.num_workers), up to {found.prefetched} ahead "
+            "(data.prefetch_images)"
         )
     if plan.cpu_binding == "auto":
         lines.append(
