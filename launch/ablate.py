@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
     # Runs of several files are one queue, so that all cores are busy to the end.
     tasks = {task.address: task for work in works for task in work.graph.tasks}
     ordered = sorted(tasks.values(), key=lambda task: task.level)
-    title = ", ".join(work.name for work in works)
+    title = works[0].name if len(works) == 1 else "ablations"
     _runner(works[0], ordered, title=title, options=options, signals=signals).run()
     for work in works:
         _report(work)

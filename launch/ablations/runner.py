@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -104,11 +105,10 @@ class Runner:
         self._collect()
         if self.signals:
             self._stop()
-        waiting = [task for task in self.tasks if self._waits(task)]
-        for task in waiting:
+        for task in self.tasks:
             if len(self._running) >= self.jobs:
                 break
-            if all(one.address in self._done for one in task.inputs):
+            if self._waits(task) and all(one.address in self._done for one in task.inputs):
                 self._start(task)
         if self._clock.due():
             self._tell(f"{len(self._running)} running")
@@ -118,10 +118,14 @@ class Runner:
         """Whether a task is neither done nor under way, and nothing that it needs has failed."""
         if task.address in self._done or task.address in self._running or task.address in self._failures:
             return False
-        return not any(one.address in self._failures or self._is_lost(one) for one in task.inputs)
+        return not self._is_lost(task)
 
     def _is_lost(self, task: Task) -> bool:
-        return task.address in self._failures or any(self._is_lost(one) for one in task.inputs)
+        """Whether it or something that it needs has failed."""
+        return bool(self._failures) and self._has_failed(task)
+
+    def _has_failed(self, task: Task) -> bool:
+        return task.address in self._failures or any(self._has_failed(one) for one in task.inputs)
 
     def _start(self, task: Task) -> None:
         if time.monotonic() < self._busy.get(task.address, 0.0):
@@ -185,6 +189,9 @@ class Runner:
             code = PeerError.exit_code
         if code == 0:
             with storage_errors(f"{folder}: writing {DONE}"):
+                # Others start from the newest checkpoint, and one takes three times the size of the model.
+                for older in sorted(folder.glob("run/checkpoints/iter_*[0-9]"))[:-1]:
+                    shutil.rmtree(older)
                 content = {"name": one.task.name, "seconds": round(time.monotonic() - one.began, 3), **facts(folder)}
                 replace_durably(folder / DONE, json.dumps(content, indent=1).encode() + b"\n")
             self._done.add(one.task.address)
