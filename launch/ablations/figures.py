@@ -47,7 +47,8 @@ def _draw(found: Found) -> bytes:
     for axes, name in zip(grid[0], panels):
         measure = found.ablation.measures[name]
         (_draw_curves if figure_of.kind == "curves" else _draw_points)(axes, found, name)
-        axes.set_title(f"{measure.title} ({measure.better} is better)", fontsize=9)
+        axes.set_title(measure.title, fontsize=9)
+        axes.set_ylabel(f"{measure.better} is better")
         axes.grid(alpha=0.3, linewidth=0.5)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", frameon=False, ncols=2)

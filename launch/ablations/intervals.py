@@ -4,7 +4,8 @@ The interval of a mean is Student's: mean +- t(n - 1) * s / sqrt(n), two-sided, 
 is judged by the differences of the pairs. It says nothing about other data, sizes or settings, and claims are not
 corrected for their number.
 
-A difference counts as positive where it goes the claimed way. Its interval decides, with the margin of the claim:
+A difference counts as positive where it goes the claimed way. Its interval over at least three seeds decides, with the
+margin of the claim:
 
 | kind of claim | confirmed | not confirmed | too small to tell |
 |---|---|---|---|
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 CONFIDENCE = 0.95
+LEAST_SEEDS = 3
+"""Two differences may be equal by chance, above all of accuracies; their interval then has no width."""
 Verdict = Literal["confirmed", "not confirmed", "too small to tell"]
 
 
@@ -54,7 +57,7 @@ def judge(difference: Estimate, *, kind: Literal["better", "no_worse"], margin: 
         margin: smallest difference that matters.
     """
     low, high = difference.low, difference.high
-    if low is None or high is None:
+    if low is None or high is None or difference.n < LEAST_SEEDS:
         return "too small to tell"
     if kind == "no_worse":
         low, high = low + margin, high + margin

@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.ablations.engine import Engine
 from launch.ablations.graph import Task, files, program
-from launch.bench.programs import ROOT, environment, python
+from launch.bench.programs import ROOT
 from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError, UsageError
 from megavl.files.durable import replace_durably, storage_errors
 from megavl.files.owner import Owner
@@ -156,19 +156,15 @@ class Runner:
 
     def _launch(self, task: Task, *, log: Path) -> subprocess.Popen[bytes] | None:
         module, words = program(task, cache=self.cache)
-        variables, command = environment(), [python(), "-W", "ignore", "-m", module, *words]
-        if task.kind in ("start", "train") and self.launcher is None:
+        if self.launcher is None or task.recipe is None:
             self._engine.start(task.address, module, words, log=log)
             return None
-        if task.kind == "train":
-            assert task.recipe is not None, "a training run has a recipe"
-            command = ["bash", f"launch/{SCRIPTS[task.recipe.training.stage]}_{self.launcher}.sh"]
-            variables = {**os.environ, "RECIPE": words[-1]}
+        command = ["bash", f"launch/{SCRIPTS[task.recipe.training.stage]}_{self.launcher}.sh"]
         with log.open("ab") as stream:
             return subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=variables,
+                env={**os.environ, "RECIPE": words[-1]},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

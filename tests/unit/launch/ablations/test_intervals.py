@@ -40,6 +40,11 @@ def test_one_value_has_no_interval() -> None:
     assert judge(found, kind="no_worse", margin=0.1) == "too small to tell"
 
 
+def test_two_seeds_are_too_few() -> None:
+    for values, verdict in (([0.5, 0.5], "too small to tell"), ([0.5, 0.5, 0.5], "confirmed")):
+        assert judge(estimate(values), kind="better", margin=0.1) == verdict
+
+
 @pytest.mark.parametrize(
     ("kind", "low", "high", "verdict"),
     [
