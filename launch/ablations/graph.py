@@ -1,8 +1,8 @@
 """Everything that an ablation computes, as a graph of tasks.
 
-A task is addressed by a hash of what determines its result. This is the resolved recipe or the options of a command, with
-the addresses of its inputs in place of paths. Two ablations that ask for the same task share it. The commit of the code is
-not part of the address; reports name it.
+A task is addressed by a hash of what determines its result: the resolved recipe, or the options of a command. The
+addresses of its inputs stand there in place of paths. Two ablations that ask for the same task share it. The commit of
+the code is not part of the address; reports name it.
 
 In the words of a task, `{ADDRESS}` stands for the folder of a task, and `{self}` for its own.
 """

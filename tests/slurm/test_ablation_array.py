@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slurm
 def test_arrays_on_two_nodes_give_the_same(cluster: Any, tmp_path: Path) -> None:
     path = FOLDER / "figure8.yaml"
     # One array task per node at a time, so that both nodes take part.
-    words = [*command(tmp_path / "array", path), "--slurm", "--sbatch", "--exclusive"]
+    words = [*command(tmp_path / "array", path), "--slurm", "--sbatch=--exclusive"]
     variables = {**cluster.environment, **{name: environment()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}}
     shown = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
