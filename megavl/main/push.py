@@ -16,13 +16,6 @@ from megavl.convert.hf_read import is_hf_folder, open_hf_tensors
 from megavl.convert.model_card import CARD
 from megavl.foreign.printing import say
 
-try:
-    # The HTTP library of huggingface_hub 1; the errors of older ones are OSErrors.
-    from httpx import HTTPError as _ConnectionError
-except ImportError:
-    _ConnectionError = OSError  # type: ignore[assignment, misc]
-
-_BROKEN = (OSError, RuntimeError, _ConnectionError)
 _log = logging.getLogger(__name__)
 
 
@@ -98,5 +91,6 @@ def _hub_errors(hub: Any, repo: str) -> Iterator[None]:
                 "(`hf auth login` or HF_TOKEN) may write there"
             ) from error
         raise PeerError(f"{repo}: the Hub failed ({one_line(error)}); repeat the command to go on") from error
-    except _BROKEN as error:
+    # The HTTP library below is another in each major release; its errors have one base class.
+    except (OSError, RuntimeError, hub.errors.HTTPError) as error:
         raise PeerError(f"{repo}: the upload broke off ({one_line(error)}); repeat the command to go on") from error

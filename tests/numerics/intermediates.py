@@ -51,7 +51,8 @@ def intermediates(pair: Pair) -> list[Intermediate]:
 
 
 def _siglip(pair: Pair) -> Iterator[Intermediate]:
-    ours, theirs = pair.ours.vision.siglip, pair.theirs.model.vision_model.vision_model
+    ours, theirs = pair.ours.vision.siglip, pair.theirs.model.vision_model
+    theirs = getattr(theirs, "vision_model", theirs)  # nested before transformers 5.10
     yield Intermediate("siglip pixels", ours, theirs.embeddings, argument(0), argument(0))
     yield Intermediate("siglip patch_embed", ours.patch_embed, theirs.embeddings.patch_embedding)
     yield Intermediate("siglip + pos_embed", ours.blocks[0], theirs.embeddings, argument(0))

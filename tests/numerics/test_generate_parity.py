@@ -19,6 +19,7 @@ import torch
 import transformers
 from PIL import Image
 
+from launch.bench.engines.compare_processors import PILLOW
 from launch.bench.engines.random_models import write_tokenizer
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.generate.against_transformers import pixel_tensors
@@ -54,7 +55,7 @@ def reference(
     model: transformers.PreTrainedModel, folder: Path, preset: str, *, text: str, pictures: list[Path], own: bool
 ) -> tuple[int, list[int]]:
     """Number of prompt tokens, and the greedy tokens after them."""
-    processor = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
+    processor = transformers.AutoProcessor.from_pretrained(folder, **PILLOW)
     parts = [{"type": "text", "text": text}]
     chat = [{"role": "user", "content": parts}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

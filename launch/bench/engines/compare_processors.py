@@ -36,6 +36,10 @@ SIZES = (
 )
 """Width and height."""
 SPREADS = {"pixel_values": HALF, "high_res_pixel_values": CLIP_STD}
+OLD = transformers.__version__.startswith("4.")
+"""Whether this is transformers 4.57, which has slow and fast processors."""
+PILLOW: dict[str, Any] = {"use_fast": False} if OLD else {"backend": "pil"}
+"""Options of the processor that resizes with Pillow, as the released client does."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,10 @@ def worst(found: Sequence[Difference]) -> str:
 
 def choices() -> list[tuple[str, dict[str, Any]]]:
     """Options that a user can give, by name; the first is none."""
-    if transformers.__version__.startswith("4."):
-        named: dict[str, dict[str, Any]] = {"slow": {"use_fast": False}, "fast": {"use_fast": True}}
-    else:
-        named = {"PIL": {"backend": "pil"}, "torchvision": {"backend": "torchvision"}}
-    if not transformers.utils.is_torchvision_available():
-        named = {name: options for name, options in named.items() if name in ("slow", "PIL")}
+    torchvision = {"use_fast": True} if OLD else {"backend": "torchvision"}
+    named = {("slow" if OLD else "PIL"): PILLOW}
+    if transformers.utils.is_torchvision_available():
+        named["fast" if OLD else "torchvision"] = torchvision
     return [("as exported", {}), *named.items()]
 
 
@@ -140,7 +142,7 @@ def differences(
 def same_resize(processor: Any, picture: Image.Image, config: ModelConfig) -> bool:
     """Whether transformers' arithmetic of this version gives the sides of the released rule."""
     size, longest = config.canvas_size, max(picture.size)
-    whole = int if transformers.__version__.startswith("4.") else round
+    whole = int if OLD else round
     return all(max(whole(side * (size / longest)), 14) == max(int(side / longest * size), 14) for side in picture.size)
 
 

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 
 from megavl.config.model import ModelConfig
 from megavl.convert.native_format import side_files
-from megavl.convert.table import weight_rows
+from megavl.convert.table import NATIVE_SIGLIP, NATIVE_SIGLIP_UNNESTED, weight_rows
 from megavl.convert.tokenizer_files import TokenizerIds
 from megavl.weights.canonical_names import canonical_shapes
 
@@ -58,8 +58,14 @@ def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor], *,
     state: dict[str, torch.Tensor] = {}
     for row in weight_rows(config, "native"):
         state |= zip(row.keys, row.transform.from_canonical(weights[row.name]))
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict({name_in(model, key): tensor for key, tensor in state.items()}, strict=True)
     return model.eval()
+
+
+def name_in(model: PreTrainedModel, key: str) -> str:
+    """Name that this release's class gives to a tensor of a native file: from 5.10 on, SigLIP is not nested in it."""
+    nested = hasattr(model.model.vision_model, "vision_model")
+    return key if nested else key.replace(NATIVE_SIGLIP, NATIVE_SIGLIP_UNNESTED, 1)
 
 
 def new_transformers_model(config: ModelConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from launch.bench.engines.random_models import new_transformers_model, transformers_model
+from launch.bench.engines.random_models import name_in, new_transformers_model, transformers_model
 from launch.bench.engines.step_marks import Marks
 from launch.bench.engines.step_work import Work
 from megavl.convert.table import weight_rows
@@ -223,7 +223,8 @@ class Transformers:
             with self.device:
                 model = new_transformers_model(self.config, attention="sdpa", dtype=self.dtype)
         rows = weight_rows(self.config, "native")
-        trained = {key for row in rows if part_of(row.name) in recipe.trainable_parts for key in row.keys}
+        keys = [key for row in rows if part_of(row.name) in recipe.trainable_parts for key in row.keys]
+        trained = {name_in(model, key) for key in keys}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -53,12 +53,18 @@ def build(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if name == "tiny-hybrid":
         config = DeepseekVLHybridConfig(
-            text_config=dict(TEXT), vision_config=dict(VISION), high_res_vision_config=dict(HIGH_RES), image_token_id=3
+            text_config=dict(TEXT),
+            vision_config=dict(VISION),
+            high_res_vision_config=dict(HIGH_RES),
+            image_token_id=3,
+            tie_word_embeddings=False,
         )
         model = DeepseekVLHybridForConditionalGeneration(config)
     else:
         model = DeepseekVLForConditionalGeneration(
-            DeepseekVLConfig(text_config=dict(TEXT), vision_config=dict(VISION), image_token_id=3)
+            DeepseekVLConfig(
+                text_config=dict(TEXT), vision_config=dict(VISION), image_token_id=3, tie_word_embeddings=False
+            )
         )
     with torch.no_grad():
         for parameter in model.parameters():

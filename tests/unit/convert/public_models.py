@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -61,7 +61,13 @@ def build(root: Path, tokenizer_dir: Path) -> PublicModels:
     masks = SamMaskDecoderConfig(
         hidden_size=16, mlp_dim=32, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
     )
-    sam = SamModel(SamConfig(image_encoder.to_dict(), prompts.to_dict(), masks.to_dict()))
+    sam = SamModel(
+        SamConfig(
+            vision_config=image_encoder.to_dict(),
+            prompt_encoder_config=prompts.to_dict(),
+            mask_decoder_config=masks.to_dict(),
+        )
+    )
     for model in (llm, siglip, sam):
         _randomise(model)
     return PublicModels(
@@ -132,13 +138,25 @@ def _randomise(model: nn.Module) -> None:
 def _save_llm(model: LlamaForCausalLM, root: Path, tokenizer_dir: Path) -> dict[str, Path]:
     paths = {name: root / name for name in ("safetensors", "bin")}
     model.save_pretrained(paths["safetensors"], max_shard_size="1MB")
-    model.save_pretrained(paths["bin"], max_shard_size="1MB", safe_serialization=False)
+    paths["bin"].mkdir()
+    _as_pickles(paths["safetensors"], paths["bin"])
     for path in paths.values():
         for file in tokenizer_dir.iterdir():
             shutil.copy(file, path)
     assert (paths["safetensors"] / "model.safetensors.index.json").exists()
-    assert (paths["bin"] / "pytorch_model.bin.index.json").exists()
     return paths
+
+
+def _as_pickles(source: Path, out: Path) -> None:
+    """The same folder as transformers 4 could write it, in files of torch.save; transformers 5 cannot."""
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    names = {name: name.replace("model-", "pytorch_model-").replace(".safetensors", ".bin") for name in shards}
+    for old, new in names.items():
+        torch.save(load_file(source / old), out / new)
+    index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    shutil.copy(source / "config.json", out)
 
 
 def _save_siglip(model: SiglipModel, root: Path) -> dict[str, Path]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekVLForConditionalGeneration
+from transformers import __version__ as release
 
 from megavl.checkpoint.reader import load_model_config as config_of_checkpoint
 from megavl.checkpoint.reader import resolve
@@ -153,7 +154,9 @@ def test_mixed_files_as_in_transformers(fill: Callable[..., None], folder: Path,
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_head_as_in_transformers(tied: bool, head: str, folder: Path, state: State) -> None:
     raw = json.loads((folder / "config.json").read_text())
-    edit(folder / "config.json", text_config={**raw["text_config"], "tie_word_embeddings": tied})
+    # transformers 4.57 looks into the language model's part alone, 5 at the top level alone.
+    text = {**raw["text_config"], "tie_word_embeddings": tied}
+    edit(folder / "config.json", text_config=text, tie_word_embeddings=tied)
     tensors = filled(state, 1, without=(HEAD,)) | {HEAD: torch.full_like(state[HEAD], 4)}
     if head == "absent":
         del tensors[HEAD]
@@ -162,6 +165,9 @@ def test_tied_head_as_in_transformers(tied: bool, head: str, folder: Path, state
         assert "no tensor 'lm_head.weight'" in refusal(folder)
         return
     theirs = DeepseekVLForConditionalGeneration.from_pretrained(folder).state_dict()
+    if tied and head == "other" and not release.startswith("4."):  # which keeps a head that differs
+        assert torch.equal(theirs[HEAD], tensors[HEAD])
+        theirs[HEAD] = theirs[EMBEDDING]
     ours = open_weights(folder)
     for name in (HEAD, EMBEDDING):
         assert torch.equal(ours[OURS[name]].load(), theirs[name]), name

@@ -24,12 +24,14 @@ from megavl.config.presets import IMAGE_PRESETS
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
 from megavl.convert.open_weights import open_weights
+from megavl.convert.table import NATIVE_SIGLIP, NATIVE_SIGLIP_UNNESTED
 from megavl.convert.verify import compare
 from megavl.weights.canonical_names import canonical_shapes
 from megavl.weights.lazy import LazyTensor
 
 PRESETS = ("tiny-hybrid", "tiny-siglip")
 CLASSES = {"tiny-hybrid": DeepseekVLHybridForConditionalGeneration, "tiny-siglip": DeepseekVLForConditionalGeneration}
+PREFIXES = (NATIVE_SIGLIP, NATIVE_SIGLIP_UNNESTED)
 
 
 def view(folder):
@@ -46,6 +48,13 @@ def load(folder, cls):
     model, info = cls.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model.eval()
+
+
+def saved_tensors(folder, prefix=NATIVE_SIGLIP):
+    """What transformers saved; SigLIP's names begin with `prefix`, whichever its release begins them with."""
+    found = load_file(folder / "model.safetensors")
+    bare = {key.replace(NATIVE_SIGLIP, NATIVE_SIGLIP_UNNESTED): value for key, value in found.items()}
+    return {key.replace(NATIVE_SIGLIP_UNNESTED, prefix): value for key, value in bare.items()}
 
 
 def logits(model, preset):
@@ -90,7 +99,7 @@ def test_export_is_read_back_bitwise(sources, exports, preset):
     assert read_config(exports[preset]) == read_config(sources[preset])
     verdict = compare(open_weights(sources[preset]), open_weights(exports[preset]))
     assert verdict.identical and verdict.compared == len(canonical_shapes(load_model_config(preset)))
-    written, saved = (load_file(folder[preset] / "model.safetensors") for folder in (exports, sources))
+    written, saved = load_file(exports[preset] / "model.safetensors"), saved_tensors(sources[preset])
     assert written.keys() == saved.keys() and all(torch.equal(written[key], saved[key]) for key in saved)
 
 
@@ -157,7 +166,7 @@ def test_configuration_states_what_loaders_guess_wrongly(exports):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_option(sources, tokenizer_dir, tmp_path, dtype):
     out = export(sources["tiny-siglip"], tmp_path / "out", tokenizer_dir, dtype=dtype)
-    expected = load_file(sources["tiny-siglip"] / "model.safetensors")
+    expected = saved_tensors(sources["tiny-siglip"])
     written = load_file(out / "model.safetensors")
     assert all(torch.equal(written[key], value.to(getattr(torch, dtype))) for key, value in expected.items())
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == dtype
@@ -207,18 +216,19 @@ def test_mixed_types_are_kept_and_aligned(sources, tokenizer_dir, tmp_path):
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_unnested_siglip_names_are_read(sources, tmp_path):
-    tensors = load_file(sources["tiny-hybrid"] / "model.safetensors")
-    renamed = {key.replace("vision_model.vision_model.", "vision_model."): value for key, value in tensors.items()}
-    assert renamed.keys() != tensors.keys()
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_siglip_names_are_read_nested_or_not(sources, tmp_path, prefix):
+    renamed = saved_tensors(sources["tiny-hybrid"], prefix)
+    assert {f"{prefix}embeddings.patch_embedding.bias", f"{prefix}post_layernorm.bias"} <= renamed.keys()
     save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((sources["tiny-hybrid"] / "config.json").read_bytes())
     assert compare(open_weights(sources["tiny-hybrid"]), open_weights(tmp_path)).identical
 
 
-def test_attention_pool_and_derived_buffers_are_ignored(sources, tmp_path):
-    tensors = load_file(sources["tiny-siglip"] / "model.safetensors")
-    tensors["model.vision_model.vision_model.head.probe"] = torch.zeros(1, 1, 64)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_attention_pool_and_derived_buffers_are_ignored(sources, tmp_path, prefix):
+    tensors = saved_tensors(sources["tiny-siglip"], prefix)
+    tensors[f"{prefix}head.probe"] = torch.zeros(1, 1, 64)
     tensors["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((sources["tiny-siglip"] / "config.json").read_bytes())
@@ -227,7 +237,7 @@ def test_attention_pool_and_derived_buffers_are_ignored(sources, tmp_path):
 
 def test_newer_rotary_field_is_read(sources, tmp_path):
     config = json.loads((sources["tiny-siglip"] / "config.json").read_text())
-    config["text_config"].pop("rope_theta")
+    config["text_config"].pop("rope_theta", None)
     config["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path)[0].llm.rope_theta == 5000.0

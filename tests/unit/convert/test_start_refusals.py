@@ -123,7 +123,11 @@ def test_language_model_that_does_not_fit_is_refused(parts, refusal, change, mes
     ("changes", "message"),
     [
         ({"num_hidden_layers": 3}, "gives num_layers 3, preset tiny-hybrid has model.llm.num_layers 4"),
-        ({"rope_theta": 5000.0}, "gives rope_theta 5000.0, preset tiny-hybrid has model.llm.rope_theta 10000.0"),
+        (
+            {"rope_theta": 5000.0, "rope_parameters": None},
+            "gives rope_theta 5000.0, preset tiny-hybrid has model.llm.rope_theta 10000.0",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}}, "gives rope_theta 2.0, preset tiny-hybrid"),
         ({"num_key_value_heads": 2}, "num_key_value_heads: MegaVL has 4 only, found 2"),
         ({"model_type": "qwen2"}, "model_type: MegaVL has 'llama' only, found 'qwen2'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: true or false is expected, found 'no'"),

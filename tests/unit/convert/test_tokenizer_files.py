@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer, LlamaTokenizerFast
+from transformers import __version__ as release
 
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.config.errors import DataError
@@ -20,9 +21,12 @@ from megavl.convert.tokenizer_files import (
     read_tokenizer,
     tokenizer_config,
     tokenizer_paths,
+    with_bos_first,
 )
 
 EOS = "<｜end▁of▁sentence｜>"
+OLD = release.startswith("4.")
+"""The original format is for the released client, which needs transformers 4."""
 
 
 @pytest.fixture
@@ -87,14 +91,17 @@ def test_another_image_token_id_is_refused(sources, folder, tmp_path):
         write_hf(tmp_path / "out", config=config, tensors=flat, fmt="native", tokenizer_dir=folder)
 
 
-@pytest.mark.parametrize("fmt", ["native", "original"])
+@pytest.mark.parametrize("fmt", ["native", "original"] if OLD else ["native"])
 def test_exported_tokenizer_adds_bos_and_no_other_token(folder, fmt):
     tokenizer = read_tokenizer(folder)
     (folder / "tokenizer_config.json").write_bytes(tokenizer_config(tokenizer, fmt=fmt, max_length=4096))
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
-    for cls in (AutoTokenizer, LlamaTokenizerFast):
+    if fmt == "native":
+        (folder / "tokenizer.json").write_bytes(with_bos_first(tokenizer) or b"")
+    # In transformers 5 the named class splits words at blanks. AutoTokenizer sees that the file does not.
+    for cls in (AutoTokenizer, *([LlamaTokenizerFast] if OLD else [])):
         loaded = cls.from_pretrained(folder)
-        assert isinstance(loaded, LlamaTokenizerFast) and len(loaded) == size
+        assert isinstance(loaded, LlamaTokenizerFast) == OLD and len(loaded) == size
         encoded = loaded("which colour is é?")
         assert encoded["input_ids"][0] == 0 and 1 not in encoded["input_ids"] and "token_type_ids" not in encoded
         assert loaded.decode(encoded["input_ids"], skip_special_tokens=True) == "which colour is é?"

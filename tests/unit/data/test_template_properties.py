@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from megavl.config.chat import SYSTEM_PROMPT
 from megavl.convert.chat_template import chat_template
-from megavl.convert.tokenizer_files import read_tokenizer, tokenizer_config
+from megavl.convert.tokenizer_files import read_tokenizer, tokenizer_config, with_bos_first
 from megavl.data.template import (
     IMAGE_TAG,
     Encoded,
@@ -223,7 +223,8 @@ def exported(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -
     for name in HUGGING_FACE:
         folder = tmp_path_factory.mktemp(name)
         source = read_tokenizer(cases[name].folder)
-        (folder / "tokenizer.json").write_bytes((cases[name].folder / "tokenizer.json").read_bytes())
+        given = (cases[name].folder / "tokenizer.json").read_bytes()
+        (folder / "tokenizer.json").write_bytes(with_bos_first(source) or given)
         (folder / "tokenizer_config.json").write_bytes(tokenizer_config(source, fmt="native", max_length=4096))
         template = chat_template(eos_token=source.tokens["eos_token"], image_token=IMAGE_TAG)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -11,6 +11,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers import __version__ as release
 
 from megavl.config.load import load_model_config
 from megavl.config.recipe import TRAINABLE_BY_STAGE, RecomputeConfig
@@ -137,8 +138,9 @@ def test_decoder_equals_an_independent_causal_count() -> None:
     measured = counted(reference, torch.zeros(1, tokens, dtype=torch.long))
     forward = step_flops(model, seq_length=tokens, sequences=1, images=0, trainable_parts=())
     upper_triangle = llm.num_layers * 2 * tokens**2 * llm.hidden_size
-    # The counter also sees the rotary embedding's outer product: tokens x half a head, one multiply-add each.
-    assert forward + upper_triangle + tokens * llm.head_dim == measured
+    # In transformers 4 the counter also sees the rotary embedding's outer product, half a head for each token.
+    rotary = tokens * llm.head_dim if release.startswith("4.") else 0
+    assert forward + upper_triangle + rotary == measured
     assert parameter_counts(model)["llm"] == sum(parameter.numel() for parameter in reference.parameters())
 
 
