@@ -281,7 +281,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _stay_apart(self, before: list[int], after: list[int]) -> bool:
         """Whether no merge crosses the border between two tokens."""
         pair = [*before, *after]
-        names = [self._inner.id_to_token(token) for token in pair]
+        names = [self._inner.id_to_token(token) or "" for token in pair]
         return [token.id for token in self._inner.model.tokenize("".join(names))] == pair
 
     def decode(self, ids: Sequence[int]) -> str:
