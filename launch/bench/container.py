@@ -62,6 +62,8 @@ class Image:
     build_args: dict[str, str]
     shared: list[str]
     """Files and folders of this machine that are mounted read-only, at the same path."""
+    trust: Path | None = None
+    """Certificates that replace the root's, where the network of this machine has an authority of its own."""
     arguments: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
     user: str = "root"
@@ -94,6 +96,9 @@ class Image:
         inside += [f"{name}={value}" for name, value in settings.items()] + words
         chroot = [f"--userspec={self._ids()}", "--groups=", str(self.root), *inside]
         namespaces = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child=KILL"]
+        certificates = self.root / "etc/ssl/certs/ca-certificates.crt"
+        if self.trust and certificates.exists():
+            shutil.copyfile(self.trust, certificates)
         begin = self.log.stat().st_size
         with self.log.open("ab") as log:
             command = [*namespaces, "sh", "-c", ENTER, "sh", str(self.root), *self.shared, "--", *chroot]
@@ -170,6 +175,9 @@ def main() -> int:
     parser.add_argument(
         "--share", action="append", default=[], metavar="PATH", help="mounted read-only, such as a package index"
     )
+    parser.add_argument(
+        "--trust", type=Path, metavar="FILE", help="certificates that replace the root's, once it has some"
+    )
     arguments = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("debootstrap") is None:
         parser.error("this needs root and debootstrap (apt-get install debootstrap)")
@@ -191,6 +199,7 @@ def main() -> int:
             log=work / "log.txt",
             build_args=dict(text.split("=", 1) for text in arguments.build_arg),
             shared=arguments.share,
+            trust=arguments.trust,
         )
         digest = hashlib.sha256((context / DOCKERFILE).read_bytes()).hexdigest()
         rows = build(image)
@@ -253,7 +262,7 @@ def report(commit: str, *, digest: str, rows: list[str], tail: list[str], words:
         f"    python -m launch.bench.container {shlex.join(words)}",
         "",
         f"{machine()}; other programs may have used it meanwhile. `/dev/shm` had 64 MB, as in a container of Docker. "
-        "Paths named by `--share` are this machine's package index, mounted read-only.",
+        "`--share` mounts this machine's package indexes read-only, and `--trust` adds the authority of its network.",
         *table("| line | step | seconds | MB so far |", rows),
         "",
         "The demo ended with:",
