@@ -35,7 +35,7 @@ def main() -> int:
     extra = ["checkpoint.async_save=true"] * asynchronous
     if compiled:
         # The first step of the first run waits for the compiler, which may take minutes.
-        extra += [f"training.compile={compiled}", "parallel.timeout_s=1200"]
+        extra += [f"training.compile={compiled}", "parallel.timeout_s=300"]
     theme = "_".join(["kills", *["async"] * asynchronous, *([compiled] if compiled else [])])
     # Rows of other options or moments are not these.
     data, work = arguments.work / "data", arguments.work / f"{theme}_{arguments.seed}"
