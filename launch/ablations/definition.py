@@ -22,6 +22,7 @@ from megavl.foreign.yaml_text import read_yaml
 STRICT = ConfigDict(extra="forbid")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
 """Name of an arm, stage, data set or measure; part of file names and keys."""
+NonEmpty = Annotated[tuple[Name, ...], Field(min_length=1)]
 Settings = dict[str, Any]
 """Values of a recipe by dotted path."""
 ALL = "all"
@@ -42,6 +43,8 @@ class Dataset:
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.inputs):
             raise UsageError("a data set has either `path` or `inputs`")
+        if self.path is not None and self.options:
+            raise UsageError("a data set with `path` is there already; remove its `options`")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,6 +67,8 @@ class Ancestor:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.recipe is None):
             raise UsageError("an ancestor has either `path` or `recipe`")
+        if self.path is not None and self.set:
+            raise UsageError("an ancestor with `path` is there already; remove its `set`")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -106,7 +111,7 @@ class Arm:
     """One of the things compared: a chain of stages, each starting from the one before."""
 
     title: str
-    chain: tuple[Name, ...] | None = None
+    chain: NonEmpty | None = None
     """Its stages in order; default: the ablation's."""
     start: Start | None = None
     """Default: the ablation's."""
@@ -161,7 +166,7 @@ class Figure:
     """The picture: a panel for each measure, with curves over steps or one point for each arm."""
 
     kind: Literal["curves", "points"]
-    measures: tuple[Name, ...]
+    measures: NonEmpty
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -176,9 +181,9 @@ class Ablation:
     sizes: dict[Name, Size]
     start: Start
     stages: dict[Name, Stage]
-    chain: tuple[Name, ...]
+    chain: NonEmpty
     """Stages of an arm, in order."""
-    arms: dict[Name, Arm]
+    arms: Annotated[dict[Name, Arm], Field(min_length=1)]
     seeds: Positive
     first_seed: Seed = 1
     measures: dict[Name, Measure]
@@ -195,15 +200,31 @@ class Ablation:
                 raise UsageError(f"claims.{number}.than: is the arm itself, {claim.arm!r}; name another arm")
         for number, measure in enumerate(self.figure.measures):
             _known(f"figure.measures.{number}", measure, self.measures)
+        for stage in self.chain:
+            _known("chain", stage, self.stages)
         for name, arm in self.arms.items():
-            for stage in arm.chain or self.chain:
-                _known(f"arms.{name}.chain", stage, self.stages)
-            for key in [*arm.set, *(key for values in arm.by_size.values() for key in values)]:
-                _known(f"arms.{name}.set.{key}", key.partition(".")[0], [*self.stages, ALL])
+            self._check_arm(f"arms.{name}", arm)
         for name, size in self.sizes.items():
             self._check_size(name, size)
 
+    def _check_arm(self, path: str, arm: Arm) -> None:
+        chain = arm.chain or self.chain
+        for stage in chain:
+            _known(f"{path}.chain", stage, self.stages)
+        for size in arm.by_size:
+            _known(f"{path}.by_size", size, self.sizes)
+        places = {"set": arm.set, **{f"by_size.{size}": values for size, values in arm.by_size.items()}}
+        for where, settings in places.items():
+            for key in settings:
+                stage, _, rest = key.partition(".")
+                # A setting that no run of the arm reads would be lost without a word.
+                _known(f"{path}.{where}.{key}", stage, [*chain, ALL])
+                if not rest:
+                    raise UsageError(f"{path}.{where}.{key}: names a stage alone; write STAGE.key.path")
+
     def _check_size(self, name: str, size: Size) -> None:
+        for stage in size.stages:
+            _known(f"sizes.{name}.stages", stage, self.stages)
         for path, start in [
             ("start", self.start),
             *((f"arms.{arm}.start", one.start) for arm, one in self.arms.items()),

@@ -24,6 +24,11 @@ def write(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def arms_with(**keys: Any) -> dict[str, Any]:
+    """Change of a file: its second arm has further keys."""
+    return {"arms": {"grouped": {"title": "g"}, "mixed": {"title": "m", **keys}}}
+
+
 def test_seven_ablations_ship() -> None:
     assert [path.stem for path in SHIPPED] == [
         *("figure10", "figure4", "figure8", "figure9", "table10", "table11", "table9")
@@ -67,6 +72,17 @@ def test_smoke_inherits_from_tiny(tmp_path: Path) -> None:
         ({"claims": [{**CLAIM, "than": "mixed"}]}, "is the arm itself"),
         ({"claims": [{**CLAIM, "margin": -1}]}, "margin: found -1"),
         ({"base": 7}, "base: found 7"),
+        ({"chain": []}, "chain: found []"),
+        ({"arms": {}}, "arms: found {}"),
+        ({"arms": {"mixed": {"title": "m", "chain": []}}}, "arms.mixed.chain"),
+        ({"figure": {"kind": "curves", "measures": []}}, "figure.measures: found []"),
+        ({"sizes": {"tiny": {"stages": {"stage4": {}}}}}, "sizes.tiny.stages: there is no 'stage4'; did you mean 'stage"),
+        (arms_with(by_size={"tinny": {}}), "arms.mixed.by_size: there is no 'tinny'; did you mean 'tiny'?"),
+        (arms_with(by_size={"tiny": {"stag2.x": 1}}), "arms.mixed.by_size.tiny.stag2.x: there is no 'stag2'"),
+        (arms_with(set={"stage2": 1}), "arms.mixed.set.stage2: names a stage alone"),
+        (arms_with(set={"stage3.training.steps": 1}), "arms.mixed.set.stage3.training.steps: there is no 'stage3'"),
+        ({"sizes": {"1b": {"ancestors": {"sam": {"set": {"a": 1}}}}}}, "is there already; remove its `set`"),
+        ({"sizes": {"1b": {"datasets": {"a": {"path": "b", "options": ["c"]}}}}}, "is there already; remove its `options`"),
     ],
 )  # fmt: skip
 def test_mistake_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
