@@ -43,8 +43,6 @@ class Dataset:
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.inputs):
             raise UsageError("a data set has either `path` or `inputs`")
-        if self.path is not None and self.options:
-            raise UsageError("a data set with `path` is there already; remove its `options`")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -67,8 +65,6 @@ class Ancestor:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.recipe is None):
             raise UsageError("an ancestor has either `path` or `recipe`")
-        if self.path is not None and self.set:
-            raise UsageError("an ancestor with `path` is there already; remove its `set`")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

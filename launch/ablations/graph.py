@@ -1,8 +1,8 @@
 """Everything that an ablation computes, as a graph of tasks.
 
 A task is addressed by a hash of what determines its result: the resolved recipe, or the options of a command. The
-addresses of its inputs stand there in place of paths. Two ablations that ask for the same task share it. The commit of
-the code is not part of the address; reports name it.
+addresses of its inputs stand there in place of paths, and what is read from outside counts by its content. Two
+ablations that ask for the same task share it. The commit of the code is not part of the address; reports name it.
 
 In the words of a task, `{ADDRESS}` stands for the folder of a task, and `{self}` for its own.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from launch.ablations.definition import ALL, Ablation, Ancestor, Arm, Dataset, Settings, Size, Start
+from launch.ablations.outside import contents, paths_of
 from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe, to_dict
 from megavl.config.recipe import Recipe
@@ -100,14 +101,27 @@ def build_graph(ablation: Ablation, *, size: str, seeds: int | None = None) -> G
         seeds: how many; default: the size's or the ablation's.
 
     Raises:
-        UsageError: an unknown size, or a recipe that its settings make wrong.
+        UsageError: an unknown size, a recipe that its settings make wrong, or two arms that are the same runs.
+        DataError: data outside the cache are there and cannot be read.
     """
     if size not in ablation.sizes:
         raise UsageError(f"--size {size}: the ablation has the sizes {', '.join(ablation.sizes)}")
     builder = _Builder(ablation, size)
     count = seeds or ablation.sizes[size].seeds or ablation.seeds
     numbers = range(ablation.first_seed, ablation.first_seed + count)
-    return Graph(cells=tuple(builder.cell(arm, seed) for arm in ablation.arms for seed in numbers))
+    cells = tuple(builder.cell(arm, seed) for arm in ablation.arms for seed in numbers)
+    _require_different(cells, size=size)
+    return Graph(cells=cells)
+
+
+def _require_different(cells: Sequence[Cell], *, size: str) -> None:
+    seen: dict[str, str] = {}
+    for cell in cells:
+        other = seen.setdefault(cell.runs[-1].address, cell.arm)
+        if other != cell.arm:
+            raise UsageError(
+                f"arms.{cell.arm}: is the same as {other} at size {size}; give it other settings there, or remove it"
+            )
 
 
 def with_folders(value: Any, *, cache: Path, own: str) -> Any:
@@ -126,6 +140,7 @@ class _Builder:
         self._ablation, self._name = ablation, size
         self._size: Size = ablation.sizes[size]
         self._made: dict[str, Task] = {}
+        self._read: dict[str, str] = {}
 
     def cell(self, name: str, seed: int) -> Cell:
         arm = self._ablation.arms[name]
@@ -159,11 +174,8 @@ class _Builder:
         if self._size.seq_length:
             values["data.seq_length"] = self._size.seq_length
         loaded = self._load(name, recipe, values)
-        return self._once(
-            Task(
-                kind="train", name=name, spec={"recipe": to_dict(loaded)}, inputs=tuple(inputs.values()), recipe=loaded
-            )
-        )
+        spec = {"recipe": to_dict(loaded), **self._outside(paths_of(loaded))}
+        return self._once(Task(kind="train", name=name, spec=spec, inputs=tuple(inputs.values()), recipe=loaded))
 
     def _load(self, name: str, recipe: str, values: Settings) -> Recipe:
         path = Path(self._size.recipes) / f"{recipe}.yaml"
@@ -184,7 +196,7 @@ class _Builder:
         if parts.get("sam") == "":
             raise UsageError(f"{name}: start.sam: the model has a SAM tower; name the ancestor that gives it")
         sources = {part: self._ancestor(one, inputs) for part, one in parts.items()}
-        spec = {"model": to_dict(model), "sources": sources, "seed": seed}
+        spec = {"model": to_dict(model), "sources": sources, "seed": seed, **self._outside(sources.values())}
         return self._once(Task(kind="start", name=f"start, seed {seed}", spec=spec, inputs=tuple(inputs.values())))
 
     def _ancestor(self, name: str, inputs: dict[str, Task]) -> str:
@@ -236,8 +248,15 @@ class _Builder:
         tokenizer = self._resolved(self._size.tokenizer, inputs)
         words = ["--input", *files, "--output", f"{{self}}/{name}", "--tokenizer", tokenizer]
         words += ["--seq-length", str(self._size.seq_length), "--workers", "1", *dataset.options]
-        spec = {"words": words}
+        spec = {"words": words, **self._outside([tokenizer])}
         return self._once(Task(kind="dataset", name=f"data set {name}", spec=spec, inputs=tuple(inputs.values())))
+
+    def _outside(self, paths: Collection[str]) -> dict[str, Any]:
+        """A key for what is read from outside, hashed once; nothing where all of it comes from other tasks."""
+        found = contents([path for path in paths if not path.startswith("{") and path not in self._read])
+        self._read |= found
+        own = {path: self._read[path] for path in paths if path in self._read}
+        return {"outside": own} if own else {}
 
     def _once(self, task: Task) -> Task:
         return self._made.setdefault(task.address, task)

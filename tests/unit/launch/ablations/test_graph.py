@@ -114,3 +114,41 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     wrong = {"tiny": {"stages": {"stage2": {"optimizer.rate": 1}}}}
     with pytest.raises(UsageError, match="grouped, seed 1, stage2: .*optimizer.rate"):
         build_graph(read_ablation(write(tmp_path, sizes=wrong)), size="tiny", seeds=1)
+
+
+def test_equal_arms_are_refused(tmp_path: Path) -> None:
+    arms = {"grouped": {"title": "g"}, "mixed": {"title": "m", "by_size": {"tiny": {"stage2.data.grouping": "step"}}}}
+    ablation = read_ablation(write(tmp_path, arms=arms))
+    with pytest.raises(UsageError, match=r"arms\.mixed: is the same as grouped at size tiny"):
+        build_graph(ablation, size="tiny", seeds=1)
+
+
+def test_content_from_outside_changes_the_address(tmp_path: Path) -> None:
+    ancestor, data, tokenizer = (tmp_path / name for name in ("ancestor", "data", "tokenizer"))
+    task_file = tmp_path / "eval.jsonl"
+    size = {
+        "tokenizer": str(tokenizer),
+        "ancestors": {"decoder": {"recipe": None, "path": str(ancestor)}},
+        "datasets": {"captions": {"inputs": [], "path": str(data)}},
+        "set": {"evaluation.tasks": [f"mmbench={task_file}"]},
+    }
+    ablation = read_ablation(write(tmp_path, sizes={"tiny": size}))
+
+    def addresses() -> dict[str, str]:
+        return {task.name: task.address for task in build_graph(ablation, size="tiny", seeds=1).tasks}
+
+    before = addresses()
+    assert addresses() == before
+    for path, changed, kept in (
+        (ancestor / "iter_0000010/manifest.json", {"start, seed 1", "grouped, seed 1, stage1"}, {"ancestor sam"}),
+        (data / "manifest.json", {"grouped, seed 1, stage1", "mixed, seed 1, stage2"}, {"ancestor siglip"}),
+        (tokenizer / "tokenizer.json", {"data set text", "ancestor siglip"}, {"corpus full"}),
+        (task_file, {"mixed, seed 1, stage2"}, {"data set text", "corpus full"}),
+    ):
+        for text in ("1", "2"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            after = addresses()
+            assert not [name for name in changed if after[name] == before[name]], (path, text)
+            assert not [name for name in kept if after[name] != before[name]], (path, text)
+            before = after
