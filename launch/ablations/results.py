@@ -143,7 +143,7 @@ def page(
 
     Args:
         name: of the file, without .yaml.
-        cost: `hours` of one core, `commits`.
+        cost: `hours` of one rank, `commits`.
     """
     ablation = found.ablation
     lines = [f"# {ablation.title}", "", f"![{ablation.title}]({name}.svg)", "", f"The paper: {ablation.paper}"]
@@ -162,16 +162,16 @@ def page(
         "",
         f"    {command}",
         "",
-        f"Size {found.size}; {cost['hours']:.2f} hours of a core, with ancestors; code {', '.join(cost['commits'])}; "
+        f"Size {found.size}; {cost['hours']:.2f} hours of one rank, with ancestors; code {', '.join(cost['commits'])}; "
         f"{machine()}; {versions('torch', 'megatron-core')}.",
     ]
 
 
 def cost_of(graph: Graph, *, cache: Path) -> dict[str, Any]:
-    """Hours that the tasks took, and the commits that ran them."""
+    """Hours of all ranks that the tasks took in all their starts, and the commits that ran them."""
     done = [json.loads((cache / task.address / DONE).read_text(encoding="utf-8")) for task in graph.tasks]
     commits = list(dict.fromkeys(row["commit"] for row in done))
-    return {"hours": sum(row["seconds"] for row in done) / _HOUR, "commits": commits}
+    return {"hours": sum(row["seconds"] * row.get("ranks", 1) for row in done) / _HOUR, "commits": commits}
 
 
 def _claim_rows(found: Found) -> Iterator[str]:

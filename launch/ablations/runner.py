@@ -6,7 +6,6 @@ the next one goes on. Several runners may share a cache; a folder belongs to one
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -21,15 +20,21 @@ from typing import Any
 from launch.ablations.engine import Engine
 from launch.ablations.graph import Task, files, program
 from launch.bench.programs import ROOT
+from megavl.checkpoint.directory import candidates
+from megavl.checkpoint.manifest import MANIFEST
 from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError, UsageError
 from megavl.files.durable import replace_durably, storage_errors
 from megavl.files.owner import Owner
-from megavl.files.ownership import Ownership, take
+from megavl.files.ownership import Ownership, current_owner, take
 from megavl.foreign.printing import say, visible
 
 DONE, LOG = "done.json", "log.txt"
+SPENT = "seconds.json"
+"""Seconds of all starts of a task until now."""
 SCRIPTS = {1: "warmup", 2: "pretrain", 3: "sft"}
 """Launch script of each stage."""
+_OF_THE_TASK = ("RECIPE", "TP", "PP", "DATA", "TOKENIZER", "INIT", "RUN_DIR", "EXTRA", "DRY_RUN")
+"""Settings of a launch script that the recipe has decided; those of the caller are about other runs."""
 _TICK_S, _BUSY_S, _REPORT_S = 0.1, 2.0, 60.0
 _MINUTE = 60
 
@@ -57,8 +62,12 @@ class Running:
     task: Task
     held: Ownership
     began: float
-    process: subprocess.Popen[bytes] | None
-    """None for a program of the engine."""
+    before: float
+    """Seconds of earlier starts."""
+
+    def seconds(self) -> float:
+        """Of all starts until now."""
+        return round(self.before + time.monotonic() - self.began, 3)
 
 
 @dataclass
@@ -92,11 +101,10 @@ class Runner:
             while self._step():
                 time.sleep(_TICK_S)
         finally:
-            for one in self._running.values():
-                if one.process is not None:
-                    _signal_group(one.process, signal.SIGKILL)
-                one.held.release()
+            # A folder is free when its program is gone.
             self._engine.close()
+            for one in self._running.values():
+                one.held.release()
         if self._failures:
             raise next(iter(self._failures.values()))
 
@@ -112,6 +120,8 @@ class Runner:
                 self._start(task)
         if self._clock.due():
             self._tell(f"{len(self._running)} running")
+            for one in self._running.values():
+                self._note(one)
         return bool(self._running) or any(self._waits(task) for task in self.tasks)
 
     def _waits(self, task: Task) -> bool:
@@ -140,11 +150,23 @@ class Runner:
             held.release()
             self._done.add(task.address)
             return
+        if _is_owned(folder / "run"):
+            # The ranks of a runner that was killed still save.
+            held.release()
+            self._wait_for_other(task)
+            return
         with storage_errors(f"{folder}: preparing {task.name}"):
             for name, content in files(task, cache=self.cache).items():
                 replace_durably(folder / name, content)
-        process = self._launch(task, log=folder / LOG)
-        self._running[task.address] = Running(task, held, time.monotonic(), process)
+        # First noted, so that it is released however the launch ends.
+        self._running[task.address] = Running(task, held, time.monotonic(), _spent(folder))
+        self._launch(task, log=folder / LOG)
+
+    def _note(self, one: Running) -> None:
+        """Keep how long it has taken, for the next start."""
+        folder = self.cache / one.task.address
+        with storage_errors(f"{folder}: writing {SPENT}"):
+            replace_durably(folder / SPENT, json.dumps({"seconds": one.seconds()}).encode())
 
     def _wait_for_other(self, task: Task) -> None:
         """Another runner makes it, or did so while this one looked."""
@@ -154,33 +176,27 @@ class Runner:
         if is_done(task, cache=self.cache):
             self._done.add(task.address)
 
-    def _launch(self, task: Task, *, log: Path) -> subprocess.Popen[bytes] | None:
+    def _launch(self, task: Task, *, log: Path) -> None:
         module, words = program(task, cache=self.cache)
         if self.launcher is None or task.recipe is None:
             self._engine.start(task.address, module, words, log=log)
-            return None
+            return
         command = ["bash", f"launch/{SCRIPTS[task.recipe.training.stage]}_{self.launcher}.sh"]
-        with log.open("ab") as stream:
-            return subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "RECIPE": words[-1]},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                start_new_session=True,
-            )
+        self._engine.run(task.address, command, log=log, environment=launcher_environment(words[-1]))
 
     def _collect(self) -> None:
-        ended = self._engine.ended()
-        for address, one in self._running.items():
-            if one.process is not None and (code := one.process.poll()) is not None:
-                ended[address] = code
-        for address, code in ended.items():
+        for address, code in self._engine.ended().items():
             self._finish(self._running.pop(address), code)
 
     def _finish(self, one: Running, code: int) -> None:
         folder = self.cache / one.task.address
+        try:
+            one.held.confirm()
+        except UsageError:
+            # This process stood still, and another one makes the task now.
+            one.held.release()
+            self._wait_for_other(one.task)
+            return
         if code == 0 and one.task.kind == "train" and not _trained(folder):
             code = PeerError.exit_code
         if code == 0:
@@ -188,7 +204,7 @@ class Runner:
                 # Others start from the newest checkpoint, and one takes three times the size of the model.
                 for older in sorted(folder.glob("run/checkpoints/iter_*[0-9]"))[:-1]:
                     shutil.rmtree(older)
-                content = {"name": one.task.name, "seconds": round(time.monotonic() - one.began, 3), **facts(folder)}
+                content = {"name": one.task.name, "seconds": one.seconds(), **facts(folder)}
                 replace_durably(folder / DONE, json.dumps(content, indent=1).encode() + b"\n")
             self._done.add(one.task.address)
             self._tell(f"{one.task.name} done")
@@ -198,6 +214,8 @@ class Runner:
             text = f"{one.task.name} ended with code {code}: {_reason(log)}; all of its output is in {log}"
             self._failures[one.task.address] = TaskFailed(text, code=number)
             say(f"{self.title}: {text}", to_errors=True)
+        if code:
+            self._note(one)
         one.held.release()
 
     def _stop(self) -> None:
@@ -209,9 +227,6 @@ class Runner:
                 again = number == signal.SIGINT and signal.SIGINT in self.signals[:passed]
                 number = signal.SIGKILL if again else number
                 self._engine.signal(number)
-                for one in self._running.values():
-                    if one.process is not None:
-                        _signal_group(one.process, number)
                 passed += 1
             time.sleep(_TICK_S)
             self._collect()
@@ -254,6 +269,11 @@ def is_done(task: Task, *, cache: Path) -> bool:
     return (cache / task.address / DONE).is_file()
 
 
+def launcher_environment(recipe: str) -> dict[str, str]:
+    """Variables of a launch script that runs this recipe."""
+    return {**{key: value for key, value in os.environ.items() if key not in _OF_THE_TASK}, "RECIPE": recipe}
+
+
 def facts(folder: Path) -> dict[str, Any]:
     """What a finished run has used, and the commit of the code; without a run only that."""
     found: dict[str, Any] = {"commit": commit()}
@@ -261,6 +281,7 @@ def facts(folder: Path) -> dict[str, Any]:
     if rows:
         found |= {
             "steps": len(rows),
+            "ranks": _ranks(folder / "run/checkpoints"),
             "tokens": sum(row["tokens"] for row in rows),
             "step_seconds": round(sum(row["step_time_s"] for row in rows), 3),
         }
@@ -305,6 +326,21 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+def _spent(folder: Path) -> float:
+    """Seconds of earlier starts; none where no file says so."""
+    try:
+        return float(json.loads((folder / SPENT).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _is_owned(run: Path) -> bool:
+    """Whether a process of this machine still works in the directory of a run."""
+    owner = current_owner(run)
+    return owner is not None and owner.process.is_alive() is True
+
+
+def _ranks(checkpoints: Path) -> int:
+    """Ranks that wrote the newest checkpoint."""
+    newest = candidates(checkpoints)[0]
+    return int(json.loads((newest / MANIFEST).read_text(encoding="utf-8"))["world_size"])
