@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from launch.ablations.figures import draw, require_matplotlib  # noqa: E402
 from launch.ablations.graph import Graph, Task, build_graph  # noqa: E402
 from launch.ablations.results import cost_of, page, read_results  # noqa: E402
 from launch.ablations.runner import Runner, Stopped, TaskFailed, is_done  # noqa: E402
-from launch.ablations.simulations import simulate  # noqa: E402
+from launch.ablations.simulations import check_simulations, simulate  # noqa: E402
 from launch.ablations.slurm import submit  # noqa: E402
 from megavl.config.errors import EXIT_INTERRUPTED, MegaVLError, UsageError  # noqa: E402
 from megavl.files.durable import replace_durably, storage_errors  # noqa: E402
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=ROOT / CACHE, help=f"folder of all runs ({CACHE})")
     parser.add_argument("--list", action="store_true", help="print the tasks with their numbers and folders, and stop")
     parser.add_argument("--slurm", action="store_true", help="queue the tasks as SLURM job arrays, and stop")
-    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch for the arrays")
+    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch for all jobs")
     parser.add_argument("--cell", type=int, metavar="N", help="run task N of --list alone, with what it needs")
     return parser
 
@@ -104,77 +105,89 @@ def _run(options: argparse.Namespace) -> int:
     works = [_work(path, options, size=size) for path in files]
     if len({work.name for work in works}) < len(works):
         raise UsageError("FILE: two files have the same name, by which results are named; name each once")
+    # Runs of several files are one queue, so that all cores are busy to the end.
+    found = {task.address: task for work in works for task in work.graph.tasks}
+    tasks = sorted(found.values(), key=lambda task: task.level)
     if options.list:
-        for work in works:
-            say(*(f"{number} {task.address} {task.name}" for number, task in enumerate(work.graph.tasks)))
+        say(*(f"{number} {task.address} {task.name}" for number, task in enumerate(tasks)))
         return 0
     if options.slurm:
-        for work in works:
-            _submit(work, options)
+        _submit(works, tasks, options)
         return 0
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(received))
     if options.cell is not None:
-        return _run_cell(works, options, signals)
-    # Runs of several files are one queue, so that all cores are busy to the end.
-    tasks = {task.address: task for work in works for task in work.graph.tasks}
-    ordered = sorted(tasks.values(), key=lambda task: task.level)
-    title = works[0].name if len(works) == 1 else "ablations"
-    _runner(works[0], ordered, title=title, options=options, signals=signals).run()
+        if not 0 <= options.cell < len(tasks):
+            raise UsageError(f"--cell {options.cell}: the tasks have the numbers 0 to {len(tasks) - 1}; see --list")
+        _runner(works, tasks[options.cell].with_inputs(), options=options, signals=signals).run()
+        return 0
+    failure: TaskFailed | MegaVLError | None = None
+    try:
+        _runner(works, tasks, options=options, signals=signals).run()
+    except TaskFailed as error:
+        failure = error
+    # A failure in one ablation leaves the reports of the others alone.
     for work in works:
-        _report(work)
+        if all(is_done(task, cache=work.cache) for task in work.graph.tasks):
+            try:
+                _report(work, seeds=options.seeds)
+            except MegaVLError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
     return 0
 
 
 def _work(path: Path, options: argparse.Namespace, *, size: str) -> Work:
     ablation = read_ablation(path)
+    check_simulations(ablation)
     graph = build_graph(ablation, size=size, seeds=options.seeds)
     out = options.out or ROOT / "runs/ablations" / size
     return Work(path=path, ablation=ablation, graph=graph, size=size, cache=options.cache, out=out)
 
 
-def _runner(
-    work: Work, tasks: Sequence[Task], *, title: str, options: argparse.Namespace, signals: list[int]
-) -> Runner:
+def _title(works: Sequence[Work]) -> str:
+    return works[0].name if len(works) == 1 else "ablations"
+
+
+def _runner(works: Sequence[Work], tasks: Sequence[Task], *, options: argparse.Namespace, signals: list[int]) -> Runner:
+    work = works[0]
     launcher = work.ablation.sizes[work.size].launcher
     if launcher is not None and shutil.which("sbatch") and "SLURM_JOB_ID" not in os.environ:
         raise UsageError(f"--size {work.size}: its launch scripts would queue jobs of their own here; add --slurm")
     jobs = options.jobs or (1 if launcher else len(os.sched_getaffinity(0)))
     with storage_errors(f"--cache {work.cache}"):
         work.cache.mkdir(parents=True, exist_ok=True)
-    return Runner(tasks=tasks, cache=work.cache, jobs=jobs, launcher=launcher, title=title, signals=signals)
+    return Runner(tasks=tasks, cache=work.cache, jobs=jobs, launcher=launcher, title=_title(works), signals=signals)
 
 
-def _run_cell(works: Sequence[Work], options: argparse.Namespace, signals: list[int]) -> int:
-    if len(works) != 1:
-        raise UsageError("--cell: counts the tasks of one file; give one FILE")
-    (work,) = works
-    tasks = work.graph.tasks
-    if not 0 <= options.cell < len(tasks):
-        raise UsageError(f"--cell {options.cell}: the tasks have the numbers 0 to {len(tasks) - 1}; see --list")
-    needed = tasks[options.cell].with_inputs()
-    _runner(work, needed, title=work.name, options=options, signals=signals).run()
-    return 0
-
-
-def _submit(work: Work, options: argparse.Namespace) -> None:
-    tasks = work.graph.tasks
-    words = ["launch/ablate.py", str(work.path), "--size", work.size, "--cache", str(work.cache)]
-    words += ["--out", str(work.out), *(["--seeds", str(options.seeds)] if options.seeds else [])]
+def _submit(works: Sequence[Work], tasks: Sequence[Task], options: argparse.Namespace) -> None:
+    work, name = works[0], _title(works)
+    words = ["launch/ablate.py", *(str(one.path) for one in works), "--size", work.size, "--cache", str(work.cache)]
+    words += ["--out", str(work.out), *_seeds(options.seeds)]
     done = [is_done(task, cache=work.cache) for task in tasks]
-    jobs = submit(tasks, done, command=words, name=work.name, cache=work.cache, extra=options.sbatch)
-    say(
-        f"{work.name}: {done.count(False)} tasks in the jobs {', '.join(jobs)}; the last one writes "
-        f"{work.out}/{work.name}.md"
-    )
+    jobs = submit(tasks, done, command=words, name=name, cache=work.cache, extra=options.sbatch)
+    pages = ", ".join(f"{one.out}/{one.name}.md" for one in works)
+    say(f"{name}: {done.count(False)} tasks in the jobs {', '.join(jobs)}; the last one writes {pages}")
 
 
-def _report(work: Work) -> None:
+def _seeds(count: int | None) -> list[str]:
+    return [] if count is None else ["--seeds", str(count)]
+
+
+def _report(work: Work, *, seeds: int | None) -> None:
     """Write JSON, figure and page; the page is last, so that where it is, all are."""
     found = read_results(work.ablation, work.graph, size=work.size, cache=work.cache)
-    simulations = simulate(work.ablation, cache=work.cache)
-    command = f"python launch/ablate.py {os.path.relpath(work.path, ROOT)} --size {work.size}"
+    # What was trained is reported where the planner fails, too.
+    simulations: Mapping[str, float] = {}
+    failure: MegaVLError | None = None
+    try:
+        simulations = simulate(work.ablation, cache=work.cache)
+    except MegaVLError as error:
+        failure = error
+    words = ["launch/ablate.py", os.path.relpath(work.path, ROOT), "--size", work.size, *_seeds(seeds)]
+    command = f"python {shlex.join(words)}"
     lines = page(
         found, name=work.name, command=command, cost=cost_of(work.graph, cache=work.cache), simulations=simulations
     )
@@ -190,6 +203,8 @@ def _report(work: Work) -> None:
     for row in found.claims():
         say(f"{work.name}: {row['text']}: {row['verdict']}")
     say(f"{work.name}: {work.out / work.name}.md")
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

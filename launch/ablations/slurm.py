@@ -1,11 +1,13 @@
 """The tasks of an ablation as SLURM job arrays, and one job that writes the report.
 
 Tasks of one level of the graph make one array; each array waits for the one before. An array task runs the same command
-with `--cell NUMBER`. What is done is not queued again, so the same command goes on after a failure.
+with `--cell NUMBER`. What is done is not queued again, so the same command goes on after a failure; what still waits or
+runs is not queued a second time. `slurm/JOB.json` in the cache says which tasks a job has.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -16,11 +18,13 @@ from pathlib import Path
 
 from launch.ablations.graph import Task
 from launch.bench.programs import ROOT
-from megavl.config.errors import UsageError
-from megavl.files.durable import storage_errors
+from megavl.config.errors import MegaVLError, UsageError
+from megavl.files.durable import replace_durably, storage_errors
 
 LOGS = "slurm"
-"""Folder in the cache for the output of the jobs."""
+"""Folder in the cache for the output of the jobs, and for what each has."""
+_OURS = ("--array", "--dependency", "--wrap", "--parsable", "-a", "-d")
+"""Options that decide which tasks run, and when."""
 
 
 def submit(
@@ -33,32 +37,71 @@ def submit(
         done: whether each is.
         command: of `launch/ablate.py`, without `--slurm`.
         name: of the jobs.
-        extra: further options of sbatch for the arrays, quoted as in a shell; they override ours.
+        extra: further options of sbatch for all jobs, quoted as in a shell; they override ours.
 
     Returns:
         Numbers of the jobs; the last one writes the report.
 
     Raises:
-        UsageError: sbatch is missing or refuses.
+        UsageError: sbatch is missing or refuses, and then nothing stays queued; or some tasks are in the queue already.
         StorageError: the folder of the logs cannot be made.
     """
+    options = _options(extra)
+    logs = cache / LOGS
+    with storage_errors(f"{logs}: making the folder of the jobs' output"):
+        logs.mkdir(parents=True, exist_ok=True)
+    _require_unqueued([task for task, is_done in zip(tasks, done) if not is_done], logs=logs)
+    jobs: list[str] = []
+    open_tasks = [(task.level, number) for number, (task, is_done) in enumerate(zip(tasks, done)) if not is_done]
+    try:
+        for _, found in groupby(open_tasks, key=lambda pair: pair[0]):
+            numbers = [number for _, number in found]
+            words = [f"--array={','.join(map(str, numbers))}", f"--output={logs}/%A_%a.txt", *options]
+            cell = [*command, "--jobs", "1", "--cell", "$SLURM_ARRAY_TASK_ID"]
+            jobs.append(_queue(words, cell, name=name, after=jobs[-1:]))
+            with storage_errors(f"{logs}/{jobs[-1]}.json: writing it"):
+                has = [tasks[number].address for number in numbers]
+                replace_durably(logs / f"{jobs[-1]}.json", json.dumps(has).encode())
+        words = [f"--output={logs}/%j.txt", *options]
+        jobs.append(_queue(words, command, name=f"{name}-report", after=jobs[-1:]))
+    except MegaVLError:
+        # Half of the jobs would run without the other half.
+        if jobs:
+            subprocess.run(["scancel", *jobs], capture_output=True, check=False)
+        raise
+    return jobs
+
+
+def _options(extra: str) -> list[str]:
     try:
         options = shlex.split(extra)
     except ValueError as error:
         raise UsageError(f"--sbatch {extra}: {error}; quote the options as in a shell") from error
-    logs = cache / LOGS
-    with storage_errors(f"{logs}: making the folder of the jobs' output"):
-        logs.mkdir(parents=True, exist_ok=True)
-    jobs: list[str] = []
-    open_tasks = [(task.level, number) for number, (task, is_done) in enumerate(zip(tasks, done)) if not is_done]
-    for _, found in groupby(open_tasks, key=lambda pair: pair[0]):
-        numbers = ",".join(str(number) for _, number in found)
-        words = [f"--array={numbers}", f"--output={logs}/%A_%a.txt", *options]
-        jobs.append(
-            _queue(words, [*command, "--jobs", "1", "--cell", "$SLURM_ARRAY_TASK_ID"], name=name, after=jobs[-1:])
+    for word in options:
+        if word.partition("=")[0] in _OURS:
+            raise UsageError(f"--sbatch {word}: is set for each job by this program; leave it out")
+    return options
+
+
+def _require_unqueued(tasks: Sequence[Task], *, logs: Path) -> None:
+    """Refuse tasks that wait or run in a job already."""
+    held = {path.stem: set(json.loads(path.read_text(encoding="utf-8"))) for path in logs.glob("*.json")}
+    if not held:
+        return
+    try:
+        shown = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UsageError("--slurm: there is no squeue here; run on a login node, or leave --slurm out") from None
+    if shown.returncode:
+        raise UsageError(f"--slurm: squeue failed: {' '.join(shown.stderr.split())}; start again when it answers")
+    addresses = {task.address for task in tasks}
+    jobs = sorted(job for job in set(shown.stdout.split()) & held.keys() if held[job] & addresses)
+    if jobs:
+        count = len(addresses & set().union(*(held[job] for job in jobs)))
+        raise UsageError(
+            f"--slurm: {count} of the tasks are in the queue already; wait for their jobs, or end them: scancel "
+            f"{' '.join(jobs)}"
         )
-    jobs.append(_queue([f"--output={logs}/%j.txt"], command, name=f"{name}-report", after=jobs[-1:]))
-    return jobs
 
 
 def _queue(options: Sequence[str], command: Sequence[str], *, name: str, after: Sequence[str]) -> str:
