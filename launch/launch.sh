@@ -62,7 +62,8 @@ read_recipe() {
   done
   mapfile -d '' -t facts < <("$PYTHON" -m launch.recipe_facts "$RECIPE")
   wait $! || exit $?
-  RUN=${facts[0]} CHECKPOINTS=${facts[1]} MODEL_RANKS=${facts[2]} OVERRIDES=("${facts[@]:3}")
+  RUN=${facts[0]} CHECKPOINTS=${facts[1]} MODEL_RANKS=${facts[2]}
+  INPUTS=("${facts[@]:4:facts[3]}") OVERRIDES=("${facts[@]:4+facts[3]}")
 }
 
 check_world() {
@@ -142,19 +143,48 @@ run_allocation() {
 }
 
 # Options of pyxis for the image CONTAINER, whose `python` runs the ranks. The repository is mounted, so they run the code that
-# read the recipe. So are the folders that they write, which would end with the container.
+# read the recipe. So are the folders that they write, which would end with the container, and read-only what they read.
 take_container() {
-  local folder mounts=
-  for folder in "$ROOT" "$RUN" "$CHECKPOINTS"; do
-    case $folder in
-      *[,:]*) die 2 "CONTAINER: $folder cannot be mounted, because its name has a comma or a colon; choose another folder" ;;
-      /*) mounts+=$folder:$folder, ;;
-    esac
+  local path entry theirs written='' read='' mounts mounted=()
+  for path in "$ROOT" "$RUN" "$CHECKPOINTS"; do
+    mount_path "$path" ''
+    written+=$mounts
   done
-  mounts+=${CONTAINER_MOUNTS:-}
+  IFS=, read -ra theirs <<<"${CONTAINER_MOUNTS:-}"
+  for entry in "${theirs[@]}"; do
+    entry=${entry#*:}
+    mounted+=("${entry%%:*}")
+  done
+  for path in "${INPUTS[@]}"; do
+    [ -e "$path" ] || continue
+    mount_path "$path" :ro
+    read+=$mounts
+  done
+  # A folder that is written may lie in one that is read, so it is mounted after that.
+  mounts=$read$written${CONTAINER_MOUNTS:-}
   RANK_PYTHON=python
   CONTAINER_OPTIONS=("--container-image=$CONTAINER" "--container-mounts=${mounts%,}" "--container-workdir=$ROOT"
     --no-container-entrypoint)
+}
+
+# mount_path PATH FLAGS: leaves in `mounts` what shows PATH in the container by its name, and by its name without links.
+# A name below one that is `mounted` is there already.
+mount_path() {
+  local here inside folder
+  here=$(realpath -m -- "$1")
+  mounts=
+  for inside in "$(realpath -ms -- "$1")" "$here"; do
+    for folder in "${mounted[@]}"; do
+      case $inside/ in "${folder%/}"/*) continue 2 ;; esac
+    done
+    case $here:$inside in
+      *[,:]*:* | *:*[,:]*)
+        die 2 "CONTAINER: $1 cannot be mounted, because its name has a comma or a colon; choose another one"
+        ;;
+    esac
+    mounts+=$here:$inside$2,
+    mounted+=("$inside")
+  done
 }
 
 first_host() {

@@ -2,7 +2,8 @@
 
 Usage: [TP=..] [PP=..] [DATA=..] [TOKENIZER=..] [INIT=..] [RUN_DIR=..] [EXTRA=..] python -m launch.recipe_facts RECIPE
 
-Prints, each followed by a NUL: run directory, checkpoint directory, ranks of one model copy, and every override.
+Prints, each followed by a NUL: run directory, checkpoint directory, ranks of one model copy, the number of paths that
+the ranks read, these paths, and every override.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+if sys.version_info < (3, 10):  # noqa: UP036  (where the ranks run in a container, this interpreter may be the system's)
+    print(
+        f"launch: PYTHON: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, too old to read the "
+        "recipe; name Python 3.10 or newer, such as PYTHON=python3.11",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 try:
     import yaml
 
     from megavl.checkpoint.find import stored_model
     from megavl.config.errors import MegaVLError, UsageError
-    from megavl.config.load import load_recipe
+    from megavl.config.load import load_recipe, recipe_files
     from megavl.config.recipe import Recipe
     from megavl.foreign.printing import say
 except ImportError as error:
-    # Where the ranks run in a container, this interpreter may be the system's.
     print(
         f"launch: PYTHON: {sys.executable} cannot read the recipe, because it lacks {error.name}; run `make setup`, or "
         "install what reads it: python3 -m pip install pydantic pyyaml",
@@ -47,7 +55,8 @@ def main(arguments: list[str]) -> int:
         say(f"launch: {error}", to_errors=True)
         return error.exit_code
     ranks = recipe.parallel.tensor * recipe.parallel.pipeline
-    for fact in (recipe.run.dir, recipe.checkpoint_dir, ranks, *overrides):
+    read = [str(path) for path in (*recipe_files(arguments[0]), *_inputs(recipe))]
+    for fact in (recipe.run.dir, recipe.checkpoint_dir, ranks, len(read), *read, *overrides):
         sys.stdout.write(f"{fact}\0")
     return 0
 
@@ -88,6 +97,12 @@ def _yaml(text: str, *, always: bool) -> str:
         return text
     quoted: str = yaml.safe_dump(text, default_style='"', allow_unicode=True, width=sys.maxsize)
     return quoted.rstrip("\n")
+
+
+def _inputs(recipe: Recipe) -> Iterator[str]:
+    """What a run reads besides its recipe: start weights, tokenizer and data."""
+    paths = (recipe.checkpoint.init, recipe.data.tokenizer, recipe.data.root)
+    yield from filter(None, (*paths, *(source.path for source in recipe.data.sources)))
 
 
 def _check_root(recipe: Recipe, *, given: bool) -> None:

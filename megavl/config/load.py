@@ -79,6 +79,15 @@ def read_raw(path: str | Path, *, overrides: Sequence[str] = ()) -> dict[str, An
     return raw
 
 
+def recipe_files(path: str | Path) -> tuple[Path, ...]:
+    """A recipe file and its base.
+
+    Raises:
+        UsageError: one of them cannot be read.
+    """
+    return tuple(_read_files(Path(path)))
+
+
 def load_model_config(preset: str, **changes: Any) -> ModelConfig:
     """Model sizes of a preset; `changes` replace values and are nested as a recipe's `model:`."""
     return model_config_from_dict(_with_preset(_merge({"preset": preset}, changes)), source="model")
