@@ -4,8 +4,11 @@ PYTHON ?= python3
 # Extra package index for PyTorch, for instance one of CPU-only wheels; empty: pip's own settings.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
-# Extras of setup.py that `make setup` installs, for instance EXTRAS=hf,serve.
-EXTRAS ?= corpus,screens,slurm,hf,board,wandb,mlflow,judge,serve,test,dev
+ALL_EXTRAS := corpus,screens,slurm,hf,board,wandb,mlflow,judge,serve,test,dev
+# What was chosen last; `default` for all of them.
+INSTALLED := $(patsubst default,$(ALL_EXTRAS),$(shell cat .venv/.megavl-installed 2>/dev/null))
+# Extras of setup.py that `make setup` installs, for instance EXTRAS=hf,serve. Other targets keep those that are installed.
+EXTRAS ?= $(if $(filter setup,$(MAKECMDGOALS)),$(ALL_EXTRAS),$(or $(INSTALLED),$(ALL_EXTRAS)))
 # pytest processes. Tests that start ranks use more than one core each, but others wait for a timeout or a disk.
 WORKERS ?= 3
 # Further pytest arguments, e.g. PYTEST_ARGS="-k layout".
@@ -26,6 +29,10 @@ PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 PYTHONDO
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
+# An installation of other extras is out of date.
+ifneq ($(EXTRAS),$(or $(INSTALLED),$(ALL_EXTRAS)))
+.PHONY: $(STAMP)
+endif
 .PHONY: help setup demo quick test test-all test-clients test-releases check bench golden clean
 
 help:  ## list the targets
@@ -39,7 +46,7 @@ $(STAMP): setup.py pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH)
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[$(EXTRAS)]'
-	touch $@
+	echo '$(patsubst $(ALL_EXTRAS),default,$(EXTRAS))' > $@
 	@echo "installed; next: source .venv/bin/activate, or make demo"
 
 demo: $(STAMP)  ## corpus, three stages at TP 2 x PP 2, kill and resume, export, answers: 5 to 9 minutes on 2 idle cores

@@ -60,6 +60,11 @@ def test_extras_are_those_of_setup(found: list[Step], root: Path) -> None:
     assert set(given.removeprefix("EXTRAS=").split(",")) <= known
 
 
+def test_the_user_need_not_install_again(found: list[Step]) -> None:
+    everything = next(number for number, step in enumerate(found) if step.text == ". .")
+    assert found[everything + 1].text.startswith("touch .venv/.megavl-installed ")
+
+
 def test_setup_comes_before_the_code_and_root_ends(found: list[Step]) -> None:
     words = [step.word for step in found]
     setup = next(number for number, step in enumerate(found) if "make setup" in step.text)

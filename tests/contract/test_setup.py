@@ -1,0 +1,60 @@
+"""`make setup` installs once, and again where other extras are asked for."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PIP = """#!/bin/sh
+case "$*" in *--editable*) echo "${*##*--editable }" >>.venv/installed ;; esac
+"""
+DEFAULT = "corpus,screens,"
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path) -> Path:
+    """A checkout whose environment's interpreter only notes what it is to install."""
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(PIP)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    return tmp_path
+
+
+def installed_by(checkout: Path, *words: str) -> list[str]:
+    """Extras that `make` with these words installs, a call each."""
+    log = checkout / ".venv/installed"
+    log.unlink(missing_ok=True)
+    subprocess.run(["make", "--silent", *words], cwd=checkout, capture_output=True, text=True, check=True)
+    return [line.removeprefix(".[").removesuffix("]") for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_setup_installs_once(checkout: Path) -> None:
+    (first,) = installed_by(checkout, "setup")
+    assert first.startswith(DEFAULT)
+    assert installed_by(checkout, "setup") == [] and installed_by(checkout, "demo") == []
+
+
+def test_other_extras_are_installed(checkout: Path) -> None:
+    installed_by(checkout, "setup")
+    assert installed_by(checkout, "setup", "EXTRAS=lm-eval") == ["lm-eval"]
+    assert installed_by(checkout, "setup", "EXTRAS=lm-eval") == []
+    # Other targets take what is there; setup alone means all.
+    assert installed_by(checkout, "demo") == []
+    (again,) = installed_by(checkout, "setup")
+    assert again.startswith(DEFAULT) and installed_by(checkout, "demo") == []
+
+
+def test_targets_install_chosen_extras_again(checkout: Path) -> None:
+    assert installed_by(checkout, "setup", "EXTRAS=hf,serve") == ["hf,serve"]
+    (checkout / "Makefile").touch()
+    assert installed_by(checkout, "demo") == ["hf,serve"]
+
+
+def test_a_stamp_of_an_earlier_version_counts_as_all(checkout: Path) -> None:
+    (checkout / ".venv/.megavl-installed").touch()
+    assert installed_by(checkout, "setup") == [] and installed_by(checkout, "setup", "EXTRAS=hf") == ["hf"]
