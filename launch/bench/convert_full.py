@@ -6,8 +6,8 @@ format. Writes `launch/bench/results/convert_<preset>_<processor>_<YYYYMM>.md`.
 
     python -m launch.bench.convert_full [--preset 7b] [--scratch DIR]
 
-Needs twice the model's size on the scratch disk (31 GB for 7b), never more. With less, the 1b model is taken, and the
-report says so.
+Needs twice the model's size on the scratch disk (31 GB for 7b), never more. Without `--preset` the 1b model is taken
+where there is less, and the report says so.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def random_tensor(name: str, shape: Shape) -> LazyTensor:
 def main() -> int:
     """Measure both formats and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("1b", "7b"), default="7b")
+    parser.add_argument("--preset", choices=("1b", "7b"), help="default: 7b if it fits, else 1b")
     parser.add_argument(
         "--scratch", type=Path, default=Path("runs"), help="folder on the disk to measure; default: runs"
     )
@@ -78,11 +78,16 @@ def main() -> int:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     arguments.scratch.mkdir(parents=True, exist_ok=True)
-    preset, remarks = arguments.preset, [arguments.note] if arguments.note else []
+    preset, remarks = arguments.preset or "7b", [arguments.note] if arguments.note else []
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         scratch = Path(folder)
-        free = shutil.disk_usage(scratch).free
-        if preset == "7b" and free < 2.1 * model_bytes(load_model_config(preset)):
+        free, needed = shutil.disk_usage(scratch).free, 2.1 * model_bytes(load_model_config(preset))
+        if arguments.preset and free < needed:
+            raise SystemExit(
+                f"error: --preset: {preset} needs {needed / 1e9:.1f} GB free on the disk of {arguments.scratch}, which "
+                f"has {free / 1e9:.1f} GB; name another folder with --scratch"
+            )
+        if free < needed:
             preset = "1b"
             remarks.append(f"The scratch disk had {free / 1e9:.0f} GB free, too little for 7b.")
         rows = [row for fmt in ("native", "original") for row in round_trip(scratch, preset, fmt)]

@@ -13,16 +13,22 @@ A cell is `verified` where its command ended with 0 and printed its result. Noth
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from launch.bench.programs import ROOT, environment, git, python
 from launch.bench.report import RESULTS, machine, report_path, table, table_row, versions, write_report
@@ -32,6 +38,8 @@ ITEMS = ("init", "plan", "three stages", "layouts", "resume", "export", "clients
 COLUMNS = ("item", "what", "status", "result", "commit, date, seconds", "command")
 CLIENT = ROOT / ".venv-clients"
 LIMIT_S = 5400
+_CHANGED = " to "
+"""Between two commits: the files changed while the command ran."""
 PASSED = r"\d+ passed.*?(?= in [\d.]+s| =|$)"
 """What pytest counts."""
 
@@ -67,12 +75,18 @@ class Record:
 
     @property
     def verified(self) -> bool:
-        """Whether it ended well and said what it measured."""
-        return self.code == 0 and bool(self.result)
+        """Whether it ended well and said what it measured, of one state of the files."""
+        return self.code == 0 and bool(self.result) and _CHANGED not in self.commit
 
 
-def _no_gpu() -> str:
-    return "" if shutil.which("nvidia-smi") else "no GPU here"
+@functools.cache
+def no_gpu() -> str:
+    """Why CUDA cannot run here; empty where it can."""
+    if not shutil.which("nvidia-smi"):
+        return "no GPU here"
+    ask = [python(), "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    found = subprocess.run(ask, env=environment(gpu=True), capture_output=True, check=False).returncode == 0
+    return "" if found else "torch sees no GPU here"
 
 
 def _no_client() -> str:
@@ -83,7 +97,9 @@ def _no_client() -> str:
 
 def _no_space(gigabytes: int) -> Callable[[], str]:
     def missing() -> str:
-        free = shutil.disk_usage(ROOT).free / 1e9
+        runs = (ROOT / "runs").resolve()
+        there = next(folder for folder in (runs, *runs.parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free / 1e9
         return "" if free > gigabytes else f"needs {gigabytes} GB of free disk"
 
     return missing
@@ -133,10 +149,10 @@ def _full_size(name: str, *, devices: int, gigabytes: int) -> dict[str, Cell]:
         ),
         "evaluation": Cell(what="public benchmarks", missing=lambda: "needs trained weights of this size"),
         "GPU": Cell(
-            what="steps, ceilings and CUDA against the CPU",
-            command=("bash", "launch/bench/gpu.sh"),
-            result=r"launch/bench/results/step_.*",
-            missing=_no_gpu,
+            what="training steps on one GPU, of as many layers as it holds",
+            command=("python", "-m", "launch.bench.step", "--case", f"{name} whole megavl"),
+            result=rf"{name} whole: MegaVL \| \w+ \| \d.*\d",
+            missing=no_gpu,
         ),
     }
 
@@ -167,7 +183,7 @@ CELLS: dict[str, dict[str, Cell]] = {
             ),
         ),
         "evaluation": _demo("questions about held-out images, with and without the image", r"questions +\d+ .*"),
-        "GPU": Cell(what="CUDA against the CPU", command=_pytest("tests/numerics/test_cuda.py"), missing=_no_gpu),
+        "GPU": Cell(what="CUDA against the CPU", command=_pytest("tests/numerics/test_cuda.py"), missing=no_gpu),
     },
     "1b": _full_size("1b", devices=8, gigabytes=12),
     "7b": _full_size("7b", devices=64, gigabytes=34),
@@ -195,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     # The demo answers several cells, so each command runs once.
     for command, names in [] if arguments.write else wanted(named, records, commit=commit).items():
         print(f"{', '.join(names)}: {shlex.join(command)}", flush=True)
-        for name, record in run(command, names, commit=commit).items():
+        for name, record in run(command, names).items():
             records[name] = record
             failed += not record.verified
             print(f"  {name}: {status(name, record)}, {record.result}", flush=True)
@@ -233,41 +249,61 @@ def wanted(named: list[str], records: Mapping[str, Record], *, commit: str) -> d
     for name in named or names_of_cells():
         kept = records.get(name)
         command = cell(name).command
-        current = kept is not None and kept.verified and (kept.commit, kept.command) == (commit, shlex.join(command))
+        # Files that are in no commit may have changed again.
+        current = kept is not None and kept.verified and kept.commit == commit and re.fullmatch("[0-9a-f]+", commit)
         if command and not cell(name).missing() and (named or not current):
             commands.setdefault(command, []).append(name)
     return commands
 
 
-def run(command: tuple[str, ...], names: Iterable[str], *, commit: str) -> dict[str, Record]:
+def run(command: tuple[str, ...], names: Iterable[str]) -> dict[str, Record]:
     """Run one command and read the result of each cell from what it prints."""
-    began = time.monotonic()
-    words = [python() if word == "python" else word for word in command]
-    try:
-        done = subprocess.run(
-            words,
-            cwd=ROOT,
-            env=environment(gpu=not _no_gpu()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=LIMIT_S,
-            check=False,
-        )
-        code, said = done.returncode, done.stdout
-    except subprocess.TimeoutExpired:
-        code, said = 124, ""
+    before, began = commit_here(), time.monotonic()
+    code, said = _ended([python() if word == "python" else word for word in command])
+    after = commit_here()
     shared = {
         "command": shlex.join(command),
-        "commit": commit,
+        "commit": before if before == after else f"{before}{_CHANGED}{after}",
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.monotonic() - began),
         "code": code,
         "machine": f"{machine()}, {versions('torch', 'megatron-core', 'transformers')}",
     }
     return {name: Record(**shared, result=measured(said, cell(name).result)) for name in names}
+
+
+def _ended(words: list[str]) -> tuple[int, str]:
+    """Exit code and output of a command; 124 after the time limit. Nothing that it started stays."""
+    with subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=environment(gpu=not no_gpu()),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            said = process.communicate(timeout=LIMIT_S)[0]
+        except subprocess.TimeoutExpired:
+            return 124, ""
+        finally:
+            _end_family(process.pid)
+    return process.returncode, said
+
+
+def _end_family(pid: int) -> None:
+    """Kill a process with its group and its descendants, which may have sessions of their own."""
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def measured(said: str, pattern: str) -> str:
@@ -277,17 +313,25 @@ def measured(said: str, pattern: str) -> str:
 
 
 def read_records(store: Path) -> dict[str, Record]:
-    """Kept results of the cells that still exist."""
+    """Kept results of the cells that still exist and have the same command."""
     if not store.is_file():
         return {}
-    kept = json.loads(store.read_text(encoding="utf-8"))
-    return {name: Record(**kept[name]) for name in names_of_cells() if name in kept}
+    kept = {name: Record(**found) for name, found in json.loads(store.read_text(encoding="utf-8")).items()}
+    return {
+        name: kept[name]
+        for name in names_of_cells()
+        if name in kept and kept[name].command == shlex.join(cell(name).command)
+    }
 
 
 def commit_here() -> str:
     """The commit of this checkout, marked if files other than results have changed since."""
-    head = git("rev-parse", "--short=10", "HEAD") or "unknown"
-    return head + ("+changes" if git("status", "--porcelain", "--", ".", ":!launch/bench/results") else "")
+    head = git("rev-parse", "--short=10", "HEAD")
+    if not head:
+        return "unknown"
+    # The first line names the branch, so a git that fails says less than one that finds nothing.
+    said = git("status", "--porcelain", "--branch", "--", ".", ":!launch/bench/results").splitlines()
+    return head + ("" if len(said) == 1 else "+changes")
 
 
 def status(name: str, record: Record | None) -> str:
@@ -301,9 +345,11 @@ def earlier(name: str) -> tuple[str, ...]:
     """Result and commit of a cell's report, or nothing."""
     pattern = cell(name).report
     for path in sorted(RESULTS.glob(pattern), reverse=True) if pattern else ():
-        result = measured(path.read_text(encoding="utf-8"), cell(name).result)
-        if result:
-            return f"{result} ([report]({path.name}))", git("log", "-1", "--format=%h, %cs", "--", str(path))
+        text = path.read_text(encoding="utf-8")
+        found, result = re.search(cell(name).result, text), measured(text, cell(name).result)
+        if found and result:
+            brought = git("log", "-1", f"-S{found[0]}", "--format=%h, %cs", "--", str(path))
+            return f"{result} ([report]({path.name}))", brought
     return ()
 
 
@@ -318,7 +364,7 @@ def report(records: Mapping[str, Record]) -> list[str]:
         "",
         "What of each model was verified, and how. `verified`: the command ended with 0 and printed the result. "
         "`reported`: an earlier run's report says so, at the commit that brought it. `failed`: the command ended "
-        "otherwise. `not run`: nothing is known. This file is written by",
+        "otherwise, or the files changed meanwhile. `not run`: nothing is known. This file is written by",
         "",
         "    python -m launch.bench.verification",
         *table(f"| item | {' | '.join(MODELS.values())} |", overview),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from launch.bench import verification
+from launch.bench import programs, verification
 from launch.bench.verification import Cell, main
 
 
@@ -92,6 +95,107 @@ def test_results_are_kept_and_failures_repeated(results: Path, monkeypatch: pyte
     assert counted.read_text().count("ran") == 3
     (store,) = results.glob("verification_*.json")
     assert json.loads(store.read_text())["tiny/init"]["commit"] == "beef"
+
+
+def test_a_record_of_another_command_is_dropped(results: Path) -> None:
+    main(["tiny/init"])
+    verification.CELLS["tiny"]["init"] = Cell(what="more", command=says("4 passed in 1s"))
+    main(["--write"])
+    assert rows(results, title=verification.MODELS["tiny"])["init"][1:3] == ["not run", "not run yet"]
+
+
+def test_a_checkout_that_changes_meanwhile_verifies_nothing(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["c0ffee", "c0ffee", "beef"])
+    monkeypatch.setattr(verification, "commit_here", lambda: next(commits))
+    assert main(["tiny/init"]) == 1
+    shown = rows(results, title=verification.MODELS["tiny"])["init"]
+    assert shown[1] == "failed" and shown[3].startswith("c0ffee to beef, ")
+
+
+@pytest.mark.parametrize("commit", ["c0ffee+changes", "unknown"])
+def test_files_without_a_commit_are_due_again(results: Path, monkeypatch: pytest.MonkeyPatch, commit: str) -> None:
+    monkeypatch.setattr(verification, "commit_here", lambda: commit)
+    main([])
+    main([])
+    assert (results.parent / "runs").read_text().count("ran") == 2
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one commit, in which git runs."""
+    monkeypatch.setattr(programs, "ROOT", tmp_path)
+    monkeypatch.setattr(verification, "RESULTS", tmp_path / "launch/bench/results")
+    (tmp_path / "launch/bench/results").mkdir(parents=True)
+    (tmp_path / "launch/bench/results/c_1.md").write_text("Every byte came back.\nA sentense.\n")
+    commit(tmp_path, "first", init=True)
+    return tmp_path
+
+
+def commit(folder: Path, message: str, *, init: bool = False) -> str:
+    """Commit all files; the short hash."""
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    calls = [["add", "-A"], [*who, "commit", "-qm", message]]
+    for words in [["init", "-q"], *calls] if init else calls:
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return programs.git("rev-parse", "--short=10", "HEAD")
+
+
+def test_the_commit_of_changed_files_is_marked(repository: Path) -> None:
+    head = programs.git("rev-parse", "--short=10", "HEAD")
+    assert head and verification.commit_here() == head
+    (repository / "launch/bench/results/c_1.md").write_text("written by a command")
+    assert verification.commit_here() == head
+    (repository / "code.py").touch()
+    assert verification.commit_here() == f"{head}+changes"
+    # What git cannot read is not clean.
+    (repository / ".git/index").write_bytes(b"damaged")
+    assert verification.commit_here() == f"{head}+changes"
+
+
+def test_a_report_keeps_the_commit_of_its_result(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = programs.git("rev-parse", "--short", "HEAD")
+    path = repository / "launch/bench/results/c_1.md"
+    path.write_text(path.read_text().replace("sentense", "sentence"))
+    commit(repository, "Mend a word")
+    monkeypatch.setitem(verification.CELLS["7b"], "export", Cell(what="bytes", result="Every .*", report="c_*.md"))
+    assert verification.earlier("7b/export")[1].startswith(f"{first}, ")
+
+
+def test_a_timeout_ends_what_the_command_started(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = results.parent / "child"
+    sleeper = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}], start_new_session=True)"
+    monkeypatch.setattr(verification, "LIMIT_S", 10)
+    verification.CELLS["tiny"]["init"] = Cell(what="a hang", command=("python", "-c", code))
+    assert main(["tiny/init"]) == 1
+    assert rows(results, title=verification.MODELS["tiny"])["init"][2] == "ended with 124"
+    end = time.monotonic() + 600
+    while psutil.pid_exists(int(note.read_text())):
+        assert time.monotonic() < end, "the child of a child is still there"
+        time.sleep(0.1)
+
+
+def test_a_torch_without_cuda_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    verification.no_gpu.cache_clear()
+    try:
+        assert verification.no_gpu() == "torch sees no GPU here"
+        assert not verification.wanted(["1b/GPU", "tiny/GPU"], {}, commit="c0ffee")
+    finally:
+        verification.no_gpu.cache_clear()
+
+
+@pytest.mark.parametrize("model", ["1b", "7b"])
+def test_a_gpu_cell_needs_a_measured_step_of_its_size(model: str) -> None:
+    pattern = verification.cell(f"{model}/GPU").result
+    measured = f"| {model} whole: MegaVL | text | 24 | 101.0 | 9,000 |"
+    others = ["| tiny whole: MegaVL | text | 2 | 1.0 |", f"| {model} whole: MegaVL | text | failed, see below | | |"]
+    said = "\n".join([*others, f"| {model} whole: transformers | text | 24 | 300.0 |", measured])
+    assert verification.measured(said, pattern) == measured.strip("| ")
+    assert verification.measured("\n".join(others), pattern) == ""
 
 
 def test_an_unknown_cell_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
