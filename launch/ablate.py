@@ -200,7 +200,7 @@ def _report(work: Work, *, seeds: int | None) -> None:
         work.out.mkdir(parents=True, exist_ok=True)
         for ending, text in content.items():
             replace_durably(work.out / f"{work.name}.{ending}", text.encode())
-    for row in found.claims():
+    for row in (*found.claims(), *found.speeds()):
         say(f"{work.name}: {row['text']}: {row['verdict']}")
     say(f"{work.name}: {work.out / work.name}.md")
     if failure is not None:

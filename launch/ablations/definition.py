@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megavl.config.bounds import NonNegativeReal, PathText, Positive, Seed
+from megavl.config.bounds import NonNegativeReal, PathText, Positive, Real, Seed
 from megavl.config.errors import UsageError, one_line
 from megavl.foreign.yaml_text import read_yaml
 
@@ -129,6 +129,12 @@ class Measure:
     better: Literal["higher", "lower"]
     modality: Literal["text", "multimodal"] | None = None
     """Of the rows of metrics.jsonl; default: both."""
+    reduce: Literal["last", "worst"] = "last"
+    """Which value of a run's curve counts."""
+    chance: Real | None = None
+    """Value of a model that knows nothing; default: the first of the run."""
+    limit: Real | None = None
+    """The best value that there can be."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -142,6 +148,17 @@ class Claim:
     than: Name
     margin: NonNegativeReal
     """Smallest difference that matters, in the unit of the measure."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Speed:
+    """That the steps of one arm's last stage are faster than another's."""
+
+    text: str
+    arm: Name
+    than: Name
+    margin: NonNegativeReal
+    """Smallest gain that matters; 0.05 stands for 5% more steps in the same time."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -184,6 +201,7 @@ class Ablation:
     first_seed: Seed = 1
     measures: dict[Name, Measure]
     claims: tuple[Claim, ...]
+    speeds: tuple[Speed, ...] = ()
     figure: Figure
     simulations: tuple[Simulation, ...] = ()
 
@@ -194,6 +212,11 @@ class Ablation:
             _known(f"claims.{number}.than", claim.than, self.arms)
             if claim.arm == claim.than:
                 raise UsageError(f"claims.{number}.than: is the arm itself, {claim.arm!r}; name another arm")
+        for number, speed in enumerate(self.speeds):
+            _known(f"speeds.{number}.arm", speed.arm, self.arms)
+            _known(f"speeds.{number}.than", speed.than, self.arms)
+            if speed.arm == speed.than:
+                raise UsageError(f"speeds.{number}.than: is the arm itself, {speed.arm!r}; name another arm")
         for number, measure in enumerate(self.figure.measures):
             _known(f"figure.measures.{number}", measure, self.measures)
         for stage in self.chain:

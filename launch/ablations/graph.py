@@ -155,7 +155,8 @@ class _Builder:
         return Cell(arm=name, seed=seed, runs=tuple(runs))
 
     def _stage_settings(self, stage: str, of_arm: Settings) -> Settings:
-        merged = {**self._size.set, **self._ablation.stages[stage].set, **self._size.stages.get(stage, {})}
+        # What an ablation is about holds at every size, so its settings follow those of the size.
+        merged = {**self._size.set, **self._size.stages.get(stage, {}), **self._ablation.stages[stage].set}
         for scope in (ALL, stage):
             prefix = f"{scope}."
             merged |= {key.removeprefix(prefix): value for key, value in of_arm.items() if key.startswith(prefix)}

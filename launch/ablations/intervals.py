@@ -9,8 +9,12 @@ margin of the claim:
 
 | kind of claim | confirmed | not confirmed | too small to tell |
 |---|---|---|---|
-| better | all above 0 | all below 0, or all between -margin and margin | else |
-| no worse | all above -margin | all below -margin | else |
+| better | all above 0, and the mean at least the margin | all below 0, or equal | else |
+| no worse | all above 0, or above -margin with an effect to lose | all below -margin | else |
+
+Equal is an interval inside the margin, with an effect to lose. Arms that have learned nothing are equal too, and so are
+perfect ones. So there is an effect to lose only where one of both arms has gone further than the margin from chance, or
+from its start where no chance is known, and stays below the limit of the measure; all of its interval counts.
 """
 
 from __future__ import annotations
@@ -49,22 +53,41 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
-def judge(difference: Estimate, *, kind: Literal["better", "no_worse"], margin: float) -> Verdict:
+def judge(difference: Estimate, *, kind: Literal["better", "no_worse"], margin: float, effect: bool) -> Verdict:
     """The verdict on a claim, by the table above.
 
     Args:
         difference: positive where it goes the claimed way.
         margin: smallest difference that matters.
+        effect: whether one of both arms has an effect to lose.
     """
     low, high = difference.low, difference.high
     if low is None or high is None or difference.n < LEAST_SEEDS:
         return "too small to tell"
     if kind == "no_worse":
-        low, high = low + margin, high + margin
-    if low > 0:
+        if low > 0 or (low > -margin and effect):
+            return "confirmed"
+        return "not confirmed" if high < -margin else "too small to tell"
+    inside = -margin < low and high < margin
+    if low > 0 and difference.mean >= margin:
         return "confirmed"
-    inside = kind == "better" and -margin < low and high < margin
-    return "not confirmed" if high < 0 or inside else "too small to tell"
+    return "not confirmed" if high < 0 or (inside and effect) else "too small to tell"
+
+
+def has_effect(gain: Estimate, *, room: Estimate | None, margin: float, either_way: bool) -> bool:
+    """Whether an arm has an effect to lose.
+
+    Args:
+        gain: above chance, or above the start of the run.
+        room: what is left to the limit of the measure; None without one.
+        margin: smallest difference that matters.
+        either_way: a loss is an effect as well: the run has changed what it started from.
+    """
+    if gain.low is None or gain.high is None:
+        return False
+    if room is not None and (room.low is None or room.low <= 0):
+        return False
+    return gain.low > margin or (either_way and gain.high < -margin)
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:

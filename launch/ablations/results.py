@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from launch.ablations.definition import Ablation, Measure
 from launch.ablations.graph import Cell, Graph
-from launch.ablations.intervals import estimate, judge
+from launch.ablations.intervals import estimate, has_effect, judge
 from launch.ablations.runner import DONE, read_rows
 from launch.bench.report import machine, table, table_row, versions
 from megavl.config.errors import DataError
@@ -40,21 +41,51 @@ class Found:
     tokens: Mapping[str, int]
     """Trained tokens of an arm with one seed, ancestors not counted."""
     steps: Mapping[str, int]
+    step_seconds: Mapping[str, Mapping[int, float]]
+    """Mean step of the last stage, by arm and seed; empty where nothing is said about speed."""
 
     def values(self, measure: str, arm: str) -> list[float]:
-        """Last value for each seed."""
-        return [self.curves[measure][arm][seed][-1][1] for seed in self.seeds]
+        """The value for each seed: the last of the run, or its worst."""
+        of = self.ablation.measures[measure]
+        curves = [[value for _, value in self.curves[measure][arm][seed]] for seed in self.seeds]
+        if of.reduce == "last":
+            return [curve[-1] for curve in curves]
+        return [min(curve) if of.better == "higher" else max(curve) for curve in curves]
 
     def claims(self) -> list[dict[str, Any]]:
-        """Each claim with its difference, interval and verdict."""
+        """Each claim with its difference, interval and verdict, and whether one of both arms has an effect to lose."""
         rows = []
         for claim in self.ablation.claims:
-            sign = 1.0 if self.ablation.measures[claim.measure].better == "higher" else -1.0
+            sign = self._sign(claim.measure)
             pairs = zip(self.values(claim.measure, claim.arm), self.values(claim.measure, claim.than))
             difference = estimate([sign * (one - other) for one, other in pairs])
-            verdict = judge(difference, kind=claim.kind, margin=claim.margin)
-            rows.append({**asdict(claim), "difference": asdict(difference), "verdict": verdict})
+            effect = any(self._has_effect(claim.measure, arm, margin=claim.margin) for arm in (claim.arm, claim.than))
+            verdict = judge(difference, kind=claim.kind, margin=claim.margin, effect=effect)
+            rows.append({**asdict(claim), "difference": asdict(difference), "effect": effect, "verdict": verdict})
         return rows
+
+    def speeds(self) -> list[dict[str, Any]]:
+        """Each claim on speed with its gain, interval and verdict; these are times, so no part of the JSON."""
+        rows = []
+        for speed in self.ablation.speeds:
+            arm, than = self.step_seconds[speed.arm], self.step_seconds[speed.than]
+            gain = estimate([than[seed] / arm[seed] - 1 for seed in self.seeds])
+            # A step always takes its time: there is an effect to lose.
+            verdict = judge(gain, kind="better", margin=speed.margin, effect=True)
+            rows.append({**asdict(speed), "difference": asdict(gain), "verdict": verdict})
+        return rows
+
+    def _sign(self, measure: str) -> float:
+        return 1.0 if self.ablation.measures[measure].better == "higher" else -1.0
+
+    def _has_effect(self, name: str, arm: str, *, margin: float) -> bool:
+        measure, sign, values = self.ablation.measures[name], self._sign(name), self.values(name, arm)
+        starts = [
+            self.curves[name][arm][seed][0][1] if measure.chance is None else measure.chance for seed in self.seeds
+        ]
+        gain = estimate([sign * (value - start) for value, start in zip(values, starts)])
+        room = None if measure.limit is None else estimate([sign * (measure.limit - value) for value in values])
+        return has_effect(gain, room=room, margin=margin, either_way=measure.chance is None)
 
     def to_dict(self, *, simulations: Mapping[str, float]) -> dict[str, Any]:
         """A mapping for JSON."""
@@ -96,20 +127,46 @@ def read_results(ablation: Ablation, graph: Graph, *, size: str, cache: Path) ->
     }
     tokens: dict[str, int] = {}
     steps: dict[str, int] = {}
+    seconds: dict[str, dict[int, float]] = {arm: {} for arm in ablation.arms}
     for cell in graph.cells:
         for name, measure in ablation.measures.items():
             curves[name][cell.arm][cell.seed] = _curve(name, measure, cell, cache=cache)
         done = [json.loads((cache / run.address / DONE).read_text(encoding="utf-8")) for run in cell.runs]
         tokens[cell.arm] = sum(row["tokens"] for row in done)
         steps[cell.arm] = sum(row["steps"] for row in done)
+        if ablation.speeds:
+            seconds[cell.arm][cell.seed] = _step_seconds(cell, cache=cache)
+    _check_steps(curves)
     seeds = tuple(dict.fromkeys(cell.seed for cell in graph.cells))
-    return Found(ablation=ablation, size=size, seeds=seeds, curves=curves, tokens=tokens, steps=steps)
+    return Found(
+        ablation=ablation, size=size, seeds=seeds, curves=curves, tokens=tokens, steps=steps, step_seconds=seconds
+    )
+
+
+def _check_steps(curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> None:
+    """Seeds are averaged step by step, so the runs of an arm need the same steps."""
+    for name, of_measure in curves.items():
+        for arm, of_arm in of_measure.items():
+            steps = {seed: [step for step, _ in curve] for seed, curve in of_arm.items()}
+            first, *others = steps
+            for seed in others:
+                if steps[seed] != steps[first]:
+                    raise DataError(
+                        f"measures.{name}: arm {arm} has it at the steps {steps[first]} with seed {first}, and at "
+                        f"{steps[seed]} with seed {seed}; remove the folders of these runs from the cache"
+                    )
 
 
 def _curve(name: str, measure: Measure, cell: Cell, *, cache: Path) -> Curve:
-    run = cache / cell.runs[-1].address / "run"
-    log = run / {"evaluation": "evaluation.jsonl", "training": "metrics.jsonl"}[measure.source]
-    rows = [row for row in read_rows(log) if measure.modality in (None, row.get("modality"))]
+    log = _run(cell, cache=cache) / {"evaluation": "evaluation.jsonl", "training": "metrics.jsonl"}[measure.source]
+    found, steps = read_rows(log), cell.runs[-1].steps
+    last = found[-1]["step"] if found else 0
+    if last != steps:
+        raise DataError(
+            f"{log}: ends at step {last} of {steps} (arm {cell.arm}, seed {cell.seed}); remove the folder of this run "
+            "from the cache, so that it runs again"
+        )
+    rows = [row for row in found if measure.modality in (None, row.get("modality"))]
     points = [(row["step"], _at(row, measure.key)) for row in rows]
     wrong = [step for step, value in points if not isinstance(value, int | float) or not math.isfinite(value)]
     if wrong or not points:
@@ -118,7 +175,20 @@ def _curve(name: str, measure: Measure, cell: Cell, *, cache: Path) -> Curve:
             f"measures.{name}.key: {measure.key} has no finite number at {where} of {log} (arm {cell.arm}, seed "
             f"{cell.seed}); correct the key, or let the runs of this arm log it"
         )
-    return points if measure.source == "evaluation" else _windows(points)
+    return points if measure.source == "evaluation" else _windows(points, steps=steps)
+
+
+def _run(cell: Cell, *, cache: Path) -> Path:
+    """Folder of the last run."""
+    return cache / cell.runs[-1].address / "run"
+
+
+def _step_seconds(cell: Cell, *, cache: Path) -> float:
+    """Mean step: medians of both kinds, in the share of the run, because other runs disturb single steps."""
+    times: dict[str, list[float]] = {}
+    for row in read_rows(_run(cell, cache=cache) / "metrics.jsonl"):
+        times.setdefault(row["modality"], []).append(row["step_time_s"])
+    return sum(len(kind) * statistics.median(kind) for kind in times.values()) / sum(map(len, times.values()))
 
 
 def _at(row: Any, key: str) -> Any:
@@ -128,12 +198,13 @@ def _at(row: Any, key: str) -> Any:
     return row
 
 
-def _windows(points: Curve) -> Curve:
-    """Means over equal parts, each at its last step."""
+def _windows(points: Curve, *, steps: int) -> Curve:
+    """Means over equal parts of the rows, at equal parts of the run: steps of one kind differ from seed to seed."""
     count = min(WINDOWS, len(points))
     borders = [len(points) * number // count for number in range(count + 1)]
     parts = [points[first:last] for first, last in zip(borders, borders[1:])]
-    return [(part[-1][0], math.fsum(value for _, value in part) / len(part)) for part in parts]
+    means = [math.fsum(value for _, value in part) / len(part) for part in parts]
+    return [(steps * number // count, mean) for number, mean in enumerate(means, start=1)]
 
 
 def page(
@@ -148,9 +219,14 @@ def page(
     ablation = found.ablation
     lines = [f"# {ablation.title}", "", f"![{ablation.title}]({name}.svg)", "", f"The paper: {ablation.paper}"]
     lines += ["", f"What else differs: {ablation.confounded}"] if ablation.confounded else []
-    lines += table("| claim | measure | margin | difference | 95% interval | verdict |", _claim_rows(found))
+    lines += table("| claim | measure | margin | difference | 95% interval | effect | verdict |", _claim_rows(found))
     head = " | ".join(measure.title for measure in ablation.measures.values())
     lines += table(f"| arm | steps | tokens a seed | {head} |", _arm_rows(found))
+    if ablation.speeds:
+        lines += table("| speed, measured | margin | gain | 95% interval | verdict |", _speed_rows(found))
+        means = [(ablation.arms[arm].title, estimate(list(of.values())).mean) for arm, of in found.step_seconds.items()]
+        shown = ", ".join(f"{title} {mean:.3f}" for title, mean in means)
+        lines += ["", f"Seconds of a step of the last stage, one process a run, other runs beside it: {shown}."]
     if simulations:
         lines += table("| the planner's simulation | |", [table_row(*pair) for pair in _shown(simulations)])
     seeds = ", ".join(map(str, found.seeds))
@@ -158,7 +234,8 @@ def page(
         *lines,
         "",
         f"Means with 95% intervals over {len(found.seeds)} seeds ({seeds}); `{name}.json` has every value. A "
-        "difference is positive where it goes the claimed way. Verdicts: the rule in `launch/ablations/intervals.py`.",
+        "difference is positive where it goes the claimed way. Effect: whether one of both arms is further than the "
+        "margin from chance or its start, and below the limit. Verdicts: the rule in `launch/ablations/intervals.py`.",
         "",
         f"    {command}",
         "",
@@ -181,8 +258,17 @@ def _claim_rows(found: Found) -> Iterator[str]:
         interval = _interval(difference["low"], difference["high"])
         yield table_row(
             *(row["text"], measure.title, f"{row['margin']:g}", f"{difference['mean']:+.4f}", interval),
+            "yes" if row["effect"] else "no",
             f"**{row['verdict']}**",
         )
+
+
+def _speed_rows(found: Found) -> Iterator[str]:
+    for row in found.speeds():
+        gain = row["difference"]
+        low, high = ("-" if end is None else f"{end:+.1%}" for end in (gain["low"], gain["high"]))
+        shown = (f"{row['margin']:.0%}", f"{gain['mean']:+.1%}", f"[{low}, {high}]", f"**{row['verdict']}**")
+        yield table_row(row["text"], *shown)
 
 
 def _arm_rows(found: Found) -> Iterator[str]:

@@ -22,7 +22,8 @@ from launch.ablations.graph import Task, files, program
 from launch.bench.programs import ROOT
 from megavl.checkpoint.directory import candidates
 from megavl.checkpoint.manifest import MANIFEST
-from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, PeerError, UsageError
+from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, DataError, PeerError, UsageError
+from megavl.config.recipe import Recipe
 from megavl.files.durable import replace_durably, storage_errors
 from megavl.files.owner import Owner
 from megavl.files.ownership import Ownership, current_owner, take
@@ -197,8 +198,8 @@ class Runner:
             one.held.release()
             self._wait_for_other(one.task)
             return
-        if code == 0 and one.task.kind == "train" and not _trained(folder):
-            code = PeerError.exit_code
+        if code == 0 and one.task.recipe is not None:
+            code = _code_of_run(folder, one.task.recipe)
         if code == 0:
             with storage_errors(f"{folder}: writing {DONE}"):
                 # Others start from the newest checkpoint, and one takes three times the size of the model.
@@ -305,19 +306,27 @@ def commit() -> str:
     return found or "unknown"
 
 
-def _trained(folder: Path) -> bool:
-    """Whether the run says that it has finished; a launch script also ends well where it only submitted a job."""
+def _code_of_run(folder: Path, recipe: Recipe) -> int:
+    """0 where the run says that it has finished, and its logs end at its last step.
+
+    A launch script also ends well where it only submitted a job, and a run where its last evaluation failed.
+    """
     try:
         status = json.loads((folder / "run/exit_status.json").read_text(encoding="utf-8"))
-        return bool(status["code"] == 0)
+        finished = bool(status["code"] == 0)
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        finished = False
+    if not finished:
+        return PeerError.exit_code
+    logs = ["metrics.jsonl", *(["evaluation.jsonl"] if recipe.evaluation.interval else [])]
+    ends = [rows[-1]["step"] if (rows := read_rows(folder / "run" / name)) else 0 for name in logs]
+    return 0 if all(end == recipe.training.steps for end in ends) else DataError.exit_code
 
 
 def _reason(log: Path) -> str:
     """The last error in a log, or its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    errors = [line for line in lines if line.startswith("error:")]
+    errors = [line for line in lines if line.startswith(("error:", "warning: no evaluation"))]
     last = (errors or [line for line in lines if line.strip()] or ["no output"])[-1]
     return visible(last.removeprefix("error: "), keep="")
 

@@ -39,6 +39,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63), _NUMBER]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0), _NUMBER]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0), _NUMBER]
 """Of a moment estimate: with 1 it would stay zero."""
+Real = Annotated[float, Field(allow_inf_nan=False), _NUMBER]
 PositiveReal = Annotated[float, Field(gt=0.0, allow_inf_nan=False), _NUMBER]
 NonNegativeReal = Annotated[float, Field(ge=0.0, allow_inf_nan=False), _NUMBER]
 

@@ -140,5 +140,6 @@ IMAGE_PRESETS: dict[str, ImageGeometry] = {
     "tiny-hybrid": ImageGeometry(canvas_size=128, low_size=48, patch_size=16, background=HYBRID_BACKGROUND),
     "tiny-hybrid-even": ImageGeometry(canvas_size=128, low_size=48, patch_size=8, background=HYBRID_BACKGROUND),
     "tiny-siglip": ImageGeometry(canvas_size=48, low_size=48, patch_size=16, background=SIGLIP_BACKGROUND),
+    "tiny-siglip-even": ImageGeometry(canvas_size=48, low_size=48, patch_size=8, background=SIGLIP_BACKGROUND),
 }
 """Image geometries by `--image-preset`."""

@@ -183,6 +183,15 @@ def test_larger_corpus_has_details_and_held_out_text(corpus, tmp_path):
         assert all(len(tokenizer.encode(f" {choice}")) == 1 for choice in task["choices"])
 
 
+def test_smaller_images_leave_every_record_as_it_is(corpus, tmp_path):
+    low = tmp_path / "low"
+    assert build_corpus.main(["demo", "--output", str(low), *SMALL, "--side", "48"]) == 0
+    for name in ("conversations.json", "captions.jsonl", "text.jsonl", "eval.jsonl", "eval_hard.jsonl"):
+        assert (low / name).read_bytes() == (corpus / name).read_bytes(), name
+    side = max(max(Image.open(path).size) for path in (low / "images/train").iterdir())
+    assert side == 48 < max(max(Image.open(path).size) for path in (corpus / "images/train").iterdir())
+
+
 def test_small_marks_are_small():
     for level in DETAILS.values():
         (question,) = level.questions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER.parents[1])
 
 
+@functools.cache
 def graph_of(name: str, *, size: str = "tiny", seeds: int | None = 2) -> Graph:
     return build_graph(read_ablation(FOLDER / f"{name}.yaml"), size=size, seeds=seeds)
 
@@ -34,6 +36,64 @@ def test_every_recipe_is_right(path: Path, size: str) -> None:
     assert len({run.address for run in runs}) == len(arms), "two arms are one"
     for run in runs:
         assert run.recipe is not None and run.recipe.evaluation.interval > 0
+
+
+FRACTIONS = {
+    "figure4": {"m100": 1.0, "m90": 0.9, "m60": 0.6, "m30": 0.3, "m0": 0.0},
+    "figure8": {"grouped": 0.6, "mixed": 0.6},
+    "figure9": {"at_once": 0.6, "warm_up": 0.6},
+    "figure10": {"siglip": 0.3, "both": 0.3, "control": 0.3},
+    "table9": {},
+    "table10": {"s23": 0.3, "s123": 0.3},
+    "table11": dict.fromkeys(("hybrid", "shared", "separate", "pool_w", "pool_h"), 0.3),
+}
+"""Of stage 2 by ablation and arm: what the paper has in each, and 30% where it says nothing else."""
+
+
+@pytest.mark.parametrize("size", ["tiny", "1b"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_stage_two_has_the_paper_s_mixture(path: Path, size: str) -> None:
+    found = {
+        cell.arm: run.recipe.data.multimodal_fraction
+        for cell in graph_of(path.stem, size=size, seeds=1).cells
+        for run in cell.runs
+        if run.recipe is not None and run.recipe.training.stage == 2
+    }
+    assert found == FRACTIONS[path.stem]
+
+
+def test_settings_of_an_ablation_hold_at_every_size() -> None:
+    for size in ("figure8", "figure9"):
+        for cell in graph_of(size, size="smoke", seeds=1).cells:
+            assert cell.runs[-1].recipe is not None
+            assert cell.runs[-1].recipe.data.multimodal_fraction == 0.6
+
+
+def test_early_drop_is_read_often() -> None:
+    for cell in graph_of("figure9", seeds=1).cells:
+        recipe = cell.runs[-1].recipe
+        assert recipe is not None and recipe.evaluation.at_start
+        assert 4 * recipe.evaluation.interval <= 100, "a hundred steps of warm-up"
+
+
+def test_control_has_the_same_records() -> None:
+    sizes = read_ablation(FOLDER / "figure10.yaml").sizes
+    for name in ("tiny", "smoke"):
+        corpora = sizes[name].corpora
+        assert corpora["low"] == (*corpora["full"], "--side", "48")
+
+
+def test_towers_have_no_part_in_an_arm_s_adaptor() -> None:
+    tasks = {task.name: task for name in ("figure10", "table11") for task in graph_of(name, seeds=1).tasks}
+    for name in ("ancestor siglip", "ancestor siglip_even"):
+        recipe = tasks[name].recipe
+        assert recipe is not None and recipe.model.sam is None
+
+
+def test_warm_up_is_the_same_part_of_each_length() -> None:
+    for cell in graph_of("table9", seeds=1).cells:
+        recipe = cell.runs[0].recipe
+        assert recipe is not None and recipe.optimizer.warmup_steps == recipe.training.steps // 8
 
 
 def test_inputs_stand_before_their_users() -> None:
