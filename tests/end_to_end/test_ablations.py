@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ FOLDER = ROOT / "launch/ablations"
 SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "base.yaml")
 CODES = {75, 130, -9}
 """Of a command that a signal has ended."""
+KEPT = ("corpus full", "data set captions", "data set conversations", "ancestor decoder", "ancestor siglip")
+"""Tasks of Figure 8 that the test of kills takes over; it makes two data sets and four runs anew."""
 ENDINGS = ("json", "svg")
 """Files that may not differ; the page names hours."""
 
@@ -73,14 +76,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_smoke_writes_every_result(smoke: Path, path: Path) -> None:
     content = json.loads((smoke / f"out/{path.stem}.json").read_text())
     raw = yaml.safe_load(path.read_text())
-    assert set(content["arms"]) == set(raw["arms"]) and content["seeds"] == [1, 2]
+    assert set(content["arms"]) == set(raw["arms"]) and content["seeds"] == [1]
     assert [claim["text"] for claim in content["claims"]] == [claim["text"] for claim in raw["claims"]]
     page = (smoke / f"out/{path.stem}.md").read_text()
     assert all(claim["verdict"] in page for claim in content["claims"])
     for arm in content["arms"].values():
         assert arm["tokens"] > 0
         for measure in arm["measures"].values():
-            assert len(measure["values"]) == 2 and measure["low"] <= measure["mean"] <= measure["high"]
+            assert measure["values"] == [measure["mean"]] and measure["n"] == 1
 
 
 def test_done_ablation_runs_nothing(smoke: Path) -> None:
@@ -93,12 +96,15 @@ def test_done_ablation_runs_nothing(smoke: Path) -> None:
 
 def test_killed_and_continued_gives_the_same(smoke: Path, tmp_path: Path) -> None:
     path = FOLDER / "figure8.yaml"
+    for done in smoke.glob("cache/*/done.json"):
+        if json.loads(done.read_text())["name"] in KEPT:
+            shutil.copytree(done.parent, tmp_path / "cache" / done.parent.name)
     process = begin(tmp_path, path)
-    wait_for(tmp_path, count=2, kind="dataset")
+    wait_for(tmp_path, count=3, kind="dataset")
     process.terminate()
     assert process.wait(PATIENCE_S) == 75
     process = begin(tmp_path, path)
-    wait_for(tmp_path, count=3, kind="train")
+    wait_for(tmp_path, count=4, kind="train")
     process.kill()
     assert process.wait() == -9
     done = ablate(tmp_path, path)
