@@ -13,8 +13,8 @@ margin of the claim:
 | no worse | all above 0, or above -margin with an effect to lose | all below -margin | else |
 
 Equal is an interval inside the margin, with an effect to lose. Arms that have learned nothing are equal too, and so are
-perfect ones. So there is an effect to lose only where one of both arms has gone further than the margin from chance, or
-from its start where no chance is known, and stays below the limit of the measure; all of its interval counts.
+perfect ones. So one of both arms needs an effect to lose. Its whole interval is further than the margin from chance,
+and below the limit of the measure. Where no chance is known, the start of the run stands for it, and a loss counts too.
 """
 
 from __future__ import annotations
