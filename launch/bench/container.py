@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,8 +158,6 @@ class Image:
     def _copy(self, step: Step) -> None:
         *sources, target = step.words()
         into = self._inside(target)
-        if len(sources) > 1 and not target.endswith("/"):
-            raise DockerfileError(f"line {step.line}: several files need a folder that ends with /, not {target}")
         for source in (self.context / name for name in sources):
             if source.is_dir():
                 shutil.copytree(source, into, dirs_exist_ok=True)
@@ -186,6 +185,10 @@ def main() -> int:
     for folder in (root, context):
         if folder.exists():
             parser.error(f"{folder} exists; choose another --work, or remove it")
+    try:
+        given = build_arguments(arguments.build_arg, steps((ROOT / DOCKERFILE).read_text(encoding="utf-8")))
+    except DockerfileError as error:
+        parser.error(str(error))
     commit = git("rev-parse", "HEAD")
     if not commit:
         parser.error("this needs a git checkout, whose last commit is built")
@@ -197,7 +200,7 @@ def main() -> int:
             root=root,
             context=context,
             log=work / "log.txt",
-            build_args=dict(text.split("=", 1) for text in arguments.build_arg),
+            build_args=given,
             shared=arguments.share,
             trust=arguments.trust,
         )
@@ -207,8 +210,28 @@ def main() -> int:
     finally:
         shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(context, ignore_errors=True)
-    write_report(report_path("container"), report(commit, digest=digest, rows=rows, tail=tail, words=sys.argv[1:]))
+    write_report(report_path("container"), report(commit, digest=digest, rows=rows, tail=tail, words=shown(arguments)))
     return 0
+
+
+def shown(arguments: argparse.Namespace) -> list[str]:
+    """The command line without paths of this machine."""
+    words = ["--work", "DIR", *(word for text in arguments.build_arg for word in ("--build-arg", text))]
+    words += [word for _ in arguments.share for word in ("--share", "PATH")]
+    return [*words, *(["--trust", "FILE"] if arguments.trust else [])]
+
+
+def build_arguments(texts: Sequence[str], found: Iterable[Step]) -> dict[str, str]:
+    """Values of `--build-arg` by name.
+
+    Raises:
+        DockerfileError: no NAME=VALUE, or a name that no ARG has.
+    """
+    known = [step.text.partition("=")[0] for step in found if step.word == "ARG"]
+    for text in texts:
+        if text.partition("=")[0] not in known or "=" not in text:
+            raise DockerfileError(f"--build-arg {text}: give NAME=VALUE with a name of {', '.join(known)}")
+    return dict(text.split("=", 1) for text in texts)
 
 
 def check_out(commit: str, folder: Path) -> None:

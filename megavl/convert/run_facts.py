@@ -82,7 +82,7 @@ def run_facts(checkpoint: Path) -> RunFacts:
     origin = "unknown"
     while current is not None and len(stages) < _STAGES:
         if RECIPE_FILE not in read_manifest(current)["files"]:
-            origin = f"the checkpoint {current}, converted or put together before training"
+            origin = f"the checkpoint {_shown(current)}, converted or put together before training"
             break
         stages.append(_stage(current))
         init = stages[-1].setting("checkpoint.init")
@@ -92,8 +92,14 @@ def run_facts(checkpoint: Path) -> RunFacts:
         try:
             current = find(init, skip_hash=True, require=read_manifest)
         except CheckpointError:
-            current, origin = None, f"the checkpoint {init}, which is no longer there"
+            current, origin = None, f"the checkpoint {_shown(Path(init))}, which is no longer there"
     return RunFacts(stages=tuple(reversed(stages)), origin=origin)
+
+
+def _shown(checkpoint: Path) -> str:
+    """Name of the run and of the iteration; the folders above them say nothing about the model."""
+    names = [name for name in checkpoint.parts if name != "checkpoints"] or [checkpoint.name]
+    return str(Path(*names[-2:])) if names[-1].startswith("iter_") else names[-1]
 
 
 def _stage(path: Path) -> StageFacts:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 KNOWN = ("ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "FROM", "RUN", "USER", "WORKDIR")
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)\}|(?P<plain>\w+))")
+_ODD_VARIABLE = re.compile(r"\\\$|\$\{(?!\w+\})")
 
 
 class DockerfileError(ValueError):
@@ -60,6 +61,9 @@ def steps(text: str) -> list[Step]:
             parts = []
     if parts:
         raise DockerfileError(f"line {start}: the file ends inside of an instruction")
+    stages = [step for step in found if step.word == "FROM"]
+    if len(stages) > 1:
+        raise DockerfileError(f"line {stages[1].line}: a second FROM is not read here")
     return found
 
 
@@ -70,7 +74,28 @@ def _step(text: str, *, line: int) -> Step:
         raise DockerfileError(f"line {line}: {word} is not read here; known are {', '.join(KNOWN)}")
     if step.text.startswith("--") or "<<" in step.text:
         raise DockerfileError(f"line {line}: options and here-documents of {step.word} are not read here: {step.text}")
+    if odd := _odd(step):
+        raise DockerfileError(f"line {line}: {word} {odd} is not read here: {step.text}")
     return step
+
+
+def _odd(step: Step) -> str:
+    """What of a known instruction would be misread; empty where nothing is."""
+    is_list = step.text.startswith("[")
+    if step.word in ("CMD", "ENTRYPOINT"):
+        return "" if is_list else "without a list in JSON's form"
+    if step.word == "RUN":
+        return "with a list instead of a shell's line" if is_list else ""
+    if _ODD_VARIABLE.search(step.text):
+        return "with other variables than $NAME and ${NAME}"
+    words = step.words()
+    if step.word in ("ARG", "ENV") and not all("=" in word for word in words):
+        return "without NAME=VALUE"
+    if step.word == "COPY":
+        if "$" in step.text:
+            return "with variables"
+        return "" if words[-1] in (".", "./") or words[-1].endswith("/") else "to a name that does not end with /"
+    return "" if step.word == "ENV" or len(words) == 1 else "with several words"
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
