@@ -15,6 +15,8 @@ WORKERS ?= 3
 PYTEST_ARGS ?=
 # The newest megatron-core that `make test-releases` tries.
 RELEASE ?= 0.19.2
+# The oldest transformers that extra `hf` admits, and the last major release in which the released client runs.
+TRANSFORMERS_4 := transformers==4.57.6
 # Modules of launch/bench that `make bench` runs.
 BENCHMARKS ?= balance convert_full decode evaluate grouping loader plan_cpu plan_paper preprocess serve step vision
 
@@ -70,10 +72,13 @@ test-all: $(STAMP)  ## the slow tests too
 # Each client wants packages that nothing else here needs, so each gets an environment of its own. torchvision may be of
 # another build than torch: the tests of the released client go on without its operators, and lmms-eval without all of
 # it, which its client of a server does not use.
-test-clients: $(STAMP)  ## exports in transformers 5 and the released client; lm-evaluation-harness; lmms-eval
-	for name in newer harness lmms released; do test -x $(CLIENTS)/$$name/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$name; done
-	$(CLIENTS)/newer/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) pillow transformers==5.23.0
-	MEGAVL_TRANSFORMERS_5=$(CURDIR)/$(CLIENTS)/newer/bin/python $(PYTEST) tests/unit/convert/test_transformers_5.py
+test-clients: $(STAMP)  ## transformers 4.57 and the released client on exports; lm-evaluation-harness; lmms-eval
+	for name in older harness lmms released; do test -x $(CLIENTS)/$$name/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$name; done
+	$(CLIENTS)/older/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[test]' $(TRANSFORMERS_4)
+	MEGAVL_TRANSFORMERS_4=$(CURDIR)/$(CLIENTS)/older/bin/python $(PYTEST) tests/unit/convert/test_transformers_releases.py
+	$(subst $(BIN),$(CLIENTS)/older/bin,$(PYTEST)) tests/numerics/test_native_parity.py tests/numerics/test_generate_parity.py \
+	  tests/numerics/test_processors.py tests/unit/generate/test_against_transformers.py tests/unit/convert/test_native.py \
+	  tests/unit/convert/test_foreign_folders.py tests/unit/convert/test_tokenizer_files.py
 	$(CLIENTS)/harness/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) \
 	  --editable '.[hf,lm-eval,judge,serve,test]' accelerate tenacity
 	$(subst $(BIN),$(CLIENTS)/harness/bin,$(PYTEST)) tests/unit/evaluate/harness
@@ -82,7 +87,7 @@ test-clients: $(STAMP)  ## exports in transformers 5 and the released client; lm
 	  || $(CLIENTS)/lmms/bin/python -m pip uninstall --quiet --yes torchvision
 	MEGAVL_LMMS_EVAL=$(CURDIR)/$(CLIENTS)/lmms/bin/python $(PYTEST) tests/unit/serve/test_lmms_eval.py
 	$(CLIENTS)/released/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) \
-	  --editable '.[hf,test]' attrdict einops six timm torchvision
+	  --editable '.[test]' $(TRANSFORMERS_4) attrdict einops six timm torchvision
 	$(CLIENTS)/released/bin/python -m pip download --quiet --no-deps --dest $(CLIENTS) xinference==0.14.4
 	MEGAVL_RELEASED_CLIENT=$(CURDIR)/$(CLIENTS)/xinference-0.14.4-py3-none-any.whl \
 	  $(subst $(BIN),$(CLIENTS)/released/bin,$(PYTEST)) tests/numerics/test_released_client.py tests/numerics/test_processors.py

@@ -50,7 +50,7 @@ setup(
     ],
     extras_require={
         # The reference implementation that exports are checked against.
-        "hf": ["transformers>=4.57,<5"],
+        "hf": ["transformers>=4.57,<6"],
         "hub": ["huggingface-hub>=0.34"],
         # What megatron-core 0.16.1 asks for; megavl/model/README.md says how to install it, and Apex.
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
@@ -60,16 +60,16 @@ setup(
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3", "alembic>=1.10", "sqlalchemy>=2"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
-        # Tasks of lm-evaluation-harness; datasets 5 needs a huggingface-hub that transformers 4 refuses.
-        "lm-eval": ["lm-eval==0.4.13", "datasets>=2.16,<5"],
+        # Tasks of lm-evaluation-harness.
+        "lm-eval": ["lm-eval==0.4.13", "datasets>=2.16"],
         # Connections to the endpoint that `megavl judge` asks.
         "judge": ["urllib3>=2.2"],
         # Parquet input of data_tools/preprocess.py; older versions unpickled what a file told them to.
         "parquet": ["pyarrow>=15"],
         # Compressed JSONL input; the standard library has it from Python 3.14 on.
         "zstd": ZSTD,
-        # SLURM arrays of data_tools/preprocess.py; 0.9 and later need a huggingface-hub that transformers 4 refuses.
-        "slurm": ["datatrove>=0.8,<0.9"],
+        # SLURM arrays of data_tools/preprocess.py, which changes inner methods of datatrove.
+        "slurm": ["datatrove>=0.8,<0.11"],
         # Input and rendering of data_tools/build_corpus.py, which uses the fonts of matplotlib; draw_schedule.py
         # draws with it. Releases of typst render differently, so its version is narrow.
         "corpus": [

@@ -1,6 +1,6 @@
-"""Native exports in transformers 5, against 4.57 of the test environment. Slow, and only where an interpreter is named.
+"""Native exports in transformers 4.57, against the release of the test environment.
 
-`make test-clients` makes that environment and runs this.
+Slow, and only where an interpreter is named: `make test-clients` makes that environment and runs this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megavl.config.load import load_model_config
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
 
-VARIABLE = "MEGAVL_TRANSFORMERS_5"
+VARIABLE = "MEGAVL_TRANSFORMERS_4"
 CLASSES = {
     "tiny-hybrid": "DeepseekVLHybridForConditionalGeneration",
     "tiny-siglip": "DeepseekVLForConditionalGeneration",
@@ -32,11 +32,11 @@ SCRIPT = Path(__file__).with_name("load_export.py")
 
 
 @pytest.fixture(scope="module")
-def newer():
-    """The interpreter that has transformers 5."""
+def older():
+    """The interpreter that has transformers 4.57."""
     python = os.environ.get(VARIABLE)
     if not python:
-        pytest.skip(f"{VARIABLE} names no interpreter that has transformers 5")
+        pytest.skip(f"{VARIABLE} names no interpreter that has transformers 4.57")
     return python
 
 
@@ -62,13 +62,13 @@ def example(preset, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", CLASSES)
-def test_native_export_in_transformers_5(newer, sources, tokenizer_dir, tmp_path, preset, report_table):
+def test_native_export_in_both_releases(older, sources, tokenizer_dir, tmp_path, preset, report_table):
     config, fmt = read_config(sources[preset])
     flat = canonical_tensors(open_hf_tensors(sources[preset]), config=config, fmt=fmt)
     folder = write_hf(tmp_path / "hf", config=config, tensors=flat, fmt="native", tokenizer_dir=tokenizer_dir)
     inputs = example(preset, tmp_path / "inputs.safetensors")
-    old, old_tensors = run(sys.executable, folder, inputs, tmp_path / "4.safetensors")
-    new, new_tensors = run(newer, folder, inputs, tmp_path / "5.safetensors")
+    old, old_tensors = run(older, folder, inputs, tmp_path / "4.safetensors")
+    new, new_tensors = run(sys.executable, folder, inputs, tmp_path / "5.safetensors")
     versions = old.pop("transformers"), new.pop("transformers")
     assert [version.split(".")[0] for version in versions] == ["4", "5"]
     # No weight is missing, unexpected, of another shape or newly initialised.
