@@ -94,6 +94,7 @@ def test_done_ablation_runs_nothing(smoke: Path) -> None:
     assert results(smoke, "table10") == held
 
 
+@pytest.mark.slow
 def test_killed_and_continued_gives_the_same(smoke: Path, tmp_path: Path) -> None:
     path = FOLDER / "figure8.yaml"
     for done in smoke.glob("cache/*/done.json"):

@@ -14,6 +14,7 @@ from tests.end_to_end.test_ablations import FOLDER, ROOT, ablate, command, envir
 pytestmark = pytest.mark.slurm
 
 
+@pytest.mark.slow
 def test_arrays_on_two_nodes_give_the_same(cluster: Any, tmp_path: Path) -> None:
     path = FOLDER / "figure8.yaml"
     # One array task per node at a time, so that both nodes take part.

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from megavl.config.load import load_model_config
 from megavl.convert.table import FORMATS, key_shapes, unused_parameters
 from megavl.main.cli import main
+from tests.unit.convert.saved_tensors import saved_tensors
 
 PRESETS = ("tiny-hybrid", "tiny-siglip")
 IMAGE = "<image_placeholder>"
@@ -52,7 +53,7 @@ def test_every_tensor_comes_back_byte_for_byte(fmt, preset, dtype, sources, toke
         assert convert("from-hf", start, tmp_path / "first") == 0
         start = tmp_path / "original"
         assert convert("to-hf", tmp_path / "first", start, "--format", fmt) == 0
-    tensors = {key: value.to(dtype) for key, value in load_file(start / "model.safetensors").items()}
+    tensors = {key: value.to(dtype) for key, value in saved_tensors(start).items()}
     if fmt == "original":  # what the released models never run has values of its own there
         tensors |= {row.key: torch.randn(row.shape).to(dtype) for row in unused_parameters(config)}
     save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})

@@ -28,6 +28,7 @@ from megavl.convert.table import NATIVE_SIGLIP, NATIVE_SIGLIP_UNNESTED
 from megavl.convert.verify import compare
 from megavl.weights.canonical_names import canonical_shapes
 from megavl.weights.lazy import LazyTensor
+from tests.unit.convert.saved_tensors import saved_tensors
 
 PRESETS = ("tiny-hybrid", "tiny-siglip")
 CLASSES = {"tiny-hybrid": DeepseekVLHybridForConditionalGeneration, "tiny-siglip": DeepseekVLForConditionalGeneration}
@@ -48,13 +49,6 @@ def load(folder, cls):
     model, info = cls.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model.eval()
-
-
-def saved_tensors(folder, prefix=NATIVE_SIGLIP):
-    """What transformers saved; SigLIP's names begin with `prefix`, whichever its release begins them with."""
-    found = load_file(folder / "model.safetensors")
-    bare = {key.replace(NATIVE_SIGLIP, NATIVE_SIGLIP_UNNESTED): value for key, value in found.items()}
-    return {key.replace(NATIVE_SIGLIP_UNNESTED, prefix): value for key, value in bare.items()}
 
 
 def logits(model, preset):
