@@ -33,6 +33,7 @@ def rows(report: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 1 : end]]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_only_tiny_cases_run(tmp_path: Path) -> None:
     variables = forked(environment())
     variables["PYTHON"] = variables["PYTHON_EXEC"]
