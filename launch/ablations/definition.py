@@ -26,7 +26,7 @@ NonEmpty = Annotated[tuple[Name, ...], Field(min_length=1)]
 Settings = dict[str, Any]
 """Values of a recipe by dotted path."""
 ALL = "all"
-"""The stage whose settings hold for every stage of an arm."""
+"""The name under which settings go to each stage of an arm."""
 _SHOWN = 200
 
 
@@ -112,7 +112,7 @@ class Arm:
     start: Start | None = None
     """Default: the ablation's."""
     set: Settings = field(default_factory=dict)
-    """Settings as STAGE.key.path, or all.key.path for every stage."""
+    """Settings as STAGE.key.path, or all.key.path for all of them."""
     by_size: dict[Name, Settings] = field(default_factory=dict)
     """Such settings at one size."""
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 from launch.ablations.engine import Engine
 from launch.ablations.graph import Task, files, program
-from launch.bench.programs import ROOT
+from launch.bench.programs import git
 from megavl.checkpoint.directory import candidates
 from megavl.checkpoint.manifest import MANIFEST
 from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, DataError, PeerError, UsageError
@@ -298,12 +297,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def commit() -> str:
     """Commit of the code, with `-dirty` where files differ from it; `unknown` outside a checkout."""
-    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        found = ""
-    return found or "unknown"
+    return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
 
 
 def _code_of_run(folder: Path, recipe: Recipe) -> int:

@@ -81,9 +81,12 @@ def ask_plan(recipe: str, *words: object) -> dict[str, Any]:
 
 
 def git(*words: str) -> str:
-    """Output of git on this repository, without blanks around it; empty where git fails or this is no checkout."""
+    """Output of git on this repository, without blanks around it; empty without git or a checkout."""
     command = ["git", "-c", "safe.directory=*", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def launcher(module: str, *, processes: int) -> list[str]:
