@@ -32,6 +32,8 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _ADDS = {"APPEND": ("list", 1), "APPENDS": ("list", None), "SETITEM": ("dict", 2), "SETITEMS": ("dict", None)}
 _REBUILD = "_rebuild_tensor_v2"
 """What torch.save makes tensors with."""
+GET_MEMBER = ("builtins", "getattr")
+"""What Python 3.11.0 to 3.11.3 names for the members of an enum."""
 _STORES = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"BINGET", "LONG_BINGET"}
 
@@ -48,6 +50,8 @@ class Names:
     """Names of classes of which empty objects may be made, to get their content later."""
     tuple_state: frozenset[str] = frozenset()
     """Names of classes whose objects get a tuple as content instead of a mapping."""
+    enums: frozenset[str] = frozenset()
+    """Names of enums. Their members are called by value or, by Python 3.11.0 to 3.11.3, got by name with `getattr`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +194,16 @@ class CheckedPickle:
             raise CheckpointError(f"{self.source}: refused, it calls {function.content} with too much")
         if function.content == _REBUILD:
             self.views.append(_view(arguments.content))
-        self._make("object", [arguments], content=function.content)
+        if function.content == GET_MEMBER[1]:
+            self._require_member(arguments)
+        is_member = function.content in {*self.names.enums, GET_MEMBER[1]}
+        self._make("member" if is_member else "object", [arguments], content=function.content)
+
+    def _require_member(self, arguments: _Value) -> None:
+        match [(part.kind, part.content) for part in arguments.content or ()]:
+            case [("name", str(enum)), ("text", str())] if enum in self.names.enums:
+                return
+        raise CheckpointError(f"{self.source}: refused, it gets an attribute of no enum; do not trust this file")
 
     def _persistent(self, reference: _Value) -> None:
         parts: list[_Value] = list(reference.content or ()) if reference.kind == "tuple" else []

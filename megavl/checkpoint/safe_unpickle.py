@@ -13,6 +13,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
+from enum import Enum
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megavl.checkpoint.archive import Archive, FilePart, check_archive
-from megavl.checkpoint.pickle_guard import MAX_BYTES, Names, check_pickle, names_of
+from megavl.checkpoint.pickle_guard import GET_MEMBER, MAX_BYTES, Names, check_pickle
 from megavl.config.errors import CheckpointError, one_line
 from megavl.foreign.parsing import read_json
 from megavl.foreign.reading import open_regular, read_limited, regular_file_in
@@ -61,17 +62,31 @@ _NAMES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "torch.distributed.checkpoint.planner": (planner, ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
-_ALLOWED = {(module, name): getattr(owner, name) for module, (owner, names) in _NAMES.items() for name in names}
+_ENUMS = frozenset({"_MEM_FORMAT_ENCODING", "WriteItemType"})
+
+
+def _member(enum: type[Enum], name: str) -> Enum:
+    """A member by its name; stands in for `getattr`."""
+    if not (isinstance(enum, type) and issubclass(enum, Enum)):
+        raise TypeError(f"{enum} is no enum")
+    return enum[name]
+
+
+_ALLOWED = {
+    GET_MEMBER: _member,
+    **{(module, name): getattr(owner, name) for module, (owner, names) in _NAMES.items() for name in names},
+}
 _METADATA_NAMES = Names(
-    known=names_of((module, names) for module, (_, names) in _NAMES.items()),
-    called=frozenset({"Size", "_get_layout", "_MEM_FORMAT_ENCODING", "WriteItemType"}),
+    known=frozenset(_ALLOWED),
+    called=frozenset({"Size", "_get_layout", GET_MEMBER[1], *_ENUMS}),
     made=frozenset(
         name
         for module in ("filesystem", "metadata", "planner")
         for name in _NAMES[f"torch.distributed.checkpoint.{module}"][1]
-        if name not in ("_MEM_FORMAT_ENCODING", "WriteItemType")
+        if name not in _ENUMS
     ),
     tuple_state=frozenset({"TensorProperties"}),
+    enums=_ENUMS,
 )
 _MAX_AXES = 16
 _MAX_SIZE = 1 << 60

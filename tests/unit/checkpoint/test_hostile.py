@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 
 from megavl.checkpoint import commit
 from megavl.checkpoint.reader import open_model_tensors
@@ -84,6 +86,52 @@ def test_only_listed_names_pass(target: Path, name: str) -> None:
     (target / ".metadata").write_bytes(text)
     with pytest.raises(CheckpointError, match=f"refused global {module}.{attribute} in"):
         read_metadata(target)
+
+
+class ByName(pickle.Pickler):
+    """Writes members of enums as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_members_of_enums_are_read_by_name(target: Path) -> None:
+    expected = read_metadata(target)
+    written = io.BytesIO()
+    ByName(written, protocol=4).dump(expected)
+    assert b"getattr" in written.getvalue()
+    (target / ".metadata").write_bytes(written.getvalue())
+    assert read_metadata(target) == expected
+
+
+class Got:
+    """What a pickle gets by `getattr`, changed after it by a state if there is one."""
+
+    def __init__(self, *arguments: object, state: object = None) -> None:
+        self._arguments, self._state = arguments, state
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, self._arguments, *([self._state] if self._state else [])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Got(Metadata, "__init__"),
+        Got(torch.Size, "mro"),
+        Got(_MEM_FORMAT_ENCODING, "mro"),
+        Got(_MEM_FORMAT_ENCODING, "__class__"),
+        Got(_MEM_FORMAT_ENCODING, "name", 1),
+        Got("text", "join"),
+        Got(Got(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"), "value"),
+        Got(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT", state={"_value_": 7}),
+    ],
+)
+def test_nothing_else_is_got_by_name(target: Path, value: Got) -> None:
+    (target / ".metadata").write_bytes(pickle.dumps(value, protocol=4))
+    with pytest.raises(CheckpointError, match="refused|not readable"):
+        read_metadata(target)
+    assert _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT.value == 2
 
 
 def test_code_in_a_byte_object_is_refused(target: Path, tmp_path: Path) -> None:
