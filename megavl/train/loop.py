@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,14 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megavl.checkpoint import collective_errors
-from megavl.checkpoint.fault import inject_fault
 from megavl.config.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
     CheckpointError,
     DataError,
-    NumericsError,
-    StorageError,
 )
 from megavl.config.load import dump_recipe
 from megavl.config.recipe import Recipe
@@ -33,28 +27,22 @@ from megavl.data.sampler import Sampler
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.files.durable import replace_durably
 from megavl.model.engine_choice import check_engines
-from megavl.parallel import broadcast, groups
-from megavl.planner.cost.flops import MFU_CONVENTION
+from megavl.parallel import groups
 from megavl.planner.layouts.check import checked_layout
 from megavl.planner.scenario import Scenario
 from megavl.train import evaluation_log, metrics
-from megavl.train.batch_broadcast import StepPrefetcher, StepSource, next_step
 from megavl.train.evaluation import Evaluation
 from megavl.train.growing_file import free_for_file, warn
-from megavl.train.metrics import MetricsLog, metrics_row
 from megavl.train.model_chunks import build_model_chunks
-from megavl.train.open_data import recipe_dataset, step_loader
-from megavl.train.optimizer import build_optimizer, set_learning_rate
-from megavl.train.own_work import slowest_rank
-from megavl.train.profile.step_traces import StepTraces, require_traceable
-from megavl.train.profile.timeline import StepTimelines, timeline_picture
+from megavl.train.open_data import recipe_dataset
+from megavl.train.optimizer import build_optimizer
+from megavl.train.profile.step_traces import require_traceable
 from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan, of_rank_zero, this_device
 from megavl.train.saves import Saves
-from megavl.train.schedule import learning_rate
+from megavl.train.stage_steps import StageSteps
 from megavl.train.start import check_start, require_random_allowed
 from megavl.train.state import RunState
-from megavl.train.step import StepResult, train_step
 from megavl.train.supervise.exit_status import ExitStatus
 from megavl.train.supervise.roll_call import RollCall
 from megavl.train.supervise.signals import StopFlag
@@ -105,130 +93,24 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
     with _tracked(plan, progress) as trackers:
-        code = _go_on(plan, state, dataset, sampler, progress, evaluation, saves, trackers, stop=stop, status=status)
+        steps = StageSteps(
+            plan=plan,
+            state=state,
+            dataset=dataset,
+            sampler=sampler,
+            evaluation=evaluation,
+            saves=saves,
+            trackers=trackers,
+            stop=stop,
+            status=status,
+        )
+        code = steps.go_on(progress)
         status.section = "leaving"
         if trackers is not None:
             trackers.close(code=code)
     roll_call.end()
     groups.stop()
     return code
-
-
-def _go_on(
-    plan: RunPlan,
-    state: RunState,
-    dataset: Dataset,
-    sampler: Sampler,
-    progress: Progress,
-    evaluation: Evaluation,
-    saves: Saves,
-    trackers: Trackers | None,
-    *,
-    stop: StopFlag,
-    status: ExitStatus,
-) -> int:
-    """Evaluate and train from the last step done; returns the exit code."""
-    recipe = plan.recipe
-    evaluation.start(step=progress.step, trackers=trackers)
-    plan.say(f"{f'resuming after step {progress.step}' if progress.step else 'starting'}: {plan.summary}")
-    if plan.peak_flops:
-        plan.say(MFU_CONVENTION)
-    if progress.step >= recipe.training.steps:
-        stopped = evaluation.before_first_step(state.model, step=progress.step, status=status)
-        return _code_of_stop(plan, stop, step=progress.step) if stopped else 0
-    recorders = (StepTimelines(plan, state.model), StepTraces(plan))
-    log = _log(plan, progress, trackers)
-    with _loader(plan, dataset, sampler, start_step=progress.step) as source:
-        # If a signal ends it, the first step is the last of this start.
-        evaluation.before_first_step(state.model, step=progress.step, status=status)
-        code = _run_steps(
-            plan,
-            state,
-            source,
-            progress,
-            log=log,
-            evaluation=evaluation,
-            saves=saves,
-            recorders=recorders,
-            stop=stop,
-            status=status,
-        )
-    if log is not None and (trouble := log.close()) and code == 0:
-        raise StorageError(
-            f"all steps are done and saved, but these files lack their end: {trouble}; free or repair the storage"
-        )
-    return code
-
-
-def _run_steps(
-    plan: RunPlan,
-    state: RunState,
-    source: StepSource | None,
-    progress: Progress,
-    *,
-    log: MetricsLog | None,
-    evaluation: Evaluation,
-    saves: Saves,
-    recorders: tuple[StepTimelines, StepTraces],
-    stop: StopFlag,
-    status: ExitStatus,
-) -> int:
-    """Run all remaining steps; returns the exit code, which says whether a signal stopped the run before its last."""
-    recipe, training, optimizer = plan.recipe, plan.recipe.training, plan.recipe.optimizer
-    while progress.step < training.steps:
-        step = progress.step + 1
-        status.step, status.section = step, "loading data"
-        for recorder in recorders:
-            recorder.begin(step)
-        inject_fault("load_data", rank=plan.position.rank, step=step)
-        state.model.own_work.begin()
-        began = time.perf_counter()
-        with state.model.timed("loading"):
-            data = next_step(source, progress.step, split_all=recipe.parallel.vision == "split_all")
-        rate = learning_rate(optimizer, step=step, steps=training.steps)
-        set_learning_rate(state.optimizer, lr=rate, weight_decay=optimizer.weight_decay)
-        status.section = "training"
-        inject_fault("training", rank=plan.position.rank, step=step)
-        result = train_step(state.model, state.optimizer, data, stop_flag=stop.raised, sources=len(recipe.data.mixture))
-        progress = progress.after(skipped=result.skipped)
-        seconds = time.perf_counter() - began
-        slowest = slowest_rank(state.model.own_work)
-        if log is not None:
-            row = metrics_row(plan, result, modality=data[0].modality, progress=progress, lr=rate, seconds=seconds)
-            log.write(row | slowest)
-        for recorder in recorders:
-            recorder.end(modality=data[0].modality, seconds=seconds)
-        if log is not None and step in recipe.run.timeline_steps:
-            log.picture(timeline_picture(recipe.run.dir, step), step=step)
-        saves.finish_if_written()
-        if result.skipped:
-            sample_ids = tuple(number for batch in data for number in batch.sample_ids)
-            _handle_bad_step(plan, progress, result, sample_ids=sample_ids, saves=saves)
-        last = step == training.steps
-        # Before the save: a run that resumes from it has this evaluation, or makes it first.
-        stopped = result.asked_to_stop or evaluation.after(state.model, step=step, status=status)
-        if last or stopped or step % recipe.checkpoint.interval == 0:
-            saves.save(progress, must=last or stopped)
-        # After the last step, its evaluation may be left to do.
-        if stopped and (not last or evaluation.is_due(step)):
-            return _code_of_stop(plan, stop, step=step)
-    return 0
-
-
-def _code_of_stop(plan: RunPlan, stop: StopFlag, *, step: int) -> int:
-    """Say that a signal stopped the run after a step that is saved; returns the exit code. Collective."""
-    interrupted = groups.on_any_rank(stop.interrupted)
-    how = "Ctrl-C" if interrupted else "a signal"
-    plan.say(f"stopped by {how} after step {step}; saved, start again to go on")
-    return EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
-
-
-def _own_cores() -> int:
-    """Cores for this rank, shared evenly among the ranks of this machine."""
-    cores, ranks = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # Only Linux binds processes to cores.
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return max(1, min(allowed, cores // ranks))
 
 
 def _use_threads(recipe: Recipe, *, world: int) -> None:
@@ -331,37 +213,6 @@ def _resume_or_start(plan: RunPlan, state: RunState, *, filled: bool) -> Progres
 
 
 @contextmanager
-def _loader(plan: RunPlan, dataset: Dataset, sampler: Sampler, *, start_step: int) -> Iterator[StepSource | None]:
-    if not broadcast.is_source():
-        yield None
-        return
-    decoding = plan.decoding
-    workers = decoding.workers
-    if plan.recipe.data.num_workers == "auto":
-        workers = min(workers, _own_cores())
-    loader = step_loader(
-        plan.recipe,
-        dataset,
-        sampler,
-        position=plan.position,
-        workers=workers,
-        prefetched=decoding.prefetched,
-        start_step=start_step,
-    )
-    if torch.cuda.is_available():
-        prefetcher = StepPrefetcher(loader, steps=plan.recipe.training.steps)
-        yield prefetcher
-        # Not where a step failed: the thread may wait for a slow disk, and the process is about to leave.
-        prefetcher.close()
-        loader.close()
-        return
-    try:
-        yield loader
-    finally:
-        loader.close()
-
-
-@contextmanager
 def _tracked(plan: RunPlan, progress: Progress) -> Iterator[Trackers | None]:
     """Rank 0's services, if the recipe names some. After an error they get the last rows before it."""
     if plan.position.rank or not plan.recipe.run.trackers:
@@ -378,25 +229,3 @@ def _tracked(plan: RunPlan, progress: Progress) -> Iterator[Trackers | None]:
     except BaseException as error:
         trackers.close(code=getattr(error, "exit_code", 1))
         raise
-
-
-def _log(plan: RunPlan, progress: Progress, trackers: Trackers | None) -> MetricsLog | None:
-    """Rank 0's log."""
-    if plan.position.rank:
-        return None
-    run, steps = plan.recipe.run, plan.recipe.training.steps
-    return MetricsLog(run.dir, steps=steps, start_step=progress.step, tensorboard=run.tensorboard, trackers=trackers)
-
-
-def _handle_bad_step(
-    plan: RunPlan, progress: Progress, result: StepResult, *, sample_ids: tuple[int, ...], saves: Saves
-) -> None:
-    recipe = plan.recipe
-    plan.say(f"step {progress.step} skipped: loss {result.loss} or its gradient is not finite; {sample_ids=}")
-    if progress.bad_steps >= recipe.training.max_bad_steps:
-        # It is from before these steps, and may be the newest checkpoint.
-        saves.finish()
-        raise NumericsError(
-            f"{progress.bad_steps} steps in a row up to {progress.step} had a loss or gradient that is not finite; "
-            f"the newest checkpoint in {recipe.checkpoint_dir} is from before them; lower optimizer.lr or check data"
-        )

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megavl.train.loop import _own_cores
+from megavl.train.stage_steps import _own_cores
 
 
 @pytest.mark.parametrize(
