@@ -22,6 +22,8 @@ BENCHMARKS ?= balance convert_full decode evaluate grouping loader plan_cpu plan
 
 BIN := .venv/bin
 CLIENTS := .venv-clients
+# Where `make test-python` installs; asked of that interpreter only then.
+OTHER = $(CLIENTS)/$(shell $(PYTHON) -c 'import sys; print("python-%d.%d" % sys.version_info[:2])')
 STAMP := .venv/.megavl-installed
 # Importing megatron-core also imports torch's compiler, which only CUDA uses: 40% of a rank's start.
 # Tests compare with what the CPU computes, on a machine with GPUs too; launch/bench/gpu.sh runs those that need one.
@@ -35,10 +37,10 @@ PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ifneq ($(EXTRAS),$(or $(INSTALLED),$(ALL_EXTRAS)))
 .PHONY: $(STAMP)
 endif
-.PHONY: help setup demo quick test test-all test-clients test-releases check bench golden clean
+.PHONY: help setup demo quick test test-all test-clients test-releases test-python check bench golden clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv and install everything (repeats only what changed)
 
@@ -99,6 +101,14 @@ test-releases: $(STAMP)  ## the tests of layouts and checkpoints on another mega
 	PYTHONPATH=$(CURDIR)/$(CLIENTS)/megatron-core-$(RELEASE) $(PARALLEL) -m "not slow" tests/distributed tests/unit/checkpoint \
 	  tests/unit/parallel \
 	  tests/unit/model tests/unit/generate tests/unit/train tests/contract/test_private_names.py $(PYTEST_ARGS)
+
+# Nothing of .venv is used, so that `make test-python PYTHON=python3.10` works where .venv is of another Python.
+test-python:  ## quick tests, and some with ranks, on another Python; PYTHON names it
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[$(ALL_EXTRAS)]'
+	$(subst $(BIN),$(OTHER)/bin,$(PARALLEL)) -m "not slow and not processes" tests/unit tests/end_to_end/test_golden_curve.py \
+	  tests/end_to_end/test_mixed_steps.py tests/end_to_end/test_raw_data_to_hugging_face.py tests/faults/test_kill_and_resume.py \
+	  $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the benchmarks of launch/bench, or BENCHMARKS="decode step"; reports in launch/bench/results
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m launch.bench.$$name; done

@@ -27,6 +27,8 @@ setup(
     author="MegaVL authors",
     license="MIT",
     python_requires=">=3.10",
+    # Those that `make test-python` tried; megavl/README.md says with what.
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     cmdclass={"build_py": BuildFiles},
     packages=find_packages(include=["megavl", "megavl.*", "data_tools", "data_tools.*"]),
     package_data={

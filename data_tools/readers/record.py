@@ -202,7 +202,8 @@ def _python_value(text: str) -> Any:
     if len(text) > _LONGEST_LITERAL:
         return text
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             found = ast.literal_eval(text.strip())
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):

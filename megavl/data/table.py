@@ -98,7 +98,8 @@ class Rows:
         count, size = min(count, self._count - first), self._dtype.itemsize
         raw = self._handles.read(self.path, offset=self._offset + first * size, size=count * size)
         # A copy is writable and aligned; the bytes may be neither.
-        return np.frombuffer(raw, self._dtype).copy()
+        found: npt.NDArray[Any] = np.frombuffer(raw, self._dtype).copy()
+        return found
 
     def blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """All rows in blocks, each with the number of its first row."""

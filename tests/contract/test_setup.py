@@ -11,6 +11,13 @@ import pytest
 PIP = """#!/bin/sh
 case "$*" in *--editable*) echo "${*##*--editable }" >>.venv/installed ;; esac
 """
+OTHER = """#!/bin/sh
+case "$*" in
+  -c*) echo python-3.10 ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  *) echo "$0 $*" >>asked ;;
+esac
+"""
 DEFAULT = "corpus,screens,"
 
 
@@ -58,3 +65,13 @@ def test_targets_install_chosen_extras_again(checkout: Path) -> None:
 def test_a_stamp_of_an_earlier_version_counts_as_all(checkout: Path) -> None:
     (checkout / ".venv/.megavl-installed").touch()
     assert installed_by(checkout, "setup") == [] and installed_by(checkout, "setup", "EXTRAS=hf") == ["hf"]
+
+
+def test_another_python_gets_its_own_environment(checkout: Path) -> None:
+    python = checkout / "python3.10"
+    python.write_text(OTHER)
+    python.chmod(0o755)
+    assert installed_by(checkout, "test-python", f"PYTHON={python}") == []
+    install, tests = (checkout / "asked").read_text().splitlines()
+    assert all(line.startswith(".venv-clients/python-3.10/bin/python -m ") for line in (install, tests))
+    assert f"--editable .[{DEFAULT}" in install and " tests/unit " in tests
