@@ -31,7 +31,7 @@ from pathlib import Path
 import psutil
 
 from launch.bench.programs import ROOT, environment, git, python
-from launch.bench.report import RESULTS, machine, report_path, table, table_row, versions, write_report
+from launch.bench.report import RESULTS, machine, report_path, table, table_row, write_report
 
 MODELS = {"tiny": "tiny hybrid, the 7B's topology", "1b": "1.3B", "7b": "7B"}
 ITEMS = ("init", "plan", "three stages", "layouts", "resume", "export", "clients", "evaluation", "GPU")
@@ -40,8 +40,9 @@ CLIENT = ROOT / ".venv-clients"
 LIMIT_S = 5400
 _CHANGED = " to "
 """Between two commits: the files changed while the command ran."""
-PASSED = r"\d+ passed.*?(?= in [\d.]+s| =|$)"
-"""What pytest counts."""
+PASSED = r"\d+ passed(?:, \d+ skipped)?"
+"""What pytest counts of the tests that were meant."""
+VERSIONS = "from launch.bench.report import versions; print(versions('torch', 'megatron-core', 'transformers'))"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,16 +259,19 @@ def wanted(named: list[str], records: Mapping[str, Record], *, commit: str) -> d
 
 def run(command: tuple[str, ...], names: Iterable[str]) -> dict[str, Record]:
     """Run one command and read the result of each cell from what it prints."""
+    words = [python() if word == "python" else word for word in command]
     before, began = commit_here(), time.monotonic()
-    code, said = _ended([python() if word == "python" else word for word in command])
-    after = commit_here()
+    code, said = _ended(words)
+    after, seconds = commit_here(), round(time.monotonic() - began)
+    # A client has an environment of its own.
+    installed = _ended([next(word for word in words if word.endswith("/python")), "-c", VERSIONS])[1].strip()
     shared = {
         "command": shlex.join(command),
         "commit": before if before == after else f"{before}{_CHANGED}{after}",
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.monotonic() - began),
+        "seconds": seconds,
         "code": code,
-        "machine": f"{machine()}, {versions('torch', 'megatron-core', 'transformers')}",
+        "machine": f"{machine()}, {installed}",
     }
     return {name: Record(**shared, result=measured(said, cell(name).result)) for name in names}
 
@@ -372,8 +376,13 @@ def report(records: Mapping[str, Record]) -> list[str]:
     for model, title in MODELS.items():
         rows = [_row(f"{model}/{item}", records.get(f"{model}/{item}")) for item in ITEMS]
         lines += ["", f"## {title}", *table(table_row(*COLUMNS), rows)]
-    machines = sorted({record.machine for record in records.values()})
-    return [*lines, "", *(f"Run on {text}." for text in machines)]
+    machines: dict[str, list[str]] = {}
+    for name, record in records.items():
+        machines.setdefault(record.machine, []).append(name)
+    # The first line is of most cells, and the others name theirs.
+    for text, names in sorted(machines.items(), key=lambda item: -len(item[1])):
+        lines += ["", f"Run on {text}." if lines[-1].startswith("|") else f"On {text}: {', '.join(names)}."]
+    return lines
 
 
 def _row(name: str, record: Record | None) -> str:
@@ -382,7 +391,7 @@ def _row(name: str, record: Record | None) -> str:
         command = f"`{shlex.join(cell(name).command)}`" if cell(name).command else ""
         result, commit = earlier(name) or (cell(name).missing() or "not run yet", "")
         return table_row(item, what, status(name, None), result, commit, command)
-    result = record.result or f"ended with {record.code}"
+    result = record.result if record.verified else ": ".join(filter(None, (f"ended with {record.code}", record.result)))
     when = f"{record.commit}, {record.date}, {record.seconds}"
     return table_row(item, what, status(name, record), result.replace("|", "\\|"), when, f"`{record.command}`")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for model in verification.MODELS
     }
     cells["tiny"] |= {
-        "init": Cell(what="start weights", command=says("= 3 passed, 1 skipped in 0.50s =")),
+        "init": Cell(what="start weights", command=says("= 3 passed, 1 skipped, 6 deselected, 1 warning in 0.50s =")),
         "three stages": Cell(what="training", command=shared, result="stage.*"),
         "resume": Cell(what="a kill", command=shared, result="resume.*"),
         "export": Cell(what="a crash", command=says("3 passed in 1s", code=1)),
@@ -68,8 +69,21 @@ def test_card_says_how_each_command_ended(results: Path) -> None:
     }
     assert tiny["init"][2] == "3 passed, 1 skipped" and tiny["init"][3].startswith("c0ffee, ")
     assert tiny["three stages"][2] == "stage1 loss 3 -> 2; stage2 loss 2 -> 1"
-    assert tiny["export"][2] == "3 passed" and tiny["clients"][2] == "ended with 0"
+    assert tiny["export"][2] == "ended with 1: 3 passed" and tiny["clients"][2] == "ended with 0"
     assert tiny["GPU"][2] == "no GPU here" and tiny["layouts"][2] == "needs GPUs"
+
+
+def test_versions_are_those_of_the_environment_used(results: Path, tmp_path: Path) -> None:
+    other = tmp_path / "client/python"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho Python 3.10.1 or 1 passed\n")
+    other.chmod(0o755)
+    verification.CELLS["7b"]["clients"] = Cell(what="a client", command=("env", "A=b", str(other), "-m", "pytest"))
+    main(["tiny/init", "tiny/resume", "7b/clients"])
+    (card,) = results.glob("verification_*.md")
+    here, there = (line for line in card.read_text().splitlines() if line.startswith(("Run on ", "On ")))
+    assert f"Python {platform.python_version()}, torch " in here and here.startswith("Run on ")
+    assert there.endswith("Python 3.10.1 or 1 passed: 7b/clients.")
 
 
 def test_an_earlier_report_is_named(results: Path) -> None:
