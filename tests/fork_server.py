@@ -37,7 +37,13 @@ from megavl.parallel.first_import import import_engine
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "PYTHONUTF8")
 """Variables that Python or torch read at their start."""
-IMPORTED = ("torch.distributed.run", "megavl.train.loop", "megavl.generate.pretrained", "megavl.convert.native_format")
+IMPORTED = (
+    "torch._dynamo",
+    "torch.distributed.run",
+    "megavl.train.loop",
+    "megavl.generate.pretrained",
+    "megavl.convert.native_format",
+)
 
 
 def python(environment: Mapping[str, str]) -> str:

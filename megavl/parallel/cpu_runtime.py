@@ -8,12 +8,14 @@ process groups and models are created. Only this module patches torch; other cod
 from __future__ import annotations
 
 import contextlib
+import datetime
 import warnings
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -131,6 +133,7 @@ def install() -> None:
 
     torch.autograd._engine_run_backward = run_with_mode
     _check_backward_hook()
+    _share_gloo_devices()
     _installed = True
 
 
@@ -155,6 +158,30 @@ def _redirect_attributes() -> None:
     rng: Any = tensor_parallel_random
     rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _share_gloo_devices() -> None:
+    """Let all gloo groups of this process use the network devices of the first one.
+
+    Each device has a thread that wakes up 100 times a second. With a device for each of megatron-core's groups, every
+    rank of the CPU took 3% of a core while it waited.
+    """
+    groups: Any = torch.distributed.ProcessGroupGloo
+    stock = groups.__init__
+    devices: list[Any] = []
+
+    def make(self: Any, store: Any, rank: int, size: int, *rest: Any, **named: Any) -> None:
+        timeout = rest[0] if len(rest) == 1 and not named else named.get("timeout")
+        if not devices or not isinstance(timeout, datetime.timedelta):
+            stock(self, store, rank, size, *rest, **named)
+            devices[:] = devices or self.options._devices
+            return
+        options = groups._Options()
+        # As many threads as torch takes.
+        options._devices, options._threads, options._timeout = devices, 2 * len(devices), timeout
+        stock(self, store, rank, size, options)
+
+    groups.__init__ = make
 
 
 @contextlib.contextmanager

@@ -302,6 +302,8 @@ def main() -> None:
             port = _port(rank, file=out / f"{case['name']}.port")
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=port)
             run_case(case, out=out)
+            # Models in reference cycles keep their process groups, with the threads of these.
+            gc.collect()
 
 
 if __name__ == "__main__":

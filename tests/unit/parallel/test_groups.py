@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,30 @@ def test_every_group_has_the_timeout_to_the_second(seconds: int) -> None:
     finally:
         groups.stop()
     assert found == [datetime.timedelta(seconds=seconds)] * len(made)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU groups alone share a device")
+def test_groups_share_one_network_device() -> None:
+    """Each device has a file descriptor for events, and a thread that wakes up 100 times a second."""
+    groups.start(ParallelConfig(), seed=1)
+    try:
+        before = event_files()
+        more = [dist.new_group([0], timeout=datetime.timedelta(seconds=9)) for _ in range(5)]
+        assert event_files() == before > 0
+        value = torch.ones(3)
+        for group in more:
+            dist.all_reduce(value, group=group)
+            assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(seconds=9)
+        assert value.tolist() == [1, 1, 1]
+    finally:
+        groups.stop()
+
+
+def event_files() -> int:
+    """Descriptors on which this process waits for events."""
+    return [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()].count(
+        "anon_inode:[eventpoll]"
+    )
 
 
 @pytest.mark.parametrize("kept", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
