@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ _PROPERTY = "report_table"
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small dataset that tests of training runs share."""
     return build_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Import all tests without garbage collections, and spare later ones what was imported, which stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
