@@ -52,8 +52,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     return folder
 
 
-def write(name: str, content: bytes | str) -> Change:
-    return lambda path: _write(path / name, content)
+def write(name: str, content: bytes | str | Callable[[], bytes | str]) -> Change:
+    """A file with another content; a large one is made when a case needs it."""
+    return lambda path: _write(path / name, content() if callable(content) else content)
 
 
 def _write(path: Path, content: bytes | str) -> None:
@@ -174,7 +175,7 @@ def header(text: bytes, *, length: int | None = None) -> bytes:
 _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 CHECKPOINT: dict[str, Change] = {
     "manifest of 200,000 brackets": write("manifest.json", "[" * 200_000),
-    "manifest, an endless string": write("manifest.json", '"' + "a" * (32 << 20)),
+    "manifest, an endless string": write("manifest.json", lambda: '"' + "a" * (32 << 20)),
     "manifest without iteration": manifest(iteration=...),
     "manifest, iteration is text": manifest(iteration="0"),
     "manifest, iteration is true": manifest(iteration=True),
@@ -221,12 +222,12 @@ CHECKPOINT: dict[str, Change] = {
     ".metadata, a changed class": forged(
         write(".metadata", b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}U\x01aNs\x86b.")
     ),
-    ".metadata, a million empty lists": forged(write(".metadata", b"\x80\x04(" + b"]" * 3_000_000 + b"t.")),
+    ".metadata, a million empty lists": forged(write(".metadata", lambda: b"\x80\x04(" + b"]" * 3_000_000 + b"t.")),
     ".metadata, a shape of nested tuples": forged(
         write(".metadata", b"\x80\x04\x8c\x05torch\x8c\x04Size\x93" + tuples(30)[3:-3] + b"\x85R.")
     ),
     ".metadata of 1 TB": lambda path: os.truncate(path / ".metadata", 1 << 40),
-    "common.pt, deflated": forged(write("common.pt", archive(["a" * 10**8], method=zipfile.ZIP_DEFLATED))),
+    "common.pt, deflated": forged(write("common.pt", lambda: archive(["a" * 10**8], method=zipfile.ZIP_DEFLATED))),
     "common.pt, tuples in tuples": forged(write("common.pt", archive(data=tuples(60)))),
     "common.pt, bytes of any length": forged(
         write("common.pt", archive(data=b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."))
@@ -255,12 +256,12 @@ CHECKPOINT: dict[str, Change] = {
 }
 FOLDER: dict[str, Change] = {
     "config.json, deep": write("config.json", "[" * 200_000),
-    "config.json of 32 MB": write("config.json", '{"a": "' + "a" * (32 << 20) + '"}'),
-    "config.json, a million values": write("config.json", "[" + "{}," * 1_000_000 + "{}]"),
+    "config.json of 32 MB": write("config.json", lambda: '{"a": "' + "a" * (32 << 20) + '"}'),
+    "config.json, a million values": write("config.json", lambda: "[" + "{}," * 1_000_000 + "{}]"),
     "config.json is a FIFO": special("config.json", os.mkfifo),
     "config.json, infinite size": write("config.json", '{"model_type": "deepseek_vl", "text_config": {"a": 1e999}}'),
     "tokenizer.json, deep": write("tokenizer.json", "[" * 200_000),
-    "tokenizer.json of 100 MB": write("tokenizer.json", "[" + " " * (100 << 20) + "]"),
+    "tokenizer.json of 100 MB": write("tokenizer.json", lambda: "[" + " " * (100 << 20) + "]"),
     "tokenizer.json is a FIFO": special("tokenizer.json", os.mkfifo),
     "tokenizer.json is a link to a device": special("tokenizer.json", lambda path: path.symlink_to("/dev/zero")),
     "tokenizer_config.json, deep": write("tokenizer_config.json", '{"a":' * 200_000),
@@ -269,7 +270,7 @@ FOLDER: dict[str, Change] = {
     "merges.txt of 1 TB": special("merges.txt", lambda path: (path.touch(), os.truncate(path, 1 << 40))),
     "weights, a link outside": special("model.safetensors", lambda path: path.symlink_to("/etc/hostname")),
     "weights, a header of 2^60 bytes": write("model.safetensors", header(b"{}", length=1 << 60)),
-    "weights, a header of 90 MB": write("model.safetensors", header(b"{" + b" " * (90 << 20) + b"}")),
+    "weights, a header of 90 MB": write("model.safetensors", lambda: header(b"{" + b" " * (90 << 20) + b"}")),
     "weights, a deep header": write("model.safetensors", header(b'{"a":' * 100_000)),
     "generation_config.json is a FIFO": special("generation_config.json", os.mkfifo),
     "generation_config.json, a link to nowhere": special(
