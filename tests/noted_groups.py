@@ -60,11 +60,11 @@ def main() -> int:
 
     from megavl.main import cli
     from megavl.parallel import groups
-    from megavl.train import loop, saves
+    from megavl.train import saves, stage_steps
 
     # The group of the world is made here, and each of `new_group`.
     _note(distributed_c10d, "_new_process_group_helper", "group")
-    _note(loop, "train_step", "step")
+    _note(stage_steps, "train_step", "step")
     _note(saves.Saves, "save", "save")
     _note(groups, "stop", "end")
     return cli.main()
