@@ -106,9 +106,9 @@ test-releases: $(STAMP)  ## the tests of layouts and checkpoints on another mega
 test-python:  ## quick tests, and some with ranks, on another Python; PYTHON names it
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[$(ALL_EXTRAS)]'
-	$(subst $(BIN),$(OTHER)/bin,$(PARALLEL)) -m "not slow and not processes" tests/unit tests/end_to_end/test_golden_curve.py \
-	  tests/end_to_end/test_mixed_steps.py tests/end_to_end/test_raw_data_to_hugging_face.py tests/faults/test_kill_and_resume.py \
-	  $(PYTEST_ARGS)
+	$(subst $(BIN),$(OTHER)/bin,$(PARALLEL)) -m "not slow and not processes" tests/unit $(PYTEST_ARGS)
+	$(subst $(BIN),$(OTHER)/bin,$(PARALLEL)) -m "not slow" tests/end_to_end/test_golden_curve.py tests/end_to_end/test_mixed_steps.py \
+	  tests/end_to_end/test_raw_data_to_hugging_face.py tests/faults/test_kill_and_resume.py
 
 bench: $(STAMP)  ## the benchmarks of launch/bench, or BENCHMARKS="decode step"; reports in launch/bench/results
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m launch.bench.$$name; done

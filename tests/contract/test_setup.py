@@ -72,6 +72,8 @@ def test_another_python_gets_its_own_environment(checkout: Path) -> None:
     python.write_text(OTHER)
     python.chmod(0o755)
     assert installed_by(checkout, "test-python", f"PYTHON={python}") == []
-    install, tests = (checkout / "asked").read_text().splitlines()
-    assert all(line.startswith(".venv-clients/python-3.10/bin/python -m ") for line in (install, tests))
-    assert f"--editable .[{DEFAULT}" in install and " tests/unit " in tests
+    install, quick, ranks = lines = (checkout / "asked").read_text().splitlines()
+    assert all(line.startswith(".venv-clients/python-3.10/bin/python -m ") for line in lines)
+    assert f"--editable .[{DEFAULT}" in install and "not processes tests/unit" in quick
+    # Collected with tests/unit, these would be marked as its tests are.
+    assert "tests/faults/" in ranks and "tests/unit" not in ranks
