@@ -65,7 +65,7 @@ check: $(STAMP)  ## ruff, mypy and the contract tests
 	$(BIN)/mypy
 	$(PYTEST) -n $(WORKERS) tests/contract
 
-test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): about 20 minutes on 2 cores
+test: $(STAMP)  ## every test that is not slow (make check runs the contract tests): about 15 minutes on 2 cores
 	$(PARALLEL) -m "not slow" --ignore=tests/contract $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## the slow tests too
