@@ -51,12 +51,8 @@ setup(
         "typing_extensions>=4.10",
     ],
     extras_require={
-        # The reference implementation that exports are checked against. For Python 3.10 the newest one, 5.20.2, loses
-        # the spaces of byte-level tokenizers in exports of the decoder alone.
-        "hf": [
-            "transformers>=4.57,<5; python_version < '3.11'",
-            "transformers>=4.57,<6; python_version >= '3.11'",
-        ],
+        # The reference implementation that exports are checked against.
+        "hf": ["transformers>=4.57,<6"],
         "hub": ["huggingface-hub>=0.34"],
         # What megatron-core 0.16.1 asks for; megavl/model/README.md says how to install it, and Apex.
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],

@@ -159,8 +159,10 @@ def tokenizer_config(
 
     A chat template is a program. One from outside becomes ours, and neither code nor other files are named.
 
-    The class is always LlamaTokenizerFast: the released client accepts no other, and it puts BOS first as training
-    did. Its unk_token is written even when there is none, or the class would add an `<unk>` to the vocabulary.
+    With images the class is LlamaTokenizerFast: the released client accepts no other, and it puts BOS first as training
+    did. Its unk_token is written even when there is none, or the class would add an `<unk>` to the vocabulary. The
+    decoder alone has the class that takes `tokenizer.json` as it is. Under the other one, transformers 5 up to 5.20 at
+    least splits its text at blanks, and loses them.
     """
     raw = tokenizer.config
     absent: dict[str, Any] = {
@@ -182,7 +184,7 @@ def tokenizer_config(
     for part, text in tokenizer.tokens.items():
         if merged[part] is None:
             merged[part] = text
-    merged["tokenizer_class"] = "LlamaTokenizerFast"
+    merged["tokenizer_class"] = "PreTrainedTokenizerFast" if fmt == "llm" else "LlamaTokenizerFast"
     if fmt == "native":
         extra = merged.get("extra_special_tokens")
         merged["extra_special_tokens"] = {**(extra if isinstance(extra, dict) else {}), "image_token": IMAGE_TOKEN}

@@ -65,6 +65,8 @@ def test_transformers_opens_every_file(checkpoint, folder, tokenizer_dir, tmp_pa
     assert convert("to-hf", checkpoint, tmp_path / "native", "--format", "native") == 0
     ours, whole = (AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "native"))
     assert [ours(text)["input_ids"] for text in TEXTS] == [whole(text)["input_ids"] for text in TEXTS]
+    # Under a class of LLaMA some releases of transformers 5 would split the text at blanks.
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     messages = [{"role": "user", "content": "Hello"}]
     chats = [one.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for one in (ours, whole)]
     assert chats[0] == chats[1]
