@@ -72,10 +72,18 @@ def build(name: str, tower: str, config: ModelConfig, weights: dict[str, torch.T
         return encoder.get_submodule(tower)
     model = transformers_model(config, weights, attention=name).model
     if tower == "siglip":
-        return model.get_low_res_image_features
-    for part in ("vision_model", "language_model", "aligner"):
-        setattr(model, part, None)
-    return model.get_high_res_image_features
+        features = model.get_low_res_image_features
+    else:
+        features = model.get_high_res_image_features
+        for part in ("vision_model", "language_model", "aligner"):
+            setattr(model, part, None)
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        found = features(pixels)
+        # Transformers 4 returns the tensor itself.
+        return found if isinstance(found, torch.Tensor) else found.last_hidden_state
+
+    return run
 
 
 if __name__ == "__main__":
