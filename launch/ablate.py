@@ -26,8 +26,9 @@ if str(ROOT) not in sys.path:
 from launch.ablations.definition import Ablation, read_ablation  # noqa: E402
 from launch.ablations.figures import draw, require_matplotlib  # noqa: E402
 from launch.ablations.graph import Graph, Task, build_graph  # noqa: E402
+from launch.ablations.records import is_done  # noqa: E402
 from launch.ablations.results import cost_of, page, read_results  # noqa: E402
-from launch.ablations.runner import Runner, Stopped, TaskFailed, is_done  # noqa: E402
+from launch.ablations.runner import Runner, Stopped, TaskFailed  # noqa: E402
 from launch.ablations.simulations import check_simulations, simulate  # noqa: E402
 from launch.ablations.slurm import submit  # noqa: E402
 from megavl.config.errors import EXIT_INTERRUPTED, MegaVLError, UsageError  # noqa: E402

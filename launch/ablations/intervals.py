@@ -22,11 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
 """Two differences may be equal by chance, above all of accuracies; their interval then has no width."""
+UNDECIDED: Final = "too small to tell"
 Verdict = Literal["confirmed", "not confirmed", "too small to tell"]
 
 
@@ -63,15 +64,15 @@ def judge(difference: Estimate, *, kind: Literal["better", "no_worse"], margin: 
     """
     low, high = difference.low, difference.high
     if low is None or high is None or difference.n < LEAST_SEEDS:
-        return "too small to tell"
+        return UNDECIDED
     if kind == "no_worse":
         if low > 0 or (low > -margin and effect):
             return "confirmed"
-        return "not confirmed" if high < -margin else "too small to tell"
+        return "not confirmed" if high < -margin else UNDECIDED
     inside = -margin < low and high < margin
     if low > 0 and difference.mean >= margin:
         return "confirmed"
-    return "not confirmed" if high < 0 or (inside and effect) else "too small to tell"
+    return "not confirmed" if high < 0 or (inside and effect) else UNDECIDED
 
 
 def has_effect(gain: Estimate, *, room: Estimate | None, margin: float, either_way: bool) -> bool:

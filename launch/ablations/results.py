@@ -6,7 +6,6 @@ the page alone.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ from typing import Any
 
 from launch.ablations.definition import Ablation, Measure
 from launch.ablations.graph import Cell, Graph
-from launch.ablations.intervals import estimate, has_effect, judge
-from launch.ablations.runner import DONE, read_rows
+from launch.ablations.intervals import UNDECIDED, estimate, has_effect, judge
+from launch.ablations.records import EVALUATION, METRICS, read_done, read_rows
 from launch.bench.report import machine, table, table_row, versions
 from megavl.config.errors import DataError
 
@@ -43,6 +42,8 @@ class Found:
     steps: Mapping[str, int]
     step_seconds: Mapping[str, Mapping[int, float]]
     """Mean step of the last stage, by arm and seed; empty where nothing is said about speed."""
+    conditions: Mapping[str, Mapping[int, Sequence[Any]]]
+    """Under which those steps were timed: machine, and runs at a time."""
 
     def values(self, measure: str, arm: str) -> list[float]:
         """The value for each seed: the last of the run, or its worst."""
@@ -71,7 +72,8 @@ class Found:
             arm, than = self.step_seconds[speed.arm], self.step_seconds[speed.than]
             gain = estimate([than[seed] / arm[seed] - 1 for seed in self.seeds])
             # A step always takes its time: there is an effect to lose.
-            verdict = judge(gain, kind="better", margin=speed.margin, effect=True)
+            alike = self.conditions[speed.arm] == self.conditions[speed.than]
+            verdict = judge(gain, kind="better", margin=speed.margin, effect=True) if alike else UNDECIDED
             rows.append({**asdict(speed), "difference": asdict(gain), "verdict": verdict})
         return rows
 
@@ -128,18 +130,27 @@ def read_results(ablation: Ablation, graph: Graph, *, size: str, cache: Path) ->
     tokens: dict[str, int] = {}
     steps: dict[str, int] = {}
     seconds: dict[str, dict[int, float]] = {arm: {} for arm in ablation.arms}
+    conditions: dict[str, dict[int, Sequence[Any]]] = {arm: {} for arm in ablation.arms}
     for cell in graph.cells:
         for name, measure in ablation.measures.items():
             curves[name][cell.arm][cell.seed] = _curve(name, measure, cell, cache=cache)
-        done = [json.loads((cache / run.address / DONE).read_text(encoding="utf-8")) for run in cell.runs]
+        done = [read_done(run, cache=cache) for run in cell.runs]
         tokens[cell.arm] = sum(row["tokens"] for row in done)
         steps[cell.arm] = sum(row["steps"] for row in done)
         if ablation.speeds:
             seconds[cell.arm][cell.seed] = _step_seconds(cell, cache=cache)
+            conditions[cell.arm][cell.seed] = [done[-1].get("host"), done[-1].get("jobs")]
     _check_steps(curves)
     seeds = tuple(dict.fromkeys(cell.seed for cell in graph.cells))
     return Found(
-        ablation=ablation, size=size, seeds=seeds, curves=curves, tokens=tokens, steps=steps, step_seconds=seconds
+        ablation=ablation,
+        size=size,
+        seeds=seeds,
+        curves=curves,
+        tokens=tokens,
+        steps=steps,
+        step_seconds=seconds,
+        conditions=conditions,
     )
 
 
@@ -158,7 +169,7 @@ def _check_steps(curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> Non
 
 
 def _curve(name: str, measure: Measure, cell: Cell, *, cache: Path) -> Curve:
-    log = _run(cell, cache=cache) / {"evaluation": "evaluation.jsonl", "training": "metrics.jsonl"}[measure.source]
+    log = _run(cell, cache=cache) / {"evaluation": EVALUATION, "training": METRICS}[measure.source]
     found, steps = read_rows(log), cell.runs[-1].steps
     last = found[-1]["step"] if found else 0
     if last != steps:
@@ -186,7 +197,7 @@ def _run(cell: Cell, *, cache: Path) -> Path:
 def _step_seconds(cell: Cell, *, cache: Path) -> float:
     """Mean step: medians of both kinds, in the share of the run, because other runs disturb single steps."""
     times: dict[str, list[float]] = {}
-    for row in read_rows(_run(cell, cache=cache) / "metrics.jsonl"):
+    for row in read_rows(_run(cell, cache=cache) / METRICS):
         times.setdefault(row["modality"], []).append(row["step_time_s"])
     return sum(len(kind) * statistics.median(kind) for kind in times.values()) / sum(map(len, times.values()))
 
@@ -227,6 +238,8 @@ def page(
         means = [(ablation.arms[arm].title, estimate(list(of.values())).mean) for arm, of in found.step_seconds.items()]
         shown = ", ".join(f"{title} {mean:.3f}" for title, mean in means)
         lines += ["", f"Seconds of a step of the last stage, one process a run, other runs beside it: {shown}."]
+        if len({str(dict(found.conditions[arm])) for speed in ablation.speeds for arm in (speed.arm, speed.than)}) > 1:
+            lines[-1] += " Some were timed on other machines, or with another number of runs at a time: no verdict."
     if simulations:
         lines += table("| the planner's simulation | |", [table_row(*pair) for pair in _shown(simulations)])
     seeds = ", ".join(map(str, found.seeds))
@@ -246,8 +259,8 @@ def page(
 
 def cost_of(graph: Graph, *, cache: Path) -> dict[str, Any]:
     """Hours of all ranks that the tasks took in all their starts, and the commits that ran them."""
-    done = [json.loads((cache / task.address / DONE).read_text(encoding="utf-8")) for task in graph.tasks]
-    commits = list(dict.fromkeys(row["commit"] for row in done))
+    done = [read_done(task, cache=cache) for task in graph.tasks]
+    commits = list(dict.fromkeys(name for row in done for name in row["commits"]))
     return {"hours": sum(row["seconds"] * row.get("ranks", 1) for row in done) / _HOUR, "commits": commits}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import time
@@ -18,9 +19,7 @@ from typing import Any
 
 from launch.ablations.engine import Engine
 from launch.ablations.graph import Task, files, program
-from launch.bench.programs import git
-from megavl.checkpoint.directory import candidates
-from megavl.checkpoint.manifest import MANIFEST
+from launch.ablations.records import DONE, EVALUATION, METRICS, SPENT, commit, facts, is_done, read_rows, read_spent
 from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, DataError, PeerError, UsageError
 from megavl.config.recipe import Recipe
 from megavl.files.durable import replace_durably, storage_errors
@@ -28,9 +27,7 @@ from megavl.files.owner import Owner
 from megavl.files.ownership import Ownership, current_owner, take
 from megavl.foreign.printing import say, visible
 
-DONE, LOG = "done.json", "log.txt"
-SPENT = "seconds.json"
-"""Seconds of all starts of a task until now."""
+LOG = "log.txt"
 SCRIPTS = {1: "warmup", 2: "pretrain", 3: "sft"}
 """Launch script of each stage."""
 _OF_THE_TASK = ("RECIPE", "TP", "PP", "DATA", "TOKENIZER", "INIT", "RUN_DIR", "EXTRA", "DRY_RUN")
@@ -64,10 +61,12 @@ class Running:
     began: float
     before: float
     """Seconds of earlier starts."""
+    commits: list[str]
+    """Of the code of all starts."""
 
-    def seconds(self) -> float:
+    def spent(self) -> dict[str, Any]:
         """Of all starts until now."""
-        return round(self.before + time.monotonic() - self.began, 3)
+        return {"seconds": round(self.before + time.monotonic() - self.began, 3), "commits": self.commits}
 
 
 @dataclass
@@ -92,6 +91,8 @@ class Runner:
             Stopped: a signal arrived.
         """
         self._engine = Engine()
+        # Programs are forked from a process that has most of the code imported from now on.
+        self._commit = commit()
         self._running: dict[str, Running] = {}
         self._failures: dict[str, TaskFailed] = {}
         self._busy: dict[str, float] = {}
@@ -159,14 +160,16 @@ class Runner:
             for name, content in files(task, cache=self.cache).items():
                 replace_durably(folder / name, content)
         # First noted, so that it is released however the launch ends.
-        self._running[task.address] = Running(task, held, time.monotonic(), _spent(folder))
+        seconds, commits = read_spent(folder)
+        commits = list(dict.fromkeys([*commits, self._commit]))
+        self._running[task.address] = Running(task, held, time.monotonic(), seconds, commits)
         self._launch(task, log=folder / LOG)
 
     def _note(self, one: Running) -> None:
         """Keep how long it has taken, for the next start."""
         folder = self.cache / one.task.address
         with storage_errors(f"{folder}: writing {SPENT}"):
-            replace_durably(folder / SPENT, json.dumps({"seconds": one.seconds()}).encode())
+            replace_durably(folder / SPENT, json.dumps(one.spent()).encode())
 
     def _wait_for_other(self, task: Task) -> None:
         """Another runner makes it, or did so while this one looked."""
@@ -197,21 +200,28 @@ class Runner:
             one.held.release()
             self._wait_for_other(one.task)
             return
+        reason = None
         if code == 0 and one.task.recipe is not None:
-            code = _code_of_run(folder, one.task.recipe)
+            try:
+                code = _code_of_run(folder, one.task.recipe)
+            except DataError as error:
+                code, reason = error.exit_code, str(error)
         if code == 0:
             with storage_errors(f"{folder}: writing {DONE}"):
                 # Others start from the newest checkpoint, and one takes three times the size of the model.
                 for older in sorted(folder.glob("run/checkpoints/iter_*[0-9]"))[:-1]:
                     shutil.rmtree(older)
-                content = {"name": one.task.name, "seconds": one.seconds(), **facts(folder)}
+                # The rest of the code was imported since, so a commit in between is named as well.
+                one.commits = list(dict.fromkeys([*one.commits, commit()]))
+                conditions = {"host": platform.node(), "jobs": self.jobs}
+                content = {"name": one.task.name, **one.spent(), **conditions, **facts(folder)}
                 replace_durably(folder / DONE, json.dumps(content, indent=1).encode() + b"\n")
             self._done.add(one.task.address)
             self._tell(f"{one.task.name} done")
         elif not self.signals:
             number = code if code > 0 else PeerError.exit_code
             log = folder / LOG
-            text = f"{one.task.name} ended with code {code}: {_reason(log)}; all of its output is in {log}"
+            text = f"{one.task.name} ended with code {code}: {reason or _reason(log)}; all of its output is in {log}"
             self._failures[one.task.address] = TaskFailed(text, code=number)
             say(f"{self.title}: {text}", to_errors=True)
         if code:
@@ -260,44 +270,13 @@ class _Clock:
 
     def _steps(self, done: set[str], others: Any) -> int:
         whole = sum(task.steps for task in self._tasks if task.address in done)
-        parts = (_lines(self._cache / address / "run/metrics.jsonl") for address in others if address not in done)
+        parts = (_lines(self._cache / address / "run" / METRICS) for address in others if address not in done)
         return whole + sum(parts)
-
-
-def is_done(task: Task, *, cache: Path) -> bool:
-    """Whether the folder of a task is complete."""
-    return (cache / task.address / DONE).is_file()
 
 
 def launcher_environment(recipe: str) -> dict[str, str]:
     """Variables of a launch script that runs this recipe."""
     return {**{key: value for key, value in os.environ.items() if key not in _OF_THE_TASK}, "RECIPE": recipe}
-
-
-def facts(folder: Path) -> dict[str, Any]:
-    """What a finished run has used, and the commit of the code; without a run only that."""
-    found: dict[str, Any] = {"commit": commit()}
-    rows = read_rows(folder / "run/metrics.jsonl")
-    if rows:
-        found |= {
-            "steps": len(rows),
-            "ranks": _ranks(folder / "run/checkpoints"),
-            "tokens": sum(row["tokens"] for row in rows),
-            "step_seconds": round(sum(row["step_time_s"] for row in rows), 3),
-        }
-    return found
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a JSONL file; none where there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
-def commit() -> str:
-    """Commit of the code, with `-dirty` where files differ from it; `unknown` outside a checkout."""
-    return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
 
 
 def _code_of_run(folder: Path, recipe: Recipe) -> int:
@@ -312,7 +291,7 @@ def _code_of_run(folder: Path, recipe: Recipe) -> int:
         finished = False
     if not finished:
         return PeerError.exit_code
-    logs = ["metrics.jsonl", *(["evaluation.jsonl"] if recipe.evaluation.interval else [])]
+    logs = [METRICS, *([EVALUATION] if recipe.evaluation.interval else [])]
     ends = [rows[-1]["step"] if (rows := read_rows(folder / "run" / name)) else 0 for name in logs]
     return 0 if all(end == recipe.training.steps for end in ends) else DataError.exit_code
 
@@ -329,21 +308,7 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def _spent(folder: Path) -> float:
-    """Seconds of earlier starts; none where no file says so."""
-    try:
-        return float(json.loads((folder / SPENT).read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
 def _is_owned(run: Path) -> bool:
     """Whether a process of this machine still works in the directory of a run."""
     owner = current_owner(run)
     return owner is not None and owner.process.is_alive() is True
-
-
-def _ranks(checkpoints: Path) -> int:
-    """Ranks that wrote the newest checkpoint."""
-    newest = candidates(checkpoints)[0]
-    return int(json.loads((newest / MANIFEST).read_text(encoding="utf-8"))["world_size"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablations.definition import Ablation, Simulation
-from launch.ablations.runner import commit
+from launch.ablations.records import commit
 from launch.bench.programs import run
 from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe, to_dict

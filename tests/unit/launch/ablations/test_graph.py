@@ -212,3 +212,9 @@ def test_content_from_outside_changes_the_address(tmp_path: Path) -> None:
             assert not [name for name in changed if after[name] == before[name]], (path, text)
             assert not [name for name in kept if after[name] != before[name]], (path, text)
             before = after
+
+
+def test_arms_with_one_seed_stand_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parents[1])
+    cells = build_graph(read_ablation(FOLDER / "figure8.yaml"), size="tiny", seeds=2).cells
+    assert [(cell.arm, cell.seed) for cell in cells] == [("grouped", 1), ("mixed", 1), ("grouped", 2), ("mixed", 2)]

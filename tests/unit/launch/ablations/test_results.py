@@ -13,8 +13,8 @@ import pytest
 from launch.ablations.definition import read_ablation
 from launch.ablations.figures import draw
 from launch.ablations.graph import Graph, build_graph
+from launch.ablations.records import DONE
 from launch.ablations.results import cost_of, page, read_results
-from launch.ablations.runner import DONE
 from megavl.config.errors import DataError
 from tests.unit.launch.ablations.test_definition import FOLDER
 
@@ -41,14 +41,14 @@ def row_of_step(step: int, *, arm: str) -> dict[str, Any]:
     modality = ("text", "multimodal")[step % 2]
     # One step in a hundred is disturbed.
     seconds = 9.0 if step % 100 == 0 else SECONDS[arm][modality]
-    return {"step": step, "loss": float(step), "modality": modality, "step_time_s": seconds}
+    return {"step": step, "loss": float(step), "modality": modality, "tokens": 512, "step_time_s": seconds}
 
 
 def fill(graph: Graph, cache: Path) -> None:
     """Logs as the runs would leave them."""
     for task in graph.tasks:
         (cache / task.address).mkdir(parents=True)
-        content = {"seconds": 36.0, "commit": "abc", "tokens": 1000, "steps": 10}
+        content = {"seconds": 36.0, "commits": ["abc"], "host": "a", "jobs": 2, "tokens": 1000, "steps": 10}
         (cache / task.address / DONE).write_text(json.dumps(content))
     for cell in graph.cells:
         run = cache / cell.runs[-1].address / "run"
@@ -126,6 +126,18 @@ def test_speed_is_judged_on_the_page(graph: Graph, tmp_path: Path) -> None:
     text = "\n".join(page(found, name="figure8", command="COMMAND", cost=COST, simulations={}))
     assert "| grouped steps are faster on one process | 5% | +25.0% | [+25.0%, +25.0%] | **confirmed** |" in text
     assert "grouped steps 0.200, mixed steps 0.250" in text
+
+
+@pytest.mark.parametrize("changed", [{"host": "b"}, {"jobs": 1}], ids=str)
+def test_speed_under_other_conditions_is_not_judged(graph: Graph, tmp_path: Path, changed: dict[str, Any]) -> None:
+    fill(graph, tmp_path)
+    note = tmp_path / next(cell for cell in graph.cells if cell.arm == "mixed").runs[-1].address / DONE
+    note.write_text(json.dumps(json.loads(note.read_text()) | changed))
+    found = read_results(read_ablation(FOLDER / "figure8.yaml"), graph, size="tiny", cache=tmp_path)
+    (speed,) = found.speeds()
+    assert speed["verdict"] == "too small to tell" and speed["difference"]["mean"] == pytest.approx(0.25)
+    text = "\n".join(page(found, name="figure8", command="COMMAND", cost=COST, simulations={}))
+    assert "on other machines, or with another number of runs at a time" in text
 
 
 def test_equal_results_give_equal_figures(graph: Graph, tmp_path: Path) -> None:

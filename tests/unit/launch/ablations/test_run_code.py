@@ -28,7 +28,8 @@ def leave(folder: Path, *, code: int = 0, trained: int = 2, evaluated: int = 2) 
     run.mkdir()
     (run / "exit_status.json").write_text(json.dumps({"code": code}))
     for name, last in (("metrics", trained), ("evaluation", evaluated)):
-        (run / f"{name}.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, last + 1)))
+        rows = [{"step": step, "modality": "text", "tokens": 9, "step_time_s": 0.1} for step in range(1, last + 1)]
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

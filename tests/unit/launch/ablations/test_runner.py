@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import signal
 import threading
 from collections.abc import Callable
@@ -13,12 +14,14 @@ import pytest
 
 from launch.ablations import runner
 from launch.ablations.graph import Task
-from launch.ablations.runner import DONE, SPENT, Runner, Stopped, TaskFailed, launcher_environment
+from launch.ablations.records import DONE, SPENT, commit
+from launch.ablations.runner import Runner, Stopped, TaskFailed, launcher_environment
 from megavl.config.errors import PeerError
 from megavl.files.owner import Owner
 from megavl.files.ownership import current_owner
 
 TASK = Task(kind="corpus", name="corpus x", spec={"words": []})
+NOTE = '{"seconds": 1.0, "commits": []}'
 Behaviour = Callable[[], dict[str, int]]
 
 
@@ -69,20 +72,20 @@ def test_lost_folder_is_left_to_the_other(run: Callable[..., None], tmp_path: Pa
             return {}
         other = dataclasses.replace(Owner.this_process(), token="other")
         (folder / "owner-2.json").write_bytes(other.encode(0))
-        threading.Timer(0.5, lambda: (folder / DONE).write_text("{}")).start()
+        threading.Timer(0.5, lambda: (folder / DONE).write_text(NOTE)).start()
         programs.behaviour = dict
         return {TASK.address: 0}
 
     programs = Programs(lose)
     run(programs)
-    assert (folder / DONE).read_text() == "{}"
+    assert (folder / DONE).read_text() == NOTE
 
 
 def test_seconds_are_of_all_starts(run: Callable[..., None], tmp_path: Path) -> None:
     folder = tmp_path / TASK.address
     signals: list[int] = []
     folder.mkdir()
-    (folder / SPENT).write_text('{"seconds": 100.0}')
+    (folder / SPENT).write_text('{"seconds": 100.0, "commits": ["abc"]}')
 
     def interrupted() -> dict[str, int]:
         if not current_owner(folder):
@@ -96,7 +99,9 @@ def test_seconds_are_of_all_starts(run: Callable[..., None], tmp_path: Path) -> 
     first = json.loads((folder / SPENT).read_text())["seconds"]
     assert first > 100
     run(Programs(lambda: {TASK.address: 0} if current_owner(folder) else {}))
-    assert json.loads((folder / DONE).read_text())["seconds"] > first
+    note = json.loads((folder / DONE).read_text())
+    assert note["seconds"] > first and note["commits"] == ["abc", commit()]
+    assert note["host"] == platform.node() and note["jobs"] == 1
 
 
 def test_run_that_still_saves_is_waited_for(run: Callable[..., None], tmp_path: Path) -> None:
