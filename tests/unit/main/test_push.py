@@ -26,12 +26,15 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.created, self.blobs, self.files, self.commits, self.uploads = [], {}, {}, [], 0
-        self.fail = {}
+        self.fail, self.odd = {}, {}
 
     def answer(self, method, path, body, token):
         for part, status in self.fail.items():
             if part in path:
                 return status, {"error": "as told"}
+        for part, content in self.odd.items():
+            if part in path:
+                return 200, content
         if token != "Bearer hf_test":
             return 401, {"error": "Invalid username or password."}
         if path == "/api/repos/create":
@@ -70,14 +73,19 @@ class Hub(ThreadingHTTPServer):
             header, *rest = map(json.loads, body.splitlines())
             for line in rest:
                 value = line["value"]
+                if line["key"] == "deletedFile":
+                    del self.files[value["path"]]
+                    continue
                 content = base64.b64decode(value["content"]) if line["key"] == "file" else self.blobs[value["oid"]]
                 self.files[value["path"]] = content
             self.commits.append(header["value"]["summary"])
             return 200, {"commitOid": "c0ffee", "commitUrl": f"{self.url}/{REPO}/commit/c0ffee", "success": True}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
-        if path == f"/api/models/{REPO}":
+        if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
             return 200, {"id": REPO, "sha": "c0ffee", "siblings": []}
+        if path == f"/api/models/{REPO}/tree/main":
+            return 200, [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.files]
         return 404, {"error": f"no {path}"}
 
 
@@ -124,19 +132,20 @@ def folder(tmp_path):
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     (path / "README.md").write_text("---\ntags: [megavl]\n---\n# Model\n")
-    (path / "odd[1]name.txt").write_text("odd")
+    (path / "odd[1]name.json").write_text("{}")
     save_file({"a": torch.arange(1000.0)}, path / "model.safetensors")
     return path
 
 
 @pytest.fixture
-def push(hub, monkeypatch, capsys, caplog):
+def push(hub, monkeypatch, capsys, caplog, tmp_path):
     """Runs the command against the server: code, output and errors."""
     import huggingface_hub.constants
     import huggingface_hub.utils
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     # The server speaks LFS alone.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True, raising=False)
     sessions = getattr(huggingface_hub.utils, "reset_sessions", None) or huggingface_hub.utils.close_session
@@ -159,15 +168,47 @@ def kept_private(request):
 
 @needs_hub
 def test_every_file_arrives_and_nothing_is_sent_twice(hub, folder, push):
-    (folder / "nested").mkdir()
+    (folder / "nested.json").mkdir()
     code, out, err = push(folder, REPO, "--message", "First upload")
     assert code == 0, err
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert kept_private(hub.created[0]) and hub.created[0]["name"] == "model"
-    assert hub.commits == ["First upload"] and "4 files" in out and "c0ffee" in out
-    assert "nested: not a file, left out" in err
+    assert hub.commits == ["First upload"] and "c0ffee" in out
+    assert "4 files" in out and "README.md, config.json, model.safetensors, odd[1]name.json" in out
+    assert "nested.json: not a file, left out" in err
     assert push(folder, REPO, "--public")[0] == 0
     assert hub.uploads == 1 and not kept_private(hub.created[1])
+
+
+@needs_hub
+def test_only_files_of_an_export_are_sent(hub, folder, push):
+    kept = ["LICENSE", "merges.txt", "picture.png", "tokenizer.model"]
+    secret = [".env", ".git-credentials", ".hidden.json", "checkpoint.pt", "id_rsa", "notes.txt"]
+    for name in (*kept, *secret):
+        (folder / name).write_text("x")
+    (folder / "logs").mkdir()
+    code, _, err = push(folder, REPO)
+    assert code == 0, err
+    assert sorted(hub.files) == sorted([*kept, "README.md", "config.json", "model.safetensors", "odd[1]name.json"])
+    assert ".env, .git-credentials, .hidden.json, checkpoint.pt, id_rsa, logs, notes.txt" in err
+
+
+@needs_hub
+def test_weights_of_an_earlier_push_are_deleted(hub, folder, push):
+    assert push(folder, REPO)[0] == 0
+    hub.files |= {"nested/model.safetensors": b"", "notes.txt": b"", ".gitattributes": b""}
+    weights = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": weights.name}}))
+    code, out, err = push(folder, REPO)
+    assert code == 0, err
+    assert "model.safetensors" not in hub.files and "deleted there, as this model does not have them: model.s" in out
+    assert {weights.name, "nested/model.safetensors", "notes.txt", ".gitattributes"} < hub.files.keys()
+    assert len(hub.commits) == 2
+    # And back again.
+    weights.rename(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    assert push(folder, REPO)[0] == 0
+    assert weights.name not in hub.files and "model.safetensors.index.json" not in hub.files
 
 
 @needs_hub
@@ -179,12 +220,50 @@ def test_every_file_arrives_and_nothing_is_sent_twice(hub, folder, push):
         ({"/commit/main": 412}, "hf_test", 2, "the Hub refused it"),
         ({"/preupload/": 501}, "hf_test", 7, "repeat the command to go on"),
         ({"/put": 400}, "hf_test", 7, "repeat the command to go on"),
+        ({"/validate-yaml": 400}, "hf_test", 2, "README.md"),
+        ({"/repos/create": 302}, "hf_test", 7, "not understood"),
+        ({}, "", 2, "no token; run `hf auth login`"),
+        ({}, "hf_te\u2019st", 2, "U+2019"),
+        ({}, "hf_te st", 2, "U+0020"),
     ],
 )
 def test_what_the_hub_refuses(fail, token, code, expected, hub, folder, push):
     hub.fail = fail
     found, _, err = push(folder, REPO, token=token)
     assert found == code and expected in err and "Traceback" not in err, err
+
+
+@needs_hub
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("/repos/create", ["x"]),
+        ("/repos/create", {}),
+        ("/tree/", {"error": "login"}),
+        ("/preupload/", {"files": []}),
+        ("/preupload/", "login"),
+        ("/commit/", {"commitOid": None}),
+    ],
+)
+def test_odd_answers_are_one_error(part, content, hub, folder, push):
+    hub.odd = {part: content}
+    code, _, err = push(folder, REPO)
+    assert code == 7 and "not understood" in err and "Traceback" not in err, err
+
+
+@needs_hub
+def test_names_and_cards_that_cannot_be_sent(hub, folder, push):
+    odd = folder / "\udcff.json"
+    odd.write_text("{}")
+    assert push(folder, REPO)[0] == 2
+    odd.unlink()
+    for words in (["--revision", "\udcff"], ["--message", "\udcff"]):
+        code, _, err = push(folder, REPO, *words)
+        assert code == 2 and words[0] in err, err
+    (folder / "README.md").write_bytes(b"\xff\xfe---\n")
+    code, _, err = push(folder, REPO)
+    assert code == 2 and "README.md: no text in UTF-8" in err, err
+    assert not hub.created
 
 
 @needs_hub
@@ -200,6 +279,9 @@ def test_folders_and_names_that_are_refused(folder, tmp_path, capsys):
     secret.write_text("secret")
     linked = shutil.copytree(folder, tmp_path / "linked")
     (linked / "tokenizer.json").symlink_to(secret)
+    pickled = shutil.copytree(folder, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(2)}, pickled / "pytorch_model.bin")
     truncated = shutil.copytree(folder, tmp_path / "truncated")
     (truncated / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
     for words, code, expected in (
@@ -209,6 +291,7 @@ def test_folders_and_names_that_are_refused(folder, tmp_path, capsys):
         ([tmp_path / "missing", REPO], 4, "no folder with a config.json"),
         ([truncated, REPO], 4, "model.safetensors"),
         ([linked, REPO], 2, "a link"),
+        ([pickled, REPO], 2, "only weights in safetensors"),
     ):
         assert main(["push", *map(str, words)]) == code, words
         assert expected in capsys.readouterr().err
