@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -30,8 +31,8 @@ from launch.ablations.records import is_done  # noqa: E402
 from launch.ablations.results import cost_of, page, read_results  # noqa: E402
 from launch.ablations.runner import Runner, Stopped, TaskFailed  # noqa: E402
 from launch.ablations.simulations import check_simulations, simulate  # noqa: E402
-from launch.ablations.slurm import submit  # noqa: E402
-from megavl.config.errors import EXIT_INTERRUPTED, MegaVLError, UsageError  # noqa: E402
+from launch.ablations.slurm import require_queued, submit  # noqa: E402
+from megavl.config.errors import EXIT_INTERRUPTED, DataError, MegaVLError, UsageError  # noqa: E402
 from megavl.files.durable import replace_durably, storage_errors  # noqa: E402
 from megavl.foreign.printing import VisibleParser, say, say_error  # noqa: E402
 
@@ -75,16 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "files", metavar="FILE", nargs="+", type=Path, help="launch/ablations/NAME.yaml; several share runs"
     )
-    parser.add_argument("--size", default=SIZE, help=f"one of the file's sizes ({SIZE})")
+    parser.add_argument("--size", help=f"one of the file's sizes ({SIZE})")
     parser.add_argument("--smoke", action="store_true", help=f"the same as --size {SMOKE}: every run takes two steps")
     parser.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds (the file's)")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (one for each core)")
     parser.add_argument("--out", type=Path, help="folder of page, JSON and figure (runs/ablations/SIZE)")
     parser.add_argument("--cache", type=Path, default=ROOT / CACHE, help=f"folder of all runs ({CACHE})")
-    parser.add_argument("--list", action="store_true", help="print the tasks with their numbers and folders, and stop")
-    parser.add_argument("--slurm", action="store_true", help="queue the tasks as SLURM job arrays, and stop")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--list", action="store_true", help="print the tasks with their numbers and folders, and stop")
+    modes.add_argument("--slurm", action="store_true", help="queue the tasks as SLURM job arrays, and stop")
     parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch for all jobs")
-    parser.add_argument("--cell", type=int, metavar="N", help="run task N of --list alone, with what it needs")
+    modes.add_argument("--cell", type=int, metavar="N", help="run task N of --list alone, with what it needs")
     return parser
 
 
@@ -95,14 +97,14 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.smoke and options.size not in (SIZE, SMOKE):
+    if options.smoke and options.size not in (None, SMOKE):
         raise UsageError(f"--smoke: is a size of its own; leave --size {options.size} out")
     require_matplotlib()
     files = [path.absolute() for path in options.files]
     options.cache, options.out = options.cache.absolute(), options.out and options.out.absolute()
     # Recipes and data have paths from here, as in every run.
     os.chdir(ROOT)
-    size = SMOKE if options.smoke else options.size
+    size = SMOKE if options.smoke else options.size or SIZE
     works = [_work(path, options, size=size) for path in files]
     if len({work.name for work in works}) < len(works):
         raise UsageError("FILE: two files have the same name, by which results are named; name each once")
@@ -121,6 +123,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.cell is not None:
         if not 0 <= options.cell < len(tasks):
             raise UsageError(f"--cell {options.cell}: the tasks have the numbers 0 to {len(tasks) - 1}; see --list")
+        require_queued(tasks[options.cell], cache=options.cache)
         _runner(works, tasks[options.cell].with_inputs(), options=options, signals=signals).run()
         return 0
     failure: TaskFailed | MegaVLError | None = None
@@ -128,22 +131,37 @@ def _run(options: argparse.Namespace) -> int:
         _runner(works, tasks, options=options, signals=signals).run()
     except TaskFailed as error:
         failure = error
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     # A failure in one ablation leaves the reports of the others alone.
     for work in works:
         if all(is_done(task, cache=work.cache) for task in work.graph.tasks):
             try:
                 _report(work, seeds=options.seeds)
             except MegaVLError as error:
-                failure = failure or error
+                failure = failure or _in_file(work.path, error)
     if failure is not None:
         raise failure
     return 0
 
 
+def _stop(number: int, _: object) -> NoReturn:
+    raise Stopped.by(number)
+
+
+def _in_file(path: Path, error: MegaVLError) -> MegaVLError:
+    """The error with the file that it is about, because one command may have several."""
+    text = str(error)
+    return error if text.startswith(f"{path}: ") else type(error)(f"{path}: {text}")
+
+
 def _work(path: Path, options: argparse.Namespace, *, size: str) -> Work:
     ablation = read_ablation(path)
-    check_simulations(ablation)
-    graph = build_graph(ablation, size=size, seeds=options.seeds)
+    try:
+        check_simulations(ablation)
+        graph = build_graph(ablation, size=size, seeds=options.seeds)
+    except (UsageError, DataError) as error:
+        raise _in_file(path, error) from None
     out = options.out or ROOT / "runs/ablations" / size
     return Work(path=path, ablation=ablation, graph=graph, size=size, cache=options.cache, out=out)
 
@@ -154,7 +172,10 @@ def _title(works: Sequence[Work]) -> str:
 
 def _runner(works: Sequence[Work], tasks: Sequence[Task], *, options: argparse.Namespace, signals: list[int]) -> Runner:
     work = works[0]
-    launcher = work.ablation.sizes[work.size].launcher
+    launchers = {one.ablation.sizes[one.size].launcher for one in works}
+    if len(launchers) > 1:
+        raise UsageError(f"--size {work.size}: has another launcher in some files; run these by a command of their own")
+    launcher = launchers.pop()
     if launcher is not None and shutil.which("sbatch") and "SLURM_JOB_ID" not in os.environ:
         raise UsageError(f"--size {work.size}: its launch scripts would queue jobs of their own here; add --slurm")
     jobs = options.jobs or (1 if launcher else len(os.sched_getaffinity(0)))

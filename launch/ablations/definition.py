@@ -23,6 +23,8 @@ STRICT = ConfigDict(extra="forbid")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
 """Name of an arm, stage, data set or measure; part of file names and keys."""
 NonEmpty = Annotated[tuple[Name, ...], Field(min_length=1)]
+Title = Annotated[str, Field(pattern=r"^[^_\s][^\r\n]*$", max_length=200)]
+"""One line; a legend leaves out what begins with an underscore."""
 Settings = dict[str, Any]
 """Values of a recipe by dotted path."""
 ALL = "all"
@@ -106,7 +108,7 @@ class Start:
 class Arm:
     """One of the things compared: a chain of stages, each starting from the one before."""
 
-    title: str
+    title: Title
     chain: NonEmpty | None = None
     """Its stages in order; default: the ablation's."""
     start: Start | None = None
@@ -121,7 +123,7 @@ class Arm:
 class Measure:
     """One number of a run."""
 
-    title: str
+    title: Title
     source: Literal["evaluation", "training"]
     """The last row of evaluation.jsonl, or the mean of the last tenth of metrics.jsonl."""
     key: str
@@ -136,12 +138,16 @@ class Measure:
     limit: Real | None = None
     """The best value that there can be."""
 
+    def __post_init__(self) -> None:
+        if self.modality is not None and self.source == "evaluation":
+            raise UsageError("`modality` is of the rows of training; name it in the key, or remove it")
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Claim:
     """That one arm is better than another, or no worse, in one measure."""
 
-    text: str
+    text: Title
     measure: Name
     kind: Literal["better", "no_worse"] = "better"
     arm: Name
@@ -154,7 +160,7 @@ class Claim:
 class Speed:
     """That the steps of one arm's last stage are faster than another's."""
 
-    text: str
+    text: Title
     arm: Name
     than: Name
     margin: NonNegativeReal
@@ -165,13 +171,15 @@ class Speed:
 class Simulation:
     """What the planner says of a run at the paper's scale."""
 
-    title: str
+    title: Title
     recipe: PathText
     set: Settings = field(default_factory=dict)
     options: tuple[str, ...] = ()
     """Of `megavl plan`."""
     key: str
     """Dotted path in its JSON."""
+    unit: Literal["share", "number"] = "share"
+    """A share is shown as a percentage."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -186,7 +194,7 @@ class Figure:
 class Ablation:
     """A file with its base."""
 
-    title: str
+    title: Title
     paper: str
     """What the paper shows and says."""
     confounded: str = ""
@@ -219,6 +227,11 @@ class Ablation:
                 raise UsageError(f"speeds.{number}.than: is the arm itself, {speed.arm!r}; name another arm")
         for number, measure in enumerate(self.figure.measures):
             _known(f"figure.measures.{number}", measure, self.measures)
+        for number, one in enumerate(self.simulations):
+            if one.title in [other.title for other in self.simulations[:number]]:
+                raise UsageError(
+                    f"simulations.{number}.title: {one.title!r} stands there twice; results are named by it"
+                )
         for stage in self.chain:
             _known("chain", stage, self.stages)
         for name, arm in self.arms.items():
@@ -256,11 +269,6 @@ class Ablation:
             for file in made.inputs:
                 _known(f"sizes.{name}.datasets.{dataset}.inputs", file.partition("/")[0], size.corpora)
 
-    def settings_of(self, arm: Arm, *, size: str) -> Settings:
-        """Settings of an arm at a size, as STAGE.key.path."""
-        like = self.sizes[size].like
-        return {**arm.set, **arm.by_size.get(size, arm.by_size.get(like or "", {}))}
-
 
 def read_ablation(path: Path) -> Ablation:
     """Read and check a file.
@@ -289,9 +297,26 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"{path}: cannot read the ablation ({reason}); give the path of a YAML file") from error
-    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+    if not isinstance(raw, dict):
         raise UsageError(f"{path}: an ablation is a mapping of keys to values; see launch/ablations/README.md")
+    _require_plain(raw, at=f"{path}: ")
     return raw
+
+
+def _require_plain(value: Any, *, at: str) -> None:
+    """Refuse what YAML can say and JSON cannot: dates, bytes, sets, and keys that are no text."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            if not isinstance(key, str):
+                raise UsageError(f"{at}key {key!r} is a {type(key).__name__}; keys are text, quote it")
+            _require_plain(one, at=f"{at}{key}.")
+    elif isinstance(value, list):
+        for number, one in enumerate(value):
+            _require_plain(one, at=f"{at}{number}.")
+    elif not isinstance(value, str | int | float | None):
+        raise UsageError(
+            f"{at[:-1]}: found {value!r:.{_SHOWN}}; write a number, a list or a mapping, or quote the text"
+        )
 
 
 def _merged(under: Any, over: Any) -> Any:

@@ -9,7 +9,12 @@ from launch.ablations.intervals import Estimate, estimate
 from launch.ablations.results import Found
 from megavl.config.errors import UsageError
 
-COLOURS = ("#1b5e9e", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666")
+COLOURS = (
+    *("#1b5e9e", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666"),
+    *("#a6761d", "#66a61e", "#17becf", "#000000"),
+)
+_BESIDE = 0.15
+"""Of the values of seeds beside their mean, in arms."""
 _WIDTH, _HEIGHT = 3.6, 3.0
 """Of a panel, inches."""
 
@@ -32,7 +37,8 @@ def draw(found: Found) -> bytes:
 
     matplotlib.use("Agg")
     # Without a salt, names inside the file would be random.
-    settings = {"svg.hashsalt": "megavl", "svg.fonttype": "none", "font.size": 9}
+    # Titles are plain text: a dollar sign begins no formula.
+    settings = {"svg.hashsalt": "megavl", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
     with matplotlib.rc_context(settings):
         return _draw(found)
 
@@ -78,7 +84,7 @@ def _draw_points(axes: Any, found: Found, name: str) -> None:
         values = found.values(name, arm)
         one = estimate(values)
         (low,), (high,) = _band([one])
-        axes.plot([number] * len(values), values, ".", color=colour, alpha=0.35, markersize=4)
+        axes.plot([number - _BESIDE] * len(values), values, ".", color=colour, alpha=0.5, markersize=4)
         error = [[one.mean - low], [high - one.mean]]
         axes.errorbar([number], [one.mean], yerr=error, fmt="o", color=colour, capsize=3, label=_label(found, arm))
     axes.set_xticks([])

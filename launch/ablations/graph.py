@@ -23,6 +23,7 @@ import yaml
 from launch.ablations.definition import ALL, Ablation, Ancestor, Arm, Dataset, Settings, Size, Start
 from launch.ablations.outside import contents, paths_of
 from megavl.config.errors import UsageError
+from megavl.config.evaluation import evaluated_names
 from megavl.config.load import load_recipe, to_dict
 from megavl.config.recipe import Recipe
 
@@ -32,6 +33,10 @@ Kind = Literal["corpus", "dataset", "start", "train"]
 _REFERENCE = re.compile(r"^(corpus|dataset):([^/]+)(?:/(.*))?$")
 _FOLDER = re.compile(r"\{([a-z]+-[0-9a-f]{16}|self)\}")
 SEED = "training.seed"
+_FIXED = ("data.tokenizer", "run.dir", "checkpoint.dir", "checkpoint.init", "checkpoint.allow_random_init")
+"""Keys of a recipe that this program sets in every run, with the seed of a cell and the size's `seq_length`."""
+_Placed = dict[str, tuple[str, Any]]
+"""Settings by key in the order in which they count: where each stands in the file, and its value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,8 @@ def build_graph(ablation: Ablation, *, size: str, seeds: int | None = None) -> G
         seeds: how many; default: the size's or the ablation's.
 
     Raises:
-        UsageError: an unknown size, a recipe that its settings make wrong, or two arms that are the same runs.
+        UsageError: an unknown size, a recipe that its settings make wrong, two arms that are the same runs, or a
+            measure that the last run of an arm does not log.
         DataError: data outside the cache are there and cannot be read.
     """
     if size not in ablation.sizes:
@@ -112,6 +118,7 @@ def build_graph(ablation: Ablation, *, size: str, seeds: int | None = None) -> G
     # Arms with one seed stand together: whatever slows the machine for a while slows them all, so it tells on no claim.
     cells = tuple(builder.cell(arm, seed) for seed in numbers for arm in ablation.arms)
     _require_different(cells, size=size)
+    _require_measured(cells, ablation=ablation)
     return Graph(cells=cells)
 
 
@@ -123,6 +130,21 @@ def _require_different(cells: Sequence[Cell], *, size: str) -> None:
             raise UsageError(
                 f"arms.{cell.arm}: is the same as {other} at size {size}; give it other settings there, or remove it"
             )
+
+
+def _require_measured(cells: Sequence[Cell], *, ablation: Ablation) -> None:
+    """Runs take hours, and then it is late to hear that they have measured something else."""
+    for name, measure in ablation.measures.items():
+        part, _, rest = measure.key.partition(".")
+        for cell in cells if measure.source == "evaluation" else ():
+            recipe = cell.runs[-1].recipe
+            assert recipe is not None, "the last run trains"
+            where = f"measures.{name}: {measure.key}: the last stage of arm {cell.arm}"
+            if recipe.evaluation.interval == 0:
+                raise UsageError(f"{where} is not evaluated; set its evaluation.interval in stages or arms")
+            known = evaluated_names(recipe.evaluation).get(part)
+            if known is not None and not any(rest.startswith(f"{one}.") for one in known):
+                raise UsageError(f"{where} evaluates no such {part}; it has {', '.join(known) or 'none'}")
 
 
 def with_folders(value: Any, *, cache: Path, own: str) -> Any:
@@ -145,55 +167,67 @@ class _Builder:
 
     def cell(self, name: str, seed: int) -> Cell:
         arm = self._ablation.arms[name]
-        settings = self._ablation.settings_of(arm, size=self._name)
         runs: list[Task] = []
         for stage in arm.chain or self._ablation.chain:
-            own = self._stage_settings(stage, settings) | {SEED: seed}
+            own = self._stage_settings(stage, name, arm)
             recipe = self._ablation.stages[stage].recipe
             title = f"{name}, seed {seed}, {stage}"
             init = runs[-1] if runs else self._start(title, arm, recipe, own, seed=seed)
-            runs.append(self._train(title, recipe, own, init=init))
+            runs.append(self._train(title, recipe, own, init=init, seed=seed))
         return Cell(arm=name, seed=seed, runs=tuple(runs))
 
-    def _stage_settings(self, stage: str, of_arm: Settings) -> Settings:
+    def _stage_settings(self, stage: str, name: str, arm: Arm) -> _Placed:
+        size, own = self._size, f"arms.{name}"
+        by_size = next((one for one in (self._name, size.like) if one in arm.by_size), None)
+        of_arm = {f"{own}.set": arm.set} | ({f"{own}.by_size.{by_size}": arm.by_size[by_size]} if by_size else {})
         # What an ablation is about holds at every size, so its settings follow those of the size.
-        merged = {**self._size.set, **self._size.stages.get(stage, {}), **self._ablation.stages[stage].set}
+        layers = {
+            f"sizes.{self._name}.set": size.set,
+            f"sizes.{self._name}.stages.{stage}": size.stages.get(stage, {}),
+            f"stages.{stage}.set": self._ablation.stages[stage].set,
+        }
         for scope in (ALL, stage):
-            prefix = f"{scope}."
-            merged |= {key.removeprefix(prefix): value for key, value in of_arm.items() if key.startswith(prefix)}
-        return merged
+            for where, values in of_arm.items():
+                prefix = f"{scope}."
+                found = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+                layers[f"{where}.{scope}"] = found
+        return _placed(layers)
 
-    def _train(self, name: str, recipe: str, settings: Settings, *, init: Task | None) -> Task:
+    def _train(self, name: str, recipe: str, settings: _Placed, *, init: Task | None, seed: int | None = None) -> Task:
         inputs: dict[str, Task] = {} if init is None else {init.address: init}
-        values = {key: self._resolved(value, inputs) for key, value in settings.items()}
-        values |= {
+        values = {key: (where, self._resolved(value, inputs)) for key, (where, value) in settings.items()}
+        fixed = {
             "data.tokenizer": self._resolved(self._size.tokenizer, inputs),
             "run.dir": "{self}/run",
             "checkpoint.dir": None,
             "checkpoint.init": f"{{{init.address}}}/{_WEIGHTS[init.kind]}" if init else None,
             "checkpoint.allow_random_init": init is None,
         }
+        assert tuple(fixed) == _FIXED
+        if seed is not None:
+            fixed[SEED] = seed
         if self._size.seq_length:
-            values["data.seq_length"] = self._size.seq_length
-        loaded = self._load(name, recipe, values)
+            fixed["data.seq_length"] = self._size.seq_length
+        _require_free(settings, fixed)
+        loaded = self._load(name, recipe, values, fixed)
         spec = {"recipe": to_dict(loaded), **self._outside(paths_of(loaded))}
         return self._once(Task(kind="train", name=name, spec=spec, inputs=tuple(inputs.values()), recipe=loaded))
 
-    def _load(self, name: str, recipe: str, values: Settings) -> Recipe:
+    def _load(self, name: str, recipe: str, settings: _Placed, fixed: Settings) -> Recipe:
         path = Path(self._size.recipes) / f"{recipe}.yaml"
+        values = {key: value for key, (_, value) in settings.items()} | fixed
         try:
             return load_recipe(path, overrides=[f"{key}={json.dumps(value)}" for key, value in values.items()])
         except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
+            raise UsageError(f"{_place(str(error), settings)} (in {name})") from None
 
-    def _start(self, name: str, arm: Arm, recipe: str, settings: Settings, *, seed: int) -> Task:
+    def _start(self, name: str, arm: Arm, recipe: str, settings: _Placed, *, seed: int) -> Task:
         """Weights of an arm's first stage: towers and decoder of ancestors, and a new adaptor."""
         start: Start = arm.start or self._ablation.start
         inputs: dict[str, Task] = {}
-        probe = {key: self._resolved(value, {}) for key, value in settings.items() if not key.startswith("checkpoint.")}
-        if self._size.seq_length:
-            probe["data.seq_length"] = self._size.seq_length
-        model = self._load(name, recipe, probe | {"data.tokenizer": "-"}).model
+        probe = {key: (where, self._resolved(value, {})) for key, (where, value) in settings.items()}
+        fixed = {"data.tokenizer": "-"} | ({"data.seq_length": self._size.seq_length} if self._size.seq_length else {})
+        model = self._load(name, recipe, probe, fixed).model
         parts = {"llm": start.llm, "siglip": start.siglip} | ({"sam": start.sam or ""} if model.sam else {})
         if parts.get("sam") == "":
             raise UsageError(f"{name}: start.sam: the model has a SAM tower; name the ancestor that gives it")
@@ -206,7 +240,8 @@ class _Builder:
         if ancestor.path is not None:
             return str(Path(ancestor.path).absolute())
         assert ancestor.recipe is not None, "the file was checked"
-        task = self._train(f"ancestor {name}", ancestor.recipe, {**self._size.set, **ancestor.set}, init=None)
+        layers = {f"sizes.{self._name}.set": self._size.set, f"sizes.{self._name}.ancestors.{name}.set": ancestor.set}
+        task = self._train(f"ancestor {name}", ancestor.recipe, _placed(layers), init=None)
         inputs[task.address] = task
         return f"{{{task.address}}}/{_WEIGHTS['train']}"
 
@@ -220,6 +255,8 @@ class _Builder:
         if found is None:
             return value
         kind, name, rest = found.groups()
+        if bool(rest) is (kind == "dataset"):
+            raise UsageError(f"{value}: is written {'corpus:NAME/FILE' if kind == 'corpus' else 'dataset:NAME'}")
         if kind == "corpus":
             return self._file_of(self._corpus(name), f"{_CORPUS}/{rest}", inputs)
         dataset = self._size.datasets.get(name)
@@ -264,6 +301,42 @@ class _Builder:
         return self._made.setdefault(task.address, task)
 
 
+def _placed(layers: Mapping[str, Settings]) -> _Placed:
+    """Settings by key; what stands in a later layer counts, and comes after all that an earlier one says."""
+    found: _Placed = {}
+    for where, settings in layers.items():
+        for key, value in settings.items():
+            found.pop(key, None)
+            found[key] = (f"{where}.{key}", value)
+    return found
+
+
+def _require_free(settings: _Placed, fixed: Collection[str]) -> None:
+    """Refuse settings that would be lost, because the program sets the key after them."""
+    for key, (where, value) in settings.items():
+        for one in fixed:
+            inside: Any = {key: value}
+            # `training: {seed: 7}` sets it as well.
+            for part in (key, *one.removeprefix(key).split(".")[1:]):
+                inside = inside.get(part, _NOTHING) if isinstance(inside, Mapping) else _NOTHING
+            if (key == one or one.startswith(f"{key}.")) and inside is not _NOTHING:
+                hint = {SEED: "use seeds and first_seed", "data.seq_length": "use seq_length of the size"}
+                raise UsageError(f"{where}: {one} is set by this program in each run; {hint.get(one, 'remove it')}")
+
+
+def _place(message: str, settings: _Placed) -> str:
+    """A message about an override of `load_recipe`, with its place in the file of the ablation."""
+    before, typed, after = message.partition("on the command line")
+    if not typed:
+        return message
+    key = (before.rpartition(" with ")[2] or after.removeprefix(": ")).partition("=")[0].partition(":")[0]
+    for own, (where, _) in reversed(settings.items()):
+        if own == key or own.startswith(f"{key}.") or key.startswith(f"{own}."):
+            return f"{before}in {where}{after}" if before else f"{where}{after}"
+    return message
+
+
+_NOTHING = object()
 _CORPUS = "corpus"
 _WEIGHTS = {"train": "run/checkpoints", "start": "weights"}
 """Where a task leaves the checkpoint that others start from."""

@@ -1,8 +1,9 @@
 """Means with confidence intervals over seeds, and verdicts on claims.
 
 The interval of a mean is Student's: mean +- t(n - 1) * s / sqrt(n), two-sided, 95%. Arms share their seeds, so a claim
-is judged by the differences of the pairs. It says nothing about other data, sizes or settings, and claims are not
-corrected for their number.
+is judged by the differences of the pairs. It says nothing about other data, sizes or settings, nor about another
+decoder or other towers: all seeds start from the same ancestors. Claims are not corrected for their number. Where
+nothing differs, up to one in forty is confirmed.
 
 A difference counts as positive where it goes the claimed way. Its interval over at least three seeds decides, with the
 margin of the claim:

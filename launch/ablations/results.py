@@ -133,13 +133,16 @@ def read_results(ablation: Ablation, graph: Graph, *, size: str, cache: Path) ->
     conditions: dict[str, dict[int, Sequence[Any]]] = {arm: {} for arm in ablation.arms}
     for cell in graph.cells:
         for name, measure in ablation.measures.items():
-            curves[name][cell.arm][cell.seed] = _curve(name, measure, cell, cache=cache)
+            curves[name][cell.arm][cell.seed] = _points(name, measure, cell, cache=cache)
         done = [read_done(run, cache=cache) for run in cell.runs]
         tokens[cell.arm] = sum(row["tokens"] for row in done)
         steps[cell.arm] = sum(row["steps"] for row in done)
         if ablation.speeds:
             seconds[cell.arm][cell.seed] = _step_seconds(cell, cache=cache)
             conditions[cell.arm][cell.seed] = [done[-1].get("host"), done[-1].get("jobs")]
+    for name, measure in ablation.measures.items():
+        if measure.source == "training":
+            curves[name] = _in_windows(curves[name], graph)
     _check_steps(curves)
     seeds = tuple(dict.fromkeys(cell.seed for cell in graph.cells))
     return Found(
@@ -168,7 +171,7 @@ def _check_steps(curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> Non
                     )
 
 
-def _curve(name: str, measure: Measure, cell: Cell, *, cache: Path) -> Curve:
+def _points(name: str, measure: Measure, cell: Cell, *, cache: Path) -> Curve:
     log = _run(cell, cache=cache) / {"evaluation": EVALUATION, "training": METRICS}[measure.source]
     found, steps = read_rows(log), cell.runs[-1].steps
     last = found[-1]["step"] if found else 0
@@ -184,9 +187,9 @@ def _curve(name: str, measure: Measure, cell: Cell, *, cache: Path) -> Curve:
         where = f"step {wrong[0]}" if wrong else "any step"
         raise DataError(
             f"measures.{name}.key: {measure.key} has no finite number at {where} of {log} (arm {cell.arm}, seed "
-            f"{cell.seed}); correct the key, or let the runs of this arm log it"
+            f"{cell.seed}); where the run diverged, change its settings, else correct the key"
         )
-    return points if measure.source == "evaluation" else _windows(points, steps=steps)
+    return points
 
 
 def _run(cell: Cell, *, cache: Path) -> Path:
@@ -209,9 +212,18 @@ def _at(row: Any, key: str) -> Any:
     return row
 
 
-def _windows(points: Curve, *, steps: int) -> Curve:
+def _in_windows(of_measure: Mapping[str, Mapping[int, Curve]], graph: Graph) -> dict[str, dict[int, Curve]]:
+    """Curves of training rows as means over parts of the run, as many for all seeds of an arm."""
+    steps = {cell.arm: cell.runs[-1].steps for cell in graph.cells}
+    found: dict[str, dict[int, Curve]] = {}
+    for arm, of_arm in of_measure.items():
+        count = min(WINDOWS, *map(len, of_arm.values()))
+        found[arm] = {seed: _windows(points, steps=steps[arm], count=count) for seed, points in of_arm.items()}
+    return found
+
+
+def _windows(points: Curve, *, steps: int, count: int) -> Curve:
     """Means over equal parts of the rows, at equal parts of the run: steps of one kind differ from seed to seed."""
-    count = min(WINDOWS, len(points))
     borders = [len(points) * number // count for number in range(count + 1)]
     parts = [points[first:last] for first, last in zip(borders, borders[1:])]
     means = [math.fsum(value for _, value in part) / len(part) for part in parts]
@@ -230,8 +242,11 @@ def page(
     ablation = found.ablation
     lines = [f"# {ablation.title}", "", f"![{ablation.title}]({name}.svg)", "", f"The paper: {ablation.paper}"]
     lines += ["", f"What else differs: {ablation.confounded}"] if ablation.confounded else []
-    lines += table("| claim | measure | margin | difference | 95% interval | effect | verdict |", _claim_rows(found))
-    head = " | ".join(measure.title for measure in ablation.measures.values())
+    if ablation.claims:
+        lines += table(
+            "| claim | measure | margin | difference | 95% interval | effect | verdict |", _claim_rows(found)
+        )
+    head = " | ".join(measure.title.replace("|", "\\|") for measure in ablation.measures.values())
     lines += table(f"| arm | steps | tokens a seed | {head} |", _arm_rows(found))
     if ablation.speeds:
         lines += table("| speed, measured | margin | gain | 95% interval | verdict |", _speed_rows(found))
@@ -241,14 +256,17 @@ def page(
         if len({str(dict(found.conditions[arm])) for speed in ablation.speeds for arm in (speed.arm, speed.than)}) > 1:
             lines[-1] += " Some were timed on other machines, or with another number of runs at a time: no verdict."
     if simulations:
-        lines += table("| the planner's simulation | |", [table_row(*pair) for pair in _shown(simulations)])
+        lines += table("| the planner's simulation | |", _simulation_rows(found, simulations))
     seeds = ", ".join(map(str, found.seeds))
     return [
         *lines,
         "",
         f"Means with 95% intervals over {len(found.seeds)} seeds ({seeds}); `{name}.json` has every value. A "
         "difference is positive where it goes the claimed way. Effect: whether one of both arms is further than the "
-        "margin from chance or its start, and below the limit. Verdicts: the rule in `launch/ablations/intervals.py`.",
+        "margin from chance or its start, and below the limit. Verdicts: the rule in `launch/ablations/intervals.py`, "
+        "not corrected for the number of claims.",
+        "",
+        "All seeds start from the same trained decoder and towers, so the intervals say nothing about others.",
         "",
         f"    {command}",
         "",
@@ -269,7 +287,7 @@ def _claim_rows(found: Found) -> Iterator[str]:
         difference = row["difference"]
         measure = found.ablation.measures[row["measure"]]
         interval = _interval(difference["low"], difference["high"])
-        yield table_row(
+        yield _row(
             *(row["text"], measure.title, f"{row['margin']:g}", f"{difference['mean']:+.4f}", interval),
             "yes" if row["effect"] else "no",
             f"**{row['verdict']}**",
@@ -281,7 +299,7 @@ def _speed_rows(found: Found) -> Iterator[str]:
         gain = row["difference"]
         low, high = ("-" if end is None else f"{end:+.1%}" for end in (gain["low"], gain["high"]))
         shown = (f"{row['margin']:.0%}", f"{gain['mean']:+.1%}", f"[{low}, {high}]", f"**{row['verdict']}**")
-        yield table_row(row["text"], *shown)
+        yield _row(row["text"], *shown)
 
 
 def _arm_rows(found: Found) -> Iterator[str]:
@@ -290,12 +308,20 @@ def _arm_rows(found: Found) -> Iterator[str]:
         for measure in found.ablation.measures:
             one = estimate(found.values(measure, name))
             cells.append(f"{one.mean:.4f} {_interval(one.low, one.high)}")
-        yield table_row(arm.title, f"{found.steps[name]:,}", f"{found.tokens[name]:,}", *cells)
+        yield _row(arm.title, f"{found.steps[name]:,}", f"{found.tokens[name]:,}", *cells)
 
 
 def _interval(low: float | None, high: float | None) -> str:
     return "-" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
 
 
-def _shown(simulations: Mapping[str, float]) -> Sequence[tuple[str, str]]:
-    return [(title, f"{value:+.1%}") for title, value in simulations.items()]
+def _simulation_rows(found: Found, simulations: Mapping[str, float]) -> Iterator[str]:
+    for one in found.ablation.simulations:
+        if one.title in simulations:
+            value = simulations[one.title]
+            yield _row(one.title, f"{value:+.1%}" if one.unit == "share" else f"{value:g}")
+
+
+def _row(*cells: str) -> str:
+    """A line of a table; titles may have a bar."""
+    return table_row(*(cell.replace("|", "\\|") for cell in cells))

@@ -51,6 +51,11 @@ class Stopped(Exception):
         super().__init__("stopped; the same command goes on")
         self.code = code
 
+    @classmethod
+    def by(cls, number: int) -> Stopped:
+        """After this signal."""
+        return cls(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)
+
 
 @dataclass
 class Running:
@@ -240,7 +245,7 @@ class Runner:
                 passed += 1
             time.sleep(_TICK_S)
             self._collect()
-        raise Stopped(EXIT_INTERRUPTED if self.signals[0] == signal.SIGINT else EXIT_PREEMPTED)
+        raise Stopped.by(self.signals[0])
 
     def _tell(self, what: str) -> None:
         say(f"{self.title}: {what}; {self._clock.describe(self._done, self._running)}")

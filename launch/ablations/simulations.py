@@ -44,10 +44,9 @@ def _ask(simulation: Simulation, *, cache: Path) -> float:
     address = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     kept = cache / f"plan-{address}.json"
     # Only a commit alone says what the code is.
-    if kept.is_file() and not code.endswith(("-dirty", "unknown")):
-        answer = json.loads(kept.read_text(encoding="utf-8"))
-    else:
-        answer = _answer(simulation)
+    known = None if code.endswith(("-dirty", "unknown")) else _kept(kept)
+    answer = known if known is not None else _answer(simulation)
+    if known is None:
         with storage_errors(f"{kept}: writing it"):
             replace_durably(kept, json.dumps(answer).encode())
     value = answer
@@ -56,6 +55,14 @@ def _ask(simulation: Simulation, *, cache: Path) -> float:
     if not isinstance(value, int | float):
         raise UsageError(f"simulations: {simulation.key}: megavl plan {simulation.recipe} says no such number")
     return float(value)
+
+
+def _kept(path: Path) -> Any:
+    """An earlier answer; None where there is none, or what is left of it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _answer(simulation: Simulation) -> Any:

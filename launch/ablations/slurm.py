@@ -23,7 +23,8 @@ from megavl.files.durable import replace_durably, storage_errors
 
 LOGS = "slurm"
 """Folder in the cache for the output of the jobs, and for what each has."""
-_OURS = ("--array", "--dependency", "--wrap", "--parsable", "-a", "-d")
+_OURS = ("--array", "--dependency", "--wrap", "--parsable", "--test-only")
+_OURS_SHORT = ("-a", "-d")
 """Options that decide which tasks run, and when."""
 
 
@@ -37,7 +38,7 @@ def submit(
         done: whether each is.
         command: of `launch/ablate.py`, without `--slurm`.
         name: of the jobs.
-        extra: further options of sbatch for all jobs, quoted as in a shell; they override ours.
+        extra: further options of sbatch for all jobs, quoted as in a shell; they override ours that are not `_OURS`.
 
     Returns:
         Numbers of the jobs; the last one writes the report.
@@ -77,15 +78,47 @@ def _options(extra: str) -> list[str]:
         options = shlex.split(extra)
     except ValueError as error:
         raise UsageError(f"--sbatch {extra}: {error}; quote the options as in a shell") from error
-    for word in options:
-        if word.partition("=")[0] in _OURS:
+    for before, word in zip(["--first=", *options], options):
+        name = word.partition("=")[0]
+        # sbatch takes `--arra=1` and `-a1` as well.
+        ours = len(name) > len("--") and name.startswith("--") and any(one.startswith(name) for one in _OURS)
+        if ours or word.startswith(_OURS_SHORT):
             raise UsageError(f"--sbatch {word}: is set for each job by this program; leave it out")
+        if not word.startswith("-") and before.startswith("--") and "=" in before:
+            raise UsageError(f"--sbatch {word}: belongs to no option, so sbatch would run it; leave it out")
     return options
+
+
+def require_queued(task: Task, *, cache: Path) -> None:
+    """Refuse to run another task than the one that this array job was queued for.
+
+    Raises:
+        UsageError: a file of the ablation was changed while the job waited.
+    """
+    queued = _tasks_of(cache / LOGS / f"{os.environ.get('SLURM_ARRAY_JOB_ID', '')}.json")
+    if queued is not None and task.address not in queued:
+        raise UsageError(
+            f"--cell: {task.name} is not what this job was queued for, so a file of the ablation has changed; end the "
+            "jobs with scancel, and start the same command again"
+        )
+
+
+def _tasks_of(path: Path) -> list[str] | None:
+    """Addresses of the tasks of a job; None where no file says them."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, list):
+        raise UsageError(f"{path}: is damaged; remove it when none of the jobs waits or runs any more")
+    return list(map(str, found))
 
 
 def _require_unqueued(tasks: Sequence[Task], *, logs: Path) -> None:
     """Refuse tasks that wait or run in a job already."""
-    held = {path.stem: set(json.loads(path.read_text(encoding="utf-8"))) for path in logs.glob("*.json")}
+    held = {path.stem: set(_tasks_of(path) or ()) for path in logs.glob("*.json")}
     if not held:
         return
     try:
@@ -123,4 +156,7 @@ def _queue(options: Sequence[str], command: Sequence[str], *, name: str, after: 
         raise UsageError("--slurm: there is no sbatch here; run on a login node, or leave --slurm out") from None
     if done.returncode:
         raise UsageError(f"--slurm: sbatch refused: {' '.join(done.stderr.split())}; correct --sbatch")
-    return done.stdout.strip().partition(";")[0]
+    number = done.stdout.strip().partition(";")[0]
+    if not number.isdecimal():
+        raise UsageError(f"--slurm: sbatch gave no number of a job but {done.stdout[:200]!r}; correct --sbatch")
+    return number

@@ -47,17 +47,21 @@ class EvaluationConfig:
     """By what options are compared: token (perplexity, as in the paper), sum or byte."""
 
 
+def evaluated_names(evaluation: EvaluationConfig) -> dict[str, list[str]]:
+    """Names in the rows of `evaluation.jsonl`, below `tasks` and `held_out`."""
+    return {
+        "tasks": [benchmark_of(entry)[0] or Path(entry).stem for entry in evaluation.tasks],
+        "held_out": [Path(path).name for path in evaluation.held_out],
+    }
+
+
 def check_evaluation(evaluation: EvaluationConfig) -> None:
     """Check that there is something to evaluate, and that results can be told apart.
 
     Raises:
         UsageError: naming the key.
     """
-    names = {
-        "tasks": [benchmark_of(entry)[0] or Path(entry).stem for entry in evaluation.tasks],
-        "held_out": [Path(path).name for path in evaluation.held_out],
-    }
-    for key, found in names.items():
+    for key, found in evaluated_names(evaluation).items():
         if doubled := [name for name in found if found.count(name) > 1]:
             raise UsageError(
                 f"evaluation.{key}: two entries are called {doubled[0]!r}, by which results are named; rename one"

@@ -30,7 +30,8 @@ def parse_yaml(text: str) -> Any:
     """Value of a YAML text in the plain types of `yaml.safe_load`.
 
     Raises:
-        ValueError: no valid YAML, or beyond the limits; an alias counts as often as it is used.
+        ValueError: no valid YAML, a key that stands twice in a mapping, or beyond the limits; an alias counts as often
+            as it is used.
     """
     if len(text) > YAML_FILE.size:
         raise ValueError(f"{len(text):,} characters, at most {YAML_FILE.size:,} are read")
@@ -62,6 +63,18 @@ class _BoundedLoader(yaml.SafeLoader):
         require_at_most("values", self._count, YAML_FILE.values)
         node = super().compose_node(parent, index)
         self._depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], Any] = {}
+        for key, _ in node.value:
+            # `<<` may come several times; what it brings in, keys beside it replace.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                other = first.setdefault((key.tag, key.value), key)
+                if other is not key:
+                    line, again = (one.start_mark.line + 1 for one in (other, key))
+                    raise ValueError(f"the key {key.value!r} stands in line {line} and again in line {again}; keep one")
         return node
 
     def get_single_node(self) -> Any:

@@ -153,3 +153,14 @@ def test_links_stay_inside_their_folder(tmp_path: Path) -> None:
     for name in ("merges.txt", "vocab.json"):
         with pytest.raises(ValueError, match=f"a link to {secret}, outside"):
             regular_file_in(snapshot, name)
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "x: {a: 1, a: 1}", "x:\n  - {'a': 1, \"a\": 2}"])
+def test_repeated_key_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"the key 'a' stands in line . and again in line ."):
+        parse_yaml(text)
+
+
+def test_merged_keys_may_be_replaced() -> None:
+    text = "x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}\n1: one\n'1': text"
+    assert parse_yaml(text) == {"x": {"a": 1, "b": 2}, "y": {"a": 3, "b": 2}, 1: "one", "1": "text"}

@@ -15,10 +15,8 @@ from launch.ablations.graph import build_graph
 from launch.ablations.runner import TaskFailed
 from launch.ablations.simulations import simulate
 from megavl.config.errors import UsageError
-from tests.unit.launch.ablations.test_definition import FOLDER, write
+from tests.unit.launch.ablations.test_definition import FOLDER, SIMULATION, arms_with, write
 from tests.unit.launch.ablations.test_results import fill
-
-SIMULATION = {"title": "gain", "recipe": "launch/recipes/7b/stage2.yaml", "set": {}, "key": "mixing.gain"}
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +105,36 @@ def test_answer_is_kept_for_a_recipe_and_code(tmp_path: Path, monkeypatch: pytes
         recipe.write_text(recipe.read_text().replace("lr: 4.2e-5", f"lr: {rate}"))
         assert simulate(ablation, cache=tmp_path) == {"gain": 0.5}
         assert len(asked) == count, (code, rate)
+
+
+def test_damaged_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulations, "run", lambda *_: (json.dumps({"mixing": {"gain": 0.5}}), ""))
+    monkeypatch.setattr(simulations, "commit", lambda: "a")
+    ablation = read_ablation(write(tmp_path, simulations=[SIMULATION]))
+    for content in ("", "{", "\xff"):
+        for path in tmp_path.glob("plan-*.json"):
+            path.write_text(content, encoding="latin-1")
+        assert simulate(ablation, cache=tmp_path) == {"gain": 0.5}
+
+
+def test_mistake_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, **arms_with(set={"stage2.data.gruoping": "step"}))
+    assert ablate.main([str(FOLDER / "figure9.yaml"), str(path), "--cache", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: arms.mixed.set.stage2.data.gruoping: data.gruoping: unknown key" in error
+    assert "command line" not in error and "(in mixed, seed 1, stage2)" in error
+
+
+@pytest.mark.parametrize(
+    "words", [["--smoke", "--size", "tiny"], ["--slurm", "--cell", "3"], ["--list", "--cell", "3"]], ids=" ".join
+)
+def test_options_that_exclude_each_other(words: list[str], tmp_path: Path) -> None:
+    command = [str(FOLDER / "figure8.yaml"), "--cache", str(tmp_path / "cache"), *words]
+    try:
+        assert ablate.main(command) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert not (tmp_path / "cache").exists()
 
 
 def test_refused_plan_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

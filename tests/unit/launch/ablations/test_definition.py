@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from megavl.config.errors import UsageError
 
 FOLDER = Path(__file__).resolve().parents[4] / "launch/ablations"
 SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "base.yaml")
+MEASURE = {"title": "t", "source": "evaluation", "key": "a", "better": "lower", "modality": "text"}
+SIMULATION = {"title": "gain", "recipe": "launch/recipes/7b/stage2.yaml", "set": {}, "key": "mixing.gain"}
 CLAIM = {"text": "t", "measure": "easy", "arm": "mixed", "than": "grouped", "margin": 0}
 
 
@@ -80,6 +83,13 @@ def test_smoke_inherits_from_tiny(tmp_path: Path) -> None:
         (arms_with(by_size={"tinny": {}}), "arms.mixed.by_size: there is no 'tinny'; did you mean 'tiny'?"),
         (arms_with(by_size={"tiny": {"stag2.x": 1}}), "arms.mixed.by_size.tiny.stag2.x: there is no 'stag2'"),
         (arms_with(set={"stage2": 1}), "arms.mixed.set.stage2: names a stage alone"),
+        ({"title": "two\nlines"}, "title: found 'two"),
+        (arms_with(title="_m"), "arms.mixed.title: found '_m'"),
+        (arms_with(set={"stage2.data.grouping": date(2024, 1, 1)}), "stage2.data.grouping: found datetime"),
+        (arms_with(set={"stage2.data.grouping": b"step"}), "arms.mixed.set.stage2.data.grouping: found b'step'"),
+        ({"arms": {8: {"title": "x"}}}, "arms.key 8 is a int; keys are text, quote it"),
+        ({"measures": {"easy": MEASURE}}, "measures.easy: `modality` is of the rows of training"),
+        ({"simulations": [SIMULATION, SIMULATION]}, "simulations.1.title: 'gain' stands there twice"),
         (arms_with(set={"stage3.training.steps": 1}), "arms.mixed.set.stage3.training.steps: there is no 'stage3'"),
     ],
 )  # fmt: skip
@@ -98,7 +108,7 @@ def test_setting_of_an_unknown_stage_is_refused(tmp_path: Path) -> None:
 
 def test_file_that_is_no_ablation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    for text in ("- 1", "a: [", "7: a"):
+    for text in ("- 1", "a: [", "7: a", "title: a\nseeds: 1\nseeds: 2"):
         path.write_text(text)
         with pytest.raises(UsageError, match=r"x\.yaml"):
             read_ablation(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,9 @@ from launch.ablations.definition import read_ablation
 from launch.ablations.graph import Graph, build_graph, files, program
 from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe
-from tests.unit.launch.ablations.test_definition import FOLDER, SHIPPED, write
+from tests.unit.launch.ablations.test_definition import FOLDER, SHIPPED, arms_with, write
+
+STAGES = ("stage1", "stage2", "stage3")
 
 
 @pytest.fixture(autouse=True)
@@ -167,12 +170,14 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     for sources, message in (
         ([{"path": "dataset:nothing"}], "has no such data set"),
         ([{"path": "corpus:nothing/x"}], "has no such corpus"),
+        ([{"path": "corpus:full"}], "corpus:full: is written corpus:NAME/FILE"),
+        ([{"path": "dataset:text/x"}], "dataset:text/x: is written dataset:NAME"),
     ):
         sizes = {"tiny": {"stages": {"stage2": {"data.sources": sources}}}}
         with pytest.raises(UsageError, match=message):
             build_graph(read_ablation(write(tmp_path, sizes=sizes)), size="tiny", seeds=1)
     wrong = {"tiny": {"stages": {"stage2": {"optimizer.rate": 1}}}}
-    with pytest.raises(UsageError, match="grouped, seed 1, stage2: .*optimizer.rate"):
+    with pytest.raises(UsageError, match=r"sizes\.tiny\.stages\.stage2\.optimizer\.rate: .*\(in grouped, seed 1"):
         build_graph(read_ablation(write(tmp_path, sizes=wrong)), size="tiny", seeds=1)
 
 
@@ -192,7 +197,10 @@ def test_content_from_outside_changes_the_address(tmp_path: Path) -> None:
         "datasets": {"captions": {"inputs": [], "path": str(data)}},
         "set": {"evaluation.tasks": [f"mmbench={task_file}"]},
     }
-    ablation = read_ablation(write(tmp_path, sizes={"tiny": size}))
+    shipped = yaml.safe_load((FOLDER / "base.yaml").read_text())["measures"]
+    measures = {name: {"key": one["key"].replace("tasks.eval", "tasks.mmbench")} for name, one in shipped.items()}
+    measures["hard"]["key"] = "tasks.mmbench.accuracy"
+    ablation = read_ablation(write(tmp_path, sizes={"tiny": size}, measures=measures))
 
     def addresses() -> dict[str, str]:
         return {task.name: task.address for task in build_graph(ablation, size="tiny", seeds=1).tasks}
@@ -218,3 +226,60 @@ def test_arms_with_one_seed_stand_together(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(FOLDER.parents[1])
     cells = build_graph(read_ablation(FOLDER / "figure8.yaml"), size="tiny", seeds=2).cells
     assert [(cell.arm, cell.seed) for cell in cells] == [("grouped", 1), ("mixed", 1), ("grouped", 2), ("mixed", 2)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"all.training.seed": 7}, r"arms\.mixed\.set\.all\.training\.seed: .*use seeds and first_seed"),
+        (
+            {"stage2.training": {"seed": 7}},
+            r"arms\.mixed\.set\.stage2\.training: training\.seed is set by",
+        ),
+        ({"all.checkpoint.init": "x"}, r"all\.checkpoint\.init: checkpoint\.init is set by this program"),
+        ({"stage2.data.seq_length": 9}, "use seq_length of the size"),
+        ({"all.run": {"dir": "x"}}, r"run\.dir is set by this program in each run; remove it"),
+    ],
+)
+def test_setting_that_would_be_lost_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_graph(read_ablation(write(tmp_path, **arms_with(set=settings))), size="tiny", seeds=1)
+
+
+def test_seed_of_an_ancestor_may_be_set(tmp_path: Path) -> None:
+    sizes = {"tiny": {"ancestors": {"decoder": {"set": {"training.seed": 7}}}}}
+    tasks = build_graph(read_ablation(write(tmp_path, sizes=sizes)), size="tiny", seeds=1).tasks
+    seeds = {task.name: task.recipe.training.seed for task in tasks if task.recipe}
+    assert seeds["ancestor decoder"] == 7 and seeds["mixed, seed 1, stage2"] == 1
+
+
+def test_later_and_narrower_settings_count(tmp_path: Path) -> None:
+    """Whatever the place of the section, a stage's own key comes after one of all stages."""
+    arms = arms_with(
+        set={"all.optimizer": {"lr": 2e-4}, "stage2.optimizer.lr": 3e-4, "all.training": {"micro_batch_size": 1}}
+    )
+    stages = {
+        name: {"recipe": name, "set": {"optimizer.lr": 1e-4, "optimizer.min_lr": 0.0, "evaluation.interval": 9}}
+        for name in STAGES
+    }
+    cells = build_graph(read_ablation(write(tmp_path, **arms, stages=stages)), size="tiny", seeds=2).cells
+    found = [(run.recipe.optimizer.lr, run.recipe.training.seed) for run in cells[3].runs if run.recipe]
+    assert cells[3].arm == "mixed" and found == [(2e-4, 2), (3e-4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chain": ["stage1"]}, "the last stage of arm grouped is not evaluated; set its evaluation.interval"),
+        (
+            {"measures": {"easy": {"key": "tasks.evl.accuracy"}}},
+            "evaluates no such tasks; it has eval, eval_hard, eval_d",
+        ),
+        ({"measures": {"easy": {"key": "held_out.texts.x"}}}, "evaluates no such held_out; it has text_heldout"),
+    ],
+)
+def test_measure_that_no_run_logs_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    arms = {"arms": {"grouped": {"title": "g"}, "mixed": {"title": "m", "set": {"all.optimizer.lr": 1e-3}}}}
+    with pytest.raises(UsageError, match="measures") as found:
+        build_graph(read_ablation(write(tmp_path, **arms, **changes)), size="tiny", seeds=1)
+    assert message in str(found.value)

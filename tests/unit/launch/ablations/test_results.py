@@ -18,6 +18,7 @@ from launch.ablations.results import cost_of, page, read_results
 from megavl.config.errors import DataError
 from tests.unit.launch.ablations.test_definition import FOLDER
 
+GAIN = read_ablation(FOLDER / "figure8.yaml").simulations[0].title
 BITS = {"grouped": (2.0, 2.1, 2.3), "mixed": (2.1, 2.2, 2.4)}
 EASY = {"grouped": (0.5, 0.6, 0.7), "mixed": (0.9, 0.3, 0.6)}
 WORST = {"grouped": 9.2, "mixed": 9.5}
@@ -81,14 +82,14 @@ def test_page_and_json_hold_the_numbers(graph: Graph, tmp_path: Path) -> None:
     found = read_results(read_ablation(FOLDER / "figure8.yaml"), graph, size="tiny", cache=tmp_path)
     cost = cost_of(graph, cache=tmp_path)
     assert cost == {"hours": pytest.approx(len(graph.tasks) * 36 / 3600), "commits": ["abc"]}
-    text = "\n".join(page(found, name="figure8", command="COMMAND", cost=COST, simulations={"gain": 0.008}))
+    text = "\n".join(page(found, name="figure8", command="COMMAND", cost=COST, simulations={GAIN: 0.008}))
     for part in (
         "| **confirmed** |",
         "2.1333 [1.7",
         "1.50 hours",
         "code abc",
         "COMMAND",
-        "| gain | +0.8% |",
+        f"| {GAIN} | +0.8% |",
         "figure8.svg",
     ):
         assert part in text
@@ -138,6 +139,40 @@ def test_speed_under_other_conditions_is_not_judged(graph: Graph, tmp_path: Path
     assert speed["verdict"] == "too small to tell" and speed["difference"]["mean"] == pytest.approx(0.25)
     text = "\n".join(page(found, name="figure8", command="COMMAND", cost=COST, simulations={}))
     assert "on other machines, or with another number of runs at a time" in text
+
+
+def test_titles_are_plain_text(graph: Graph, tmp_path: Path) -> None:
+    fill(graph, tmp_path)
+    plain = read_ablation(FOLDER / "figure8.yaml")
+    arms = {name: dataclasses.replace(arm, title=f"{name} | $5 \\frac$") for name, arm in plain.arms.items()}
+    found = read_results(dataclasses.replace(plain, arms=arms), graph, size="tiny", cache=tmp_path)
+    assert "mixed | $5 \\frac$" in " ".join(xml.etree.ElementTree.fromstring(draw(found)).itertext())
+    text = "\n".join(page(found, name="figure8", command="COMMAND", cost=COST, simulations={}))
+    assert "| mixed \\| $5 \\frac$ |" in text
+
+
+def test_simulation_is_shown_in_its_unit(graph: Graph, tmp_path: Path) -> None:
+    fill(graph, tmp_path)
+    plain = read_ablation(FOLDER / "figure8.yaml")
+    one = dataclasses.replace(plain.simulations[0], title="seconds", unit="number")
+    found = read_results(dataclasses.replace(plain, simulations=(one,)), graph, size="tiny", cache=tmp_path)
+    text = "\n".join(page(found, name="figure8", command="COMMAND", cost=COST, simulations={"seconds": 0.35}))
+    assert "| seconds | 0.35 |" in text
+
+
+def test_seeds_with_few_steps_of_a_kind_have_equal_curves(graph: Graph, tmp_path: Path) -> None:
+    """The number of text steps differs from seed to seed."""
+    fill(graph, tmp_path)
+    plain = read_ablation(FOLDER / "figure8.yaml")
+    measure = dataclasses.replace(plain.measures["loss"], source="training", key="loss", modality="text")
+    for cell in graph.cells:
+        log = tmp_path / cell.runs[-1].address / "run/metrics.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        kinds = ["text" if row["step"] <= 6 + cell.seed else "multimodal" for row in rows]
+        log.write_text("".join(json.dumps({**row, "modality": kind}) + "\n" for row, kind in zip(rows, kinds)))
+    measures = {**plain.measures, "loss": measure}
+    found = read_results(dataclasses.replace(plain, measures=measures), graph, size="tiny", cache=tmp_path)
+    assert {len(curve) for curve in found.curves["loss"]["mixed"].values()} == {7}
 
 
 def test_equal_results_give_equal_figures(graph: Graph, tmp_path: Path) -> None:

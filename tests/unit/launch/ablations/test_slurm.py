@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.ablations.graph import Task
-from launch.ablations.slurm import submit
+from launch.ablations.slurm import require_queued, submit
 from megavl.config.errors import UsageError
 
 FIRST = Task(kind="corpus", name="first", spec={"words": ["1"]})
@@ -74,11 +74,47 @@ def test_queued_tasks_are_not_queued_again(told: Path, tmp_path: Path) -> None:
     assert len(queue(tmp_path, done=(True, False))) == 2
 
 
-@pytest.mark.parametrize("extra", ["--array=1-9", "-d afterok:1", "--wrap=true"])
+@pytest.mark.parametrize(
+    "extra",
+    ["--array=1-9", "-d afterok:1", "--wrap=true", "-a0-3", "-dafterok:1", "--arra=0-1", "--depend=x", "--test-only"],
+)
 def test_option_that_breaks_the_order_is_refused(told: Path, tmp_path: Path, extra: str) -> None:
     with pytest.raises(UsageError, match="is set for each job by this program"):
         queue(tmp_path, extra=extra)
     assert not list(told.iterdir())
+
+
+@pytest.mark.parametrize("extra", ["job.sh", "--time=5 job.sh"])
+def test_script_of_another_is_refused(told: Path, tmp_path: Path, extra: str) -> None:
+    with pytest.raises(UsageError, match=r"--sbatch job\.sh: belongs to no option"):
+        queue(tmp_path, extra=extra)
+
+
+def test_option_with_a_value_of_its_own_is_passed(told: Path, tmp_path: Path) -> None:
+    assert queue(tmp_path, extra="-p cpu --time 5 --account=a --exclusive") == ["7", "8", "9"]
+
+
+def test_job_of_another_task_is_refused(told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(tmp_path)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
+    require_queued(SECOND, cache=tmp_path / "cache")
+    with pytest.raises(UsageError, match="first is not what this job was queued for"):
+        require_queued(FIRST, cache=tmp_path / "cache")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "99")
+    require_queued(FIRST, cache=tmp_path / "cache")
+
+
+def test_damaged_record_of_a_job_is_named(told: Path, tmp_path: Path) -> None:
+    queue(tmp_path)
+    (tmp_path / "cache/slurm/8.json").write_text("[")
+    with pytest.raises(UsageError, match=r"8\.json: is damaged; remove it"):
+        queue(tmp_path)
+
+
+def test_sbatch_without_a_number_is_refused(told: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho would start\n")
+    with pytest.raises(UsageError, match="gave no number of a job but 'would start"):
+        queue(tmp_path)
 
 
 def test_jobs_are_recorded_with_their_tasks(told: Path, tmp_path: Path) -> None:
