@@ -325,7 +325,7 @@ def _require_free(settings: _Placed, fixed: Collection[str]) -> None:
 
 
 def _place(message: str, settings: _Placed) -> str:
-    """A message about an override of `load_recipe`, with its place in the file of the ablation."""
+    """A message about an override of `load_recipe`, with the key in the file of the ablation."""
     before, typed, after = message.partition("on the command line")
     if not typed:
         return message

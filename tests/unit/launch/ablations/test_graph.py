@@ -254,7 +254,7 @@ def test_seed_of_an_ancestor_may_be_set(tmp_path: Path) -> None:
 
 
 def test_later_and_narrower_settings_count(tmp_path: Path) -> None:
-    """Whatever the place of the section, a stage's own key comes after one of all stages."""
+    """Whatever comes first, a stage's own key comes after one of all stages."""
     arms = arms_with(
         set={"all.optimizer": {"lr": 2e-4}, "stage2.optimizer.lr": 3e-4, "all.training": {"micro_batch_size": 1}}
     )
