@@ -36,6 +36,11 @@ UNPROMISED = (
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
     "megatron.core.tensor_parallel.random._get_cuda_rng_state",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+    "torch.distributed.ProcessGroupGloo._Options",
+    "torch.distributed.ProcessGroupGloo._Options._devices",
+    "torch.distributed.ProcessGroupGloo._Options._threads",
+    "torch.distributed.ProcessGroupGloo._Options._timeout",
+    "torch.nn.Module._forward_pre_hooks",
 )
 """Private names of torch and megatron-core."""
 
