@@ -18,6 +18,9 @@ from megavl.foreign.parsing import read_json
 
 MODEL_FILE = "model.json"
 RECIPE_FILE = "recipe.yaml"
+START = "start"
+"""Key of a manifest's content: the checkpoint whose weights the run began with (`checkpoint`, `step`, and `digest` of
+its manifest), or null for random weights. Older versions did not write it."""
 _log = logging.getLogger(__name__)
 
 

@@ -30,6 +30,7 @@ from megavl.checkpoint.safe_unpickle import (
 from megavl.checkpoint.shard_reads import ShardReader
 from megavl.checkpoint.stored_keys import PREFIX, canonical_names, is_stacked
 from megavl.config.errors import CheckpointError, one_line
+from megavl.files.model_folders import describe
 from megavl.foreign.reading import open_regular
 from megavl.weights.lazy import LazyTensor
 
@@ -55,6 +56,8 @@ def newest_checkpoints(directory: Path, *, count: int) -> list[Path]:
     Raises:
         CheckpointError: there are fewer than `count`.
     """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give one that holds checkpoints")
     found: list[Path] = []
     for candidate in candidates(directory):
         try:
@@ -63,7 +66,10 @@ def newest_checkpoints(directory: Path, *, count: int) -> list[Path]:
             _log.warning("%s; left out", error)
         if len(found) == count:
             return found[::-1]
-    raise CheckpointError(f"{directory}: holds {len(found)} good checkpoints, {count} are wanted")
+    other = None if found else describe(directory)
+    raise CheckpointError(
+        f"{directory}: holds {len(found)} good checkpoints, {count} are wanted{f': {other}' if other else ''}"
+    )
 
 
 def require_usable(path: Path) -> None:

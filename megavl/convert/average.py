@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 
 import torch
@@ -62,9 +62,3 @@ def _load_mean(tensors: Sequence[LazyTensor], *, dtype: torch.dtype) -> Tensor:
     for tensor in tensors:
         total += tensor.load()
     return total.div_(len(tensors)).to(dtype)
-
-
-def mean_origins(models: Sequence[WeightSource], tensors: Mapping[str, LazyTensor]) -> dict[str, object]:
-    """Content of the new checkpoint's `origins.json`."""
-    sources = {f"model {number}": str(model.path.absolute()) for number, model in enumerate(models, start=1)}
-    return {"sources": sources, "tensors": dict.fromkeys(tensors, f"mean of {len(models)} models")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from megavl.checkpoint.directory import candidates, checkpoint_name
 from megavl.checkpoint.manifest import MANIFEST, read_manifest
 from megavl.checkpoint.reader import load_model_config, open_model_tensors, resolve, tokenizer_folder
 from megavl.checkpoint.writer import write_model_checkpoint
@@ -26,8 +28,6 @@ from megavl.weights.lazy import LazyTensor
 
 PASSTHROUGH = "passthrough.safetensors"
 """File of a checkpoint that keeps the original format's unused parameters for a complete export."""
-ORIGINS = "origins.json"
-"""File of a start checkpoint that says where every tensor comes from."""
 
 Progress = Callable[[Mapping[str, LazyTensor]], AbstractContextManager[Mapping[str, LazyTensor]]]
 """Gives the same tensors in a context that shows how many bytes of them were read."""
@@ -39,6 +39,24 @@ def open_unused(path: Path) -> Mapping[str, LazyTensor]:
         config, fmt = read_config(path)
         return read_unused(open_hf_tensors(path), config=config, fmt=fmt)
     return open_file(path / PASSTHROUGH) if PASSTHROUGH in read_manifest(path)["files"] else {}
+
+
+def require_own_directory(directory: Path) -> None:
+    """Refuse to write iteration 0 inside a model, or between the checkpoints of a run.
+
+    Raises:
+        UsageError: says what is there.
+    """
+    found = next((name for name in (MANIFEST, "config.json") if os.path.lexists(directory / name)), None)
+    if found is not None:
+        raise UsageError(
+            f"OUT: {directory}: is itself a model, it has a {found}; name another directory for the new checkpoint"
+        )
+    other = next((path.name for path in candidates(directory) if path.name != checkpoint_name(0)), None)
+    if other is not None:
+        raise UsageError(
+            f"OUT: {directory}: holds a run's checkpoints, such as {other}; name another directory for the new one"
+        )
 
 
 def write_checkpoint(

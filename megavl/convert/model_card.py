@@ -101,10 +101,15 @@ def model_card(
 
 def _training(facts: RunFacts) -> Iterator[str]:
     yield "## Training"
+    if facts.mean:
+        yield f"These weights are the mean of {len(facts.mean)} models: {', '.join(map(_cell, facts.mean))}."
     if not facts.stages:
-        yield f"These weights were not trained by MegaVL. They come from {_cell(facts.origin)}."
+        origin = "" if facts.mean else f" The weights come from {_cell(facts.origin)}."
+        yield f"No run of MegaVL is recorded.{origin}"
         return
-    rows: list[tuple[str, ...]] = [("", *map(_stage_name, facts.stages))]
+    if facts.mean:
+        yield "This is how the newest of those models that is recorded was trained:"
+    rows: list[tuple[str, ...]] = [("", *_stage_names(facts))]
     rows += [
         ("steps", *(f"{stage.step:,}" for stage in facts.stages)),
         ("sequences", *(f"{stage.sequences:,}" for stage in facts.stages)),
@@ -123,12 +128,12 @@ def _training(facts: RunFacts) -> Iterator[str]:
 def _data(facts: RunFacts) -> Iterator[str]:
     rows = [
         (
-            _stage_name(stage),
+            name,
             share.name,
             "-" if stage.multimodal_fraction == 1 else f"{share.text:.1%}",
             "-" if stage.multimodal_fraction == 0 else f"{share.multimodal:.1%}",
         )
-        for stage in facts.stages
+        for name, stage in zip(_stage_names(facts), facts.stages, strict=True)
         for share in stage.shares
     ]
     if rows:
@@ -138,8 +143,9 @@ def _data(facts: RunFacts) -> Iterator[str]:
 
 
 def _evaluation(facts: RunFacts, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    rows = [row for name, report in reports.items() for row in _report_rows(name, report)]
-    during = [row for stage in facts.stages for row in _rows_during(stage)]
+    rows = [row for name, report in reports.items() for row in report_rows(name, report)]
+    stages = zip(_stage_names(facts), facts.stages, strict=True)
+    during = [row for name, stage in stages for row in _rows_during(stage, name=name)]
     if not rows and not during:
         return
     yield "## Evaluation"
@@ -150,7 +156,8 @@ def _evaluation(facts: RunFacts, reports: Mapping[str, Mapping[str, Any]]) -> It
         yield _table([("run and step", "measure", "value", "chance", "questions"), *during])
 
 
-def _report_rows(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def report_rows(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Report, task, score, chance and questions of each result in a `report.json`; nothing if it is no report."""
     if "accuracy" in report:
         yield name, "questions", _share(report["accuracy"]), _share(report.get("chance")), _value(report.get("n"))
     for task, figures in _mappings(report.get("benchmarks")):
@@ -162,8 +169,8 @@ def _report_rows(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, ..
         yield name, "bits per byte", _value(text.get("bits_per_byte")), "-", _value(text.get("n"))
 
 
-def _rows_during(stage: StageFacts) -> Iterator[tuple[str, ...]]:
-    at = f"{_stage_name(stage)}, {_value(stage.evaluation.get('step'))}"
+def _rows_during(stage: StageFacts, *, name: str) -> Iterator[tuple[str, ...]]:
+    at = f"{name}, {_value(stage.evaluation.get('step'))}"
     for task, figures in _mappings(stage.evaluation.get("tasks")):
         if figures.get("accuracy") is not None:
             chance = _share(figures.get("chance"))
@@ -174,8 +181,8 @@ def _rows_during(stage: StageFacts) -> Iterator[tuple[str, ...]]:
         for modality, figures in _mappings(modalities):
             for measure in ("loss", "bits_per_byte"):
                 if figures.get(measure) is not None:
-                    name = f"{measure.replace('_', ' ')} of {source}, {modality}"
-                    yield at, name, _value(figures[measure]), "-", "-"
+                    label = f"{measure.replace('_', ' ')} of {source}, {modality}"
+                    yield at, label, _value(figures[measure]), "-", "-"
 
 
 def _mappings(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -184,8 +191,13 @@ def _mappings(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield str(name), figures
 
 
-def _stage_name(stage: StageFacts) -> str:
-    return f"stage {_value(stage.setting('training.stage'))}"
+def _stage_names(facts: RunFacts) -> list[str]:
+    """A name for each run; several runs of one stage are numbered."""
+    names = [f"stage {_value(stage.setting('training.stage'))}" for stage in facts.stages]
+    return [
+        name if names.count(name) == 1 else f"{name}, run {names[: index + 1].count(name)}"
+        for index, name in enumerate(names)
+    ]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -200,8 +212,10 @@ def _row(cells: Sequence[str]) -> str:
 def _cell(text: str) -> str:
     """Text that neither ends a cell nor becomes markup; names come from files of others."""
     shown = visible(text, keep="")
-    for mark in ("\\", "|", "<", "`", "[", "*", "~"):
+    # A colon or an at sign makes an address, which becomes a link; an ampersand a character, dollars a formula.
+    for mark in ("\\", "|", "<", "`", "[", "*", "~", "&", "$", ":", "@"):
         shown = shown.replace(mark, f"\\{mark}")
+    shown = re.sub(r"\bwww\.", lambda found: f"{found[0][:-1]}\\.", shown, flags=re.IGNORECASE)
     # Between letters an underscore means nothing.
     return re.sub(r"(?<![^\W_])_+|_+(?![^\W_])", lambda run: "\\_" * len(run[0]), shown)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from megavl.checkpoint.find import RECIPE_FILE, find
-from megavl.checkpoint.manifest import read_manifest
+from megavl.checkpoint.find import RECIPE_FILE, START, find
+from megavl.checkpoint.manifest import check_sizes, read_manifest
 from megavl.config.errors import CheckpointError
+from megavl.convert.origins import ORIGINS, mean_sources
 from megavl.foreign.parsing import parse_json
 from megavl.foreign.reading import open_regular
 from megavl.foreign.yaml_text import read_yaml
 
 _LONGEST_ROW = 1 << 20
 """Bytes of a row of a run's logs."""
+_SAME_RUN = ("run.dir", "checkpoint.dir", "training.stage", "training.seed")
+"""Settings by which the recipe in a run's folder and that in a checkpoint are of one run; others may change in it."""
 _STAGES = 16
 """Most runs that are followed back from one to the one that it started from."""
 
@@ -53,10 +57,14 @@ class StageFacts:
 
     def setting(self, key: str) -> Any:
         """Value of a dotted key of the recipe; None if it is not there."""
-        value: Any = self.recipe
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return _setting(self.recipe, key)
+
+
+def _setting(recipe: Mapping[str, Any], key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,8 @@ class RunFacts:
     stages: tuple[StageFacts, ...]
     origin: str
     """Where the weights came from before the first of them."""
+    mean: tuple[str, ...] = ()
+    """Names of the models whose mean this one is; `stages` are then those of the newest that has some."""
 
 
 def run_facts(checkpoint: Path) -> RunFacts:
@@ -78,22 +88,84 @@ def run_facts(checkpoint: Path) -> RunFacts:
         CheckpointError: the checkpoint's recipe cannot be read.
     """
     stages: list[StageFacts] = []
-    current: Path | None = checkpoint
+    models = _averaged(checkpoint)
+    current: Path | None = _newest_trained(models) or checkpoint
     origin = "unknown"
     while current is not None and len(stages) < _STAGES:
-        if RECIPE_FILE not in read_manifest(current)["files"]:
-            origin = f"the checkpoint {_shown(current)}, converted or put together before training"
+        if not _has_recipe(current):
+            of = (
+                f"the mean of {', '.join(map(_shown, _averaged(current)))}"
+                if _averaged(current)
+                else "converted or put together before training"
+            )
+            origin = f"the checkpoint {_shown(current)}, {of}"
             break
         stages.append(_stage(current))
-        init = stages[-1].setting("checkpoint.init")
-        if not isinstance(init, str):
+        start = _start(stages[-1])
+        if start is None:
             origin = "random weights"
             break
-        try:
-            current = find(init, skip_hash=True, require=read_manifest)
-        except CheckpointError:
-            current, origin = None, f"the checkpoint {_shown(Path(init))}, which is no longer there"
-    return RunFacts(stages=tuple(reversed(stages)), origin=origin)
+        current = start.find()
+        if current is None:
+            origin = f"the checkpoint {_shown(start.path)}, which is not found from here"
+    return RunFacts(stages=tuple(reversed(stages)), origin=origin, mean=tuple(map(_shown, models)))
+
+
+def _has_recipe(checkpoint: Path) -> bool:
+    return RECIPE_FILE in read_manifest(checkpoint)["files"]
+
+
+def _averaged(checkpoint: Path) -> tuple[Path, ...]:
+    return mean_sources(checkpoint) if ORIGINS in read_manifest(checkpoint)["files"] else ()
+
+
+def _newest_trained(models: Sequence[Path]) -> Path | None:
+    """The model of the latest step, of those that a run wrote and that are still there."""
+    found = []
+    for number, path in enumerate(models):
+        with contextlib.suppress(CheckpointError):
+            manifest = check_sizes(path)
+            if RECIPE_FILE in manifest["files"]:
+                found.append((manifest["iteration"], number))
+    return models[max(found)[1]] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The checkpoint that a run started from."""
+
+    path: Path
+    """As the run found it; for an old checkpoint, `checkpoint.init` of the recipe."""
+    init: Path | None
+    """`checkpoint.init` of the recipe."""
+    digest: str | None
+    """Of its manifest; None for an old checkpoint."""
+
+    def find(self) -> Path | None:
+        """The very checkpoint, also where its folder was moved and `checkpoint.init` names the new path."""
+        if self.digest is None:
+            try:
+                return find(self.path, skip_hash=True, require=read_manifest)
+            except CheckpointError:
+                return None
+        for path in (self.path, *([self.init, self.init / self.path.name] if self.init else [])):
+            with contextlib.suppress(CheckpointError):
+                if check_sizes(path)["digest"] == self.digest:
+                    return path
+        return None
+
+
+def _start(stage: StageFacts) -> _Start | None:
+    """None if a run began with random weights."""
+    init, content = stage.setting("checkpoint.init"), read_manifest(stage.checkpoint)["content"]
+    init = Path(init) if isinstance(init, str) else None
+    start = content.get(START, {})
+    if start is None:
+        return None
+    path, digest = (start.get(key) if isinstance(start, dict) else None for key in ("checkpoint", "digest"))
+    if isinstance(path, str) and isinstance(digest, str):
+        return _Start(path=Path(path), init=init, digest=digest)
+    return None if init is None else _Start(path=init, init=init, digest=None)
 
 
 def _shown(checkpoint: Path) -> str:
@@ -111,10 +183,12 @@ def _stage(path: Path) -> StageFacts:
     if not isinstance(recipe, dict) or not _is_count(content.get("step")):
         raise CheckpointError(f"{path}: its recipe or its step is damaged; use another checkpoint")
     step, trained = content["step"], content.get("trainable_parts")
-    run = path.parent.parent
-    rows = [row for row in _rows(run / "metrics.jsonl") if _is_count(row.get("step")) and row["step"] <= step]
+    run = _run_folder(path, recipe)
+    rows, evaluations = (
+        [row for row in _rows(run / name) if _is_count(row.get("step")) and row["step"] <= step] if run else []
+        for name in ("metrics.jsonl", "evaluation.jsonl")
+    )
     whole = len({row["step"] for row in rows}) == step
-    evaluations = [row for row in _rows(run / "evaluation.jsonl") if _is_count(row.get("step")) and row["step"] <= step]
     fraction = content.get("multimodal_fraction")
     return StageFacts(
         checkpoint=path,
@@ -128,6 +202,19 @@ def _stage(path: Path) -> StageFacts:
         shares=tuple(_shares(recipe)),
         evaluation=evaluations[-1] if evaluations else {},
     )
+
+
+def _run_folder(checkpoint: Path, recipe: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that wrote a checkpoint, known by its recipe: that around its checkpoints, or `run.dir`."""
+    named = _setting(recipe, "run.dir")
+    for folder in (checkpoint.absolute().parent.parent, *([Path(named)] if isinstance(named, str) else [])):
+        try:
+            other = read_yaml(folder / RECIPE_FILE)
+        except (OSError, ValueError):
+            continue
+        if isinstance(other, dict) and all(_setting(other, key) == _setting(recipe, key) for key in _SAME_RUN):
+            return folder
+    return None
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -18,10 +18,12 @@ from megavl.config.errors import CheckpointError, DataError, UsageError, one_lin
 from megavl.config.identity import model_changes
 from megavl.config.load import load_model_config as load_preset
 from megavl.config.presets import MODELS
-from megavl.convert.average import average, mean_origins
-from megavl.convert.checkpoint_files import ORIGINS, export_checkpoint, open_unused, write_checkpoint
+from megavl.convert.average import average
+from megavl.convert.checkpoint_files import export_checkpoint, open_unused, require_own_directory, write_checkpoint
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config, read_unused
+from megavl.convert.model_card import report_rows
 from megavl.convert.open_weights import WeightSource, find_weights
+from megavl.convert.origins import ORIGINS, mean_origins
 from megavl.convert.start_weights import StartWeights, start_weights
 from megavl.convert.table import EXPORTS
 from megavl.convert.tokenizer_files import fitting_tokenizer, tokenizer_paths, with_image_token
@@ -108,6 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run one action."""
     actions = {"from-hf": _from_hf, "to-hf": _to_hf, "init": _init, "average": _average, "verify": _verify}
+    if arguments.action in ("from-hf", "init", "average"):
+        require_own_directory(arguments.out)
     try:
         return actions[arguments.action](arguments)
     except DataError as error:
@@ -189,15 +193,30 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 def _read_reports(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     reports = {}
-    for path in paths:
+    for name, path in zip(_report_names(paths), paths, strict=True):
         try:
             report = read_json(path, limit=LARGE_JSON_FILE)
         except (OSError, ValueError) as error:
             raise UsageError(f"--report {path}: not readable ({one_line(error)})") from error
-        if not isinstance(report, dict):
+        if not isinstance(report, dict) or not any(report_rows(name, report)):
             raise UsageError(f"--report {path}: not a report; give report.json of `megavl evaluate --out`")
-        reports[path.parent.name or path.name] = report
+        reports[name] = report
     return reports
+
+
+def _report_names(paths: Sequence[Path]) -> list[str]:
+    """The folder of each report, with as many folders above it as tell them apart."""
+    names = [path.parent.name or path.name for path in paths]
+    folders = [path.absolute().parts[1:-1] for path in paths]
+    if len(set(folders)) < len(paths):
+        folders = [path.absolute().parts[1:] for path in paths]
+    depth = 1
+    while len(set(names)) < len(names) and depth < max(map(len, folders)):
+        depth += 1
+        names = ["/".join(parts[-depth:]) for parts in folders]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--report {next(name for name in names if names.count(name) > 1)}: given twice")
+    return names
 
 
 def _average(arguments: argparse.Namespace) -> int:
@@ -214,7 +233,7 @@ def _average(arguments: argparse.Namespace) -> int:
     first = models[0]
     _require_one_tokenizer(models)
     files: dict[str, bytes | Path] = {f"tokenizer/{path.name}": path for path in _tokenizer_files(first)}
-    files[ORIGINS] = json.dumps(mean_origins(models, tensors), indent=1).encode()
+    files[ORIGINS] = json.dumps(mean_origins([model.path for model in models], tensors), indent=1).encode()
     progress = partial(counted, what="average")
     out = write_checkpoint(
         arguments.out,

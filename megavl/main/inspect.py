@@ -12,7 +12,7 @@ from megavl.checkpoint.reader import load_model_config, open_model_tensors, reso
 from megavl.checkpoint.store import read_manifest
 from megavl.config.errors import CheckpointError
 from megavl.config.identity import model_name
-from megavl.convert.checkpoint_files import ORIGINS
+from megavl.convert.origins import ORIGINS
 from megavl.convert.safetensors_in import read_json
 from megavl.foreign.printing import say
 from megavl.train.progress import read_content

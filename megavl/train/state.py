@@ -11,6 +11,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import ChainedOptimizer
 
 from megavl.checkpoint import collective_errors
+from megavl.checkpoint.find import START
+from megavl.checkpoint.manifest import read_manifest
 from megavl.checkpoint.reader import resolve
 from megavl.checkpoint.store import CheckpointStore
 from megavl.config.load import dump_recipe, to_dict
@@ -39,6 +41,7 @@ class RunState:
     ) -> None:
         self.recipe, self.model, self.optimizer, self.tokenizer = recipe, model, optimizer, tokenizer
         self.fixed = Fixed.of(recipe, fingerprint=fingerprint)
+        self._start: dict[str, Any] = {START: None}
         settings = recipe.checkpoint
         self.store = CheckpointStore(recipe.checkpoint_dir, keep=settings.keep, skip_hash=settings.skip_hash)
 
@@ -75,6 +78,7 @@ class RunState:
         content = read_content(path)
         lines = compare_resumed(self.recipe, path, content=content, fixed=self.fixed, tokenizer=self.tokenizer)
         # With another precision the weights are converted; the optimizer's are fp32 in any case.
+        self._start = {START: content[START]} if START in content else {}
         restore_state(self.model, self.optimizer, lambda state: self.store.load(path, state, convert_dtype=True))
         return Progress.of(content, global_batch_size=self.recipe.training.global_batch_size), lines
 
@@ -89,10 +93,11 @@ class RunState:
             UsageError: another model or tokenizer than the recipe's.
         """
         # Rank 0 alone reads all of it, and all ranks load the checkpoint that it found.
-        path = collective_errors.on_rank_zero(lambda: resolve(init, skip_hash=self.recipe.checkpoint.skip_hash))
+        path, start = collective_errors.on_rank_zero(lambda: _found(init, skip_hash=self.recipe.checkpoint.skip_hash))
         lines = compare_start(self.recipe, path, tokenizer=self.tokenizer)
         self.model.load_weights(lambda state: self.store.load(path, state, strict=False, convert_dtype=True))
         self.optimizer.reload_model_params()
+        self._start = {START: start}
         return lines
 
     def _content(self, progress: Progress) -> dict[str, Any]:
@@ -103,10 +108,18 @@ class RunState:
             "bad_steps": progress.bad_steps,
             "consumed_samples": sequences_before(progress.step, size=size, earlier=progress.earlier_batches),
             **self.fixed.values,
+            **self._start,
         }
         if progress.earlier_batches:
             content["earlier_batches"] = [list(pair) for pair in progress.earlier_batches]
         return content
+
+
+def _found(init: str, *, skip_hash: bool) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to start from, and how later ones name it."""
+    path = resolve(init, skip_hash=skip_hash)
+    manifest = read_manifest(path)
+    return path, {"checkpoint": str(path.resolve()), "step": manifest["iteration"], "digest": manifest["digest"]}
 
 
 def save_state(model: ModelChunks, optimizer: ChainedOptimizer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.bench.engines.random_models import random_weights
+from megavl.checkpoint.manifest import read_manifest
 from megavl.checkpoint.reader import load_model_config
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.load import load_model_config as preset
@@ -30,5 +31,6 @@ def test_run_takes_its_model_from_init(dataset: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "weights from" in done.stdout and "(layers 2)" in done.stdout, done.stdout
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+    assert read_manifest(tmp_path / "run/checkpoints/iter_0000002")["content"]["start"]["checkpoint"] == str(init)
     # The tiny recipes name a system text of their own.
     assert load_model_config(tmp_path / "run/checkpoints/iter_0000002") == replace(model, system_prompt="")

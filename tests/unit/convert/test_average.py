@@ -88,7 +88,12 @@ def renumber(source, target, step):
         ("w w1 w OUT", 2, "given twice"),
         ("w w1 OUT --newest 2", 2, "needs one directory of checkpoints, not 2"),
         ("w OUT --newest 1", 2, "must be at least 2"),
-        ("w OUT --newest 2", 4, "holds 0 good checkpoints, 2 are wanted"),
+        ("w OUT --newest 2", 4, "holds 0 good checkpoints, 2 are wanted: a Hugging Face folder"),
+        ("run OUT --newest 2", 4, "its checkpoints are in"),
+        ("missing OUT --newest 2", 4, "missing: no such directory"),
+        ("w w1 w3", 2, "is itself a model, it has a config.json"),
+        ("w w1 checkpoint", 2, "is itself a model, it has a manifest.json"),
+        ("w w1 run/checkpoints", 2, "holds a run's checkpoints, such as iter_0000001"),
         ("w missing OUT", 4, "no such directory"),
         ("w hybrid OUT", 2, "only checkpoints of one model"),
         ("w other_tokenizer OUT", 2, "its tokenizer differs"),
@@ -101,10 +106,24 @@ def test_refusals_leave_nothing(words, code, expected, folders, sources, tokeniz
     other = Path(shutil.copytree(folders[0], tmp_path / "other_tokenizer"))
     file = other / "tokenizer.json"
     file.write_text(swapped(file.read_text()))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert convert("from-hf", folders[0], checkpoints) == 0
+    renumber(checkpoints / "iter_0000000", checkpoints / "iter_0000001", 1)
     paths = {folder.name: folder for folder in [*folders, hybrid, other]} | {"OUT": tmp_path / "out"}
+    paths |= {"run": tmp_path / "run", "run/checkpoints": checkpoints, "checkpoint": checkpoints / "iter_0000001"}
+    before = {path for folder in (*folders, tmp_path) for path in folder.rglob("*")}
     assert convert("average", *(paths.get(word, word) for word in words.split())) == code
     assert expected in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert {path for folder in (*folders, tmp_path) for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("words", ["from-hf w OUT", "init OUT --llm w --siglip w --preset 1b"])
+def test_no_model_is_written_into_another(words, folders, tmp_path, capsys):
+    assert convert("from-hf", folders[0], tmp_path / "out") == 0
+    paths = {"w": folders[0], "OUT": tmp_path / "out/iter_0000000"}
+    assert convert(*(paths.get(word, word) for word in words.split())) == 2
+    assert "is itself a model" in capsys.readouterr().err
+    assert not (paths["OUT"] / "iter_0000000").exists()
 
 
 def swapped(text):

@@ -21,6 +21,7 @@ from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.errors import CheckpointError, UsageError
 from megavl.config.load import dump_recipe, load_model_config, load_recipe
 from megavl.config.recipe import Recipe
+from megavl.convert.run_facts import run_facts
 from megavl.data.same_tokenizer import difference
 from megavl.data.tokenizer import Tokenizer, open_tokenizer
 from megavl.main.cli import main
@@ -215,6 +216,34 @@ def test_another_precision_keeps_weights_and_moments(
     compared = [name for name in kept if name.endswith((" master", " exp_avg", " exp_avg_sq"))]
     assert len(compared) > 30 and all(torch.equal(kept[name], found[name]) for name in compared)
     assert {group["betas"] for group in new.optimizer.param_groups} == {(0.8, 0.9)}, "the recipe wins"
+
+
+def test_checkpoints_name_the_one_that_the_run_began_with(
+    init: Path, run: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    assert read_manifest(resolve(run / "checkpoints"))["content"]["start"] is None
+    state = run_state(recipe(tmp_path, f"checkpoint.init={init}"), tokenizer)
+    state.start_from(str(init))
+    path = state.save(Progress(step=1, bad_steps=0))
+    start = read_manifest(path)["content"]["start"]
+    taken = resolve(init).resolve()
+    assert start == {"checkpoint": str(taken), "step": 0, "digest": read_manifest(taken)["digest"]}
+    assert next_start(tmp_path, tokenizer, step=2) == {"start": start}
+    assert [part.checkpoint.name for part in run_facts(path).stages] == [path.name]
+    assert "iter_0000000, converted" in run_facts(path).origin
+    # Older versions wrote none.
+    last = tmp_path / "checkpoints/iter_0000002"
+    content = {key: value for key, value in read_manifest(last)["content"].items() if key != "start"}
+    manifest(content=content)(last)
+    assert next_start(tmp_path, tokenizer, step=3) == {}
+
+
+def next_start(run: Path, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
+    """What the next checkpoint of a resumed run says about its start."""
+    state = run_state(recipe(run), tokenizer)
+    assert state.restore() is not None
+    content = read_manifest(state.save(Progress(step=step, bad_steps=0)))["content"]
+    return {key: value for key, value in content.items() if key == "start"}
 
 
 def test_weights_in_the_own_directory_are_answered(init: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
