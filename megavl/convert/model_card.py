@@ -62,6 +62,8 @@ _USE: dict[Export, tuple[str, ...]] = {
     "original": (_COMMANDS,),
     "llm": (_TEXT_CODE,),
 }
+_LARGEST_SHARE = 1e6
+"""Larger figures are no shares, and whole numbers of any length are not formatted."""
 _SETTINGS = (
     ("sequence length", "data.seq_length"),
     ("sequences per step", "training.global_batch_size"),
@@ -225,7 +227,7 @@ def _count(value: int | None) -> str:
 
 
 def _share(value: Any) -> str:
-    return f"{value:.1%}" if isinstance(value, (int, float)) else "-"
+    return f"{value:.1%}" if isinstance(value, (int, float)) and abs(value) <= _LARGEST_SHARE else "-"
 
 
 def _value(value: Any) -> str:

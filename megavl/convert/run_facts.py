@@ -92,13 +92,10 @@ def run_facts(checkpoint: Path) -> RunFacts:
     current: Path | None = _newest_trained(models) or checkpoint
     origin = "unknown"
     while current is not None and len(stages) < _STAGES:
-        if not _has_recipe(current):
-            of = (
-                f"the mean of {', '.join(map(_shown, _averaged(current)))}"
-                if _averaged(current)
-                else "converted or put together before training"
-            )
-            origin = f"the checkpoint {_shown(current)}, {of}"
+        if RECIPE_FILE not in read_manifest(current)["files"]:
+            means = ", ".join(map(_shown, _averaged(current)))
+            made = f"the mean of {means}" if means else "converted or put together before training"
+            origin = f"the checkpoint {_shown(current)}, {made}"
             break
         stages.append(_stage(current))
         start = _start(stages[-1])
@@ -109,10 +106,6 @@ def run_facts(checkpoint: Path) -> RunFacts:
         if current is None:
             origin = f"the checkpoint {_shown(start.path)}, which is not found from here"
     return RunFacts(stages=tuple(reversed(stages)), origin=origin, mean=tuple(map(_shown, models)))
-
-
-def _has_recipe(checkpoint: Path) -> bool:
-    return RECIPE_FILE in read_manifest(checkpoint)["files"]
 
 
 def _averaged(checkpoint: Path) -> tuple[Path, ...]:

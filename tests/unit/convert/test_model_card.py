@@ -135,6 +135,10 @@ def test_the_card_states_them(runs):
         "| stage 2, 3 | loss of text, text | 1.25 | - | - |",
     ):
         assert line in card.splitlines(), line
+    huge = model_card(
+        load_model_config("tiny-siglip"), fmt="native", parameters=1, facts=facts, reports={"x": {"accuracy": 10**400}}
+    )
+    assert "| x | questions | - | - | - |" in huge.splitlines()
     assert "1,234,567 parameters" in card and "off" not in card
 
 
