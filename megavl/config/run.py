@@ -18,9 +18,10 @@ class RunConfig:
     """Directory of metrics.jsonl, exit_status.json, the resolved recipe and the TensorBoard files."""
     tensorboard: bool = True
     """Write scalars for TensorBoard if it is installed."""
-    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Services that get the same rows: Weights & Biases (extra `wandb`), MLflow (extra `mlflow`). Their own environment
-    variables say where they are; without one, W&B keeps the run offline and MLflow in a database, both in run.dir."""
+    trackers: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
+    """What gets the same rows: Weights & Biases (extra `wandb`), MLflow (extra `mlflow`), TensorBoard (extra `board`).
+    The services' own environment variables say where they are; without one, W&B keeps the run offline and MLflow in a
+    database, both in run.dir. TensorBoard must then be installed, and is written whatever run.tensorboard says."""
     timeline_steps: tuple[Positive, ...] = ()
     """Steps whose timeline over all ranks is written to run.dir: `timeline/step_NNNNNN.json` (for Perfetto) and
     `.svg`."""
@@ -30,3 +31,8 @@ class RunConfig:
     memory_snapshot_step: Positive | None = None
     """Step whose allocations on CUDA the same ranks write to `profile/step_NNNNNN_rank_NNNNN.pickle` in run.dir, for
     https://pytorch.org/memory_viz. A run without CUDA refuses it."""
+
+    @property
+    def board(self) -> bool:
+        """Whether scalars are written for TensorBoard."""
+        return self.tensorboard or "tensorboard" in self.trackers

@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megavl.train.supervise.roll_call import RollCall
     from megavl.train.supervise.signals import StopFlag
     from megavl.train.supervise.watchdog import Watchdog
+    from megavl.train.trackers import leave_past_services
 
     patient_streams.install()
     rank, launcher = rank_from_env(), find_launcher()
@@ -99,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         status.write(code, _ENDS[code])
         status.claim.release()
         if status.failed and code == 0:
-            return StorageError.exit_code
+            code = StorageError.exit_code
+    leave_past_services(code)
     return code
 
 

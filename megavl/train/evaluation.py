@@ -91,7 +91,7 @@ class Evaluation:
         """Say after which step the run goes on; later rows of an earlier run are set aside."""
         run = self._plan.recipe.run
         if self._config.interval and self._plan.position.rank == 0:
-            self._log = EvaluationLog(run.dir, start_step=step, tensorboard=run.tensorboard, trackers=trackers)
+            self._log = EvaluationLog(run.dir, start_step=step, tensorboard=run.board, trackers=trackers)
 
     def after(self, model: ModelChunks, *, step: int, status: ExitStatus) -> bool:
         """Evaluate and log, if it is time after this step; 0 stands for the start of a new run. Collective.

@@ -37,6 +37,7 @@ from megavl.train.model_chunks import build_model_chunks
 from megavl.train.open_data import recipe_dataset
 from megavl.train.optimizer import build_optimizer
 from megavl.train.profile.step_traces import require_traceable
+from megavl.train.profile.timeline import timeline_picture
 from megavl.train.progress import Progress
 from megavl.train.run_plan import RunPlan, of_rank_zero, this_device
 from megavl.train.saves import Saves
@@ -92,7 +93,7 @@ def train(scenario: Scenario, *, status: ExitStatus, stop: StopFlag, roll_call: 
     collective_errors.on_every_rank_for_long(files.result)
     sampler.mixture.earlier = progress.earlier_batches
     status.step = progress.step
-    with _tracked(plan, progress) as trackers:
+    with _tracked(plan, progress, fingerprint=dataset.fingerprint) as trackers:
         steps = StageSteps(
             plan=plan,
             state=state,
@@ -213,7 +214,7 @@ def _resume_or_start(plan: RunPlan, state: RunState, *, filled: bool) -> Progres
 
 
 @contextmanager
-def _tracked(plan: RunPlan, progress: Progress) -> Iterator[Trackers | None]:
+def _tracked(plan: RunPlan, progress: Progress, *, fingerprint: str) -> Iterator[Trackers | None]:
     """Rank 0's services, if the recipe names some. After an error they get the last rows before it."""
     if plan.position.rank or not plan.recipe.run.trackers:
         yield None
@@ -223,7 +224,8 @@ def _tracked(plan: RunPlan, progress: Progress) -> Iterator[Trackers | None]:
         "train": (folder / "metrics.jsonl", metrics.scalars),
         "evaluation": (folder / "evaluation.jsonl", evaluation_log.scalars),
     }
-    trackers = Trackers(plan.recipe, start_step=progress.step, rows=rows)
+    pictures = [(step, timeline_picture(plan.recipe.run.dir, step)) for step in sorted(plan.recipe.run.timeline_steps)]
+    trackers = Trackers(plan.recipe, start_step=progress.step, rows=rows, pictures=pictures, fingerprint=fingerprint)
     try:
         yield trackers
     except BaseException as error:

@@ -164,9 +164,7 @@ class StageSteps:
         if self.plan.position.rank:
             return None
         run, steps = self.plan.recipe.run, self.plan.recipe.training.steps
-        return MetricsLog(
-            run.dir, steps=steps, start_step=progress.step, tensorboard=run.tensorboard, trackers=self.trackers
-        )
+        return MetricsLog(run.dir, steps=steps, start_step=progress.step, tensorboard=run.board, trackers=self.trackers)
 
     def _handle_bad_step(self, progress: Progress, result: StepResult, *, sample_ids: tuple[int, ...]) -> None:
         recipe = self.plan.recipe

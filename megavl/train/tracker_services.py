@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import hashlib
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,8 @@ from megavl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from megavl.config.load import to_dict
 from megavl.config.recipe import Recipe
 from megavl.foreign.printing import say
+from megavl.train.tracker_notes import TrackerNotes
+from megavl.train.wandb_files import WandbFiles
 
 _PROJECT = "megavl"
 _END_S = 50.0
@@ -39,7 +43,10 @@ class Service(Protocol):
 class _Wandb:
     """Weights & Biases. Without a key the run stays in run.dir, for `wandb sync`."""
 
-    def __init__(self, recipe: Recipe, identifier: str) -> None:
+    def __init__(self, recipe: Recipe, notes: TrackerNotes) -> None:
+        if not os.environ.get("WANDB_MODE"):
+            # wandb refuses an empty one.
+            os.environ.pop("WANDB_MODE", None)
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE")
@@ -49,11 +56,11 @@ class _Wandb:
             # It would ask for one on the terminal.
             say(f"run.trackers: wandb has no key; its run stays in {recipe.run.dir}/wandb, `wandb sync` uploads it")
             mode = "offline"
-        self._files = sorted(Path(recipe.run.dir).glob(f"wandb/*-{identifier}/run-{identifier}.wandb"))
+        self._local = WandbFiles(Path(recipe.run.dir), notes)
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", _PROJECT),
-            name=Path(recipe.run.dir).name,
-            id=identifier,
+            project=os.environ.get("WANDB_PROJECT") or _PROJECT,
+            name=_run_name(recipe),
+            id=notes.identifier,
             resume="allow",
             dir=recipe.run.dir,
             mode=mode,
@@ -61,22 +68,29 @@ class _Wandb:
             # The terminal stays ours.
             settings=wandb.Settings(console="off", silent=True, **settings),
         )
+        if self._run.offline:
+            self._local.begin(Path(self._run.dir).parent.name)
         # A row of its own for each call, so that no row waits for the next step.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def last_step(self, kind: str) -> int:
-        local = max((step for path in self._files for step in _steps_in(path, f"{kind}/step")), default=-1)
-        if self._run.offline or not self._run.resumed:
+        if self._run.offline:
+            return self._local.last_step(kind, online=True)
+        # A file of an online start has rows that a lost connection kept from the service; those are sent again.
+        local = self._local.last_step(kind, online=False)
+        if not self._run.resumed:
             return local
         known = dict(self._run.summary)
-        if not known:
+        if not known and self._run.starting_step:
             # The service did not say in time. No row is better than one twice.
             raise TimeoutError("it does not say which rows it has")
         return max(local, int(known.get(f"{kind}/step", -1)))
 
     def log(self, kind: str, scalars: Mapping[str, float], *, step: int) -> None:
         self._run.log({**scalars, "step": step, f"{kind}/step": step})
+        if self._run.offline:
+            self._local.wrote(kind, step)
 
     def picture(self, kind: str, path: Path, *, step: int) -> None:
         self._run.save(str(path), base_path=str(path.parent.parent), policy="now")
@@ -84,81 +98,49 @@ class _Wandb:
 
     def end(self, *, code: int) -> None:
         self._run.finish(exit_code=code)
-
-
-_BLOCK, _FILE_HEAD, _PART_HEAD = 1 << 15, 7, 7
-"""Bytes of a block, of what stands before the first, and of what stands before each part of a record."""
-
-
-def _steps_in(path: Path, key: str) -> Iterator[int]:
-    """Values of a scalar in an offline file of W&B: LevelDB's log format, with its protocol buffers.
-
-    A kill leaves rows out of the file that W&B has not written yet, and may tear the last one.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    records: Any = wandb_internal_pb2
-    for data in _records_in(path.read_bytes()):
-        record = records.Record.FromString(data)
-        for item in record.history.item:
-            if key in (item.key, "/".join(item.nested_key)):
-                yield int(json.loads(item.value_json))
-
-
-def _records_in(data: bytes) -> Iterator[bytes]:
-    position, record = _FILE_HEAD, b""
-    while position + _PART_HEAD <= len(data):
-        left = _BLOCK - position % _BLOCK
-        if left < _PART_HEAD:
-            position += left
-            continue
-        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        start, position = position + _PART_HEAD, position + _PART_HEAD + size
-        if position > len(data):
-            return
-        # 1: whole, 2: first, 3: middle, 4: last part.
-        record = data[start:position] if kind in (1, 2) else record + data[start:position]
-        if kind in (1, 4):
-            yield record
+        self._local.note()
 
 
 class _Mlflow:
     """MLflow. Without MLFLOW_TRACKING_URI the run stays in a database in run.dir."""
 
-    def __init__(self, recipe: Recipe, identifier: str) -> None:
+    def __init__(self, recipe: Recipe, notes: TrackerNotes) -> None:
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.tracking import MlflowClient
 
         folder = Path(recipe.run.dir).resolve()
         self._metric = Metric
         address = os.environ.get("MLFLOW_TRACKING_URI")
-        database = folder / "mlflow.db"
-        if not address and not database.exists():
-            # A kill among its hundred commands would leave a database that cannot be opened.
-            part = folder / "mlflow.db.part"
-            part.unlink(missing_ok=True)
-            MlflowClient(f"sqlite:///{part}").search_experiments()
-            part.rename(database)
-        self._client = MlflowClient(address or f"sqlite:///{database}")
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            local = None if address else (folder / "mlflow").as_uri()
-            number = self._client.create_experiment(name, artifact_location=local)
-        else:
-            number = experiment.experiment_id
+        local = None if address else (folder / "mlflow").as_uri()
+        self._client = MlflowClient(address or _local_database(folder, pictures=(folder / "mlflow").as_uri()))
+        number = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or _PROJECT, pictures=local)
         # MLflow chooses ids itself; ours is a tag.
-        found = self._client.search_runs([number], f"tags.megavl_run = '{identifier}'", max_results=1)
+        found = self._client.search_runs([number], f"tags.megavl_run = '{notes.identifier}'", max_results=1)
         if found:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
-            return
-        self._id = self._client.create_run(number, run_name=folder.name, tags={"megavl_run": identifier}).info.run_id
-        settings = [Param(key, str(value)[:_LONGEST]) for key, value in _flat(to_dict(recipe))]
+        else:
+            tags = {"megavl_run": notes.identifier}
+            self._id = self._client.create_run(number, run_name=_run_name(recipe), tags=tags).info.run_id
+        # A kill may have left some out.
+        known = found[0].data.params if found else {}
+        settings = [Param(key, str(value)[:_LONGEST]) for key, value in _flat(to_dict(recipe)) if key not in known]
         for first in range(0, len(settings), _AT_ONCE):
             self._client.log_batch(
                 self._id, params=settings[first : first + _AT_ONCE], tags=[RunTag("dir", str(folder))]
             )
+
+    def _experiment(self, name: str, *, pictures: str | None) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_location=pictures))
+            except Exception:
+                # Another run may have made it meanwhile.
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
     def last_step(self, kind: str) -> int:
         return max((point.step for point in self._client.get_metric_history(self._id, f"{kind}/step")), default=-1)
@@ -179,14 +161,73 @@ class _Mlflow:
         self._client.set_terminated(self._id, status=status)
 
 
+def _local_database(folder: Path, *, pictures: str) -> str:
+    """Address of the database in run.dir, which is made if there is none.
+
+    Args:
+        pictures: where MLflow keeps pictures of the experiments that it makes there.
+    """
+    database = folder / "mlflow.db"
+    if database.exists():
+        _move_pictures(database, pictures)
+    else:
+        from mlflow.tracking import MlflowClient
+
+        # A kill among its hundred commands would leave a database that cannot be opened.
+        part = folder / "mlflow.db.part"
+        part.unlink(missing_ok=True)
+        MlflowClient(_sqlite(part)).search_experiments()
+        part.rename(database)
+    return _sqlite(database)
+
+
+def _sqlite(path: Path) -> str:
+    from sqlalchemy.engine import make_url
+
+    # MLflow makes a folder of each address that has escapes.
+    address = f"sqlite:///{path}"
+    if make_url(address).database != str(path):
+        raise ValueError(
+            f"{path}: `?` and `%` followed by digits mean something else in the address of a database; "
+            "rename run.dir, or set MLFLOW_TRACKING_URI"
+        )
+    return address
+
+
+def _move_pictures(database: Path, pictures: str) -> None:
+    """Where the run directory was moved, let MLflow find its pictures there: it has noted the old path."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file://%/mlflow'"
+        for (old,) in connection.execute(query).fetchall():
+            if old == pictures:
+                continue
+            connection.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (pictures, old)
+            )
+            connection.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?",
+                (pictures, len(old) + 1, len(old) + 1, f"{old}/"),
+            )
+
+
 def _name(text: str) -> str:
-    """A name that MLflow takes."""
+    """A name that MLflow takes. One that had to change ends with a hash, so that no two become one."""
     parts = (re.sub(r"[^\w. :-]", "_", part) for part in text.split("/"))
-    return "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    name = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    if name == text and len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{name[: _LONGEST_NAME - 9]}-{digest}"
 
 
+_LONGEST_NAME = 250
 _LONGEST, _AT_ONCE = 500, 100
 """Characters of a setting, and settings of a call, that every version of MLflow takes."""
+
+
+def _run_name(recipe: Recipe) -> str:
+    """The last two folders of run.dir: the last alone is often that of a stage."""
+    return "/".join([part for part in Path(recipe.run.dir).resolve().parts if part != "/"][-2:])
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -197,5 +238,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-SERVICES: dict[str, Callable[[Recipe, str], Service]] = {"wandb": _Wandb, "mlflow": _Mlflow}
-"""By the names that `run.trackers` takes: the run of a recipe with an id, begun or continued."""
+SERVICES: dict[str, Callable[[Recipe, TrackerNotes], Service]] = {"wandb": _Wandb, "mlflow": _Mlflow}
+"""By the names that `run.trackers` takes: the run of a recipe that its notes name, begun or continued."""

@@ -21,9 +21,9 @@ READ_WANDB = """
 import json, sys
 from pathlib import Path
 from wandb.proto import wandb_internal_pb2
-from megavl.train.tracker_services import _records_in
+from megavl.train.wandb_files import records_in
 for path in map(Path, sys.argv[1:]):
-    for data in _records_in(path.read_bytes()):
+    for data in records_in(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
