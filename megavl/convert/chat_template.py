@@ -1,4 +1,4 @@
-"""The chat template of the native format; it gives the same text as the released conversation format.
+"""The chat template of exports; it gives the same text as the released conversation format.
 
 Source: deepseek-ai/DeepSeek-VL at 681bffb, `deepseek_vl/utils/conversation.py` (template "deepseek").
 """
@@ -9,6 +9,7 @@ import json
 
 from megavl.config.chat import SYSTEM_PROMPT
 
+_BOS = "{{- bos_token -}}\n"
 _TEMPLATE = """\
 {%- set eos = @EOS@ -%}
 {%- set image = @IMAGE@ -%}
@@ -50,14 +51,18 @@ _TEMPLATE = """\
 """
 
 
-def chat_template(*, eos_token: str, image_token: str, system: str = SYSTEM_PROMPT) -> str:
+def chat_template(*, eos_token: str, image_token: str, system: str = SYSTEM_PROMPT, bos: bool = False) -> str:
     """Jinja source of the template.
 
     EOS closes every assistant answer, the last one too, so that the template also renders training text. A leading
     system message replaces `system`; an empty one removes it.
+
+    Args:
+        bos: the text begins with BOS. Clients of language models tokenize it without special tokens; the processors of
+            DeepSeek-VL put BOS first themselves.
     """
     literals = {"@EOS@": eos_token, "@IMAGE@": image_token, "@SYSTEM@": system.lstrip()}
-    template = _TEMPLATE
+    template = _BOS + _TEMPLATE if bos else _TEMPLATE
     for mark, value in literals.items():
         # A JSON string is a valid Jinja literal of the same value. In ASCII an emoji would become two surrogates.
         template = template.replace(mark, json.dumps(value, ensure_ascii=False))

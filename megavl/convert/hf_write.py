@@ -158,7 +158,10 @@ def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Export, dt
         files["special_tokens_map.json"] = special
     if fmt != "original":
         template = chat_template(
-            eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN, system=config.system_prompt
+            eos_token=tokenizer.tokens["eos_token"],
+            image_token=IMAGE_TOKEN,
+            system=config.system_prompt,
+            bos=fmt == "llm",
         )
         files["chat_template.jinja"] = template.encode()
         changed = with_bos_first(tokenizer)

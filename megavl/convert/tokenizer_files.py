@@ -179,7 +179,7 @@ def tokenizer_config(
     merged = {**absent, **kept}
     if raw.get("chat_template") is not None:
         merged["chat_template"] = chat_template(
-            eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN, system=system
+            eos_token=tokenizer.tokens["eos_token"], image_token=IMAGE_TOKEN, system=system, bos=fmt == "llm"
         )
     for part, text in tokenizer.tokens.items():
         if merged[part] is None:

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from megavl.checkpoint.reader import open_model_tensors
 from megavl.checkpoint.writer import write_model_checkpoint
 from megavl.config.load import load_model_config
+from megavl.convert.hf_read import read_config
 from megavl.convert.verify import compare
+from megavl.data.tokenizer import open_tokenizer
+from megavl.generate.pretrained import Processor
 from megavl.main.cli import main
 from tests.unit.convert import public_models
 
@@ -67,13 +70,26 @@ def test_transformers_opens_every_file(checkpoint, folder, tokenizer_dir, tmp_pa
     assert [ours(text)["input_ids"] for text in TEXTS] == [whole(text)["input_ids"] for text in TEXTS]
     # Under a class of LLaMA some releases of transformers 5 would split the text at blanks.
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    messages = [{"role": "user", "content": "Hello"}]
-    chats = [one.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for one in (ours, whole)]
-    assert chats[0] == chats[1]
-    assert chats[0].endswith("User: Hello\n\nAssistant:")
     config = json.loads((folder / "config.json").read_text())
     assert "vision_config" not in config
     assert config["vocab_size"] == 1024
+
+
+def test_chats_have_the_ids_of_generate(checkpoint, folder, tmp_path):
+    """Clients of language models tokenize a chat without special tokens, so its template writes BOS."""
+    native = tmp_path / "native"
+    assert convert("to-hf", checkpoint, native, "--format", "native") == 0
+    templates = [(path / "chat_template.jinja").read_text() for path in (folder, native)]
+    assert templates[0] == "{{- bos_token -}}\n" + templates[1]
+    tokenizer, processor = (
+        AutoTokenizer.from_pretrained(folder),
+        Processor(read_config(native)[0], open_tokenizer(native)),
+    )
+    for text in ("Hello", "  café 你好 <|x|>", "two\n\nlines"):
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids == list(processor(text).ids)
+        assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_start_weights_take_the_decoder_back(checkpoint, folder, public, tmp_path):

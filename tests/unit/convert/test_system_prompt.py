@@ -44,7 +44,8 @@ def test_exports_say_how_conversations_begin(
         return
     template = AutoTokenizer.from_pretrained(out)
     text = template.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert text == f"{begins}User: Which?\n\nAssistant:"
+    bos = template.bos_token if fmt == "llm" else ""
+    assert text == f"{bos}{begins}User: Which?\n\nAssistant:"
     ours = Processor(found, open_tokenizer(out))
     assert ours("Which?").ids == ours("Which?", system=system).ids
     assert (ours("Which?").ids == ours("Which?", system=SYSTEM_PROMPT).ids) == (system == SYSTEM_PROMPT)

@@ -410,7 +410,7 @@ def test_panic_of_the_tokenizer_is_an_error(part: dict[str, Any], tokenizer_dir:
 HOSTILE = "{{ x.__class__ }}"
 
 
-@pytest.mark.parametrize("fmt", ["native", "original"])
+@pytest.mark.parametrize("fmt", ["native", "original", "llm"])
 def test_template_from_outside_is_replaced(fmt: str, originals: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(originals / "hf", tmp_path / "hf"))
     config = json.loads((path / "tokenizer_config.json").read_text())
@@ -425,7 +425,8 @@ def test_template_from_outside_is_replaced(fmt: str, originals: Path, tmp_path: 
     assert main(["convert", "to-hf", str(tmp_path / "out"), str(tmp_path / "export"), "--format", fmt]) == 0
     texts = {file.name: file.read_bytes() for file in (tmp_path / "export").rglob("*") if file.suffix != ".safetensors"}
     assert all(b"__class__" not in text and b"../x" not in text for text in texts.values())
-    assert "Assistant:" in json.loads(texts["tokenizer_config.json"])["chat_template"]
+    template = json.loads(texts["tokenizer_config.json"])["chat_template"]
+    assert "Assistant:" in template and ("bos_token" in template) == (fmt == "llm")
 
 
 def test_refusals_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

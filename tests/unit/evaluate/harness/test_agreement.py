@@ -117,6 +117,17 @@ def test_harness_client_on_the_decoder_agrees(root: Path, ours: Samples, report_
     assert not any("e" in text for text in texts)
 
 
+@pytest.mark.parametrize("bos", [None, True])
+def test_harness_client_begins_chats_with_one_bos(bos: bool | None, root: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    client = HFLM(str(root / "llm"), device="cpu", dtype="float32", add_bos_token=bos)
+    text = client.apply_chat_template([{"role": "user", "content": "Which?"}])
+    expected = client.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert expected.count(client.tokenizer.bos_token_id) == 1 and expected[0] == client.tokenizer.bos_token_id
+    assert client.tok_encode(text) == client.tok_batch_encode([text])[0][0].tolist() == expected
+
+
 def test_server_and_library_agree(
     tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Any, report_table: Any
 ) -> None:
