@@ -97,8 +97,10 @@ class _Wandb:
         self.log(kind, {}, step=step)
 
     def end(self, *, code: int) -> None:
-        self._run.finish(exit_code=code)
-        self._local.note()
+        try:
+            self._run.finish(exit_code=code)
+        finally:
+            self._local.note()
 
 
 class _Mlflow:
