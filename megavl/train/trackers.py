@@ -35,8 +35,9 @@ from megavl.train.tracker_services import SERVICES, Service
 
 _WAITING = 10_000
 """Rows that wait for a service; a step has one or two."""
-_PATIENCE_S, _SHORT_S = 60.0, 5.0
-"""Longest wait for a service at the end of a run, and where the run was stopped or has failed."""
+_PATIENCE_S, _SHORT_S, _LAST_S = 60.0, 5.0, 5.0
+"""Longest wait for a service at the end of a run, and where the run was stopped or has failed; the part of it in which
+no row is sent any more."""
 _LOSSES = ("model", "optimizer", "data", "training", "evaluation")
 """Sections of a recipe that determine what its rows say, beside `checkpoint.init` and the data."""
 
@@ -146,8 +147,8 @@ class _Sender:
                 self._warn("is too slow; some rows are not sent, metrics.jsonl has them all")
 
     def end(self, *, code: int, until: float) -> None:
-        """Let the service end its run, at the latest half-way to a moment of `time.monotonic`."""
-        self._code, self._rows_until = code, (time.monotonic() + until) / 2
+        """Let the service end its run, shortly before a moment of `time.monotonic` where many rows wait."""
+        self._code, self._rows_until = code, until - min(_LAST_S, (until - time.monotonic()) / 4)
         self._ending.set()
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
