@@ -12,7 +12,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megavl.config.bounds import NonNegativeReal, PathText, Positive, Real, Seed
@@ -23,8 +23,8 @@ STRICT = ConfigDict(extra="forbid")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
 """Name of an arm, stage, data set or measure; part of file names and keys."""
 NonEmpty = Annotated[tuple[Name, ...], Field(min_length=1)]
-Title = Annotated[str, Field(pattern=r"^[^_\s][^\r\n]*$", max_length=200)]
-"""One line; a legend leaves out what begins with an underscore."""
+Title = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^_\s][^\r\n]*$", max_length=200)]
+"""One line of at most 200 characters; a legend leaves out what begins with an underscore."""
 Settings = dict[str, Any]
 """Values of a recipe by dotted path."""
 ALL = "all"

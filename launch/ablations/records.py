@@ -11,11 +11,12 @@ from launch.bench.programs import git
 from megavl.checkpoint.directory import candidates
 from megavl.checkpoint.manifest import MANIFEST
 from megavl.config.errors import DataError
+from megavl.foreign.parsing import parse_json, read_json
 
 DONE = "done.json"
 """Is there once a task is done."""
 SPENT = "seconds.json"
-"""Seconds of all starts of a task until now, and the commits of their code."""
+"""Of all starts of a task until now: seconds, commits of the code, and machines with their runs at a time."""
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
 _FIELDS = {METRICS: ("step", "modality", "tokens", "step_time_s"), EVALUATION: ("step",)}
 
@@ -30,7 +31,7 @@ def is_done(task: Task, *, cache: Path) -> bool:
 
 
 def read_done(task: Task, *, cache: Path) -> dict[str, Any]:
-    """What is noted of a finished task: `name`, `seconds`, `commits`, `host`, `jobs`, and what `facts` finds.
+    """What is noted of a finished task: `name`, `seconds`, `commits`, `conditions`, and what `facts` finds.
 
     Raises:
         DataError: there is no such note, or it is damaged.
@@ -42,13 +43,13 @@ def read_done(task: Task, *, cache: Path) -> dict[str, Any]:
     return found
 
 
-def read_spent(folder: Path) -> tuple[float, list[str]]:
-    """Seconds and commits of earlier starts; none where no file says so."""
+def read_spent(folder: Path) -> dict[str, Any]:
+    """`seconds`, `commits` and `conditions` of earlier starts; nothing where no file says so."""
     try:
         found = _read_mapping(folder / SPENT)
-        return float(found["seconds"]), list(map(str, found["commits"]))
+        return {"seconds": float(found["seconds"]), **{key: list(found[key]) for key in ("commits", "conditions")}}
     except (DataError, ValueError, KeyError, TypeError):
-        return 0.0, []
+        return {"seconds": 0.0, "commits": [], "conditions": []}
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"}"):
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or not all(name in row for name in _FIELDS[path.name]):
@@ -103,7 +104,7 @@ def _ranks(checkpoints: Path) -> int:
 def _read_mapping(path: Path) -> dict[str, Any]:
     """A mapping that this program wrote as JSON; DataError if it is not there, or damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     if not isinstance(found, dict):

@@ -43,7 +43,7 @@ class Found:
     step_seconds: Mapping[str, Mapping[int, float]]
     """Mean step of the last stage, by arm and seed; empty where nothing is said about speed."""
     conditions: Mapping[str, Mapping[int, Sequence[Any]]]
-    """Under which those steps were timed: machine, and runs at a time."""
+    """Under which those steps were timed: a machine with its runs at a time, or several of them."""
 
     def values(self, measure: str, arm: str) -> list[float]:
         """The value for each seed: the last of the run, or its worst."""
@@ -72,10 +72,15 @@ class Found:
             arm, than = self.step_seconds[speed.arm], self.step_seconds[speed.than]
             gain = estimate([than[seed] / arm[seed] - 1 for seed in self.seeds])
             # A step always takes its time: there is an effect to lose.
-            alike = self.conditions[speed.arm] == self.conditions[speed.than]
-            verdict = judge(gain, kind="better", margin=speed.margin, effect=True) if alike else UNDECIDED
+            verdict = judge(gain, kind="better", margin=speed.margin, effect=True)
+            verdict = verdict if self.timed_alike(speed.arm, speed.than) else UNDECIDED
             rows.append({**asdict(speed), "difference": asdict(gain), "verdict": verdict})
         return rows
+
+    def timed_alike(self, arm: str, than: str) -> bool:
+        """Whether the cells of each pair ran on one machine, with the same number of runs at a time."""
+        pairs = [(self.conditions[arm][seed], self.conditions[than][seed]) for seed in self.seeds]
+        return all(len(one) == 1 and one == other for one, other in pairs)
 
     def _sign(self, measure: str) -> float:
         return 1.0 if self.ablation.measures[measure].better == "higher" else -1.0
@@ -139,7 +144,7 @@ def read_results(ablation: Ablation, graph: Graph, *, size: str, cache: Path) ->
         steps[cell.arm] = sum(row["steps"] for row in done)
         if ablation.speeds:
             seconds[cell.arm][cell.seed] = _step_seconds(cell, cache=cache)
-            conditions[cell.arm][cell.seed] = [done[-1].get("host"), done[-1].get("jobs")]
+            conditions[cell.arm][cell.seed] = done[-1].get("conditions", [])
     for name, measure in ablation.measures.items():
         if measure.source == "training":
             curves[name] = _in_windows(curves[name], graph)
@@ -253,7 +258,7 @@ def page(
         means = [(ablation.arms[arm].title, estimate(list(of.values())).mean) for arm, of in found.step_seconds.items()]
         shown = ", ".join(f"{title} {mean:.3f}" for title, mean in means)
         lines += ["", f"Seconds of a step of the last stage, one process a run, other runs beside it: {shown}."]
-        if len({str(dict(found.conditions[arm])) for speed in ablation.speeds for arm in (speed.arm, speed.than)}) > 1:
+        if not all(found.timed_alike(speed.arm, speed.than) for speed in ablation.speeds):
             lines[-1] += " Some were timed on other machines, or with another number of runs at a time: no verdict."
     if simulations:
         lines += table("| the planner's simulation | |", _simulation_rows(found, simulations))

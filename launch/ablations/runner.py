@@ -68,10 +68,13 @@ class Running:
     """Seconds of earlier starts."""
     commits: list[str]
     """Of the code of all starts."""
+    conditions: list[list[Any]]
+    """Machine and runs at a time of all starts."""
 
     def spent(self) -> dict[str, Any]:
         """Of all starts until now."""
-        return {"seconds": round(self.before + time.monotonic() - self.began, 3), "commits": self.commits}
+        seconds = round(self.before + time.monotonic() - self.began, 3)
+        return {"seconds": seconds, "commits": self.commits, "conditions": self.conditions}
 
 
 @dataclass
@@ -165,9 +168,15 @@ class Runner:
             for name, content in files(task, cache=self.cache).items():
                 replace_durably(folder / name, content)
         # First noted, so that it is released however the launch ends.
-        seconds, commits = read_spent(folder)
-        commits = list(dict.fromkeys([*commits, self._commit]))
-        self._running[task.address] = Running(task, held, time.monotonic(), seconds, commits)
+        spent = read_spent(folder)
+        self._running[task.address] = Running(
+            task,
+            held,
+            began=time.monotonic(),
+            before=spent["seconds"],
+            commits=_with(spent["commits"], self._commit),
+            conditions=_with(spent["conditions"], [platform.node(), self.jobs]),
+        )
         self._launch(task, log=folder / LOG)
 
     def _note(self, one: Running) -> None:
@@ -217,9 +226,8 @@ class Runner:
                 for older in sorted(folder.glob("run/checkpoints/iter_*[0-9]"))[:-1]:
                     shutil.rmtree(older)
                 # The rest of the code was imported since, so a commit in between is named as well.
-                one.commits = list(dict.fromkeys([*one.commits, commit()]))
-                conditions = {"host": platform.node(), "jobs": self.jobs}
-                content = {"name": one.task.name, **one.spent(), **conditions, **facts(folder)}
+                one.commits = _with(one.commits, commit())
+                content = {"name": one.task.name, **one.spent(), **facts(folder)}
                 replace_durably(folder / DONE, json.dumps(content, indent=1).encode() + b"\n")
             self._done.add(one.task.address)
             self._tell(f"{one.task.name} done")
@@ -229,8 +237,8 @@ class Runner:
             text = f"{one.task.name} ended with code {code}: {reason or _reason(log)}; all of its output is in {log}"
             self._failures[one.task.address] = TaskFailed(text, code=number)
             say(f"{self.title}: {text}", to_errors=True)
-        if code:
-            self._note(one)
+        # Also after a success, for a start after `done.json` was damaged.
+        self._note(one)
         one.held.release()
 
     def _stop(self) -> None:
@@ -249,6 +257,10 @@ class Runner:
 
     def _tell(self, what: str) -> None:
         say(f"{self.title}: {what}; {self._clock.describe(self._done, self._running)}")
+
+
+def _with(found: list[Any], last: Any) -> list[Any]:
+    return found if last in found else [*found, last]
 
 
 class _Clock:

@@ -16,6 +16,7 @@ from megavl.config.errors import UsageError
 from megavl.config.load import load_recipe, to_dict
 from megavl.config.recipe import Recipe
 from megavl.files.durable import replace_durably, storage_errors
+from megavl.foreign.parsing import read_json
 
 
 def check_simulations(ablation: Ablation) -> None:
@@ -60,7 +61,7 @@ def _ask(simulation: Simulation, *, cache: Path) -> float:
 def _kept(path: Path) -> Any:
     """An earlier answer; None where there is none, or what is left of it is damaged."""
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path)
     except (OSError, ValueError):
         return None
 

@@ -20,6 +20,7 @@ from launch.ablations.graph import Task
 from launch.bench.programs import ROOT
 from megavl.config.errors import MegaVLError, UsageError
 from megavl.files.durable import replace_durably, storage_errors
+from megavl.foreign.parsing import read_json
 
 LOGS = "slurm"
 """Folder in the cache for the output of the jobs, and for what each has."""
@@ -106,7 +107,7 @@ def require_queued(task: Task, *, cache: Path) -> None:
 def _tasks_of(path: Path) -> list[str] | None:
     """Addresses of the tasks of a job; None where no file says them."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

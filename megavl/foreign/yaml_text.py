@@ -67,14 +67,16 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        first: dict[tuple[str, str], Any] = {}
+        lines: dict[Any, int] = {}
         for key, _ in node.value:
             # `<<` may come several times; what it brings in, keys beside it replace.
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                other = first.setdefault((key.tag, key.value), key)
-                if other is not key:
-                    line, again = (one.start_mark.line + 1 for one in (other, key))
-                    raise ValueError(f"the key {key.value!r} stands in line {line} and again in line {again}; keep one")
+                # `true` and `yes` are one key, and so are 1 and 0x1.
+                value, line = self.construct_object(key), key.start_mark.line + 1
+                if value in lines:
+                    first = lines[value]
+                    raise ValueError(f"the key {key.value!r} stands in line {first} and again in line {line}; keep one")
+                lines[value] = line
         return node
 
     def get_single_node(self) -> Any:

@@ -6,10 +6,12 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megavl.foreign.printing import say
+from megavl.train.growing_file import warn
 from megavl.train.tracker_notes import TrackerNotes
 
 _MEMORY, _EVERY_S = "offline", 30.0
@@ -27,18 +29,16 @@ class WandbFiles:
         self._notes, self._name = notes, ""
         self._written: dict[str, int] = {}
         self._noted_at = time.monotonic()
-        found = {
-            path.parent.name: _last_steps(path)
-            for path in sorted(run_dir.glob(f"wandb/*run-*-{notes.identifier}/run-{notes.identifier}.wandb"))
-        }
+        self._pattern = f"wandb/{{}}-*-{notes.identifier}/run-{notes.identifier}.wandb"
+        self._run_dir = run_dir
+        found = self._found("offline-run")
         memory = notes.memory(_MEMORY)
         self._offline = _latest(
             _steps(memory.get("before")),
             # A file that is still there knows better what was written before a kill.
             {} if memory.get("file") in found else _steps(memory.get("steps")),
-            *(steps for name, steps in found.items() if name.startswith("offline-")),
+            *found.values(),
         )
-        self._online = _latest(*(steps for name, steps in found.items() if name.startswith("run-")))
 
     def last_step(self, kind: str, *, online: bool) -> int:
         """Last step of which files have a row of this kind; -1 if they have none.
@@ -46,10 +46,21 @@ class WandbFiles:
         Args:
             online: count files of online starts, where the service cannot say what it got from them.
         """
-        offline, sent = self._offline.get(kind, -1), self._online.get(kind, -1)
-        if online and sent > offline:
+        offline = self._offline.get(kind, -1)
+        sent = self._online.get(kind, -1) if online else -1
+        if sent > offline:
             say(f"run.trackers: wandb is offline; {kind} rows up to step {sent} count as sent by an online start")
-        return max(offline, sent) if online else offline
+        return max(offline, sent)
+
+    @cached_property
+    def _online(self) -> Mapping[str, int]:
+        """Last steps of online starts; their files are large, and only an offline start needs them."""
+        return _latest(*self._found("run").values())
+
+    def _found(self, kind: str) -> dict[str, dict[str, int]]:
+        """Last steps by folder of the starts of a kind."""
+        paths = sorted(self._run_dir.glob(self._pattern.format(kind)))
+        return {path.parent.name: _last_steps(path) for path in paths}
 
     def begin(self, name: str) -> None:
         """Note that an offline start writes into a folder of this name."""
@@ -89,16 +100,20 @@ def _last_steps(path: Path) -> dict[str, int]:
 
     A kill leaves rows out of the file that W&B has not written yet, and may tear the last one.
     """
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     records: Any = wandb_internal_pb2
     last: dict[str, int] = {}
-    for data in records_in(path.read_bytes()):
-        for item in records.Record.FromString(data).history.item:
-            kind, slash, name = (item.key or "/".join(item.nested_key)).rpartition("/")
-            if slash and name == "step":
-                step = json.loads(item.value_json)
-                last[kind] = max(last.get(kind, -1), step if isinstance(step, int) else -1)
+    try:
+        for data in records_in(path.read_bytes()):
+            for item in records.Record.FromString(data).history.item:
+                kind, slash, name = (item.key or "/".join(item.nested_key)).rpartition("/")
+                if slash and name == "step":
+                    step = json.loads(item.value_json)
+                    last[kind] = max(last.get(kind, -1), step if isinstance(step, int) else -1)
+    except (DecodeError, ValueError):
+        warn(f"run.trackers: {path} is damaged; rows that it has after the damage are sent again")
     return last
 
 

@@ -10,10 +10,13 @@ from launch.ablations.records import DONE, EVALUATION, METRICS, SPENT, is_done, 
 from megavl.config.errors import DataError
 from tests.unit.launch.ablations.test_runner import NOTE, TASK
 
-DAMAGED = (b"", b'{"seconds": 1.0, "com', b"{}", b"[]", b'"done"', b"\xff\xfe", b'{"seconds": "x", "commits": []}')
+DAMAGED = (
+    *(b"", b'{"seconds": 1.0, "com', b"{}", b"[]", b'"done"', b"\xff\xfe", b"[" * 200_000),
+    b'{"seconds": "x", "commits": []}',
+)
 
 
-@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: repr(content[:12]))
 def test_damaged_note_is_none(tmp_path: Path, content: bytes) -> None:
     folder = tmp_path / TASK.address
     folder.mkdir()
@@ -22,7 +25,7 @@ def test_damaged_note_is_none(tmp_path: Path, content: bytes) -> None:
     assert not is_done(TASK, cache=tmp_path)
     with pytest.raises(DataError, match=DONE):
         read_done(TASK, cache=tmp_path)
-    assert read_spent(folder) == (0.0, [])
+    assert read_spent(folder) == {"seconds": 0.0, "commits": [], "conditions": []}
     (folder / DONE).write_text(NOTE)
     assert is_done(TASK, cache=tmp_path)
 

@@ -85,7 +85,7 @@ def test_seconds_are_of_all_starts(run: Callable[..., None], tmp_path: Path) -> 
     folder = tmp_path / TASK.address
     signals: list[int] = []
     folder.mkdir()
-    (folder / SPENT).write_text('{"seconds": 100.0, "commits": ["abc"]}')
+    (folder / SPENT).write_text('{"seconds": 100.0, "commits": ["abc"], "conditions": [["other", 2]]}')
 
     def interrupted() -> dict[str, int]:
         if not current_owner(folder):
@@ -101,7 +101,8 @@ def test_seconds_are_of_all_starts(run: Callable[..., None], tmp_path: Path) -> 
     run(Programs(lambda: {TASK.address: 0} if current_owner(folder) else {}))
     note = json.loads((folder / DONE).read_text())
     assert note["seconds"] > first and note["commits"] == ["abc", commit()]
-    assert note["host"] == platform.node() and note["jobs"] == 1
+    assert note["conditions"] == [["other", 2], [platform.node(), 1]]
+    assert json.loads((folder / SPENT).read_text())["seconds"] > first
 
 
 def test_run_that_still_saves_is_waited_for(run: Callable[..., None], tmp_path: Path) -> None:
