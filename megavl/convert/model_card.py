@@ -64,6 +64,8 @@ _USE: dict[Export, tuple[str, ...]] = {
 }
 _LARGEST_SHARE = 1e6
 """Larger figures are no shares, and whole numbers of any length are not formatted."""
+_HARNESS_SHARES = ("acc", "acc_norm", "exact_match")
+"""Figures of lm-evaluation-harness that are shares of the questions."""
 _SETTINGS = (
     ("sequence length", "data.seq_length"),
     ("sequences per step", "training.global_batch_size"),
@@ -164,11 +166,25 @@ def report_rows(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, ...
         yield name, "questions", _share(report["accuracy"]), _share(report.get("chance")), _value(report.get("n"))
     for task, figures in _mappings(report.get("benchmarks")):
         yield name, task, _share(figures.get("score")), _share(figures.get("chance")), _value(figures.get("n"))
+    yield from _harness_rows(name, report)
     written, text = report.get("written"), report.get("text")
     if isinstance(written, Mapping):
         yield name, "free-form answers, exact", _share(written.get("exact")), "-", _value(written.get("n"))
     if isinstance(text, Mapping):
         yield name, "bits per byte", _value(text.get("bits_per_byte")), "-", _value(text.get("n"))
+
+
+def _harness_rows(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of `--harness lm_eval`, whose figures are called `METRIC,FILTER`, such as `acc_norm,none`."""
+    counts = dict(_mappings(report.get("n-samples")))
+    for task, figures in _mappings(report.get("results")):
+        for key, value in figures.items():
+            metric, comma, chosen = str(key).partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            label = f"{task}, {metric}" + (f" ({chosen})" if chosen != "none" else "")
+            shown = _share(value) if metric in _HARNESS_SHARES else _value(value)
+            yield name, label, shown, "-", _value(counts.get(task, {}).get("effective"))
 
 
 def _rows_during(stage: StageFacts, *, name: str) -> Iterator[tuple[str, ...]]:

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="with --model-card: report.json of `megavl evaluate --out`; may be repeated",
+        help="with --model-card: report.json of `megavl evaluate --out`, also with --harness; may be repeated",
     )
     init = actions.add_parser("init", help="start weights: a language model, SigLIP and SAM to a MegaVL checkpoint")
     init.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints; iter_0000000 is made in it")

@@ -264,6 +264,35 @@ def test_the_command_writes_it_into_the_export(start, runs, tmp_path, capsys):
         assert expected in capsys.readouterr().err
 
 
+def test_reports_of_the_harness_are_shown(start, tmp_path):
+    report = tmp_path / "harness" / "report.json"
+    report.parent.mkdir()
+    results = {
+        "arc": {
+            "alias": "arc",
+            "sample_len": 12,
+            "acc,none": 0.25,
+            "acc_stderr,none": 0.125,
+            "acc_norm,none": 0.5,
+            "acc_norm_stderr,none": "N/A",
+        },
+        "gsm8k": {"exact_match,strict-match": 1},
+        "pages": {"bits_per_byte,none": 1.5},
+        "group": {"alias": "group", " ": " "},
+    }
+    counts = {"arc": {"original": 40, "effective": 12}}
+    report.write_text(json.dumps({"results": results, "n-samples": counts}))
+    out = tmp_path / "out"
+    assert convert("to-hf", start, out, "--format", "llm", "--model-card", "--report", report) == 0
+    lines = (out / "README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| harness |")] == [
+        "| harness | arc, acc | 25.0% | - | 12 |",
+        "| harness | arc, acc_norm | 50.0% | - | 12 |",
+        "| harness | gsm8k, exact_match (strict-match) | 100.0% | - | - |",
+        "| harness | pages, bits_per_byte | 1.5 | - | - |",
+    ]
+
+
 def test_reports_of_one_name_keep_apart(start, tmp_path):
     paths = [tmp_path / name / "eval" / "report.json" for name in ("a", "b")]
     paths.append(paths[0].with_name("other.json"))
