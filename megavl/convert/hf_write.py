@@ -17,6 +17,7 @@ from megavl.convert.chat_template import chat_template
 from megavl.convert.safetensors_out import OutputRow, write_safetensors
 from megavl.convert.table import DECODER, EXPORTS, Export, WeightRow, unused_parameters, weight_rows
 from megavl.convert.tokenizer_files import (
+    TOKENIZER_FILES,
     TokenizerFolder,
     fitting_tokenizer,
     read_file,
@@ -35,6 +36,15 @@ _SIDE_FILES = {
     "original": original_format.side_files,
     "llm": llm_format.side_files,
 }
+EXPORT_FILES = (
+    *TOKENIZER_FILES,
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Names of all files of an export but the weights and the model card."""
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """Largest weight file in bytes; the default of transformers 4."""
 
@@ -169,6 +179,7 @@ def _side_files(config: ModelConfig, tokenizer: TokenizerFolder, fmt: Export, dt
             files["tokenizer.json"] = changed
     for name in sorted(plain, key=lambda name: name == "config.json"):
         files[name] = (json.dumps(plain[name], indent=2, ensure_ascii=False) + "\n").encode()
+    assert files.keys() <= set(EXPORT_FILES), f"EXPORT_FILES lacks {files.keys() - set(EXPORT_FILES)}"
     return files
 
 

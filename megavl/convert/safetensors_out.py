@@ -7,6 +7,7 @@ Format: eight bytes of header length, the header as JSON, then the tensors back 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megavl.weights.canonical_names import Shape
 from megavl.weights.dtypes import CODE_OF_DTYPE
 
 _STEM = "model"
+_WRITTEN = re.compile(rf"{_STEM}(-[0-9]{{5,}}-of-[0-9]{{5,}}\.safetensors|\.safetensors(\.index\.json)?)")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class OutputRow:
     def nbytes(self) -> int:
         """Bytes of all tensors of the row."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name is one that `write_safetensors` writes: weights, a shard of them, or their index."""
+    return _WRITTEN.fullmatch(name) is not None
 
 
 def write_safetensors(folder: Path, rows: Iterable[OutputRow], *, max_shard_bytes: int) -> None:

@@ -28,6 +28,8 @@ _COPIED = (
     "merges.txt",
 )
 _CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILES = (*_COPIED, _CONFIG)
+"""Names of all files that a tokenizer may bring into an export."""
 _LARGEST = LARGE_JSON_FILE.size
 
 
@@ -145,7 +147,7 @@ def image_token_id(folder: str | Path) -> int:
 
 def tokenizer_paths(folder: str | Path) -> tuple[Path, ...]:
     """Tokenizer files of a Hugging Face folder, to be kept with a checkpoint."""
-    return tuple(path for name in (*_COPIED, _CONFIG) if (path := _file(Path(folder), name)))
+    return tuple(path for name in TOKENIZER_FILES if (path := _file(Path(folder), name)))
 
 
 def tokenizer_config(

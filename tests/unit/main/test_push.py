@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from importlib.util import find_spec
 from threading import Thread
 
@@ -131,8 +132,8 @@ def folder(tmp_path):
     path = tmp_path / "export"
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    (path / "README.md").write_text("---\ntags: [megavl]\n---\n# Model\n")
-    (path / "odd[1]name.json").write_text("{}")
+    (path / "README.md").write_text("---\ntags: [megavl]\n---\n# Model\n![Loss](./odd[1]name.png)\n")
+    (path / "odd[1]name.png").write_text("x")
     save_file({"a": torch.arange(1000.0)}, path / "model.safetensors")
     return path
 
@@ -168,41 +169,49 @@ def kept_private(request):
 
 @needs_hub
 def test_every_file_arrives_and_nothing_is_sent_twice(hub, folder, push):
-    (folder / "nested.json").mkdir()
+    (folder / "vocab.json").mkdir()
     code, out, err = push(folder, REPO, "--message", "First upload")
     assert code == 0, err
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert kept_private(hub.created[0]) and hub.created[0]["name"] == "model"
     assert hub.commits == ["First upload"] and "c0ffee" in out
-    assert "4 files" in out and "README.md, config.json, model.safetensors, odd[1]name.json" in out
-    assert "nested.json: not a file, left out" in err
+    assert "4 files" in out and "README.md, config.json, model.safetensors, odd[1]name.png" in out
+    assert "vocab.json: not a file, left out" in err
     assert push(folder, REPO, "--public")[0] == 0
     assert hub.uploads == 1 and not kept_private(hub.created[1])
 
 
 @needs_hub
 def test_only_files_of_an_export_are_sent(hub, folder, push):
-    kept = ["LICENSE", "merges.txt", "picture.png", "tokenizer.model"]
-    secret = [".env", ".git-credentials", ".hidden.json", "checkpoint.pt", "id_rsa", "notes.txt"]
+    kept = ["LICENSE", "loss curve.svg", "merges.txt", "picture.png", "tokenizer.model", "tokenizer_config.json"]
+    secret = [
+        *(".env", ".git-credentials", ".hidden.json", ".hidden.png", "LICENSE.key", "checkpoint.pt"),
+        *("client_secret.json", "id_rsa", "key.png", "model-key.safetensors", "notes.txt", "optimizer.safetensors"),
+        *("private.model", "service-account-key.json", "\udcff.json"),
+    ]
     for name in (*kept, *secret):
         (folder / name).write_text("x")
     (folder / "logs").mkdir()
+    with (folder / "README.md").open("a") as card:
+        card.write('![](loss%20curve.svg) <img src="picture.png"> [](client_secret.json) ![](.hidden.png) key.png\n')
     code, _, err = push(folder, REPO)
     assert code == 0, err
-    assert sorted(hub.files) == sorted([*kept, "README.md", "config.json", "model.safetensors", "odd[1]name.json"])
-    assert ".env, .git-credentials, .hidden.json, checkpoint.pt, id_rsa, logs, notes.txt" in err
+    assert sorted(hub.files) == sorted([*kept, "README.md", "config.json", "model.safetensors", "odd[1]name.png"])
+    assert all(name in err for name in (*secret[:-1], "logs"))
 
 
 @needs_hub
 def test_weights_of_an_earlier_push_are_deleted(hub, folder, push):
     assert push(folder, REPO)[0] == 0
-    hub.files |= {"nested/model.safetensors": b"", "notes.txt": b"", ".gitattributes": b""}
+    others = ["nested/model.safetensors", "notes.txt", ".gitattributes", "adapter_model.safetensors", "vae.safetensors"]
+    others += ["adapter_model.safetensors.index.json", "model-extra.safetensors"]
+    hub.files |= dict.fromkeys(others, b"")
     weights = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": weights.name}}))
     code, out, err = push(folder, REPO)
     assert code == 0, err
     assert "model.safetensors" not in hub.files and "deleted there, as this model does not have them: model.s" in out
-    assert {weights.name, "nested/model.safetensors", "notes.txt", ".gitattributes"} < hub.files.keys()
+    assert {weights.name, *others} < hub.files.keys()
     assert len(hub.commits) == 2
     # And back again.
     weights.rename(folder / "model.safetensors")
@@ -248,19 +257,34 @@ def test_what_the_hub_refuses(fail, token, code, expected, hub, folder, push):
 def test_odd_answers_are_one_error(part, content, hub, folder, push):
     hub.odd = {part: content}
     code, _, err = push(folder, REPO)
-    assert code == 7 and "not understood" in err and "Traceback" not in err, err
+    assert code == 7 and f"not understood (huggingface_hub {version('huggingface_hub')}, " in err, err
+    assert "Traceback" not in err
+
+
+@needs_hub
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError])
+def test_own_bugs_are_not_odd_answers(error, hub, folder, push, monkeypatch):
+    def broken(*_):
+        raise error("ours")
+
+    monkeypatch.setattr("megavl.main.push._stale", broken)
+    with pytest.raises(error, match="ours"):
+        push(folder, REPO)
 
 
 @needs_hub
 def test_names_and_cards_that_cannot_be_sent(hub, folder, push):
-    odd = folder / "\udcff.json"
-    odd.write_text("{}")
-    assert push(folder, REPO)[0] == 2
+    card = folder / "README.md"
+    card.write_text("![](a%0Ab.png)\n")
+    odd = folder / "a\nb.png"
+    odd.write_text("x")
+    code, _, err = push(folder, REPO)
+    assert code == 2 and "rename it" in err, err
     odd.unlink()
     for words in (["--revision", "\udcff"], ["--message", "\udcff"]):
         code, _, err = push(folder, REPO, *words)
         assert code == 2 and words[0] in err, err
-    (folder / "README.md").write_bytes(b"\xff\xfe---\n")
+    card.write_bytes(b"\xff\xfe---\n")
     code, _, err = push(folder, REPO)
     assert code == 2 and "README.md: no text in UTF-8" in err, err
     assert not hub.created
@@ -282,6 +306,9 @@ def test_folders_and_names_that_are_refused(folder, tmp_path, capsys):
     pickled = shutil.copytree(folder, tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(2)}, pickled / "pytorch_model.bin")
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    (renamed / "model.safetensors").rename(renamed / "a.safetensors")
+    (renamed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
     truncated = shutil.copytree(folder, tmp_path / "truncated")
     (truncated / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
     for words, code, expected in (
@@ -292,6 +319,13 @@ def test_folders_and_names_that_are_refused(folder, tmp_path, capsys):
         ([truncated, REPO], 4, "model.safetensors"),
         ([linked, REPO], 2, "a link"),
         ([pickled, REPO], 2, "only weights in safetensors"),
+        ([renamed, REPO], 2, "a.safetensors: only weights in safetensors"),
     ):
         assert main(["push", *map(str, words)]) == code, words
         assert expected in capsys.readouterr().err
+
+
+def test_help_says_which_files_are_replaced(capsys):
+    with pytest.raises(SystemExit):
+        main(["push", "--help"])
+    assert "model.safetensors, its shards and its index there are replaced" in " ".join(capsys.readouterr().out.split())
