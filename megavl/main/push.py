@@ -21,7 +21,7 @@ from megavl.convert.model_card import CARD
 from megavl.convert.safetensors_out import is_weight_file
 from megavl.convert.weight_files import StoredTensors
 from megavl.foreign.parsing import JSON_FILE
-from megavl.foreign.printing import say
+from megavl.foreign.printing import say, visible
 from megavl.foreign.reading import read_limited
 
 _log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _files(folder: Path) -> list[str]:
             "%s: left out, as an export has no such files and %s shows no such images: %s",
             folder,
             CARD,
-            ", ".join(left_out),
+            visible(", ".join(left_out), keep=""),
         )
     return files
 
