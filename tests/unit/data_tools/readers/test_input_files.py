@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def test_deep_records_are_refused_with_other_column_names(tokenizer: Path, tmp_p
     (tmp_path / "in.jsonl").write_text("[" * 900 + "]" * 900 + '\n{"alt": "red"}\n')
     more = ["--columns", "text=alt"]
     assert run_preprocess([tmp_path / "in.jsonl"], tokenizer=tokenizer, output=tmp_path / "out", more=more) == 0
-    assert rejects(tmp_path / "out") == [("json", "in.jsonl:1")]
+    # The parser of Python 3.12 and newer reads deeper lists, which are no record.
+    reason = "json" if sys.version_info < (3, 12) else "record"
+    assert rejects(tmp_path / "out") == [(reason, "in.jsonl:1")]
 
 
 def test_a_folder_of_all_kinds_is_one_dataset(tokenizer: Path, tmp_path: Path) -> None:
