@@ -33,8 +33,6 @@ Kind = Literal["corpus", "dataset", "start", "train"]
 _REFERENCE = re.compile(r"^(corpus|dataset):([^/]+)(?:/(.*))?$")
 _FOLDER = re.compile(r"\{([a-z]+-[0-9a-f]{16}|self)\}")
 SEED = "training.seed"
-_FIXED = ("data.tokenizer", "run.dir", "checkpoint.dir", "checkpoint.init", "checkpoint.allow_random_init")
-"""Keys of a recipe that this program sets in every run, with the seed of a cell and the size's `seq_length`."""
 _Placed = dict[str, tuple[str, Any]]
 """Settings by key in the order in which they count: where each stands in the file, and its value."""
 
@@ -196,14 +194,14 @@ class _Builder:
     def _train(self, name: str, recipe: str, settings: _Placed, *, init: Task | None, seed: int | None = None) -> Task:
         inputs: dict[str, Task] = {} if init is None else {init.address: init}
         values = {key: (where, self._resolved(value, inputs)) for key, (where, value) in settings.items()}
-        fixed = {
+        # Set in every run of this program.
+        fixed: Settings = {
             "data.tokenizer": self._resolved(self._size.tokenizer, inputs),
             "run.dir": "{self}/run",
             "checkpoint.dir": None,
             "checkpoint.init": f"{{{init.address}}}/{_WEIGHTS[init.kind]}" if init else None,
             "checkpoint.allow_random_init": init is None,
         }
-        assert tuple(fixed) == _FIXED
         if seed is not None:
             fixed[SEED] = seed
         if self._size.seq_length:
